@@ -1,0 +1,8 @@
+"""Online reinforcement learning of language models in JAX.
+
+A policy-gradient estimator is a value, composed of small pure functions over
+token log-probabilities and trajectory rewards (`jaxrl_llm.estimators`).  The
+rest of the package supplies what an estimator asks for.
+"""
+
+__version__ = '0.1.0'
