@@ -1,0 +1,105 @@
+"""Pure metrics of a batch and of what the model says of it.
+
+Names follow TRL's vocabulary.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxrl_llm.estimators.token_losses import k1, k3, token_ratio
+from jaxrl_llm.estimators.types import (
+  Array,
+  Batch,
+  Outputs,
+  Rollouts,
+  valid_responses,
+)
+
+Diagnostic = Callable[[Outputs, Batch], Array]
+
+
+def per_token(
+  clip_low: float | None = None, clip_high: float | None = None
+) -> dict[str, Diagnostic]:
+  """Diagnostics with one value per token, to be averaged over the mask.
+
+  Each maps (outputs, batch) to [P, G, T]:
+    entropy: of the next-token distribution, nats.
+    approx_kl: k3 from the policy that sampled to the present one, nats.
+    clip_ratio/low, clip_ratio/high: whether the surrogate's gradient is cut,
+      where the estimator clips.
+
+  Args:
+    clip_low: ε below, None if the estimator does not clip.
+    clip_high: ε above; `clip_low` if None.
+  """
+  diagnostics = {
+    'entropy': lambda outputs, batch: outputs.entropy,
+    'approx_kl': lambda outputs, batch: k3(outputs.log_probs, batch.log_probs),
+  }
+  if clip_low is not None:
+    high = clip_low if clip_high is None else clip_high
+    diagnostics['clip_ratio/low'] = lambda outputs, batch: (
+      (token_ratio(outputs, batch) < 1.0 - clip_low) & (batch.advantages < 0)
+    )
+    diagnostics['clip_ratio/high'] = lambda outputs, batch: (
+      (token_ratio(outputs, batch) > 1.0 + high) & (batch.advantages > 0)
+    )
+  return diagnostics
+
+
+def reference_kl(outputs: Outputs, batch: Batch) -> Array:
+  """log π − log π_ref, [P, G, T] nats; its mean over samples is the KL."""
+  return k1(outputs.log_probs, batch.ref_log_probs)
+
+
+def log_prob_difference(outputs: Outputs, batch: Batch) -> Array:
+  """|log π_trainer − log π_sampler|, [P, G, T] nats.
+
+  Rounding alone while the parameters are those that sampled.
+  """
+  sampler = batch.sampler_log_probs
+  sampler = batch.log_probs if sampler is None else sampler
+  return jnp.abs(outputs.log_probs - sampler)
+
+
+def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
+  """Scalars of the rewards.
+
+  reward: mean over valid responses.
+  reward_std: deviation within a group (ddof = 0), averaged over prompts.
+  frac_reward_zero_std: share of prompts whose valid rewards are all equal,
+    from which a group baseline learns nothing.
+  """
+  valid = valid_responses(rollouts)
+  rewards = jnp.where(valid, rollouts.rewards, 0.0)
+  count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+  mean = rewards.sum(axis=1, keepdims=True) / count
+  squares = jnp.where(valid, jnp.square(rewards - mean), 0.0)
+  deviation = jnp.sqrt(squares.sum(axis=1, keepdims=True) / count)
+  highest = jnp.where(valid, rewards, -jnp.inf).max(axis=1)
+  lowest = jnp.where(valid, rewards, jnp.inf).min(axis=1)
+  return {
+    'reward': rewards.sum() / jnp.maximum(valid.sum(), 1),
+    'reward_std': deviation.mean(),
+    'frac_reward_zero_std': (highest <= lowest).mean(),
+  }
+
+
+def completion_statistics(mask: Array, finished: Array) -> dict[str, Array]:
+  """Scalars of the responses' lengths, in tokens with EOS.
+
+  completions/mean_length, completions/max_length: tokens.
+  completions/clipped_ratio: share that reached the length limit without EOS.
+
+  Args:
+    mask: [P, G, T] bool.
+    finished: [P, G, 1] bool, whether the response ended with EOS.
+  """
+  lengths = mask.sum(axis=2)
+  return {
+    'completions/mean_length': lengths.mean(),
+    'completions/max_length': lengths.max(),
+    'completions/clipped_ratio': 1.0 - finished.mean(),
+  }

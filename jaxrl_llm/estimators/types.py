@@ -1,0 +1,177 @@
+"""The values that flow through an estimator.
+
+Shapes: P prompts, G responses per prompt, T token positions.  `[P, G, 1]` is
+constant over a response, `[P, G, T]` is per token.  Index t of any array is
+about token t: `log_probs[..., t]` is the log-probability, in nats, *of*
+`tokens[..., t]`, and `values[..., t]` is the value of the state *before* it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@chex.dataclass(frozen=True)
+class Rollouts:
+  """What the policy wrote and what it earned.  None unless needed.
+
+  Attributes:
+    tokens: [P, G, T] int32.
+    mask: [P, G, T] bool, True where the policy chose the token, EOS included.
+    log_probs: [P, G, T] of the policy that is trained, when it sampled, nats.
+    rewards: [P, G, 1] of whole responses.
+    valid: [P, G, 1] bool, False for an absent row or a reward of None; group
+      statistics are taken where valid.  None means that all are.
+    sampler_log_probs: [P, G, T], where the sampler's differ from `log_probs`.
+    token_rewards: [P, G, T], known per-token rewards.
+    greedy_rewards: [P, 1, 1] of the greedy response to each prompt.
+    ref_log_probs: [P, G, T] of the reference policy, nats.
+    values: [P, G, T] of a critic.
+    entropy: [P, G, T] of the policy's next-token distribution, nats.
+    score_norms: [P, G, T] squared norm of the score at the logits.
+    branch_values: [P, G, T] Monte Carlo value of the state before token t.
+    branch_baselines: [P, G, T] score-weighted value of the same state.
+    branch_mask: [P, G, T] bool, where the two above are known; always at 0.
+    branches: the branches themselves, [P, G, M, K, ...], for estimators that
+      train on them.
+    running: arrays that outlive a batch, such as a moving baseline.
+  """
+
+  tokens: Array
+  mask: Array
+  log_probs: Array
+  rewards: Array
+  valid: Array | None = None
+  sampler_log_probs: Array | None = None
+  token_rewards: Array | None = None
+  greedy_rewards: Array | None = None
+  ref_log_probs: Array | None = None
+  values: Array | None = None
+  entropy: Array | None = None
+  score_norms: Array | None = None
+  branch_values: Array | None = None
+  branch_baselines: Array | None = None
+  branch_mask: Array | None = None
+  branches: Any = None
+  running: Any = None
+
+
+@chex.dataclass(frozen=True)
+class Batch:
+  """What a loss sees: `Rollouts` after `prepare`, without gradients.
+
+  Attributes:
+    tokens, mask, log_probs, valid: as in `Rollouts`; `valid` is never None.
+    advantages: [P, G, 1] or [P, G, T], 0 where not valid.
+    weights: [P, G, T], 0 outside the mask; they carry every normaliser, so
+      the loss is a plain sum.
+    sampler_log_probs, ref_log_probs, values, entropy: as in `Rollouts`.
+    value_targets: [P, G, T], what a critic should predict.
+    branches: as in `Rollouts`.
+  """
+
+  tokens: Array
+  mask: Array
+  log_probs: Array
+  valid: Array
+  advantages: Array
+  weights: Array
+  sampler_log_probs: Array | None = None
+  ref_log_probs: Array | None = None
+  values: Array | None = None
+  value_targets: Array | None = None
+  entropy: Array | None = None
+  branches: Any = None
+
+
+@chex.dataclass(frozen=True)
+class Outputs:
+  """What the trained model says of a batch; the loss differentiates these.
+
+  Attributes:
+    log_probs: [P, G, T] of the batch's tokens, nats.
+    entropy: [P, G, T] of the next-token distributions, nats.
+    values: [P, G, T] of the critic.
+    branch_log_probs: as `log_probs`, of the branches' tokens.
+  """
+
+  log_probs: Array
+  entropy: Array | None = None
+  values: Array | None = None
+  branch_log_probs: Array | None = None
+
+
+class Needs(NamedTuple):
+  """What must be sampled or computed before an estimator can be applied.
+
+  Attributes:
+    samples: the fewest responses per prompt that make sense.
+    greedy: the greedy response's reward.
+    reference: the reference policy's log-probabilities.
+    critic: values of a critic.
+    entropy: entropy at sampling time.
+    score_norms: squared score norms at sampling time.
+    branches: a description of Monte Carlo branches, None without.
+  """
+
+  samples: int = 1
+  greedy: bool = False
+  reference: bool = False
+  critic: bool = False
+  entropy: bool = False
+  score_norms: bool = False
+  branches: Any = None
+
+
+def merge_needs(*needs: Needs) -> Needs:
+  """The smallest `Needs` that satisfies all of `needs`.
+
+  Raises:
+    ValueError: two parts ask for different branches.
+  """
+  branches = {need.branches for need in needs} - {None}
+  if len(branches) > 1:
+    raise ValueError(f'parts of an estimator ask for different {branches=}')
+  return Needs(
+    samples=max((need.samples for need in needs), default=1),
+    greedy=any(need.greedy for need in needs),
+    reference=any(need.reference for need in needs),
+    critic=any(need.critic for need in needs),
+    entropy=any(need.entropy for need in needs),
+    score_norms=any(need.score_norms for need in needs),
+    branches=branches.pop() if branches else None,
+  )
+
+
+class AdvantageTransform(NamedTuple):
+  """`apply` maps the flowing array, at first the rewards, to the next one.
+
+  The array is [P, G, 1] or [P, G, T]; every transform gets whole rollouts.
+  """
+
+  apply: Callable[[Array, Rollouts], Array]
+  needs: Needs = Needs()
+
+
+class TokenLoss(NamedTuple):
+  """`apply` gives the loss of every token, [P, G, T], to be weighted."""
+
+  apply: Callable[[Outputs, Batch], Array]
+  needs: Needs = Needs()
+
+
+# Maps the mask, [P, G, T] bool and already False where a response is not
+# valid, and `valid`, [P, G, 1], to weights [P, G, T].
+TokenWeights = Callable[[Array, Array], Array]
+
+
+def valid_responses(rollouts: Rollouts) -> Array:
+  """[P, G, 1] bool: `rollouts.valid`, all True where it is None."""
+  if rollouts.valid is None:
+    return jnp.ones(rollouts.mask.shape[:2] + (1,), bool)
+  return rollouts.valid

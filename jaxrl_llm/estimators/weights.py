@@ -1,0 +1,55 @@
+"""How tokens are summed: a mask becomes token weights.
+
+Each function maps `mask`, [P, G, T], and `valid`, [P, G, 1], of one optimiser
+minibatch to weights [P, G, T].  N is the number of valid responses in that
+minibatch.  No weight depends on padding, micro-batches or devices.
+"""
+
+import jax.numpy as jnp
+
+from jaxrl_llm.estimators.types import Array, TokenWeights
+
+
+def sequence_sum() -> TokenWeights:
+  """Sums a response's tokens and averages over responses: wᵢₜ = 1/N.
+
+  Bias: none.
+  """
+  return lambda mask, valid: mask / _count(valid)
+
+
+def constant_length(max_length: int) -> TokenWeights:
+  """As `sequence_sum`, divided by a constant: wᵢₜ = 1/(N · max_length).
+
+  Bias: scale 1/max_length.
+
+  Args:
+    max_length: the divisor, in tokens.  A constant of the run: not the padded
+      width.
+  """
+  return lambda mask, valid: mask / (_count(valid) * float(max_length))
+
+
+def sequence_mean() -> TokenWeights:
+  """Averages over a response's tokens, then over responses: wᵢₜ = 1/(N Tᵢ).
+
+  Bias: the response's own length divides its gradient, which tilts it.
+  """
+
+  def weights(mask: Array, valid: Array) -> Array:
+    lengths = jnp.maximum(mask.sum(axis=2, keepdims=True), 1)
+    return mask / (_count(valid) * lengths)
+
+  return weights
+
+
+def token_mean() -> TokenWeights:
+  """Averages over all tokens of the minibatch: wᵢₜ = 1/ΣT.
+
+  Bias: the denominator contains the response's own length, which tilts it.
+  """
+  return lambda mask, valid: mask / jnp.maximum(mask.sum(keepdims=True), 1)
+
+
+def _count(valid: Array) -> Array:
+  return jnp.maximum(valid.sum(keepdims=True), 1).astype(float)
