@@ -1,0 +1,1 @@
+"""A decoder of language models as pure functions, and its checkpoints."""

@@ -1,0 +1,80 @@
+"""Statistics of tokens under the head, without logits of all positions."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.config import ModelConfig
+
+
+@chex.dataclass(frozen=True)
+class TokenStatistics:
+  """Of each token under the model's adjusted distribution, in nats.
+
+  Attributes:
+    log_probs: [...] float32, of the token; −inf where it is excluded.
+    entropy: [...] float32, of the distribution.
+  """
+
+  log_probs: jax.Array
+  entropy: jax.Array
+
+
+def token_statistics(
+  config: ModelConfig,
+  params,
+  hidden,
+  tokens,
+  adjust=lambda logits, tokens: logits,
+  chunk: int = 256,
+) -> TokenStatistics:
+  """Log-probabilities of tokens and entropies of their distributions.
+
+    log p(token),  H = −Σᵥ p(v) log p(v),   p = softmax(adjust(logits, tokens))
+
+  Logits exist for `chunk` positions at a time, forward and backward: the
+  backward pass recomputes them.  The head's gradient adds up in float32.
+
+  Args:
+    config: static.
+    params: of the model; only the head is read.
+    hidden: [..., D], of `transformer.apply`.
+    tokens: [...] int32, the token that follows each hidden state.
+    adjust: maps logits [n, V] float32 and tokens [n] to logits [n, V];
+      −inf excludes a token of the vocabulary.
+    chunk: positions per step; memory is a few times 4·chunk·V bytes.
+  """
+  chex.assert_equal_shape_prefix([hidden, tokens], tokens.ndim)
+  shape, count = tokens.shape, tokens.size
+  chunk = min(chunk, max(count, 1))
+  chunks = -(-count // chunk)
+  pad = chunks * chunk - count
+  hidden = hidden.reshape(count, hidden.shape[-1])
+  hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
+  tokens = jnp.pad(tokens.reshape(count), (0, pad)).reshape(chunks, chunk)
+
+  @jax.checkpoint
+  def step(hidden, tokens):
+    logits = transformer.logits(config, params, hidden)
+    return statistics(adjust(logits, tokens), tokens)
+
+  _, (log_probs, entropy) = jax.lax.scan(
+    lambda _, x: (None, step(*x)), None, (hidden, tokens)
+  )
+  restore = lambda x: x.reshape(-1)[:count].reshape(shape)
+  return TokenStatistics(log_probs=restore(log_probs), entropy=restore(entropy))
+
+
+def statistics(logits, tokens):
+  """(log-probability, entropy) in nats, [n] each, of tokens under logits.
+
+  Excluded tokens (logit −inf) have probability 0 and add 0 to the entropy
+  and to its gradient.
+  """
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)
+  possible = logits > -jnp.inf
+  finite = jnp.where(possible, log_probs, 0.0)
+  probs = jnp.where(possible, jnp.exp(finite), 0.0)
+  return chosen[..., 0], -(probs * finite).sum(axis=-1)

@@ -1,0 +1,264 @@
+"""The Linen modules of the decoder: norm, attention, feed-forward, layer."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models import attention
+from jaxrl_llm.models import rope as rope_lib
+from jaxrl_llm.models.config import ModelConfig
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+EVERYTHING = 2**30  # a window wider than any text
+
+
+class PerLayer(NamedTuple):
+  """What the scan over layers gives each of them, with a leading [L].
+
+  Attributes:
+    index: int32, the layer's number.
+    sliding: bool, whether the layer has the window.
+    prefixes: (keys, values) of every prefix.
+  """
+
+  index: Any
+  sliding: Any
+  prefixes: tuple
+
+
+class Context(NamedTuple):
+  """What all layers share.
+
+  Attributes:
+    positions: [B, T] int32, of the call's tokens.
+    rotation, local_rotation: (cosine, sine) of the positions, or None.
+    starts: for each prefix the position of its first key, [B] int32.
+    lengths: for each prefix its `Segment.lengths`, [R] int32.
+    index: int32 scalar, where in the suffix the call's tokens go.
+  """
+
+  positions: Any
+  rotation: Any
+  local_rotation: Any
+  starts: tuple
+  lengths: tuple
+  index: Any
+
+
+class Norm(nn.Module):
+  """RMS or layer normalisation of the last axis, in float32."""
+
+  config: ModelConfig
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    initial = nn.initializers.constant(1.0 - config.norm_offset)
+    scale = self.param('scale', initial, x.shape[-1:], self.param_dtype)
+    y = x.astype(jnp.float32)
+    if config.norm == 'layer':
+      y = y - y.mean(axis=-1, keepdims=True)
+    variance = jnp.square(y).mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(variance + config.norm_epsilon)
+    scale = scale.astype(jnp.float32) + config.norm_offset
+    y = y * scale.reshape(shape)
+    if config.norm == 'layer':
+      zeros = nn.initializers.zeros_init()
+      bias = self.param('bias', zeros, x.shape[-1:], self.param_dtype)
+      y = y + bias.astype(jnp.float32).reshape(shape)
+    return y.astype(x.dtype)
+
+
+class Dense(nn.Module):
+  """x @ kernel + bias in the compute dtype; kernel [in, out].
+
+  Its initial standard deviation is 1/√in, times `scale`.
+  """
+
+  features: int
+  config: ModelConfig
+  param_dtype: Any
+  bias: bool
+  scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    dtype = jnp.dtype(self.config.dtype)
+    width = x.shape[-1]
+    normal = nn.initializers.normal(self.scale * width**-0.5)
+    shape = (width, self.features)
+    kernel = self.param('kernel', normal, shape, self.param_dtype)
+    y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
+    if self.bias:
+      zeros = nn.initializers.zeros_init()
+      bias = self.param('bias', zeros, (self.features,), self.param_dtype)
+      y = y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
+
+
+class Attention(nn.Module):
+  """Projections, rotation and cache around `attention.attend`."""
+
+  config: ModelConfig
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x, suffix, layer: PerLayer, context: Context):
+    """Returns (output [B, T, D], suffix, (keys, values) of the call)."""
+    config = self.config
+    query = self._project('query', x, config.num_heads)
+    keys = self._project('key', x, config.num_kv_heads)
+    values = self._project('value', x, config.num_kv_heads, norm=False)
+    if config.rope is not None:
+      turn = _select_rotation(config, layer, context)
+      query = rope_lib.rotate(query, *turn)
+      keys = rope_lib.rotate(keys, *turn)
+    own = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+    if suffix is None:
+      seen = own
+    else:
+      suffix, seen = _write(suffix, own, layer.index, context.index)
+    parts = [
+      attention.Part(keys, values, _valid_prefix(config, layer, context, i))
+      for i, (keys, values) in enumerate(layer.prefixes)
+    ]
+    valid = _valid_own(config, layer, context, seen[0].shape[-1])
+    parts.append(attention.Part(*seen, valid))
+    out = attention.attend(
+      query,
+      parts,
+      scale=config.query_scale,
+      softcap=config.attention_softcap,
+    )
+    out = Dense(
+      config.hidden_size,
+      config,
+      self.param_dtype,
+      config.output_bias,
+      scale=(2 * config.num_layers) ** -0.5,
+      name='out',
+    )(out.reshape(*out.shape[:2], -1))
+    return out, suffix, own
+
+  def _project(self, name, x, heads, norm=True):
+    """Heads [B, T, heads, d] of one projection."""
+    config = self.config
+    features = heads * config.head_dim
+    dense = Dense(
+      features, config, self.param_dtype, config.query_bias, name=name
+    )
+    y = dense(x).reshape(*x.shape[:2], heads, config.head_dim)
+    if norm and config.query_key_norm:
+      y = Norm(config, self.param_dtype, name=f'{name}_norm')(y)
+    return y
+
+
+def _select_rotation(config, layer: PerLayer, context: Context):
+  if config.local_rope is None:
+    return context.rotation
+  return tuple(
+    jnp.where(layer.sliding, local, everywhere)
+    for local, everywhere in zip(
+      context.local_rotation, context.rotation, strict=True
+    )
+  )
+
+
+def _write(suffix, own, layer, index):
+  """Writes the call's tokens into the stacked suffix and reads the layer."""
+  zero = jnp.zeros_like(index)
+  keys = jax.lax.dynamic_update_slice(
+    suffix[0], own[0][None], (layer, zero, zero, zero, index)
+  )
+  values = jax.lax.dynamic_update_slice(
+    suffix[1], own[1][None], (layer, zero, zero, index, zero)
+  )
+  pick = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+  return (keys, values), (pick(keys), pick(values))
+
+
+def _window(config, layer: PerLayer):
+  return jnp.where(layer.sliding, config.window, EVERYTHING)
+
+
+def _valid_own(config, layer: PerLayer, context: Context, slots: int):
+  """Own tokens up to the query itself, [1, 1, 1, 1, T, S]."""
+  length = context.positions.shape[1]
+  query = context.index + jnp.arange(length, dtype=jnp.int32)[:, None]
+  distance = query - jnp.arange(slots, dtype=jnp.int32)[None]
+  valid = distance >= 0
+  if config.window is not None:
+    valid &= distance < _window(config, layer)
+  return valid[None, None, None, None]
+
+
+def _valid_prefix(config, layer: PerLayer, context: Context, i: int):
+  """Real tokens of prefix i (within the window), [R, 1, g or 1, 1, T or 1, S].
+
+  A query's distance from a key differs by row, as prefixes' lengths do.
+  """
+  lengths, starts = context.lengths[i], context.starts[i]
+  rows, slots = lengths.shape[0], layer.prefixes[i][0].shape[-1]
+  slot = jnp.arange(slots, dtype=jnp.int32)
+  valid = slot[None] < lengths[:, None]
+  valid = valid[:, None, None, None, None]
+  if config.window is not None:
+    query = context.positions - starts[:, None]
+    distance = query[..., None] - slot[None, None]
+    distance = distance.reshape(rows, 1, -1, 1, *distance.shape[1:])
+    valid = valid & (distance < _window(config, layer))
+  return valid
+
+
+class FeedForward(nn.Module):
+  """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
+
+  config: ModelConfig
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    settings = (config, self.param_dtype, config.mlp_bias)
+    activate = ACTIVATIONS[config.activation]
+    up = Dense(config.intermediate_size, *settings, name='up')(x)
+    if config.gated:
+      gate = Dense(config.intermediate_size, *settings, name='gate')(x)
+      up = activate(gate) * up
+    else:
+      up = activate(up)
+    scale = (2 * config.num_layers) ** -0.5
+    return Dense(config.hidden_size, *settings, scale=scale, name='down')(up)
+
+
+class Layer(nn.Module):
+  """One decoder layer, as the body of a scan over layers."""
+
+  config: ModelConfig
+  param_dtype: Any
+  emit: bool
+
+  @nn.compact
+  def __call__(self, carry, layer: PerLayer, context: Context):
+    """Maps (x, suffix) to (x, suffix) and, if `emit`, own keys and values."""
+    config = self.config
+    x, suffix = carry
+    norm = lambda name: Norm(config, self.param_dtype, name=name)
+    attend = Attention(config, self.param_dtype, name='attention')
+    y = norm('attention_norm')(x)
+    y, suffix, own = attend(y, suffix, layer, context)
+    if config.post_norms:
+      y = norm('attention_post_norm')(y)
+    x = x + y
+    y = FeedForward(config, self.param_dtype, name='mlp')(norm('mlp_norm')(x))
+    if config.post_norms:
+      y = norm('mlp_post_norm')(y)
+    return (x + y, suffix), own if self.emit else None

@@ -1,0 +1,269 @@
+"""The decoder as pure functions: `init`, `apply`, `logits`, `prefill`.
+
+Parameters are a plain nested dictionary; every leaf under 'layers' is stacked
+over layers, [L, ...].  Flax Linen stays inside this file and `layers.py`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import layers
+from jaxrl_llm.models import rope as rope_lib
+from jaxrl_llm.models.cache import Cache, Segment
+from jaxrl_llm.models.config import ModelConfig
+
+
+def init(config: ModelConfig, key, param_dtype='float32') -> dict:
+  """Random parameters: standard deviation 1/√in, less for residual outputs."""
+  decoder = Decoder(config, jnp.dtype(param_dtype))
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  make = jax.jit(lambda key: decoder.init(key, tokens, None)['params'])
+  return make(key)
+
+
+def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
+  """Hidden states after the final norm, and the cache with the tokens added.
+
+  Right-padded rows need no mask: no token sees the padding behind it.  The
+  position of token i of a row is its prefixes' lengths plus `cache.index`
+  plus i; that these stay below `config.max_length` is the caller's to check
+  (`check_length`).
+
+  Args:
+    config: static.
+    params: of `init` or `pretrained.load`.
+    tokens: [B, T] int32.
+    cache: None, a plain causal pass; with `suffix=None`, a differentiable
+      pass behind shared prefixes; with a suffix, a step of decoding, which
+      under jit writes the suffix in place.
+
+  Returns:
+    hidden: [B, T, D] of the compute dtype.
+    cache: None, the unchanged cache, or the cache with `index` moved by T.
+
+  Raises:
+    UserError: T exceeds the positions or the suffix; B is not a multiple of
+      a prefix's rows.
+  """
+  _check(config, tokens, cache)
+  hidden, suffix, _ = _decoder(config).apply({'params': params}, tokens, cache)
+  if cache is None or cache.suffix is None:
+    return hidden, cache
+  keys, values = suffix
+  written = cache.suffix.replace(keys=keys, values=values)
+  index = cache.index + tokens.shape[1]
+  return hidden, cache.replace(suffix=written, index=index)
+
+
+def logits(config: ModelConfig, params, hidden):
+  """Head on hidden states: [..., D] → [..., V] float32, soft-capped."""
+  y = project(hidden, head_matrix(config, params), config.dtype)
+  if config.logit_softcap is not None:
+    y = config.logit_softcap * jnp.tanh(y / config.logit_softcap)
+  return y
+
+
+def head_matrix(config: ModelConfig, params):
+  """The head's weights [V, D]: the embedding's where they are tied."""
+  return params['embed' if config.tied else 'head']['embedding']
+
+
+def project(hidden, matrix, dtype):
+  """hidden [..., D] · matrix [V, D]ᵀ → [..., V] float32, multiplied in dtype.
+
+  The gradient of the matrix is float32 also where dtype is bfloat16, so that
+  adding up chunks of positions loses nothing.
+  """
+  shape = hidden.shape
+  hidden = hidden.reshape(-1, shape[-1]).astype(dtype)
+  out = _project(hidden, matrix.astype(jnp.float32), dtype)
+  return out.reshape(*shape[:-1], matrix.shape[0])
+
+
+def _multiply(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _project_forward(hidden, matrix, dtype):
+  out = _multiply('nd,vd->nv', hidden, matrix.astype(dtype))
+  return out, (hidden, matrix)
+
+
+def _project_backward(dtype, residuals, gradient):
+  hidden, matrix = residuals
+  gradient = gradient.astype(dtype)
+  return (
+    _multiply('nv,vd->nd', gradient, matrix.astype(dtype)).astype(dtype),
+    _multiply('nv,nd->vd', gradient, hidden),
+  )
+
+
+_project = jax.custom_vjp(
+  lambda hidden, matrix, dtype: _project_forward(hidden, matrix, dtype)[0],
+  nondiff_argnums=(2,),
+)
+_project.defvjp(_project_forward, _project_backward)
+
+
+def prefill(config: ModelConfig, params, tokens, lengths) -> Segment:
+  """Keys and values of prompts, to be shared by all their samples.
+
+  Args:
+    tokens: [P, S] int32, right-padded.
+    lengths: [P] int32, tokens that count; 0 is allowed.
+
+  Returns:
+    A segment of P rows; differentiable with respect to `params`.
+  """
+  _check(config, tokens, None)
+  decoder = _decoder(config, emit=True)
+  _, _, (keys, values) = decoder.apply({'params': params}, tokens, None)
+  return Segment(keys=keys, values=values, lengths=lengths)
+
+
+def new_cache(config: ModelConfig, prefixes, rows: int, length: int) -> Cache:
+  """A cache whose suffix has room for `length` tokens of `rows` rows."""
+  if length > config.max_length:
+    raise UserError(
+      f'A cache of {length} tokens exceeds the {config.max_length} positions '
+      'of the model (max_length).'
+    )
+  shape = config.num_layers, rows, config.num_kv_heads
+  dtype = jnp.dtype(config.dtype)
+  suffix = Segment(
+    keys=jnp.zeros((*shape, config.head_dim, length), dtype),
+    values=jnp.zeros((*shape, length, config.head_dim), dtype),
+    lengths=jnp.zeros(rows, jnp.int32),
+  )
+  return Cache(prefixes=tuple(prefixes), suffix=suffix, index=jnp.int32(0))
+
+
+def _check(config, tokens, cache):
+  batch, length = tokens.shape
+  if length > config.max_length:
+    raise UserError(
+      f'{length} tokens exceed the {config.max_length} positions of the '
+      'model (max_length).'
+    )
+  if cache is None:
+    return
+  for i, prefix in enumerate(cache.prefixes):
+    if batch % prefix.rows:
+      raise UserError(
+        f'{batch} rows cannot share the {prefix.rows} rows of prefix {i}; '
+        'the batch must be a multiple.'
+      )
+  if cache.suffix is None:
+    return
+  if cache.suffix.rows != batch or cache.suffix.capacity < length:
+    raise UserError(
+      f'The cache has {cache.suffix.rows} rows with room for '
+      f'{cache.suffix.capacity} tokens; got [{batch}, {length}] tokens.'
+    )
+
+
+def _decoder(config, emit=False):
+  # Parameters bring their own dtype; the module's matters to `init` only.
+  return Decoder(config, jnp.float32, emit)
+
+
+class Decoder(nn.Module):
+  """Embedding, scanned layers and final norm; the head is `logits`."""
+
+  config: ModelConfig
+  param_dtype: Any
+  emit: bool = False
+
+  @nn.compact
+  def __call__(self, tokens, cache: Cache | None):
+    config = self.config
+    context = _context(config, tokens, cache)
+    x = self._embed(tokens, context.positions)
+    stored = cache is not None and cache.suffix is not None
+    suffix = (cache.suffix.keys, cache.suffix.values) if stored else None
+    prefixes = cache.prefixes if cache is not None else ()
+    per_layer = layers.PerLayer(
+      index=jnp.arange(config.num_layers, dtype=jnp.int32),
+      sliding=jnp.array(config.sliding),
+      prefixes=tuple((p.keys, p.values) for p in prefixes),
+    )
+    layer = layers.Layer
+    if config.remat:
+      layer = nn.remat(layer, prevent_cse=False)
+    scan = nn.scan(
+      layer,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast),
+      length=config.num_layers,
+    )
+    stack = scan(config, self.param_dtype, self.emit, name='layers')
+    (x, suffix), own = stack((x, suffix), per_layer, context)
+    x = layers.Norm(config, self.param_dtype, name='norm')(x)
+    return x, suffix, own
+
+  def _embed(self, tokens, positions):
+    config = self.config
+    dtype = jnp.dtype(config.dtype)
+    table = lambda name, rows: _Embedding(
+      rows, config, self.param_dtype, name=name
+    )
+    x = table('embed', config.vocab_size)(tokens)
+    if config.embedding_scale != 1:
+      x = x * jnp.asarray(config.embedding_scale, dtype)
+    if config.rope is None:
+      x = x + table('positions', config.max_length)(positions)
+    if not config.tied:
+      # `logits` reads it; here it is only made.
+      table('head', config.vocab_size)(None)
+    return x
+
+
+class _Embedding(nn.Module):
+  """A table [rows, D]; its initial standard deviation is 1/√D."""
+
+  rows: int
+  config: ModelConfig
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, ids):
+    width = self.config.hidden_size
+    normal = nn.initializers.normal(width**-0.5)
+    shape = (self.rows, width)
+    table = self.param('embedding', normal, shape, self.param_dtype)
+    if ids is None:
+      return None
+    # Padding may lie past the last learned position; it is never seen.
+    rows = jnp.take(table, ids, axis=0, mode='clip')
+    return rows.astype(self.config.dtype)
+
+
+def _context(config, tokens, cache) -> layers.Context:
+  batch, length = tokens.shape
+  index = cache.index if cache is not None else 0
+  prefixes = cache.prefixes if cache is not None else ()
+  starts, start = [], jnp.zeros(batch, jnp.int32)
+  for prefix in prefixes:
+    starts.append(start)
+    start = start + jnp.repeat(prefix.lengths, batch // prefix.rows)
+  index = jnp.asarray(index, jnp.int32)
+  positions = start[:, None] + index
+  positions = positions + jnp.arange(length, dtype=jnp.int32)[None]
+  turn = lambda rope: (
+    None
+    if rope is None
+    else rope_lib.rotation(rope, config.head_dim, positions)
+  )
+  return layers.Context(
+    positions=positions,
+    rotation=turn(config.rope),
+    local_rotation=turn(config.local_rope),
+    starts=tuple(starts),
+    lengths=tuple(prefix.lengths for prefix in prefixes),
+    index=index,
+  )
