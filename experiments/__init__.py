@@ -1,0 +1,1 @@
+"""Scripts: the only place that reads configurations and flags."""

@@ -1,0 +1,90 @@
+"""`dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`, wrong keys refused."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from jaxrl_llm.errors import UserError
+
+
+def find(module: ModuleType, name: str, field: str) -> Callable:
+  """The public function `name` of `module`.
+
+  Args:
+    module: where the functions live.
+    name: the function's name.
+    field: the configuration field, for the message.
+
+  Raises:
+    UserError: there is none; names the nearest.
+  """
+  functions = [
+    key
+    for key, value in vars(module).items()
+    if inspect.isfunction(value)
+    and not key.startswith('_')
+    and value.__module__ == module.__name__
+  ]
+  if name in functions:
+    return getattr(module, name)
+  near = difflib.get_close_matches(name, functions, 1)
+  hint = f'did you mean {near[0]!r}? ' if near else ''
+  raise UserError(
+    f'{field}: no {name!r} in {module.__name__}\n'
+    f'{hint}choose one of {", ".join(sorted(functions))}'
+  )
+
+
+def call(
+  module: ModuleType, spec: Mapping[str, Any], field: str, **extra: Any
+) -> Any:
+  """Calls the function that `spec['name']` names with the other entries.
+
+  Args:
+    module: where the functions live.
+    spec: name and keyword arguments.
+    field: the configuration field, for the message.
+    **extra: arguments that do not come from a configuration; given only to a
+      function that has a parameter of that name.
+
+  Raises:
+    UserError: no such function, or arguments that it does not take.
+  """
+  arguments = dict(spec)
+  name = arguments.pop('name', None)
+  if name is None:
+    raise UserError(f"{field} has no 'name'")
+  function = find(module, name, field)
+  parameters = inspect.signature(function).parameters
+  for key in arguments:
+    if key not in parameters:
+      near = difflib.get_close_matches(key, parameters, 1)
+      hint = f'did you mean {near[0]!r}? ' if near else ''
+      raise UserError(
+        f'{field}: {name} has no parameter {key!r}\n'
+        f'{hint}it takes {", ".join(parameters) or "none"}'
+      )
+  arguments |= {k: v for k, v in extra.items() if k in parameters}
+  missing = [
+    key
+    for key, parameter in parameters.items()
+    if parameter.default is parameter.empty
+    and key not in arguments
+    and parameter.kind
+    not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+  ]
+  if missing:
+    raise UserError(f'{field}: {name} needs {", ".join(missing)}')
+  return function(**arguments)
+
+
+def argument(
+  module: ModuleType, spec: Mapping[str, Any], parameter: str
+) -> Any:
+  """What `call` would pass for `parameter`: given, default, or None."""
+  if parameter in spec:
+    return spec[parameter]
+  parameters = inspect.signature(getattr(module, spec['name'])).parameters
+  return parameters[parameter].default if parameter in parameters else None

@@ -1,0 +1,64 @@
+"""Splits of arrays whose first axis counts prompts.
+
+Every split keeps whole prompts, with all their responses, together.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxrl_llm.errors import UserError
+
+Array = jax.Array
+
+
+def minibatches(tree: Any, count: int, key: Array) -> Iterator[Any]:
+  """Shuffles whole prompts and splits them into `count` equal parts.
+
+  Args:
+    tree: arrays [P, ...].
+    count: number of parts; must divide P.
+    key: PRNG key of the shuffle.
+
+  Raises:
+    UserError: `count` does not divide P.
+  """
+  prompts = jax.tree.leaves(tree)[0].shape[0]
+  if prompts % count:
+    raise UserError(
+      f'{count} minibatches do not divide {prompts} prompts\n'
+      f'choose one of {_divisors(prompts)}'
+    )
+  if count == 1:
+    yield tree
+    return
+  order = jax.random.permutation(key, prompts).reshape(count, -1)
+  for rows in order:
+    yield jax.tree.map(lambda x, rows=rows: x[rows], tree)
+
+
+def split_prompts(tree: Any, micro_prompts: int) -> Any:
+  """Splits arrays [P, ...] into [P / micro_prompts, micro_prompts, ...].
+
+  Strided, so that rows sharded over devices stay spread over all of them.
+
+  Raises:
+    UserError: `micro_prompts` does not divide P.
+  """
+  prompts = jax.tree.leaves(tree)[0].shape[0]
+  if prompts % micro_prompts:
+    raise UserError(
+      f'micro-batches of {micro_prompts} prompts do not divide {prompts}\n'
+      f'choose one of {_divisors(prompts)}'
+    )
+
+  def split(x: Array) -> Array:
+    shape = (micro_prompts, prompts // micro_prompts) + x.shape[1:]
+    return x.reshape(shape).swapaxes(0, 1)
+
+  return jax.tree.map(split, tree)
+
+
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]

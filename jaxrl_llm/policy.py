@@ -1,0 +1,173 @@
+"""The policy: which distribution tokens are drawn from and scored under.
+
+Temperature, top-k, top-p and the vocabulary limit are defined here once.  The
+sampler draws from `adjust_logits`; `score` gives log-probabilities and entropy
+of given tokens under the same adjusted distribution.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import head, transformer
+from jaxrl_llm.models.config import ModelConfig
+
+Array = jax.Array
+
+
+@chex.dataclass(frozen=True)
+class Prompts:
+  """Prompts of one batch, right-padded.
+
+  Attributes:
+    tokens: [P, S] int32; what stands behind a prompt's length is ignored.
+    lengths: [P] int32, at least 1, tokens.
+  """
+
+  tokens: Array
+  lengths: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How the next token is drawn.  Hashable: static under jit.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the likeliest token (and then
+      log-probabilities are those of temperature 1).
+    top_k: keeps the k largest logits; 0 keeps all.
+    top_p: keeps the smallest set of tokens whose probability reaches top_p.
+    num_tokens: ids from here on are never drawn (vocabulary rows that only
+      pad the embedding); None allows all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  num_tokens: int | None = None
+
+  def __post_init__(self):
+    if not self.temperature >= 0:
+      raise UserError(f'temperature is {self.temperature}; it must be ≥ 0')
+    if self.top_k < 0:
+      raise UserError(f'top_k is {self.top_k}; it must be ≥ 0 (0: off)')
+    if not 0 < self.top_p <= 1:
+      raise UserError(f'top_p is {self.top_p}; it must be in (0, 1] (1: off)')
+
+  @property
+  def greedy(self) -> bool:
+    return self.temperature == 0
+
+
+def adjust_logits(
+  logits: Array, decoding: Decoding, chosen: Array | None = None
+) -> Array:
+  """Logits of the distribution that tokens are drawn from.
+
+  Temperature first, then top-k, then top-p of what is left; excluded tokens
+  get −inf.  Tokens tied with the last one kept are kept.
+
+  Args:
+    logits: [N, V] float32.
+    decoding: settings.
+    chosen: [N] tokens that are kept in any case.  A scorer passes the tokens
+      that were drawn: an update may move them out of the present top-k, where
+      a log-probability of −inf has no gradient.
+
+  Returns:
+    [N, V] float32; its softmax is the distribution.
+  """
+  ids = jnp.arange(logits.shape[-1])[None]
+  if decoding.num_tokens is not None:
+    logits = jnp.where(ids < decoding.num_tokens, logits, -jnp.inf)
+  if not decoding.greedy:
+    logits = logits / decoding.temperature
+  keep = jnp.ones(logits.shape, bool)
+  if 0 < decoding.top_k < logits.shape[-1]:
+    keep &= logits >= jax.lax.top_k(logits, decoding.top_k)[0][:, -1:]
+  if decoding.top_p < 1:
+    probabilities = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf))
+    ordered = jnp.sort(probabilities, axis=-1, descending=True)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    smallest = jnp.where(before < decoding.top_p, ordered, jnp.inf).min(
+      axis=-1, keepdims=True
+    )
+    keep &= probabilities >= smallest
+  if chosen is not None:
+    keep |= ids == chosen[:, None]
+  return jnp.where(jax.lax.stop_gradient(keep), logits, -jnp.inf)
+
+
+def score(
+  config: ModelConfig,
+  params,
+  prompts: Prompts,
+  responses: Array,
+  decoding: Decoding = Decoding(),
+  chunk: int = 256,
+) -> head.TokenStatistics:
+  """Log-probabilities and entropy of responses under the sampling policy.
+
+  The prompt is read once and shared by its G responses; only response
+  positions reach the head, `chunk` of them at a time.
+
+  Args:
+    config, params: the model.
+    prompts: P prompts.
+    responses: [P, G, T] int32; anything may stand behind a response's end.
+    decoding: the settings that the responses were sampled with.
+    chunk: positions whose logits, [chunk, V] float32, exist at one time.
+
+  Returns:
+    `TokenStatistics` with arrays [P, G, T] in nats.  Differentiable.
+  """
+  num_prompts, samples, length = responses.shape
+  segment = prefill_prompts(config, params, prompts)
+  first = jnp.broadcast_to(
+    last_tokens(prompts)[:, None, None], (num_prompts, samples, 1)
+  )
+  inputs = jnp.concatenate([first, responses[:, :, :-1]], axis=2)
+  cache = transformer.Cache(
+    prefixes=(segment,), suffix=None, index=jnp.int32(0)
+  )
+  hidden, _ = transformer.apply(
+    config, params, inputs.reshape(num_prompts * samples, length), cache
+  )
+  return head.token_statistics(
+    config,
+    params,
+    hidden.reshape(num_prompts, samples, length, -1),
+    responses,
+    adjust=functools.partial(_adjust_for_chosen, decoding),
+    chunk=chunk,
+  )
+
+
+def prefill_prompts(
+  config: ModelConfig, params, prompts: Prompts
+) -> transformer.Segment:
+  """Keys and values of each prompt but for its last token.
+
+  The last token is the first input of the responses, so that the sampler and
+  the scorer treat every response token alike.
+  """
+  tokens = prompts.tokens
+  if tokens.shape[1] > 1:
+    tokens = tokens[:, :-1]
+  return transformer.prefill(config, params, tokens, prompts.lengths - 1)
+
+
+def last_tokens(prompts: Prompts) -> Array:
+  """[P] the last token of each prompt."""
+  index = (prompts.lengths - 1)[:, None]
+  return jnp.take_along_axis(prompts.tokens, index, axis=1)[:, 0]
+
+
+def _adjust_for_chosen(
+  decoding: Decoding, logits: Array, chosen: Array
+) -> Array:
+  return adjust_logits(logits, decoding, chosen)

@@ -1,0 +1,193 @@
+"""Fulfils an estimator's `Needs`: samples, rewards, reference."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import policy, sampling
+from jaxrl_llm.batches import split_prompts
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Needs, Rollouts
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.rewards import RewardPart, Scores
+from jaxrl_llm.rewards import score as score_rewards
+from jaxrl_llm.tasks import PromptBatch
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """How responses are generated.
+
+  Attributes:
+    samples: G, responses per prompt.
+    max_tokens: T, EOS included.
+    decoding: temperature, top-k, top-p.
+    eos_ids: any of these ends a response.
+    pad_id: stands behind a response's end.
+  """
+
+  samples: int
+  max_tokens: int
+  decoding: policy.Decoding
+  eos_ids: tuple[int, ...]
+  pad_id: int
+
+
+class Responses(NamedTuple):
+  """Scored responses to P prompts, on the host and on the device.
+
+  Attributes:
+    prompts: the prompts as the model reads them.
+    rows: P dataset rows.
+    samples: tokens, mask and log-probabilities, [P, G, T].
+    completions: P·G texts, special tokens left out.
+    scores: rewards of the P·G responses, total and by part.
+  """
+
+  prompts: policy.Prompts
+  rows: Sequence[dict[str, Any]]
+  samples: sampling.Samples
+  completions: list[str]
+  scores: Scores
+
+
+def respond(
+  config: ModelConfig,
+  params: Any,
+  batch: PromptBatch,
+  generation: Generation,
+  tokenizer: Any,
+  rewards: Sequence[RewardPart],
+  key: Array,
+) -> Responses:
+  """Samples responses and scores them.
+
+  Reward functions get the prompts' and responses' texts, every column of the
+  dataset, `completion_ids` (tokens, EOS included) and `finished` (whether the
+  response ended with EOS).
+
+  Raises:
+    UserError: a reward function fails or gives something that is no reward.
+  """
+  prompts = policy.Prompts(
+    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
+  )
+  samples = sampling.sample(
+    config,
+    params,
+    prompts,
+    key,
+    samples=generation.samples,
+    max_tokens=generation.max_tokens,
+    decoding=generation.decoding,
+    eos_ids=generation.eos_ids,
+    pad_id=generation.pad_id,
+  )
+  host = jax.device_get(samples)
+  ids = [
+    row[mask].tolist()
+    for row, mask in zip(
+      np.concatenate(host.tokens), np.concatenate(host.mask), strict=True
+    )
+  ]
+  completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+  texts, columns = _columns(batch.rows, generation.samples)
+  columns['completion_ids'] = ids
+  columns['finished'] = host.finished.reshape(-1).tolist()
+  scores = score_rewards(rewards, texts, completions, columns)
+  return Responses(prompts, batch.rows, samples, completions, scores)
+
+
+def to_rollouts(
+  config: ModelConfig,
+  params: Any,
+  reference: Any,
+  responses: Responses,
+  generation: Generation,
+  needs: Needs,
+  micro_prompts: int,
+  chunk: int = 256,
+  rescore: bool = False,
+) -> Rollouts:
+  """Adds to responses what an estimator needs.
+
+  Args:
+    config, params: the model that sampled.
+    reference: parameters of the reference policy; read if needed.
+    responses: from `respond`.
+    generation: the settings that they were generated with.
+    needs: of the estimator.
+    micro_prompts: prompts scored at one time.
+    chunk: positions whose logits exist at one time.
+    rescore: the sampler's log-probabilities are not exact enough (bfloat16):
+      the trainer's take their place, and they stand beside.
+
+  Raises:
+    UserError: for a need that is not implemented.
+  """
+  missing = [
+    name
+    for name in ('greedy', 'critic', 'entropy', 'score_norms', 'branches')
+    if getattr(needs, name)
+  ]
+  if missing:
+    raise UserError(f'rollouts cannot supply {missing} to the estimator yet')
+  samples, scores = responses.samples, responses.scores
+  shape = samples.finished.shape
+  score = functools.partial(
+    score_log_probs,
+    config,
+    prompts=responses.prompts,
+    tokens=samples.tokens,
+    decoding=generation.decoding,
+    micro_prompts=micro_prompts,
+    chunk=chunk,
+  )
+  return Rollouts(
+    tokens=samples.tokens,
+    mask=samples.mask,
+    log_probs=score(params) if rescore else samples.log_probs,
+    sampler_log_probs=samples.log_probs if rescore else None,
+    rewards=jnp.asarray(scores.total.reshape(shape), jnp.float32),
+    valid=jnp.asarray(scores.valid.reshape(shape)),
+    ref_log_probs=score(reference) if needs.reference else None,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=('config', 'decoding', 'micro_prompts', 'chunk')
+)
+def score_log_probs(
+  config: ModelConfig,
+  params: Any,
+  prompts: policy.Prompts,
+  tokens: Array,
+  decoding: policy.Decoding,
+  micro_prompts: int,
+  chunk: int = 256,
+) -> Array:
+  """Log-probabilities, [P, G, T] nats, `micro_prompts` prompts at a time."""
+
+  def part(inputs):
+    return policy.score(config, params, *inputs, decoding, chunk).log_probs
+
+  parts = split_prompts((prompts, tokens), micro_prompts)
+  log_probs = jax.lax.map(part, parts)
+  return log_probs.swapaxes(0, 1).reshape(tokens.shape)
+
+
+def _columns(
+  rows: Sequence[dict[str, Any]], samples: int
+) -> tuple[list[str], dict[str, list[Any]]]:
+  """Prompt texts and dataset columns, each row repeated for its responses."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  repeated = [row for row in rows for _ in range(samples)]
+  columns = {name: [row.get(name) for row in repeated] for name in names}
+  return columns.pop('prompt'), columns

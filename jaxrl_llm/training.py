@@ -1,0 +1,231 @@
+"""Train state and the jitted update.
+
+An update scans over micro-batches, sums their gradients, which add up exactly
+because losses are plain sums, and takes one optax step.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_llm import policy
+from jaxrl_llm.batches import split_prompts
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Batch, Estimator, Outputs, diagnostics
+from jaxrl_llm.models.config import ModelConfig
+
+Array = jax.Array
+# (trainable, frozen, prompts, batch) → outputs; differentiated in `trainable`.
+Forward = Callable[[Any, Any, policy.Prompts, Batch], Outputs]
+Update = Callable[..., tuple['TrainState', dict[str, Array]]]
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+  """What an update changes.
+
+  Attributes:
+    trainable: {'policy': parameters}; a critic's parameters stand beside them.
+    opt_state: optax state of `trainable`.
+    updates: int32, optimiser steps taken.
+    skipped: int32, non-finite updates skipped since the last finite one.
+  """
+
+  trainable: Any
+  opt_state: Any
+  updates: Array
+  skipped: Array
+
+
+def init_state(
+  trainable: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """A state that has taken no update."""
+  return TrainState(
+    trainable=trainable,
+    opt_state=optimizer.init(trainable),
+    updates=jnp.int32(0),
+    skipped=jnp.int32(0),
+  )
+
+
+def schedule(
+  learning_rate: float,
+  total_updates: int,
+  warmup_updates: int = 0,
+  decay: str = 'constant',
+) -> optax.Schedule:
+  """Linear warm-up, then a constant, linear or cosine course.
+
+  Args:
+    learning_rate: the highest one.
+    total_updates: where a decay reaches 0.
+    warmup_updates: updates in which the rate rises from 0.
+    decay: 'constant', 'linear' or 'cosine'.
+
+  Raises:
+    UserError: for another `decay`.
+  """
+  remaining = max(total_updates - warmup_updates, 1)
+  courses = {
+    'constant': lambda: optax.constant_schedule(learning_rate),
+    'linear': lambda: optax.linear_schedule(learning_rate, 0.0, remaining),
+    'cosine': lambda: optax.cosine_decay_schedule(learning_rate, remaining),
+  }
+  if decay not in courses:
+    raise UserError(f'decay is {decay!r}; choose one of {list(courses)}')
+  if not warmup_updates:
+    return courses[decay]()
+  # The first update already moves: the rate at update 0 is not 0.
+  rise = optax.linear_schedule(
+    learning_rate / warmup_updates, learning_rate, warmup_updates - 1
+  )
+  return optax.join_schedules([rise, courses[decay]()], [warmup_updates])
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW behind clipping of the gradient's global norm.
+
+  Args:
+    learning_rate: a rate or a schedule of the number of updates.
+    b1, b2, eps: Adam's.
+    weight_decay: decoupled; matrices decay, norms and biases do not.
+    max_grad_norm: the largest global norm; None does not clip.
+  """
+  clip = (
+    optax.identity()
+    if max_grad_norm is None
+    else optax.clip_by_global_norm(max_grad_norm)
+  )
+  return optax.chain(
+    clip,
+    optax.adamw(
+      learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=_is_matrix
+    ),
+  )
+
+
+def policy_forward(
+  config: ModelConfig, decoding: policy.Decoding, chunk: int = 256
+) -> Forward:
+  """The forward pass of a policy without a critic.
+
+  Args:
+    config: the model; `trainable['policy']` holds its parameters.
+    decoding: the settings that the responses were sampled with.
+    chunk: positions whose logits exist at one time.
+  """
+
+  def forward(trainable, frozen, prompts: policy.Prompts, batch: Batch):
+    del frozen
+    statistics = policy.score(
+      config, trainable['policy'], prompts, batch.tokens, decoding, chunk
+    )
+    return Outputs(log_probs=statistics.log_probs, entropy=statistics.entropy)
+
+  return forward
+
+
+def make_update(
+  forward: Forward,
+  estimator: Estimator,
+  optimizer: optax.GradientTransformation,
+  micro_prompts: int,
+  per_token: Mapping[str, diagnostics.Diagnostic] | None = None,
+) -> Update:
+  """Builds the jitted update.
+
+  An update whose loss or gradient is not finite is skipped: parameters and
+  optimiser state stay as they are, bit for bit, and `state.skipped` grows.
+
+  Args:
+    forward: gives the loss's inputs from the parameters.
+    estimator: the loss.
+    optimizer: optax transformation of `trainable`.
+    micro_prompts: prompts, each with all its responses, per micro-batch.
+    per_token: metrics to average over the minibatch's tokens.
+
+  Returns:
+    update(state, frozen, prompts, batch) → (state, metrics).  `state` is
+    donated.  metrics holds scalars: `loss`, `grad_norm`, `skipped`, the means
+    of `per_token`, and the mean and maximum of `log_prob_difference`.
+  """
+  per_token = dict(per_token or {})
+  per_token['log_prob_difference/mean'] = diagnostics.log_prob_difference
+
+  def loss_fn(trainable, frozen, prompts, batch):
+    outputs = forward(trainable, frozen, prompts, batch)
+    mask = batch.mask & batch.valid
+    sums = {
+      name: jnp.where(mask, metric(outputs, batch), 0.0).sum()
+      for name, metric in per_token.items()
+    }
+    difference = diagnostics.log_prob_difference(outputs, batch)
+    highest = jnp.where(mask, difference, 0.0).max()
+    return estimator.loss(outputs, batch), (sums, highest)
+
+  @jax.jit(donate_argnames='state')
+  def update(state: TrainState, frozen, prompts, batch):
+    def micro(gradients, part):
+      (loss, aux), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.trainable, frozen, *part
+      )
+      return jax.tree.map(jnp.add, gradients, gradient), (loss, aux)
+
+    parts = split_prompts((prompts, batch), micro_prompts)
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    gradients, (losses, (sums, highest)) = jax.lax.scan(micro, zeros, parts)
+    tokens = jnp.maximum((batch.mask & batch.valid).sum(), 1)
+    metrics = {name: value.sum() / tokens for name, value in sums.items()}
+    metrics['log_prob_difference/max'] = highest.max()
+    metrics['loss'] = losses.sum()
+    metrics['grad_norm'] = optax.global_norm(gradients)
+    state = _apply(state, gradients, metrics, optimizer)
+    metrics['skipped'] = state.skipped
+    return state, metrics
+
+  return update
+
+
+def _apply(
+  state: TrainState,
+  gradients: Any,
+  metrics: Mapping[str, Array],
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  finite = jnp.isfinite(metrics['grad_norm']) & jnp.isfinite(metrics['loss'])
+  changes, opt_state = optimizer.update(
+    gradients, state.opt_state, state.trainable
+  )
+  trainable = optax.apply_updates(state.trainable, changes)
+
+  def keep_if_not_finite(new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+  return TrainState(
+    trainable=keep_if_not_finite(trainable, state.trainable),
+    opt_state=keep_if_not_finite(opt_state, state.opt_state),
+    updates=state.updates + finite,
+    skipped=jnp.where(finite, 0, state.skipped + 1),
+  )
+
+
+def _is_matrix(params: Any) -> Any:
+  """True for kernels and embeddings, by name: stacked norms are 2-D too."""
+
+  def is_matrix(path, leaf) -> bool:
+    del leaf
+    return path[-1].key in ('kernel', 'embedding')
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
