@@ -1,0 +1,5 @@
+"""Scores of whole responses and their weighted sum."""
+
+from jaxrl_llm.rewards.scoring import RewardPart, Scores, score
+
+__all__ = ['RewardPart', 'Scores', 'score']

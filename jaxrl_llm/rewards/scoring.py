@@ -1,0 +1,217 @@
+"""Scores whole responses with a weighted sum of reward functions.
+
+A reward function has the signature that TRL uses,
+
+  fn(prompts, completions, **columns) -> list[float | None]
+
+with lists of N strings and columns of N entries each.  All arguments go by
+keyword, and a function without `**kwargs` gets only those it names.  None means
+"no score for this sample"; everything else that is not a finite number is an
+error.  Nothing becomes 0 and nothing is broadcast silently.
+"""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.errors import UserError
+
+
+class RewardPart(NamedTuple):
+  """One reward function, the name it is logged under, and its weight."""
+
+  name: str
+  function: Callable[..., Sequence[float | None]]
+  weight: float = 1.0
+
+
+class Scores(NamedTuple):
+  """What N responses earned.
+
+  Attributes:
+    total: float64 [N], Σ weight · score; 0 where not valid.
+    valid: bool [N], False where any part gave None.
+    parts: float64 [N] per part, unweighted; NaN where it gave None.
+  """
+
+  total: np.ndarray
+  valid: np.ndarray
+  parts: dict[str, np.ndarray]
+
+
+def score(
+  parts: Sequence[RewardPart],
+  prompts: Sequence[str],
+  completions: Sequence[str],
+  columns: dict[str, Sequence[Any]],
+) -> Scores:
+  """Scores N responses with every part and adds them up.
+
+  Args:
+    parts: at least one, with distinct names and finite weights.
+    prompts: N strings.
+    completions: N strings, without the end token.
+    columns: N entries each: the data set's columns, `completion_ids` (lists of
+      int, the end token included) and `finished` (bool: ended by itself).
+
+  Raises:
+    UserError: naming the function, the sample and its completion, when a
+      function fails or returns anything but N finite numbers or Nones.
+  """
+  arguments = {'prompts': prompts, 'completions': completions}
+  _check(parts, arguments, columns)
+  # Copies, so that a function that changes its arguments changes only its own.
+  scores = {
+    part.name: _part_scores(part, {**arguments, **columns}) for part in parts
+  }
+  stacked = np.stack(list(scores.values()))
+  weights = np.asarray([part.weight for part in parts], np.float64)
+  valid = ~np.isnan(stacked).any(axis=0)
+  with np.errstate(over='ignore', invalid='ignore'):
+    total = np.where(valid, (weights[:, None] * stacked).sum(axis=0), 0.0)
+  if not np.isfinite(total).all():
+    raise UserError(
+      'the weighted sum of rewards overflows at sample '
+      f'{int(np.argmin(np.isfinite(total)))}.'
+    )
+  return Scores(total, valid, scores)
+
+
+def _check(parts, arguments, columns):
+  """Raises UserError unless names, weights and lengths make sense."""
+  names = [part.name for part in parts]
+  if not names or len(set(names)) < len(names):
+    raise UserError(f'reward parts need distinct names, not {names}.')
+  for part in parts:
+    if not callable(part.function):
+      raise UserError(f'reward {part.name!r} is not a function.')
+    if not math.isfinite(part.weight):
+      raise UserError(f'reward {part.name!r} has the weight {part.weight}.')
+  clash = sorted(set(arguments) & set(columns))
+  if clash:
+    raise UserError(f'a column cannot be called {clash[0]!r}: rename it.')
+  count = len(arguments['prompts'])
+  for name, values in {**arguments, **columns}.items():
+    if len(values) != count:
+      raise UserError(
+        f'there are {count} prompts to score but {len(values)} entries in '
+        f'{name!r}.'
+      )
+
+
+def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
+  """Calls one function and returns float64 [N], NaN for None."""
+  accepted = _accepted(part, arguments)
+  try:
+    result = part.function(**_copies(accepted))
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(
+      f'reward {part.name!r} raised {type(error).__name__}: '
+      f'{_shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
+    ) from error
+  completions = arguments['completions']
+  values = _as_list(part.name, result, len(completions))
+  return np.asarray(
+    [
+      _number(part.name, value, i, completions[i])
+      for i, value in enumerate(values)
+    ],
+    np.float64,
+  )
+
+
+def _accepted(part: RewardPart, arguments: dict) -> dict:
+  """The arguments that the function can take."""
+  try:
+    parameters = inspect.signature(part.function).parameters.values()
+  except (TypeError, ValueError):
+    return arguments  # No signature to read: give it all, as to **kwargs.
+  keyword = (
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+  )
+  for parameter in parameters:
+    required = parameter.default is parameter.empty and (
+      parameter.kind in keyword
+      or parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+    )
+    if required and (
+      parameter.name not in arguments or parameter.kind not in keyword
+    ):
+      raise UserError(
+        f'reward {part.name!r} needs an argument {parameter.name!r}.\n'
+        f'Arguments are passed by name; there are {sorted(arguments)}.'
+      )
+  if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+    return arguments
+  named = {p.name for p in parameters if p.kind in keyword}
+  return {k: v for k, v in arguments.items() if k in named}
+
+
+def _copies(arguments: dict) -> dict:
+  return {name: list(values) for name, values in arguments.items()}
+
+
+def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
+  """Says which sample the function fails on, by trying them one at a time."""
+  for i, completion in enumerate(arguments['completions']):
+    try:
+      part.function(**{name: [v[i]] for name, v in accepted.items()})
+    except Exception:
+      return f'at sample {i}, completion {_shortened(completion)!r}.'
+  return 'on the whole batch; no sample alone makes it fail.'
+
+
+def _as_list(name: str, result: Any, count: int) -> list:
+  """A function's result as a list of `count` values."""
+  if hasattr(result, '__array__'):
+    result = np.asarray(result)
+    kind = f'an array of shape {result.shape}'
+    values = result.tolist() if result.ndim == 1 else None
+  else:
+    kind = f'{type(result).__name__} {_shortened(repr(result))}'
+    values = list(result) if isinstance(result, (list, tuple)) else None
+  if values is None:
+    raise UserError(
+      f'reward {name!r} returned {kind}.\n'
+      f'It must return a list of {count} numbers, one per completion.'
+    )
+  if len(values) != count:
+    raise UserError(
+      f'reward {name!r} returned {len(values)} values for {count} completions.'
+      '\nIt must return one per completion.'
+    )
+  return values
+
+
+def _number(name: str, value: Any, index: int, completion: str) -> float:
+  """One value as a finite float, or NaN for None."""
+  if value is None:
+    return math.nan
+  if getattr(value, 'shape', None) == () and hasattr(value, 'item'):
+    value = value.item()  # A scalar of NumPy or JAX.
+  number = math.nan
+  if isinstance(value, numbers.Real):
+    try:
+      number = float(value)
+    except OverflowError:
+      number = math.inf
+  if not math.isfinite(number):
+    raise UserError(
+      f'reward {name!r} returned {_shortened(repr(value))} for sample {index}, '
+      f'completion {_shortened(completion)!r}.\n'
+      'A score must be a finite number, or None for no score.'
+    )
+  return number
+
+
+def _shortened(text: str, length: int = 60) -> str:
+  """One line of at most `length` characters and an ellipsis."""
+  line = ' '.join(text.split())
+  return line if len(line) <= length else line[:length] + '…'

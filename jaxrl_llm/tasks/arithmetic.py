@@ -1,0 +1,153 @@
+"""Generated arithmetic of adjustable difficulty, with its steps worked out.
+
+One datum:
+
+  {'prompt':     '3+5*2-4=',
+   'solution':   '3+10-4=13-4=9',
+   'answer':     '9',
+   'operations': 3}
+
+The solution rewrites the whole expression once per operation, so every step can
+be read off the one before: first the products, then sums and differences, each
+from the left.  Only the first number of an expression can be negative.  All
+characters are in `ALPHABET`; prompt and solution are separate strings and the
+end token is the tokenizer's.
+
+What makes it harder: more operations, larger operands, `*`, no modulus, and
+answers without steps.  Characters per solution grow with operations² · digits.
+"""
+
+import operator
+import random
+from collections.abc import Collection, Sequence
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks.splits import split as split
+
+ALPHABET = '0123456789+-*='
+
+_OPERATORS = {'+': operator.add, '-': operator.sub, '*': operator.mul}
+
+# Draws in a row without a new prompt after which the space counts as exhausted.
+_MAX_FRUITLESS_DRAWS = 10_000
+
+
+def generate(
+  count: int,
+  seed: int,
+  *,
+  operations: tuple[int, int] = (2, 3),
+  operands: tuple[int, int] = (1, 9),
+  operators: str = '+-*',
+  modulus: int | None = None,
+  largest: int | None = None,
+  steps: bool = True,
+  exclude: Collection[str] = (),
+) -> list[dict]:
+  """Returns `count` rows with distinct prompts, a function of its arguments.
+
+  Args:
+    count: number of rows.
+    seed: of Python's generator; the same seed gives the same rows.
+    operations: least and greatest number of operators in an expression.
+    operands: least and greatest operand, neither negative; (1, 9) is one digit,
+      (10, 99) two.
+    operators: which of '+-*' occur, each equally often.
+    modulus: every intermediate result is taken modulo this, which bounds the
+      digits and leaves no negative numbers; None for ordinary integers.  The
+      prompt does not show it: it is a property of the data set.
+    largest: expressions with an intermediate result beyond ±largest are not
+      generated; None for no limit.
+    steps: whether `solution` holds the worked steps or the answer alone.
+    exclude: prompts that must not occur, such as those of another split.
+
+  Raises:
+    UserError: for impossible ranges, or when there are too few such prompts.
+  """
+  _check(count, operations, operands, operators, modulus, largest)
+  rng = random.Random(seed)
+  seen = set(exclude)
+  rows, fruitless = [], 0
+  while len(rows) < count:
+    length = rng.randint(*operations)
+    numbers = [rng.randint(*operands) for _ in range(length + 1)]
+    signs = [rng.choice(operators) for _ in range(length)]
+    prompt = _text(numbers, signs) + '='
+    lines = None if prompt in seen else _work(numbers, signs, modulus, largest)
+    if lines is None:
+      fruitless += 1
+      if fruitless > _MAX_FRUITLESS_DRAWS:
+        raise UserError(
+          f'only {len(rows)} of {count} distinct arithmetic prompts were found '
+          f'with operations={operations}, operands={operands}.\n'
+          'Ask for fewer rows, or widen operations, operands or largest.'
+        )
+      continue
+    fruitless = 0
+    seen.add(prompt)
+    rows.append(
+      {
+        'prompt': prompt,
+        'solution': '='.join(lines) if steps else lines[-1],
+        'answer': lines[-1],
+        'operations': length,
+      }
+    )
+  return rows
+
+
+def _check(count, operations, operands, operators, modulus, largest):
+  """Raises UserError for settings that no expression can satisfy."""
+  problems = [
+    (count < 1, f'count={count} must be at least 1'),
+    (
+      not 1 <= operations[0] <= operations[1],
+      f'operations={operations} must be (least, greatest) with least >= 1',
+    ),
+    (
+      not 0 <= operands[0] <= operands[1],
+      f'operands={operands} must be (least, greatest) with least >= 0',
+    ),
+    (
+      not operators or not set(operators) <= set(_OPERATORS),
+      f"operators={operators!r} must be some of '+-*'",
+    ),
+    (
+      modulus is not None and modulus < 2,
+      f'modulus={modulus} must be at least 2 or None',
+    ),
+    (
+      largest is not None and largest < 1,
+      f'largest={largest} must be at least 1 or None',
+    ),
+  ]
+  for wrong, message in problems:
+    if wrong:
+      raise UserError(f'arithmetic.generate: {message}.')
+
+
+def _work(
+  numbers: Sequence[int],
+  signs: Sequence[str],
+  modulus: int | None,
+  largest: int | None,
+) -> list[str] | None:
+  """The expression after each operation, or None beyond `largest`."""
+  numbers, signs = list(numbers), list(signs)
+  lines = []
+  while signs:
+    i = signs.index('*') if '*' in signs else 0
+    value = _OPERATORS[signs.pop(i)](numbers[i], numbers[i + 1])
+    if modulus is not None:
+      value %= modulus
+    if largest is not None and abs(value) > largest:
+      return None
+    numbers[i : i + 2] = [value]
+    lines.append(_text(numbers, signs))
+  return lines
+
+
+def _text(numbers, signs):
+  return str(numbers[0]) + ''.join(
+    sign + str(number) for sign, number in zip(signs, numbers[1:], strict=True)
+  )

@@ -1,0 +1,414 @@
+"""From rows of text to token ids, and from ids to batches.
+
+A row is a dictionary with a 'prompt'; its other keys are columns that reward
+functions may ask for.  All lengths are in tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.errors import UserError
+
+# What the scoring code supplies itself; a data set cannot.
+_RESERVED_COLUMNS = ('prompts', 'completions', 'completion_ids', 'finished')
+
+
+class EncodedPrompts(NamedTuple):
+  """Rows and their token ids, after the length policy.
+
+  Attributes:
+    tokens: one int32 array per row, of 1 to `max_tokens` ids.
+    rows: the rows that were kept.
+    dropped: number of rows over budget that were left out.
+    max_tokens: the budget.
+    pad_id: what batches are padded with; its positions are never read.
+    tokenizer_hash: sha256 of the tokenizer's definition.
+    template_hash: sha256 of chat template and system prompt; None without.
+  """
+
+  tokens: list[np.ndarray]
+  rows: list[dict]
+  dropped: int
+  max_tokens: int
+  pad_id: int
+  tokenizer_hash: str
+  template_hash: str | None
+
+
+class PromptBatch(NamedTuple):
+  """P prompts padded to one width.
+
+  Attributes:
+    tokens: int32 [P, S], each row's ids at its left.
+    lengths: int32 [P], tokens per prompt.
+    rows: the P rows of the data set.
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  rows: list[dict]
+
+
+def encode_text(text: str, tokenizer) -> list[int]:
+  """Ids of a raw prompt: one BOS where the tokenizer puts one, and no EOS.
+
+  A tokenizer that appends an end token (some do) would end the prompt before
+  the model has written anything, so only the leading BOS is taken over, and not
+  a second time where the text spells it out.
+  """
+  ids = tokenizer(text, add_special_tokens=False)['input_ids']
+  bos = tokenizer.bos_token_id
+  if bos is None or tokenizer('')['input_ids'][:1] != [bos]:
+    return ids
+  return ids if ids[:1] == [bos] else [bos, *ids]
+
+
+def encode_prompts(
+  rows: Sequence[dict],
+  tokenizer,
+  max_tokens: int,
+  *,
+  chat_template: str | None = 'auto',
+  system_prompt: str | None = None,
+  suffix: str = '',
+  overlong: str = 'error',
+) -> EncodedPrompts:
+  """Tokenises the prompts of a data set and applies the length policy.
+
+  Args:
+    rows: dictionaries with a 'prompt' of type str.
+    tokenizer: of `transformers`.
+    max_tokens: greatest length of a prompt, special tokens included; a prompt
+      of exactly this length is within budget.
+    chat_template: 'auto' wraps the prompt as a user's message where the
+      tokenizer has a chat template; None never does; any other text is used as
+      the template.  A template writes its own special tokens: none are added.
+    system_prompt: put before the user's message; needs a chat template.
+    suffix: appended to every prompt before it is tokenised, such as a separator
+      that the model expects.
+    overlong: 'error', or 'drop' to leave out and count prompts over budget.
+
+  Raises:
+    UserError: for prompts that are over budget, empty or not expressible in the
+      vocabulary, and where no row is left.
+  """
+  if overlong not in ('error', 'drop'):
+    raise UserError(f"overlong={overlong!r} must be 'error' or 'drop'.")
+  if max_tokens < 1:
+    raise UserError(f'the prompt budget must be positive, not {max_tokens}.')
+  if not rows:
+    raise UserError('the data set has no rows: nothing to prompt with.')
+  template = _template(tokenizer, chat_template, system_prompt)
+  encoded = [
+    _encode_prompt(i, row, tokenizer, template, system_prompt, suffix)
+    for i, row in enumerate(rows)
+  ]
+  long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
+  if long and overlong == 'error':
+    raise UserError(
+      f'{len(long)} of {len(rows)} prompts exceed {max_tokens} tokens; the '
+      f'longest has {max(map(len, encoded))}, the first is row {long[0]}.\n'
+      "Raise the prompt budget, or leave them out with overlong='drop'."
+    )
+  if len(long) == len(rows):
+    raise UserError(
+      f'none of {len(rows)} prompts fits into {max_tokens} tokens; the '
+      f'shortest has {min(map(len, encoded))}.\nRaise the prompt budget.'
+    )
+  out = set(long)
+  kept = [i for i in range(len(rows)) if i not in out]
+  return EncodedPrompts(
+    tokens=[np.asarray(encoded[i], np.int32) for i in kept],
+    rows=[rows[i] for i in kept],
+    dropped=len(long),
+    max_tokens=max_tokens,
+    pad_id=_pad_id(tokenizer),
+    tokenizer_hash=_tokenizer_hash(tokenizer),
+    template_hash=None
+    if template is None
+    else _sha256(json.dumps([template, system_prompt])),
+  )
+
+
+def encode_solutions(
+  rows: Sequence[dict], tokenizer, max_tokens: int, eos_id: int
+) -> list[np.ndarray]:
+  """Ids of each row's 'solution' and the end token, for supervised training.
+
+  The solution is tokenised apart from its prompt, without special tokens, so
+  that prompt ids + solution ids is what sampling could have produced.
+
+  Args:
+    rows: dictionaries with a 'solution' of type str.
+    tokenizer: of `transformers`.
+    max_tokens: greatest length, the end token included.
+    eos_id: the end token.
+
+  Returns:
+    One int32 array per row.
+
+  Raises:
+    UserError: for a solution that is missing, over budget or not expressible.
+  """
+  encoded = []
+  for i, row in enumerate(rows):
+    text = row.get('solution')
+    if not isinstance(text, str):
+      raise UserError(
+        f'row {i} has no text in its column solution, which supervised '
+        f'training needs; its columns are {sorted(row)}.'
+      )
+    ids = tokenizer(text, add_special_tokens=False)['input_ids']
+    _check_known(f'the solution of row {i}', text, ids, tokenizer)
+    encoded.append(np.asarray([*ids, eos_id], np.int32))
+  long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
+  if long:
+    raise UserError(
+      f'{len(long)} of {len(rows)} solutions exceed {max_tokens} tokens with '
+      f'their end token; the longest has {max(map(len, encoded))}, the first '
+      f'is row {long[0]}.\nRaise the response budget, or shorten the solutions.'
+    )
+  return encoded
+
+
+def padded(
+  sequences: Sequence[Sequence[int]], pad_id: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (tokens, lengths): int32 [N, width] padded at the right, int32 [N].
+
+  Raises:
+    UserError: for a sequence that is longer than `width`.
+  """
+  lengths = np.asarray([len(ids) for ids in sequences], np.int32)
+  if len(lengths) and lengths.max() > width:
+    raise UserError(
+      f'sequence {int(lengths.argmax())} has {lengths.max()} tokens, which '
+      f'does not fit a width of {width}.'
+    )
+  tokens = np.full((len(sequences), width), pad_id, np.int32)
+  for row, ids in zip(tokens, sequences, strict=True):
+    row[: len(ids)] = ids
+  return tokens, lengths
+
+
+def gather(
+  encoded: EncodedPrompts, indices: Sequence[int], *, bucket: int = 32
+) -> PromptBatch:
+  """The prompts at `indices`, in that order, as one batch.
+
+  The width is the least multiple of `bucket` that holds the longest of them,
+  and at most the budget, so that few shapes are ever compiled.
+  """
+  chosen = [encoded.tokens[i] for i in indices]
+  longest = max(map(len, chosen))
+  width = min(-(-longest // bucket) * bucket, encoded.max_tokens)
+  tokens, lengths = padded(chosen, encoded.pad_id, width)
+  return PromptBatch(tokens, lengths, [encoded.rows[i] for i in indices])
+
+
+def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
+  """What reward functions are given of the rows, besides their prompts.
+
+  Args:
+    rows: P rows.
+    samples: G, how often each row is repeated in place.
+
+  Returns:
+    A list of P·G entries per column: row 0 G times, row 1 G times, and so on.
+    A row without a column that others have holds None there.
+  """
+  names = dict.fromkeys(name for row in rows for name in row)
+  taken = [name for name in names if name in _RESERVED_COLUMNS]
+  if taken:
+    raise UserError(
+      f'the data set has a column {taken[0]!r}, a name that stands for what '
+      'the model wrote.\nRename the column.'
+    )
+  names.pop('prompt', None)
+  return {
+    name: [row.get(name) for row in rows for _ in range(samples)]
+    for name in names
+  }
+
+
+class PromptSource:
+  """An endless, seeded order over a data set that keeps no state.
+
+  Batch i is a pure function of (seed, i): a run that resumes at step i needs
+  nothing but the number.  Every epoch visits every row once, in a permutation
+  given by (seed, epoch); batches run across the ends of epochs, so nothing is
+  dropped or repeated within an epoch.
+  """
+
+  def __init__(
+    self,
+    encoded: EncodedPrompts,
+    prompts_per_step: int,
+    seed: int,
+    *,
+    bucket: int = 32,
+  ):
+    """Takes P = prompts_per_step rows at a time; P may exceed their number.
+
+    Args:
+      encoded: at least one row.
+      prompts_per_step: P.
+      seed: of the permutations, not negative.
+      bucket: batches are padded to a multiple of this many tokens.
+    """
+    for name, value, least in (
+      ('number of rows', len(encoded.rows), 1),
+      ('number of prompts per step', prompts_per_step, 1),
+      ('seed', seed, 0),
+      ('bucket', bucket, 1),
+    ):
+      if value < least:
+        raise UserError(f'the {name} must be at least {least}, not {value}.')
+    self._encoded = encoded
+    self._prompts_per_step = prompts_per_step
+    self._seed = seed
+    self._bucket = bucket
+
+  def indices(self, step: int) -> list[int]:
+    """Which rows batch `step` holds, as positions in the encoded prompts."""
+    if step < 0:
+      raise ValueError(f'there is no step {step}')
+    n, size = len(self._encoded.rows), self._prompts_per_step
+    first, last = step * size, (step + 1) * size - 1
+    orders = {e: self._order(e) for e in range(first // n, last // n + 1)}
+    return [int(orders[p // n][p % n]) for p in range(first, last + 1)]
+
+  def batch(self, step: int) -> PromptBatch:
+    """Batch `step`, counted from 0."""
+    return gather(self._encoded, self.indices(step), bucket=self._bucket)
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What must be equal for a stored step number to mean the same prompts."""
+    digest = hashlib.sha256()
+    for ids in self._encoded.tokens:
+      digest.update(len(ids).to_bytes(8, 'little'))
+      digest.update(np.ascontiguousarray(ids, '<i4').tobytes())
+    rows = json.dumps(self._encoded.rows, sort_keys=True, default=repr)
+    return {
+      'seed': self._seed,
+      'rows': len(self._encoded.rows),
+      'prompts_per_step': self._prompts_per_step,
+      'tokens_sha256': digest.hexdigest(),
+      'rows_sha256': _sha256(rows),
+      'tokenizer_sha256': self._encoded.tokenizer_hash,
+      'template_sha256': self._encoded.template_hash,
+    }
+
+  def _order(self, epoch: int) -> np.ndarray:
+    # Sorting raw bits: NumPy keeps the streams of its bit generators for ever,
+    # but not what Generator.permutation makes of them.
+    bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+    return np.argsort(bits.random_raw(len(self._encoded.rows)), kind='stable')
+
+
+def _template(tokenizer, chat_template, system_prompt) -> str | None:
+  """The chat template to use, as text."""
+  template = chat_template
+  if chat_template == 'auto':
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+      raise UserError(
+        f'the tokenizer has several chat templates: {sorted(template)}.\n'
+        'Pass the text of one as chat_template.'
+      )
+  if system_prompt is not None and template is None:
+    raise UserError(
+      'system_prompt needs a chat template, and there is none in use.\n'
+      'Pass a chat_template, or put the text into the prompts.'
+    )
+  return template
+
+
+def _encode_prompt(
+  index, row, tokenizer, template, system_prompt, suffix
+) -> list[int]:
+  """Ids of one row's prompt."""
+  text = row.get('prompt')
+  if not isinstance(text, str):
+    raise UserError(
+      f'row {index} has no text in its column prompt; its columns are '
+      f'{sorted(row)}.'
+    )
+  text += suffix
+  if template is None:
+    ids = encode_text(text, tokenizer)
+    if not ids and tokenizer.bos_token_id is not None:
+      ids = [tokenizer.bos_token_id]
+  else:
+    messages = [{'role': 'user', 'content': text}]
+    if system_prompt is not None:
+      messages.insert(0, {'role': 'system', 'content': system_prompt})
+    text = _rendered(tokenizer, template, messages)
+    # The template has written the special tokens; adding them again would
+    # double the BOS.
+    ids = tokenizer(text, add_special_tokens=False)['input_ids']
+  if not ids:
+    raise UserError(
+      f'the prompt of row {index} is empty, and the tokenizer has no BOS token '
+      'to start from.\nRemove the row, or give every prompt a suffix.'
+    )
+  _check_known(f'the prompt of row {index}', text, ids, tokenizer)
+  return ids
+
+
+def _rendered(tokenizer, template, messages) -> str:
+  try:
+    return tokenizer.apply_chat_template(
+      messages,
+      chat_template=template,
+      tokenize=False,
+      add_generation_prompt=True,
+    )
+  except Exception as error:  # A template can raise what it likes.
+    roles = [message['role'] for message in messages]
+    raise UserError(
+      f'the chat template fails on messages of the roles {roles}:\n'
+      f'{" ".join(str(error).split())[:200]}'
+    ) from error
+
+
+def _check_known(where, text, ids, tokenizer):
+  """Raises UserError where the vocabulary cannot express the text."""
+  unk = tokenizer.unk_token_id
+  # Some tokenizers use one id for everything special; then it means nothing.
+  if unk is None or unk in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    return
+  if unk not in ids or tokenizer.unk_token in text:
+    return
+  lost = [
+    c
+    for c in dict.fromkeys(text)
+    if unk in tokenizer(c, add_special_tokens=False)['input_ids']
+  ]
+  raise UserError(
+    f'{where} holds characters that the tokenizer lacks: '
+    f'{"".join(lost[:20])!r}.\nRemove them, or use another tokenizer.'
+  )
+
+
+def _pad_id(tokenizer) -> int:
+  for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    if token is not None:
+      return token
+  return 0
+
+
+def _tokenizer_hash(tokenizer) -> str:
+  """sha256 of what decides the ids: all but padding and truncation state."""
+  definition = json.loads(tokenizer.backend_tokenizer.to_str())
+  for state in ('padding', 'truncation'):
+    definition.pop(state, None)
+  return _sha256(json.dumps(definition, sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()

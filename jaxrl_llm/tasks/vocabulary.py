@@ -1,0 +1,47 @@
+"""A tokenizer with one token per character, for models made from scratch."""
+
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxrl_llm.errors import UserError
+
+
+def character_tokenizer(
+  alphabet: str,
+  *,
+  pad: str = '<pad>',
+  eos: str = '<eos>',
+  unk: str = '<unk>',
+) -> transformers.PreTrainedTokenizerFast:
+  """One token per character of `alphabet`, in order, after three special ones.
+
+  Ids: pad 0, eos 1, unk 2, then the alphabet from 3 on.  Nothing is prepended
+  or appended: callers add the end token where a response ends.  Decoding what
+  was encoded gives the same text, whitespace included, for text within the
+  alphabet.  `save_pretrained` writes a folder that AutoTokenizer opens.
+
+  Raises:
+    UserError: for a repeated character, or special tokens that are not distinct
+      from each other and from the alphabet.
+  """
+  vocabulary = [pad, eos, unk, *alphabet]
+  repeated = [t for t in dict.fromkeys(vocabulary) if vocabulary.count(t) > 1]
+  if repeated or not alphabet or not (pad and eos and unk):
+    raise UserError(
+      'a character vocabulary needs distinct, non-empty tokens: '
+      + (f'{repeated} repeated.' if repeated else 'one is empty.')
+    )
+  backend = tokenizers.Tokenizer(
+    models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token=unk)
+  )
+  backend.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
+  # Without a decoder, tokens would be joined by spaces.
+  backend.decoder = decoders.Fuse()
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend,
+    pad_token=pad,
+    eos_token=eos,
+    unk_token=unk,
+    clean_up_tokenization_spaces=False,
+  )

@@ -1,0 +1,163 @@
+"""Sums against hand computation; every way a reward function can misbehave."""
+
+import fractions
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import RewardPart, score
+
+PROMPTS = ['p0', 'p1', 'p2']
+COMPLETIONS = ['short', 'a bit longer', 'the third completion ' * 10]
+COLUMNS = {'answer': ['1', '2', '3'], 'finished': [True, False, True]}
+
+
+def run(*parts, **changes):
+  arguments = dict(
+    prompts=PROMPTS, completions=COMPLETIONS, columns=COLUMNS
+  ) | dict(changes)
+  return score(parts, **arguments)
+
+
+def returns(value):
+  return RewardPart('bad_one', lambda completions, **kwargs: value)
+
+
+def message_of(*parts, **changes):
+  with pytest.raises(UserError) as caught:
+    run(*parts, **changes)
+  text = str(caught.value)
+  assert len(text.splitlines()) <= 3, text
+  return text
+
+
+def test_total_is_the_weighted_sum_of_the_parts():
+  scores = run(
+    RewardPart('a', lambda completions, **kwargs: [1, 2.5, -1]),
+    RewardPart('b', lambda prompts, completions, **kwargs: (0.1, 0, 4), -2.0),
+  )
+  np.testing.assert_array_equal(scores.total, [1 - 0.2, 2.5, -1 - 8])
+  assert scores.total.dtype == np.float64
+  np.testing.assert_array_equal(scores.parts['a'], [1, 2.5, -1])
+  np.testing.assert_array_equal(scores.parts['b'], [0.1, 0, 4])
+  assert scores.valid.tolist() == [True] * 3
+
+
+def test_none_makes_only_its_own_sample_invalid():
+  scores = run(
+    RewardPart('a', lambda **kwargs: [1, None, 3]),
+    RewardPart('b', lambda **kwargs: [10, 20, 30]),
+  )
+  np.testing.assert_array_equal(scores.total, [11, 0, 33])
+  assert scores.valid.tolist() == [True, False, True]
+  np.testing.assert_array_equal(scores.parts['a'], [1, np.nan, 3])
+  np.testing.assert_array_equal(scores.parts['b'], [10, 20, 30])
+
+
+@pytest.mark.parametrize(
+  'value',
+  [
+    np.asarray([1, 0, 1]),
+    np.asarray([1.0, 0.0, 1.0], np.float32),
+    jnp.asarray([1.0, 0.0, 1.0]),
+    [jnp.float32(1), jnp.int32(0), np.float64(1)],
+    [True, False, np.bool_(True)],
+    [fractions.Fraction(1), 0, 1],
+  ],
+)
+def test_numbers_of_every_make_are_taken(value):
+  np.testing.assert_array_equal(run(returns(value)).total, [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+  'bad',
+  [float('nan'), float('inf'), -np.inf, np.float32('nan'), '1', 1j, [1], {}]
+  + [10**400],
+)
+def test_a_value_that_is_no_finite_number_names_function_and_sample(bad):
+  text = message_of(returns([0.0, 1.0, bad]))
+  assert 'bad_one' in text and 'sample 2' in text
+  assert 'the third completion' in text and len(text) < 300
+
+
+@pytest.mark.parametrize(
+  'bad',
+  [1.0, np.float32(1), np.ones(()), np.ones((3, 1)), np.ones(1), [1.0], [1] * 4]
+  + [None, 'abc', {'a': 1, 'b': 2, 'c': 3}, jnp.ones(()), np.array(['a', 'b'])],
+)
+def test_nothing_is_broadcast_or_truncated(bad):
+  text = message_of(returns(bad))
+  assert 'bad_one' in text and '3' in text
+
+
+def test_an_exception_is_located_and_chained():
+  def breaks(completions, **kwargs):
+    return [1 / (len(c) - len('a bit longer')) for c in completions]
+
+  with pytest.raises(UserError) as caught:
+    run(RewardPart('breaks', breaks))
+  text = str(caught.value)
+  assert 'ZeroDivisionError' in text and 'sample 1' in text
+  assert 'a bit longer' in text and len(text.splitlines()) <= 3
+  assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_exception_of_the_whole_batch_says_so():
+  def breaks(completions, **kwargs):
+    if len(completions) > 1:
+      raise RuntimeError('line one\nline two')
+    return [1.0]
+
+  assert 'whole batch' in message_of(RewardPart('breaks', breaks))
+
+
+def test_a_function_gets_only_what_it_names():
+  seen = {}
+
+  def some(completions, answer, unused=7):
+    seen['some'] = (completions, answer, unused)
+    return [0] * len(completions)
+
+  class All:
+    def __call__(self, prompts, **kwargs):
+      seen['all'] = (prompts, sorted(kwargs))
+      return [0] * len(prompts)
+
+  run(RewardPart('some', some), RewardPart('all', All()))
+  assert seen['some'] == (COMPLETIONS, ['1', '2', '3'], 7)
+  assert seen['all'] == (PROMPTS, ['answer', 'completions', 'finished'])
+
+
+def test_a_missing_column_is_named():
+  text = message_of(RewardPart('needy', lambda completions, gold: []))
+  assert 'needy' in text and "'gold'" in text and 'answer' in text
+  text = message_of(RewardPart('positional', lambda prompts, c, /: []))
+  assert 'positional' in text
+
+
+def test_one_function_cannot_change_what_the_next_one_sees():
+  def vandal(completions, answer):
+    answer.clear()
+    completions[0] = ''
+    return [0.0] * 3
+
+  def reader(completions, answer):
+    assert completions == COMPLETIONS and answer == ['1', '2', '3']
+    return [1.0] * 3
+
+  run(RewardPart('vandal', vandal), RewardPart('reader', reader))
+
+
+def test_inconsistent_input_is_refused():
+  good = RewardPart('a', lambda **kwargs: [0.0] * 3)
+  assert 'answer' in message_of(good, columns={'answer': ['1']})
+  assert 'completions' in message_of(good, completions=['a'])
+  assert 'distinct' in message_of(good, good)
+  assert 'distinct' in message_of()
+  assert 'weight' in message_of(good._replace(weight=float('nan')))
+  assert 'not a function' in message_of(good._replace(function='a'))
+  assert 'prompts' in message_of(good, columns={'prompts': ['1'] * 3})
+  big = RewardPart('big', lambda **kwargs: [0, 1e308, 0], 10.0)
+  assert 'overflows at sample 1' in message_of(big)

@@ -1,0 +1,131 @@
+"""Every generated line is checked by an independent evaluator."""
+
+import ast
+import operator
+
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import arithmetic
+from jaxrl_llm.tasks.vocabulary import character_tokenizer
+
+NODES = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def value(text):
+  """Python's own grammar as the oracle."""
+
+  def walk(node):
+    if isinstance(node, ast.BinOp):
+      return NODES[type(node.op)](walk(node.left), walk(node.right))
+    if isinstance(node, ast.UnaryOp):
+      return -walk(node.operand)
+    return node.value
+
+  return walk(ast.parse(text, mode='eval').body)
+
+
+def count_operators(text):
+  return sum(isinstance(n, ast.BinOp) for n in ast.walk(ast.parse(text)))
+
+
+@pytest.mark.parametrize('operators', ['+-*', '+', '-', '*', '+-'])
+def test_every_step_has_the_value_of_the_prompt(operators):
+  rows = arithmetic.generate(
+    300, 1, operations=(2, 5), operands=(0, 99), operators=operators
+  )
+  for row in rows:
+    expression = row['prompt'].removesuffix('=')
+    lines = row['solution'].split('=')
+    assert {value(line) for line in lines} == {int(row['answer'])}
+    assert value(expression) == int(row['answer']) == int(lines[-1])
+    assert len(lines) == row['operations'] == count_operators(expression)
+    assert 2 <= row['operations'] <= 5
+    left = [count_operators(line) for line in lines]
+    assert left == list(range(row['operations']))[::-1]
+
+
+def test_modulus_reduces_every_step():
+  for row in arithmetic.generate(300, 2, operations=(2, 4), modulus=10):
+    lines = row['solution'].split('=')
+    truth = value(row['prompt'].removesuffix('=')) % 10
+    assert {value(line) % 10 for line in lines} == {truth}
+    assert row['answer'] == str(truth)
+
+
+def test_largest_bounds_every_intermediate_result():
+  for row in arithmetic.generate(300, 3, operations=(3, 3), largest=20):
+    numbers = row['solution'].replace('=', ' ').replace('*', ' ')
+    numbers = numbers.replace('+', ' ').replace('-', ' ').split()
+    assert max(map(int, numbers)) <= 20
+
+
+def test_settings_bound_the_operands():
+  rows = arithmetic.generate(200, 4, operands=(10, 12), operations=(2, 2))
+  used = {n for r in rows for n in r['prompt'][:-1].replace('*', '+')
+          .replace('-', '+').split('+')}  # fmt: skip
+  assert used == {'10', '11', '12'}
+
+
+def test_without_steps_the_solution_is_the_answer():
+  with_steps = arithmetic.generate(50, 5)
+  without = arithmetic.generate(50, 5, steps=False)
+  assert [r['prompt'] for r in with_steps] == [r['prompt'] for r in without]
+  assert all(r['solution'] == r['answer'] for r in without)
+
+
+def test_rows_are_distinct_reproducible_and_avoid_excluded_prompts():
+  rows = arithmetic.generate(500, 6)
+  prompts = {row['prompt'] for row in rows}
+  assert len(prompts) == 500
+  assert rows == arithmetic.generate(500, 6)
+  assert rows != arithmetic.generate(500, 7)
+  other = arithmetic.generate(500, 6, exclude=prompts)
+  assert not prompts & {row['prompt'] for row in other}
+
+
+def test_an_exhausted_space_is_an_error_not_a_hang():
+  space = dict(operations=(1, 1), operands=(1, 3), operators='+')
+  assert len(arithmetic.generate(9, 0, **space)) == 9
+  with pytest.raises(UserError, match='only 9 of 10'):
+    arithmetic.generate(10, 0, **space)
+
+
+@pytest.mark.parametrize(
+  'wrong',
+  [
+    dict(operations=(0, 2)),
+    dict(operations=(3, 2)),
+    dict(operands=(-1, 2)),
+    dict(operands=(5, 2)),
+    dict(operators='+/'),
+    dict(operators=''),
+    dict(modulus=1),
+    dict(largest=0),
+    dict(count=0),
+  ],
+)
+def test_impossible_settings_are_named(wrong):
+  with pytest.raises(UserError, match=next(iter(wrong))):
+    arithmetic.generate(**{'count': 5, 'seed': 0, **wrong})
+
+
+def test_split_shares_no_prompt_and_keeps_every_row():
+  rows = arithmetic.generate(100, 8)
+  doubled = rows + rows[:50]
+  train, held_out = arithmetic.split(doubled, 30, seed=1)
+  held = {row['prompt'] for row in held_out}
+  assert len(held) == 30
+  assert not held & {row['prompt'] for row in train}
+  assert len(train) + len(held_out) == 150
+  assert (train, held_out) == arithmetic.split(doubled, 30, seed=1)
+  assert held_out != arithmetic.split(doubled, 30, seed=2)[1]
+  with pytest.raises(UserError, match='hold out 100'):
+    arithmetic.split(rows, 100)
+
+
+def test_the_alphabet_suffices():
+  tokenizer = character_tokenizer(arithmetic.ALPHABET)
+  for row in arithmetic.generate(200, 9, operations=(1, 5), operands=(0, 99)):
+    ids = tokenizer(row['prompt'] + row['solution'])['input_ids']
+    assert min(ids) > tokenizer.unk_token_id

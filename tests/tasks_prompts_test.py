@@ -1,0 +1,260 @@
+"""Prompts keep one BOS and stay within budget; their order needs no state."""
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import prompts
+from jaxrl_llm.tasks.vocabulary import character_tokenizer
+
+# The shape of Qwen's template, with a leading BOS as Llama's has.
+TEMPLATE = (
+  '{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n'
+  '{{ m.content }}<|im_end|>\n{% endfor %}'
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+# As Gemma's, which has no system role.
+NO_SYSTEM = (
+  "{% if messages[0].role == 'system' %}"
+  "{{ raise_exception('System role not supported') }}{% endif %}"
+  '{{ messages[0].content }}'
+)
+
+
+def digits():
+  return character_tokenizer('0123456789')
+
+
+@pytest.fixture(scope='module')
+def stories(shared):
+  return transformers.AutoTokenizer.from_pretrained(
+    shared / 'models' / 'stories260k'
+  )
+
+
+@pytest.fixture(scope='module')
+def gpt2(shared):
+  return transformers.AutoTokenizer.from_pretrained(
+    shared / 'models' / 'gpt2-tokenizer'
+  )
+
+
+def rows_of(*texts):
+  return [{'prompt': text, 'answer': str(i)} for i, text in enumerate(texts)]
+
+
+def source(count, size, seed=0, **kwargs):
+  rows = rows_of(*(str(10**6 + i) for i in range(count)))
+  encoded = prompts.encode_prompts(rows, digits(), 7)
+  return prompts.PromptSource(encoded, size, seed, **kwargs)
+
+
+def test_a_bos_that_the_tokenizer_prepends_occurs_once(stories):
+  assert stories.bos_token_id == stories.eos_token_id == 1
+  rows = rows_of('Once upon a time', '<s>Once upon a time', '')
+  plain, spelled, empty = prompts.encode_prompts(rows, stories, 32).tokens
+  assert plain.tolist() == stories('Once upon a time')['input_ids']
+  assert plain.tolist().count(1) == spelled.tolist().count(1) == 1
+  assert empty.tolist() == [1]
+  assert plain.dtype == np.int32
+
+
+def test_a_tokenizer_without_bos_gets_none_except_for_an_empty_prompt(gpt2):
+  rows = rows_of('Once upon', '')
+  plain, empty = prompts.encode_prompts(rows, gpt2, 32).tokens
+  assert plain.tolist() == [7454, 2402]
+  assert empty.tolist() == [gpt2.bos_token_id]
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_left_out():
+  from tokenizers import processors
+
+  tokenizer = character_tokenizer('ab')
+  tokenizer.add_special_tokens({'bos_token': '<bos>'})
+  tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    single='<bos> $A <eos>',
+    special_tokens=[('<bos>', tokenizer.bos_token_id), ('<eos>', 1)],
+  )
+  assert tokenizer('ab')['input_ids'] == [5, 3, 4, 1]
+  assert prompts.encode_text('ab', tokenizer) == [5, 3, 4]
+
+
+def test_a_chat_template_is_tokenised_as_it_stands(stories):
+  import copy
+
+  chat = copy.deepcopy(stories)
+  chat.chat_template = TEMPLATE
+  encoded = prompts.encode_prompts(
+    rows_of('Hello.'), chat, 99, system_prompt='Be kind.', suffix=' Think.'
+  )
+  expected = (
+    '<s><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n'
+    'Hello. Think.<|im_end|>\n<|im_start|>assistant\n'
+  )
+  ids = encoded.tokens[0].tolist()
+  assert ids == chat(expected, add_special_tokens=False)['input_ids']
+  assert ids.count(1) == 1
+  assert encoded.template_hash is not None
+  assert encoded.rows[0]['prompt'] == 'Hello.'
+
+  raw = prompts.encode_prompts(rows_of('Hello.'), chat, 99, chat_template=None)
+  assert raw.tokens[0].tolist() == stories('Hello.')['input_ids']
+  assert raw.template_hash is None
+  given = prompts.encode_prompts(
+    rows_of('Hello.'), stories, 99, chat_template=TEMPLATE
+  )
+  assert given.tokens[0][0] == 1 and len(given.tokens[0]) > 10
+  assert given.template_hash != encoded.template_hash  # no system prompt
+
+
+def test_a_system_prompt_is_never_ignored(stories):
+  rows = rows_of('Hello.')
+  with pytest.raises(UserError, match='needs a chat template'):
+    prompts.encode_prompts(rows, stories, 99, system_prompt='Be kind.')
+  with pytest.raises(UserError, match='System role not supported') as caught:
+    prompts.encode_prompts(
+      rows, stories, 99, chat_template=NO_SYSTEM, system_prompt='Be kind.'
+    )
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_over_budget_is_an_error_or_a_counted_drop():
+  rows = rows_of('123', '12345', '1234', '1', '123456')
+  with pytest.raises(UserError) as caught:
+    prompts.encode_prompts(rows, digits(), 4)
+  text = str(caught.value)
+  assert '2 of 5 prompts exceed 4 tokens' in text
+  assert 'longest has 6' in text and 'first is row 1' in text
+  assert len(text.splitlines()) <= 3
+
+  encoded = prompts.encode_prompts(rows, digits(), 4, overlong='drop')
+  assert encoded.dropped == 2
+  assert [r['prompt'] for r in encoded.rows] == ['123', '1234', '1']
+  assert [len(t) for t in encoded.tokens] == [3, 4, 1]
+  exact = prompts.encode_prompts(rows, digits(), 6)
+  assert exact.dropped == 0 and len(exact.rows) == 5
+
+
+def test_nothing_to_prompt_with_is_an_error():
+  with pytest.raises(UserError, match='no rows'):
+    prompts.encode_prompts([], digits(), 4)
+  with pytest.raises(UserError, match='none of 1 prompts fits'):
+    prompts.encode_prompts(rows_of('12345'), digits(), 4, overlong='drop')
+  with pytest.raises(UserError, match='row 1 is empty'):
+    prompts.encode_prompts(rows_of('1', ''), digits(), 4)
+  with pytest.raises(UserError, match='row 0 has no text'):
+    prompts.encode_prompts([{'question': 'x'}], digits(), 4)
+  with pytest.raises(UserError, match='overlong'):
+    prompts.encode_prompts(rows_of('1'), digits(), 4, overlong='truncate')
+  with pytest.raises(UserError, match='positive'):
+    prompts.encode_prompts(rows_of('1'), digits(), 0)
+
+
+def test_characters_outside_the_vocabulary_are_named():
+  with pytest.raises(UserError, match="row 1 .*'xy'"):
+    prompts.encode_prompts(rows_of('12', '1x2y'), digits(), 9)
+
+
+def test_solutions_end_with_the_end_token(stories):
+  rows = [{'solution': '12'}, {'solution': ''}]
+  ids = prompts.encode_solutions(rows, digits(), 3, eos_id=1)
+  assert [i.tolist() for i in ids] == [[4, 5, 1], [1]]
+  with pytest.raises(UserError, match='1 of 2 .* has 3, the first is row 0'):
+    prompts.encode_solutions(rows, digits(), 2, eos_id=1)
+  with pytest.raises(UserError, match='row 0 .*solution'):
+    prompts.encode_solutions([{'prompt': ''}], digits(), 2, eos_id=1)
+  with pytest.raises(UserError, match="'x'"):
+    prompts.encode_solutions([{'solution': 'x'}], digits(), 9, eos_id=1)
+  [story] = prompts.encode_solutions([{'solution': 'The end.'}], stories, 9, 1)
+  assert story.tolist().count(1) == 1 and story[-1] == 1
+
+
+def test_batches_are_padded_to_a_bucket_and_never_beyond_the_budget():
+  encoded = prompts.encode_prompts(rows_of('1', '123', '1' * 9), digits(), 10)
+  batch = prompts.gather(encoded, [1, 0], bucket=4)
+  assert batch.tokens.tolist() == [[4, 5, 6, 0], [4, 0, 0, 0]]
+  assert batch.lengths.tolist() == [3, 1]
+  assert [r['prompt'] for r in batch.rows] == ['123', '1']
+  assert batch.tokens.dtype == batch.lengths.dtype == np.int32
+  assert prompts.gather(encoded, [2], bucket=4).tokens.shape == (1, 10)
+  assert prompts.gather(encoded, [0]).tokens.shape == (1, 10)
+  with pytest.raises(UserError, match='sequence 1 has 3 tokens'):
+    prompts.padded([[1], [1, 2, 3]], 0, 2)
+
+
+@pytest.mark.parametrize('count,size', [(7, 3), (6, 3), (5, 8), (1, 4), (9, 9)])
+def test_every_epoch_is_a_fresh_permutation(count, size):
+  order = source(count, size)
+  steps = 4 * count
+  flat = [i for s in range(steps) for i in order.indices(s)]
+  epochs = np.reshape(flat, (-1, count))
+  np.testing.assert_array_equal(
+    np.sort(epochs, axis=1), np.tile(np.arange(count), (4 * size, 1))
+  )
+  if count > 4:
+    assert len({tuple(e) for e in epochs.tolist()}) > 3 * size
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+  order, again = source(50, 7, seed=3), source(50, 7, seed=3)
+  late = again.batch(1000)  # without having seen the batches before it
+  for step in (0, 5, 1000):
+    one, two = order.batch(step), again.batch(step)
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    assert one.rows == two.rows
+  assert late.rows == order.batch(1000).rows
+  assert order.indices(0) != source(50, 7, seed=4).indices(0)
+  # Fixed for ever: a resumed run must see the order it was promised.
+  assert source(10, 10, seed=0).indices(0) == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+
+
+def test_permutations_are_uniform():
+  counts = np.zeros((4, 4))
+  order = source(4, 4)
+  for step in range(4000):
+    for place, row in enumerate(order.indices(step)):
+      counts[place, row] += 1
+  chi_square = ((counts - 1000) ** 2 / 1000).sum()
+  assert chi_square < 27.9  # 9 degrees of freedom, p = 0.001
+
+
+def test_the_fingerprint_changes_with_whatever_changes_a_batch():
+  def fingerprint(
+    texts=('1', '23'), size=2, seed=0, alphabet='0123456789', **kwargs
+  ):
+    encoded = prompts.encode_prompts(
+      rows_of(*texts), character_tokenizer(alphabet), 99, **kwargs
+    )
+    return json.dumps(prompts.PromptSource(encoded, size, seed).fingerprint())
+
+  base = fingerprint()
+  assert base == fingerprint()
+  others = {
+    fingerprint(texts=('12', '3')),
+    fingerprint(texts=('1', '23', '4')),
+    fingerprint(size=1),
+    fingerprint(seed=1),
+    fingerprint(alphabet='0123456789a'),
+    fingerprint(suffix='0'),
+    fingerprint(chat_template='{{ messages[0].content }}'),
+  }
+  assert base not in others and len(others) == 7
+
+
+def test_columns_repeat_each_row_in_place():
+  rows = [{'prompt': 'a', 'answer': '1'}, {'prompt': 'b', 'level': 2}]
+  assert prompts.columns(rows, 2) == {
+    'answer': ['1', '1', None, None],
+    'level': [None, None, 2, 2],
+  }
+  with pytest.raises(UserError, match='completion_ids'):
+    prompts.columns([{'prompt': 'a', 'completion_ids': 1}])
+
+
+@pytest.mark.parametrize('wrong', [dict(size=0), dict(seed=-1), dict(bucket=0)])
+def test_a_source_needs_sensible_numbers(wrong):
+  with pytest.raises(UserError, match='must be at least'):
+    source(**{'count': 3, 'size': 2, **wrong})
