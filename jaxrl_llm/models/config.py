@@ -1,7 +1,6 @@
 """What distinguishes one decoder from another, as a hashable value."""
 
 import dataclasses
-import math
 
 from jaxrl_llm.errors import UserError
 
@@ -129,7 +128,7 @@ class ModelConfig:
         )
       fill('head_dim', self.hidden_size // self.num_heads)
     if self.query_scale is None:
-      fill('query_scale', 1 / math.sqrt(self.head_dim))
+      fill('query_scale', self.head_dim**-0.5)
     if not self.sliding:
       fill('sliding', (self.window is not None,) * self.num_layers)
     _validate(self)

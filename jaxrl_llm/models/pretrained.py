@@ -1,0 +1,230 @@
+"""Hugging Face folders in and out; see `families` for the models covered.
+
+Only safetensors are read, never pickle, and no code of a checkpoint runs.
+"""
+
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+
+import jax
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import families, tensors
+from jaxrl_llm.models.config import ModelConfig
+
+CONFIG = 'config.json'
+GENERATION = 'generation_config.json'
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'tokenizer.model',
+  'chat_template.jinja',
+)
+SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+
+
+def load(path, param_dtype='float32', **overrides):
+  """Reads config.json and safetensors.
+
+  Args:
+    path: a folder, or a name `org/model` on the Hugging Face hub.
+    param_dtype: of the parameters; a float32 copy of bfloat16 is exact.
+    **overrides: replace fields of the ModelConfig, as dtype='bfloat16'.
+
+  Returns:
+    (ModelConfig, params).
+
+  Raises:
+    UserError: nothing there, an unsupported model, a tensor that is missing,
+      unknown or of another shape.
+  """
+  folder = resolve(path)
+  config = families.read(_read_json(folder / CONFIG), **overrides)
+  return config, tensors.read(config, folder, param_dtype)
+
+
+def resolve(path) -> pathlib.Path:
+  """The local folder of `path`, downloaded if it is the name of a hub model."""
+  folder = pathlib.Path(path)
+  if folder.is_dir():
+    return folder
+  if folder.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
+    raise UserError(f'There is no model folder {path}.')
+  try:
+    from huggingface_hub import snapshot_download
+  except ImportError:
+    raise UserError(
+      f'There is no folder {path}; to download it, pip install huggingface_hub.'
+    ) from None
+  files = ['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']
+  try:
+    return pathlib.Path(snapshot_download(str(path), allow_patterns=files))
+  except Exception as error:  # of the network, the hub, the disk
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'There is no folder {path}, and it could not be downloaded: {reason}'
+    ) from error
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  if not path.is_file():
+    raise UserError(f'{path} is missing; is its folder a model folder?')
+  try:
+    contents = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON: {error}.') from error
+  if not isinstance(contents, dict):
+    raise UserError(f'{path} is not a JSON object.')
+  return contents
+
+
+def load_tokenizer(path):
+  """The `transformers` tokenizer of a folder or hub name.
+
+  Raises:
+    UserError: there is none, or it needs code of its own.
+  """
+  from transformers import AutoTokenizer  # seconds to import
+
+  folder = resolve(path)
+  try:
+    return AutoTokenizer.from_pretrained(
+      str(folder), local_files_only=True, trust_remote_code=False
+    )
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{folder} has no usable tokenizer: {reason}') from error
+
+
+def check_vocabulary(config: ModelConfig, tokenizer) -> None:
+  """Raises UserError if the tokenizer has ids that the model has no row for.
+
+  The reverse, a model with more rows than the tokenizer has tokens, is usual
+  (padded vocabularies).
+  """
+  highest = max(tokenizer.get_vocab().values(), default=-1)
+  if highest >= config.vocab_size:
+    raise UserError(
+      f'The tokenizer has ids up to {highest}, the model only '
+      f'{config.vocab_size} rows (vocab_size); use the tokenizer it was '
+      'trained with.'
+    )
+
+
+def eos_token_ids(path=None, tokenizer=None) -> tuple[int, ...]:
+  """Ids that end a response: the folder's, then the tokenizer's own.
+
+  generation_config.json comes before config.json; each may hold one id, a
+  list (as for chat models) or none.
+  """
+  ids = []
+  if path is not None:
+    folder = resolve(path)
+    for name in (GENERATION, CONFIG):
+      if not ids and (folder / name).is_file():
+        stored = _read_json(folder / name).get('eos_token_id')
+        ids = stored if isinstance(stored, list) else [stored]
+        ids = [i for i in ids if i is not None]
+  own = getattr(tokenizer, 'eos_token_id', None)
+  if own is not None:
+    ids = [*ids, own]
+  return tuple(dict.fromkeys(ids))
+
+
+def save(
+  path, config: ModelConfig, params, tokenizer=None, source=None
+) -> None:
+  """Writes a folder that `transformers` opens.
+
+  The folder appears whole or not at all.  An existing one is replaced only
+  if everything in it is written anew.
+
+  Args:
+    path: the folder to make.
+    config: of the parameters.
+    params: as of `transformer.init`; written in their own dtype.
+    tokenizer: to write beside them; None copies the source's files.
+    source: the folder or hub name the model came from, whose config.json and
+      generation_config.json are kept.  None writes both from `config` and
+      the tokenizer's special tokens.
+
+  Raises:
+    UserError: the parameters or the source are of another model; the
+      folder holds something else.
+  """
+  target = pathlib.Path(path)
+  source = resolve(source) if source is not None else None
+  if target.exists() and not target.is_dir():
+    raise UserError(f'{target} is a file; name a folder to write.')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{target.name}-', dir=target.parent
+  ) as temporary:
+    folder = pathlib.Path(temporary) / 'new'
+    folder.mkdir()
+    tensors.write(config, folder, params)
+    _write_configs(folder, config, params, tokenizer, source)
+    if tokenizer is not None:
+      check_vocabulary(config, tokenizer)
+      tokenizer.save_pretrained(str(folder))
+    elif source is not None:
+      for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+          shutil.copyfile(source / name, folder / name)
+    _move(folder, target, pathlib.Path(temporary) / 'old')
+
+
+def _write_configs(folder, config, params, tokenizer, source):
+  """config.json and generation_config.json."""
+  if source is None:
+    raw = families.write(config)
+    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
+    raw |= ids
+    generation = {name: i for name, i in ids.items() if i is not None}
+  else:
+    raw = _read_json(source / CONFIG)
+    differing = families.differences(config, raw)
+    if differing:
+      raise UserError(
+        f'{source / CONFIG} describes another model: it differs in '
+        f'{", ".join(differing)}.'
+      )
+    generation = None
+    if (source / GENERATION).is_file():
+      generation = _read_json(source / GENERATION)
+  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  raw.pop('torch_dtype', None)
+  raw['dtype'] = dtypes.pop() if len(dtypes) == 1 else 'float32'
+  raw['architectures'] = [families.ARCHITECTURES[config.family]]
+  contents = {CONFIG: raw, GENERATION: generation}
+  for name, values in contents.items():
+    if values is not None:
+      text = json.dumps(values, indent=2)
+      (folder / name).write_text(text + '\n')
+
+
+def _move(folder, target, aside):
+  """Puts `folder` in the place of `target`."""
+  if target.exists():
+    new = {file.name for file in folder.iterdir()}
+    lost = [
+      file.name
+      for file in target.iterdir()
+      if file.name not in new
+      and file.name != tensors.INDEX
+      and not re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors', file.name)
+    ]
+    if lost:
+      raise UserError(
+        f'{target} exists and holds {", ".join(sorted(lost)[:3])}, which '
+        'would be lost; choose another folder.'
+      )
+    target.rename(aside)
+  folder.rename(target)

@@ -1,0 +1,361 @@
+"""Between safetensors files and stacked parameters, tensor by tensor."""
+
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.config import ModelConfig
+
+SINGLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+SHARD_BYTES = 5_000_000_000
+# Buffers that older checkpoints store and nothing needs.
+BUFFERS = re.compile(r'(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$')
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
+
+
+class Entry(NamedTuple):
+  """Where a leaf of the parameters lies in a checkpoint.
+
+  Attributes:
+    path: keys of the leaf, for example ('embed', 'embedding').
+    shape: of the leaf.
+    name: of the tensor; with '{}' for the layer where there is one for each.
+    transpose: the tensor is [out, in], the leaf [in, out].
+    part, parts: the leaf is the part-th of this many equal parts of the
+      tensor's last axis.
+  """
+
+  path: tuple[str, ...]
+  shape: tuple[int, ...]
+  name: str
+  transpose: bool
+  part: int
+  parts: int
+
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """Shape that the tensor has in the file."""
+    shape = self.shape[1:] if '{}' in self.name else self.shape
+    if self.transpose:
+      shape = shape[::-1]
+    return (*shape[:-1], shape[-1] * self.parts)
+
+
+_ROTARY = {
+  'embed': 'model.embed_tokens',
+  'norm': 'model.norm',
+  'head': 'lm_head',
+  'attention_norm': 'input_layernorm',
+  'mlp_norm': 'post_attention_layernorm',
+  'attention/query': 'self_attn.q_proj',
+  'attention/key': 'self_attn.k_proj',
+  'attention/value': 'self_attn.v_proj',
+  'attention/out': 'self_attn.o_proj',
+  'attention/query_norm': 'self_attn.q_norm',
+  'attention/key_norm': 'self_attn.k_norm',
+  'mlp/gate': 'mlp.gate_proj',
+  'mlp/up': 'mlp.up_proj',
+  'mlp/down': 'mlp.down_proj',
+}
+_GEMMA = {
+  **_ROTARY,
+  'attention_post_norm': 'post_attention_layernorm',
+  'mlp_norm': 'pre_feedforward_layernorm',
+  'mlp_post_norm': 'post_feedforward_layernorm',
+}
+_GPT2 = {
+  'embed': 'transformer.wte',
+  'positions': 'transformer.wpe',
+  'norm': 'transformer.ln_f',
+  'head': 'lm_head',
+  'attention_norm': 'ln_1',
+  'mlp_norm': 'ln_2',
+  'attention/query': 'attn.c_attn',
+  'attention/key': 'attn.c_attn',
+  'attention/value': 'attn.c_attn',
+  'attention/out': 'attn.c_proj',
+  'mlp/up': 'mlp.c_fc',
+  'mlp/down': 'mlp.c_proj',
+}
+_FUSED = {'attention/query': 0, 'attention/key': 1, 'attention/value': 2}
+
+
+def entries(config: ModelConfig) -> list[Entry]:
+  """An Entry for every leaf of the parameters of `transformer.init`."""
+  shapes = jax.eval_shape(
+    lambda key: transformer.init(config, key), jax.random.key(0)
+  )
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  return [
+    _entry(config, tuple(key.key for key in path), leaf.shape)
+    for path, leaf in leaves
+  ]
+
+
+def _entry(config, path, shape) -> Entry:
+  gpt2 = config.family == 'gpt2'
+  gemma = config.family.startswith('gemma')
+  names = _GPT2 if gpt2 else _GEMMA if gemma else _ROTARY
+  *module, leaf = path
+  layered = module[0] == 'layers'
+  key = '/'.join(module[layered:])
+  block = 'transformer.h.{}.' if gpt2 else 'model.layers.{}.'
+  name = (block if layered else '') + names[key]
+  name += '.bias' if leaf == 'bias' else '.weight'
+  fused = gpt2 and key in _FUSED
+  return Entry(
+    path=path,
+    shape=shape,
+    name=name,
+    transpose=leaf == 'kernel' and not gpt2,
+    part=_FUSED[key] if fused else 0,
+    parts=3 if fused else 1,
+  )
+
+
+class Reader:
+  """The tensors of a folder's safetensors files, by canonical name.
+
+  A name may lack or have the family's prefix ('model.' or 'transformer.').
+
+  Raises:
+    UserError: no or damaged files, a shard that is missing or lies elsewhere.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self._files = {}
+    self._names = {}
+    for name, file in self._locate().items():
+      key = _canonical(name)
+      if key in self._names:
+        raise UserError(
+          f'{folder} has tensor {key!r} twice: {self._names[key][0]!r} '
+          f'and {name!r}.'
+        )
+      self._names[key] = name, file
+
+  def _locate(self) -> dict[str, str]:
+    """File of every tensor."""
+    if (self.folder / SINGLE).is_file():
+      return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+    index = self.folder / INDEX
+    if index.is_file():
+      try:
+        located = dict(json.loads(index.read_text())['weight_map'])
+      except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{index} is not an index of tensors.') from error
+      for file in sorted(set(located.values())):
+        if pathlib.PurePath(file).name != file or '\\' in file:
+          raise UserError(f'{index} names a file outside its folder: {file!r}.')
+        stored = self._open(file).keys()
+        located = {**dict.fromkeys(stored, file), **located}
+      return located
+    if list(self.folder.glob('*.bin')) or list(self.folder.glob('*.pt*')):
+      raise UserError(
+        f'{self.folder} has only pickled weights, which can run code; '
+        'convert them:\n  AutoModelForCausalLM.from_pretrained(...)'
+        '.save_pretrained(...) in transformers writes safetensors.'
+      )
+    raise UserError(f'{self.folder} has neither {SINGLE} nor {INDEX}.')
+
+  def _open(self, file: str):
+    if file not in self._files:
+      path = self.folder / file
+      if not path.is_file():
+        raise UserError(f'{path} is missing (named by {INDEX}).')
+      try:
+        self._files[file] = safetensors.safe_open(path, 'np')
+      except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f'{path} is damaged: {error}.') from error
+    return self._files[file]
+
+  def names(self) -> set[str]:
+    return {key for key in self._names if not BUFFERS.search(key)}
+
+  def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor `name`, checked to be floating-point of `shape`."""
+    stored, file = self._names[_canonical(name)]
+    try:
+      piece = self._open(file).get_slice(stored)
+    except safetensors.SafetensorError as error:
+      raise UserError(
+        f'{self.folder / file} lacks tensor {stored!r}, which {INDEX} '
+        'places there.'
+      ) from error
+    found = tuple(piece.get_shape())
+    if found != shape or piece.get_dtype() not in FLOATS:
+      raise UserError(
+        f'Tensor {stored!r} of {self.folder / file} is '
+        f'{piece.get_dtype()} {list(found)}; '
+        f'config.json asks for a float tensor {list(shape)}.'
+      )
+    return self._open(file).get_tensor(stored)
+
+
+def _canonical(name: str) -> str:
+  return re.sub(r'^(model|transformer)\.', '', name)
+
+
+def read(config: ModelConfig, folder: pathlib.Path, param_dtype) -> dict:
+  """Parameters from a folder, one tensor in memory besides the result.
+
+  Raises:
+    UserError: a tensor is missing, unknown or has another shape.
+  """
+  reader = Reader(folder)
+  table = entries(config)
+  _check_names(config, reader, table)
+  params = {}
+  for entry in table:
+    leaf = np.empty(entry.shape, jnp.dtype(param_dtype))
+    layered = '{}' in entry.name
+    for i in range(config.num_layers if layered else 1):
+      tensor = reader.get(entry.name.format(i), entry.tensor_shape)
+      tensor = np.split(tensor, entry.parts, axis=-1)[entry.part]
+      tensor = tensor.T if entry.transpose else tensor
+      if layered:
+        leaf[i] = tensor
+      else:
+        leaf[...] = tensor
+    node = params
+    for key in entry.path[:-1]:
+      node = node.setdefault(key, {})
+    node[entry.path[-1]] = jnp.asarray(leaf)
+  return params
+
+
+def _check_names(config, reader: Reader, table):
+  wanted = {
+    _canonical(entry.name.format(i)): entry.name.format(i)
+    for entry in table
+    for i in range(config.num_layers if '{}' in entry.name else 1)
+  }
+  found = reader.names()
+  missing = [name for key, name in wanted.items() if key not in found]
+  if missing:
+    raise UserError(f'{reader.folder} lacks {_some("tensor", missing)}.')
+  extra = found - set(wanted)
+  if config.tied and 'lm_head.weight' in extra:
+    _check_tied(config, reader, table)
+    extra -= {'lm_head.weight'}
+  if extra:
+    raise UserError(
+      f'{reader.folder} has {_some("tensor", sorted(extra))}, for which a '
+      f'{config.family} model with this config.json has no place.'
+    )
+
+
+def _check_tied(config, reader: Reader, table):
+  shape = config.vocab_size, config.hidden_size
+  [embed] = [e.name for e in table if e.path == ('embed', 'embedding')]
+  head = reader.get('lm_head.weight', shape)
+  if not np.array_equal(head, reader.get(embed, shape)):
+    raise UserError(
+      f'{reader.folder} has a head (lm_head.weight) that differs from the '
+      f'embedding, but config.json ties them.\nPass tied=False to keep both.'
+    )
+
+
+def _some(noun: str, names: list[str]) -> str:
+  shown = ', '.join(names[:3])
+  more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+  return f'{noun}{"s" if len(names) > 1 else ""} {shown}{more}'
+
+
+def check_tree(config: ModelConfig, params) -> None:
+  """Raises UserError unless `params` are the parameters of `config`."""
+  wanted = {entry.path: entry.shape for entry in entries(config)}
+  found = {
+    tuple(key.key for key in path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  for path in sorted(wanted.keys() | found.keys()):
+    if wanted.get(path) != found.get(path):
+      raise UserError(
+        f'Parameter {"/".join(path)} is {found.get(path, "absent")}; '
+        f'the ModelConfig asks for {wanted.get(path, "none")}.'
+      )
+
+
+def write(config: ModelConfig, folder: pathlib.Path, params) -> None:
+  """Writes one file, or shards of up to `SHARD_BYTES` and their index.
+
+  Each file is read back and compared, bit by bit.
+
+  Raises:
+    UserError: `params` are not those of `config`; the read-back differs.
+  """
+  check_tree(config, params)
+  plan = _plan(config, params)
+  if len(plan) == 1:
+    _write_file(folder / SINGLE, plan[0], params)
+    return
+  located, total = {}, 0
+  for i, shard in enumerate(plan):
+    file = f'model-{i + 1:05}-of-{len(plan):05}.safetensors'
+    total += _write_file(folder / file, shard, params)
+    located |= dict.fromkeys([name for name, _, _ in shard], file)
+  index = {'metadata': {'total_size': total}, 'weight_map': located}
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + '\n')
+
+
+def _plan(config, params) -> list[list[tuple]]:
+  """(tensor name, layer, its entries) for each tensor of each shard."""
+  fused = {}
+  for entry in entries(config):
+    fused.setdefault(entry.name, []).append(entry)
+  shards, room = [[]], SHARD_BYTES
+  for name, parts in fused.items():
+    parts.sort(key=lambda entry: entry.part)
+    width = _leaf(params, parts[0].path).dtype.itemsize
+    size = int(np.prod(parts[0].tensor_shape)) * width
+    layered = '{}' in name
+    for i in range(config.num_layers if layered else 1):
+      if size > room and shards[-1]:
+        shards.append([])
+        room = SHARD_BYTES
+      room -= size
+      layer = i if layered else None
+      shards[-1].append((name.format(i), layer, parts))
+  return shards
+
+
+def _write_file(path: pathlib.Path, shard, params) -> int:
+  """Writes and verifies one file; returns its tensors' bytes."""
+  arrays = {}
+  for name, layer, parts in shard:
+    pieces = []
+    for entry in parts:
+      leaf = _leaf(params, entry.path)
+      piece = np.asarray(leaf if layer is None else leaf[layer])
+      pieces.append(piece.T if entry.transpose else piece)
+    # safetensors writes the memory as it lies, strides ignored.
+    arrays[name] = np.ascontiguousarray(np.concatenate(pieces, axis=-1))
+  safetensors.numpy.save_file(arrays, path, metadata={'format': 'pt'})
+  with safetensors.safe_open(path, 'np') as file:
+    for name, array in arrays.items():
+      stored = file.get_tensor(name)
+      same = stored.dtype == array.dtype and stored.shape == array.shape
+      if not same or stored.tobytes() != array.tobytes():
+        raise UserError(
+          f'{path} does not hold what was written (tensor {name!r}); '
+          'check the disk.'
+        )
+  return sum(array.nbytes for array in arrays.values())
+
+
+def _leaf(params, path):
+  for key in path:
+    params = params[key]
+  return params
