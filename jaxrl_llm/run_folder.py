@@ -1,0 +1,307 @@
+"""One folder per run: a lock, what the run was, and how it is asked to stop.
+
+A run folder holds `config.json` (what was asked), `env.json` (what ran it) and
+`lock` (who owns it now) beside the records and checkpoints of the run.
+"""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import signal
+import socket
+import sys
+
+import jax
+
+from jaxrl_llm.errors import UserError
+
+_PACKAGES = (
+  'jaxrl_llm',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'transformers',
+  'numpy',
+)
+
+# A flag whose name tells of a credential keeps its value to itself.
+_SECRET = re.compile(r'(?i)^(-[^=]*(?:token|secret|password|api_?key)[^=]*=).*')
+
+
+def write_atomically(path, text: str) -> None:
+  """Writes a text file so that a reader sees all of the old or of the new."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + '.tmp')
+  try:
+    with open(temporary, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def environment() -> dict:
+  """Versions, platform, devices and command line; no environment variables.
+
+  Touches the JAX backend, so call it after `jax.distributed.initialize`.
+  """
+  versions = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = None
+  return {
+    'versions': versions,
+    'platform': platform.platform(),
+    'machine': platform.machine(),
+    'backend': jax.default_backend(),
+    'device_kind': jax.devices()[0].device_kind,
+    'device_count': jax.device_count(),
+    'process_count': jax.process_count(),
+    'command': [_SECRET.sub(r'\1***', part) for part in sys.argv],
+  }
+
+
+class RunFolder:
+  """A run's folder, locked for as long as this object is open.
+
+  Use `open_run`, as a context manager.
+
+  Attributes:
+    path: the folder.
+    resuming: whether the folder already held this run.
+  """
+
+  def __init__(self, path: pathlib.Path, resuming: bool, lock):
+    self.path = path
+    self.resuming = resuming
+    self._lock = lock
+
+  def close(self) -> None:
+    """Gives the lock back.  The folder stays as it is."""
+    _give_back(self._lock)
+    self._lock = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+
+def open_run(
+  workdir, resume: bool, config: dict, allowed: frozenset[str] = frozenset()
+) -> RunFolder:
+  """Creates or reopens a run folder and takes its lock.
+
+  With `resume`, a folder that holds no run yet starts afresh, so that the same
+  command line serves the first start and every restart of a preemptible job.
+
+  Args:
+    workdir: the folder; created where missing.
+    resume: continue the run that the folder holds.
+    config: the run's nested configuration, as JSON values (tuples become
+      lists), written to `config.json`.
+    allowed: dotted keys, such as `'steps'` or `'log'` (with all below it),
+      that may differ from the stored configuration on resume.  The new values
+      are stored.
+
+  Raises:
+    UserError: the folder is in use, holds a run and `resume` is off, or holds
+      a run of another configuration.
+  """
+  path = pathlib.Path(workdir)
+  config = _as_json(config)
+  lock = None
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(path)
+    stored = _stored_config(path)
+    if stored is not None:
+      if not resume:
+        raise UserError(
+          f'{path} already holds a run.\n'
+          'Continue it with --resume, or name another --workdir.'
+        )
+      _compare(path, stored, config, allowed)
+    for name, content in (('config', config), ('env', environment())):
+      text = json.dumps(content, indent=2) + '\n'
+      write_atomically(path / f'{name}.json', text)
+  except OSError as error:
+    _give_back(lock)
+    raise UserError(
+      f'The run folder {path} cannot be used: {error.strerror or error}.\n'
+      'Make room or change its permissions, or name another --workdir.'
+    ) from error
+  except BaseException:
+    _give_back(lock)
+    raise
+  return RunFolder(path, stored is not None, lock)
+
+
+def _take_lock(path):
+  # The kernel drops the lock with its owner, however that dies, so what a dead
+  # owner left in the file never stands in the way.
+  lock = open(path / 'lock', 'a+', encoding='utf-8')  # noqa: SIM115
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    lock.seek(0)
+    owner = _owner(lock.read())
+    lock.close()
+    raise UserError(
+      f'{path} is in use by another run: {owner}.\n'
+      'Wait for it, stop it, or name another --workdir.'
+    ) from None
+  except OSError:
+    lock.close()
+    raise
+  now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+  owner = {'pid': os.getpid(), 'host': socket.gethostname(), 'since': now}
+  lock.truncate(0)
+  lock.write(json.dumps(owner) + '\n')
+  lock.flush()
+  # A forked child shares the lock, and would keep it after its parent's death.
+  os.register_at_fork(after_in_child=lock.close)
+  return lock
+
+
+def _give_back(lock):
+  if lock is not None and not lock.closed:
+    # Emptied, not removed: another process may have opened this very file.
+    lock.truncate(0)
+    lock.close()
+
+
+def _owner(text):
+  try:
+    owner = json.loads(text)
+    return f'pid {owner["pid"]} on {owner["host"]} since {owner["since"]}'
+  except (ValueError, KeyError, TypeError):
+    return 'it has only just started'
+
+
+def _as_json(config):
+  try:
+    return json.loads(json.dumps(config, allow_nan=False))
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'The configuration cannot be written as JSON: {error}.\n'
+      'Use numbers, strings, lists and dictionaries only.'
+    ) from error
+
+
+def _stored_config(path):
+  file = path / 'config.json'
+  if not file.exists():
+    return None
+  try:
+    return json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UserError(
+      f'{file} is not JSON: {error}.\n'
+      'Restore it from a copy, or name another --workdir.'
+    ) from error
+
+
+def _flat(config, prefix=''):
+  """Leaves by dotted key.  An empty dictionary is a leaf."""
+  leaves = {}
+  for key, value in config.items():
+    if isinstance(value, dict) and value:
+      leaves.update(_flat(value, f'{prefix}{key}.'))
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+def _compare(path, stored, config, allowed):
+  old, new = _flat(stored), _flat(config)
+  different = []
+  for key in sorted(old.keys() | new.keys()):
+    parts = key.split('.')
+    heads = {'.'.join(parts[: n + 1]) for n in range(len(parts))}
+    if heads & allowed:
+      continue
+    before, now = (_shown(values, key) for values in (old, new))
+    if before != now:
+      different.append(f'{key} was {before}, is {now}')
+  if different:
+    more = len(different) - 3
+    raise UserError(
+      f'{path} holds a run of another configuration:\n'
+      f'{"; ".join(different[:3])}{f"; and {more} more" if more > 0 else ""}.\n'
+      'Resume with the stored values, or name another --workdir.'
+    )
+
+
+def _shown(values, key):
+  return json.dumps(values[key]) if key in values else 'absent'
+
+
+class StopSignal:
+  """Turns SIGTERM and the first SIGINT into a request that a loop polls.
+
+  A second SIGINT raises KeyboardInterrupt at once.  The former handlers come
+  back on exit.  Enter it in the main thread, where Python delivers signals.
+
+    with StopSignal() as stop:
+      for step in steps:
+        ...
+        if stop.requested:
+          break
+
+  Attributes:
+    name: the signal that asked, such as `'SIGTERM'`, or None.
+  """
+
+  def __init__(self):
+    self.name = None
+    self._interrupted = False
+    self._former = {}
+
+  @property
+  def requested(self) -> bool:
+    return self.name is not None
+
+  def check(self) -> None:
+    """Raises StopRequested if a stop was asked for.
+
+    For places from which returning is awkward, such as the middle of a rollout.
+    """
+    if self.requested:
+      raise StopRequested(self.name)
+
+  def _handle(self, number, frame):
+    del frame
+    if number == signal.SIGINT:
+      if self._interrupted:
+        raise KeyboardInterrupt
+      self._interrupted = True
+    self.name = self.name or signal.Signals(number).name
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._former[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *exc_info):
+    for number, handler in self._former.items():
+      # None stands for a handler that C code installed: it cannot be put back.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    self._former = {}
+
+
+class StopRequested(Exception):
+  """A signal asked the run to stop; the message is the signal's name."""
