@@ -1,0 +1,481 @@
+"""Checkpoints that are verified: Orbax v1 with a digest per leaf.
+
+Orbax commits a step atomically, so a crash never leaves half of one; but a bit
+that flips in its files afterwards is restored without a word.  Here every step
+carries a manifest (shape, dtype and digest of each leaf, and the caller's
+metadata), every restore is checked against it, and a step that fails is passed
+over for the one before.
+
+    folder/00000120/state/      the arrays, an Orbax checkpoint of its own
+    folder/00000120/manifest/   JSON, committed together with them
+    folder/00000140.broken/     a step that did not verify, kept to be looked at
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxrl_llm.digests import digest
+from jaxrl_llm.errors import UserError
+
+_log = logging.getLogger(__name__)
+_TEMPORARY = '.orbax-checkpoint-tmp'
+_DISCARDED = '.discarded'
+_BROKEN = '.broken'
+
+
+class Checkpoints:
+  """The steps of one run, in a folder of a local or network file system.
+
+  Saves are asynchronous, one at a time.  Of the committed steps the latest
+  `keep_latest` and the `keep_best` of highest metric stay.
+
+  Args:
+    folder: where the steps are; created by the first save.
+    keep_latest: how many of the newest steps to keep, at least 1.
+    keep_best: how many of the steps with the highest metric to keep.
+    read_only: another process may be writing: change nothing in the folder.
+      Otherwise what a crashed save left behind is removed at once.
+  """
+
+  def __init__(
+    self, folder, keep_latest: int = 2, keep_best: int = 1, *, read_only=False
+  ):
+    if keep_latest < 1 or keep_best < 0:
+      raise UserError(
+        f'Cannot keep {keep_latest} latest and {keep_best} best checkpoints.\n'
+        'Keep at least 1 of the latest, and 0 or more of the best.'
+      )
+    _hush_orbax()
+    self.folder = pathlib.Path(folder).absolute()
+    self._keep_latest = keep_latest
+    self._keep_best = keep_best
+    self._read_only = read_only
+    self._pending = None  # (manifest, future of the running save)
+    self._metrics = {}  # step -> metric or None, of the steps seen so far
+    self._sound = {}  # step -> digest of the manifest, of those known to be good
+    self._waiter = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+    if not read_only:
+      self._clean()
+
+  def save(
+    self, step: int, state, metadata: dict, metric: float | None = None
+  ) -> None:
+    """Starts to save a step; waits first for the save before it.
+
+    Returns when the arrays are copied or held, so that the caller may donate
+    them to the next update.  An existing checkpoint of the same step is
+    replaced, unless it is this very one.
+
+    Args:
+      step: the counter that names the checkpoint, 0 or more.
+      state: one tree of arrays: parameters, optimiser, PRNG keys, counters.
+      metadata: JSON values (tuples come back as lists).
+      metric: decides which checkpoints are the best; higher is better.
+
+    Raises:
+      UserError: this save or the one before it failed (a full disk, say), or
+        the state or the metadata holds something that cannot be saved.
+    """
+    if self._read_only:
+      raise UserError(
+        f'The checkpoints in {self.folder} were opened to be read only.\n'
+        'Save through the run that owns them.'
+      )
+    self.wait()
+    leaves = _leaves(state)
+    manifest = {
+      'step': int(step),
+      'metric': None if metric is None else float(metric),
+      'metadata': _as_json(metadata),
+      'leaves': _describe(leaves),
+    }
+    manifest['sha256'] = _sha256(manifest)
+    path = self._path(step)
+    if path.exists() and self._sound.get(step) == manifest['sha256']:
+      return
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._discard(path)
+      with _context():
+        response = ocp.save_checkpointables_async(
+          path, {'state': _without_empty(state), 'manifest': manifest}
+        )
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._pending = manifest, self._waiter.submit(response.result)
+
+  def poll(self) -> None:
+    """Does what `wait` does if the running save has ended; else nothing.
+
+    Called once per step, it reports a failed save within a step.
+    """
+    if self._pending is not None and self._pending[1].done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the running save, then removes what need not be kept.
+
+    Raises:
+      UserError: the save failed.  The steps before it are untouched.
+    """
+    if self._pending is None:
+      return
+    (manifest, response), self._pending = self._pending, None
+    step = manifest['step']
+    try:
+      response.result()
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._metrics[step] = manifest['metric']
+    self._sound[step] = manifest['sha256']
+    try:
+      self._prune(step)
+    except OSError as error:
+      _log.warning('Could not remove an old checkpoint: %s', _line(error))
+
+  def close(self) -> None:
+    """Waits for the running save."""
+    try:
+      self.wait()
+    finally:
+      self._waiter.shutdown()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def steps(self) -> list[int]:
+    """The committed steps, ascending.  Not all need verify."""
+    if not self.folder.is_dir():
+      return []
+    names = (path.name for path in self.folder.iterdir())
+    return sorted(int(name) for name in names if re.fullmatch(r'\d{8,}', name))
+
+  def best_step(self) -> int | None:
+    """The step of highest metric; of equals the latest; None without one."""
+    ranked = self._ranked()
+    return ranked[0] if ranked else None
+
+  def restore(self, template, step: int | None = None):
+    """Restores the newest step that verifies.
+
+    A step that does not verify is passed over with a warning that says why, and
+    (unless read only) renamed, so that a later save may take its number.
+
+    Args:
+      template: the state's tree, of arrays or `jax.ShapeDtypeStruct`s.  Leaves
+        land in their shardings; a leaf without one on the default device.
+      step: only this step, for evaluation and export.
+
+    Returns:
+      `(step, state, metadata)`, or None where there is no checkpoint.
+
+    Raises:
+      UserError: checkpoints exist but none verifies; or a healthy one holds
+        another tree, shape or dtype than the template.
+    """
+    self.wait()
+    wanted = _leaves(template)
+    steps = self.steps()
+    if step is not None:
+      if step not in steps:
+        raise UserError(
+          f'There is no checkpoint step {step} in {self.folder}.\n'
+          f'Choose one of {steps}.'
+        )
+      steps = [step]
+    failures = []
+    for candidate in reversed(steps):
+      try:
+        state, manifest = self._load(candidate, template, wanted)
+      except _BrokenError as error:
+        failures.append((candidate, str(error)))
+        continue
+      for bad, why in failures:
+        _log.warning(
+          'Checkpoint step %d does not verify (%s); using step %d.',
+          *(bad, why, candidate),
+        )
+        self._set_aside(bad)
+      self._metrics[candidate] = manifest['metric']
+      self._sound[candidate] = _sha256(manifest)
+      return candidate, state, manifest['metadata']
+    if failures:
+      reasons = '; '.join(f'step {bad}: {why}' for bad, why in failures)
+      raise UserError(
+        f'No checkpoint in {self.folder} verifies.\n{reasons}.\n'
+        'Restore the folder from a copy, or start afresh in another one.'
+      )
+    return None
+
+  def _load(self, step, template, wanted):
+    manifest = self._manifest(step)
+    self._compare(step, manifest['leaves'], wanted)
+    try:
+      with _context():
+        loaded = ocp.load_checkpointables(
+          self._path(step), {'state': _abstract(template)}
+        )['state']
+      state = _with_empty(template, loaded)
+      found = _describe(_leaves(state))
+    except Exception as error:
+      raise _BrokenError(_line(error)) from error
+    for name, leaf in manifest['leaves'].items():
+      if found.get(name) != leaf:
+        raise _BrokenError(f'the content of {name} has changed')
+    return state, manifest
+
+  def _manifest(self, step):
+    try:
+      with _context():
+        manifest = ocp.load_checkpointables(
+          self._path(step), {'manifest': None}
+        )['manifest']
+      expected = manifest.pop('sha256')
+      if expected != _sha256(manifest) or manifest['step'] != step:
+        raise _BrokenError('its manifest has changed')
+    except _BrokenError:
+      raise
+    except Exception as error:
+      raise _BrokenError(f'its manifest: {_line(error)}') from error
+    return manifest
+
+  def _compare(self, step, stored, wanted):
+    """Raises UserError if the stored leaves are not those of the template."""
+    shapes = {name: _shape_of(leaf) for name, leaf in wanted.items()}
+    problems = [
+      f'{name} is missing from it' for name in shapes if name not in stored
+    ]
+    for name, leaf in stored.items():
+      if name not in shapes:
+        problems.append(f'{name} is in it only')
+      elif (leaf['dtype'], leaf['shape']) != shapes[name]:
+        dtype, shape = shapes[name]
+        problems.append(
+          f'{name} is {leaf["dtype"]}{leaf["shape"]} in it, '
+          f'the program wants {dtype}{shape}'
+        )
+    if problems:
+      more = len(problems) - 2
+      raise UserError(
+        f'Checkpoint step {step} in {self.folder} is of another configuration.'
+        f'\n{"; ".join(problems[:2])}'
+        f'{f"; and {more} more differences" if more > 0 else ""}.\n'
+        'Use the configuration it was saved with, or another folder.'
+      )
+
+  def _path(self, step):
+    return self.folder / f'{step:08d}'
+
+  def _ranked(self):
+    """Steps that have a metric, best first."""
+    for step in self.steps():
+      if step not in self._metrics:
+        try:
+          self._metrics[step] = self._manifest(step)['metric']
+        except _BrokenError:
+          self._metrics[step] = None
+    known = [(self._metrics[step], step) for step in self.steps()]
+    # A NaN is no metric: it must never count as the best.
+    known = [
+      pair for pair in known if pair[0] is not None and pair[0] == pair[0]
+    ]
+    return [step for _, step in sorted(known, reverse=True)]
+
+  def _prune(self, saved):
+    if jax.process_index():
+      return
+    kept = set(self.steps()[-self._keep_latest :])
+    kept.update(self._ranked()[: self._keep_best])
+    for step in set(self.steps()) - kept:
+      self._discard(self._path(step))
+    # The run has passed the place where these broke: they only take room.
+    for path in self.folder.glob(f'*{_BROKEN}'):
+      if int(path.name.removesuffix(_BROKEN)) <= saved:
+        self._discard(path)
+
+  def _clean(self):
+    if self.folder.is_dir() and not jax.process_index():
+      for path in self.folder.iterdir():
+        if _TEMPORARY in path.name or path.name.endswith(_DISCARDED):
+          shutil.rmtree(path)
+
+  def _discard(self, path):
+    """Removes a folder such that a crash halfway leaves no step behind."""
+    if path.exists() and not jax.process_index():
+      dead = path.with_name(path.name + _DISCARDED)
+      if dead.exists():
+        shutil.rmtree(dead)
+      path.rename(dead)
+      shutil.rmtree(dead)
+
+  def _set_aside(self, step):
+    if not self._read_only and not jax.process_index():
+      path = self._path(step)
+      if path.exists():
+        aside = path.with_name(path.name + _BROKEN)
+        self._discard(aside)
+        path.rename(aside)
+
+  def _failed(self, step, error):
+    """Frees what a failed save has written, and makes the error to raise."""
+    try:
+      self._clean()
+    except OSError as second:
+      _log.warning('Could not remove a failed save: %s', _line(second))
+    return UserError(
+      f'Saving checkpoint step {step} in {self.folder} failed:\n'
+      f'{_line(error)}\n'
+      f'Steps kept: {self.steps()}.  Make room or mend the disk, then resume.'
+    )
+
+
+class _BrokenError(Exception):
+  """A step does not verify; the message says what of it."""
+
+
+class _OrbaxFilter(logging.Filter):
+  """Drops what Orbax logs: its failures reach the user as one UserError."""
+
+  def filter(self, record):
+    return 'orbax' not in pathlib.PurePath(record.pathname).parts
+
+
+def _hush_orbax():
+  logger = logging.getLogger('absl')
+  if not any(isinstance(old, _OrbaxFilter) for old in logger.filters):
+    logger.addFilter(_OrbaxFilter())
+
+
+def _context():
+  registry = ocp.handlers.local_registry()
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  # Created in the background, the folder of a save that fails early leaves
+  # threads that wait for it for 20 minutes.
+  context.async_options.create_directories_asynchronously = False
+  return context
+
+
+def _leaves(tree):
+  """The tree's leaves by name, such as `params/layers/w`."""
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='/') or 'state'
+    if name in leaves:
+      raise UserError(
+        f'Two leaves of the state are called {name}.\n'
+        'Use names without a slash.'
+      )
+    if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
+      raise UserError(
+        f'{name} in the state is a {type(leaf).__name__}, not an array.\n'
+        'Make it an array, or keep it in the metadata.'
+      )
+    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
+      if kept != leaf.dtype:
+        raise UserError(
+          f'{name} in the state is {leaf.dtype}, which JAX would make {kept}.\n'
+          'Convert it yourself, or set jax_enable_x64.'
+        )
+    leaves[name] = leaf
+  return leaves
+
+
+def _shape_of(leaf):
+  return str(leaf.dtype), list(leaf.shape)
+
+
+def _describe(leaves):
+  """Shape, dtype and digest of each leaf, as JSON values."""
+  # All digests are started before the first is waited for.
+  digests = {name: digest(leaf) for name, leaf in leaves.items()}
+  described = {}
+  for name, leaf in leaves.items():
+    dtype, shape = _shape_of(leaf)
+    lanes = ''.join(f'{lane:08x}' for lane in np.asarray(digests[name]))
+    described[name] = {'dtype': dtype, 'shape': shape, 'digest': lanes}
+  return described
+
+
+def _without_empty(tree):
+  """None for arrays without elements, which Orbax refuses to save."""
+  return jax.tree.map(
+    lambda x: x if np.prod(x.shape, dtype=int) else None, tree
+  )
+
+
+def _sharding(leaf):
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return sharding
+
+
+def _abstract(template):
+  return _without_empty(
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
+      template,
+    )
+  )
+
+
+def _with_empty(template, loaded):
+  return jax.tree.map(
+    lambda x, y: (
+      y
+      if np.prod(x.shape, dtype=int)
+      else jax.device_put(jnp.zeros(x.shape, x.dtype), _sharding(x))
+    ),
+    *(template, loaded),
+  )
+
+
+def _as_json(metadata):
+  def check(value, where):
+    if isinstance(value, dict):
+      for key, inner in value.items():
+        if not isinstance(key, str):
+          raise UserError(
+            f'The checkpoint metadata has a key {key!r} in {where}.\n'
+            'JSON keys are strings: use str(key).'
+          )
+        check(inner, f'{where}/{key}')
+    elif isinstance(value, list | tuple):
+      for inner in value:
+        check(inner, where)
+
+  check(metadata, 'metadata')
+  try:
+    return json.loads(json.dumps(metadata))
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'The checkpoint metadata cannot be written as JSON: {error}.\n'
+      'Use numbers, strings, lists and dictionaries; arrays go in the state.'
+    ) from error
+
+
+def _sha256(manifest):
+  text = json.dumps(manifest, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _line(error):
+  line = next(iter(str(error).strip().splitlines()), '')
+  line = line if len(line) <= 200 else line[:200] + '…'
+  return f'{type(error).__name__}: {line}'
