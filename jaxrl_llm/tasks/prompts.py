@@ -60,7 +60,8 @@ def encode_text(text: str, tokenizer) -> list[int]:
   the model has written anything, so only the leading BOS is taken over, and not
   a second time where the text spells it out.
   """
-  ids = tokenizer(text, add_special_tokens=False)['input_ids']
+  # Not verbose: whether a text is too long is the caller's to say.
+  ids = tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
   bos = tokenizer.bos_token_id
   if bos is None or tokenizer('')['input_ids'][:1] != [bos]:
     return ids

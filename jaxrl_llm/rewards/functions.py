@@ -1,0 +1,216 @@
+r"""Reward functions, and factories that return one.
+
+Every name in `__all__` is the one or the other, and its docstring begins with
+"Reward" or "Factory".  A reward function is called as
+
+  fn(prompts=, completions=, <columns it names>) -> list[float | None]
+
+with N strings each; completions do not contain the end token.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import answers
+
+__all__ = [
+  'arithmetic_answer',
+  'exact_match',
+  'format_match',
+  'gsm8k_answer',
+  'gsm8k_answer_or_last_number',
+  'length_in_tokens',
+  'length_penalty',
+  'prefix_match',
+  'sentiment',
+]
+
+
+def exact_match(
+  completions: Sequence[str], answer: Sequence[Any], **kwargs
+) -> list[float]:
+  """Reward: 1 where the completion is the answer, but for outer whitespace."""
+  return [
+    float(text.strip() == gold.strip())
+    for text, gold in zip(completions, _texts(answer), strict=True)
+  ]
+
+
+def arithmetic_answer(
+  completions: Sequence[str], answer: Sequence[Any], **kwargs
+) -> list[float]:
+  """Reward: 1 where what follows the last '=' is the answer and nothing else.
+
+  Without '=' the whole completion counts, so that an answer without steps is
+  judged too.  The steps themselves are not checked.  Fits `tasks.arithmetic`.
+  """
+  return exact_match([text.rpartition('=')[2] for text in completions], answer)
+
+
+def prefix_match(
+  completions: Sequence[str],
+  answer: Sequence[Any],
+  finished: Sequence[bool],
+  **kwargs,
+) -> list[float]:
+  """Reward: the share of the answer that is right from the left.
+
+  An answer of n characters counts as n + 1 symbols, the last being the end.
+  With k leading characters right,
+
+    r = k / (n + 1),   and 1 where the completion is the answer and `finished`.
+
+  The end counts only after a whole answer.  Dense, so that learning can begin
+  where a whole answer is never sampled.
+  """
+  scores = []
+  for text, gold, ended in zip(
+    completions, _texts(answer), finished, strict=True
+  ):
+    right = 0
+    while right < min(len(text), len(gold)) and text[right] == gold[right]:
+      right += 1
+    complete = bool(ended) and text == gold
+    scores.append((right + complete) / (len(gold) + 1))
+  return scores
+
+
+def gsm8k_answer(
+  completions: Sequence[str], answer: Sequence[Any], **kwargs
+) -> list[float]:
+  r"""Reward: 1 where the marked number equals the answer's, exactly.
+
+  The completion's number is the one after its last `####`, else the one in its
+  last `\boxed{…}`; the first is the format of Cobbe et al.,
+  `Training Verifiers <https://arxiv.org/abs/2110.14168>`_, 2021.  The answer is
+  a number, or a solution text with one marked in the same way.  Without a
+  marked number the score is 0.
+  """
+  return _equal_numbers(completions, answer, answers.marked_number)
+
+
+def gsm8k_answer_or_last_number(
+  completions: Sequence[str], answer: Sequence[Any], **kwargs
+) -> list[float]:
+  """Reward: `gsm8k_answer`, taking the last number where none is marked.
+
+  More lenient: a response that never commits to an answer can score.
+  """
+
+  def number(text):
+    marked = answers.marked_number(text)
+    return answers.last_number(text) if marked is None else marked
+
+  return _equal_numbers(completions, answer, number)
+
+
+def format_match(pattern: str) -> Callable[..., list[float]]:
+  r"""Factory: 1 where the stripped completion matches `pattern` as a whole.
+
+  Args:
+    pattern: a regular expression of Python's `re`; `.` matches line ends too.
+      `.*#### -?[\d.,]+` asks for GSM8K's last line,
+      `<think>.+</think>\s*<answer>.+</answer>` for reasoning in tags.
+  """
+  try:
+    compiled = re.compile(pattern, re.DOTALL)
+  except re.error as error:
+    raise UserError(
+      f'format_match: {pattern!r} is not a regular expression: {error}.'
+    ) from error
+
+  def matches_format(completions, **kwargs):
+    return [
+      float(compiled.fullmatch(text.strip()) is not None)
+      for text in completions
+    ]
+
+  return matches_format
+
+
+def length_in_tokens(
+  completion_ids: Sequence[Sequence[int]], **kwargs
+) -> list[float]:
+  """Reward: number of tokens of the completion, the end token included."""
+  return [float(len(ids)) for ids in completion_ids]
+
+
+def length_penalty(limit: int, buffer: int) -> Callable[..., list[float]]:
+  """Factory: 0 up to limit − buffer tokens, then linearly down to −1 at limit.
+
+    r = −min(1, max(0, n − (limit − buffer)) / buffer)
+
+  n counts tokens, the end token included.
+
+  Args:
+    limit: tokens from which on the penalty is −1.
+    buffer: tokens over which it grows, between 1 and limit.
+
+  References:
+    Yu et al., `DAPO <https://arxiv.org/abs/2503.14476>`_, 2025, equation 13
+  """
+  if not 1 <= buffer <= limit:
+    raise UserError(
+      f'length_penalty: buffer={buffer} must be between 1 and limit={limit}.'
+    )
+
+  def penalizes_length(completion_ids, **kwargs):
+    excess = [max(0, len(ids) - (limit - buffer)) for ids in completion_ids]
+    return [-min(1.0, e / buffer) for e in excess]
+
+  return penalizes_length
+
+
+def sentiment(completions: Sequence[str], **kwargs) -> list[float]:
+  """Reward: VADER's compound score of the completion, from −1 to 1.
+
+  References:
+    Hutto and Gilbert, `VADER
+    <https://ojs.aaai.org/index.php/ICWSM/article/view/14550>`_, 2014
+  """
+  analyzer = _vader()
+  return [analyzer.polarity_scores(text)['compound'] for text in completions]
+
+
+@functools.cache
+def _vader():
+  try:
+    from vaderSentiment import vaderSentiment
+  except ImportError as error:
+    raise UserError(
+      'the reward sentiment needs the package vaderSentiment.\n'
+      "Install it with: pip install 'jaxrl_llm[sentiment]'"
+    ) from error
+  return vaderSentiment.SentimentIntensityAnalyzer()
+
+
+def _texts(answer: Sequence[Any]) -> list[str]:
+  """Answers as text; a number in the data file is as good as its digits."""
+  for i, gold in enumerate(answer):
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+      raise UserError(
+        f'the answer of sample {i} is {gold!r}, neither text nor a number.\n'
+        'Correct the column answer of the data set.'
+      )
+  return [str(gold) for gold in answer]
+
+
+def _equal_numbers(completions, answer, number) -> list[float]:
+  """1 where number(completion) is the answer's number, else 0."""
+  scores = []
+  for i, (text, gold) in enumerate(
+    zip(completions, _texts(answer), strict=True)
+  ):
+    truth = answers.marked_number(gold)
+    if truth is None:
+      truth = answers.parse_number(gold)
+    if truth is None:
+      raise UserError(
+        f'the answer of sample {i} holds no number: {gold[-60:]!r}.\n'
+        'It must be a number, or a solution that ends in "#### number".'
+      )
+    scores.append(float(number(text) == truth))
+  return scores

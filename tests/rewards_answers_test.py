@@ -1,0 +1,138 @@
+"""Numbers are read exactly or not at all, whatever stands around them."""
+
+import time
+from fractions import Fraction
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from jaxrl_llm.rewards import answers
+
+
+@pytest.mark.parametrize(
+  'text,value',
+  [
+    ('18', 18),
+    (' +18. ', 18),
+    ('-3', -3),
+    ('\u22123', -3),  # a Unicode minus
+    ('- 3', -3),
+    ('1,234,567', 1234567),
+    ('1,234.50', '1234.5'),
+    ('.5', '1/2'),
+    ('18.00', 18),
+    ('1.5e3', 1500),
+    ('2e-2', '1/50'),
+    ('$18', 18),
+    ('-$18', -18),
+    ('$-18$', -18),
+    ('\\$32,\\!348', 32348),
+    ('10{,}080', 10080),
+    ('50%', 50),
+    ('50\\%', 50),
+    ('3/4', '3/4'),
+    ('-3 / 4', '-3/4'),
+    ('1.5/2', '3/4'),
+    ('1 1/2', '3/2'),
+    ('-1 1/2', '-3/2'),
+    ('\\frac{3}{4}', '3/4'),
+    ('-\\dfrac{3}{4}', '-3/4'),
+    ('\\frac{-3}{4}', '-3/4'),
+    ('\\frac34', '3/4'),
+    ('\\frac 9{19}', '9/19'),
+    ('1\\frac{4}{5}', '9/5'),
+    ('**18**', 18),
+    ('18 dollars.', 18),
+    ('5 miles per hour', 5),
+    ('5.4\\text{ cents}', '5.4'),
+  ],
+)
+def test_numbers(text, value):
+  assert answers.parse_number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['', '-', '.', '18 19', '12,34', '1/0', '\\frac{1}{0}', '10:30', '1e999']
+  + ['2 million', '3 dozen', '2\\pi', '2 pi', '2^{10}', '\\sqrt{2}', 'x=5']
+  + ['3 or 4', '1/2/3', '1_000', '0x10', 'inf', 'nan', '--7', '1 1.5/2', '5x']
+  + ['9' * 101, '1' + ',000' * 50, 'eighteen', '(3,4)', '1\\frac{-1}{2}'],
+)
+def test_what_is_no_single_number(text):
+  assert answers.parse_number(text) is None
+
+
+@hypothesis.given(strategies.fractions(max_denominator=10**6))
+def test_every_fraction_is_read_back(value):
+  hypothesis.assume(abs(value.numerator) < 10**40)
+  assert answers.parse_number(str(value)) == value
+  n, d = value.numerator, value.denominator
+  assert answers.parse_number(f'\\frac{{{n}}}{{{d}}}') == value
+  assert answers.parse_number(f'${n:,}.') == n
+
+
+@pytest.mark.parametrize(
+  'text,value',
+  [
+    ('so\n#### 18', 18),
+    ('#### 18\nQuestion: 19', 18),
+    ('#### Step 1\ntwo\n#### $1,800.00\n', 1800),
+    ('#### 5\n#### 6', 6),
+    ('#### 5\n\\boxed{6}', 5),
+    ('\\boxed{5} and \\boxed{\\frac{1}{2}}', '1/2'),
+    ('\\boxed{{{7}}', None),  # never closed
+    ('\\boxed{5} then \\boxed{6', 5),
+    ('\\boxed{5} in {braces} and \\{6\\}', 5),
+    ('} \\boxed{\\boxed{5}}', 5),
+    ('\\boxed{\\text{six} 6}', None),
+    ('####', None),
+    ('the answer is 18', None),
+    ('#### 18 or 19', None),
+  ],
+)
+def test_marked_numbers(text, value):
+  expected = None if value is None else Fraction(value)
+  assert answers.marked_number(text) == expected
+
+
+@pytest.mark.parametrize(
+  'text,value',
+  [
+    ('the answer is $1,234.50.', '1234.5'),
+    ('7-5', 5),
+    ('7 - 5 = -2', -2),
+    ('(3)-4', 4),
+    ('2,3', 3),
+    ('1 1/2 cups', '3/2'),
+    ('3. ', 3),
+    ('10/2=5', 5),
+    ('none', None),
+    ('1/0', None),
+    ('9' * 5000, None),
+  ],
+)
+def test_last_numbers(text, value):
+  expected = None if value is None else Fraction(value)
+  assert answers.last_number(text) == expected
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '\\boxed{' * 20_000,
+    '#### ' * 20_000,
+    '1,' * 50_000,
+    '1 ' * 50_000,
+    '1/' * 50_000,
+    '9' * 100_000,
+    '#### ' + '\\frac{1}{' * 20_000,
+    '\\boxed{9^{9^{9^{9}}}}',
+    '#### 1e99999999',
+  ],
+)
+def test_hostile_text_is_cheap(text):
+  start = time.perf_counter()
+  answers.marked_number(text)
+  answers.last_number(text)
+  assert time.perf_counter() - start < 2

@@ -1,0 +1,174 @@
+"""Reward functions against hand-made cases, real answers, and the scorer."""
+
+import inspect
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import RewardPart, functions, score
+from jaxrl_llm.tasks import arithmetic, files
+
+SETTINGS = {
+  'format_match': dict(pattern='a+'),
+  'length_penalty': dict(limit=8, buffer=4),
+}
+
+
+def test_every_public_name_is_a_reward_or_a_factory_of_one():
+  columns = {
+    'answer': ['1', '2'],
+    'completion_ids': [[1], [1, 2]],
+    'finished': [True, False],
+  }
+  public = [
+    name
+    for name, value in vars(functions).items()
+    if inspect.isfunction(value) and not name.startswith('_')
+  ]
+  assert sorted(public) == functions.__all__
+  for name in public:
+    function = getattr(functions, name)
+    kind = 'Factory:' if name in SETTINGS else 'Reward:'
+    assert function.__doc__.startswith(kind)
+    if name in SETTINGS:
+      function = function(**SETTINGS[name])
+    if name == 'sentiment':
+      pytest.importorskip('vaderSentiment')
+    scores = score(
+      [RewardPart(name, function)], ['p', 'q'], ['#### 1', 'a'], columns
+    )
+    assert scores.valid.all()
+
+
+def test_exact_match_ignores_only_outer_whitespace():
+  texts = [' 35\n', '3 5', '35', '', '35.0']
+  gold = ['35', '35', 35, '', '35']
+  assert functions.exact_match(texts, gold) == [1, 0, 1, 1, 0]
+  for missing in (None, True, [1]):
+    with pytest.raises(UserError, match='sample 1'):
+      functions.exact_match(['a', 'b'], ['a', missing])
+
+
+def test_arithmetic_answer_judges_what_follows_the_last_equals_sign():
+  rows = arithmetic.generate(100, 0, operations=(1, 4), operands=(0, 20))
+  gold = [row['answer'] for row in rows]
+  solutions = [row['solution'] for row in rows]
+  assert functions.arithmetic_answer(solutions, gold) == [1] * 100
+  assert functions.arithmetic_answer(gold, gold) == [1] * 100
+  wrong = [text + '0' for text in solutions]
+  assert functions.arithmetic_answer(wrong, gold) == [0] * 100
+  texts = ['3+4=7=', '3+4=7=8', '7=', '', '6=7', '3+4']
+  assert functions.arithmetic_answer(texts, ['7'] * 6) == [0, 0, 0, 0, 1, 0]
+
+
+def test_prefix_match_counts_the_end_as_a_symbol():
+  cases = [
+    # completion, answer, finished, reward
+    ('1,2', '1,2', True, 1),
+    ('1,2', '1,2', False, 3 / 4),
+    ('1,2,3', '1,2', True, 3 / 4),
+    ('1,', '1,2', True, 2 / 4),
+    ('1,3', '1,2', True, 2 / 4),
+    ('2,2', '1,2', True, 0),
+    ('', '1,2', True, 0),
+    ('', '', True, 1),
+    ('', '', False, 0),
+    ('7', '', True, 0),
+  ]
+  texts, gold, finished, rewards = zip(*cases, strict=True)
+  assert functions.prefix_match(texts, gold, finished) == list(rewards)
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_every_gsm8k_answer_is_right_by_itself(shared, split):
+  rows = files.gsm8k(shared / 'data' / 'gsm8k', split)
+  assert len(rows) == {'train': 7473, 'test': 1319}[split]
+  solutions = [row['solution'] for row in rows]
+  numbers = [row['answer'] for row in rows]
+  boxed = [f'so $\\boxed{{{number}}}$.' for number in numbers]
+  plain = [f'The answer is ${int(number):,}.' for number in numbers]
+  ones = [1.0] * len(rows)
+  assert functions.gsm8k_answer(solutions, numbers) == ones
+  assert functions.gsm8k_answer(solutions, solutions) == ones
+  assert functions.gsm8k_answer(boxed, solutions) == ones
+  assert functions.gsm8k_answer(plain, numbers) == [0.0] * len(rows)
+  assert functions.gsm8k_answer_or_last_number(plain, numbers) == ones
+
+
+def test_a_perturbed_gsm8k_answer_scores_0(shared):
+  rows = files.gsm8k(shared / 'data' / 'gsm8k', 'train')
+  # 0/7 is 0: no perturbation of an answer of 0.
+  rows = [row for row in rows if row['answer'] != '0'][:1000]
+  rng = random.Random(0)
+  wrong = []
+  for row in rows:
+    head, number = row['solution'].rsplit('####', 1)[0], int(row['answer'])
+    changed = rng.choice(
+      [number + 1, number - 1, 10 * number + 1, number + 0.5, f'{number}/7']
+      + [f'{number}.01', f'-{number + 1}', f'{number} million', '', 'x']
+    )
+    wrong.append(f'{head}#### {changed}')
+  gold = [row['answer'] for row in rows]
+  assert functions.gsm8k_answer(wrong, gold) == [0.0] * 1000
+
+
+def test_a_gold_answer_without_a_number_is_the_data_sets_mistake():
+  with pytest.raises(UserError, match='sample 1 .*no number') as caught:
+    functions.gsm8k_answer(['#### 1', '#### 1'], ['1', 'a lot'])
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_format_match_is_about_the_whole_completion():
+  hashes = functions.format_match(r'.*#### -?[\d.,]+')
+  texts = ['a\nb\n#### 1,200\n', '#### -3', '#### 3 apples', 'a', '']
+  assert hashes(texts) == [1, 1, 0, 0, 0]
+  tags = functions.format_match(r'<think>.+</think>\s*<answer>.+</answer>')
+  texts = [
+    '<think>a\nb</think>\n<answer>3</answer>',
+    'x <think>a</think><answer>3</answer>',
+    '<think>a</think>',
+  ]
+  assert tags(completions=texts, prompts=texts) == [1, 0, 0]
+  with pytest.raises(UserError, match='not a regular expression'):
+    functions.format_match('(')
+
+
+def test_lengths_are_tokens_not_characters():
+  ids = [[5] * n for n in (0, 4, 5, 6, 8, 20)]
+  assert functions.length_in_tokens(ids) == [0, 4, 5, 6, 8, 20]
+  penalty = functions.length_penalty(limit=8, buffer=4)
+  assert penalty(ids) == [0, 0, -0.25, -0.5, -1, -1]
+  with pytest.raises(UserError, match='buffer=9'):
+    functions.length_penalty(limit=8, buffer=9)
+
+
+def test_sentiment_is_vaders_compound_score():
+  pytest.importorskip('vaderSentiment')
+  texts = ['She was very happy and loved it!', 'He hated it. A sad day.', '']
+  happy, sad, empty = functions.sentiment(texts)
+  assert 0.5 < happy <= 1 and -1 <= sad < -0.5 and empty == 0
+
+
+def test_sentiment_agrees_with_the_lexicon(shared):
+  pytest.importorskip('vaderSentiment')
+  path = shared / 'data' / 'lexicon' / 'vader_lexicon.txt'
+  for line in path.read_text().splitlines():
+    word, valence = line.split('\t')[:2]
+    if word in ('happy', 'sad', 'good', 'terrible', 'love'):
+      v = float(valence)
+      # Hutto and Gilbert's normalisation of a lone word.
+      np.testing.assert_allclose(
+        functions.sentiment([word]), [v / (v * v + 15) ** 0.5], atol=1e-4
+      )
+
+
+def test_sentiment_without_its_package_names_the_extra(monkeypatch):
+  functions._vader.cache_clear()
+  monkeypatch.setitem(sys.modules, 'vaderSentiment', None)
+  part = RewardPart('sentiment', functions.sentiment)
+  with pytest.raises(UserError, match=r'jaxrl_llm\[sentiment\]'):
+    score([part], ['p'], ['c'], {})
+  functions._vader.cache_clear()
