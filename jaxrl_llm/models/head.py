@@ -48,10 +48,11 @@ def token_statistics(
   chex.assert_equal_shape_prefix([hidden, tokens], tokens.ndim)
   shape, count = tokens.shape, tokens.size
   chunk = min(chunk, max(count, 1))
-  chunks = -(-count // chunk)
+  chunks = max(-(-count // chunk), 1)
   pad = chunks * chunk - count
-  hidden = hidden.reshape(count, hidden.shape[-1])
-  hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(chunks, chunk, -1)
+  width = hidden.shape[-1]
+  hidden = jnp.pad(hidden.reshape(count, width), ((0, pad), (0, 0)))
+  hidden = hidden.reshape(chunks, chunk, width)
   tokens = jnp.pad(tokens.reshape(count), (0, pad)).reshape(chunks, chunk)
 
   @jax.checkpoint

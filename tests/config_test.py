@@ -1,0 +1,66 @@
+"""ModelConfig: defaults, hashing and refusals."""
+
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models.config import ModelConfig, Rope, check_length
+
+BASE = dict(
+  vocab_size=32,
+  hidden_size=64,
+  intermediate_size=96,
+  num_layers=2,
+  num_heads=4,
+)
+
+
+def test_defaults_follow_from_the_sizes():
+  config = ModelConfig(**BASE)
+  assert (config.num_kv_heads, config.head_dim) == (4, 16)
+  assert config.query_scale == 0.25
+  assert config.sliding == (False, False)
+  assert ModelConfig(**BASE, window=8).sliding == (True, True)
+
+
+def test_equal_configs_hash_equally():
+  assert hash(ModelConfig(**BASE)) == hash(ModelConfig(**BASE))
+  assert ModelConfig(**BASE) != ModelConfig(**BASE, remat=True)
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    (dict(vocab_size=0), 'vocab_size'),
+    (dict(num_layers=True), 'num_layers'),
+    (dict(num_heads=3), 'num_heads 3'),
+    (dict(num_kv_heads=3), 'num_kv_heads 3'),
+    (dict(dtype='float16'), 'float16'),
+    (dict(norm='batch'), 'batch'),
+    (dict(family='bert'), 'bert'),
+    (dict(activation='relu'), 'relu'),
+    (dict(window=4, sliding=(True,)), 'sliding names 1'),
+    (dict(sliding=(True, False)), 'window'),
+    (dict(rope=Rope(kind='su')), "'su'"),
+    (dict(head_dim=5), 'even head_dim'),
+    (dict(rope=Rope(kind='llama3', factor=8.0)), 'original_length'),
+    (
+      dict(rope=Rope(kind='dynamic', factor=2.0, original_length=64)),
+      'max_length=64',
+    ),
+    (
+      dict(max_length=8, rope=Rope(kind='longrope', original_length=8)),
+      '8 short factors',
+    ),
+  ],
+)
+def test_contradictions_are_refused(change, words):
+  with pytest.raises(UserError, match=words) as caught:
+    ModelConfig(**{**BASE, **change})
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_check_length():
+  config = ModelConfig(**BASE, max_length=10)
+  check_length(config, 10)
+  with pytest.raises(UserError, match='11 tokens exceed the 10'):
+    check_length(config, 11)
