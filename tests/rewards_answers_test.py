@@ -1,11 +1,10 @@
 """Numbers are read exactly or not at all, whatever stands around them."""
 
+import random
 import time
 from fractions import Fraction
 
-import hypothesis
 import pytest
-from hypothesis import strategies
 
 from jaxrl_llm.rewards import answers
 
@@ -63,13 +62,16 @@ def test_what_is_no_single_number(text):
   assert answers.parse_number(text) is None
 
 
-@hypothesis.given(strategies.fractions(max_denominator=10**6))
-def test_every_fraction_is_read_back(value):
-  hypothesis.assume(abs(value.numerator) < 10**40)
-  assert answers.parse_number(str(value)) == value
-  n, d = value.numerator, value.denominator
-  assert answers.parse_number(f'\\frac{{{n}}}{{{d}}}') == value
-  assert answers.parse_number(f'${n:,}.') == n
+def test_every_fraction_is_read_back():
+  rng = random.Random(0)
+  for _ in range(500):
+    n = rng.randint(-(10 ** rng.randint(0, 40)), 10 ** rng.randint(0, 40))
+    d = rng.randint(1, 10 ** rng.randint(0, 6))
+    value = Fraction(n, d)
+    assert answers.parse_number(str(value)) == value
+    assert answers.parse_number(f'{n}/{d}') == value
+    assert answers.parse_number(f'\\frac{{{n}}}{{{d}}}') == value
+    assert answers.parse_number(f'${n:,}.') == n
 
 
 @pytest.mark.parametrize(
