@@ -1,0 +1,26 @@
+"""What a run says: records, sample tables, progress, plots."""
+
+from jaxrl_llm.logging.metrics import MetricsWriter, read_metrics
+from jaxrl_llm.logging.plots import plot_curve
+from jaxrl_llm.logging.progress import Progress
+from jaxrl_llm.logging.records import read_records
+from jaxrl_llm.logging.samples import (
+  Sample,
+  SampleLog,
+  before_after_table,
+  read_samples,
+  sample_table,
+)
+
+__all__ = [
+  'MetricsWriter',
+  'Progress',
+  'Sample',
+  'SampleLog',
+  'before_after_table',
+  'plot_curve',
+  'read_metrics',
+  'read_records',
+  'read_samples',
+  'sample_table',
+]

@@ -1,0 +1,140 @@
+"""Files of one JSON record per line that survive a kill and a resume."""
+
+import json
+import math
+import os
+import pathlib
+
+from jaxrl_llm.errors import UserError
+
+
+class RecordFile:
+  """Appends records with a `step`, one JSON object per line.
+
+  A line is one write to the kernel, so a killed process leaves at most its last
+  line broken, and `cut` removes that on resume.
+  """
+
+  def __init__(self, path):
+    self.path = pathlib.Path(path)
+    self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
+
+  def write(self, record: dict) -> None:
+    line = json.dumps(record, allow_nan=False).encode() + b'\n'
+    try:
+      written = self._file.write(line)
+    except OSError as error:
+      raise self._failed(error.strerror) from error
+    if written != len(line):
+      raise self._failed('the disk is full')
+
+  def sync(self) -> None:
+    """Returns when what was written is on the disk."""
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as error:
+      raise self._failed(error.strerror) from error
+
+  def close(self) -> None:
+    self._file.close()
+
+  def _failed(self, reason):
+    return UserError(
+      f'{self.path} cannot be written: {reason}.\n'
+      'Make room or mend the disk, then resume.'
+    )
+
+
+def number(value, name: str):
+  """A number for a record: an int, a float, or 'nan', 'inf', '-inf'.
+
+  JSON has no NaN, and null would read as "not measured": the three values that
+  JSON lacks are kept visible as strings, and `read_metrics` turns them back.
+
+  Raises:
+    ValueError: the value is not one number; the message has its name.
+  """
+  shape = getattr(value, 'shape', ())
+  if shape or isinstance(value, str) or value is None:
+    kind = f'an array of shape {shape}' if shape else repr(value)
+    raise ValueError(f'The metric {name} must be one number, not {kind}.')
+  item = value.item() if hasattr(value, 'item') else value
+  if isinstance(item, int):  # bool included
+    return int(item)
+  item = float(item)
+  return item if math.isfinite(item) else str(item)
+
+
+def read_records(path) -> list[dict]:
+  """The records of a file, as they stand.
+
+  Raises:
+    UserError: a line is not a JSON object; the message has its number.
+  """
+  records = []
+  with open(path, 'rb') as file:
+    for count, line in enumerate(file, 1):
+      record = _parse(line)
+      if record is None:
+        raise UserError(
+          f'{path}, line {count}: not a record.\n'
+          'Remove the line, or resume the run, which mends its last lines.'
+        )
+      records.append(record)
+  return records
+
+
+def _parse(line):
+  """The record of a line, or None where it is broken."""
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return None
+  known = isinstance(record, dict) and isinstance(record.get('step'), int)
+  return record if known and line.endswith(b'\n') else None
+
+
+def cut(path, step: int | None, complete: bool = False) -> None:
+  """Removes the records after a step, and a broken last line.
+
+  Atomic: the file is the old one or the cut one.  What stays keeps its bytes.
+
+  Args:
+    path: the file; may be absent.
+    step: the last step to keep; None keeps nothing.
+    complete: also require the record of `step` itself, if that is above 0.
+
+  Raises:
+    UserError: a line other than the last is broken, or records are missing.
+  """
+  path = pathlib.Path(path)
+  last = None
+  if path.exists():
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for count, line in enumerate(lines, 1):
+      record = _parse(line)
+      if record is None and count < len(lines) and step is not None:
+        raise UserError(
+          f'{path}, line {count}: not a record.\nRemove the line, then resume.'
+        )
+      if record and step is not None and record['step'] <= step:
+        kept.append(line)
+        last = record['step']
+    if len(kept) < len(lines):
+      _replace(path, b''.join(kept))
+  if complete and step and last != step:
+    found = 'has no record' if last is None else f'ends at step {last}'
+    raise UserError(
+      f'{path} {found}, but the checkpoint is of step {step}.\n'
+      'Restore the file from a copy, or start afresh in another folder.'
+    )
+
+
+def _replace(path, content):
+  temporary = path.with_name(path.name + '.tmp')
+  with open(temporary, 'wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
