@@ -37,18 +37,18 @@ def config():
   return value
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], int | None]) -> NoReturn:
   """Parses the flags and calls `main`.
 
   A `UserError` and a wrong flag end with the message on standard error and
   status 2; anything else keeps its traceback, for a bug report.
   """
 
-  def guarded(arguments) -> None:
+  def guarded(arguments) -> int | None:
     if len(arguments) > 1:
       _fail(f'unexpected argument {arguments[1]!r}\nflags begin with --')
     try:
-      main()
+      return main()
     except UserError as error:
       _fail(str(error))
 

@@ -72,8 +72,7 @@ def call(
     for key, parameter in parameters.items()
     if parameter.default is parameter.empty
     and key not in arguments
-    and parameter.kind
-    not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
   ]
   if missing:
     raise UserError(f'{field}: {name} needs {", ".join(missing)}')

@@ -16,7 +16,7 @@ from jaxrl_llm.estimators import Needs, Rollouts
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import score as score_rewards
-from jaxrl_llm.tasks import PromptBatch
+from jaxrl_llm.tasks.prompts import PromptBatch, columns
 
 Array = jax.Array
 
@@ -98,10 +98,13 @@ def respond(
     )
   ]
   completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-  texts, columns = _columns(batch.rows, generation.samples)
-  columns['completion_ids'] = ids
-  columns['finished'] = host.finished.reshape(-1).tolist()
-  scores = score_rewards(rewards, texts, completions, columns)
+  given = columns(batch.rows, generation.samples)
+  given['completion_ids'] = ids
+  given['finished'] = host.finished.reshape(-1).tolist()
+  texts = [
+    row['prompt'] for row in batch.rows for _ in range(samples.tokens.shape[1])
+  ]
+  scores = score_rewards(rewards, texts, completions, given)
   return Responses(prompts, batch.rows, samples, completions, scores)
 
 
@@ -181,13 +184,3 @@ def score_log_probs(
   parts = split_prompts((prompts, tokens), micro_prompts)
   log_probs = jax.lax.map(part, parts)
   return log_probs.swapaxes(0, 1).reshape(tokens.shape)
-
-
-def _columns(
-  rows: Sequence[dict[str, Any]], samples: int
-) -> tuple[list[str], dict[str, list[Any]]]:
-  """Prompt texts and dataset columns, each row repeated for its responses."""
-  names = dict.fromkeys(name for row in rows for name in row)
-  repeated = [row for row in rows for _ in range(samples)]
-  columns = {name: [row.get(name) for row in repeated] for name in names}
-  return columns.pop('prompt'), columns

@@ -1,0 +1,195 @@
+"""Turns a configuration into the values that the library's functions take."""
+
+import importlib.util
+import inspect
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import data, naming
+from jaxrl_llm import estimators, policy, rollouts, training
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import algorithms
+from jaxrl_llm.models import pretrained, transformer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.rewards import RewardPart, functions
+from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import vocabulary
+
+
+class Model(NamedTuple):
+  """A model, its tokenizer and where they came from.
+
+  Attributes:
+    config, params, tokenizer: the model.
+    eos_ids: tokens that end a response.
+    source: the Hugging Face folder, None for a model made from scratch.
+  """
+
+  config: ModelConfig
+  params: Any
+  tokenizer: Any
+  eos_ids: tuple[int, ...]
+  source: str | None
+
+
+def model(config, seed: int) -> Model:
+  """Loads `config.path`, or makes a model of `config.architecture`."""
+  settings = {'dtype': config.dtype, 'remat': config.remat}
+  if config.path:
+    tokenizer = pretrained.load_tokenizer(config.path)
+    shape, params = pretrained.load(
+      config.path, param_dtype=config.param_dtype, **settings
+    )
+    eos_ids = pretrained.eos_token_ids(config.path, tokenizer)
+  else:
+    if not config.alphabet:
+      raise UserError(
+        'config.model: neither path nor alphabet is set\n'
+        'name a Hugging Face folder: --config.model.path=FOLDER'
+      )
+    tokenizer = vocabulary.character_tokenizer(config.alphabet)
+    shape = _architecture(config.architecture, len(tokenizer), settings)
+    params = transformer.init(shape, jax.random.key(seed), config.param_dtype)
+    eos_ids = pretrained.eos_token_ids(tokenizer=tokenizer)
+  pretrained.check_vocabulary(shape, tokenizer)
+  return Model(shape, params, tokenizer, eos_ids, config.path or None)
+
+
+def dataset(config, tokenizer) -> data.Data:
+  """The data set that `config.task` names."""
+  return naming.call(
+    data, config.task.to_dict(), 'config.task', tokenizer=tokenizer
+  )
+
+
+def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
+  """Rows as token ids, after `config.prompts`."""
+  return prompts_lib.encode_prompts(
+    rows,
+    tokenizer,
+    config.prompts.max_tokens,
+    chat_template=config.prompts.chat_template or None,
+    system_prompt=config.prompts.system_prompt or None,
+    suffix=config.prompts.suffix,
+    overlong=config.prompts.overlong,
+  )
+
+
+def generation(
+  config, built: Model, pad_id: int, *, samples: int, temperature: float
+) -> rollouts.Generation:
+  """Sampling settings of `config.rollout` with another G and temperature."""
+  longest = config.prompts.max_tokens + config.rollout.max_tokens
+  if longest > built.config.max_length:
+    raise UserError(
+      f'{config.prompts.max_tokens} prompt and {config.rollout.max_tokens} '
+      f"response tokens exceed the model's {built.config.max_length}\n"
+      'lower config.prompts.max_tokens or config.rollout.max_tokens'
+    )
+  decoding = policy.Decoding(
+    temperature=temperature,
+    top_k=config.rollout.top_k,
+    top_p=config.rollout.top_p,
+    num_tokens=min(len(built.tokenizer), built.config.vocab_size),
+  )
+  return rollouts.Generation(
+    samples=samples,
+    max_tokens=config.rollout.max_tokens,
+    decoding=decoding,
+    eos_ids=built.eos_ids,
+    pad_id=pad_id,
+  )
+
+
+def estimator(config) -> estimators.Estimator:
+  """The estimator that `config.algorithm` names, checked against rollouts."""
+  spec = config.algorithm.to_dict()
+  built = naming.call(algorithms, spec, 'config.algorithm')
+  if config.rollout.samples < built.needs.samples:
+    raise UserError(
+      f'config.rollout.samples is {config.rollout.samples}; '
+      f'{spec["name"]} needs at least {built.needs.samples} per prompt'
+    )
+  if config.rollout.temperature == 0:
+    raise UserError(
+      'config.rollout.temperature is 0: greedy responses have no policy '
+      'gradient\nset a temperature above 0 (config.evaluation may use 0)'
+    )
+  return built
+
+
+def clip_range(config) -> tuple[float | None, float | None]:
+  """ε below and above of the named algorithm; None if it does not clip."""
+  spec = config.algorithm.to_dict()
+  low = naming.argument(algorithms, spec, 'clip')
+  return low, naming.argument(algorithms, spec, 'clip_high')
+
+
+def reward_parts(config) -> list[RewardPart]:
+  """The reward functions of `config.rewards` with their weights."""
+  if not config.rewards:
+    raise UserError('config.rewards is empty: name at least one reward')
+  return [
+    _reward_part(name, dict(spec), f'config.rewards.{name}')
+    for name, spec in config.rewards.to_dict().items()
+  ]
+
+
+def optimizer(config, total_updates: int):
+  """AdamW and its schedule, from an `optimizer` section."""
+  arguments = config.to_dict()
+  course = training.schedule(
+    arguments.pop('learning_rate'),
+    total_updates,
+    arguments.pop('warmup_updates'),
+    arguments.pop('decay'),
+  )
+  return training.adamw(course, **arguments), course
+
+
+def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
+  weight = spec.pop('weight', 1.0)
+  if ':' in spec.get('name', ''):
+    function = _load_function(spec['name'], field)
+  else:
+    function = naming.find(functions, spec.get('name', ''), field)
+    # A factory takes settings and returns the function; a function takes the
+    # responses themselves.
+    taken = inspect.signature(function).parameters
+    if not {'completions', 'completion_ids'} & set(taken):
+      return RewardPart(name, naming.call(functions, spec, field), weight)
+  unknown = set(spec) - {'name'}
+  if unknown:
+    raise UserError(f'{field}: {spec["name"]} has no setting {unknown.pop()!r}')
+  return RewardPart(name, function, weight)
+
+
+def _load_function(name: str, field: str):
+  """'file.py:function' → the function."""
+  path, _, attribute = name.rpartition(':')
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'{field}: no such file: {path}')
+  spec = importlib.util.spec_from_file_location('user_rewards', path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise UserError(
+      f'{field}: {path} does not load\n{type(error).__name__}: {error}'
+    ) from error
+  if not callable(getattr(module, attribute, None)):
+    raise UserError(f'{field}: no function {attribute!r} in {path}')
+  return getattr(module, attribute)
+
+
+def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:
+  known = inspect.signature(ModelConfig).parameters
+  unknown = set(fields) - set(known)
+  if unknown:
+    raise UserError(
+      f'config.model.architecture has no field {unknown.pop()!r}\n'
+      f'it takes {", ".join(known)}'
+    )
+  return ModelConfig(vocab_size=vocab_size, **fields.to_dict(), **settings)

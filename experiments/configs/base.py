@@ -1,0 +1,87 @@
+"""Every field that a configuration has, with its default.
+
+A configuration begins with `config = base.get_config()` and sets what differs.
+"""
+
+from ml_collections import ConfigDict
+
+
+def optimizer(learning_rate: float, **changes) -> ConfigDict:
+  """Arguments of `training.schedule` and `training.adamw`."""
+  return ConfigDict(
+    dict(
+      learning_rate=learning_rate,
+      warmup_updates=0,
+      decay='constant',  # or 'linear', 'cosine': to 0 at the last update
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.0,
+      max_grad_norm=1.0,
+    )
+    | changes
+  )
+
+
+def get_config() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      seed=0,
+      steps=100,  # of reinforcement learning, after the warm start
+      model=dict(
+        path='',  # a Hugging Face folder or hub name; '' makes a model
+        alphabet='',  # of the character tokenizer of a made model
+        architecture=ConfigDict(),  # of a made model: fields of ModelConfig
+        dtype='float32',  # of matrix products: 'float32' or 'bfloat16'
+        param_dtype='float32',
+        remat=False,
+      ),
+      task=ConfigDict(dict(name='')),  # a function of experiments/data.py
+      prompts=dict(
+        max_tokens=256,
+        overlong='error',  # or 'drop'
+        suffix='',
+        chat_template='auto',  # where the tokenizer has one; '' never
+        system_prompt='',
+      ),
+      # name → dict(name=function of jaxrl_llm.rewards.functions or
+      # 'file.py:function', weight=1.0, other arguments of a factory)
+      rewards=ConfigDict(),
+      algorithm=ConfigDict(dict(name='')),  # of jaxrl_llm.estimators.algorithms
+      rollout=dict(
+        prompts=16,  # P, per step
+        samples=8,  # G, per prompt
+        max_tokens=128,  # T, per response
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        # The trainer recomputes log-probabilities if the sampler's differ by
+        # more at the start, in nats.
+        log_prob_tolerance=1e-5,
+      ),
+      update=dict(
+        epochs=1,
+        minibatches=1,
+        micro_prompts=0,  # prompts per micro-batch; 0 for all of a minibatch
+        chunk=256,  # positions whose logits exist at one time
+      ),
+      optimizer=optimizer(1e-5),
+      warm_start=dict(
+        steps=0,  # of supervised learning on the task's demonstrations
+        batch=64,  # demonstrations per step
+        optimizer=optimizer(1e-3),
+      ),
+      evaluation=dict(
+        every=20,  # steps
+        prompts=256,  # held-out prompts; 0 for all
+        batch=256,  # prompts at one time
+        samples=1,
+        temperature=0.0,
+      ),
+      checkpoints=dict(every=50, keep_latest=2, keep_best=1),
+      log=dict(
+        samples=4,  # responses written to samples.jsonl per step
+        table=6,  # held-out prompts in the before/after table
+      ),
+    )
+  )

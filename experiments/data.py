@@ -1,0 +1,114 @@
+"""The data sets that `config.task` can name."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import arithmetic as arithmetic_lib
+from jaxrl_llm.tasks import files, splits
+from jaxrl_llm.tasks import text as text_lib
+
+
+class Data(NamedTuple):
+  """Rows with a 'prompt' and the columns that rewards ask for.
+
+  Attributes:
+    train: prompts for reinforcement learning.
+    held_out: prompts for evaluation only.
+    demonstrations: rows with a 'solution', for the supervised warm start.
+    notes: what was left out and why, a line each, for the screen.
+  """
+
+  train: list[dict]
+  held_out: list[dict]
+  demonstrations: list[dict]
+  notes: tuple[str, ...] = ()
+
+
+def arithmetic(
+  train: int = 20_000,
+  held_out: int = 512,
+  demonstrations: int = 1_000,
+  seed: int = 0,
+  operations: Sequence[int] = (2, 3),
+  operands: Sequence[int] = (1, 9),
+  operators: str = '+-*',
+  modulus: int | None = None,
+  largest: int | None = None,
+) -> Data:
+  """Generated expressions; only the first `demonstrations` show their steps.
+
+  Args:
+    train, held_out: numbers of problems, no prompt in both.
+    demonstrations: how many training problems come with worked steps.
+    seed: of the problems.
+    operations, operands, operators, modulus, largest: difficulty; see
+      `jaxrl_llm.tasks.arithmetic.generate`.
+  """
+  rows = arithmetic_lib.generate(
+    train + held_out,
+    seed,
+    operations=tuple(operations),
+    operands=tuple(operands),
+    operators=operators,
+    modulus=modulus,
+    largest=largest,
+  )
+  rest, held = splits.split(rows, held_out, seed)
+  return Data(rest, held, rest[:demonstrations])
+
+
+def gsm8k(path: str = '', held_out: int = 0) -> Data:
+  """Grade-school mathematics: its training split, and its test split held out.
+
+  Args:
+    path: folder with train.jsonl and test.jsonl; '' for the hub.
+    held_out: the first so many test problems; 0 for all.
+  """
+  train = files.gsm8k(path or None, 'train')
+  test = files.gsm8k(path or None, 'test')
+  return Data(train, test[: held_out or None], train)
+
+
+def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:
+  """Two files of JSON lines with a prompt (or question) and other columns.
+
+  Args:
+    train, held_out: paths.
+    prompt_column: None takes `prompt`, `question` or `problem`.
+  """
+  rows = files.read_rows(train, prompt_column=prompt_column)
+  held = files.read_rows(held_out, prompt_column=prompt_column)
+  shown = [row for row in rows if 'solution' in row]
+  common = {row['prompt'] for row in rows}
+  kept = [row for row in held if row['prompt'] not in common]
+  if not kept:
+    raise UserError(f'every prompt of {held_out} occurs in {train} too')
+  note = f'{len(held) - len(kept)} held-out prompts occur in {train}: left out'
+  return Data(rows, kept, shown, (note,) if len(kept) < len(held) else ())
+
+
+def text(
+  path: str,
+  tokenizer,
+  prompt_tokens: int = 16,
+  held_out: int = 128,
+  seed: int = 0,
+) -> Data:
+  """Prompts cut from the beginnings of a corpus' documents.
+
+  Args:
+    path: a JSON list of texts, or plain text with blank lines between.
+    tokenizer: of the model.
+    prompt_tokens: length of every prompt, BOS included.
+    held_out: documents kept for evaluation.
+    seed: of their choice.
+  """
+  cut = text_lib.cut_prompts(path, tokenizer, prompt_tokens)
+  rest, held = splits.split(cut.rows, held_out, seed)
+  note = (
+    f'{path}: {len(cut.rows)} prompts of {prompt_tokens} tokens; left out '
+    f'{cut.too_short} short, {cut.altered} that do not survive decoding, '
+    f'{cut.repeated} repeated'
+  )
+  return Data(rest, held, [], (note,))

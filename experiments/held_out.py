@@ -1,0 +1,204 @@
+"""Scores a model on held-out prompts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import build
+from jaxrl_llm import evaluation, rollouts
+from jaxrl_llm.logging import Sample
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+class HeldOut(NamedTuple):
+  """A held-out set and how responses to it are drawn and scored.
+
+  Attributes:
+    model: configuration and tokenizer of the model.
+    encoded: the prompts.
+    generation: samples per prompt, temperature, length.
+    rewards: as in training.
+    batch: prompts at one time.
+    key: PRNG key, the same at every evaluation.
+    chunk: positions whose logits exist at one time.
+  """
+
+  model: build.Model
+  encoded: prompts_lib.EncodedPrompts
+  generation: rollouts.Generation
+  rewards: Sequence[RewardPart]
+  batch: int
+  key: Any
+  chunk: int
+
+
+def build_held_out(
+  config, model: build.Model, rows, rewards, key, **changes
+) -> HeldOut:
+  """The held-out set of a configuration; `changes` go over its evaluation."""
+  settings = config.evaluation.to_dict() | changes
+  encoded = build.encode(
+    config, rows[: settings['prompts'] or None], model.tokenizer
+  )
+  generation = build.generation(
+    config,
+    model,
+    encoded.pad_id,
+    samples=settings['samples'],
+    temperature=settings['temperature'],
+  )
+  return HeldOut(
+    model,
+    encoded,
+    generation,
+    rewards,
+    settings['batch'],
+    key,
+    config.update.chunk,
+  )
+
+
+class Answers(NamedTuple):
+  """Responses to N held-out prompts, n each, in the prompts' order.
+
+  Attributes:
+    rewards: [N, n] weighted sums, NaN where a part gave None.
+    parts: the same by reward function.
+    lengths: [N, n] tokens, EOS included.
+    finished: [N, n] whether the response ended with EOS.
+    tokens: N·n lists of token ids.
+    samples: N·n rows for a sample table.
+    kl: mean of log π − log π_ref over the tokens, nats; None without.
+  """
+
+  rewards: np.ndarray
+  parts: dict[str, np.ndarray]
+  lengths: np.ndarray
+  finished: np.ndarray
+  tokens: list[list[int]]
+  samples: list[Sample]
+  kl: float | None
+
+
+def answer(
+  held_out: HeldOut, params, step: int, reference=None, stop=None
+) -> Answers:
+  """Samples and scores responses to the whole set.
+
+  Args:
+    held_out: the set.
+    params: the model's parameters.
+    step: for the sample table.
+    reference: parameters of a reference policy; gives `kl`.
+    stop: polled between batches.
+  """
+  count = len(held_out.encoded.rows)
+  pieces, kl_sum = [], 0.0
+  for start in range(0, count, held_out.batch):
+    if stop is not None:
+      stop.check()
+    chosen = range(start, min(start + held_out.batch, count))
+    responses = rollouts.respond(
+      held_out.model.config,
+      params,
+      prompts_lib.gather(held_out.encoded, chosen),
+      held_out.generation,
+      held_out.model.tokenizer,
+      held_out.rewards,
+      jax.random.fold_in(held_out.key, start),
+    )
+    pieces.append(responses)
+    if reference is not None:
+      kl_sum += _kl_sum(held_out, params, reference, responses)
+  samples = [s for piece in pieces for s in to_samples(piece, step)]
+  shape = (count, held_out.generation.samples)
+  masks = [np.concatenate(piece.samples.mask) for piece in pieces]
+  tokens = [
+    row[mask].tolist()
+    for piece, piece_mask in zip(pieces, masks, strict=True)
+    for row, mask in zip(
+      np.concatenate(piece.samples.tokens), piece_mask, strict=True
+    )
+  ]
+  lengths = np.array([len(row) for row in tokens]).reshape(shape)
+  rewards = [
+    np.where(piece.scores.valid, piece.scores.total, np.nan) for piece in pieces
+  ]
+  parts = {
+    part.name: np.concatenate(
+      [piece.scores.parts[part.name] for piece in pieces]
+    ).reshape(shape)
+    for part in held_out.rewards
+  }
+  return Answers(
+    rewards=np.concatenate(rewards).reshape(shape),
+    parts=parts,
+    lengths=lengths,
+    finished=np.array([s.finished for s in samples]).reshape(shape),
+    tokens=tokens,
+    samples=samples,
+    kl=None if reference is None else kl_sum / max(lengths.sum(), 1),
+  )
+
+
+def summary(answers: Answers) -> dict[str, float]:
+  """Means over the held-out responses, named for the training record."""
+  metrics = {'eval/reward': np.nanmean(answers.rewards)}
+  for name, scores in answers.parts.items():
+    metrics[f'eval/rewards/{name}'] = np.nanmean(scores)
+  metrics['eval/completions/mean_length'] = answers.lengths.mean()
+  metrics['eval/completions/clipped_ratio'] = 1.0 - answers.finished.mean()
+  metrics['eval/distinct_bigrams'] = evaluation.distinct_ngrams(answers.tokens)
+  if answers.kl is not None:
+    metrics['eval/kl'] = answers.kl
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def to_samples(
+  responses: rollouts.Responses,
+  step: int,
+  advantages: np.ndarray | None = None,
+  limit: int | None = None,
+) -> list[Sample]:
+  """Rows for a sample table, in order; [P, G] advantages where known."""
+  mask = np.concatenate(responses.samples.mask)
+  finished = np.asarray(responses.samples.finished).reshape(-1)
+  scores = responses.scores
+  per_prompt = len(mask) // len(responses.rows)
+
+  def sample(i: int) -> Sample:
+    parts = {
+      name: None if np.isnan(values[i]) else float(values[i])
+      for name, values in scores.parts.items()
+    }
+    return Sample(
+      step=step,
+      prompt=responses.rows[i // per_prompt]['prompt'],
+      response=responses.completions[i],
+      rewards=parts,
+      reward=float(scores.total[i]) if scores.valid[i] else None,
+      advantage=None if advantages is None else float(advantages.flat[i]),
+      tokens=int(mask[i].sum()),
+      finished=bool(finished[i]),
+    )
+
+  return [sample(i) for i in range(len(mask))[:limit]]
+
+
+def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
+  """Σ log π − log π_ref over the responses' tokens, nats."""
+  prompts, samples = responses.prompts, responses.samples
+  score = lambda weights: rollouts.score_log_probs(
+    held_out.model.config,
+    weights,
+    prompts,
+    samples.tokens,
+    held_out.generation.decoding,
+    prompts.lengths.shape[0],
+    held_out.chunk,
+  )
+  ratios = score(params) - score(reference)
+  return float(np.where(samples.mask, ratios, 0.0).sum())

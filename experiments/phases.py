@@ -1,0 +1,290 @@
+"""The two phases of a run: a supervised warm start, then online RL.
+
+Each phase gives the state after one step and what is to be recorded of it.  A
+step depends on nothing but the state, the step's number and the configuration.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build
+from jaxrl_llm import batches, estimators, policy, rollouts, training
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import diagnostics
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+class Result(NamedTuple):
+  """What a step leaves: state, records, and responses for the sample table.
+
+  Attributes:
+    state: the new `TrainState`.
+    metrics: numbers that depend on the computation only.
+    timings: seconds.
+    tokens: generated tokens.
+    responses, advantages: what was sampled, and [P, G] advantages; None in
+      the warm start.
+  """
+
+  state: training.TrainState
+  metrics: dict[str, float]
+  timings: dict[str, float]
+  tokens: int = 0
+  responses: rollouts.Responses | None = None
+  advantages: np.ndarray | None = None
+
+
+class WarmStart:
+  """Maximum likelihood of the task's worked solutions.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    rows: demonstrations, with a 'solution'.
+  """
+
+  def __init__(self, config, model: build.Model, rows: list[dict]):
+    if config.warm_start.steps and not rows:
+      raise UserError(
+        f'config.warm_start.steps is {config.warm_start.steps}, but the task '
+        'has no demonstrations\nset it to 0, or give rows a solution'
+      )
+    self.steps = config.warm_start.steps
+    self.optimizer, self._schedule = build.optimizer(
+      config.warm_start.optimizer, self.steps
+    )
+    if not self.steps:
+      return
+    encoded = build.encode(config, rows, model.tokenizer)
+    if not model.eos_ids:
+      raise UserError('the tokenizer has no end token to teach')
+    self._solutions = prompts_lib.encode_solutions(
+      encoded.rows, model.tokenizer, config.rollout.max_tokens, model.eos_ids[0]
+    )
+    self._width = max(map(len, self._solutions))
+    self._pad_id = encoded.pad_id
+    self.source = prompts_lib.PromptSource(
+      encoded, config.warm_start.batch, config.seed
+    )
+    self._estimator = estimators.sft()
+    forward = training.policy_forward(
+      model.config, policy.Decoding(), config.update.chunk
+    )
+    self._update = training.make_update(
+      forward, self._estimator, self.optimizer, config.warm_start.batch
+    )
+
+  def step(self, state: training.TrainState, step: int) -> Result:
+    """One supervised update."""
+    start = time.perf_counter()
+    batch = self.source.batch(step)
+    chosen = [self._solutions[i] for i in self.source.indices(step)]
+    tokens, lengths = prompts_lib.padded(chosen, self._pad_id, self._width)
+    mask = np.arange(self._width)[None] < lengths[:, None]
+    given = self._estimator.prepare(
+      estimators.Rollouts(
+        tokens=jnp.asarray(tokens[:, None]),
+        mask=jnp.asarray(mask[:, None]),
+        log_probs=jnp.zeros(mask[:, None].shape),
+        rewards=jnp.ones((len(chosen), 1, 1)),
+      )
+    )
+    rate = float(self._schedule(int(state.updates)))
+    state, metrics = self._update(state, None, to_prompts(batch), given)
+    metrics = jax.device_get(metrics)
+    record = {
+      'warm_start/loss': metrics['loss'],
+      'warm_start/grad_norm': metrics['grad_norm'],
+      'warm_start/learning_rate': rate,
+      'skipped': metrics['skipped'],
+    }
+    return Result(state, record, {'step_time': time.perf_counter() - start})
+
+
+class Reinforcement:
+  """Online reinforcement learning.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    rows: training prompts.
+    key: PRNG key of the run.
+
+  Attributes:
+    reference: parameters of the reference policy, if the estimator needs it.
+    rescore: whether the trainer recomputes the sampler's log-probabilities.
+  """
+
+  def __init__(self, config, model: build.Model, rows: list[dict], key):
+    self._config = config
+    self._model = model
+    self._key = key
+    encoded = build.encode(config, rows, model.tokenizer)
+    self.dropped = encoded.dropped
+    rollout, update = config.rollout, config.update
+    self.source = prompts_lib.PromptSource(
+      encoded, rollout.prompts, config.seed
+    )
+    self.generation = build.generation(
+      config,
+      model,
+      encoded.pad_id,
+      samples=rollout.samples,
+      temperature=rollout.temperature,
+    )
+    self.rewards = build.reward_parts(config)
+    self.estimator = build.estimator(config)
+    self.reference = None
+    self.rescore = False
+    minibatch = _divide(rollout.prompts, update.minibatches, 'minibatches')
+    self._micro_prompts = update.micro_prompts or minibatch
+    _divide(minibatch, self._micro_prompts, 'micro_prompts')
+    self.optimizer, self._schedule = build.optimizer(
+      config.optimizer, config.steps * update.epochs * update.minibatches
+    )
+    per_token = diagnostics.per_token(*build.clip_range(config))
+    if self.estimator.needs.reference:
+      per_token['kl'] = diagnostics.reference_kl
+    self._prepare = jax.jit(self.estimator.prepare)
+    self._weigh = jax.jit(self.estimator.weigh)
+    self._update = training.make_update(
+      training.policy_forward(
+        model.config, self.generation.decoding, update.chunk
+      ),
+      self.estimator,
+      self.optimizer,
+      self._micro_prompts,
+      per_token,
+    )
+
+  def collect(self, state: training.TrainState, step: int, stop=None):
+    """Samples, scores and completes the rollouts of one step.
+
+    Returns:
+      (responses, rollouts, timings).
+    """
+    times = [time.perf_counter()]
+    responses = rollouts.respond(
+      self._model.config,
+      state.trainable['policy'],
+      self.source.batch(step),
+      self.generation,
+      self._model.tokenizer,
+      self.rewards,
+      jax.random.fold_in(jax.random.fold_in(self._key, 1), step),
+    )
+    times.append(time.perf_counter())
+    if stop is not None:
+      stop.check()
+    data = rollouts.to_rollouts(
+      self._model.config,
+      state.trainable['policy'],
+      self.reference,
+      responses,
+      self.generation,
+      self.estimator.needs,
+      self._micro_prompts,
+      self._config.update.chunk,
+      self.rescore,
+    )
+    return responses, data, {'rollout_time': times[1] - times[0]}
+
+  def log_prob_difference(self, state: training.TrainState, step: int):
+    """Largest |trainer − sampler| log-probability of a step's responses."""
+    responses, _, _ = self.collect(state, step)
+    samples = responses.samples
+    again = rollouts.score_log_probs(
+      self._model.config,
+      state.trainable['policy'],
+      responses.prompts,
+      samples.tokens,
+      self.generation.decoding,
+      self._micro_prompts,
+      self._config.update.chunk,
+    )
+    difference = jnp.abs(again - samples.log_probs)
+    return float(jnp.where(samples.mask, difference, 0.0).max())
+
+  def step(self, state: training.TrainState, step: int, stop=None) -> Result:
+    """Samples, scores, and takes the step's updates."""
+    start = time.perf_counter()
+    responses, data, timings = self.collect(state, step, stop)
+    whole = (responses.prompts, self._prepare(data))
+    key = jax.random.fold_in(jax.random.fold_in(self._key, 2), step)
+    rate = float(self._schedule(int(state.updates)))
+    records = []
+    for epoch in range(self._config.update.epochs):
+      for prompts, batch in batches.minibatches(
+        whole, self._config.update.minibatches, jax.random.fold_in(key, epoch)
+      ):
+        state, metrics = self._update(state, None, prompts, self._weigh(batch))
+        records.append(metrics)
+    timings['step_time'] = time.perf_counter() - start
+    records = jax.device_get(records)
+    mask = np.asarray(responses.samples.mask)
+    metrics = reward_metrics(responses, data) | update_metrics(records)
+    metrics['learning_rate'] = rate
+    advantages = np.asarray(whole[1].advantages)
+    # A per-token advantage is shown by its mean over the response.
+    shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
+    shown = shown / np.maximum(mask.sum(axis=2), 1)
+    tokens = int(mask.sum())
+    return Result(state, metrics, timings, tokens, responses, shown)
+
+
+def to_prompts(batch: prompts_lib.PromptBatch) -> policy.Prompts:
+  """A batch of the data set as the model reads it."""
+  return policy.Prompts(
+    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
+  )
+
+
+def reward_metrics(
+  responses: rollouts.Responses, data: estimators.Rollouts
+) -> dict[str, float]:
+  """Numbers of rewards and lengths, in TRL's names."""
+  metrics = jax.device_get(_rollout_metrics(data, responses.samples.finished))
+  for name, scores in responses.scores.parts.items():
+    known = scores[~np.isnan(scores)]
+    metrics[f'rewards/{name}/mean'] = known.mean() if known.size else np.nan
+    metrics[f'rewards/{name}/std'] = known.std() if known.size else np.nan
+    metrics[f'rewards/{name}/none'] = int(np.isnan(scores).sum())
+  return metrics
+
+
+def update_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
+  """Numbers of one step's updates: means over them, but for two.
+
+  The log-probability difference is that of the first update, whose parameters
+  are those that sampled; `skipped` is the count after the last.
+  """
+  metrics = {
+    name: float(np.mean([record[name] for record in records]))
+    for name in records[0]
+  }
+  for name in records[0]:
+    if name.startswith('log_prob_difference/'):
+      metrics[name] = float(records[0][name])
+  metrics['skipped'] = int(records[-1]['skipped'])
+  return metrics
+
+
+@jax.jit
+def _rollout_metrics(data: estimators.Rollouts, finished):
+  return diagnostics.group_statistics(data) | diagnostics.completion_statistics(
+    data.mask, finished
+  )
+
+
+def _divide(prompts: int, parts: int, name: str) -> int:
+  if parts < 1 or prompts % parts:
+    possible = [n for n in range(1, prompts + 1) if prompts % n == 0]
+    raise UserError(
+      f'config.update.{name} is {parts}, which does not divide {prompts} '
+      f'prompts\nchoose one of {possible}'
+    )
+  return prompts // parts

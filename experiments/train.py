@@ -1,0 +1,330 @@
+"""Online reinforcement learning of a language model.
+
+    python -m experiments.train --config=experiments/configs/quickstart.py
+
+A run writes everything into one folder, `--workdir` (default: runs/ and the
+configuration's name), and `--resume` continues it, bit for bit.
+"""
+
+import contextlib
+import json
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import build, cli, held_out, phases
+from jaxrl_llm import logging, training
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.logging.samples import read_samples
+from jaxrl_llm.models import pretrained
+from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_RESUME = flags.DEFINE_bool(
+  'resume', False, 'Continue the run that the folder holds.'
+)
+cli.define_config_flag()
+
+# What may differ when a run is resumed.
+_MUTABLE = frozenset({'steps', 'checkpoints', 'log'})
+_MAX_SKIPPED = 3
+
+
+class Run:
+  """One run: what it is made of, how far it is, and what it has said.
+
+  Attributes:
+    step: steps done, warm start included.
+    state: the `TrainState` after them.
+    tokens: tokens generated so far.
+  """
+
+  def __init__(self, config, folder, stop, files):
+    self._config = config
+    self._folder = folder.path
+    self._stop = stop
+    self._key = jax.random.key(config.seed)
+    self._model = build.model(config.model, config.seed)
+    data = build.dataset(config, self._model.tokenizer)
+    self._warm = phases.WarmStart(config, self._model, data.demonstrations)
+    self._rl = phases.Reinforcement(config, self._model, data.train, self._key)
+    self._held_out = held_out.build_held_out(
+      config,
+      self._model,
+      data.held_out,
+      self._rl.rewards,
+      jax.random.fold_in(self._key, 3),
+    )
+    self._first = config.warm_start.steps
+    self._total = config.warm_start.steps + config.steps
+    self._keep = files.enter_context(
+      Checkpoints(
+        self._folder / 'checkpoints',
+        config.checkpoints.keep_latest,
+        config.checkpoints.keep_best,
+      )
+    )
+    self._reference = files.enter_context(
+      Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
+    )
+    self.tokens = 0
+    self.step = 0
+    self.state = self._initial_state(self._model.params)
+    restored = self._restore()
+    at = self.step if restored else None
+    self._metrics = files.enter_context(logging.MetricsWriter(self._folder, at))
+    self._samples = files.enter_context(logging.SampleLog(self._folder, at))
+    self._progress = files.enter_context(
+      logging.Progress(self._total, self.step)
+    )
+    self._describe(data, restored)
+
+  def train(self) -> None:
+    """Runs what is left of the run; saves also when it is cut short."""
+    try:
+      if self.step == 0 and self._first == 0:
+        self._record({}, {})
+      while self.step < self._total:
+        self._one_step()
+        last = self.step == self._total or self.step == self._first
+        if last or self.step % self._config.checkpoints.every == 0:
+          self._save()
+        self._keep.poll()
+    except (UserError, StopRequested, KeyboardInterrupt):
+      self._save()
+      raise
+    self._keep.wait()
+
+  def finish(self) -> None:
+    """Exports the model; shows and writes what the run came to."""
+    pretrained.save(
+      self._folder / 'hf',
+      self._model.config,
+      self.state.trainable['policy'],
+      tokenizer=self._model.tokenizer,
+      source=self._model.source,
+    )
+    records = logging.read_records(self._folder / 'metrics.jsonl')
+    plot(self._folder / 'curve.png', records, self._first)
+    before, after = self._before_after()
+    self._samples.write_html(self._folder.name, before, after)
+    self._progress.print(logging.before_after_table(before, after))
+    evaluated = [r for r in records if 'eval/reward' in r]
+    first, last = evaluated[0], evaluated[-1]
+    for name in first:
+      if name.startswith('eval/') and name in last:
+        print(f'{name:34} {first[name]:8.4f}  →  {last[name]:8.4f}')
+    print(f'{self._folder}: curve.png, samples.html, hf/ (for transformers)')
+
+  def _one_step(self) -> None:
+    """One step of the phase that the run is in, and its record."""
+    if self.step < self._first:
+      result = self._warm.step(self.state, self.step)
+    else:
+      if self.step == self._first:
+        self._begin_rl()
+      result = self._rl.step(self.state, self.step - self._first, self._stop)
+    self.state = result.state
+    self.step += 1
+    self.tokens += result.tokens
+    if result.responses is not None:
+      self._samples.write(
+        held_out.to_samples(
+          result.responses,
+          self.step,
+          result.advantages,
+          self._config.log.samples,
+        )
+      )
+    self._record(result.metrics, result.timings)
+    if result.metrics['skipped'] >= _MAX_SKIPPED:
+      raise UserError(
+        f'{_MAX_SKIPPED} updates in a row were not finite, up to step '
+        f'{self.step}; parameters are those before\n'
+        'lower the learning rate, or look at samples.jsonl'
+      )
+
+  def _begin_rl(self) -> None:
+    """Fixes what RL starts from: optimiser, reference, log-probabilities."""
+    policy = self.state.trainable['policy']
+    self.state = training.init_state({'policy': policy}, self._rl.optimizer)
+    if self._rl.estimator.needs.reference:
+      # A copy: updates reuse the memory of the parameters they change.
+      self._rl.reference = jax.tree.map(jnp.copy, policy)
+      self._reference.save(self._first, self._rl.reference, {})
+      self._reference.wait()
+    difference = self._rl.log_prob_difference(self.state, 0)
+    limit = self._config.rollout.log_prob_tolerance
+    self._rl.rescore = difference > limit
+    if self._rl.rescore:
+      self._progress.print(
+        f'sampler and trainer differ by {difference:.2g} nats, more than '
+        f'{limit:.2g}: the trainer recomputes log-probabilities'
+      )
+
+  def _record(self, metrics: dict, timings: dict) -> None:
+    """Adds the evaluation where one is due, and writes the step's record."""
+    metrics = dict(metrics)
+    since = self.step - self._first
+    every = self._config.evaluation.every
+    if since >= 0 and (since % every == 0 or self.step == self._total):
+      start = time.perf_counter()
+      answers = held_out.answer(
+        self._held_out,
+        self.state.trainable['policy'],
+        self.step,
+        self._rl.reference,
+      )
+      metrics |= held_out.summary(answers)
+      samples = self._held_out.generation.samples
+      limit = self._config.log.table * samples
+      self._samples.write(answers.samples[:limit:samples])
+      timings = timings | {'evaluation_time': time.perf_counter() - start}
+      self._best = metrics['eval/reward']
+    metrics['num_tokens'] = self.tokens
+    self._metrics.write(self.step, metrics, timings)
+    shown = ('warm_start/loss', 'reward', 'eval/reward')
+    self._progress.update(
+      self.step, **{k: metrics[k] for k in shown if k in metrics}
+    )
+
+  def _before_after(self):
+    """Held-out samples of the start and of the end of RL."""
+    samples = read_samples(self._folder / 'samples.jsonl')
+    kept = [sample for sample in samples if sample.advantage is None]
+    return tuple(
+      [sample for sample in kept if sample.step == step]
+      for step in (self._first, self._total)
+    )
+
+  def _initial_state(self, params) -> training.TrainState:
+    phase = self._warm if self._first else self._rl
+    return training.init_state({'policy': params}, phase.optimizer)
+
+  def _fingerprint(self) -> dict:
+    sources = {'rl': self._rl.source}
+    if self._first:
+      sources['warm_start'] = self._warm.source
+    return {name: source.fingerprint() for name, source in sources.items()}
+
+  def _save(self) -> None:
+    self._metrics.sync()
+    self._samples.sync()
+    self._keep.save(
+      self.step,
+      {'state': self.state, 'key': jax.random.key_data(self._key)},
+      {
+        'tokens': self.tokens,
+        'rescore': self._rl.rescore,
+        'prompts': self._fingerprint(),
+      },
+      getattr(self, '_best', None),
+    )
+
+  def _restore(self) -> bool:
+    """Takes up the newest checkpoint that verifies, if there is one."""
+    template = {'state': self.state, 'key': jax.random.key_data(self._key)}
+    restored = self._keep.restore(template)
+    if restored is None:
+      return False
+    self.step, tree, metadata = restored
+    stored, now = metadata['prompts'], self._fingerprint()
+    if stored != now:
+      phase = next(name for name in now if stored.get(name) != now[name])
+      differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
+      raise UserError(
+        f'the {phase} prompts are not those of step {self.step}: '
+        f'{", ".join(differ)} changed\nrestore the data and the tokenizer, or '
+        'start in another --workdir'
+      )
+    self.state = tree['state']
+    self._key = jax.random.wrap_key_data(tree['key'])
+    self.tokens = metadata['tokens']
+    self._rl.rescore = metadata['rescore']
+    if self.step > self._first and self._rl.estimator.needs.reference:
+      found = self._reference.restore(self.state.trainable['policy'])
+      if found is None:
+        raise UserError(
+          f'{self._reference.folder} has no reference policy\n'
+          'restore the folder from a copy, or start in another --workdir'
+        )
+      self._rl.reference = found[1]
+    return True
+
+  def _describe(self, data, restored: bool) -> None:
+    """Says what the run is, a line each."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable))
+    tokenizer = len(self._model.tokenizer)
+    lines = [
+      f'{self._model.config.family} model, {size:,} parameters, '
+      f'{tokenizer} tokens; {jax.device_count()} {jax.default_backend()} '
+      'device(s)',
+      f'{len(data.train):,} training and {len(self._held_out.encoded.rows):,} '
+      f'held-out prompts; {self._rl.dropped} dropped as over budget',
+      *data.notes,
+    ]
+    if restored:
+      lines.append(f'resumed at step {self.step} of {self._total}')
+    self._progress.print(*lines)
+
+
+def plot(path, records: list[dict], first: int) -> None:
+  """Draws reward and held-out reward against the step."""
+  series = {}
+  rewards = [(r['step'], r['reward']) for r in records if 'reward' in r]
+  if rewards:
+    steps, values = map(np.array, zip(*rewards, strict=True))
+    width = max(len(values) // 20, 1)
+    kernel = np.ones(width) / width
+    smooth = np.convolve(values, kernel, mode='valid')
+    label = f'training reward (mean of {width} steps)'
+    series[label] = (steps[width - 1 :], smooth)
+  held = [(r['step'], r['eval/reward']) for r in records if 'eval/reward' in r]
+  series['held-out reward'] = tuple(zip(*held, strict=True))
+  logging.plot_curve(
+    path,
+    series,
+    xlabel='step',
+    ylabel='mean reward per response',
+    title=path.parent.name,
+    marks={'RL begins': first} if first else None,
+  )
+
+
+def main() -> int:
+  """Trains, and returns the exit status."""
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  config = cli.config()
+  workdir = _WORKDIR.value
+  if workdir is None:
+    name = flags.FLAGS['config'].config_filename
+    workdir = pathlib.Path('runs') / pathlib.Path(name).stem
+  plain = json.loads(json.dumps(config.to_dict()))
+  with contextlib.ExitStack() as files:
+    folder = files.enter_context(
+      open_run(workdir, _RESUME.value, plain, _MUTABLE)
+    )
+    stop = files.enter_context(StopSignal())
+    run = Run(config, folder, stop, files)
+    try:
+      run.train()
+    except StopRequested as request:
+      print(
+        f'stopped by {request} after step {run.step}; '
+        'everything is saved: continue with --resume',
+        file=sys.stderr,
+      )
+      return 128 + signal.Signals[str(request)]
+    run.finish()
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)
