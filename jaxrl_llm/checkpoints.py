@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxrl_llm.digests import digest
+from jaxrl_llm import orbax_noise
+from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -55,14 +56,14 @@ class Checkpoints:
         f'Cannot keep {keep_latest} latest and {keep_best} best checkpoints.\n'
         'Keep at least 1 of the latest, and 0 or more of the best.'
       )
-    _hush_orbax()
+    orbax_noise.hush()
     self.folder = pathlib.Path(folder).absolute()
     self._keep_latest = keep_latest
     self._keep_best = keep_best
     self._read_only = read_only
     self._pending = None  # (manifest, future of the running save)
     self._metrics = {}  # step -> metric or None, of the steps seen so far
-    self._sound = {}  # step -> digest of the manifest, of those known to be good
+    self._sound = {}  # step -> the sha256 of a manifest that verified
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     if not read_only:
       self._clean()
@@ -92,12 +93,12 @@ class Checkpoints:
         'Save through the run that owns them.'
       )
     self.wait()
-    leaves = _leaves(state)
+    leaves = named_leaves(state)
     manifest = {
       'step': int(step),
       'metric': None if metric is None else float(metric),
       'metadata': _as_json(metadata),
-      'leaves': _describe(leaves),
+      'leaves': describe(leaves),
     }
     manifest['sha256'] = _sha256(manifest)
     path = self._path(step)
@@ -187,7 +188,7 @@ class Checkpoints:
         another tree, shape or dtype than the template.
     """
     self.wait()
-    wanted = _leaves(template)
+    wanted = named_leaves(template)
     steps = self.steps()
     if step is not None:
       if step not in steps:
@@ -229,9 +230,9 @@ class Checkpoints:
           self._path(step), {'state': _abstract(template)}
         )['state']
       state = _with_empty(template, loaded)
-      found = _describe(_leaves(state))
+      found = describe(named_leaves(state))
     except Exception as error:
-      raise _BrokenError(_line(error)) from error
+      raise _BrokenError(f'its state: {_line(error)}') from error
     for name, leaf in manifest['leaves'].items():
       if found.get(name) != leaf:
         raise _BrokenError(f'the content of {name} has changed')
@@ -254,7 +255,7 @@ class Checkpoints:
 
   def _compare(self, step, stored, wanted):
     """Raises UserError if the stored leaves are not those of the template."""
-    shapes = {name: _shape_of(leaf) for name, leaf in wanted.items()}
+    shapes = {name: shape_of(leaf) for name, leaf in wanted.items()}
     problems = [
       f'{name} is missing from it' for name in shapes if name not in stored
     ]
@@ -346,19 +347,6 @@ class _BrokenError(Exception):
   """A step does not verify; the message says what of it."""
 
 
-class _OrbaxFilter(logging.Filter):
-  """Drops what Orbax logs: its failures reach the user as one UserError."""
-
-  def filter(self, record):
-    return 'orbax' not in pathlib.PurePath(record.pathname).parts
-
-
-def _hush_orbax():
-  logger = logging.getLogger('absl')
-  if not any(isinstance(old, _OrbaxFilter) for old in logger.filters):
-    logger.addFilter(_OrbaxFilter())
-
-
 def _context():
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
@@ -368,48 +356,6 @@ def _context():
   # threads that wait for it for 20 minutes.
   context.async_options.create_directories_asynchronously = False
   return context
-
-
-def _leaves(tree):
-  """The tree's leaves by name, such as `params/layers/w`."""
-  leaves = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator='/') or 'state'
-    if name in leaves:
-      raise UserError(
-        f'Two leaves of the state are called {name}.\n'
-        'Use names without a slash.'
-      )
-    if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
-      raise UserError(
-        f'{name} in the state is a {type(leaf).__name__}, not an array.\n'
-        'Make it an array, or keep it in the metadata.'
-      )
-    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
-      if kept != leaf.dtype:
-        raise UserError(
-          f'{name} in the state is {leaf.dtype}, which JAX would make {kept}.\n'
-          'Convert it yourself, or set jax_enable_x64.'
-        )
-    leaves[name] = leaf
-  return leaves
-
-
-def _shape_of(leaf):
-  return str(leaf.dtype), list(leaf.shape)
-
-
-def _describe(leaves):
-  """Shape, dtype and digest of each leaf, as JSON values."""
-  # All digests are started before the first is waited for.
-  digests = {name: digest(leaf) for name, leaf in leaves.items()}
-  described = {}
-  for name, leaf in leaves.items():
-    dtype, shape = _shape_of(leaf)
-    lanes = ''.join(f'{lane:08x}' for lane in np.asarray(digests[name]))
-    described[name] = {'dtype': dtype, 'shape': shape, 'digest': lanes}
-  return described
 
 
 def _without_empty(tree):
@@ -476,6 +422,13 @@ def _sha256(manifest):
 
 
 def _line(error):
-  line = next(iter(str(error).strip().splitlines()), '')
-  line = line if len(line) <= 200 else line[:200] + '…'
-  return f'{type(error).__name__}: {line}'
+  """The error's first cause in one line: Orbax wraps it several times."""
+  while error.__cause__ or not (
+    error.__suppress_context__ or error.__context__ is None
+  ):
+    error = error.__cause__ or error.__context__
+  text = ' '.join(str(error).split())
+  text = re.split(r' \[(?:source locations|tensorstore_spec)', text)[0]
+  if len(text) > 300:
+    text = f'{text[:150]} … {text[-150:]}'
+  return f'{type(error).__name__}: {text}'

@@ -1,10 +1,59 @@
-"""Digests of arrays, computed where the arrays are."""
+"""Names, shapes, dtypes and digests of the arrays in a tree."""
 
 import hashlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxrl_llm.errors import UserError
+
+
+def named_leaves(tree) -> dict:
+  """The leaves of a tree of arrays by name, such as `params/layers/w`.
+
+  Raises:
+    UserError: a leaf is no array, two have one name, or JAX would convert it.
+  """
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='/') or 'state'
+    if name in leaves:
+      raise UserError(
+        f'Two leaves of the state are called {name}.\n'
+        'Use names without a slash.'
+      )
+    if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
+      raise UserError(
+        f'{name} in the state is a {type(leaf).__name__}, not an array.\n'
+        'Make it an array, or keep it in the metadata.'
+      )
+    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
+      if kept != leaf.dtype:
+        raise UserError(
+          f'{name} in the state is {leaf.dtype}, which JAX would make {kept}.\n'
+          'Convert it yourself, or set jax_enable_x64.'
+        )
+    leaves[name] = leaf
+  return leaves
+
+
+def shape_of(leaf) -> tuple[str, list[int]]:
+  """An array's dtype and shape as JSON values."""
+  return str(leaf.dtype), list(leaf.shape)
+
+
+def describe(leaves: dict) -> dict:
+  """Shape, dtype and digest of each leaf, as JSON values."""
+  # All digests are started before the first is waited for.
+  digests = {name: digest(leaf) for name, leaf in leaves.items()}
+  described = {}
+  for name, leaf in leaves.items():
+    dtype, shape = shape_of(leaf)
+    lanes = ''.join(f'{lane:08x}' for lane in np.asarray(digests[name]))
+    described[name] = {'dtype': dtype, 'shape': shape, 'digest': lanes}
+  return described
 
 
 def digest(array) -> jax.Array:
@@ -13,7 +62,7 @@ def digest(array) -> jax.Array:
     dₗ = Σᵢ mixₗ(bitsᵢ, positionᵢ)  mod 2³²,   l = 1, 2
 
   An integer sum has no order, so every layout gives the same 64 bits.  mixₗ is
-  a bijection of the bits at each position: a change of one element always
+  a bijection of the word at each position: a change of one 32-bit word always
   changes the sum; other changes escape with probability about 2⁻⁶⁴.  The
   mixing steps are those of `MurmurHash3
   <https://github.com/aappleby/smhasher/wiki/MurmurHash3>`_'s finaliser.

@@ -1,0 +1,523 @@
+"""Checkpoints: what comes back is what went in, or the step before."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.errors import UserError
+
+META = {'config': {'lr': 1e-3, 'sizes': [1, 2]}, 'cursor': 7}
+
+
+def make_state(seed=0, width=8):
+  key = jax.random.key(seed)
+  params = {
+    'layers': {'w': jax.random.normal(key, (2, width, 4))},
+    'head': jax.random.normal(key, (4, 3)).astype(jnp.bfloat16),
+  }
+  return {
+    'params': params,
+    'optimizer': optax.adamw(optax.constant_schedule(0.1)).init(params),
+    'key': key,
+    'key_data': jax.random.key_data(key),
+    'step': jnp.int32(seed),
+    'mask': jnp.array([True, False, True]),
+    'absent': None,
+    'empty': (),
+    'no_rows': jnp.zeros((0, 3), jnp.int32),
+  }
+
+
+def raw(leaf):
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(leaf).tobytes()
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype and x.shape == y.shape
+    assert raw(x) == raw(y)
+
+
+def abstract(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def save_steps(folder, steps, **kwargs):
+  with Checkpoints(folder, **kwargs) as checkpoints:
+    for step in steps:
+      checkpoints.save(step, make_state(step), {**META, 'step': step})
+
+
+def lines(error):
+  return str(error.value).splitlines()
+
+
+def run_script(text, *arguments, **environment):
+  return subprocess.run(
+    [sys.executable, '-c', text, *map(str, arguments)],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+
+
+def test_round_trip(tmp_path):
+  state = make_state(3)
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    assert checkpoints.restore(state) is None
+    checkpoints.save(30, state, META, metric=0.5)
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    for template in (state, abstract(state)):
+      step, restored, metadata = checkpoints.restore(template)
+      assert (step, metadata) == (30, META)
+      assert_same(restored, state)
+      assert type(restored['optimizer'][0]) is type(state['optimizer'][0])
+
+
+def test_same_stream_of_random_numbers(tmp_path):
+  save_steps(tmp_path, [1])
+  _, restored, _ = Checkpoints(tmp_path).restore(make_state(0))
+  draws = [jax.random.normal(s['key'], (4,)) for s in (restored, make_state(1))]
+  np.testing.assert_array_equal(*draws)
+
+
+def test_keeps_latest_and_best(tmp_path):
+  metrics = [0.1, 0.9, float('nan'), 0.2, None, 0.9, 0.3, 0.0]
+  state = {'x': jnp.zeros(2)}
+  with Checkpoints(tmp_path, keep_latest=2, keep_best=2) as checkpoints:
+    for step, metric in enumerate(metrics):
+      checkpoints.save(step, state, {}, metric=metric)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 5, 6, 7]
+    assert checkpoints.best_step() == 5
+  # Another process knows the metrics from the manifests.
+  with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
+    assert checkpoints.best_step() == 5
+    checkpoints.save(8, state, {}, metric=0.4)
+    checkpoints.wait()
+    assert checkpoints.steps() == [5, 8]
+    assert checkpoints.restore(state, step=5)[0] == 5
+    with pytest.raises(UserError, match=r'no checkpoint step 6 .*\n.*\[5, 8\]'):
+      checkpoints.restore(state, step=6)
+
+
+def test_no_metric_no_best(tmp_path):
+  save_steps(tmp_path, [1, 2, 3])
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.steps() == [2, 3]
+  assert checkpoints.best_step() is None
+
+
+def test_saving_survives_donation(tmp_path):
+  update = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
+  x = jnp.arange(2_000_000, dtype=jnp.float32)
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in range(6):
+      expected = np.array(x)
+      checkpoints.save(step, {'x': x}, {})
+      for _ in range(3):
+        x = update(x)
+      _, restored, _ = checkpoints.restore({'x': x})
+      np.testing.assert_array_equal(restored['x'], expected)
+
+
+def test_saving_a_step_again(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'x': jnp.zeros(2)}, {})
+    checkpoints.wait()
+    inode = (tmp_path / '00000001').stat().st_ino
+    checkpoints.save(1, {'x': jnp.zeros(2)}, {})
+    checkpoints.wait()
+    assert (tmp_path / '00000001').stat().st_ino == inode
+    checkpoints.save(1, {'x': jnp.ones(2)}, {})
+    _, state, _ = checkpoints.restore({'x': jnp.zeros(2)})
+    assert state['x'].tolist() == [1, 1]
+
+
+def changed(state, name):
+  if name == 'missing':
+    return {**state, 'extra': jnp.zeros(2)}, 'extra is missing from it'
+  if name == 'extra':
+    return {**state, 'mask': None}, 'mask is in it only'
+  if name == 'shape':
+    return {**state, 'mask': jnp.zeros(4, bool)}, 'mask is bool[3] in it, the'
+  if name == 'rank':
+    return {**state, 'step': jnp.zeros(1, jnp.int32)}, 'step is int32[] in it'
+  return {**state, 'step': jnp.float32(0)}, 'the program wants float32[]'
+
+
+@pytest.mark.parametrize('name', ['missing', 'extra', 'shape', 'rank', 'dtype'])
+def test_another_configuration_is_refused_and_named(tmp_path, name):
+  save_steps(tmp_path, [1, 2])
+  template, message = changed(make_state(0), name)
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError) as error:
+      checkpoints.restore(template)
+    assert message in str(error.value) and 'step 2' in lines(error)[0]
+    assert len(lines(error)) == 3
+    assert checkpoints.steps() == [1, 2]
+
+
+def data_files(folder):
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return sorted(path for path in files if path.stat().st_size)
+
+
+def damage(path, kind, rng):
+  content = bytearray(path.read_bytes())
+  if kind == 'delete':
+    path.unlink()
+  elif kind == 'empty':
+    path.write_bytes(b'')
+  elif kind == 'truncate':
+    path.write_bytes(content[: len(content) // 2])
+  else:
+    bit = rng.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def restored_right(folder):
+  """Restores: the newest step or the one before, bit for bit."""
+  with Checkpoints(folder) as checkpoints:
+    step, state, metadata = checkpoints.restore(abstract(make_state(0)))
+  assert metadata == {**META, 'step': step}
+  assert_same(state, make_state(step))
+  return step
+
+
+@pytest.mark.parametrize('kind', ['delete', 'empty', 'truncate', 'flip'])
+def test_damage_is_never_silently_wrong(tmp_path, caplog, kind):
+  save_steps(tmp_path / 'good', [1, 2])
+  rng = random.Random(0)
+  outcomes = []
+  for path in data_files(tmp_path / 'good' / '00000002'):
+    for _ in range(3 if kind == 'flip' else 1):
+      shutil.copytree(tmp_path / 'good', tmp_path / 'bad')
+      damage(tmp_path / 'bad' / path.relative_to(tmp_path / 'good'), kind, rng)
+      caplog.clear()
+      outcomes.append(restored_right(tmp_path / 'bad'))
+      if outcomes[-1] == 1:
+        assert 'Checkpoint step 2 does not verify' in caplog.text
+        assert 'using step 1' in caplog.text
+        assert (tmp_path / 'bad' / '00000002.broken').is_dir()
+      shutil.rmtree(tmp_path / 'bad')
+  # Files that Orbax does not read may break unnoticed, the data may not.
+  assert 1 in outcomes
+
+
+def largest(folder):
+  return max(data_files(folder), key=lambda path: path.stat().st_size)
+
+
+def test_flipped_data_names_the_leaf(tmp_path, caplog):
+  state = {
+    'a': jnp.zeros(64),
+    'big': jax.random.bits(jax.random.key(0), (4096,)),
+  }
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, state, {})
+  path = largest(tmp_path / '00000002' / 'state')
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 16
+  path.write_bytes(content)
+  assert Checkpoints(tmp_path).restore(state)[0] == 1
+  assert 'step 2' in caplog.text
+  assert 'big' in caplog.text or 'checksum' in caplog.text.lower()
+
+
+@pytest.mark.parametrize('change', ['cursor', 'metric', 'leaf', 'step'])
+def test_an_edited_manifest_does_not_verify(tmp_path, caplog, change):
+  save_steps(tmp_path, [1, 2])
+  path = tmp_path / '00000002' / 'manifest' / 'data.json'
+  manifest = json.loads(path.read_text())
+  if change == 'cursor':
+    manifest['metadata']['cursor'] += 1
+  elif change == 'leaf':
+    del manifest['leaves']['params/head']
+  else:
+    manifest[change] = 5
+  path.write_text(json.dumps(manifest))
+  assert restored_right(tmp_path) == 1
+  assert 'its manifest has changed' in caplog.text
+
+
+@pytest.mark.parametrize('item', ['state', 'manifest', 'state/d'])
+def test_a_removed_item_is_named(tmp_path, caplog, item):
+  save_steps(tmp_path, [1, 2])
+  shutil.rmtree(tmp_path / '00000002' / item)
+  assert restored_right(tmp_path) == 1
+  assert 'step 2' in caplog.text
+
+
+def test_nothing_left_is_an_error(tmp_path):
+  save_steps(tmp_path, [1, 2])
+  for step in ('00000001', '00000002'):
+    largest(tmp_path / step / 'state').unlink()
+    (tmp_path / step / 'manifest' / 'data.json').write_text('')
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match='verifies') as error:
+      checkpoints.restore(make_state(0))
+    assert 'step 2: ' in str(error.value) and 'step 1: ' in str(error.value)
+    assert len(lines(error)) == 3
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_broken_steps_go_once_the_run_has_passed_them(tmp_path):
+  save_steps(tmp_path, [1, 4])
+  (tmp_path / '00000004' / 'manifest' / 'data.json').write_text('{}')
+  broken = tmp_path / '00000004.broken'
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(make_state(0))[0] == 1
+    for step, kept in ((2, True), (3, True), (4, False)):
+      checkpoints.save(step, make_state(step), META)
+      checkpoints.wait()
+      assert broken.exists() == kept
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_read_only_changes_nothing(tmp_path):
+  save_steps(tmp_path, [1, 2])
+  (tmp_path / '00000002' / 'manifest' / 'data.json').write_text('{}')
+  (tmp_path / '00000003.orbax-checkpoint-tmp').mkdir()
+  before = sorted(tmp_path.rglob('*'))
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.restore(make_state(0))[0] == 1
+    with pytest.raises(UserError, match='read only'):
+      checkpoints.save(3, make_state(3), {})
+  assert sorted(tmp_path.rglob('*')) == before
+  # The run itself clears away what a crash has left.
+  Checkpoints(tmp_path)
+  assert not (tmp_path / '00000003.orbax-checkpoint-tmp').exists()
+
+
+KILLED = """
+import sys
+import jax.numpy as jnp
+from jaxrl_llm.checkpoints import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep_latest=3)
+for step in range(1, 1000):
+  x = jnp.full((400_000,), step, jnp.float32) + jnp.arange(400_000)
+  checkpoints.save(step, {'x': x}, {'step': step})
+  print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_killed_save_leaves_a_sound_folder(tmp_path, seed):
+  process = subprocess.Popen(
+    [sys.executable, '-c', KILLED, tmp_path],
+    stdout=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )
+  for _ in range(4):
+    printed = int(process.stdout.readline())
+  time.sleep(random.Random(seed).uniform(0, 0.15))
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  process.stdout.close()
+  with Checkpoints(tmp_path) as checkpoints:
+    names = [path.name for path in tmp_path.iterdir()]
+    assert all(name.isdigit() for name in names), names
+    template = {'x': jnp.zeros(400_000)}
+    step, state, metadata = checkpoints.restore(template)
+    assert step >= printed - 1 and metadata == {'step': step}
+    expected = np.float32(step) + np.arange(400_000, dtype=np.float32)
+    np.testing.assert_array_equal(state['x'], expected)
+
+
+# A limit on the size of files stands in for a full disk: the write of the data
+# fails in Orbax's own thread, and small files can still be written.
+FULL = """
+import resource, sys, time
+import jax, jax.numpy as jnp
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.errors import UserError
+x = {'x': jax.random.normal(jax.random.key(0), (100_000,))}
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, x, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))
+checkpoints.save(2, x, {})
+try:
+  for _ in range(100):
+    time.sleep(0.1)
+    checkpoints.poll()
+  print('no error')
+except UserError as error:
+  print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+checkpoints.save(3, x, {})
+checkpoints.wait()
+print(checkpoints.steps(), checkpoints.restore(x)[0])
+"""
+
+
+def test_a_failed_write_is_said_and_leaves_nothing(tmp_path):
+  result = run_script(FULL, tmp_path)
+  assert result.returncode == 0, result.stderr
+  out = result.stdout.splitlines()
+  assert len(out) == 4, result.stdout
+  assert 'Saving checkpoint step 2' in out[0]
+  assert 'too large' in out[1].lower()
+  assert 'Steps kept: [1].' in out[2]
+  assert out[3] == '[1, 3] 3'
+  assert result.stderr == ''
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    '00000001',
+    '00000003',
+  ]
+
+
+def test_an_unwritable_folder_is_said_at_once(tmp_path):
+  (tmp_path / 'file').write_text('')
+  checkpoints = Checkpoints(tmp_path / 'file' / 'c')
+  threads = threading.active_count()
+  with pytest.raises(UserError, match='Saving checkpoint step 1') as error:
+    checkpoints.save(1, {'x': jnp.zeros(2)}, {})
+  assert len(lines(error)) == 3
+  assert threading.active_count() <= threads
+
+
+def test_ordinary_use_is_silent(tmp_path):
+  script = """
+import sys
+import jax.numpy as jnp
+from absl import app, logging
+from jaxrl_llm.checkpoints import Checkpoints
+def main(argv):
+  logging.set_verbosity(logging.INFO)
+  with Checkpoints(argv[1]) as c:
+    for step in range(4):
+      c.save(step, {'x': jnp.zeros(3)}, {}, metric=step)
+    c.restore({'x': jnp.zeros(3)})
+app.run(main)
+"""
+  result = run_script(script, tmp_path)
+  assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
+
+
+TOPOLOGIES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.digests import digest
+
+def mesh(shape):
+  devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+  return jax.sharding.Mesh(devices, ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+
+def shard(m):
+  specs = {'w': P('a', 'b'), 'h': P('b'), 'n': P()}
+  return {name: NamedSharding(m, spec) for name, spec in specs.items()}
+
+host = {
+  'w': np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32),
+  'h': np.arange(8).astype(jnp.bfloat16),
+  'n': np.int32(5),
+}
+state = jax.device_put(host, shard(mesh((8, 1))))
+with Checkpoints(sys.argv[1]) as checkpoints:
+  checkpoints.save(1, state, {})
+  for shape in [(8, 1), (2, 4), (4, 1), (1, 2), (1, 1)]:
+    wanted = shard(mesh(shape))
+    template = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state, wanted)
+    _, restored, _ = checkpoints.restore(template)
+    for name in host:
+      assert restored[name].sharding == wanted[name], name
+      assert restored[name].dtype == host[name].dtype, name
+      np.testing.assert_array_equal(np.asarray(restored[name]), host[name])
+      assert (digest(restored[name]) == digest(host[name])).all(), name
+print('done', jax.device_count())
+"""
+
+
+DAMAGED = """
+import gc, pathlib, sys, time
+import jax.numpy as jnp
+from jaxrl_llm.checkpoints import Checkpoints
+state = {f'p{i}': jnp.full((100, 10), i) for i in range(12)}
+with Checkpoints(sys.argv[1]) as checkpoints:
+  checkpoints.save(1, state, {})
+  checkpoints.save(2, state, {})
+for path in pathlib.Path(sys.argv[1], '00000002/state').rglob('*'):
+  if path.is_file() and 'd' in path.parts:
+    path.write_bytes(path.read_bytes()[:-40])
+with Checkpoints(sys.argv[1]) as checkpoints:
+  print(checkpoints.restore(state)[0])
+time.sleep(0.5)
+gc.collect()
+"""
+
+
+def test_a_fallback_says_one_line(tmp_path):
+  result = run_script(DAMAGED, tmp_path)
+  assert (result.returncode, result.stdout) == (0, '1\n'), result.stderr
+  assert len(result.stderr.splitlines()) == 1, result.stderr
+  assert 'Checkpoint step 2 does not verify (its state: ' in result.stderr
+
+
+def test_other_topologies(tmp_path):
+  flags = '--xla_force_host_platform_device_count=8'
+  result = run_script(TOPOLOGIES, tmp_path, XLA_FLAGS=flags)
+  assert result.stdout == 'done 8\n', result.stderr
+  script = """
+import sys
+import jax.numpy as jnp
+from jaxrl_llm.checkpoints import Checkpoints
+like = {'w': jnp.zeros((16, 24)), 'h': jnp.zeros(8, jnp.bfloat16),
+        'n': jnp.int32(0)}
+print(Checkpoints(sys.argv[1]).restore(like)[1]['n'])
+"""
+  result = run_script(script, tmp_path)
+  assert (result.stdout, result.stderr) == ('5\n', '')
+
+
+@pytest.mark.parametrize(
+  'metadata, message',
+  [
+    ({'a': {3: 1}}, 'a key 3 in metadata/a'),
+    ({'a': np.zeros(2)}, 'cannot be written as JSON'),
+  ],
+)
+def test_metadata_that_is_not_json_is_refused(tmp_path, metadata, message):
+  with (
+    Checkpoints(tmp_path / 'c') as checkpoints,
+    pytest.raises(UserError, match=message),
+  ):
+    checkpoints.save(1, {'x': jnp.zeros(2)}, metadata)
+  assert not (tmp_path / 'c').exists()
+
+
+@pytest.mark.parametrize('keep', [(0, 1), (1, -1)])
+def test_what_to_keep_is_checked(tmp_path, keep):
+  with pytest.raises(UserError, match='Cannot keep'):
+    Checkpoints(tmp_path, *keep)
+
+
+def test_no_pickle_on_disk(tmp_path):
+  save_steps(tmp_path, [1])
+  for path in data_files(tmp_path):
+    assert not path.read_bytes().startswith(b'\x80'), path
