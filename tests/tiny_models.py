@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 
 VOCABULARY = 37
-_ROTARY = dict(
+ROTARY = dict(
   vocab_size=VOCABULARY,
   hidden_size=32,
   intermediate_size=48,
@@ -127,7 +127,7 @@ CASES = {
   ),
 }
 # One of each structure: what the ways of using the cache are tried on.
-STRUCTURES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma3_text', 'gpt2')
+STRUCTURES = ('llama', 'qwen2', 'qwen3', 'gemma3_text', 'gpt2')
 
 
 def build(name):
@@ -138,7 +138,7 @@ def build(name):
   fields = dict(CASES[name])
   family = fields.pop('model_type')
   if family != 'gpt2':
-    fields = {**_ROTARY, **fields}
+    fields = {**ROTARY, **fields}
   config = transformers.CONFIG_MAPPING[family].from_dict(fields)
   model = transformers.AutoModelForCausalLM.from_config(
     config, attn_implementation='eager', dtype=torch.float32

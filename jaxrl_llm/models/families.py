@@ -1,5 +1,6 @@
 """Between config.json of the Hugging Face families and `ModelConfig`."""
 
+import copy
 import dataclasses
 import math
 
@@ -59,8 +60,8 @@ def read(raw: dict, **overrides) -> ModelConfig:
       f'supported are {", ".join(FAMILIES)}.'
     )
   try:
-    source = CONFIG_MAPPING[family].from_dict(dict(raw))
-  except (ValueError, TypeError, KeyError) as error:
+    source = CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
+  except Exception as error:  # its validators share no narrower class
     reason = ' '.join(str(error).split())
     raise UserError(f'config.json is not valid: {reason}') from error
   for name, harmless in UNSUPPORTED.items():

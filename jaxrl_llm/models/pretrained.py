@@ -189,7 +189,8 @@ def _write_configs(folder, config, params, tokenizer, source):
     raw |= ids
     generation = {name: i for name, i in ids.items() if i is not None}
   else:
-    raw = _read_json(source / CONFIG)
+    # Untying is a choice of the run (`load(..., tied=False)`).
+    raw = {**_read_json(source / CONFIG), 'tie_word_embeddings': config.tied}
     differing = families.differences(config, raw)
     if differing:
       raise UserError(

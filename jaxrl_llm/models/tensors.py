@@ -180,8 +180,13 @@ class Reader:
         raise UserError(f'{path} is damaged: {error}.') from error
     return self._files[file]
 
-  def names(self) -> set[str]:
-    return {key for key in self._names if not BUFFERS.search(key)}
+  def names(self) -> dict[str, str]:
+    """Name in the file by canonical name, without superfluous buffers."""
+    return {
+      key: name
+      for key, (name, _) in self._names.items()
+      if not BUFFERS.search(key)
+    }
 
   def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor `name`, checked to be floating-point of `shape`."""
@@ -245,13 +250,14 @@ def _check_names(config, reader: Reader, table):
   missing = [name for key, name in wanted.items() if key not in found]
   if missing:
     raise UserError(f'{reader.folder} lacks {_some("tensor", missing)}.')
-  extra = found - set(wanted)
+  extra = found.keys() - wanted.keys()
   if config.tied and 'lm_head.weight' in extra:
     _check_tied(config, reader, table)
     extra -= {'lm_head.weight'}
   if extra:
+    names = sorted(found[key] for key in extra)
     raise UserError(
-      f'{reader.folder} has {_some("tensor", sorted(extra))}, for which a '
+      f'{reader.folder} has {_some("tensor", names)}, for which a '
       f'{config.family} model with this config.json has no place.'
     )
 
