@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxrl_llm.errors import UserError
@@ -52,6 +52,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
       _fail(str(error))
 
+  logging.set_verbosity(logging.WARNING)
   app.run(guarded, flags_parser=_parse)
 
 

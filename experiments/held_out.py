@@ -57,7 +57,7 @@ def build_held_out(
     rewards,
     settings['batch'],
     key,
-    config.update.chunk,
+    config.training.chunk,
   )
 
 

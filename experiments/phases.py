@@ -72,7 +72,7 @@ class WarmStart:
     )
     self._estimator = estimators.sft()
     forward = training.policy_forward(
-      model.config, policy.Decoding(), config.update.chunk
+      model.config, policy.Decoding(), config.training.chunk
     )
     self._update = training.make_update(
       forward, self._estimator, self.optimizer, config.warm_start.batch
@@ -125,7 +125,7 @@ class Reinforcement:
     self._key = key
     encoded = build.encode(config, rows, model.tokenizer)
     self.dropped = encoded.dropped
-    rollout, update = config.rollout, config.update
+    rollout, settings = config.rollout, config.training
     self.source = prompts_lib.PromptSource(
       encoded, rollout.prompts, config.seed
     )
@@ -140,11 +140,11 @@ class Reinforcement:
     self.estimator = build.estimator(config)
     self.reference = None
     self.rescore = False
-    minibatch = _divide(rollout.prompts, update.minibatches, 'minibatches')
-    self._micro_prompts = update.micro_prompts or minibatch
+    minibatch = _divide(rollout.prompts, settings.minibatches, 'minibatches')
+    self._micro_prompts = settings.micro_prompts or minibatch
     _divide(minibatch, self._micro_prompts, 'micro_prompts')
     self.optimizer, self._schedule = build.optimizer(
-      config.optimizer, config.steps * update.epochs * update.minibatches
+      config.optimizer, config.steps * settings.epochs * settings.minibatches
     )
     per_token = diagnostics.per_token(*build.clip_range(config))
     if self.estimator.needs.reference:
@@ -153,7 +153,7 @@ class Reinforcement:
     self._weigh = jax.jit(self.estimator.weigh)
     self._update = training.make_update(
       training.policy_forward(
-        model.config, self.generation.decoding, update.chunk
+        model.config, self.generation.decoding, settings.chunk
       ),
       self.estimator,
       self.optimizer,
@@ -188,7 +188,7 @@ class Reinforcement:
       self.generation,
       self.estimator.needs,
       self._micro_prompts,
-      self._config.update.chunk,
+      self._config.training.chunk,
       self.rescore,
     )
     return responses, data, {'rollout_time': times[1] - times[0]}
@@ -204,7 +204,7 @@ class Reinforcement:
       samples.tokens,
       self.generation.decoding,
       self._micro_prompts,
-      self._config.update.chunk,
+      self._config.training.chunk,
     )
     difference = jnp.abs(again - samples.log_probs)
     return float(jnp.where(samples.mask, difference, 0.0).max())
@@ -217,9 +217,9 @@ class Reinforcement:
     key = jax.random.fold_in(jax.random.fold_in(self._key, 2), step)
     rate = float(self._schedule(int(state.updates)))
     records = []
-    for epoch in range(self._config.update.epochs):
+    for epoch in range(self._config.training.epochs):
       for prompts, batch in batches.minibatches(
-        whole, self._config.update.minibatches, jax.random.fold_in(key, epoch)
+        whole, self._config.training.minibatches, jax.random.fold_in(key, epoch)
       ):
         state, metrics = self._update(state, None, prompts, self._weigh(batch))
         records.append(metrics)
@@ -284,7 +284,7 @@ def _divide(prompts: int, parts: int, name: str) -> int:
   if parts < 1 or prompts % parts:
     possible = [n for n in range(1, prompts + 1) if prompts % n == 0]
     raise UserError(
-      f'config.update.{name} is {parts}, which does not divide {prompts} '
+      f'config.training.{name} is {parts}, which does not divide {prompts} '
       f'prompts\nchoose one of {possible}'
     )
   return prompts // parts

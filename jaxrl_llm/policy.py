@@ -7,6 +7,7 @@ of given tokens under the same adjusted distribution.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -88,18 +89,43 @@ def adjust_logits(
     logits = logits / decoding.temperature
   keep = jnp.ones(logits.shape, bool)
   if 0 < decoding.top_k < logits.shape[-1]:
-    keep &= logits >= jax.lax.top_k(logits, decoding.top_k)[0][:, -1:]
+    count = lambda kept: kept.sum(axis=-1) >= decoding.top_k
+    keep &= _highest_cut(logits, count)
   if decoding.top_p < 1:
     probabilities = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf))
-    ordered = jnp.sort(probabilities, axis=-1, descending=True)
-    before = jnp.cumsum(ordered, axis=-1) - ordered
-    smallest = jnp.where(before < decoding.top_p, ordered, jnp.inf).min(
-      axis=-1, keepdims=True
+    mass = lambda kept: (
+      jnp.where(kept, probabilities, 0.0).sum(axis=-1) >= decoding.top_p
     )
-    keep &= probabilities >= smallest
+    keep &= _highest_cut(probabilities, mass)
   if chosen is not None:
     keep |= ids == chosen[:, None]
   return jnp.where(jax.lax.stop_gradient(keep), logits, -jnp.inf)
+
+
+def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
+  """The smallest set {v : xᵥ ≥ cut} of each row that is `enough`.
+
+  The cut is found bit by bit on the order-preserving integer form of a
+  float32, in 32 passes over `x`: exact, and at a vocabulary of 32,000 two
+  orders of magnitude faster on a CPU than sorting.
+
+  Args:
+    x: [N, V] float32.
+    enough: maps a set, [N, V] bool, to [N] bool; monotone in the set.
+
+  Returns:
+    [N, V] bool.
+  """
+  bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  order = jnp.where(bits & sign, ~bits, bits | sign)
+
+  def raise_cut(i: Array, cut: Array) -> Array:
+    higher = cut | (sign >> jnp.uint32(i))
+    return jnp.where(enough(order >= higher[:, None]), higher, cut)
+
+  cut = jax.lax.fori_loop(0, 32, raise_cut, jnp.zeros(x.shape[0], jnp.uint32))
+  return order >= cut[:, None]
 
 
 def score(

@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
         # more at the start, in nats.
         log_prob_tolerance=1e-5,
       ),
-      update=dict(
+      training=dict(
         epochs=1,
         minibatches=1,
         micro_prompts=0,  # prompts per micro-batch; 0 for all of a minibatch
