@@ -19,9 +19,8 @@ def hush() -> None:
       logger.addFilter(_Filter())
   if not isinstance(sys.unraisablehook, _Hook):
     sys.unraisablehook = _Hook(sys.unraisablehook)
-  warnings.filterwarnings(
-    'ignore', "coroutine '_read_array_index_and_device_put'", RuntimeWarning
-  )
+  abandoned = "coroutine '(_read_array_index_and_device_put|Store\\.)"
+  warnings.filterwarnings('ignore', abandoned, RuntimeWarning)
 
 
 class _Filter(logging.Filter):

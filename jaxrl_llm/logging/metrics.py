@@ -1,5 +1,6 @@
 """Numbers per step: JSON lines for programs, TensorBoard for eyes."""
 
+import logging
 import pathlib
 
 from jaxrl_llm.errors import UserError
@@ -43,6 +44,8 @@ class MetricsWriter:
         f'Records cannot be written in {workdir}: {error.strerror}.\n'
         'Make room or change its permissions, then resume.'
       ) from error
+    # It would say at every NaN that there is one; the record says it already.
+    logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)
     self._last = resume_step
 
   def write(self, step: int, metrics: dict, timings: dict | None = None):

@@ -55,7 +55,7 @@ def number(value, name: str):
     ValueError: the value is not one number; the message has its name.
   """
   shape = getattr(value, 'shape', ())
-  if shape or isinstance(value, str) or value is None:
+  if shape or value is None or isinstance(value, str | complex):
     kind = f'an array of shape {shape}' if shape else repr(value)
     raise ValueError(f'The metric {name} must be one number, not {kind}.')
   item = value.item() if hasattr(value, 'item') else value
