@@ -92,6 +92,8 @@ class Checkpoints:
         f'The checkpoints in {self.folder} were opened to be read only.\n'
         'Save through the run that owns them.'
       )
+    if step < 0:
+      raise ValueError(f'A checkpoint step is 0 or more, not {step}.')
     self.wait()
     leaves = named_leaves(state)
     manifest = {

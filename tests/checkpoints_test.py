@@ -345,6 +345,68 @@ def test_a_killed_save_leaves_a_sound_folder(tmp_path, seed):
     np.testing.assert_array_equal(state['x'], expected)
 
 
+# The order that a loop keeps: record, sync, checkpoint.
+LOOP = """
+import sys, time
+import jax, jax.numpy as jnp
+from jaxrl_llm import run_folder
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.logging import MetricsWriter, Sample, SampleLog
+
+@jax.jit
+def update(state):
+  key, draw = jax.random.split(state['key'])
+  x = state['x'] * 0.9 + jax.random.normal(draw, (1000,))
+  return {'key': key, 'x': x, 'step': state['step'] + 1}
+
+state = {'key': jax.random.key(0), 'x': jnp.zeros(1000), 'step': jnp.int32(0)}
+with (
+  run_folder.open_run(sys.argv[1], True, {'seed': 0}) as run,
+  Checkpoints(run.path / 'checkpoints') as checkpoints,
+):
+  restored = checkpoints.restore(state)
+  if restored:
+    _, state, _ = restored
+  start = restored and restored[0]
+  samples = SampleLog(run.path, start)
+  with MetricsWriter(run.path, start) as metrics, samples:
+    print('ready', flush=True)
+    for step in range(int(state['step']) + 1, 61):
+      state = update(state)
+      metrics.write(step, {'x': state['x'].mean()}, {'time': time.time()})
+      samples.write([Sample(step, 'p', str(step), {}, 0.0, 0.0, 1, True)])
+      if step % 4 == 0:
+        metrics.sync()
+        samples.sync()
+        checkpoints.save(step, state, {'step': step})
+"""
+
+
+def test_a_killed_loop_writes_the_same_records(tmp_path):
+  assert run_script(LOOP, tmp_path / 'whole').returncode == 0
+  rng = random.Random(0)
+  for _ in range(2):
+    process = subprocess.Popen(
+      [sys.executable, '-c', LOOP, tmp_path / 'killed'],
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    )
+    assert process.stdout.readline() == 'ready\n'
+    time.sleep(rng.uniform(0.05, 0.4))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+  result = run_script(LOOP, tmp_path / 'killed')
+  assert result.returncode == 0, result.stderr
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    whole = (tmp_path / 'whole' / name).read_bytes()
+    assert whole.count(b'\n') == 60
+    assert (tmp_path / 'killed' / name).read_bytes() == whole
+  timings = (tmp_path / 'killed' / 'timings.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in timings] == list(range(1, 61))
+
+
 # A limit on the size of files stands in for a full disk: the write of the data
 # fails in Orbax's own thread, and small files can still be written.
 FULL = """
@@ -509,6 +571,11 @@ def test_metadata_that_is_not_json_is_refused(tmp_path, metadata, message):
   ):
     checkpoints.save(1, {'x': jnp.zeros(2)}, metadata)
   assert not (tmp_path / 'c').exists()
+
+
+def test_a_negative_step_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='not -1'):
+    Checkpoints(tmp_path).save(-1, {'x': jnp.zeros(2)}, {})
 
 
 @pytest.mark.parametrize('keep', [(0, 1), (1, -1)])
