@@ -67,8 +67,10 @@ def _parse(arguments: list[str]) -> list[str]:
   except flags.Error as error:
     _fail(str(error))
   except (KeyError, AttributeError) as error:
-    unknown, *guess = str(error.args[0]).split('\n')
-    _fail('\n'.join([f'--config has no field {unknown}', *guess]))
+    # ml_collections quotes its message twice.
+    text = str(error.args[0]).strip('\'"').replace('\\', '')
+    unknown, *guess = text.replace("'nDid", '\nDid').split('\n')
+    _fail('\n'.join([f"--config has no field '{unknown.strip(chr(39))}'", *guess]))
   except (SyntaxError, ImportError, TypeError, ValueError) as error:
     _fail(f'--config: {type(error).__name__}: {error}')
 

@@ -223,8 +223,8 @@ class Reinforcement:
       ):
         state, metrics = self._update(state, None, prompts, self._weigh(batch))
         records.append(metrics)
-    timings['step_time'] = time.perf_counter() - start
     records = jax.device_get(records)
+    timings['step_time'] = time.perf_counter() - start
     mask = np.asarray(responses.samples.mask)
     metrics = reward_metrics(responses, data) | update_metrics(records)
     metrics['learning_rate'] = rate

@@ -25,6 +25,7 @@ def get_config():
     demonstrations=1_000,
     operations=(2, 3),
     operands=(1, 9),
+    operators='+-*',
   )
   config.prompts.max_tokens = 16
   config.rewards = dict(correct=dict(name='arithmetic_answer'))
