@@ -49,7 +49,9 @@ def ones() -> AdvantageTransform:
   Level: response, [P, G, 1] → [P, G, 1].
   Bias: another objective; for responses that were given, not sampled.
   """
-  return AdvantageTransform(lambda advantages, rollouts: advantages * 0.0 + 1.0)
+  return AdvantageTransform(
+    lambda advantages, rollouts: jnp.ones_like(advantages)
+  )
 
 
 def subtract_group_mean() -> AdvantageTransform:

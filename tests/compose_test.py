@@ -1,0 +1,121 @@
+"""Composition: merged needs, refusals that name what is missing, plain sums."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import random_rollouts
+
+from jaxrl_llm import estimators as est
+
+identity = lambda advantages, rollouts: advantages
+
+
+def needing(**needs):
+  transform = est.AdvantageTransform(identity, est.Needs(**needs))
+  return est.estimator(transform, est.score_function(), est.sequence_sum())
+
+
+@pytest.mark.parametrize(
+  'need, field',
+  [
+    ('reference', 'ref_log_probs'),
+    ('greedy', 'greedy_rewards'),
+    ('critic', 'values'),
+    ('entropy', 'entropy'),
+    ('score_norms', 'score_norms'),
+    ('branches', 'branch_values'),
+  ],
+)
+def test_missing_array_is_named(need, field):
+  rollouts, _ = random_rollouts(0)
+  rollouts = rollouts.replace(ref_log_probs=None)
+  estimator = needing(**{need: True})
+  with pytest.raises(ValueError, match=f'needs `{field}`'):
+    estimator.prepare(rollouts)
+  array = np.zeros(rollouts.mask.shape)
+  estimator.prepare(rollouts.replace(**{field: array}))
+
+
+def test_too_few_responses_are_refused():
+  rollouts, _ = random_rollouts(0, samples=3, invalid=False)
+  needing(samples=3).prepare(rollouts)
+  with pytest.raises(ValueError, match='at least 4 responses .* got 3'):
+    needing(samples=4).prepare(rollouts)
+
+
+def test_needs_of_all_parts_are_merged():
+  estimator = est.estimator(
+    est.subtract_group_mean(),
+    est.add(est.clipped(0.2), est.kl_penalty(0.1)),
+    est.sequence_sum(),
+  )
+  assert estimator.needs == est.Needs(samples=2, reference=True)
+  three, five = est.Needs(samples=3), est.Needs(samples=5, branches='a')
+  assert est.merge_needs(three, five) == five
+  assert est.merge_needs() == est.Needs()
+  with pytest.raises(ValueError, match='different'):
+    est.merge_needs(five, est.Needs(branches='b'))
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(rewards=np.zeros((3, 4))),
+    dict(rewards=np.zeros((3, 4, 5))),
+    dict(mask=np.ones((3, 4, 1), bool)),
+    dict(valid=np.ones((3, 1, 1), bool)),
+  ],
+)
+def test_wrong_shapes_are_refused_not_broadcast(fields):
+  rollouts, _ = random_rollouts(0)
+  with pytest.raises(AssertionError, match='shape'):
+    est.reinforce().prepare(rollouts.replace(**fields))
+
+
+def test_outputs_of_another_shape_are_refused():
+  rollouts, outputs = random_rollouts(0)
+  batch = est.reinforce().prepare(rollouts)
+  short = outputs.replace(log_probs=outputs.log_probs[..., :1])
+  with pytest.raises(AssertionError, match='shape'):
+    est.reinforce().loss(short, batch)
+
+
+def test_prepare_stops_every_gradient():
+  rollouts, outputs = random_rollouts(0, invalid=False)
+  clean = np.where(rollouts.mask, rollouts.log_probs, 0.0)
+  ref = np.where(rollouts.mask, rollouts.ref_log_probs, 0.0)
+  new = jnp.where(rollouts.mask, outputs.log_probs, 0.0)
+
+  def loss(log_probs, ref_log_probs, rewards):
+    estimator = est.rloo(kl=0.2)
+    batch = estimator.prepare(
+      rollouts.replace(
+        log_probs=log_probs, ref_log_probs=ref_log_probs, rewards=rewards
+      )
+    )
+    return estimator.loss(est.Outputs(log_probs=new), batch)
+
+  arguments = [jnp.asarray(x) for x in (clean, ref, rollouts.rewards)]
+  assert abs(loss(*arguments)) > 0.01
+  for gradient in jax.grad(loss, (0, 1, 2))(*arguments):
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_rewards_keep_their_fractions():
+  """No array takes its type from the integer tokens."""
+  rollouts, _ = random_rollouts(0, samples=2, invalid=False)
+  rewards = np.full(rollouts.rewards.shape, 0.25, np.float32)
+  batch = est.reinforce().prepare(rollouts.replace(rewards=rewards))
+  np.testing.assert_array_equal(batch.advantages, 0.25)
+
+
+def test_weigh_follows_the_rows_of_a_minibatch():
+  """The weights of a part are those of a batch that is nothing but the part."""
+  rollouts, _ = random_rollouts(0, prompts=4)
+  part = lambda x: jax.tree.map(lambda a: a[1:3], x)
+  for estimator in (est.grpo(), est.sft()):
+    weighed = estimator.weigh(part(estimator.prepare(rollouts)))
+    alone = estimator.prepare(part(rollouts))
+    np.testing.assert_array_equal(weighed.weights, alone.weights)
+    np.testing.assert_array_equal(weighed.advantages, alone.advantages)
