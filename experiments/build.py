@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -131,10 +132,13 @@ def reward_parts(config) -> list[RewardPart]:
   """The reward functions of `config.rewards` with their weights."""
   if not config.rewards:
     raise UserError('config.rewards is empty: name at least one reward')
-  return [
-    _reward_part(name, dict(spec), f'config.rewards.{name}')
-    for name, spec in config.rewards.to_dict().items()
-  ]
+  parts = []
+  for name, spec in config.rewards.to_dict().items():
+    field = f'config.rewards.{name}'
+    if not isinstance(spec, dict):
+      raise UserError(f'{field} is {spec!r}\nwrite dict(name={spec!r})')
+    parts.append(_reward_part(name, dict(spec), field))
+  return parts
 
 
 def optimizer(config, total_updates: int):
@@ -151,10 +155,17 @@ def optimizer(config, total_updates: int):
 
 def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
   weight = spec.pop('weight', 1.0)
-  if ':' in spec.get('name', ''):
+  if isinstance(weight, bool) or not isinstance(weight, int | float):
+    raise UserError(f'{field}.weight is {weight!r}, not a number')
+  if not isinstance(spec.get('name'), str):
+    raise UserError(
+      f"{field} has no 'name'\n"
+      "name a function of jaxrl_llm.rewards.functions, or 'file.py:function'"
+    )
+  if ':' in spec['name']:
     function = _load_function(spec['name'], field)
   else:
-    function = naming.find(functions, spec.get('name', ''), field)
+    function = naming.find(functions, spec['name'], field)
     # A factory takes settings and returns the function; a function takes the
     # responses themselves.
     taken = inspect.signature(function).parameters
@@ -169,27 +180,56 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
 def _load_function(name: str, field: str):
   """'file.py:function' → the function."""
   path, _, attribute = name.rpartition(':')
-  if not pathlib.Path(path).is_file():
-    raise UserError(f'{field}: no such file: {path}')
-  spec = importlib.util.spec_from_file_location('user_rewards', path)
+  file = pathlib.Path(path)
+  if file.suffix != '.py' or not file.is_file():
+    raise UserError(
+      f'{field}: no such Python file: {path}\n'
+      f"it is looked for from {pathlib.Path.cwd()}; write 'file.py:function'"
+    )
+  # By this name pickle and dataclasses find the module again.
+  spec = importlib.util.spec_from_file_location(f'user_{file.stem}', path)
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
   try:
     spec.loader.exec_module(module)
   except Exception as error:
+    reason = ' '.join(str(error).split())
     raise UserError(
-      f'{field}: {path} does not load\n{type(error).__name__}: {error}'
+      f'{field}: {path} does not load\n{type(error).__name__}: {reason}'
     ) from error
-  if not callable(getattr(module, attribute, None)):
-    raise UserError(f'{field}: no function {attribute!r} in {path}')
-  return getattr(module, attribute)
+  function = getattr(module, attribute, None)
+  if not callable(function):
+    functions = [
+      key
+      for key, value in vars(module).items()
+      if inspect.isfunction(value) and value.__module__ == spec.name
+    ]
+    raise UserError(
+      f'{field}: no function {attribute!r} in {path}\n'
+      f'it has {", ".join(functions) or "none"}'
+    )
+  return function
 
 
 def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:
-  known = inspect.signature(ModelConfig).parameters
-  unknown = set(fields) - set(known)
+  taken = {'vocab_size', *settings}
+  known = [
+    name
+    for name in inspect.signature(ModelConfig).parameters
+    if name not in taken
+  ]
+  unknown = [name for name in fields if name not in known]
   if unknown:
     raise UserError(
-      f'config.model.architecture has no field {unknown.pop()!r}\n'
+      f'config.model.architecture has no field {unknown[0]!r}\n'
       f'it takes {", ".join(known)}'
     )
-  return ModelConfig(vocab_size=vocab_size, **fields.to_dict(), **settings)
+  # A configuration read back from JSON has lists for tuples.
+  given = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in fields.to_dict().items()
+  }
+  try:
+    return ModelConfig(vocab_size=vocab_size, **given, **settings)
+  except TypeError as error:
+    raise UserError(f'config.model.architecture: {error}') from error

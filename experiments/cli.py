@@ -70,7 +70,9 @@ def _parse(arguments: list[str]) -> list[str]:
     # ml_collections quotes its message twice.
     text = str(error.args[0]).strip('\'"').replace('\\', '')
     unknown, *guess = text.replace("'nDid", '\nDid').split('\n')
-    _fail('\n'.join([f"--config has no field '{unknown.strip(chr(39))}'", *guess]))
+    _fail(
+      '\n'.join([f"--config has no field '{unknown.strip(chr(39))}'", *guess])
+    )
   except (SyntaxError, ImportError, TypeError, ValueError) as error:
     _fail(f'--config: {type(error).__name__}: {error}')
 

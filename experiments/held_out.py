@@ -146,15 +146,21 @@ def answer(
 
 def summary(answers: Answers) -> dict[str, float]:
   """Means over the held-out responses, named for the training record."""
-  metrics = {'eval/reward': np.nanmean(answers.rewards)}
+  metrics = {'eval/reward': mean(answers.rewards)}
   for name, scores in answers.parts.items():
-    metrics[f'eval/rewards/{name}'] = np.nanmean(scores)
+    metrics[f'eval/rewards/{name}'] = mean(scores)
   metrics['eval/completions/mean_length'] = answers.lengths.mean()
   metrics['eval/completions/clipped_ratio'] = 1.0 - answers.finished.mean()
   metrics['eval/distinct_bigrams'] = evaluation.distinct_ngrams(answers.tokens)
   if answers.kl is not None:
     metrics['eval/kl'] = answers.kl
   return {name: float(value) for name, value in metrics.items()}
+
+
+def mean(scores: np.ndarray) -> float:
+  """Mean of the scores that are known; NaN where none is."""
+  known = scores[~np.isnan(scores)]
+  return float(known.mean()) if known.size else np.nan
 
 
 def to_samples(

@@ -140,9 +140,8 @@ class Reinforcement:
     self.estimator = build.estimator(config)
     self.reference = None
     self.rescore = False
-    minibatch = _divide(rollout.prompts, settings.minibatches, 'minibatches')
+    minibatch = rollout.prompts // settings.minibatches
     self._micro_prompts = settings.micro_prompts or minibatch
-    _divide(minibatch, self._micro_prompts, 'micro_prompts')
     self.optimizer, self._schedule = build.optimizer(
       config.optimizer, config.steps * settings.epochs * settings.minibatches
     )
@@ -278,13 +277,3 @@ def _rollout_metrics(data: estimators.Rollouts, finished):
   return diagnostics.group_statistics(data) | diagnostics.completion_statistics(
     data.mask, finished
   )
-
-
-def _divide(prompts: int, parts: int, name: str) -> int:
-  if parts < 1 or prompts % parts:
-    possible = [n for n in range(1, prompts + 1) if prompts % n == 0]
-    raise UserError(
-      f'config.training.{name} is {parts}, which does not divide {prompts} '
-      f'prompts\nchoose one of {possible}'
-    )
-  return prompts // parts

@@ -7,7 +7,6 @@ configuration's name), and `--resume` continues it, bit for bit.
 """
 
 import contextlib
-import json
 import pathlib
 import signal
 import sys
@@ -18,19 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, held_out, phases
+from experiments import build, checks, cli, held_out, phases, runs
 from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
-from jaxrl_llm.models import pretrained
 from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
-
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_RESUME = flags.DEFINE_bool(
-  'resume', False, 'Continue the run that the folder holds.'
-)
-cli.define_config_flag()
 
 # What may differ when a run is resumed.
 _MUTABLE = frozenset({'steps', 'checkpoints', 'log'})
@@ -47,6 +39,7 @@ class Run:
   """
 
   def __init__(self, config, folder, stop, files):
+    checks.check(config)
     self._config = config
     self._folder = folder.path
     self._stop = stop
@@ -77,9 +70,18 @@ class Run:
     self.tokens = 0
     self.step = 0
     self.state = self._initial_state(self._model.params)
+    # The record of the step that `state` is of, while it is not yet written:
+    # an evaluation may fail or be stopped after the update is made.
+    self._pending = None if self._first else {'metrics': {}, 'timings': {}}
+    self._score = None  # of the evaluation at `step`, if there was one
     restored = self._restore()
     at = self.step if restored else None
-    self._metrics = files.enter_context(logging.MetricsWriter(self._folder, at))
+    written = at
+    if restored and self._pending is not None:
+      written = self.step - 1 if self.step else None
+    self._metrics = files.enter_context(
+      logging.MetricsWriter(self._folder, written)
+    )
     self._samples = files.enter_context(logging.SampleLog(self._folder, at))
     self._progress = files.enter_context(
       logging.Progress(self._total, self.step)
@@ -89,28 +91,27 @@ class Run:
   def train(self) -> None:
     """Runs what is left of the run; saves also when it is cut short."""
     try:
-      if self.step == 0 and self._first == 0:
-        self._record({}, {})
+      if self._pending is not None:
+        self._record(**self._pending)
+        if self.step:
+          self._save()
       while self.step < self._total:
+        self._stop.check()
         self._one_step()
         last = self.step == self._total or self.step == self._first
         if last or self.step % self._config.checkpoints.every == 0:
           self._save()
         self._keep.poll()
-    except (UserError, StopRequested, KeyboardInterrupt):
+    except (UserError, StopRequested):
       self._save()
+      self._keep.wait()
       raise
     self._keep.wait()
 
   def finish(self) -> None:
     """Exports the model; shows and writes what the run came to."""
-    pretrained.save(
-      self._folder / 'hf',
-      self._model.config,
-      self.state.trainable['policy'],
-      tokenizer=self._model.tokenizer,
-      source=self._model.source,
-    )
+    trained = self._model._replace(params=self.state.trainable['policy'])
+    runs.export(trained, self._folder / 'hf')
     records = logging.read_records(self._folder / 'metrics.jsonl')
     plot(self._folder / 'curve.png', records, self._first)
     before, after = self._before_after()
@@ -171,6 +172,8 @@ class Run:
 
   def _record(self, metrics: dict, timings: dict) -> None:
     """Adds the evaluation where one is due, and writes the step's record."""
+    self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
+    self._score = None
     metrics = dict(metrics)
     since = self.step - self._first
     every = self._config.evaluation.every
@@ -181,15 +184,17 @@ class Run:
         self.state.trainable['policy'],
         self.step,
         self._rl.reference,
+        self._stop,
       )
       metrics |= held_out.summary(answers)
       samples = self._held_out.generation.samples
       limit = self._config.log.table * samples
       self._samples.write(answers.samples[:limit:samples])
       timings = timings | {'evaluation_time': time.perf_counter() - start}
-      self._best = metrics['eval/reward']
+      self._score = metrics['eval/reward']
     metrics['num_tokens'] = self.tokens
     self._metrics.write(self.step, metrics, timings)
+    self._pending = None
     shown = ('warm_start/loss', 'reward', 'eval/reward')
     self._progress.update(
       self.step, **{k: metrics[k] for k in shown if k in metrics}
@@ -224,8 +229,10 @@ class Run:
         'tokens': self.tokens,
         'rescore': self._rl.rescore,
         'prompts': self._fingerprint(),
+        'pending': self._pending,
+        'score': self._score,
       },
-      getattr(self, '_best', None),
+      self._score,
     )
 
   def _restore(self) -> bool:
@@ -247,6 +254,14 @@ class Run:
     self.state = tree['state']
     self._key = jax.random.wrap_key_data(tree['key'])
     self.tokens = metadata['tokens']
+    self._pending = metadata['pending']
+    self._score = metadata['score']
+    if self.step > self._total:
+      raise UserError(
+        f'the run has done {self.step} steps, the configuration asks for '
+        f'{self._total}, warm start included\nraise config.steps to '
+        f'{self.step - self._first} or more'
+      )
     self._rl.rescore = metadata['rescore']
     if self.step > self._first and self._rl.estimator.needs.reference:
       found = self._reference.restore(self.state.trainable['policy'])
@@ -298,21 +313,38 @@ def plot(path, records: list[dict], first: int) -> None:
   )
 
 
-def main() -> int:
-  """Trains, and returns the exit status."""
+def _plain(numbers: dict) -> dict:
+  """Scalars of NumPy and JAX as numbers of Python, exactly."""
+  return {name: np.asarray(value).item() for name, value in numbers.items()}
+
+
+def train(config, workdir, resume: bool = False) -> int:
+  """Trains in a folder.
+
+  Args:
+    config: as `configs.base` has it.
+    workdir: the run's folder.
+    resume: continue the run that the folder holds.
+
+  Returns:
+    The exit status: 0, or 128 + the number of the signal that stopped it.
+
+  Raises:
+    UserError: for everything that the user can mend.
+  """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
-  config = cli.config()
-  workdir = _WORKDIR.value
-  if workdir is None:
-    name = flags.FLAGS['config'].config_filename
-    workdir = pathlib.Path('runs') / pathlib.Path(name).stem
-  plain = json.loads(json.dumps(config.to_dict()))
   with contextlib.ExitStack() as files:
     folder = files.enter_context(
-      open_run(workdir, _RESUME.value, plain, _MUTABLE)
+      open_run(workdir, resume, config.to_dict(), _MUTABLE)
     )
     stop = files.enter_context(StopSignal())
-    run = Run(config, folder, stop, files)
+    try:
+      run = Run(config, folder, stop, files)
+    except UserError:
+      # Nothing has begun: leave the folder to the corrected configuration.
+      if not folder.resuming:
+        (folder.path / 'config.json').unlink()
+      raise
     try:
       run.train()
     except StopRequested as request:
@@ -322,9 +354,28 @@ def main() -> int:
         file=sys.stderr,
       )
       return 128 + signal.Signals[str(request)]
+    except KeyboardInterrupt:
+      print(
+        'interrupted at once: --resume continues from the last checkpoint',
+        file=sys.stderr,
+      )
+      return 128 + signal.SIGINT
     run.finish()
   return 0
 
 
+def main() -> int:
+  """Reads the flags and trains."""
+  config = cli.config()
+  workdir = flags.FLAGS.workdir
+  if workdir is None:
+    name = flags.FLAGS['config'].config_filename
+    workdir = pathlib.Path('runs') / pathlib.Path(name).stem
+  return train(config, workdir, flags.FLAGS.resume)
+
+
 if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'Folder of the run.')
+  flags.DEFINE_bool('resume', False, 'Continue the run that the folder holds.')
+  cli.define_config_flag()
   cli.run(main)

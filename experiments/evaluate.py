@@ -1,0 +1,205 @@
+"""Accuracy and pass@k of a run, or of any Hugging Face folder.
+
+    python -m experiments.evaluate --workdir=runs/quickstart
+    python -m experiments.evaluate --workdir=runs/quickstart --step=best \\
+      --samples=16 --temperature=1 --k=1,4,16
+    python -m experiments.evaluate --model=FOLDER --config=FILE.py
+
+A run is evaluated on its held-out prompts with the settings of its own
+configuration, which its folder holds; flags go over them.  It may still be
+going on: nothing in its folder is changed.  A Hugging Face folder needs a
+configuration for the task and the rewards.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import build, checks, cli, held_out, runs
+from jaxrl_llm import evaluation
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.run_folder import write_atomically
+
+
+def measure(
+  config,
+  model: build.Model,
+  *,
+  ks: Sequence[int] = (),
+  metric: str | None = None,
+  threshold: float = 1.0,
+  **changes: Any,
+) -> dict[str, Any]:
+  """Numbers of a model on a configuration's held-out prompts.
+
+  A response is right if the reward function `metric` gives it at least
+  `threshold`.  A prompt with a response that the function does not score is
+  left out of accuracy and pass@k, and counted.
+
+  Args:
+    config: task, prompts, rewards, response length and seed.
+    model: the model.
+    ks: the k of pass@k; pass@1 is the accuracy.
+    metric: name in `config.rewards`; None for the first.
+    threshold: the least score of a right response.
+    **changes: samples, temperature, prompts or batch in place of those of
+      `config.evaluation`.
+
+  Returns:
+    JSON values: the settings, the means, and accuracy and pass@k each with the
+    bounds of their 95 % bootstrap interval over prompts.
+
+  Raises:
+    UserError: settings that do not fit each other.
+  """
+  rewards = build.reward_parts(config)
+  names = [part.name for part in rewards]
+  metric = names[0] if metric is None else metric
+  if metric not in names:
+    raise UserError(
+      f'--metric is {metric!r}\nthe rewards are {", ".join(names)}'
+    )
+  data = build.dataset(config, model.tokenizer)
+  # The key of the evaluations during training: with equal settings the numbers
+  # of the run's record come out again.
+  key = jax.random.fold_in(jax.random.key(config.seed), 3)
+  held = held_out.build_held_out(
+    config, model, data.held_out, rewards, key, **changes
+  )
+  settings = held.generation
+  if settings.samples < max(ks, default=1):
+    raise UserError(
+      f'pass@{max(ks)} needs {max(ks)} samples per prompt; --samples is '
+      f'{settings.samples}'
+    )
+  if settings.samples > 1 and settings.decoding.temperature == 0:
+    raise UserError(
+      f'at temperature 0 all {settings.samples} samples of a prompt are equal\n'
+      'set --temperature above 0, or --samples=1'
+    )
+  answers = held_out.answer(held, model.params, step=0)
+  scores = answers.parts[metric]
+  scored = ~np.isnan(scores).any(axis=1)
+  if not scored.any():
+    raise UserError(f'{metric} scores no prompt: choose another --metric')
+  right = scores[scored] >= threshold
+  means = held_out.summary(answers)
+  return {
+    'prompts': len(scores),
+    'over_budget': held.encoded.dropped,
+    'unscored': int((~scored).sum()),
+    'samples': settings.samples,
+    'temperature': float(settings.decoding.temperature),
+    'metric': metric,
+    'threshold': threshold,
+    **{name.removeprefix('eval/'): value for name, value in means.items()},
+    'accuracy': evaluation.bootstrap(right.mean(axis=1))._asdict(),
+    **{
+      f'pass@{k}': evaluation.bootstrap(
+        evaluation.pass_at_k(right, k)
+      )._asdict()
+      for k in ks
+    },
+  }
+
+
+def table(title: str, result: dict[str, Any]):
+  """The numbers as a `rich` table."""
+  from rich.table import Table
+
+  shown = Table(title=title, title_justify='left')
+  shown.add_column('on held-out prompts')
+  shown.add_column('value', justify='right')
+  shown.add_column('95 % interval', justify='right')
+  for name, value in result.items():
+    if isinstance(value, dict):
+      bounds = f'{value["low"]:.4f} – {value["high"]:.4f}'
+      shown.add_row(name, f'{value["mean"]:.4f}', bounds)
+    else:
+      text = f'{value:.4g}' if isinstance(value, float) else str(value)
+      shown.add_row(name, text, '')
+  return shown
+
+
+def define_flags() -> None:
+  """Defines the flags of this script."""
+  flags.DEFINE_string('workdir', None, 'Folder of a run.')
+  flags.DEFINE_string('step', 'newest', "'newest', 'best' or a number.")
+  flags.DEFINE_string('model', None, 'Hugging Face folder, with --config.')
+  flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
+  flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
+  flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
+  flags.DEFINE_integer('prompts', None, 'Held-out prompts; 0 for all.', 0)
+  flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
+  flags.DEFINE_string('metric', None, 'Reward that says what is right.')
+  flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
+  flags.DEFINE_string('output', None, 'JSON file for the numbers.')
+  cli.define_config_flag()
+
+
+def main() -> None:
+  """Evaluates what the flags name."""
+  from rich.console import Console
+
+  values = flags.FLAGS
+  if (values.workdir is None) == (values.model is None):
+    raise UserError(
+      'name either a run with --workdir or a Hugging Face folder with --model'
+    )
+  ks = _ks(values.k)
+  changes = {
+    name: values[name].value
+    for name in ('samples', 'temperature', 'prompts', 'batch')
+    if values[name].value is not None
+  }
+  if values.workdir is not None:
+    if values['config'].value is not None:
+      raise UserError(
+        "--workdir brings the run's own configuration: leave out --config"
+      )
+    config, model, step = runs.load(values.workdir, values.step)
+    title = f'{values.workdir}, step {step}'
+  else:
+    config = cli.config()
+    config.model.path = values.model
+    checks.check(config)
+    model = build.model(config.model, config.seed)
+    title = values.model
+  changes.setdefault('samples', max(config.evaluation.samples, *ks))
+  result = measure(
+    config,
+    model,
+    ks=ks,
+    metric=values.metric,
+    threshold=values.threshold,
+    **changes,
+  )
+  Console().print(table(title, result))
+  if values.output is not None:
+    _write(values.output, {'model': title, **result})
+
+
+def _ks(texts: Sequence[str]) -> list[int]:
+  if not all(text.isdigit() and int(text) for text in texts):
+    raise UserError(f'--k is {",".join(texts)!r}: give numbers, as --k=1,4,16')
+  return sorted({int(text) for text in texts})
+
+
+def _write(path: str, result: dict[str, Any]) -> None:
+  try:
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=2) + '\n')
+  except OSError as error:
+    raise UserError(
+      f'--output {path} cannot be written: {error.strerror}'
+    ) from error
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(main)

@@ -1,0 +1,135 @@
+"""Reads what a run has left in its folder, also while it goes on."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import build
+from jaxrl_llm import training
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.digests import named_leaves
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import pretrained
+
+
+class Trained(NamedTuple):
+  """A checkpoint of a run.
+
+  Attributes:
+    config: the run's configuration.
+    model: the model with the checkpoint's parameters.
+    step: steps done, warm start included.
+  """
+
+  config: ConfigDict
+  model: build.Model
+  step: int
+
+
+def read_config(workdir) -> ConfigDict:
+  """The configuration that a run stored, locked.
+
+  Raises:
+    UserError: the folder holds no run.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  try:
+    return ConfigDict(json.loads(path.read_text(encoding='utf-8'))).lock()
+  except FileNotFoundError as error:
+    raise UserError(
+      f'{workdir} holds no run: {path} is missing\n'
+      'name the --workdir of a run, or a Hugging Face folder with --model'
+    ) from error
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be read: {error}') from error
+
+
+def load(workdir, step: str = 'newest') -> Trained:
+  """The model of a run's checkpoint, verified.
+
+  Args:
+    workdir: the run's folder, in which nothing is changed.
+    step: 'newest', 'best' (highest held-out reward) or a number.
+
+  Raises:
+    UserError: no run, no such checkpoint, or none that verifies.
+  """
+  config = read_config(workdir)
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    if not checkpoints.steps():
+      raise UserError(
+        f'{workdir} has no checkpoint yet\n'
+        f'config.checkpoints.every is {config.checkpoints.every} steps'
+      )
+    number = _step_number(checkpoints, step)
+    model = build.model(config.model, config.seed)
+    optimizer, _ = build.optimizer(config.optimizer, 1)
+    template = {
+      'state': jax.eval_shape(
+        lambda params: training.init_state({'policy': params}, optimizer),
+        model.params,
+      ),
+      'key': jax.eval_shape(
+        lambda: jax.random.key_data(jax.random.key(config.seed))
+      ),
+    }
+    number, tree, _ = checkpoints.restore(template, number)
+  params = tree['state'].trainable['policy']
+  return Trained(config, model._replace(params=params), number)
+
+
+def export(model: build.Model, path) -> None:
+  """Writes a folder that `transformers` opens, and reads it back.
+
+  Raises:
+    UserError: the folder holds something else, or does not read back bit for
+      bit.
+  """
+  pretrained.save(
+    path,
+    model.config,
+    model.params,
+    tokenizer=model.tokenizer,
+    source=model.source,
+  )
+  written = named_leaves(model.params)
+  dtype = next(iter(written.values())).dtype.name
+  config, params = pretrained.load(
+    path, dtype, dtype=model.config.dtype, remat=model.config.remat
+  )
+  found = named_leaves(params)
+  differ = [
+    name
+    for name, leaf in written.items()
+    if np.asarray(leaf).tobytes() != np.asarray(found[name]).tobytes()
+  ]
+  tokenizer = pretrained.load_tokenizer(path)
+  if tokenizer.get_vocab() != model.tokenizer.get_vocab():
+    differ.append('the tokenizer')
+  if differ:
+    raise UserError(
+      f'{path} does not read back as it was written: {differ[0]} differs\n'
+      'check the disk, and export again'
+    )
+
+
+def _step_number(checkpoints: Checkpoints, step: str) -> int | None:
+  """The step to restore; None for the newest that verifies."""
+  if step == 'newest':
+    return None
+  if step == 'best':
+    best = checkpoints.best_step()
+    if best is None:
+      raise UserError(
+        f'no checkpoint in {checkpoints.folder} was evaluated\n'
+        f'choose one of the steps {checkpoints.steps()}'
+      )
+    return best
+  if not step.isdigit():
+    raise UserError(f"--step is {step!r}: give 'newest', 'best' or a number")
+  return int(step)
