@@ -25,7 +25,7 @@ def minibatches(tree: Any, count: int, key: Array) -> Iterator[Any]:
     UserError: `count` does not divide P.
   """
   prompts = jax.tree.leaves(tree)[0].shape[0]
-  if prompts % count:
+  if count < 1 or prompts % count:
     raise UserError(
       f'{count} minibatches do not divide {prompts} prompts\n'
       f'choose one of {_divisors(prompts)}'
@@ -47,7 +47,7 @@ def split_prompts(tree: Any, micro_prompts: int) -> Any:
     UserError: `micro_prompts` does not divide P.
   """
   prompts = jax.tree.leaves(tree)[0].shape[0]
-  if prompts % micro_prompts:
+  if micro_prompts < 1 or prompts % micro_prompts:
     raise UserError(
       f'micro-batches of {micro_prompts} prompts do not divide {prompts}\n'
       f'choose one of {_divisors(prompts)}'

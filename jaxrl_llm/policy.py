@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import head, transformer
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ModelConfig, check_length
 
 Array = jax.Array
 
@@ -52,12 +52,18 @@ class Decoding:
   num_tokens: int | None = None
 
   def __post_init__(self):
-    if not self.temperature >= 0:
-      raise UserError(f'temperature is {self.temperature}; it must be ≥ 0')
+    if not 0 <= self.temperature < float('inf'):
+      raise UserError(
+        f'temperature is {self.temperature}; it must be ≥ 0 and finite'
+      )
     if self.top_k < 0:
       raise UserError(f'top_k is {self.top_k}; it must be ≥ 0 (0: off)')
     if not 0 < self.top_p <= 1:
       raise UserError(f'top_p is {self.top_p}; it must be in (0, 1] (1: off)')
+    if self.num_tokens is not None and self.num_tokens < 1:
+      raise UserError(
+        f'num_tokens is {self.num_tokens}; it must be ≥ 1 (None: all)'
+      )
 
   @property
   def greedy(self) -> bool:
@@ -150,8 +156,13 @@ def score(
 
   Returns:
     `TokenStatistics` with arrays [P, G, T] in nats.  Differentiable.
+
+  Raises:
+    UserError: S + T exceeds the model's positions (true lengths are not known
+      under jit: the padded width counts).
   """
   num_prompts, samples, length = responses.shape
+  check_length(config, prompts.tokens.shape[1] + length)
   segment = prefill_prompts(config, params, prompts)
   first = jnp.broadcast_to(
     last_tokens(prompts)[:, None, None], (num_prompts, samples, 1)

@@ -11,8 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ModelConfig, check_length
 from jaxrl_llm.policy import (
   Decoding,
   Prompts,
@@ -94,7 +95,14 @@ def sample(
 
   Returns:
     `Samples`.
+
+  Raises:
+    UserError: S + T exceeds the model's positions (true lengths are not known
+      under jit: the padded width counts); no samples or no tokens asked for.
   """
+  if samples < 1 or max_tokens < 1:
+    raise UserError(f'{samples=} and {max_tokens=} must be at least 1')
+  check_length(config, prompts.tokens.shape[1] + max_tokens)
   num_prompts = prompts.tokens.shape[0]
   rows = num_prompts * samples
   segment = prefill_prompts(config, params, prompts)
@@ -173,31 +181,35 @@ def _inverse_cdf(weights: Array, key: Array) -> Array:
 
   One uniform number per row, first a block of 128 tokens, then a token of it:
   far cheaper than a Gumbel variate per token at a large vocabulary.  A token
-  of weight 0 is never drawn: an index is chosen where the cumulative sum first
-  exceeds the number, which it can only do by growing.
+  of weight 0 is never drawn.
   """
   rows, vocabulary = weights.shape
   padding = -vocabulary % _BLOCK
   blocks = jnp.pad(weights, ((0, 0), (0, padding)))
   blocks = blocks.reshape(rows, -1, _BLOCK)
-  upper = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+  sums = blocks.sum(axis=-1)
   uniform = jax.random.uniform(key, (rows, 1))
-  block, below = _first_above(upper, uniform * upper[:, -1:])
+  target = uniform * sums.sum(axis=-1, keepdims=True)
+  block, below = _first_above(sums, target)
   within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
-  upper_within = jnp.cumsum(within, axis=-1)
-  # The block's own sum may differ from its share of `upper` by a rounding.
-  target = jnp.clip(uniform * upper[:, -1:] - below, 0.0)
-  target = jnp.minimum(target, upper_within[:, -1:] * (1.0 - 1e-6))
-  index, _ = _first_above(upper_within, target)
+  index, _ = _first_above(within, target - below)
   return (block * _BLOCK + index)[:, 0].astype(jnp.int32)
 
 
-def _first_above(cumulative: Array, target: Array) -> tuple[Array, Array]:
-  """Index [N, 1] where `cumulative` first exceeds `target`, and its start."""
-  index = (cumulative <= target).sum(axis=-1, keepdims=True)
-  index = jnp.minimum(index, cumulative.shape[-1] - 1)
-  before = jnp.take_along_axis(cumulative, jnp.maximum(index - 1, 0), axis=-1)
-  return index, jnp.where(index > 0, before, 0.0)
+def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
+  """Index [N, 1] where the cumulative sum first exceeds `target`; its start.
+
+  XLA adds long sums up as a tree: their rounding lets the cumulative sum fall,
+  or rise at a weight of 0.  So only positive weights count, and a target that
+  rounding has put past the end takes the last of them.
+  """
+  possible = weights > 0
+  cumulative = jnp.where(possible, jnp.cumsum(weights, axis=-1), 0.0)
+  highest = cumulative.max(axis=-1, keepdims=True)
+  target = jnp.clip(target, 0.0, highest * (1.0 - 2.0**-23))
+  index = jnp.argmax(cumulative > target, axis=-1, keepdims=True)
+  start = jnp.take_along_axis(cumulative - weights, index, axis=-1)
+  return index, start
 
 
 def _write(buffer: Array, column: Array, step: Array) -> Array:
