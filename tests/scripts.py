@@ -1,0 +1,221 @@
+"""Scripts in processes of their own, and the tiny run that tests share.
+
+A process is forked from a server that has imported the libraries but touched no
+device, so that it starts in a moment; from then on it is a process like any
+other, which can be killed.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import pathlib
+import runpy
+import shutil
+import sys
+import tempfile
+import time
+import types
+
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(
+  [
+    'experiments.runs',
+    'experiments.phases',
+    'experiments.held_out',
+    'matplotlib.pyplot',
+    'tensorboardX',
+    'transformers.models.auto.tokenization_auto',
+    'transformers.models.llama.configuration_llama',
+  ]
+)
+
+# Steps of supervised learning, of both phases, and between checkpoints.
+WARM, TOTAL, EVERY = 8, 28, 5
+PROMPTS, SAMPLES, HELD_OUT = 4, 4, 8
+
+CONFIG = f"""
+from experiments.configs import base
+from jaxrl_llm.tasks import arithmetic
+
+
+def get_config():
+  config = base.get_config()
+  config.model.alphabet = arithmetic.ALPHABET
+  config.model.architecture = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    tied=True,
+    max_length=64,
+  )
+  config.task = dict(
+    name='arithmetic',
+    train=24,
+    held_out={HELD_OUT},
+    demonstrations=20,
+    operations=(1, 1),
+    operands=(0, 9),
+    operators='+',
+    modulus=10,
+  )
+  config.prompts.max_tokens = 8
+  config.rewards = dict(
+    symbols=dict(name='REWARD:symbols'),
+    correct=dict(name='arithmetic_answer', weight=0.5),
+  )
+  config.algorithm = dict(name='grpo', kl=0.04)
+  config.rollout.update(
+    prompts={PROMPTS}, samples={SAMPLES}, max_tokens=6
+  )
+  config.training.minibatches = 2
+  config.steps = {TOTAL - WARM}
+  config.optimizer = base.optimizer(3e-3, decay='linear')
+  config.warm_start.update(steps={WARM}, batch=8)
+  config.evaluation.update(every={EVERY}, prompts={HELD_OUT}, batch=8)
+  config.checkpoints.every = {EVERY}
+  return config
+"""
+
+# It takes its time, so that a test can stop a run where it wants to.
+REWARD = """
+import time
+
+calls = 0
+
+
+def symbols(completions, completion_ids, **kwargs):
+  global calls
+  calls += 1
+  time.sleep(0.03)
+  scores = [len(set(ids)) / len(ids) for ids in completion_ids]
+  # BREAK
+  return scores
+"""
+
+
+class Ended(types.SimpleNamespace):
+  """Exit code, both outputs and the seconds of a script."""
+
+
+def write_config(folder, config: str = CONFIG, reward: str = REWARD):
+  """Writes config.py and its reward.py; returns the path of config.py."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_reward(folder, reward)
+  path = folder / 'config.py'
+  path.write_text(config.replace('REWARD:', f'{folder / "reward.py"}:'))
+  return path
+
+
+def write_reward(folder, reward: str = REWARD) -> None:
+  """Writes reward.py such that no stale bytecode is loaded in its place."""
+  (folder / 'reward.py').write_text(reward)
+  shutil.rmtree(folder / '__pycache__', ignore_errors=True)
+
+
+class Script:
+  """`python -m experiments.NAME ARGUMENTS`, running.
+
+  Args:
+    name: of the script.
+    arguments: of the command line.
+    cache: folder for compiled programs; None compiles all anew.
+  """
+
+  def __init__(self, name: str, *arguments, cache=None):
+    self._folder = tempfile.TemporaryDirectory()
+    self._start = time.monotonic()
+    texts = [str(argument) for argument in arguments]
+    self._process = _context.Process(
+      target=_main, args=(name, texts, self._folder.name, cache), daemon=True
+    )
+    self._process.start()
+    self.pid = self._process.pid
+
+  @property
+  def alive(self) -> bool:
+    return self._process.is_alive()
+
+  def signal(self, number: int) -> None:
+    os.kill(self.pid, number)
+
+  def wait(self, seconds: float = 120) -> Ended:
+    """Waits for the end; kills what takes longer."""
+    self._process.join(seconds)
+    if self._process.is_alive():
+      self._process.kill()
+      self._process.join()
+    folder = pathlib.Path(self._folder.name)
+    ended = Ended(
+      code=self._process.exitcode,
+      seconds=time.monotonic() - self._start,
+      out=(folder / 'out').read_text(),
+      err=(folder / 'err').read_text(),
+    )
+    self._folder.cleanup()
+    return ended
+
+
+def run(name: str, *arguments, cache=None) -> Ended:
+  """Runs a script to its end."""
+  return Script(name, *arguments, cache=cache).wait()
+
+
+def steps_written(workdir) -> int:
+  """Complete records in metrics.jsonl."""
+  with contextlib.suppress(FileNotFoundError):
+    return (pathlib.Path(workdir) / 'metrics.jsonl').read_bytes().count(b'\n')
+  return 0
+
+
+def wait_until(condition, script: Script, seconds: float = 120) -> None:
+  """Polls until `condition()` holds while a script runs."""
+  end = time.monotonic() + seconds
+  while not condition():
+    if not script.alive or time.monotonic() > end:
+      raise AssertionError(f'it never came to that: {script.wait(1)}')
+    time.sleep(0.001)
+
+
+@functools.cache
+def shared_folder() -> pathlib.Path:
+  """A folder that lives as long as the test session."""
+  keep = tempfile.TemporaryDirectory(prefix='jaxrl_llm_tests_')
+  shared_folder.keep = keep  # Removed when the interpreter ends.
+  return pathlib.Path(keep.name)
+
+
+@functools.cache
+def undisturbed() -> pathlib.Path:
+  """The folder of the tiny run, done in one go, everything compiled for it."""
+  workdir = shared_folder() / 'undisturbed'
+  config = write_config(shared_folder() / 'config')
+  ended = run('train', f'--config={config}', f'--workdir={workdir}')
+  assert ended.code == 0, ended.err
+  return workdir
+
+
+def cache() -> pathlib.Path:
+  """Where the other runs of the tests keep what they compile."""
+  return shared_folder() / 'cache'
+
+
+def _main(name, arguments, folder, cache):
+  for number, output in ((1, 'out'), (2, 'err')):
+    file = os.open(f'{folder}/{output}', os.O_CREAT | os.O_WRONLY)
+    os.dup2(file, number)
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
+  if cache is not None:
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  sys.argv = [f'experiments.{name}', *arguments]
+  try:
+    runpy.run_module(f'experiments.{name}', run_name='__main__')
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
