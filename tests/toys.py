@@ -1,8 +1,15 @@
-"""Random rollouts with everything awkward in them, and a table of recipes."""
+"""Awkward random rollouts, a table of recipes, tiny policies."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import estimators as est
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.policy import Prompts
 
 NAN = float('nan')
 # One entry per recipe and setting; every contract runs over all of them.
@@ -59,3 +66,107 @@ def changed(x, function):
   """A copy of a dataclass of arrays, `function` applied to those present."""
   arrays = {name: v for name, v in x.items() if v is not None}
   return x.replace(**{name: function(v) for name, v in arrays.items()})
+
+
+_SHAPE = dict(
+  vocab_size=13,
+  hidden_size=16,
+  intermediate_size=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  max_length=32,
+)
+MODELS = {
+  'llama': _SHAPE,
+  'gemma': dict(
+    _SHAPE,
+    family='gemma2',
+    tied=True,
+    window=3,
+    sliding=(True, False),
+    norm_offset=1.0,
+    post_norms=True,
+    embedding_scale=4.0,
+    attention_softcap=5.0,
+    logit_softcap=6.0,
+  ),
+  'gpt2': dict(
+    _SHAPE,
+    family='gpt2',
+    num_kv_heads=4,
+    tied=True,
+    rope=None,
+    norm='layer',
+    query_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    activation='gelu_tanh',
+    gated=False,
+  ),
+}
+
+
+@functools.cache
+def make_policy(name='llama', **changes):
+  """(config, params) of a tiny model; every parameter is random."""
+  config = ModelConfig(**{**MODELS[name], **changes})
+  shapes = jax.eval_shape(
+    lambda key: transformer.init(config, key), jax.random.key(0)
+  )
+  random = np.random.default_rng(1)
+
+  def draw(path, shape):
+    scale, mean = 0.3, float(path[-1].key == 'scale')
+    if path[-1].key in ('kernel', 'embedding'):
+      scale = 1.5 * shape.shape[-2 if path[-1].key == 'kernel' else -1] ** -0.5
+    return jnp.asarray(random.normal(mean, scale, shape.shape), jnp.float32)
+
+  return config, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make_prompts(lengths, width=None, seed=2, vocab_size=13):
+  """Ragged prompts; behind their lengths stand other valid tokens."""
+  random = np.random.default_rng(seed)
+  shape = len(lengths), width or max(lengths)
+  tokens = random.integers(0, vocab_size, shape).astype(np.int32)
+  return Prompts(tokens=tokens, lengths=np.array(lengths, np.int32))
+
+
+def plain_logits(config, params, prompts, responses):
+  """[P, G, T, V]: each prompt and response as one plain row, dense head."""
+  num_prompts, samples, length = responses.shape
+  lengths = np.repeat(np.asarray(prompts.lengths), samples)
+  rows = np.zeros((num_prompts * samples, lengths.max() + length), np.int32)
+  for i, size in enumerate(lengths):
+    p, g = divmod(i, samples)
+    rows[i, :size] = prompts.tokens[p, :size]
+    rows[i, size : size + length] = responses[p, g]
+  hidden, _ = transformer.apply(config, params, rows)
+  logits = transformer.logits(config, params, hidden)
+  positions = lengths[:, None] - 1 + np.arange(length)
+  chosen = logits[np.arange(len(rows))[:, None], positions]
+  return chosen.reshape(num_prompts, samples, length, -1)
+
+
+def adjusted_probabilities(logits, decoding):
+  """The distribution that `decoding` describes, by sorting, in float64.
+
+  Rows without ties: then the sets kept are unambiguous.
+  """
+  logits = np.array(logits, np.float64)
+  if decoding.num_tokens is not None:
+    logits[..., decoding.num_tokens :] = -np.inf
+  logits /= decoding.temperature or 1.0
+  order = np.argsort(-logits, axis=-1)
+  ranked = np.take_along_axis(logits, order, axis=-1)
+  if decoding.top_k:
+    ranked[..., decoding.top_k :] = -np.inf
+  p = np.exp(ranked - ranked[..., :1])
+  p /= p.sum(axis=-1, keepdims=True)
+  before = np.cumsum(p, axis=-1) - p
+  p[before >= decoding.top_p] = 0.0
+  p /= p.sum(axis=-1, keepdims=True)
+  out = np.zeros_like(p)
+  np.put_along_axis(out, order, p, axis=-1)
+  return out
