@@ -281,8 +281,9 @@ class Run:
       f'{self._model.config.family} model, {size:,} parameters, '
       f'{tokenizer} tokens; {jax.device_count()} {jax.default_backend()} '
       'device(s)',
-      f'{len(data.train):,} training and {len(self._held_out.encoded.rows):,} '
-      f'held-out prompts; {self._rl.dropped} dropped as over budget',
+      f'{len(data.train) - self._rl.dropped:,} training and '
+      f'{len(self._held_out.encoded.rows):,} held-out prompts; dropped as over '
+      f'budget: {self._rl.dropped:,} and {self._held_out.encoded.dropped:,}',
       *data.notes,
     ]
     if restored:
