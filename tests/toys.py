@@ -133,6 +133,12 @@ def make_prompts(lengths, width=None, seed=2, vocab_size=13):
   return Prompts(tokens=tokens, lengths=np.array(lengths, np.int32))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _rows_logits(config, params, rows):
+  hidden, _ = transformer.apply(config, params, rows)
+  return transformer.logits(config, params, hidden)
+
+
 def plain_logits(config, params, prompts, responses):
   """[P, G, T, V]: each prompt and response as one plain row, dense head."""
   num_prompts, samples, length = responses.shape
@@ -142,8 +148,7 @@ def plain_logits(config, params, prompts, responses):
     p, g = divmod(i, samples)
     rows[i, :size] = prompts.tokens[p, :size]
     rows[i, size : size + length] = responses[p, g]
-  hidden, _ = transformer.apply(config, params, rows)
-  logits = transformer.logits(config, params, hidden)
+  logits = _rows_logits(config, params, rows)
   positions = lengths[:, None] - 1 + np.arange(length)
   chosen = logits[np.arange(len(rows))[:, None], positions]
   return chosen.reshape(num_prompts, samples, length, -1)
