@@ -35,6 +35,7 @@ def arithmetic(
   operators: str = '+-*',
   modulus: int | None = None,
   largest: int | None = None,
+  careless: float = 0.0,
 ) -> Data:
   """Generated expressions; only the first `demonstrations` show their steps.
 
@@ -42,7 +43,8 @@ def arithmetic(
     train, held_out: numbers of problems, no prompt in both.
     demonstrations: how many training problems come with worked steps.
     seed: of the problems.
-    operations, operands, operators, modulus, largest: difficulty; see
+    operations, operands, operators, modulus, largest, careless: difficulty,
+      and how many solutions are wrong; see
       `jaxrl_llm.tasks.arithmetic.generate`.
   """
   rows = arithmetic_lib.generate(
@@ -53,6 +55,7 @@ def arithmetic(
     operators=operators,
     modulus=modulus,
     largest=largest,
+    careless=careless,
   )
   rest, held = splits.split(rows, held_out, seed)
   return Data(rest, held, rest[:demonstrations])

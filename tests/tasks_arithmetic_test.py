@@ -129,3 +129,20 @@ def test_the_alphabet_suffices():
   for row in arithmetic.generate(200, 9, operations=(1, 5), operands=(0, 99)):
     ids = tokenizer(row['prompt'] + row['solution'])['input_ids']
     assert min(ids) > tokenizer.unk_token_id
+
+
+def test_careless_solutions_ignore_precedence_and_answers_do_not():
+  rows = arithmetic.generate(400, 3, operations=(2, 3), careless=0.5)
+  wrong = 0
+  for row in rows:
+  
+    assert value(row['prompt'][:-1]) == int(row['answer'])
+    wrong += row['solution'].split('=')[-1] != row['answer']
+  assert 0.1 < wrong / len(rows) < 0.5
+  careless = arithmetic.generate(1, 0, operators='*+', careless=1.0)[0]
+  assert careless['solution'].count('=') == careless['operations'] - 1
+
+
+def test_careless_is_a_share():
+  with pytest.raises(UserError, match='careless=2'):
+    arithmetic.generate(1, 0, careless=2)

@@ -1,4 +1,4 @@
-"""A model made from scratch learns arithmetic, first from examples, then by RL.
+"""A model made from scratch learns arithmetic: from examples, then by RL.
 
     python -m experiments.train --config=experiments/configs/quickstart.py
 """
@@ -13,30 +13,32 @@ def get_config():
   config.model.architecture = dict(
     hidden_size=128,
     intermediate_size=384,
-    num_layers=4,
+    num_layers=2,
     num_heads=4,
     tied=True,
-    max_length=128,
+    max_length=64,
   )
   config.task = dict(
     name='arithmetic',
     train=20_000,
     held_out=512,
-    demonstrations=1_000,
-    operations=(2, 3),
+    demonstrations=20_000,
+    operations=(3, 3),
     operands=(1, 9),
-    operators='+-*',
+    operators='+*',
+    modulus=10,
+    careless=0.6,
   )
-  config.prompts.max_tokens = 16
+  config.prompts.max_tokens = 8
   config.rewards = dict(correct=dict(name='arithmetic_answer'))
-  config.algorithm = dict(name='rloo')
-  config.rollout.update(prompts=32, samples=8, max_tokens=32)
-  config.steps = 100
-  config.optimizer = base.optimizer(3e-4)
-  config.warm_start.update(steps=300, batch=64)
-  config.warm_start.optimizer = base.optimizer(
-    1e-3, warmup_updates=20, decay='cosine'
+  config.algorithm = dict(name='grpo', kl=0.0)
+  config.rollout.update(
+    prompts=32, samples=8, max_tokens=14, log_prob_tolerance=1e-4
   )
-  config.evaluation.update(every=20, prompts=512, batch=512)
+  config.steps = 80
+  config.optimizer = base.optimizer(2e-4, warmup_updates=10)
+  config.warm_start.update(steps=400, batch=64)
+  config.warm_start.optimizer = base.optimizer(1e-3, warmup_updates=20)
+  config.evaluation.update(every=10, prompts=512, batch=512)
   config.checkpoints.every = 100
   return config

@@ -42,6 +42,7 @@ def generate(
   modulus: int | None = None,
   largest: int | None = None,
   steps: bool = True,
+  careless: float = 0.0,
   exclude: Collection[str] = (),
 ) -> list[dict]:
   """Returns `count` rows with distinct prompts, a function of its arguments.
@@ -59,12 +60,15 @@ def generate(
     largest: expressions with an intermediate result beyond ±largest are not
       generated; None for no limit.
     steps: whether `solution` holds the worked steps or the answer alone.
+    careless: share of solutions that work from left to right as if products
+      did not come first, a pupil's mistake.  Where it matters their last
+      number is wrong; `answer` is right in any case.
     exclude: prompts that must not occur, such as those of another split.
 
   Raises:
     UserError: for impossible ranges, or when there are too few such prompts.
   """
-  _check(count, operations, operands, operators, modulus, largest)
+  _check(count, operations, operands, operators, modulus, largest, careless)
   rng = random.Random(seed)
   seen = set(exclude)
   rows, fruitless = [], 0
@@ -74,7 +78,10 @@ def generate(
     signs = [rng.choice(operators) for _ in range(length)]
     prompt = _text(numbers, signs) + '='
     lines = None if prompt in seen else _work(numbers, signs, modulus, largest)
-    if lines is None:
+    shown = lines
+    if careless and lines and rng.random() < careless:
+      shown = _work(numbers, signs, modulus, largest, careless=True)
+    if shown is None:
       fruitless += 1
       if fruitless > _MAX_FRUITLESS_DRAWS:
         raise UserError(
@@ -88,7 +95,7 @@ def generate(
     rows.append(
       {
         'prompt': prompt,
-        'solution': '='.join(lines) if steps else lines[-1],
+        'solution': '='.join(shown) if steps else shown[-1],
         'answer': lines[-1],
         'operations': length,
       }
@@ -96,7 +103,7 @@ def generate(
   return rows
 
 
-def _check(count, operations, operands, operators, modulus, largest):
+def _check(count, operations, operands, operators, modulus, largest, careless):
   """Raises UserError for settings that no expression can satisfy."""
   problems = [
     (count < 1, f'count={count} must be at least 1'),
@@ -120,6 +127,7 @@ def _check(count, operations, operands, operators, modulus, largest):
       largest is not None and largest < 1,
       f'largest={largest} must be at least 1 or None',
     ),
+    (not 0 <= careless <= 1, f'careless={careless} must be in [0, 1]'),
   ]
   for wrong, message in problems:
     if wrong:
@@ -131,12 +139,13 @@ def _work(
   signs: Sequence[str],
   modulus: int | None,
   largest: int | None,
+  careless: bool = False,
 ) -> list[str] | None:
   """The expression after each operation, or None beyond `largest`."""
   numbers, signs = list(numbers), list(signs)
   lines = []
   while signs:
-    i = signs.index('*') if '*' in signs else 0
+    i = signs.index('*') if '*' in signs and not careless else 0
     value = _OPERATORS[signs.pop(i)](numbers[i], numbers[i + 1])
     if modulus is not None:
       value %= modulus
