@@ -39,10 +39,10 @@ def model(config, seed: int) -> Model:
   """Loads `config.path`, or makes a model of `config.architecture`."""
   settings = {'dtype': config.dtype, 'remat': config.remat}
   if config.path:
-    tokenizer = pretrained.load_tokenizer(config.path)
     shape, params = pretrained.load(
       config.path, param_dtype=config.param_dtype, **settings
     )
+    tokenizer = pretrained.load_tokenizer(config.path)
     eos_ids = pretrained.eos_token_ids(config.path, tokenizer)
   else:
     if not config.alphabet:

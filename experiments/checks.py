@@ -13,6 +13,8 @@ from jaxrl_llm.errors import UserError
 # Sections whose fields are arguments of the function that they name.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
 
+_DTYPES = ('float32', 'bfloat16')
+
 _LEAST = {
   'seed': 0,
   'steps': 0,
@@ -61,12 +63,32 @@ def check(config: ConfigDict) -> None:
       raise UserError(
         f'config.{name} is {fields[name]}\nit must be at least {least}'
       )
+  _check_numbers(config)
   build.estimator(config)
   prompts, settings = config.rollout.prompts, config.training
   _check_divides(prompts, settings.minibatches, 'minibatches')
   minibatch = prompts // settings.minibatches
   micro_prompts = settings.micro_prompts or minibatch
   _check_divides(minibatch, micro_prompts, 'micro_prompts')
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  if config.model.param_dtype not in _DTYPES:
+    raise UserError(
+      f'config.model.param_dtype is {config.model.param_dtype!r}\n'
+      f'choose one of {", ".join(_DTYPES)}'
+    )
+  sections = {
+    'optimizer': config.optimizer,
+    'warm_start.optimizer': config.warm_start.optimizer,
+  }
+  for section, settings in sections.items():
+    for name in ('learning_rate', 'max_grad_norm', 'eps'):
+      value = settings[name]
+      if value is not None and not value > 0:
+        raise UserError(
+          f'config.{section}.{name} is {value}\nit must be above 0'
+        )
 
 
 def _check_divides(prompts: int, parts: int, name: str) -> None:

@@ -1,13 +1,21 @@
 """What every script does with flags and with a user's mistake."""
 
+import difflib
+import pathlib
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxrl_llm.errors import UserError
+
+# Sections that take what a function takes: ml_collections cannot set a field
+# there that the file does not have.
+_OPEN = frozenset({'algorithm', 'task', 'rewards', 'architecture'})
 
 
 def define_config_flag() -> None:
@@ -17,24 +25,27 @@ def define_config_flag() -> None:
   )
 
 
-def config():
+def config() -> ConfigDict:
   """The configuration, flags applied.
 
   Raises:
     UserError: no file, or one that is not a configuration.
   """
-  if flags.FLAGS['config'].value is None:
+  flag = flags.FLAGS['config']
+  if not flag.present:
     raise UserError(
       '--config is missing\nfor example --config=experiments/configs/'
       'quickstart.py'
     )
-  value = flags.FLAGS.config
-  # A file that cannot be read only fails when a field is read.
-  try:
-    value.to_dict()
-  except FileNotFoundError as error:
-    raise UserError(f'--config: no such file: {error.filename}') from error
-  return value
+  if not pathlib.Path(flag.config_filename).is_file():
+    raise UserError(f'--config: no such file: {flag.config_filename}')
+  if not isinstance(flag.value, ConfigDict):
+    raise UserError(
+      f'--config: get_config() of {flag.config_filename} returns '
+      f'{type(flag.value).__name__}\nreturn a ConfigDict: begin with '
+      'experiments.configs.base.get_config()'
+    )
+  return flag.value
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -45,6 +56,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   """
 
   def guarded(arguments) -> int | None:
+    logging.set_verbosity(logging.WARNING)
     if len(arguments) > 1:
       _fail(f'unexpected argument {arguments[1]!r}\nflags begin with --')
     try:
@@ -52,7 +64,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
       _fail(str(error))
 
-  logging.set_verbosity(logging.WARNING)
+  # What is wrong with a configuration is said once, by `_parse`.
+  logging.set_verbosity(logging.ERROR)
   app.run(guarded, flags_parser=_parse)
 
 
@@ -60,21 +73,77 @@ def _parse(arguments: list[str]) -> list[str]:
   try:
     return flags.FLAGS(arguments)
   except flags.UnrecognizedFlagError as error:
-    guess = f'\ndid you mean --{error.suggestions[0]}?'
-    _fail(
-      f'unknown flag --{error.flagname}' + (guess if error.suggestions else '')
-    )
+    near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
+    hint = f'did you mean --{near[0]}?' if near else '--help lists the flags'
+    _fail(f'unknown flag --{error.flagname}\n{hint}')
   except flags.Error as error:
-    _fail(str(error))
-  except (KeyError, AttributeError) as error:
-    # ml_collections quotes its message twice.
-    text = str(error.args[0]).strip('\'"').replace('\\', '')
-    unknown, *guess = text.replace("'nDid", '\nDid').split('\n')
-    _fail(
-      '\n'.join([f"--config has no field '{unknown.strip(chr(39))}'", *guess])
-    )
-  except (SyntaxError, ImportError, TypeError, ValueError) as error:
-    _fail(f'--config: {type(error).__name__}: {error}')
+    _fail(_without_traceback(str(error), _config_path(arguments)))
+  except Exception as error:
+    path = _config_path(arguments)
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(error.__traceback__)
+      if path is not None and frame.filename == str(path)
+    ]
+    if lines:
+      _fail(f'{path}, line {lines[-1]}: {_described(error)}')
+    if isinstance(error, SyntaxError):
+      _fail(f'{path}, line {error.lineno}: {_described(error)}')
+    if isinstance(error, AttributeError) and 'get_config' in str(error):
+      _fail(f'--config: {path} has no function get_config()')
+    if isinstance(error, KeyError | AttributeError):
+      _fail(_unknown_field(error, arguments))
+    if isinstance(error, TypeError | ValueError):
+      _fail(f'--config: {_described(error)}')
+    raise
+
+
+def _config_path(arguments: list[str]) -> pathlib.Path | None:
+  """The configuration file as the command line names it."""
+  for i, argument in enumerate(arguments):
+    match = re.fullmatch(r'--?config(?:=(.*))?', argument)
+    if match:
+      return pathlib.Path(match[1] or ''.join(arguments[i + 1 : i + 2]))
+  return None
+
+
+def _without_traceback(text: str, path: pathlib.Path | None) -> str:
+  """ml_collections puts a whole traceback into the message of a TypeError."""
+  if 'Traceback' not in text:
+    return text
+  numbers = re.findall(rf'File "{re.escape(str(path))}", line (\d+)', text)
+  line = f', line {numbers[-1]}' if numbers else ''
+  last = text.strip().split('\n')[-1]
+  return f'{path}{line}: {last}'
+
+
+def _unknown_field(error: Exception, arguments: list[str]) -> str:
+  """Names the flag whose field the configuration lacks."""
+  # ml_collections names the last part only, and quotes it more than once.
+  match = re.match(
+    r"""\W*([\w.]+)(?:.*Did you mean \W*([\w.]+))?""", _text(error)
+  )
+  key, near = match.groups() if match else ('', None)
+  pattern = rf'--?(config\.(?:[\w.]+\.)?{re.escape(key)})(?:[.=].*)?'
+  given = [match for a in arguments if (match := re.fullmatch(pattern, a))]
+  flag = f'--{given[0][1]}' if given else f'--config: {key!r}'
+  if near:
+    hint = f'did you mean {near!r}?'
+  elif set(flag.split('.')) & _OPEN:
+    hint = 'such a field has to be in the file before a flag can set it'
+  else:
+    hint = 'experiments/configs/base.py lists the fields'
+  return f'{flag}: the configuration has no such field\n{hint}'
+
+
+def _text(error: Exception) -> str:
+  """An error's message in one line, without the quotes of a KeyError."""
+  text = error.args[0] if error.args else ''
+  return ' '.join(str(text).replace('\\n', ' ').split())
+
+
+def _described(error: Exception) -> str:
+  return f'{type(error).__name__}: {_text(error)}'
 
 
 def _fail(message: str) -> NoReturn:

@@ -39,7 +39,6 @@ class Run:
   """
 
   def __init__(self, config, folder, stop, files):
-    checks.check(config)
     self._config = config
     self._folder = folder.path
     self._stop = stop
@@ -334,6 +333,7 @@ def train(config, workdir, resume: bool = False) -> int:
     UserError: for everything that the user can mend.
   """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
+  checks.check(config)
   with contextlib.ExitStack() as files:
     folder = files.enter_context(
       open_run(workdir, resume, config.to_dict(), _MUTABLE)
