@@ -60,8 +60,13 @@ def bootstrap(
     level: of the interval.
     resamples: bootstrap resamples.
     seed: of the resampling.
+
+  Raises:
+    UserError: there are no values.
   """
   values = np.asarray(values, np.float64)
+  if not values.size:
+    raise UserError('no values to average: evaluate at least one prompt')
   draws = np.random.default_rng(seed).integers(
     len(values), size=(resamples, len(values))
   )

@@ -1,0 +1,103 @@
+"""Diagnostics against loops over plain numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import toys
+
+from jaxrl_llm import estimators as est
+from jaxrl_llm.estimators import diagnostics
+
+
+@pytest.fixture(scope='module')
+def data():
+  rollouts, outputs = toys.random_rollouts(0, dtype=np.float32)
+  return rollouts, outputs, est.dr_grpo(9).prepare(rollouts)
+
+
+def tokens_of(batch):
+  return list(zip(*np.nonzero(batch.mask & batch.valid), strict=True))
+
+
+@pytest.mark.parametrize('low, high', [(0.2, None), (0.1, 0.3)])
+def test_per_token(data, low, high):
+  _, outputs, batch = data
+  got = {
+    name: np.asarray(metric(outputs, batch))
+    for name, metric in diagnostics.per_token(low, high).items()
+  }
+  above = low if high is None else high
+  cut = {'low': 0, 'high': 0}
+  for p, g, t in tokens_of(batch):
+    new, old = outputs.log_probs[p, g, t], float(batch.log_probs[p, g, t])
+    ratio, advantage = math.exp(new - old), float(batch.advantages[p, g, 0])
+    is_low = ratio < 1 - low and advantage < 0
+    is_high = ratio > 1 + above and advantage > 0
+    assert got['entropy'][p, g, t] == outputs.entropy[p, g, t]
+    kl = 1 / ratio - 1 + math.log(ratio)
+    assert got['approx_kl'][p, g, t] == pytest.approx(kl, abs=1e-5)
+    assert bool(got['clip_ratio/low'][p, g, t]) == is_low
+    assert bool(got['clip_ratio/high'][p, g, t]) == is_high
+    cut['low'] += is_low
+    cut['high'] += is_high
+  assert min(cut.values()) > 0
+
+
+def test_clipping_is_reported_only_where_there_is_any():
+  assert set(diagnostics.per_token()) == {'entropy', 'approx_kl'}
+
+
+def test_clip_ratios_are_where_the_gradient_is_cut(data):
+  import jax
+
+  _, outputs, batch = data
+  metrics = diagnostics.per_token(0.1, 0.3)
+  reported = metrics['clip_ratio/low'](outputs, batch)
+  reported |= metrics['clip_ratio/high'](outputs, batch)
+  loss = est.clipped(0.1, 0.3)
+  slope = jax.grad(lambda o: (loss.apply(o, batch) * batch.weights).sum())(
+    outputs.replace(log_probs=np.nan_to_num(outputs.log_probs))
+  ).log_probs
+  for p, g, t in tokens_of(batch):
+    if batch.advantages[p, g, 0] != 0:
+      assert (slope[p, g, t] == 0) == reported[p, g, t]
+
+
+def test_distances_to_reference_and_sampler(data):
+  _, outputs, batch = data
+  kl = diagnostics.reference_kl(outputs, batch)
+  gap = diagnostics.log_prob_difference(outputs, batch)
+  other = batch.replace(sampler_log_probs=batch.ref_log_probs)
+  gap_to_sampler = diagnostics.log_prob_difference(outputs, other)
+  for p, g, t in tokens_of(batch):
+    new = outputs.log_probs[p, g, t]
+    old, ref = batch.log_probs[p, g, t], batch.ref_log_probs[p, g, t]
+    assert kl[p, g, t] == pytest.approx(float(new - ref), abs=1e-6)
+    assert gap[p, g, t] == pytest.approx(abs(float(new - old)), abs=1e-6)
+    assert gap_to_sampler[p, g, t] == pytest.approx(abs(float(kl[p, g, t])))
+
+
+def test_group_statistics():
+  rollouts, _ = toys.random_rollouts(1, samples=3, dtype=np.float32)
+  rewards = rollouts.rewards.copy()
+  rewards[1] = 0.3
+  got = diagnostics.group_statistics(rollouts.replace(rewards=rewards))
+  valid = rollouts.valid[..., 0]
+  groups = [rewards[p, valid[p], 0] for p in range(3)]
+  assert got['reward'] == pytest.approx(np.concatenate(groups).mean(), rel=1e-5)
+  deviation = np.mean([group.std() for group in groups])
+  assert got['reward_std'] == pytest.approx(deviation, rel=1e-4)
+  assert got['frac_reward_zero_std'] == pytest.approx(1 / 3)
+
+
+def test_completion_statistics():
+  lengths = np.array([[3, 1], [4, 4]])
+  mask = np.arange(4)[None, None] < lengths[..., None]
+  finished = np.array([[True, True], [False, True]])[..., None]
+  got = diagnostics.completion_statistics(mask, finished)
+  assert {name: float(value) for name, value in got.items()} == {
+    'completions/mean_length': 3.0,
+    'completions/max_length': 4.0,
+    'completions/clipped_ratio': 0.25,
+  }
