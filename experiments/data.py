@@ -47,6 +47,11 @@ def arithmetic(
       and how many solutions are wrong; see
       `jaxrl_llm.tasks.arithmetic.generate`.
   """
+  for name, pair in (('operations', operations), ('operands', operands)):
+    if len(pair) != 2:
+      raise UserError(
+        f'config.task.{name} is {pair}\ngive the least and the greatest number'
+      )
   rows = arithmetic_lib.generate(
     train + held_out,
     seed,

@@ -1,0 +1,237 @@
+"""A user's mistake: at most three lines with the remedy, status 2, no harm."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import scripts
+
+from jaxrl_llm.models import pretrained, transformer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.tasks import arithmetic, vocabulary
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Flags after a sound configuration, and what the message must hold.
+FLAGS = {
+  'unknown flag': (['--confg=x'], ['--confg', 'did you mean --config?']),
+  'unknown field': (
+    ['--config.rollout.sample=3'],
+    ['--config.rollout.sample:', "did you mean 'samples'?"],
+  ),
+  'unknown section': (
+    ['--config.rolout.samples=3'],
+    ['--config.rolout:', "did you mean 'rollout'?"],
+  ),
+  'unset parameter': (
+    ['--config.algorithm.clipp=0.1'],
+    ['--config.algorithm.clipp:', 'in the file'],
+  ),
+  'not a number': (
+    ['--config.rollout.samples=many'],
+    ['--config.rollout.samples=many', 'int'],
+  ),
+  'missing value': (['--workdir'], ['--workdir']),
+  'no dashes': (['resume'], ["unexpected argument 'resume'", '--']),
+  'algorithm': (
+    ['--config.algorithm.name=gppo'],
+    ['config.algorithm', "'gppo'", "did you mean 'grpo'?"],
+  ),
+  'greedy': (
+    ['--config.rollout.temperature=0'],
+    ['config.rollout.temperature is 0', 'above 0'],
+  ),
+  'does not divide': (
+    ['--config.training.minibatches=3'],
+    ['minibatches is 3', '4 prompts', '[1, 2, 4]'],
+  ),
+  'one sample': (
+    ['--config.rollout.samples=1'],
+    ['config.rollout.samples is 1', 'grpo needs at least 2'],
+  ),
+  'learning rate': (
+    ['--config.optimizer.learning_rate=-1'],
+    ['config.optimizer.learning_rate is -1', 'above 0'],
+  ),
+  'prompt over budget': (
+    ['--config.prompts.max_tokens=3'],
+    ['exceed 3 tokens', 'budget', "overlong='drop'"],
+  ),
+  'model too short': (
+    ['--config.rollout.max_tokens=60'],
+    ['60 response tokens', "model's 64", 'config.rollout.max_tokens'],
+  ),
+  'no model': (['--config.model.path=/no/model'], ['/no/model']),
+  'characters': (
+    ['--config.model.alphabet=0123456789='],
+    ["tokenizer lacks: '+'"],
+  ),
+  'task': (
+    ['--config.task.name=arithmatic'],
+    ['config.task', "did you mean 'arithmetic'?"],
+  ),
+  'pair': (['--config.task.operations=(3,)'], ['config.task.operations']),
+  'reward file': (
+    ['--config.rewards.symbols.name=/no/file.py:f'],
+    ['config.rewards.symbols', '/no/file.py'],
+  ),
+  'reward': (
+    ['--config.rewards.symbols.name=exact_mach'],
+    ['config.rewards.symbols', "did you mean 'exact_match'?"],
+  ),
+}
+
+# Changes to the text of a sound configuration.
+FILES = {
+  'parameter': (
+    ["name='grpo', kl", "name='grpo', clipp=0.1, kl"],
+    ["grpo has no parameter 'clipp'", "did you mean 'clip'?"],
+  ),
+  'inert field': (
+    ['config.checkpoints.every', 'config.checkpoint_every'],
+    ['nothing reads config.checkpoint_every', 'config.checkpoints.every?'],
+  ),
+  'misspelt section': (
+    ['config.rollout.update', 'config.rolout.update'],
+    ['config.py, line', 'rollout'],
+  ),
+  'type': (
+    ['minibatches = 2', "minibatches = 'two'"],
+    ['config.py, line', 'minibatches'],
+  ),
+  'syntax': (
+    ['return config', 'return (config'],
+    ['config.py, line', 'Syntax'],
+  ),
+  'nothing returned': (
+    ['return config', 'return None'],
+    ['config.py', 'NoneType', 'base.get_config()'],
+  ),
+  'no get_config': (
+    ['def get_config', 'def got_config'],
+    ['config.py has no function get_config()'],
+  ),
+  'no rewards': (
+    ['config.algorithm =', 'config.rewards = {}\n  config.algorithm ='],
+    ['config.rewards is empty'],
+  ),
+}
+
+
+def refused(ended, *texts) -> None:
+  """Asserts status 2 and nothing but a short message that holds `texts`."""
+  assert ended.code == 2, ended
+  assert ended.err.startswith('error: '), ended.err
+  assert 1 <= len(ended.err.splitlines()) <= 3, ended.err
+  for text in texts:
+    assert text in ended.err, (text, ended.err)
+
+
+def train(config, workdir, *flags):
+  arguments = f'--config={config}', f'--workdir={workdir}', *flags
+  return scripts.run('train', *arguments, cache=scripts.cache())
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  return scripts.write_config(tmp_path_factory.mktemp('config'))
+
+
+@pytest.mark.parametrize('name', FLAGS)
+def test_wrong_flag(name, config, tmp_path):
+  flags, texts = FLAGS[name]
+  refused(train(config, tmp_path / 'run', *flags), *texts)
+  # The corrected command finds the folder free.
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_wrong_configuration(name, tmp_path):
+  (old, new), texts = FILES[name]
+  assert old in scripts.CONFIG
+  config = scripts.write_config(tmp_path, scripts.CONFIG.replace(old, new))
+  refused(train(config, tmp_path / 'run'), *texts)
+
+
+def test_configuration_missing(tmp_path):
+  missing = tmp_path / 'missing.py'
+  refused(train(missing, tmp_path / 'run'), f'no such file: {missing}')
+  refused(train(tmp_path, tmp_path / 'run'), f'no such file: {tmp_path}')
+  refused(scripts.run('train'), '--config is missing', 'quickstart.py')
+
+
+@pytest.mark.parametrize(
+  'content, texts',
+  [
+    (None, ['rows.jsonl', 'No such file']),
+    ('{"prompt": "1+1=", "answer": "2"}\n{"prompt"\n', ['rows.jsonl, line 2']),
+    ('{"text": "1+1="}\n', ['rows.jsonl, line 1', 'prompt_column']),
+    ('\n', ['rows.jsonl', 'no rows']),
+  ],
+)
+def test_data_file(content, texts, tmp_path):
+  rows = tmp_path / 'rows.jsonl'
+  if content is not None:
+    rows.write_text(content)
+  task = f"config.task = dict(name='jsonl', train='{rows}', held_out='{rows}')"
+  text = scripts.CONFIG.replace('  return', f'  {task}\n  return')
+  config = scripts.write_config(tmp_path / 'config', text)
+  ended = train(config, tmp_path / 'run', '--config.warm_start.steps=0')
+  refused(ended, *texts)
+
+
+@pytest.mark.parametrize(
+  'vocab_size, change, texts',
+  [
+    (10, {}, ['tokenizer has ids up to 16', '10 rows']),
+    (17, {'model_type': 'mamba'}, ["'mamba' is not supported", 'llama']),
+    (17, {'num_hidden_layers': 2}, ['model.layers.1']),
+  ],
+)
+def test_model_folder(vocab_size, change, texts, config, tmp_path):
+  tokenizer = vocabulary.character_tokenizer(arithmetic.ALPHABET)
+  shape = ModelConfig(vocab_size, 16, 32, 1, 2, max_length=64, tied=True)
+  params = transformer.init(shape, jax.random.key(0))
+  folder = tmp_path / 'model'
+  pretrained.save(folder, shape, params)
+  tokenizer.save_pretrained(folder)
+  stored = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(stored | change))
+  ended = train(config, tmp_path / 'run', f'--config.model.path={folder}')
+  refused(ended, *texts)
+
+
+def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
+  config = scripts.write_config(tmp_path / 'config', reward='import nothing\n')
+  workdir = tmp_path / 'run'
+  ended = train(config, workdir)
+  refused(ended, 'reward.py does not load', "No module named 'nothing'")
+  scripts.write_reward(tmp_path / 'config')
+  ended = train(config, workdir, '--config.prompts.max_tokens=3')
+  refused(ended, 'exceed 3 tokens')
+
+
+def test_the_command_itself(tmp_path):
+  # As a user types it: a fresh interpreter, from the repository.
+  def command(*arguments):
+    return subprocess.run(
+      [sys.executable, '-m', *arguments],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+
+  quickstart = '--config=experiments/configs/quickstart.py'
+  for arguments, text in (
+    (('experiments.train', quickstart, '--config.stepz=1'), "mean 'steps'?"),
+    (('experiments.evaluate', f'--workdir={tmp_path}'), 'holds no run'),
+    (('experiments.export', f'--workdir={tmp_path}'), '--output is missing'),
+  ):
+    ended = command(*arguments)
+    assert ended.returncode == 2 and ended.stdout == ''
+    assert ended.stderr.startswith('error: ')
+    assert len(ended.stderr.splitlines()) <= 3 and text in ended.stderr

@@ -1,0 +1,170 @@
+"""Evaluation of runs and folders, against numbers computed another way."""
+
+import itertools
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+import scripts
+
+from experiments import build, evaluate, runs
+from jaxrl_llm.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def trained():
+  return runs.load(scripts.undisturbed())
+
+
+def last_record() -> dict:
+  lines = (scripts.undisturbed() / 'metrics.jsonl').read_text().splitlines()
+  return json.loads(lines[-1])
+
+
+def test_repeats_the_numbers_of_the_run(trained):
+  result = evaluate.measure(trained.config, trained.model, metric='correct')
+  record = last_record()
+  assert trained.step == scripts.TOTAL
+  for name in ('reward', 'rewards/symbols', 'completions/mean_length'):
+    assert result[name] == record[f'eval/{name}'], name
+  assert result['accuracy']['mean'] == record['eval/rewards/correct']
+  assert result['prompts'] == scripts.HELD_OUT and result['unscored'] == 0
+
+
+def test_pass_at_k_counts_subsets(trained, tmp_path):
+  # Whether a response is right is remembered by the reward; pass@k is the mean
+  # over all subsets of k of the n samples.
+  seen = []
+  config = trained.config.copy_and_resolve_references().unlock()
+  reward = tmp_path / 'reward.py'
+  reward.write_text(
+    'calls = []\n\n\n'
+    'def odd(completion_ids, **kwargs):\n'
+    '  scores = [float(sum(ids) % 2) for ids in completion_ids]\n'
+    '  calls.append(scores)\n'
+    '  return scores\n'
+  )
+  config.rewards = {'odd': {'name': f'{reward}:odd'}}
+  changes = dict(samples=4, temperature=1.0, prompts=6, batch=4)
+  result = evaluate.measure(config, trained.model, ks=(1, 2, 4), **changes)
+  for scores in sys.modules['user_reward'].calls:
+    seen += scores
+  right = np.array(seen).reshape(6, 4)
+  assert 0 < right.mean() < 1
+  for k in (1, 2, 4):
+    subsets = list(itertools.combinations(range(4), k))
+    expected = np.mean([right[:, s].max(axis=1) for s in subsets])
+    interval = result[f'pass@{k}']
+    np.testing.assert_allclose(interval['mean'], expected, rtol=1e-12)
+    assert interval['low'] <= interval['mean'] <= interval['high']
+  assert result['accuracy'] == result['pass@1']
+  assert result['samples'] == 4 and result['temperature'] == 1.0
+
+
+@pytest.mark.parametrize(
+  'arguments, text',
+  [
+    (dict(metric='exact'), "--metric is 'exact'"),
+    (dict(samples=3), 'at temperature 0 all 3 samples'),
+    (dict(samples=2, temperature=1.0, ks=(4,)), 'pass@4 needs 4 samples'),
+  ],
+)
+def test_refusals(arguments, text, trained):
+  with pytest.raises(UserError, match=text):
+    evaluate.measure(trained.config, trained.model, **arguments)
+
+
+def test_unscored_prompts_are_counted(trained, tmp_path):
+  reward = tmp_path / 'some.py'
+  reward.write_text(
+    'def some(completions, prompts, **kwargs):\n'
+    '  return [None if p[0] in "01234" else 1.0 for p in prompts]\n'
+  )
+  config = trained.config.copy_and_resolve_references().unlock()
+  config.rewards = {'some': {'name': f'{reward}:some'}}
+  data = build.dataset(config, trained.model.tokenizer)
+  unscored = sum(row['prompt'][0] in '01234' for row in data.held_out)
+  result = evaluate.measure(config, trained.model)
+  assert 0 < unscored == result['unscored'] < scripts.HELD_OUT
+  assert result['accuracy']['mean'] == 1.0 and result['reward'] == 1.0
+
+
+def test_script_on_a_run_and_on_its_export(tmp_path):
+  run = scripts.undisturbed()
+  listed = sorted(run.rglob('*'))
+  outputs = tmp_path / 'a' / 'run.json', tmp_path / 'folder.json'
+  flags = ['--metric=correct', '--prompts=5', '--k=1,2', '--temperature=0.7']
+  config = scripts.shared_folder() / 'config' / 'config.py'
+  sources = (
+    [f'--workdir={run}'],
+    [f'--model={run / "hf"}', f'--config={config}'],
+  )
+  for source, output in zip(sources, outputs, strict=True):
+    ended = scripts.run(
+      'evaluate', *source, *flags, f'--output={output}', cache=scripts.cache()
+    )
+    assert ended.code == 0, ended.err
+    for text in ('pass@2', 'accuracy', '95 % interval', 'distinct_bigrams'):
+      assert text in ended.out
+  results = [json.loads(output.read_text()) for output in outputs]
+  # The exported folder is the same model: the same samples come out.
+  assert results[0].pop('model') != results[1].pop('model')
+  assert results[0] == results[1]
+  assert sorted(run.rglob('*')) == listed
+
+
+@pytest.mark.parametrize(
+  'flags, text',
+  [
+    ([], 'either a run with --workdir or a Hugging Face folder'),
+    (['--workdir=/no/run'], '/no/run holds no run'),
+    (['--workdir=RUN', '--step=3'], 'no checkpoint step 3'),
+    (['--workdir=RUN', '--step=last'], "--step is 'last'"),
+    (['--workdir=RUN', '--config=CONFIG'], 'leave out --config'),
+    (['--workdir=RUN', '--k=0'], "--k is '0'"),
+    (['--workdir=RUN', '--samples=0'], '--samples=0'),
+    (['--model=/no/model', '--config=CONFIG'], 'no model folder /no/model'),
+    (['--model=RUN'], '--config is missing'),
+  ],
+)
+def test_script_refuses(flags, text):
+  names = {
+    'RUN': str(scripts.undisturbed()),
+    'CONFIG': str(scripts.shared_folder() / 'config' / 'config.py'),
+  }
+  for name, value in names.items():
+    flags = [flag.replace(name, value) for flag in flags]
+  ended = scripts.run('evaluate', *flags)
+  assert ended.code == 2 and text in ended.err, ended
+  assert len(ended.err.splitlines()) <= 3
+
+
+def test_step_names(trained):
+  run = scripts.undisturbed()
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  kept = [int(path.name) for path in (run / 'checkpoints').iterdir()]
+  rewards = {r['step']: r.get('eval/reward') for r in map(json.loads, lines)}
+  best = runs.load(run, 'best').step
+  # keep_best=1: the best of all evaluated checkpoints is still there.
+  saved = [s for s in rewards if rewards[s] is not None]
+  assert rewards[best] == max(rewards[s] for s in saved)
+  other = runs.load(run, str(min(kept)))
+  assert other.step == min(kept)
+  pair = zip(
+    jax.tree.leaves(other.model.params),
+    jax.tree.leaves(trained.model.params),
+    strict=True,
+  )
+  assert other.step == trained.step or any((a != b).any() for a, b in pair)
+
+
+def test_folder_without_checkpoint(tmp_path):
+  shutil.copy(scripts.undisturbed() / 'config.json', tmp_path)
+  with pytest.raises(UserError, match='no checkpoint yet'):
+    runs.load(tmp_path)
+  (tmp_path / 'config.json').write_text('{"seed":')
+  with pytest.raises(UserError, match='cannot be read'):
+    runs.load(tmp_path)
