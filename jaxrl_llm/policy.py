@@ -94,18 +94,19 @@ def adjust_logits(
   if not decoding.greedy:
     logits = logits / decoding.temperature
   keep = jnp.ones(logits.shape, bool)
+  fixed = jax.lax.stop_gradient(logits)
   if 0 < decoding.top_k < logits.shape[-1]:
     count = lambda kept: kept.sum(axis=-1) >= decoding.top_k
-    keep &= _highest_cut(logits, count)
+    keep &= _highest_cut(fixed, count)
   if decoding.top_p < 1:
-    probabilities = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf))
+    probabilities = jax.nn.softmax(jnp.where(keep, fixed, -jnp.inf))
     mass = lambda kept: (
       jnp.where(kept, probabilities, 0.0).sum(axis=-1) >= decoding.top_p
     )
     keep &= _highest_cut(probabilities, mass)
   if chosen is not None:
     keep |= ids == chosen[:, None]
-  return jnp.where(jax.lax.stop_gradient(keep), logits, -jnp.inf)
+  return jnp.where(keep, logits, -jnp.inf)
 
 
 def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
@@ -113,25 +114,31 @@ def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
 
   The cut is found bit by bit on the order-preserving integer form of a
   float32, in 32 passes over `x`: exact, and at a vocabulary of 32,000 two
-  orders of magnitude faster on a CPU than sorting.
+  orders of magnitude faster on a CPU than sorting.  The cut becomes a float
+  again before it is compared, so that no second array like `x` exists.
 
   Args:
     x: [N, V] float32.
     enough: maps a set, [N, V] bool, to [N] bool; monotone in the set.
 
   Returns:
-    [N, V] bool.
+    [N, V] bool; all True where no set is enough.
   """
-  bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.uint32)
   sign = jnp.uint32(1 << 31)
-  order = jnp.where(bits & sign, ~bits, bits | sign)
+
+  def at_least(cut: Array) -> Array:
+    # From −inf to inf: what is beyond them are NaNs.
+    cut = jnp.clip(cut, jnp.uint32(0x007FFFFF), jnp.uint32(0xFF800000))
+    bits = jnp.where(cut & sign, cut ^ sign, ~cut)
+    # Not x ≥ cut: a NaN stays in the set, and so in sight.
+    return ~(x < jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None])
 
   def raise_cut(i: Array, cut: Array) -> Array:
     higher = cut | (sign >> jnp.uint32(i))
-    return jnp.where(enough(order >= higher[:, None]), higher, cut)
+    return jnp.where(enough(at_least(higher)), higher, cut)
 
-  cut = jax.lax.fori_loop(0, 32, raise_cut, jnp.zeros(x.shape[0], jnp.uint32))
-  return order >= cut[:, None]
+  start = jnp.zeros(x.shape[0], jnp.uint32)
+  return at_least(jax.lax.fori_loop(0, 32, raise_cut, start))
 
 
 def score(

@@ -190,7 +190,7 @@ def make_update(
     metrics = {name: value.sum() / tokens for name, value in sums.items()}
     metrics['log_prob_difference/max'] = highest.max()
     metrics['loss'] = losses.sum()
-    metrics['grad_norm'] = optax.global_norm(gradients)
+    metrics['grad_norm'] = optax.tree.norm(gradients)
     state = _apply(state, gradients, metrics, optimizer)
     metrics['skipped'] = state.skipped
     return state, metrics

@@ -66,6 +66,15 @@ def test_extreme_logits():
   # The fifth largest is a tie: both stay.
   np.testing.assert_array_equal(cut(5), keep(1, 2, 3, 4, 6, 7))
   np.testing.assert_array_equal(cut(7), keep(0, 1, 2, 3, 4, 6, 7))
+  infinite = adjust(jnp.array([[jnp.inf, 1.0, 2.0]]), Decoding(top_k=2))
+  np.testing.assert_array_equal(infinite, [[jnp.inf, -jnp.inf, 2.0]])
+
+
+def test_a_nan_is_not_cut_away():
+  logits = jnp.array([[1.0, jnp.nan, -2.0, 0.5], [1.0, 0.0, -2.0, 0.5]])
+  for decoding in (Decoding(top_k=1), Decoding(top_p=0.5)):
+    p = jax.nn.softmax(adjust(logits, decoding))
+    assert np.isnan(p[0]).any() and np.isfinite(p[1]).all()
 
 
 def test_chosen_token_is_kept_and_has_a_gradient():
