@@ -1,0 +1,165 @@
+"""Which module may import which, and that importing does nothing else."""
+
+import ast
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ('jaxrl_llm', 'experiments')
+
+
+def module_name(path):
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+FILES = {
+  module_name(path): path
+  for package in PACKAGES
+  for path in sorted((ROOT / package).rglob('*.py'))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def imports(name):
+  """Modules that `name` imports, anywhere in the file."""
+  found = set()
+  for node in ast.walk(TREES[name]):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{name}: relative import'
+      for alias in node.names:
+        member = f'{node.module}.{alias.name}'
+        found.add(member if member in FILES else node.module)
+  return found
+
+
+GRAPH = {name: imports(name) for name in FILES}
+
+
+def within(name, *packages):
+  return any(name == p or name.startswith(p + '.') for p in packages)
+
+
+def own(name):
+  """The project's modules that `name` imports."""
+  return {other for other in GRAPH[name] if within(other, *PACKAGES)}
+
+
+def test_the_walk_sees_the_package():
+  assert 'jaxrl_llm.estimators' in GRAPH['experiments.phases']
+  assert 'jaxrl_llm.policy' in GRAPH['jaxrl_llm.sampling']
+  assert 'jax.numpy' in GRAPH['jaxrl_llm.estimators.weights']
+  assert len(FILES) > 40
+
+
+@pytest.mark.parametrize('name', [n for n in FILES if within(n, 'jaxrl_llm')])
+def test_arrows(name):
+  allowed = ('jaxrl_llm',)
+  if within(name, 'jaxrl_llm.estimators'):
+    allowed = ('jaxrl_llm.estimators',)
+    known = {*sys.stdlib_module_names, 'jax', 'chex', 'numpy', 'jaxrl_llm'}
+    assert {other.split('.')[0] for other in GRAPH[name]} <= known
+  elif within(name, 'jaxrl_llm.models'):
+    allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.sharding'
+  elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
+    allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
+  elif name in ('jaxrl_llm.policy', 'jaxrl_llm.sampling'):
+    allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.policy'
+  else:
+    allowed = ('jaxrl_llm',)
+  assert all(within(other, *allowed) for other in own(name)), own(name)
+  if name == 'jaxrl_llm.training':
+    late = 'jaxrl_llm.sampling', 'jaxrl_llm.rollouts', 'jaxrl_llm.rewards'
+    assert not any(within(other, *late) for other in own(name))
+
+
+def test_order_within_the_estimators():
+  order = ['types', 'advantages token_losses weights', 'compose', 'algorithms']
+  level = {
+    f'jaxrl_llm.estimators.{name}': i
+    for i, names in enumerate(order)
+    for name in names.split()
+  }
+  for name, i in level.items():
+    for other in own(name):
+      assert level[other] < i, f'{name} imports {other}'
+  # Numbers to look at are no part of an algorithm, nor the reverse.
+  assert 'jaxrl_llm.estimators.compose' not in own(
+    'jaxrl_llm.estimators.diagnostics'
+  )
+
+
+def test_no_cycles():
+  done, path = set(), []
+
+  def visit(name):
+    assert name not in path, ' → '.join([*path[path.index(name) :], name])
+    if name in done:
+      return
+    path.append(name)
+    for other in own(name):
+      visit(other if other in FILES else other.rpartition('.')[0])
+    done.add(path.pop())
+
+  for name in FILES:
+    visit(name)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_nothing_that_runs_foreign_code(name):
+  unsafe = ('pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'shelve')
+  banned = (*unsafe, 'marshal', 'torch')
+  assert not [other for other in GRAPH[name] if within(other, *banned)]
+  for node in ast.walk(TREES[name]):
+    if not isinstance(node, ast.Call):
+      continue
+    assert getattr(node.func, 'id', None) not in ('eval', 'exec'), node.lineno
+    for keyword in node.keywords:
+      if keyword.arg in ('trust_remote_code', 'allow_pickle', 'shell'):
+        value = getattr(keyword.value, 'value', None)
+        assert value is False, f'line {node.lineno}: {keyword.arg}'
+
+
+def run(code):
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout)
+
+
+def test_import_is_quick():
+  code = (
+    'import time; start = time.perf_counter(); import jaxrl_llm; '
+    'print(time.perf_counter() - start)'
+  )
+  assert min(run(code) for _ in range(3)) < 1.5
+
+
+def test_importing_starts_no_device_and_asks_no_network():
+  """All modules of the library at once, watched by an audit hook."""
+  code = f"""
+import importlib, json, sys
+calls = []
+events = ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname')
+watch = lambda event, args: event in events and calls.append(event)
+sys.addaudithook(watch)
+for name in {[n for n in FILES if within(n, 'jaxrl_llm')]!r}:
+  importlib.import_module(name)
+from jax._src import xla_bridge
+print(json.dumps(dict(
+  calls=calls,
+  backends=xla_bridge.backends_are_initialized(),
+  torch='torch' in sys.modules,
+)))
+"""
+  assert run(code) == {'calls': [], 'backends': False, 'torch': False}

@@ -1,0 +1,143 @@
+"""From prompts to rollouts: what reward functions see, what estimators get."""
+
+import jax
+import numpy as np
+import pytest
+import toys
+
+from jaxrl_llm import policy, rollouts
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Needs
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.tasks.prompts import PromptBatch
+from jaxrl_llm.tasks.vocabulary import character_tokenizer
+
+TOKENIZER = character_tokenizer('abcdefghij')
+ROWS = [{'prompt': 'abc', 'answer': 'x'}, {'prompt': 'd', 'answer': 'y'}]
+BATCH = PromptBatch(
+  tokens=np.array([[3, 4, 5], [6, 0, 0]], np.int32),
+  lengths=np.array([3, 1], np.int32),
+  rows=ROWS,
+)
+GENERATION = rollouts.Generation(
+  samples=4,
+  max_tokens=5,
+  decoding=policy.Decoding(temperature=1.3, num_tokens=13),
+  eos_ids=(1, 6),
+  pad_id=0,
+)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return toys.make_policy('llama')
+
+
+@pytest.fixture(scope='module')
+def seen(model):
+  """(responses, what the reward function was given)."""
+  given = {}
+
+  def reward(**columns):
+    given.update(columns)
+    numbers = [i / 4 for i in range(8)]
+    return [None if i == 5 else number for i, number in enumerate(numbers)]
+
+  responses = rollouts.respond(
+    *model, BATCH, GENERATION, TOKENIZER, [RewardPart('r', reward)], KEY
+  )
+  return responses, given
+
+
+def test_reward_functions_see_texts_ids_and_columns(seen):
+  responses, given = seen
+  tokens, mask = responses.samples.tokens, responses.samples.mask
+  assert given['prompts'] == ['abc'] * 4 + ['d'] * 4
+  assert given['answer'] == ['x'] * 4 + ['y'] * 4
+  assert given['completions'] == responses.completions
+  for i, (p, g) in enumerate(np.ndindex(2, 4)):
+    ids = np.asarray(tokens[p, g])[np.asarray(mask[p, g])].tolist()
+    assert given['completion_ids'][i] == ids
+    assert given['finished'][i] is (ids[-1] in (1, 6))
+    text = ''.join('abcdefghij'[j - 3] for j in ids if j > 2)
+    assert given['completions'][i] == text
+  assert True in given['finished'] and False in given['finished']
+  assert set(given) == {
+    'prompts',
+    'completions',
+    'answer',
+    'completion_ids',
+    'finished',
+  }
+
+
+def make(model, responses, needs, reference=None, **settings):
+  return rollouts.to_rollouts(
+    *model, reference, responses, GENERATION, needs, 1, chunk=7, **settings
+  )
+
+
+def test_rewards_reach_their_responses(model, seen):
+  responses, _ = seen
+  data = make(model, responses, Needs())
+  expected = np.arange(8.0).reshape(2, 4, 1) / 4
+  valid = np.arange(8).reshape(2, 4, 1) != 5
+  np.testing.assert_array_equal(data.valid, valid)
+  np.testing.assert_array_equal(
+    np.where(valid, data.rewards, 0), expected * valid
+  )
+  for name in ('tokens', 'mask', 'log_probs'):
+    assert getattr(data, name) is getattr(responses.samples, name)
+  assert data.ref_log_probs is None and data.sampler_log_probs is None
+
+
+def test_reference_and_rescoring(model, seen):
+  config, params = model
+  responses, _ = seen
+  reference = jax.tree.map(lambda x: 0.9 * x, params)
+  needs = Needs(reference=True)
+  data = make(model, responses, needs, reference, rescore=True)
+  assert data.sampler_log_probs is responses.samples.log_probs
+  mask = np.asarray(data.mask)
+  for scored, weights in (
+    (data.log_probs, params),
+    (data.ref_log_probs, reference),
+  ):
+    logits = toys.plain_logits(config, weights, responses.prompts, data.tokens)
+    p = toys.adjusted_probabilities(logits, GENERATION.decoding)
+    index = np.asarray(data.tokens)[..., None]
+    chosen = np.take_along_axis(p, index, axis=-1)[..., 0]
+    np.testing.assert_allclose(
+      np.asarray(scored)[mask], np.log(chosen[mask]), atol=1e-5
+    )
+  assert np.abs(data.log_probs - data.sampler_log_probs)[mask].max() <= 1e-5
+  assert np.abs(data.log_probs - data.ref_log_probs)[mask].max() > 0.01
+
+
+def test_parts_are_scored_as_the_whole(model, seen):
+  """Two prompts at a time or one: the rows come back in their order."""
+  responses, _ = seen
+  arguments = responses.prompts, responses.samples.tokens, GENERATION.decoding
+  one = rollouts.score_log_probs(*model, *arguments, 1, 7)
+  two = rollouts.score_log_probs(*model, *arguments, 2, 7)
+  assert np.abs(one[0] - one[1]).max() > 0.1
+  mask = np.asarray(responses.samples.mask)
+  np.testing.assert_allclose(one[mask], two[mask], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  'name', ['greedy', 'critic', 'entropy', 'score_norms', 'branches']
+)
+def test_what_cannot_be_supplied_is_refused(model, seen, name):
+  with pytest.raises(UserError, match=name):
+    make(model, seen[0], Needs(**{name: True}))
+
+
+def test_a_failing_reward_is_named(model):
+  def broken(completions):
+    return [float('nan')] * len(completions)
+
+  parts = [RewardPart('broken', broken)]
+  with pytest.raises(UserError, match='broken'):
+    rollouts.respond(*model, BATCH, GENERATION, TOKENIZER, parts, KEY)
