@@ -45,7 +45,8 @@ def measure(
     config: task, prompts, rewards, response length and seed.
     model: the model.
     ks: the k of pass@k; pass@1 is the accuracy.
-    metric: name in `config.rewards`; None for the first.
+    metric: name in `config.rewards`; None for that of greatest weight (a
+      ConfigDict does not keep the order in which they were written).
     threshold: the least score of a right response.
     **changes: samples, temperature, prompts or batch in place of those of
       `config.evaluation`.
@@ -58,11 +59,11 @@ def measure(
     UserError: settings that do not fit each other.
   """
   rewards = build.reward_parts(config)
-  names = [part.name for part in rewards]
-  metric = names[0] if metric is None else metric
-  if metric not in names:
+  weights = {part.name: part.weight for part in rewards}
+  metric = max(weights, key=weights.get) if metric is None else metric
+  if metric not in weights:
     raise UserError(
-      f'--metric is {metric!r}\nthe rewards are {", ".join(names)}'
+      f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
     )
   data = build.dataset(config, model.tokenizer)
   # The key of the evaluations during training: with equal settings the numbers

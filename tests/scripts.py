@@ -209,6 +209,8 @@ def _main(name, arguments, folder, cache):
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
+  # Compiling takes most of the time of models as small as these.
+  jax.config.update('jax_disable_most_optimizations', True)
   if cache is not None:
     jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

@@ -1,0 +1,173 @@
+"""From configurations to models, rewards, estimators and optimisers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import build
+from experiments.configs import base
+from jaxrl_llm import training
+from jaxrl_llm.errors import UserError
+
+REWARDS = """
+from __future__ import annotations
+import dataclasses
+
+
+@dataclasses.dataclass
+class Word:
+  text: str
+
+
+def shouts(completions, answer, **kwargs):
+  return [float(Word(c).text == a.upper()) for c, a in zip(completions, answer)]
+"""
+
+
+@pytest.fixture
+def config():
+  config = base.get_config()
+  config.model.alphabet = 'ab'
+  config.model.architecture = dict(
+    hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_length=32
+  )
+  config.prompts.max_tokens = 16
+  config.rollout.max_tokens = 16
+  config.algorithm = dict(name='grpo')
+  config.rewards = dict(match=dict(name='exact_match'))
+  return config.lock()
+
+
+def test_reward_from_a_users_file(config, tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(REWARDS)
+  with config.unlocked():
+    config.rewards = dict(
+      shout=dict(name=f'{path}:shouts', weight=2),
+      form=dict(name='format_match', pattern='a+', weight=0.5),
+      match=dict(name='exact_match'),
+    )
+  parts = {part.name: part for part in build.reward_parts(config)}
+  weights = {name: part.weight for name, part in parts.items()}
+  assert weights == {'shout': 2, 'form': 0.5, 'match': 1.0}
+  given = dict(completions=['A', 'a'], answer=['a', 'a'])
+  assert parts['shout'].function(**given) == [1.0, 0.0]
+  assert parts['form'].function(**given) == [0.0, 1.0]
+  assert parts['match'].function(**given) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+  'spec, text',
+  [
+    ('exact_match', r"write dict\(name='exact_match'\)"),
+    (dict(weight=1.0), "has no 'name'"),
+    (dict(name='exact_match', weight='1'), "weight is '1', not a number"),
+    (dict(name='exact_match', pattern='a'), "has no setting 'pattern'"),
+    (dict(name='format_match'), 'format_match needs pattern'),
+    (dict(name='format_match', patern='a'), "did you mean 'pattern'?"),
+    (dict(name='mine.txt:f'), 'no such Python file: mine.txt'),
+    (dict(name='FILE:shout'), "no function 'shout' in .*\nit has shouts"),
+    (dict(name='FILE:shouts', limit=3), "has no setting 'limit'"),
+  ],
+)
+def test_rewards_refused(spec, text, config, tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(REWARDS)
+  if isinstance(spec, dict) and 'FILE' in spec.get('name', ''):
+    spec = spec | {'name': spec['name'].replace('FILE', str(path))}
+  with config.unlocked():
+    config.rewards = dict(part=spec)
+  with pytest.raises(UserError, match=text) as caught:
+    build.reward_parts(config)
+  assert str(caught.value).startswith('config.rewards.part')
+
+
+def test_model_from_a_stored_configuration(config):
+  # JSON has no tuples; the architecture must be hashable all the same.
+  with config.unlocked():
+    config.model.architecture.update(sliding=(True,), window=4)
+  stored = ConfigDict(
+    {
+      **config.model.to_dict(),
+      'architecture': {
+        **config.model.architecture.to_dict(),
+        'sliding': [True],
+      },
+    }
+  )
+  first, second = build.model(config.model, 0), build.model(stored, 0)
+  assert hash(first.config) == hash(second.config)
+  assert first.config == second.config
+  equal = jax.tree.map(lambda a, b: (a == b).all(), first.params, second.params)
+  assert all(jax.tree.leaves(equal))
+  assert first.config.vocab_size == len(first.tokenizer) == 5
+  assert first.eos_ids == (first.tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+  'change, text',
+  [
+    (dict(hiden_size=8), "no field 'hiden_size'\nit takes hidden_size"),
+    (dict(vocab_size=8), "no field 'vocab_size'"),
+    (dict(num_layers=0), 'num_layers must be a positive integer'),
+  ],
+)
+def test_architecture_refused(change, text, config):
+  with config.unlocked():
+    config.model.architecture.update(change)
+  with pytest.raises(UserError, match=text):
+    build.model(config.model, 0)
+
+
+def test_architecture_with_a_missing_field(config):
+  with config.unlocked():
+    del config.model.architecture['num_heads']
+  with pytest.raises(UserError, match="architecture: .*'num_heads'"):
+    build.model(config.model, 0)
+
+
+def test_neither_path_nor_alphabet(config):
+  config.model.alphabet = ''
+  with pytest.raises(UserError, match='--config.model.path=FOLDER'):
+    build.model(config.model, 0)
+
+
+def test_generation_fits_the_model(config):
+  model = build.model(config.model, 0)
+  found = build.generation(config, model, 0, samples=3, temperature=0.5)
+  assert found.samples == 3 and found.max_tokens == 16
+  assert found.decoding.temperature == 0.5
+  assert found.decoding.num_tokens == len(model.tokenizer)
+  config.rollout.max_tokens = 17
+  with pytest.raises(
+    UserError, match="17 response tokens exceed the model's 32"
+  ):
+    build.generation(config, model, 0, samples=3, temperature=0.5)
+
+
+def test_estimator_and_its_clip_range(config):
+  assert build.clip_range(config) == (0.2, None)
+  assert build.estimator(config).needs.reference
+  with config.unlocked():
+    config.algorithm = dict(name='rloo')
+  assert build.clip_range(config) == (None, None)
+  assert not build.estimator(config).needs.reference
+
+
+def test_optimizer_states_are_interchangeable():
+  # A checkpoint of either phase is restored into the state of either.
+  params = {'kernel': jnp.ones((2, 2))}
+  structures = set()
+  for changes in (
+    {},
+    dict(decay='linear'),
+    dict(decay='cosine', warmup_updates=3),
+    dict(weight_decay=0.1),
+  ):
+    optimizer, course = build.optimizer(base.optimizer(0.5, **changes), 10)
+    assert float(course(9)) <= 0.5
+    state = training.init_state({'policy': params}, optimizer)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    structures.add(tuple(jax.tree_util.keystr(path) for path, _ in leaves))
+  assert len(structures) == 1

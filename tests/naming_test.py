@@ -1,0 +1,63 @@
+"""Functions named by a configuration."""
+
+import types
+
+import pytest
+
+from experiments import naming
+from jaxrl_llm.errors import UserError
+
+module = types.ModuleType('shapes')
+exec(  # Functions whose module is `shapes`, as `find` wants them.
+  'from math import sqrt\n'
+  'def square(side, *, colour="red"):\n  return side * side, colour\n'
+  'def disc(radius=1.0, tokenizer=None):\n  return radius, tokenizer\n'
+  'def _hidden():\n  pass\n'
+  'number = 3\n',
+  module.__dict__,
+)
+
+
+def test_call_passes_what_is_named():
+  assert naming.call(module, dict(name='square', side=3), 'f') == (9, 'red')
+  spec = dict(name='square', side=2, colour='blue')
+  assert naming.call(module, spec, 'f') == (4, 'blue')
+  assert spec == dict(name='square', side=2, colour='blue')
+
+
+def test_extra_goes_to_functions_that_take_it():
+  assert naming.call(module, dict(name='disc'), 'f', tokenizer='t') == (
+    1.0,
+    't',
+  )
+  spec = dict(name='square', side=1)
+  assert naming.call(module, spec, 'f', tokenizer='t') == (1, 'red')
+
+
+@pytest.mark.parametrize(
+  'spec, texts',
+  [
+    (dict(name='squre', side=1), ["no 'squre' in shapes", "'square'"]),
+    (dict(name='_hidden'), ["no '_hidden'", 'disc, square']),
+    (dict(name='sqrt'), ["no 'sqrt'"]),  # imported, not the module's own
+    (dict(name='number'), ["no 'number'"]),
+    (dict(side=1), ["config.shape has no 'name'"]),
+    (dict(name='square'), ['square needs side']),
+    (dict(name='square', sdie=1), ["no parameter 'sdie'", "mean 'side'?"]),
+    (dict(name='disc', x=1), ["no parameter 'x'", 'radius, tokenizer']),
+  ],
+)
+def test_refusals(spec, texts):
+  with pytest.raises(UserError) as caught:
+    naming.call(module, spec, 'config.shape')
+  message = str(caught.value)
+  assert message.startswith('config.shape')
+  assert len(message.splitlines()) <= 3
+  for text in texts:
+    assert text in message
+
+
+def test_argument_is_given_or_default_or_none():
+  assert naming.argument(module, dict(name='disc', radius=2), 'radius') == 2
+  assert naming.argument(module, dict(name='disc'), 'radius') == 1.0
+  assert naming.argument(module, dict(name='disc'), 'colour') is None

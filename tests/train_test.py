@@ -1,0 +1,104 @@
+"""The training script without a warm start, what it writes, and its guard."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import scripts
+
+from jaxrl_llm.logging import read_metrics
+
+FLAGS = ['--config.warm_start.steps=0', '--config.steps=6']
+
+
+def start(workdir, config, *flags) -> scripts.Script:
+  arguments = f'--config={config}', f'--workdir={workdir}', '--resume', *flags
+  return scripts.Script('train', *arguments, cache=scripts.cache())
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  return scripts.write_config(tmp_path_factory.mktemp('config'))
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+  """A run of RL only."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  ended = start(workdir, config, *FLAGS).wait()
+  assert ended.code == 0, ended.err
+  return workdir
+
+
+def test_folder_is_complete(whole):
+  assert sorted(os.listdir(whole)) == sorted(
+    ['checkpoints', 'config.json', 'curve.png', 'env.json', 'hf', 'lock']
+    + ['metrics.jsonl', 'reference', 'samples.html', 'samples.jsonl', 'tb']
+    + ['timings.jsonl']
+  )
+  env = json.loads((whole / 'env.json').read_text())
+  assert env['command'][1:] and env['device_count'] == 1
+
+
+def test_records(whole):
+  records = read_metrics(whole / 'metrics.jsonl')
+  assert [record['step'] for record in records] == list(range(7))
+  evaluated = [r['step'] for r in records if 'eval/reward' in r]
+  assert evaluated == [0, 5, 6]  # the start, every 5 steps, the end
+  # Adding up what the samples say gives what the record says.
+  lines = (whole / 'samples.jsonl').read_text().splitlines()
+  held = [s for s in map(json.loads, lines) if s['advantage'] is None]
+  assert {s['step'] for s in held} == {0, 5, 6}
+  for sample in held:
+    parts = sample['rewards']
+    total = parts['symbols'] + 0.5 * parts['correct']
+    np.testing.assert_allclose(sample['reward'], total, rtol=1e-12)
+  assert records[0]['num_tokens'] == 0
+  for before, after in zip(records, records[1:], strict=False):
+    tokens = after['num_tokens'] - before['num_tokens']
+    count = scripts.PROMPTS * scripts.SAMPLES
+    mean = after['completions/mean_length']
+    np.testing.assert_allclose(tokens, count * mean, rtol=1e-6)
+    total = after['rewards/symbols/mean'] + 0.5 * after['rewards/correct/mean']
+    np.testing.assert_allclose(after['reward'], total, rtol=1e-6)
+    assert after['log_prob_difference/max'] < 1e-5 and after['skipped'] == 0
+  # The reference is the policy that RL began with.
+  assert records[1]['kl'] < 1e-3 < records[6]['kl']
+
+
+def test_stop_before_the_first_update(config, whole, tmp_path):
+  workdir = tmp_path / 'run'
+  # Before the first evaluation has begun, then in the first rollout.
+  for records in (0, 1):
+    script = start(workdir, config, *FLAGS)
+    metrics = workdir / 'metrics.jsonl'
+    scripts.wait_until(
+      lambda path=metrics, least=records: (
+        path.exists() and scripts.steps_written(path.parent) >= least
+      ),
+      script,
+    )
+    script.signal(signal.SIGTERM)
+    ended = script.wait()
+    assert ended.code == 128 + signal.SIGTERM, ended
+    assert 'after step 0' in ended.err
+    assert scripts.steps_written(workdir) == records
+    assert os.listdir(workdir / 'checkpoints') == ['00000000']
+  ended = start(workdir, config, *FLAGS).wait()
+  assert ended.code == 0, ended.err
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_diverging_run_ends(config, tmp_path):
+  workdir = tmp_path / 'run'
+  rate = '--config.warm_start.optimizer.learning_rate=1e38'
+  ended = start(workdir, config, rate).wait()
+  assert ended.code == 2
+  assert '3 updates in a row were not finite' in ended.err
+  assert 'lower the learning rate' in ended.err and 'Traceback' not in ended.err
+  records = read_metrics(workdir / 'metrics.jsonl')
+  assert [record['skipped'] for record in records] == [0, 1, 2, 3]
+  assert os.listdir(workdir / 'checkpoints') == ['00000004']
