@@ -14,12 +14,12 @@ def get_config():
   )
   config.prompts.max_tokens = 16
   config.rewards = dict(sentiment=dict(name='sentiment'))
-  config.algorithm = dict(name='rloo', kl=0.01)
+  config.algorithm = dict(name='grpo', kl=0.35)
   config.rollout.update(
     prompts=16, samples=8, max_tokens=64, log_prob_tolerance=1e-4
   )
-  config.steps = 200
-  config.optimizer = base.optimizer(1e-3, warmup_updates=5)
+  config.steps = 120
+  config.optimizer = base.optimizer(5e-4, warmup_updates=5, decay='linear')
   config.evaluation.update(
     every=25, prompts=128, batch=128, samples=2, temperature=1.0
   )
