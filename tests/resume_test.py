@@ -84,7 +84,8 @@ def test_stops_and_bad_rewards_leave_the_same_records(tmp_path):
 
   # In the warm start, which has no rollout that would poll for it.
   script = start(workdir, config)
-  scripts.wait_until(lambda: scripts.steps_written(workdir) >= 1, script)
+  scripts.wait_until((workdir / 'metrics.jsonl').exists, script)
+  time.sleep(0.3)  # The first update is being compiled.
   script.signal(signal.SIGTERM)
   stopped(script.wait(), workdir)
   assert scripts.steps_written(workdir) < scripts.WARM

@@ -10,7 +10,9 @@ import scripts
 
 from jaxrl_llm.logging import read_metrics
 
-FLAGS = ['--config.warm_start.steps=0', '--config.steps=6']
+FLAGS = ['--config.warm_start.steps=0']
+STEPS = scripts.TOTAL - scripts.WARM
+EVALUATED = range(0, STEPS + 1, scripts.EVERY)
 
 
 def start(workdir, config, *flags) -> scripts.Script:
@@ -44,13 +46,13 @@ def test_folder_is_complete(whole):
 
 def test_records(whole):
   records = read_metrics(whole / 'metrics.jsonl')
-  assert [record['step'] for record in records] == list(range(7))
+  assert [record['step'] for record in records] == list(range(STEPS + 1))
   evaluated = [r['step'] for r in records if 'eval/reward' in r]
-  assert evaluated == [0, 5, 6]  # the start, every 5 steps, the end
+  assert evaluated == list(EVALUATED)
   # Adding up what the samples say gives what the record says.
   lines = (whole / 'samples.jsonl').read_text().splitlines()
   held = [s for s in map(json.loads, lines) if s['advantage'] is None]
-  assert {s['step'] for s in held} == {0, 5, 6}
+  assert {s['step'] for s in held} == set(EVALUATED)
   for sample in held:
     parts = sample['rewards']
     total = parts['symbols'] + 0.5 * parts['correct']
@@ -65,7 +67,7 @@ def test_records(whole):
     np.testing.assert_allclose(after['reward'], total, rtol=1e-6)
     assert after['log_prob_difference/max'] < 1e-5 and after['skipped'] == 0
   # The reference is the policy that RL began with.
-  assert records[1]['kl'] < 1e-3 < records[6]['kl']
+  assert records[1]['kl'] < 1e-3 < records[-1]['kl']
 
 
 def test_stop_before_the_first_update(config, whole, tmp_path):
@@ -84,7 +86,8 @@ def test_stop_before_the_first_update(config, whole, tmp_path):
     ended = script.wait()
     assert ended.code == 128 + signal.SIGTERM, ended
     assert 'after step 0' in ended.err
-    assert scripts.steps_written(workdir) == records
+    # A signal that comes late lets the first evaluation end.
+    assert records <= scripts.steps_written(workdir) <= 1
     assert os.listdir(workdir / 'checkpoints') == ['00000000']
   ended = start(workdir, config, *FLAGS).wait()
   assert ended.code == 0, ended.err
