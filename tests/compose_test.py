@@ -102,6 +102,21 @@ def test_prepare_stops_every_gradient():
     np.testing.assert_array_equal(gradient, 0.0)
 
 
+def test_a_transform_sees_zero_where_a_reward_is_not_valid():
+  """So that one which sums over everything needs no care of its own."""
+  rollouts, _ = random_rollouts(0)
+  sums = []
+
+  def note(advantages, rollouts):
+    sums.append((advantages.sum(), rollouts.rewards.sum()))
+    return advantages
+
+  parts = est.AdvantageTransform(note), est.score_function()
+  est.estimator(*parts, est.sequence_sum()).prepare(rollouts)
+  expected = rollouts.rewards[rollouts.valid].sum()
+  np.testing.assert_allclose(sums, [(expected, expected)], rtol=1e-6)
+
+
 def test_rewards_keep_their_fractions():
   """No array takes its type from the integer tokens."""
   rollouts, _ = random_rollouts(0, samples=2, invalid=False)

@@ -36,17 +36,17 @@ def assert_well_formed(samples, eos_ids, pad_id):
 
 
 @pytest.mark.parametrize(
-  'name, decoding',
+  'name, decoding, pad_id',
   [
-    ('llama', Decoding()),
-    ('gemma', Decoding(temperature=0.7, top_k=5)),
-    ('gpt2', Decoding(temperature=1.2, top_k=9, top_p=0.8, num_tokens=11)),
+    ('llama', Decoding(), 0),
+    ('gemma', Decoding(temperature=0.7, top_k=5), 12),
+    ('gpt2', Decoding(temperature=1.2, top_k=9, top_p=0.8, num_tokens=11), 7),
   ],
 )
-def test_sampler_is_scorer(name, decoding):
+def test_sampler_is_scorer(name, decoding, pad_id):
   """Also both are the sorted float64 distribution of a plain pass.
 
-  Ragged prompts down to one token, G = 24, two EOS ids of which one pads.
+  Ragged prompts down to one token, G = 24, two EOS ids of which one may pad.
   """
   config, params = toys.make_policy(name)
   prompts = toys.make_prompts([6, 1, 3, 2])
@@ -59,9 +59,9 @@ def test_sampler_is_scorer(name, decoding):
     max_tokens=5,
     decoding=decoding,
     eos_ids=(4, 7),
-    pad_id=7,
+    pad_id=pad_id,
   )
-  assert_well_formed(samples, (4, 7), 7)
+  assert_well_formed(samples, (4, 7), pad_id)
   mask, tokens = np.asarray(samples.mask), np.asarray(samples.tokens)
   assert mask.all(axis=-1).any() and not mask.all()
   assert {4, 7} <= set(tokens[mask].tolist())
