@@ -145,11 +145,29 @@ class Run:
       )
     self._record(result.metrics, result.timings)
     if result.metrics['skipped'] >= _MAX_SKIPPED:
-      raise UserError(
-        f'{_MAX_SKIPPED} updates in a row were not finite, up to step '
-        f'{self.step}; parameters are those before\n'
-        'lower the learning rate, or look at samples.jsonl'
+      self._abort(result)
+
+  def _abort(self, result: phases.Result) -> None:
+    """Ends a run whose updates stay non-finite; keeps the last batch."""
+    kept = 'look at the demonstrations'
+    if result.responses is not None:
+      samples, scores = result.responses.samples, result.responses.scores
+      path = self._folder / 'nonfinite_batch.npz'
+      np.savez(
+        path,
+        prompts=result.responses.prompts.tokens,
+        tokens=samples.tokens,
+        mask=samples.mask,
+        log_probs=samples.log_probs,
+        rewards=scores.total.reshape(result.advantages.shape),
+        advantages=result.advantages,
       )
+      kept = f'look at the batch in {path}'
+    raise UserError(
+      f'{result.metrics["skipped"]} updates in a row were not finite, up to '
+      f'step {self.step}; parameters are those before\n'
+      f'lower the learning rate, or {kept}'
+    )
 
   def _begin_rl(self) -> None:
     """Fixes what RL starts from: optimiser, reference, log-probabilities."""
