@@ -135,7 +135,6 @@ def test_careless_solutions_ignore_precedence_and_answers_do_not():
   rows = arithmetic.generate(400, 3, operations=(2, 3), careless=0.5)
   wrong = 0
   for row in rows:
-  
     assert value(row['prompt'][:-1]) == int(row['answer'])
     wrong += row['solution'].split('=')[-1] != row['answer']
   assert 0.1 < wrong / len(rows) < 0.5
