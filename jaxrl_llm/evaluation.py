@@ -43,7 +43,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
   wrong = samples - correct.sum(axis=1)
   # C(n−c, k) / C(n, k) = Π_{i<k} (n−c−i) / (n−i), which reaches 0 by itself.
   tries = np.arange(k)[None]
-  ratios = np.clip(wrong[:, None] - tries, 0, None) / (samples - tries)
+  ratios = (wrong[:, None] - tries) / (samples - tries)
   return 1.0 - ratios.prod(axis=1)
 
 

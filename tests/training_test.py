@@ -60,8 +60,10 @@ def test_micro_batches_give_the_gradient_of_the_whole():
   estimator = est.grpo()
   trainable, prompts, batch = bigram_case(estimator)
   optimizer = optax.sgd(1.0)
-  whole = jax.value_and_grad(
-    lambda t: estimator.loss(bigram(t, None, prompts, batch), batch)
+  whole = jax.jit(
+    jax.value_and_grad(
+      lambda t: estimator.loss(bigram(t, None, prompts, batch), batch)
+    )
   )
   loss, gradient = whole(trainable)
   gradient = np.asarray(gradient['policy']['embedding'])
@@ -95,11 +97,11 @@ def test_micro_batches_give_the_gradient_of_the_whole():
 
 
 def test_micro_batches_of_a_transformer():
-  """Prompts shared by their responses, through the chunked head and AdamW."""
-  config, params = toys.make_policy('llama', num_layers=1, remat=True)
+  """Prompts shared by their responses, through the chunked head."""
+  config, params = toys.make_policy('llama', num_layers=1)
   prompts = toys.make_prompts([3, 1])
   rollouts, _ = toys.random_rollouts(2, 2, 3, 4, dtype=np.float32)
-  estimator, optimizer = est.grpo(), training.adamw(1e-2, weight_decay=0.1)
+  estimator, optimizer = est.grpo(), optax.sgd(0.1)
   batch = estimator.prepare(rollouts)
   results = []
   for micro in (1, 2):
@@ -236,7 +238,7 @@ def test_schedules():
     training.schedule(1.0, 12, 0, 'step')
 
 
-def temporary_bytes(vocab_size, decoding):
+def temporary_bytes(vocab_size):
   """Of the compiled update of 16,384 response tokens; nothing is executed."""
   prompts, samples, length, width = 4, 256, 16, 16
   fields = dict(num_layers=1, hidden_size=width, vocab_size=vocab_size)
@@ -260,7 +262,7 @@ def temporary_bytes(vocab_size, decoding):
     tokens=shape((prompts, 8), jnp.int32), lengths=shape((prompts,), jnp.int32)
   )
   update = training.make_update(
-    training.policy_forward(config, decoding, chunk=256),
+    training.policy_forward(config, policy.Decoding(), chunk=256),
     estimator,
     optimizer,
     micro_prompts=prompts,
@@ -271,23 +273,13 @@ def temporary_bytes(vocab_size, decoding):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-  'decoding, limit',
-  [
-    (policy.Decoding(), 0.1),
-    # The most demanding settings; their share was 0.097.
-    (policy.Decoding(top_k=50, top_p=0.95), 0.12),
-  ],
-)
-def test_memory_does_not_grow_with_all_logits(decoding, limit):
-  """Doubling V costs a fraction of one [B, T, V] float32 array.
+def test_memory_does_not_grow_with_all_logits():
+  """Doubling V costs < 10 % of one [B, T, V] float32 array.
 
   Subtracted is the head's own gradient: one float32 array [32,000, D].
   """
   tokens, vocabulary, width = 16_384, 32_000, 16
-  growth = temporary_bytes(2 * vocabulary, decoding) - temporary_bytes(
-    vocabulary, decoding
-  )
+  growth = temporary_bytes(2 * vocabulary) - temporary_bytes(vocabulary)
   share = (growth - 4 * vocabulary * width) / (4 * tokens * vocabulary)
   print(f'temporary memory grows by {share:.2%} of one [B, T, V] array')
-  assert share < limit
+  assert share < 0.1
