@@ -1,9 +1,6 @@
 """Turns a configuration into the values that the library's functions take."""
 
-import importlib.util
 import inspect
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +14,9 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, functions
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import vocabulary
+
+# Parameters that tell a reward function from a factory of one.
+_RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
 
 
 class Model(NamedTuple):
@@ -162,53 +162,19 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
       f"{field} has no 'name'\n"
       "name a function of jaxrl_llm.rewards.functions, or 'file.py:function'"
     )
-  if ':' in spec['name']:
-    function = _load_function(spec['name'], field)
-  else:
-    function = naming.find(functions, spec['name'], field)
-    # A factory takes settings and returns the function; a function takes the
-    # responses themselves.
-    taken = inspect.signature(function).parameters
-    if not {'completions', 'completion_ids'} & set(taken):
-      return RewardPart(name, naming.call(functions, spec, field), weight)
+  function = naming.find(functions, spec['name'], field)
+  # A factory takes settings and returns the function; a function takes the
+  # responses themselves.
+  taken = inspect.signature(function).parameters.values()
+  if not any(
+    parameter.kind is parameter.VAR_KEYWORD or parameter.name in _RESPONSES
+    for parameter in taken
+  ):
+    return RewardPart(name, naming.call(functions, spec, field), weight)
   unknown = set(spec) - {'name'}
   if unknown:
     raise UserError(f'{field}: {spec["name"]} has no setting {unknown.pop()!r}')
   return RewardPart(name, function, weight)
-
-
-def _load_function(name: str, field: str):
-  """'file.py:function' → the function."""
-  path, _, attribute = name.rpartition(':')
-  file = pathlib.Path(path)
-  if file.suffix != '.py' or not file.is_file():
-    raise UserError(
-      f'{field}: no such Python file: {path}\n'
-      f"it is looked for from {pathlib.Path.cwd()}; write 'file.py:function'"
-    )
-  # By this name pickle and dataclasses find the module again.
-  spec = importlib.util.spec_from_file_location(f'user_{file.stem}', path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
-  try:
-    spec.loader.exec_module(module)
-  except Exception as error:
-    reason = ' '.join(str(error).split())
-    raise UserError(
-      f'{field}: {path} does not load\n{type(error).__name__}: {reason}'
-    ) from error
-  function = getattr(module, attribute, None)
-  if not callable(function):
-    functions = [
-      key
-      for key, value in vars(module).items()
-      if inspect.isfunction(value) and value.__module__ == spec.name
-    ]
-    raise UserError(
-      f'{field}: no function {attribute!r} in {path}\n'
-      f'it has {", ".join(functions) or "none"}'
-    )
-  return function
 
 
 def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:

@@ -1,7 +1,14 @@
-"""`dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`, wrong keys refused."""
+"""`dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`, wrong keys refused.
+
+A name is that of a public function of the library's module, or
+'file.py:function' for a user's own.
+"""
 
 import difflib
+import importlib.util
 import inspect
+import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -10,7 +17,7 @@ from jaxrl_llm.errors import UserError
 
 
 def find(module: ModuleType, name: str, field: str) -> Callable:
-  """The public function `name` of `module`.
+  """The public function `name` of `module`, or 'file.py:function'.
 
   Args:
     module: where the functions live.
@@ -20,6 +27,8 @@ def find(module: ModuleType, name: str, field: str) -> Callable:
   Raises:
     UserError: there is none; names the nearest.
   """
+  if ':' in name:
+    return _load(name, field)
   functions = [
     key
     for key, value in vars(module).items()
@@ -85,5 +94,39 @@ def argument(
   """What `call` would pass for `parameter`: given, default, or None."""
   if parameter in spec:
     return spec[parameter]
-  parameters = inspect.signature(getattr(module, spec['name'])).parameters
+  parameters = inspect.signature(find(module, spec['name'], 'name')).parameters
   return parameters[parameter].default if parameter in parameters else None
+
+
+def _load(name: str, field: str):
+  """'file.py:function' → the function."""
+  path, _, attribute = name.rpartition(':')
+  file = pathlib.Path(path)
+  if file.suffix != '.py' or not file.is_file():
+    raise UserError(
+      f'{field}: no such Python file: {path}\n'
+      f"it is looked for from {pathlib.Path.cwd()}; write 'file.py:function'"
+    )
+  # By this name pickle and dataclasses find the module again.
+  spec = importlib.util.spec_from_file_location(f'user_{file.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    reason = ' '.join(str(error).split())
+    raise UserError(
+      f'{field}: {path} does not load\n{type(error).__name__}: {reason}'
+    ) from error
+  function = getattr(module, attribute, None)
+  if not callable(function):
+    functions = [
+      key
+      for key, value in vars(module).items()
+      if inspect.isfunction(value) and value.__module__ == spec.name
+    ]
+    raise UserError(
+      f'{field}: no function {attribute!r} in {path}\n'
+      f'it has {", ".join(functions) or "none"}'
+    )
+  return function

@@ -184,8 +184,15 @@ def make_update(
       return jax.tree.map(jnp.add, gradients, gradient), (loss, aux)
 
     parts = split_prompts((prompts, batch), micro_prompts)
-    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    # Sums of bfloat16 gradients would depend on how they were split.
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+      state.trainable,
+    )
     gradients, (losses, (sums, highest)) = jax.lax.scan(micro, zeros, parts)
+    gradients = jax.tree.map(
+      lambda gradient, x: gradient.astype(x.dtype), gradients, state.trainable
+    )
     tokens = jnp.maximum((batch.mask & batch.valid).sum(), 1)
     metrics = {name: value.sum() / tokens for name, value in sums.items()}
     metrics['log_prob_difference/max'] = highest.max()

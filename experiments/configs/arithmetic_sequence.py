@@ -18,12 +18,12 @@ def get_config():
   )
   config.prompts.update(max_tokens=8, suffix='S')
   config.rewards = dict(prefix=dict(name='prefix_match'))
-  config.algorithm = dict(name='rloo')
+  config.algorithm = dict(name='grpo', kl=0.0)
   config.rollout.update(
-    prompts=32, samples=16, max_tokens=20, log_prob_tolerance=1e-4
+    prompts=32, samples=16, max_tokens=18, log_prob_tolerance=1e-4
   )
   config.steps = 800
-  config.optimizer = base.optimizer(5e-4, warmup_updates=10)
+  config.optimizer = base.optimizer(1e-3, warmup_updates=10)
   config.evaluation.update(every=50, prompts=0, batch=200)
   config.checkpoints.every = 100
   return config

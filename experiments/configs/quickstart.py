@@ -1,6 +1,6 @@
 """A model made from scratch learns arithmetic: from examples, then by RL.
 
-    python -m experiments.train --config=experiments/configs/quickstart.py
+python -m experiments.train --config=experiments/configs/quickstart.py
 """
 
 from experiments.configs import base
