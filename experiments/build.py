@@ -38,6 +38,12 @@ class Model(NamedTuple):
 def model(config, seed: int) -> Model:
   """Loads `config.path`, or makes a model of `config.architecture`."""
   settings = {'dtype': config.dtype, 'remat': config.remat}
+  if config.path and (config.alphabet or config.architecture):
+    raise UserError(
+      'config.model: path and alphabet or architecture are set\n'
+      "a loaded model has its own: set config.model.alphabet='' and no "
+      'architecture'
+    )
   if config.path:
     shape, params = pretrained.load(
       config.path, param_dtype=config.param_dtype, **settings
@@ -93,7 +99,7 @@ def generation(
     temperature=temperature,
     top_k=config.rollout.top_k,
     top_p=config.rollout.top_p,
-    num_tokens=min(len(built.tokenizer), built.config.vocab_size),
+    num_tokens=known_tokens(built),
   )
   return rollouts.Generation(
     samples=samples,
@@ -102,6 +108,11 @@ def generation(
     eos_ids=built.eos_ids,
     pad_id=pad_id,
   )
+
+
+def known_tokens(built: Model) -> int:
+  """Ids below this are the tokenizer's; rows above only pad the embedding."""
+  return max(built.tokenizer.get_vocab().values()) + 1
 
 
 def estimator(config) -> estimators.Estimator:

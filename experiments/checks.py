@@ -13,8 +13,6 @@ from jaxrl_llm.errors import UserError
 # Sections whose fields are arguments of the function that they name.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
 
-_DTYPES = ('float32', 'bfloat16')
-
 _LEAST = {
   'seed': 0,
   'steps': 0,
@@ -58,6 +56,9 @@ def check(config: ConfigDict) -> None:
         f'config.{name} is missing\nbegin with config = base.get_config() of '
         'experiments.configs'
       )
+  for name, default in known.items():
+    if fields[name] is None and default is not None:
+      raise UserError(f'config.{name} is None\nits default is {default!r}')
   for name, least in _LEAST.items():
     if fields[name] < least:
       raise UserError(
@@ -65,6 +66,7 @@ def check(config: ConfigDict) -> None:
       )
   _check_numbers(config)
   build.estimator(config)
+  _check_on_policy(config)
   prompts, settings = config.rollout.prompts, config.training
   _check_divides(prompts, settings.minibatches, 'minibatches')
   minibatch = prompts // settings.minibatches
@@ -73,10 +75,16 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_numbers(config: ConfigDict) -> None:
-  if config.model.param_dtype not in _DTYPES:
+  if config.model.param_dtype != 'float32':
     raise UserError(
-      f'config.model.param_dtype is {config.model.param_dtype!r}\n'
-      f'choose one of {", ".join(_DTYPES)}'
+      f'config.model.param_dtype is {config.model.param_dtype!r}: small '
+      "updates would be rounded away\nkeep 'float32' (config.model.dtype may "
+      "be 'bfloat16')"
+    )
+  if config.evaluation.samples > 1 and config.evaluation.temperature == 0:
+    raise UserError(
+      f'config.evaluation.samples is {config.evaluation.samples} at '
+      'temperature 0: all would be equal\nset samples to 1, or a temperature'
     )
   sections = {
     'optimizer': config.optimizer,
@@ -89,6 +97,33 @@ def _check_numbers(config: ConfigDict) -> None:
         raise UserError(
           f'config.{section}.{name} is {value}\nit must be above 0'
         )
+    for name, high in (('b1', 1), ('b2', 1), ('weight_decay', float('inf'))):
+      if not 0 <= settings[name] < high:
+        raise UserError(
+          f'config.{section}.{name} is {settings[name]}\n'
+          f'it must be at least 0 and below {high}'
+        )
+    if settings.warmup_updates < 0:
+      raise UserError(
+        f'config.{section}.warmup_updates is {settings.warmup_updates}\n'
+        'it must be at least 0'
+      )
+
+
+def _check_on_policy(config: ConfigDict) -> None:
+  """Refuses recipes without a ratio where updates leave the sampled policy."""
+  name = config.algorithm.name
+  if name == 'sft' and config.steps:
+    raise UserError(
+      "config.algorithm is 'sft', which reads no reward\n"
+      'use warm_start for supervised learning, and another recipe for RL'
+    )
+  updates = config.training.epochs * config.training.minibatches
+  if name in ('reinforce', 'rloo') and updates > 1:
+    raise UserError(
+      f'{name} has no importance ratio, but a step takes {updates} updates\n'
+      'set config.training.epochs and minibatches to 1, or use a clipped recipe'
+    )
 
 
 def _check_divides(prompts: int, parts: int, name: str) -> None:

@@ -92,9 +92,12 @@ def answer(
     held_out: the set.
     params: the model's parameters.
     step: for the sample table.
-    reference: parameters of a reference policy; gives `kl`.
+    reference: parameters of a reference policy; gives `kl` if the responses
+      are sampled (of greedy ones the mean log-ratio is no KL).
     stop: polled between batches.
   """
+  if held_out.generation.decoding.greedy:
+    reference = None
   count = len(held_out.encoded.rows)
   pieces, kl_sum = [], 0.0
   for start in range(0, count, held_out.batch):
@@ -115,12 +118,12 @@ def answer(
       kl_sum += _kl_sum(held_out, params, reference, responses)
   samples = [s for piece in pieces for s in to_samples(piece, step)]
   shape = (count, held_out.generation.samples)
-  masks = [np.concatenate(piece.samples.mask) for piece in pieces]
+  masks = [np.concatenate(np.asarray(piece.samples.mask)) for piece in pieces]
   tokens = [
     row[mask].tolist()
     for piece, piece_mask in zip(pieces, masks, strict=True)
     for row, mask in zip(
-      np.concatenate(piece.samples.tokens), piece_mask, strict=True
+      np.concatenate(np.asarray(piece.samples.tokens)), piece_mask, strict=True
     )
   ]
   lengths = np.array([len(row) for row in tokens]).reshape(shape)
@@ -170,7 +173,7 @@ def to_samples(
   limit: int | None = None,
 ) -> list[Sample]:
   """Rows for a sample table, in order; [P, G] advantages where known."""
-  mask = np.concatenate(responses.samples.mask)
+  mask = np.concatenate(np.asarray(responses.samples.mask))
   finished = np.asarray(responses.samples.finished).reshape(-1)
   scores = responses.scores
   per_prompt = len(mask) // len(responses.rows)

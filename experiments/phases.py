@@ -62,8 +62,12 @@ class WarmStart:
     encoded = build.encode(config, rows, model.tokenizer)
     if not model.eos_ids:
       raise UserError('the tokenizer has no end token to teach')
+    own = model.tokenizer.eos_token_id
     self._solutions = prompts_lib.encode_solutions(
-      encoded.rows, model.tokenizer, config.rollout.max_tokens, model.eos_ids[0]
+      encoded.rows,
+      model.tokenizer,
+      config.rollout.max_tokens,
+      own if own in model.eos_ids else model.eos_ids[0],
     )
     self._width = max(map(len, self._solutions))
     self._pad_id = encoded.pad_id
@@ -72,7 +76,9 @@ class WarmStart:
     )
     self._estimator = estimators.sft()
     forward = training.policy_forward(
-      model.config, policy.Decoding(), config.training.chunk
+      model.config,
+      policy.Decoding(num_tokens=build.known_tokens(model)),
+      config.training.chunk,
     )
     self._update = training.make_update(
       forward, self._estimator, self.optimizer, config.warm_start.batch
@@ -115,6 +121,7 @@ class Reinforcement:
     key: PRNG key of the run.
 
   Attributes:
+    key: as given; a resumed run sets the one of its checkpoint.
     reference: parameters of the reference policy, if the estimator needs it.
     rescore: whether the trainer recomputes the sampler's log-probabilities.
   """
@@ -122,7 +129,7 @@ class Reinforcement:
   def __init__(self, config, model: build.Model, rows: list[dict], key):
     self._config = config
     self._model = model
-    self._key = key
+    self.key = key
     encoded = build.encode(config, rows, model.tokenizer)
     self.dropped = encoded.dropped
     rollout, settings = config.rollout, config.training
@@ -174,7 +181,7 @@ class Reinforcement:
       self.generation,
       self._model.tokenizer,
       self.rewards,
-      jax.random.fold_in(jax.random.fold_in(self._key, 1), step),
+      jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
     )
     times.append(time.perf_counter())
     if stop is not None:
@@ -194,12 +201,17 @@ class Reinforcement:
 
   def log_prob_difference(self, state: training.TrainState, step: int):
     """Largest |trainer − sampler| log-probability of a step's responses."""
-    responses, _, _ = self.collect(state, step)
-    samples = responses.samples
+    prompts, samples = rollouts.generate(
+      self._model.config,
+      state.trainable['policy'],
+      self.source.batch(step),
+      self.generation,
+      jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
+    )
     again = rollouts.score_log_probs(
       self._model.config,
       state.trainable['policy'],
-      responses.prompts,
+      prompts,
       samples.tokens,
       self.generation.decoding,
       self._micro_prompts,
@@ -213,7 +225,7 @@ class Reinforcement:
     start = time.perf_counter()
     responses, data, timings = self.collect(state, step, stop)
     whole = (responses.prompts, self._prepare(data))
-    key = jax.random.fold_in(jax.random.fold_in(self._key, 2), step)
+    key = jax.random.fold_in(jax.random.fold_in(self.key, 2), step)
     rate = float(self._schedule(int(state.updates)))
     records = []
     for epoch in range(self._config.training.epochs):
@@ -259,7 +271,7 @@ def update_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
   """Numbers of one step's updates: means over them, but for two.
 
   The log-probability difference is that of the first update, whose parameters
-  are those that sampled; `skipped` is the count after the last.
+  are those that sampled; `skipped` is the longest run of skips.
   """
   metrics = {
     name: float(np.mean([record[name] for record in records]))
@@ -268,7 +280,7 @@ def update_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
   for name in records[0]:
     if name.startswith('log_prob_difference/'):
       metrics[name] = float(records[0][name])
-  metrics['skipped'] = int(records[-1]['skipped'])
+  metrics['skipped'] = int(max(record['skipped'] for record in records))
   return metrics
 
 

@@ -23,9 +23,11 @@ from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
 from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
+from jaxrl_llm.tasks import prompts as prompts_lib
 
 # What may differ when a run is resumed.
-_MUTABLE = frozenset({'steps', 'checkpoints', 'log'})
+_MUTABLE = frozenset({'steps', 'checkpoints', 'log.samples'})
+_RECORDS = ('checkpoints', 'metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 _MAX_SKIPPED = 3
 
 
@@ -41,9 +43,12 @@ class Run:
   def __init__(self, config, folder, stop, files):
     self._config = config
     self._folder = folder.path
+    self._resuming = folder.resuming
     self._stop = stop
     self._key = jax.random.key(config.seed)
-    self._model = build.model(config.model, config.seed)
+    model = build.model(config.model, config.seed)
+    # The parameters live in the state alone.
+    self._model = model._replace(params=None)
     data = build.dataset(config, self._model.tokenizer)
     self._warm = phases.WarmStart(config, self._model, data.demonstrations)
     self._rl = phases.Reinforcement(config, self._model, data.train, self._key)
@@ -68,12 +73,11 @@ class Run:
     )
     self.tokens = 0
     self.step = 0
-    self.state = self._initial_state(self._model.params)
     # The record of the step that `state` is of, while it is not yet written:
     # an evaluation may fail or be stopped after the update is made.
     self._pending = None if self._first else {'metrics': {}, 'timings': {}}
     self._score = None  # of the evaluation at `step`, if there was one
-    restored = self._restore()
+    restored = self._restore(model.params)
     at = self.step if restored else None
     written = at
     if restored and self._pending is not None:
@@ -97,8 +101,12 @@ class Run:
       while self.step < self._total:
         self._stop.check()
         self._one_step()
-        last = self.step == self._total or self.step == self._first
-        if last or self.step % self._config.checkpoints.every == 0:
+        # Counted from where RL begins, as evaluations are.
+        since = (
+          self.step - self._first if self.step > self._first else self.step
+        )
+        last = self.step in (self._first, self._total)
+        if last or since % self._config.checkpoints.every == 0:
           self._save()
         self._keep.poll()
     except (UserError, StopRequested):
@@ -118,9 +126,11 @@ class Run:
     self._progress.print(logging.before_after_table(before, after))
     evaluated = [r for r in records if 'eval/reward' in r]
     first, last = evaluated[0], evaluated[-1]
-    for name in first:
-      if name.startswith('eval/') and name in last:
-        print(f'{name:34} {first[name]:8.4f}  →  {last[name]:8.4f}')
+    for name in last:
+      if name.startswith('eval/'):
+        # The KL to the reference is not measured where they are the same.
+        start = f'{first[name]:8.4f}' if name in first else ' ' * 8
+        print(f'{name:34} {start}  →  {last[name]:8.4f}')
     print(f'{self._folder}: curve.png, samples.html, hf/ (for transformers)')
 
   def _one_step(self) -> None:
@@ -134,16 +144,20 @@ class Run:
     self.state = result.state
     self.step += 1
     self.tokens += result.tokens
+    shown = []
     if result.responses is not None:
-      self._samples.write(
-        held_out.to_samples(
-          result.responses,
-          self.step,
-          result.advantages,
-          self._config.log.samples,
-        )
+      shown = held_out.to_samples(
+        result.responses,
+        self.step,
+        result.advantages,
+        self._config.log.samples,
       )
+      self._samples.write(shown)
     self._record(result.metrics, result.timings)
+    if shown and self._score is not None:
+      title = f'Step {self.step}'
+      self._progress.print(logging.sample_table(shown, title=title))
+      self._samples.write_html(self._folder.name)
     if result.metrics['skipped'] >= _MAX_SKIPPED:
       self._abort(result)
 
@@ -180,6 +194,11 @@ class Run:
       self._reference.wait()
     difference = self._rl.log_prob_difference(self.state, 0)
     limit = self._config.rollout.log_prob_tolerance
+    if not np.isfinite(difference):
+      raise UserError(
+        f'log-probabilities of sampler and trainer differ by {difference}\n'
+        "the model's parameters give no finite log-probabilities"
+      )
     self._rl.rescore = difference > limit
     if self._rl.rescore:
       self._progress.print(
@@ -231,7 +250,8 @@ class Run:
     return training.init_state({'policy': params}, phase.optimizer)
 
   def _fingerprint(self) -> dict:
-    sources = {'rl': self._rl.source}
+    held = prompts_lib.PromptSource(self._held_out.encoded, 1, 0)
+    sources = {'rl': self._rl.source, 'held-out': held}
     if self._first:
       sources['warm_start'] = self._warm.source
     return {name: source.fingerprint() for name, source in sources.items()}
@@ -252,13 +272,15 @@ class Run:
       self._score,
     )
 
-  def _restore(self) -> bool:
-    """Takes up the newest checkpoint that verifies, if there is one."""
-    template = {'state': self.state, 'key': jax.random.key_data(self._key)}
-    restored = self._keep.restore(template)
-    if restored is None:
+  def _restore(self, params) -> bool:
+    """Takes up the newest checkpoint that verifies, or starts afresh."""
+    if not self._keep.steps():
+      self.state = self._initial_state(params)
       return False
-    self.step, tree, metadata = restored
+    # Shapes only: two states need not fit into memory.
+    state = jax.eval_shape(self._initial_state, params)
+    template = {'state': state, 'key': jax.random.key_data(self._key)}
+    self.step, tree, metadata = self._keep.restore(template)
     stored, now = metadata['prompts'], self._fingerprint()
     if stored != now:
       phase = next(name for name in now if stored.get(name) != now[name])
@@ -270,6 +292,10 @@ class Run:
       )
     self.state = tree['state']
     self._key = jax.random.wrap_key_data(tree['key'])
+    self._rl.key = self._key
+    self._held_out = self._held_out._replace(
+      key=jax.random.fold_in(self._key, 3)
+    )
     self.tokens = metadata['tokens']
     self._pending = metadata['pending']
     self._score = metadata['score']
@@ -305,6 +331,8 @@ class Run:
     ]
     if restored:
       lines.append(f'resumed at step {self.step} of {self._total}')
+    elif self._resuming:
+      lines.append('no checkpoint yet: the run starts from its beginning')
     self._progress.print(*lines)
 
 
@@ -331,6 +359,13 @@ def plot(path, records: list[dict], first: int) -> None:
   )
 
 
+def _mutable(config) -> frozenset[str]:
+  """Fields that may differ on resume; a decay depends on the last step."""
+  if config.optimizer.decay == 'constant':
+    return _MUTABLE
+  return _MUTABLE - {'steps'}
+
+
 def _plain(numbers: dict) -> dict:
   """Scalars of NumPy and JAX as numbers of Python, exactly."""
   return {name: np.asarray(value).item() for name, value in numbers.items()}
@@ -354,8 +389,15 @@ def train(config, workdir, resume: bool = False) -> int:
   checks.check(config)
   with contextlib.ExitStack() as files:
     folder = files.enter_context(
-      open_run(workdir, resume, config.to_dict(), _MUTABLE)
+      open_run(workdir, resume, config.to_dict(), _mutable(config))
     )
+    found = [name for name in _RECORDS if (folder.path / name).exists()]
+    if found and not folder.resuming:
+      (folder.path / 'config.json').unlink()
+      raise UserError(
+        f'{folder.path} holds {", ".join(found)} but no config.json\n'
+        'name another --workdir, or restore config.json and --resume'
+      )
     stop = files.enter_context(StopSignal())
     try:
       run = Run(config, folder, stop, files)

@@ -58,6 +58,31 @@ class Responses(NamedTuple):
   scores: Scores
 
 
+def generate(
+  config: ModelConfig,
+  params: Any,
+  batch: PromptBatch,
+  generation: Generation,
+  key: Array,
+) -> tuple[policy.Prompts, sampling.Samples]:
+  """Samples responses; gives the prompts as the model reads them, too."""
+  prompts = policy.Prompts(
+    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
+  )
+  samples = sampling.sample(
+    config,
+    params,
+    prompts,
+    key,
+    samples=generation.samples,
+    max_tokens=generation.max_tokens,
+    decoding=generation.decoding,
+    eos_ids=generation.eos_ids,
+    pad_id=generation.pad_id,
+  )
+  return prompts, samples
+
+
 def respond(
   config: ModelConfig,
   params: Any,
@@ -76,20 +101,7 @@ def respond(
   Raises:
     UserError: a reward function fails or gives something that is no reward.
   """
-  prompts = policy.Prompts(
-    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
-  )
-  samples = sampling.sample(
-    config,
-    params,
-    prompts,
-    key,
-    samples=generation.samples,
-    max_tokens=generation.max_tokens,
-    decoding=generation.decoding,
-    eos_ids=generation.eos_ids,
-    pad_id=generation.pad_id,
-  )
+  prompts, samples = generate(config, params, batch, generation, key)
   host = jax.device_get(samples)
   ids = [
     row[mask].tolist()

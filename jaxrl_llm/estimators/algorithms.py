@@ -98,7 +98,7 @@ def dr_grpo(max_length: int, clip: float = 0.2) -> Estimator:
   Differs from `grpo`: no division by the group's standard deviation, a
   constant (not each response's length) under the sum, no KL.
 
-  Bias: scale (G−1)/G only.
+  Bias: scale (G−1)/(G · max_length) only.
 
   Args:
     max_length: the divisor, in tokens.  A constant of the run: not the padded

@@ -50,8 +50,11 @@ def score_function() -> TokenLoss:
 
 
 def token_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """ρᵢₜ = πᵢₜ / π_oldᵢₜ, [P, G, T]: how the update changed each token."""
-  return jnp.exp(outputs.log_probs - batch.log_probs)
+  """ρᵢₜ = πᵢₜ / π_oldᵢₜ, [P, G, T]: how the update changed each token.
+
+  |log ρ| is cut at 20: beyond, ρ would overflow, and 0 · ∞ is NaN.
+  """
+  return jnp.exp(jnp.clip(outputs.log_probs - batch.log_probs, -20.0, 20.0))
 
 
 def clipped(low: float, high: float | None = None) -> TokenLoss:
