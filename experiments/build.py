@@ -38,12 +38,6 @@ class Model(NamedTuple):
 def model(config, seed: int) -> Model:
   """Loads `config.path`, or makes a model of `config.architecture`."""
   settings = {'dtype': config.dtype, 'remat': config.remat}
-  if config.path and (config.alphabet or config.architecture):
-    raise UserError(
-      'config.model: path and alphabet or architecture are set\n'
-      "a loaded model has its own: set config.model.alphabet='' and no "
-      'architecture'
-    )
   if config.path:
     shape, params = pretrained.load(
       config.path, param_dtype=config.param_dtype, **settings

@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
       seed=0,
       steps=100,  # of reinforcement learning, after the warm start
       model=dict(
-        path='',  # a Hugging Face folder or hub name; '' makes a model
+        # A Hugging Face folder or hub name; '' makes a model, which alone
+        # reads alphabet and architecture.
+        path='',
         alphabet='',  # of the character tokenizer of a made model
         architecture=ConfigDict(),  # of a made model: fields of ModelConfig
         dtype='float32',  # of matrix products: 'float32' or 'bfloat16'

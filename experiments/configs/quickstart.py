@@ -39,6 +39,6 @@ def get_config():
   config.optimizer = base.optimizer(2e-4, warmup_updates=10)
   config.warm_start.update(steps=400, batch=64)
   config.warm_start.optimizer = base.optimizer(1e-3, warmup_updates=20)
-  config.evaluation.update(every=10, prompts=512, batch=512)
+  config.evaluation.update(every=20, prompts=512, batch=512)
   config.checkpoints.every = 100
   return config
