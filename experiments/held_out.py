@@ -172,7 +172,10 @@ def to_samples(
   advantages: np.ndarray | None = None,
   limit: int | None = None,
 ) -> list[Sample]:
-  """Rows for a sample table, in order; [P, G] advantages where known."""
+  """Rows for a sample table; [P, G] advantages where known.
+
+  With a `limit`, so many rows spread over the prompts.
+  """
   mask = np.concatenate(np.asarray(responses.samples.mask))
   finished = np.asarray(responses.samples.finished).reshape(-1)
   scores = responses.scores
@@ -194,7 +197,10 @@ def to_samples(
       finished=bool(finished[i]),
     )
 
-  return [sample(i) for i in range(len(mask))[:limit]]
+  if limit is None:
+    return [sample(i) for i in range(len(mask))]
+  count = min(limit, len(mask))
+  return [sample(i * len(mask) // count) for i in range(count)]
 
 
 def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:

@@ -1,6 +1,21 @@
 """A model made from scratch learns arithmetic: from examples, then by RL.
 
-python -m experiments.train --config=experiments/configs/quickstart.py
+    python -m experiments.train --config=experiments/configs/quickstart.py
+
+One datum: '8+2*7+6=' → '8+4+6=2+6=8', answer '8' (every result is taken modulo
+10).  Of the demonstrations 60 % are worked carelessly, from left to right as if
+products did not come first; where that matters their answer is wrong.
+Supervised training copies both kinds.  RL sees only whether the last number is
+right.
+
+On 2 CPU cores: 73 s in all, of which 29 s warm start and 23 s RL.  Greedy
+exact match on 512 held-out problems:
+
+  after the warm start (400 steps)               65.2 %
+  after RL (80 steps of GRPO, 23 s)              99.6 %
+  after 400 more supervised steps (24 s), by
+    --config.warm_start.steps=800 --config.steps=0
+    in another --workdir                         79.3 %
 """
 
 from experiments.configs import base
