@@ -5,9 +5,25 @@
       --config.model.path=PATH/TO/arithmetic-sequence-init \\
       --config.task.train=PATH/TO/arithmetic_sequence/train.jsonl \\
       --config.task.held_out=PATH/TO/arithmetic_sequence/test.jsonl
+
+One datum: '8,3:9,4' → '7,2,6,1', the next 4 terms modulo 9.  The reward is
+dense: k / (n + 1) for k of n characters right from the left, and 1 only if the
+answer is whole and ended (`rewards.functions.prefix_match`).
 """
 
 from experiments.configs import base
+from jaxrl_llm import estimators as est
+
+
+def standardized_sum(max_length: int, clip: float = 0.2) -> est.Estimator:
+  """`grpo` with a constant in place of each response's length.
+
+  Dividing by the length makes long wrong answers cheap: the policy stops to
+  end its answers, and then none is right.
+  """
+  return est.estimator(
+    est.standardize(), est.clipped(clip), est.constant_length(max_length)
+  )
 
 
 def get_config():
@@ -18,12 +34,15 @@ def get_config():
   )
   config.prompts.update(max_tokens=8, suffix='S')
   config.rewards = dict(prefix=dict(name='prefix_match'))
-  config.algorithm = dict(name='grpo', kl=0.0)
+  config.algorithm = dict(
+    name='experiments/configs/arithmetic_sequence.py:standardized_sum',
+    max_length=8,
+  )
   config.rollout.update(
     prompts=32, samples=16, max_tokens=18, log_prob_tolerance=1e-4
   )
-  config.steps = 800
+  config.steps = 1500
   config.optimizer = base.optimizer(1e-3, warmup_updates=10)
-  config.evaluation.update(every=50, prompts=0, batch=200)
+  config.evaluation.update(every=100, prompts=0, batch=200)
   config.checkpoints.every = 100
   return config
