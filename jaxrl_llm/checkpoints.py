@@ -9,6 +9,7 @@ over for the one before.
     folder/00000120/state/      the arrays, an Orbax checkpoint of its own
     folder/00000120/manifest/   JSON, committed together with them
     folder/00000140.broken/     a step that did not verify, kept to be looked at
+    folder/00000160.replaced/   the old content of a step being saved anew
 """
 
 import concurrent.futures
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 _TEMPORARY = '.orbax-checkpoint-tmp'
 _DISCARDED = '.discarded'
 _BROKEN = '.broken'
+_REPLACED = '.replaced'
 
 
 class Checkpoints:
@@ -75,7 +77,7 @@ class Checkpoints:
 
     Returns when the arrays are copied or held, so that the caller may donate
     them to the next update.  An existing checkpoint of the same step is
-    replaced, unless it is this very one.
+    replaced, unless it is this very one; it goes when the new one is whole.
 
     Args:
       step: the counter that names the checkpoint, 0 or more.
@@ -108,7 +110,7 @@ class Checkpoints:
       return
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      self._discard(path)
+      self._move_aside(path, _REPLACED)
       with _context():
         response = ocp.save_checkpointables_async(
           path, {'state': _without_empty(state), 'manifest': manifest}
@@ -142,8 +144,9 @@ class Checkpoints:
     self._metrics[step] = manifest['metric']
     self._sound[step] = manifest['sha256']
     try:
+      self._discard(self._replaced(step))
       self._prune(step)
-    except OSError as error:
+    except (OSError, UserError) as error:
       _log.warning('Could not remove an old checkpoint: %s', _line(error))
 
   def close(self) -> None:
@@ -163,7 +166,9 @@ class Checkpoints:
     """The committed steps, ascending.  Not all need verify."""
     if not self.folder.is_dir():
       return []
-    names = (path.name for path in self.folder.iterdir())
+    names = {
+      path.name.removesuffix(_REPLACED) for path in self.folder.iterdir()
+    }
     return sorted(int(name) for name in names if re.fullmatch(r'\d{8,}', name))
 
   def best_step(self) -> int | None:
@@ -211,7 +216,7 @@ class Checkpoints:
           'Checkpoint step %d does not verify (%s); using step %d.',
           *(bad, why, candidate),
         )
-        self._set_aside(bad)
+        self._move_aside(self._path(bad), _BROKEN)
       self._metrics[candidate] = manifest['metric']
       self._sound[candidate] = _sha256(manifest)
       return candidate, state, manifest['metadata']
@@ -229,7 +234,7 @@ class Checkpoints:
     try:
       with _context():
         loaded = ocp.load_checkpointables(
-          self._path(step), {'state': _abstract(template)}
+          self._stored(step), {'state': _abstract(template)}
         )['state']
       state = _with_empty(template, loaded)
       found = describe(named_leaves(state))
@@ -244,7 +249,7 @@ class Checkpoints:
     try:
       with _context():
         manifest = ocp.load_checkpointables(
-          self._path(step), {'manifest': None}
+          self._stored(step), {'manifest': None}
         )['manifest']
       expected = manifest.pop('sha256')
       if expected != _sha256(manifest) or manifest['step'] != step:
@@ -282,6 +287,14 @@ class Checkpoints:
   def _path(self, step):
     return self.folder / f'{step:08d}'
 
+  def _replaced(self, step):
+    return self.folder / f'{step:08d}{_REPLACED}'
+
+  def _stored(self, step):
+    """Where a step is: while it is saved anew, its old content."""
+    path, replaced = self._path(step), self._replaced(step)
+    return replaced if replaced.exists() and not path.exists() else path
+
   def _ranked(self):
     """Steps that have a metric, best first."""
     for step in self.steps():
@@ -304,6 +317,7 @@ class Checkpoints:
     kept.update(self._ranked()[: self._keep_best])
     for step in set(self.steps()) - kept:
       self._discard(self._path(step))
+      self._discard(self._replaced(step))
     # The run has passed the place where these broke: they only take room.
     for path in self.folder.glob(f'*{_BROKEN}'):
       if int(path.name.removesuffix(_BROKEN)) <= saved:
@@ -314,6 +328,13 @@ class Checkpoints:
       for path in self.folder.iterdir():
         if _TEMPORARY in path.name or path.name.endswith(_DISCARDED):
           shutil.rmtree(path)
+      # A save ended too early: what it was to replace is the step again.
+      for path in self.folder.glob(f'*{_REPLACED}'):
+        twin = path.with_name(path.name.removesuffix(_REPLACED))
+        if twin.exists():
+          self._discard(path)
+        else:
+          path.rename(twin)
 
   def _discard(self, path):
     """Removes a folder such that a crash halfway leaves no step behind."""
@@ -324,13 +345,11 @@ class Checkpoints:
       path.rename(dead)
       shutil.rmtree(dead)
 
-  def _set_aside(self, step):
-    if not self._read_only and not jax.process_index():
-      path = self._path(step)
-      if path.exists():
-        aside = path.with_name(path.name + _BROKEN)
-        self._discard(aside)
-        path.rename(aside)
+  def _move_aside(self, path, suffix):
+    if path.exists() and not self._read_only and not jax.process_index():
+      aside = path.with_name(path.name + suffix)
+      self._discard(aside)
+      path.rename(aside)
 
   def _failed(self, step, error):
     """Frees what a failed save has written, and makes the error to raise."""
