@@ -26,6 +26,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxrl_llm import orbax_noise
+from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
 
@@ -147,7 +148,7 @@ class Checkpoints:
       self._discard(self._replaced(step))
       self._prune(step)
     except (OSError, UserError) as error:
-      _log.warning('Could not remove an old checkpoint: %s', _line(error))
+      _log.warning('Could not remove an old checkpoint: %s', one_line(error))
 
   def close(self) -> None:
     """Waits for the running save."""
@@ -191,8 +192,9 @@ class Checkpoints:
       `(step, state, metadata)`, or None where there is no checkpoint.
 
     Raises:
-      UserError: checkpoints exist but none verifies; or a healthy one holds
-        another tree, shape or dtype than the template.
+      UserError: checkpoints exist but none verifies; a healthy one holds
+        another tree, shape or dtype than the template; or one could not be
+        read for want of memory, permission or a working disk.
     """
     self.wait()
     wanted = named_leaves(template)
@@ -208,7 +210,7 @@ class Checkpoints:
     for candidate in reversed(steps):
       try:
         state, manifest = self._load(candidate, template, wanted)
-      except _BrokenError as error:
+      except BrokenError as error:
         failures.append((candidate, str(error)))
         continue
       for bad, why in failures:
@@ -239,10 +241,10 @@ class Checkpoints:
       state = _with_empty(template, loaded)
       found = describe(named_leaves(state))
     except Exception as error:
-      raise _BrokenError(f'its state: {_line(error)}') from error
+      raise self._failure(step, 'state', error) from error
     for name, leaf in manifest['leaves'].items():
       if found.get(name) != leaf:
-        raise _BrokenError(f'the content of {name} has changed')
+        raise BrokenError(f'the content of {name} has changed')
     return state, manifest
 
   def _manifest(self, step):
@@ -253,12 +255,23 @@ class Checkpoints:
         )['manifest']
       expected = manifest.pop('sha256')
       if expected != _sha256(manifest) or manifest['step'] != step:
-        raise _BrokenError('its manifest has changed')
-    except _BrokenError:
+        raise BrokenError('its manifest has changed')
+    except BrokenError:
       raise
     except Exception as error:
-      raise _BrokenError(f'its manifest: {_line(error)}') from error
+      raise self._failure(step, 'manifest', error) from error
     return manifest
+
+  def _failure(self, step, part, error):
+    """The error to raise where a part of a step could not be loaded."""
+    cause = obstacle(error)
+    if cause is None:
+      return BrokenError(f'its {part}: {one_line(error)}')
+    return UserError(
+      f'Checkpoint step {step} in {self.folder} could not be read:\n'
+      f'{one_line(cause)}\n'
+      'It is left as it is.  Free memory, or mend permissions or the disk.'
+    )
 
   def _compare(self, step, stored, wanted):
     """Raises UserError if the stored leaves are not those of the template."""
@@ -301,7 +314,7 @@ class Checkpoints:
       if step not in self._metrics:
         try:
           self._metrics[step] = self._manifest(step)['metric']
-        except _BrokenError:
+        except BrokenError:
           self._metrics[step] = None
     known = [(self._metrics[step], step) for step in self.steps()]
     # A NaN is no metric: it must never count as the best.
@@ -356,16 +369,12 @@ class Checkpoints:
     try:
       self._clean()
     except OSError as second:
-      _log.warning('Could not remove a failed save: %s', _line(second))
+      _log.warning('Could not remove a failed save: %s', one_line(second))
     return UserError(
       f'Saving checkpoint step {step} in {self.folder} failed:\n'
-      f'{_line(error)}\n'
+      f'{one_line(error)}\n'
       f'Steps kept: {self.steps()}.  Make room or mend the disk, then resume.'
     )
-
-
-class _BrokenError(Exception):
-  """A step does not verify; the message says what of it."""
 
 
 def _context():
@@ -440,16 +449,3 @@ def _as_json(metadata):
 def _sha256(manifest):
   text = json.dumps(manifest, sort_keys=True, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _line(error):
-  """The error's first cause in one line: Orbax wraps it several times."""
-  while error.__cause__ or not (
-    error.__suppress_context__ or error.__context__ is None
-  ):
-    error = error.__cause__ or error.__context__
-  text = ' '.join(str(error).split())
-  text = re.split(r' \[(?:source locations|tensorstore_spec)', text)[0]
-  if len(text) > 300:
-    text = f'{text[:150]} … {text[-150:]}'
-  return f'{type(error).__name__}: {text}'
