@@ -9,6 +9,9 @@ A run is evaluated on its held-out prompts with the settings of its own
 configuration, which its folder holds; flags go over them.  It may still be
 going on: nothing in its folder is changed.  A Hugging Face folder needs a
 configuration for the task and the rewards.
+
+A reward, estimator or task that the configuration names as file.py:function is
+executed, with all that its file does: evaluate only runs whose code you trust.
 """
 
 import json
@@ -171,7 +174,7 @@ def main() -> None:
     checks.check(config)
     model = build.model(config.model, config.seed)
     title = values.model
-  changes.setdefault('samples', max(config.evaluation.samples, *ks))
+  changes.setdefault('samples', max([config.evaluation.samples, *ks]))
   result = measure(
     config,
     model,

@@ -117,6 +117,24 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
 
 
 @pytest.mark.parametrize(
+  'flags, shown',
+  [
+    ([], ['accuracy', 'step']),
+    (['--samples=8', '--temperature=1.0', '--k=1,8'], ['pass@1', 'pass@8']),
+  ],
+)
+def test_script_as_it_is_usually_called(flags, shown):
+  run = scripts.undisturbed()
+  ended = scripts.run(
+    'evaluate', f'--workdir={run}', *flags, cache=scripts.cache()
+  )
+  assert ended.code == 0, ended.err
+  for text in shown:
+    assert text in ended.out
+  assert ('pass@' in ended.out) == bool(flags)
+
+
+@pytest.mark.parametrize(
   'flags, text',
   [
     ([], 'either a run with --workdir or a Hugging Face folder'),
