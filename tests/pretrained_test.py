@@ -1,6 +1,11 @@
 """Folders in and out: round trips, transformers as oracle, damaged files."""
 
+import errno
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -292,3 +297,112 @@ def test_export_from_scratch_states_the_special_tokens(
   raw = json.loads((tmp_path / 'new' / 'generation_config.json').read_text())
   assert raw == {'eos_token_id': 1, 'pad_token_id': 2}
   assert pretrained.load_tokenizer(tmp_path / 'new')('1S').input_ids
+
+
+def test_a_kill_between_the_renames_keeps_the_old_folder(
+  folder, params, monkeypatch
+):
+  rename = pathlib.Path.rename
+  calls = []
+
+  def dies_at_the_second(path, to):
+    calls.append(to)
+    if len(calls) >= 2:  # also what would mend it: a kill leaves no time
+      raise KeyboardInterrupt
+    return rename(path, to)
+
+  changed = jax.tree.map(lambda leaf: leaf + 1, params)
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'rename', dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+      pretrained.save(folder, CONFIG, changed)
+  aside = folder.with_name('.model.replaced')
+  assert not folder.exists()
+  assert_same(pretrained.load(aside)[1], params)
+  # A save that fails puts it back too.
+  with pytest.raises(UserError, match='is absent'):
+    pretrained.save(folder, CONFIG, {})
+  assert_same(pretrained.load(folder)[1], params)
+  pretrained.save(folder, CONFIG, changed)
+  assert_same(pretrained.load(folder)[1], changed)
+  assert [path.name for path in folder.parent.iterdir()] == ['model']
+
+
+def test_a_failed_rename_puts_the_old_folder_back(folder, params, monkeypatch):
+  rename = pathlib.Path.rename
+
+  def fails_for_the_new(path, to):
+    if path.name == 'new':
+      raise OSError(errno.EIO, 'Input/output error')
+    return rename(path, to)
+
+  monkeypatch.setattr(pathlib.Path, 'rename', fails_for_the_new)
+  with pytest.raises(UserError, match='cannot be written: Input/output error'):
+    pretrained.save(folder, CONFIG, params)
+  assert_same(pretrained.load(folder)[1], params)
+  assert [path.name for path in folder.parent.iterdir()] == ['model']
+
+
+# A limit on the size of files stands in for a full disk.
+FULL = """
+import resource, signal, sys
+import jax, jax.numpy as jnp
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import pretrained
+config, params = pretrained.load(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+try:
+  pretrained.save(sys.argv[1], config, jax.tree.map(jnp.zeros_like, params))
+except UserError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize('limit', [100, 2000])
+def test_a_full_disk_is_said(folder, params, limit):
+  result = subprocess.run(
+    [sys.executable, '-c', FULL, folder, str(limit)],
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )
+  assert result.returncode == 0, result.stderr
+  first, second = result.stdout.splitlines()
+  assert f'{folder} cannot be written: ' in first and 'too large' in first
+  assert second.startswith('Make room')
+  assert_same(pretrained.load(folder)[1], params)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_said(folder, params):
+  class Tokenizer:
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def get_vocab(self):
+      return {'a': 0}
+
+    def save_pretrained(self, path):
+      raise Exception('No space left on device (os error 28)')
+
+  with pytest.raises(UserError, match='its tokenizer: No space left'):
+    pretrained.save(folder, CONFIG, params, Tokenizer())
+  assert_same(pretrained.load(folder)[1], params)
+
+
+def test_a_folder_that_cannot_be_made_is_said(params, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot be written: ') as caught:
+    pretrained.save(tmp_path / 'file' / 'model', CONFIG, params)
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_what_does_not_read_back_is_refused(folder, params, monkeypatch):
+  write = safetensors.numpy.save_file
+
+  def damaged(arrays, path, **kwargs):
+    write({name: array + 1 for name, array in arrays.items()}, path, **kwargs)
+
+  monkeypatch.setattr(safetensors.numpy, 'save_file', damaged)
+  with pytest.raises(UserError, match='does not hold what was written'):
+    pretrained.save(folder, CONFIG, params)
+  assert_same(pretrained.load(folder)[1], params)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 
 import jax
+import safetensors
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import families, tensors
@@ -144,7 +145,9 @@ def save(
   """Writes a folder that `transformers` opens.
 
   The folder appears whole or not at all.  An existing one is replaced only
-  if everything in it is written anew.
+  if everything in it is written anew; if the process is killed in the moment
+  between the two, the old one is in `.NAME.replaced` and the next save puts it
+  back first.  Every tensor is read back and compared.
 
   Args:
     path: the folder to make.
@@ -157,28 +160,44 @@ def save(
 
   Raises:
     UserError: the parameters or the source are of another model; the
-      folder holds something else.
+      folder holds something else; the disk is full or does not hold what was
+      written.
   """
   target = pathlib.Path(path)
   source = resolve(source) if source is not None else None
   if target.exists() and not target.is_dir():
     raise UserError(f'{target} is a file; name a folder to write.')
-  target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{target.name}-', dir=target.parent
-  ) as temporary:
-    folder = pathlib.Path(temporary) / 'new'
-    folder.mkdir()
-    tensors.write(config, folder, params)
-    _write_configs(folder, config, params, tokenizer, source)
-    if tokenizer is not None:
-      check_vocabulary(config, tokenizer)
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(target)
+    with tempfile.TemporaryDirectory(
+      prefix=f'.{target.name}-', dir=target.parent
+    ) as temporary:
+      folder = pathlib.Path(temporary) / 'new'
+      folder.mkdir()
+      tensors.write(config, folder, params)
+      _write_configs(folder, config, params, tokenizer, source)
+      _write_tokenizer(folder, config, tokenizer, source)
+      _move(folder, target)
+  except (OSError, safetensors.SafetensorError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(
+      f'{target} cannot be written: {" ".join(str(reason).split())[:200]}.\n'
+      'Make room or change its permissions, or name another folder.'
+    ) from error
+
+
+def _write_tokenizer(folder, config, tokenizer, source):
+  if tokenizer is not None:
+    check_vocabulary(config, tokenizer)
+    try:
       tokenizer.save_pretrained(str(folder))
-    elif source is not None:
-      for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-          shutil.copyfile(source / name, folder / name)
-    _move(folder, target, pathlib.Path(temporary) / 'old')
+    except Exception as error:  # tokenizers raises no OSError on a full disk
+      raise OSError(f'its tokenizer: {error}') from error
+  elif source is not None:
+    for name in TOKENIZER_FILES:
+      if (source / name).is_file():
+        shutil.copyfile(source / name, folder / name)
 
 
 def _write_configs(folder, config, params, tokenizer, source):
@@ -211,8 +230,23 @@ def _write_configs(folder, config, params, tokenizer, source):
       (folder / name).write_text(text + '\n')
 
 
-def _move(folder, target, aside):
+def _replaced(target):
+  return target.with_name(f'.{target.name}.replaced')
+
+
+def _put_back(target):
+  """Mends what a kill in the midst of `_move` has left."""
+  aside = _replaced(target)
+  if aside.is_dir():
+    if target.exists():
+      shutil.rmtree(aside)
+    else:
+      aside.rename(target)
+
+
+def _move(folder, target):
   """Puts `folder` in the place of `target`."""
+  aside = _replaced(target)
   if target.exists():
     new = {file.name for file in folder.iterdir()}
     lost = [
@@ -228,4 +262,7 @@ def _move(folder, target, aside):
         'would be lost; choose another folder.'
       )
     target.rename(aside)
-  folder.rename(target)
+  try:
+    folder.rename(target)
+  finally:
+    _put_back(target)
