@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import scripts
 
 from experiments import runs
@@ -89,13 +90,26 @@ def test_refusals(tmp_path):
 
 def test_export_that_does_not_read_back_is_refused(tmp_path, monkeypatch):
   model = runs.load(scripts.undisturbed()).model
+  write = safetensors.numpy.save_file
+
+  def damaged(arrays, path, **kwargs):
+    write({name: array + 1 for name, array in arrays.items()}, path, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(safetensors.numpy, 'save_file', damaged)
+    with pytest.raises(UserError, match='does not hold what was written'):
+      runs.export(model, tmp_path / 'out')
+  assert not os.listdir(tmp_path)
+
   save = pretrained.save
 
-  def damaged(path, config, params, **kwargs):
-    import jax
+  def other_tokenizer(path, *args, **kwargs):
+    save(path, *args, **kwargs)
+    file = path / 'tokenizer.json'
+    text = json.dumps(json.loads(file.read_text()), separators=(',', ':'))
+    assert '"7":' in text
+    file.write_text(text.replace('"7":', '"seven":'))
 
-    save(path, config, jax.tree.map(lambda leaf: leaf + 1, params), **kwargs)
-
-  monkeypatch.setattr(pretrained, 'save', damaged)
-  with pytest.raises(UserError, match='does not read back'):
+  monkeypatch.setattr(pretrained, 'save', other_tokenizer)
+  with pytest.raises(UserError, match='the tokenizer differs'):
     runs.export(model, tmp_path / 'out')

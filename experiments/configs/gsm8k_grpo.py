@@ -11,9 +11,9 @@ train.jsonl and test.jsonl of https://github.com/openai/grade-school-math:
 
 Hardware: one accelerator.  The parameters are float32 (0.5 billion of them take
 2 GB, with gradients and Adam's moments 8 GB, with the reference of the KL
-10 GB); if memory runs out, lower training.micro_prompts and rollout.prompts.  It has been run on a CPU only, for
-two steps of a tiny random Qwen2, as a test of the path from file to update; no
-accuracy after training has been measured.
+10 GB); if memory runs out, lower training.micro_prompts and rollout.prompts.
+It has been run on a CPU only, for two steps of a tiny random Qwen2, as a test
+of the path from file to update; no accuracy after training has been measured.
 
 Reward: 1 where the number after `####` (or in \boxed{…}) is the answer, and 0.1
 more where the whole response fits `.*#### number`.  The format reward is small
