@@ -1,5 +1,6 @@
 """Records, sample tables, progress and plots."""
 
+import errno
 import html.parser
 import io
 import json
@@ -392,3 +393,30 @@ print(sorted(heavy & set(sys.modules)))
     [sys.executable, '-c', script], capture_output=True, text=True
   )
   assert result.stdout == '[]\n', result.stderr
+
+
+@pytest.mark.parametrize('name', ['samples.html', 'curve.png'])
+def test_a_page_or_picture_that_cannot_be_written_is_said(tmp_path, name):
+  (tmp_path / name).mkdir()  # no file can take its place
+  with pytest.raises(UserError, match=f'{name} cannot be written: ') as caught:
+    if name == 'curve.png':
+      labels = dict(xlabel='x', ylabel='y', title='t')
+      logging.plot_curve(tmp_path / name, {'a': ([1], [2])}, **labels)
+    else:
+      page.write(tmp_path / name, 'text')
+  assert len(str(caught.value).splitlines()) == 2
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_plot_on_a_full_disk_is_said(tmp_path, monkeypatch):
+  from matplotlib.figure import Figure
+
+  def full(self, path, **kwargs):
+    path.write_bytes(b'half')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(Figure, 'savefig', full)
+  labels = dict(xlabel='x', ylabel='y', title='t')
+  with pytest.raises(UserError, match='No space left on device'):
+    logging.plot_curve(tmp_path / 'c.png', {'a': ([1], [2])}, **labels)
+  assert not list(tmp_path.iterdir())

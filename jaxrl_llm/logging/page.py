@@ -4,6 +4,7 @@ import html
 import math
 import pathlib
 
+from jaxrl_llm.logging.records import cannot_write
 from jaxrl_llm.run_folder import write_atomically
 
 _STYLE = """
@@ -126,8 +127,15 @@ def render(title: str, samples, pairs, steps: int) -> str:
 
 
 def write(path, text: str) -> None:
-  """Writes the page atomically."""
-  write_atomically(pathlib.Path(path), text)
+  """Writes the page atomically.
+
+  Raises:
+    UserError: the disk is full or the folder cannot be written.
+  """
+  try:
+    write_atomically(pathlib.Path(path), text)
+  except OSError as error:
+    raise cannot_write(path, error.strerror) from error
 
 
 def _safe(text):

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+from jaxrl_llm.logging.records import cannot_write
+
 
 def plot_curve(
   path,
@@ -25,6 +27,7 @@ def plot_curve(
 
   Raises:
     ValueError: a series' x and y differ in length.
+    UserError: the disk is full or the folder cannot be written.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -60,8 +63,11 @@ def plot_curve(
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + '.tmp')
   try:
-    # Without the version stamp the same numbers give the same bytes.
-    figure.savefig(temporary, format='png', metadata={'Software': None})
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+    try:
+      # Without the version stamp the same numbers give the same bytes.
+      figure.savefig(temporary, format='png', metadata={'Software': None})
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+  except OSError as error:
+    raise cannot_write(path, error.strerror or error) from error

@@ -39,10 +39,15 @@ class RecordFile:
     self._file.close()
 
   def _failed(self, reason):
-    return UserError(
-      f'{self.path} cannot be written: {reason}.\n'
-      'Make room or mend the disk, then resume.'
-    )
+    return cannot_write(self.path, reason)
+
+
+def cannot_write(path, reason) -> UserError:
+  """The error to raise where a file of a run cannot be written."""
+  return UserError(
+    f'{path} cannot be written: {reason}.\n'
+    'Make room or mend the disk, then resume.'
+  )
 
 
 def number(value, name: str):

@@ -15,8 +15,8 @@ class Sample:
 
   Attributes:
     step: the step that sampled it.
-    prompt: as the model saw it.
-    response: as the model wrote it.
+    prompt: the row's own text; what a template or a suffix adds is not in it.
+    response: what the model wrote, without special tokens.
     rewards: each reward function's score by name, before weighting; None where
       the function does not apply.
     reward: the weighted sum.
@@ -102,6 +102,9 @@ class SampleLog:
       before: held-out samples of the model as it was, to be set beside
       after: those of the same prompts now.
       steps: show only this many of the latest steps (the page says so).
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written.
     """
     samples = read_samples(self._workdir / 'samples.jsonl')
     text = page.render(title, samples, _pairs(before, after), steps)
