@@ -119,7 +119,7 @@ class Run:
     """Exports the model; shows and writes what the run came to."""
     trained = self._model._replace(params=self.state.trainable['policy'])
     runs.export(trained, self._folder / 'hf')
-    records = logging.read_records(self._folder / 'metrics.jsonl')
+    records = logging.read_metrics(self._folder / 'metrics.jsonl')
     plot(self._folder / 'curve.png', records, self._first)
     before, after = self._before_after()
     self._samples.write_html(self._folder.name, before, after)
