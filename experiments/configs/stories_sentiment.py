@@ -27,9 +27,9 @@ def get_config():
   )
   config.prompts.max_tokens = 16
   config.rewards = dict(sentiment=dict(name='sentiment'))
-  config.algorithm = dict(name='grpo', kl=0.37)
+  config.algorithm = dict(name='grpo', kl=0.34)
   config.rollout.update(
-    prompts=16, samples=16, max_tokens=64, log_prob_tolerance=1e-4
+    prompts=16, samples=8, max_tokens=64, log_prob_tolerance=1e-4
   )
   config.steps = 120
   config.optimizer = base.optimizer(5e-4, warmup_updates=5, decay='linear')
