@@ -10,9 +10,9 @@ One datum: '8,3:9,4' → '7,2,6,1', the next 4 terms modulo 9.  The reward is
 dense: k / (n + 1) for k of n characters right from the left, and 1 only if the
 answer is whole and ended (`rewards.functions.prefix_match`).
 
-Not solved yet.  After 200 steps (4 minutes on 2 busy CPU cores) the held-out
-reward is 0.127, which is what ending the empty answers earns; the full 1,500
-steps have not been run.
+Not solved yet.  After 200 steps (7 minutes on 2 busy CPU cores) the held-out
+reward went from 0.007 to 0.127, which is what ending the empty answers earns;
+the full 1,500 steps have not been run.
 """
 
 from experiments.configs import base
