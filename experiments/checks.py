@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from experiments import build
 from experiments.configs import base
+from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 
 # Sections whose fields are arguments of the function that they name.
@@ -68,10 +69,10 @@ def check(config: ConfigDict) -> None:
   build.estimator(config)
   _check_on_policy(config)
   prompts, settings = config.rollout.prompts, config.training
-  _check_divides(prompts, settings.minibatches, 'minibatches')
+  check_divides(settings.minibatches, prompts, 'config.training.minibatches')
   minibatch = prompts // settings.minibatches
   micro_prompts = settings.micro_prompts or minibatch
-  _check_divides(minibatch, micro_prompts, 'micro_prompts')
+  check_divides(micro_prompts, minibatch, 'config.training.micro_prompts')
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -123,15 +124,6 @@ def _check_on_policy(config: ConfigDict) -> None:
     raise UserError(
       f'{name} has no importance ratio, but a step takes {updates} updates\n'
       'set config.training.epochs and minibatches to 1, or use a clipped recipe'
-    )
-
-
-def _check_divides(prompts: int, parts: int, name: str) -> None:
-  if prompts % parts:
-    possible = [n for n in range(1, prompts + 1) if prompts % n == 0]
-    raise UserError(
-      f'config.training.{name} is {parts}, which does not divide {prompts} '
-      f'prompts\nchoose one of {possible}'
     )
 
 

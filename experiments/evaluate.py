@@ -26,7 +26,7 @@ from absl import flags
 from experiments import build, checks, cli, held_out, runs
 from jaxrl_llm import evaluation
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_folder import write_atomically
+from jaxrl_llm.files import write_atomically
 
 
 def measure(

@@ -100,7 +100,8 @@ class WarmStart:
       )
     )
     rate = float(self._schedule(int(state.updates)))
-    state, metrics = self._update(state, None, to_prompts(batch), given)
+    prompts = rollouts.to_prompts(batch)
+    state, metrics = self._update(state, None, prompts, given)
     metrics = jax.device_get(metrics)
     record = {
       'warm_start/loss': metrics['loss'],
@@ -245,13 +246,6 @@ class Reinforcement:
     shown = shown / np.maximum(mask.sum(axis=2), 1)
     tokens = int(mask.sum())
     return Result(state, metrics, timings, tokens, responses, shown)
-
-
-def to_prompts(batch: prompts_lib.PromptBatch) -> policy.Prompts:
-  """A batch of the data set as the model reads it."""
-  return policy.Prompts(
-    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
-  )
 
 
 def reward_metrics(

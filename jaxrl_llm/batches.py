@@ -25,11 +25,7 @@ def minibatches(tree: Any, count: int, key: Array) -> Iterator[Any]:
     UserError: `count` does not divide P.
   """
   prompts = jax.tree.leaves(tree)[0].shape[0]
-  if count < 1 or prompts % count:
-    raise UserError(
-      f'{count} minibatches do not divide {prompts} prompts\n'
-      f'choose one of {_divisors(prompts)}'
-    )
+  check_divides(count, prompts, 'the number of minibatches')
   if count == 1:
     yield tree
     return
@@ -47,11 +43,7 @@ def split_prompts(tree: Any, micro_prompts: int) -> Any:
     UserError: `micro_prompts` does not divide P.
   """
   prompts = jax.tree.leaves(tree)[0].shape[0]
-  if micro_prompts < 1 or prompts % micro_prompts:
-    raise UserError(
-      f'micro-batches of {micro_prompts} prompts do not divide {prompts}\n'
-      f'choose one of {_divisors(prompts)}'
-    )
+  check_divides(micro_prompts, prompts, 'the number of prompts per micro-batch')
 
   def split(x: Array) -> Array:
     shape = (micro_prompts, prompts // micro_prompts) + x.shape[1:]
@@ -60,5 +52,17 @@ def split_prompts(tree: Any, micro_prompts: int) -> Any:
   return jax.tree.map(split, tree)
 
 
-def _divisors(number: int) -> list[int]:
-  return [n for n in range(1, number + 1) if number % n == 0]
+def check_divides(number: int, prompts: int, name: str) -> None:
+  """Raises UserError, with what would do, if `number` does not divide P.
+
+  Args:
+    number: of parts, or of prompts per part.
+    prompts: P.
+    name: of the number, for the message.
+  """
+  if number < 1 or prompts % number:
+    possible = [n for n in range(1, prompts + 1) if prompts % n == 0]
+    raise UserError(
+      f'{name} is {number}, which does not divide {prompts} prompts\n'
+      f'choose one of {possible}'
+    )

@@ -29,6 +29,7 @@ from jaxrl_llm import orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.files import as_json
 
 _log = logging.getLogger(__name__)
 _TEMPORARY = '.orbax-checkpoint-tmp'
@@ -102,7 +103,7 @@ class Checkpoints:
     manifest = {
       'step': int(step),
       'metric': None if metric is None else float(metric),
-      'metadata': _as_json(metadata),
+      'metadata': as_json(metadata, 'checkpoint metadata', allow_nan=True),
       'leaves': describe(leaves),
     }
     manifest['sha256'] = _sha256(manifest)
@@ -420,30 +421,6 @@ def _with_empty(template, loaded):
     ),
     *(template, loaded),
   )
-
-
-def _as_json(metadata):
-  def check(value, where):
-    if isinstance(value, dict):
-      for key, inner in value.items():
-        if not isinstance(key, str):
-          raise UserError(
-            f'The checkpoint metadata has a key {key!r} in {where}.\n'
-            'JSON keys are strings: use str(key).'
-          )
-        check(inner, f'{where}/{key}')
-    elif isinstance(value, list | tuple):
-      for inner in value:
-        check(inner, where)
-
-  check(metadata, 'metadata')
-  try:
-    return json.loads(json.dumps(metadata))
-  except (TypeError, ValueError) as error:
-    raise UserError(
-      f'The checkpoint metadata cannot be written as JSON: {error}.\n'
-      'Use numbers, strings, lists and dictionaries; arrays go in the state.'
-    ) from error
 
 
 def _sha256(manifest):

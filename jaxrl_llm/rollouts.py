@@ -58,6 +58,13 @@ class Responses(NamedTuple):
   scores: Scores
 
 
+def to_prompts(batch: PromptBatch) -> policy.Prompts:
+  """A batch of the data set as the model reads it."""
+  return policy.Prompts(
+    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
+  )
+
+
 def generate(
   config: ModelConfig,
   params: Any,
@@ -66,9 +73,7 @@ def generate(
   key: Array,
 ) -> tuple[policy.Prompts, sampling.Samples]:
   """Samples responses; gives the prompts as the model reads them, too."""
-  prompts = policy.Prompts(
-    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
-  )
+  prompts = to_prompts(batch)
   samples = sampling.sample(
     config,
     params,

@@ -19,6 +19,7 @@ import sys
 import jax
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.files import as_json, write_atomically
 
 _PACKAGES = (
   'jaxrl_llm',
@@ -33,21 +34,6 @@ _PACKAGES = (
 
 # A flag whose name tells of a credential keeps its value to itself.
 _SECRET = re.compile(r'(?i)^(-[^=]*(?:token|secret|password|api_?key)[^=]*=).*')
-
-
-def write_atomically(path, text: str) -> None:
-  """Writes a text file so that a reader sees all of the old or of the new."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
-  try:
-    with open(temporary, 'w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 def environment() -> dict:
@@ -122,7 +108,7 @@ def open_run(
       a run of another configuration.
   """
   path = pathlib.Path(workdir)
-  config = _as_json(config)
+  config = as_json(config, 'configuration')
   lock = None
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -190,16 +176,6 @@ def _owner(text):
     return f'pid {owner["pid"]} on {owner["host"]} since {owner["since"]}'
   except (ValueError, KeyError, TypeError):
     return 'it has only just started'
-
-
-def _as_json(config):
-  try:
-    return json.loads(json.dumps(config, allow_nan=False))
-  except (TypeError, ValueError) as error:
-    raise UserError(
-      f'The configuration cannot be written as JSON: {error}.\n'
-      'Use numbers, strings, lists and dictionaries only.'
-    ) from error
 
 
 def _stored_config(path):

@@ -259,7 +259,7 @@ print(Checkpoints(sys.argv[1]).restore(like)[1]['n'])
 @pytest.mark.parametrize(
   'metadata, message',
   [
-    ({'a': {3: 1}}, 'a key 3 in metadata/a'),
+    ({'a': {3: 1}}, 'checkpoint metadata has a key 3, at a/3'),
     ({'a': np.zeros(2)}, 'cannot be written as JSON'),
   ],
 )

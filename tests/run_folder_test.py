@@ -168,20 +168,6 @@ def test_unusable_folder_is_named(tmp_path):
     run_folder.open_run(tmp_path / 'file', False, {})
 
 
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / 'x.json'
-  run_folder.write_atomically(path, 'old')
-
-  def full(descriptor):
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr(os, 'fsync', full)
-  with pytest.raises(OSError):
-    run_folder.write_atomically(path, 'new')
-  assert path.read_text() == 'old'
-  assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 def test_stop_signal_is_polled(name):
   number = signal.Signals[name]

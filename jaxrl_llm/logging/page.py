@@ -4,8 +4,8 @@ import html
 import math
 import pathlib
 
+from jaxrl_llm.files import write_atomically
 from jaxrl_llm.logging.records import cannot_write
-from jaxrl_llm.run_folder import write_atomically
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #646a73;

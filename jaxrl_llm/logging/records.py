@@ -6,6 +6,7 @@ import os
 import pathlib
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.files import write_atomically
 
 
 class RecordFile:
@@ -127,19 +128,10 @@ def cut(path, step: int | None, complete: bool = False) -> None:
         kept.append(line)
         last = record['step']
     if len(kept) < len(lines):
-      _replace(path, b''.join(kept))
+      write_atomically(path, b''.join(kept))
   if complete and step and last != step:
     found = 'has no record' if last is None else f'ends at step {last}'
     raise UserError(
       f'{path} {found}, but the checkpoint is of step {step}.\n'
       'Restore the file from a copy, or start afresh in another folder.'
     )
-
-
-def _replace(path, content):
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

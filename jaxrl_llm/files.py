@@ -1,0 +1,67 @@
+"""JSON values, and files that a reader sees whole: the old or the new one."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from jaxrl_llm.errors import UserError
+
+
+def as_json(value: Any, name: str, allow_nan: bool = False) -> Any:
+  """A copy of a value as JSON gives it back: tuples become lists.
+
+  Args:
+    value: numbers, strings, lists and dictionaries.
+    name: what it is, for the message.
+    allow_nan: keep NaN and the infinities, which only Python's JSON has.
+
+  Raises:
+    UserError: it has a key that is no string (JSON would make it one), a
+      number that is not allowed, or something that JSON has no form for.
+  """
+  _check_keys(value, name)
+  try:
+    return json.loads(json.dumps(value, allow_nan=allow_nan))
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'The {name} cannot be written as JSON: {error}.\n'
+      'Use numbers, strings, lists and dictionaries only.'
+    ) from error
+
+
+def _check_keys(value, name, above=''):
+  if isinstance(value, dict):
+    for key, inner in value.items():
+      if not isinstance(key, str):
+        raise UserError(
+          f'The {name} has a key {key!r}, at {above}{key}.\n'
+          'JSON keys are strings: use str(key).'
+        )
+      _check_keys(inner, name, f'{above}{key}/')
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      _check_keys(inner, name, above)
+
+
+def write_atomically(path, content: str | bytes) -> None:
+  """Writes a file such that a reader sees all of the old or of the new.
+
+  Returns when it is on the disk.
+
+  Raises:
+    OSError: it could not be written; the old file is untouched.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + '.tmp')
+  if isinstance(content, str):
+    content = content.encode()
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
