@@ -21,11 +21,8 @@ import re
 import shutil
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from jaxrl_llm import orbax_noise
+from jaxrl_llm import orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
@@ -113,10 +110,7 @@ class Checkpoints:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       self._move_aside(path, _REPLACED)
-      with _context():
-        response = ocp.save_checkpointables_async(
-          path, {'state': _without_empty(state), 'manifest': manifest}
-        )
+      response = orbax_io.start_save(path, state, manifest)
     except Exception as error:
       raise self._failed(step, error) from error
     self._pending = manifest, self._waiter.submit(response.result)
@@ -235,11 +229,7 @@ class Checkpoints:
     manifest = self._manifest(step)
     self._compare(step, manifest['leaves'], wanted)
     try:
-      with _context():
-        loaded = ocp.load_checkpointables(
-          self._stored(step), {'state': _abstract(template)}
-        )['state']
-      state = _with_empty(template, loaded)
+      state = orbax_io.load_state(self._stored(step), template)
       found = describe(named_leaves(state))
     except Exception as error:
       raise self._failure(step, 'state', error) from error
@@ -250,10 +240,7 @@ class Checkpoints:
 
   def _manifest(self, step):
     try:
-      with _context():
-        manifest = ocp.load_checkpointables(
-          self._stored(step), {'manifest': None}
-        )['manifest']
+      manifest = orbax_io.load_manifest(self._stored(step))
       expected = manifest.pop('sha256')
       if expected != _sha256(manifest) or manifest['step'] != step:
         raise BrokenError('its manifest has changed')
@@ -376,51 +363,6 @@ class Checkpoints:
       f'{one_line(error)}\n'
       f'Steps kept: {self.steps()}.  Make room or mend the disk, then resume.'
     )
-
-
-def _context():
-  registry = ocp.handlers.local_registry()
-  registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
-  context = ocp.Context()
-  context.checkpointables.registry = registry
-  # Created in the background, the folder of a save that fails early leaves
-  # threads that wait for it for 20 minutes.
-  context.async_options.create_directories_asynchronously = False
-  return context
-
-
-def _without_empty(tree):
-  """None for arrays without elements, which Orbax refuses to save."""
-  return jax.tree.map(
-    lambda x: x if np.prod(x.shape, dtype=int) else None, tree
-  )
-
-
-def _sharding(leaf):
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return sharding
-
-
-def _abstract(template):
-  return _without_empty(
-    jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
-      template,
-    )
-  )
-
-
-def _with_empty(template, loaded):
-  return jax.tree.map(
-    lambda x, y: (
-      y
-      if np.prod(x.shape, dtype=int)
-      else jax.device_put(jnp.zeros(x.shape, x.dtype), _sharding(x))
-    ),
-    *(template, loaded),
-  )
 
 
 def _sha256(manifest):

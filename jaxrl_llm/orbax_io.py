@@ -1,0 +1,87 @@
+"""One tree of arrays and one JSON manifest per folder, through Orbax v1.
+
+The only module that calls Orbax.  Its functions raise what Orbax raises.
+"""
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+
+def start_save(path, state, manifest: dict):
+  """Starts to write a folder that appears whole or not at all.
+
+  Returns when the arrays are copied or held, so that the caller may donate
+  them.
+
+  Args:
+    path: the folder, which must not exist.
+    state: a tree of arrays.
+    manifest: JSON values.
+
+  Returns:
+    An object whose `result()` waits for the end and raises what went wrong.
+  """
+  with _context():
+    return ocp.save_checkpointables_async(
+      path, {'state': _without_empty(state), 'manifest': manifest}
+    )
+
+
+def load_state(path, template):
+  """The arrays of a folder, in the shardings of a template.
+
+  Args:
+    path: the folder.
+    template: a tree of arrays or `jax.ShapeDtypeStruct`s.  A leaf without a
+      sharding lands on the default device.
+  """
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
+    template,
+  )
+  with _context():
+    loaded = ocp.load_checkpointables(
+      path, {'state': _without_empty(abstract)}
+    )['state']
+  return jax.tree.map(
+    lambda x, y: (
+      jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+      if _is_empty(x)
+      else y
+    ),
+    *(abstract, loaded),
+  )
+
+
+def load_manifest(path) -> dict:
+  """The manifest of a folder."""
+  with _context():
+    return ocp.load_checkpointables(path, {'manifest': None})['manifest']
+
+
+def _context():
+  registry = ocp.handlers.local_registry()
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  # Created in the background, the folder of a save that fails early leaves
+  # threads that wait for it for 20 minutes.
+  context.async_options.create_directories_asynchronously = False
+  return context
+
+
+def _without_empty(tree):
+  """None for arrays without elements, which Orbax refuses to save."""
+  return jax.tree.map(lambda x: None if _is_empty(x) else x, tree)
+
+
+def _is_empty(x):
+  return 0 in x.shape
+
+
+def _sharding(leaf):
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return sharding
