@@ -69,17 +69,33 @@ def test_a_tokenizer_without_bos_gets_none_except_for_an_empty_prompt(gpt2):
   assert empty.tolist() == [gpt2.bos_token_id]
 
 
-def test_an_end_token_that_the_tokenizer_appends_is_left_out():
+@pytest.mark.parametrize(
+  'bos, template, whole, expected',
+  [
+    ('<bos>', '<bos> $A <eos>', [5, 3, 4, 1], [5, 3, 4]),
+    ('<bos>', '$A <eos>', [3, 4, 1], [3, 4]),
+    # One token for both, as in GPT-2: where it stands tells what it is.
+    ('<eos>', '$A <eos>', [3, 4, 1], [3, 4]),
+    ('<eos>', '<eos> $A', [1, 3, 4], [1, 3, 4]),
+    ('<eos>', '<eos> $A <eos>', [1, 3, 4, 1], [1, 3, 4]),
+  ],
+)
+def test_an_end_token_that_the_tokenizer_appends_is_left_out(
+  bos, template, whole, expected
+):
   from tokenizers import processors
 
   tokenizer = character_tokenizer('ab')
-  tokenizer.add_special_tokens({'bos_token': '<bos>'})
+  tokenizer.add_special_tokens({'bos_token': bos})
   tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-    single='<bos> $A <eos>',
-    special_tokens=[('<bos>', tokenizer.bos_token_id), ('<eos>', 1)],
+    single=template,
+    special_tokens=[(bos, tokenizer.bos_token_id), ('<eos>', 1)],
   )
-  assert tokenizer('ab')['input_ids'] == [5, 3, 4, 1]
-  assert prompts.encode_text('ab', tokenizer) == [5, 3, 4]
+  assert tokenizer('ab')['input_ids'] == whole
+  assert prompts.encode_text('ab', tokenizer) == expected
+  spelled = prompts.encode_text(f'{bos}ab', tokenizer)
+  assert spelled == [tokenizer.bos_token_id, 3, 4]
+  assert prompts.encode_text('', tokenizer) == [tokenizer.bos_token_id]
 
 
 def test_a_chat_template_is_tokenised_as_it_stands(stories):

@@ -58,14 +58,20 @@ def encode_text(text: str, tokenizer) -> list[int]:
 
   A tokenizer that appends an end token (some do) would end the prompt before
   the model has written anything, so only the leading BOS is taken over, and not
-  a second time where the text spells it out.
+  a second time where the text spells it out.  An empty text is the BOS alone,
+  so that there is something to start from, where the tokenizer has one.
   """
   # Not verbose: whether a text is too long is the caller's to say.
   ids = tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
   bos = tokenizer.bos_token_id
-  if bos is None or tokenizer('')['input_ids'][:1] != [bos]:
+  if bos is None or ids[:1] == [bos]:
     return ids
-  return ids if ids[:1] == [bos] else [bos, *ids]
+  if not ids:
+    return [bos]
+  # Told from this text, not from an empty one: where BOS and EOS are one token,
+  # an empty text would not tell whether it is prepended or appended.
+  whole = tokenizer(text, verbose=False)['input_ids']
+  return [bos, *ids] if whole[:1] == [bos] else ids
 
 
 def encode_prompts(
@@ -342,8 +348,6 @@ def _encode_prompt(
   text += suffix
   if template is None:
     ids = encode_text(text, tokenizer)
-    if not ids and tokenizer.bos_token_id is not None:
-      ids = [tokenizer.bos_token_id]
   else:
     messages = [{'role': 'user', 'content': text}]
     if system_prompt is not None:
