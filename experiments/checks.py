@@ -42,30 +42,9 @@ _LEAST = {
 def check(config: ConfigDict) -> None:
   """Raises UserError for what can be told from the configuration alone.
 
-  A field that `configs.base` does not have would be read by nothing; one that
-  is missing would fail in the middle of a run.
+  An algorithm that is named as file.py:function is loaded.
   """
-  fields, known = dict(leaves(config)), dict(leaves(base.get_config()))
-  for name in fields:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, 1)
-      hint = f'did you mean config.{near[0]}?' if near else 'remove it'
-      raise UserError(f'nothing reads config.{name}\n{hint}')
-  for name in known:
-    if name not in fields:
-      raise UserError(
-        f'config.{name} is missing\nbegin with config = base.get_config() of '
-        'experiments.configs'
-      )
-  for name, default in known.items():
-    if fields[name] is None and default is not None:
-      raise UserError(f'config.{name} is None\nits default is {default!r}')
-  for name, least in _LEAST.items():
-    if fields[name] < least:
-      raise UserError(
-        f'config.{name} is {fields[name]}\nit must be at least {least}'
-      )
-  _check_numbers(config)
+  check_fields(config)
   build.estimator(config)
   _check_on_policy(config)
   prompts, settings = config.rollout.prompts, config.training
@@ -73,6 +52,49 @@ def check(config: ConfigDict) -> None:
   minibatch = prompts // settings.minibatches
   micro_prompts = settings.micro_prompts or minibatch
   check_divides(micro_prompts, minibatch, 'config.training.micro_prompts')
+
+
+def check_fields(config: ConfigDict) -> None:
+  """Raises UserError for a field that is wrong by itself; executes nothing.
+
+  A field that `configs.base` does not have would be read by nothing; one that
+  is missing would fail in the middle of a run.  Types are those of the
+  defaults: JSON, which a run's configuration is read back from, has others.
+  """
+  fields, known = dict(leaves(config)), dict(leaves(base.get_config()))
+  for name in fields:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, 1)
+      hint = f'did you mean config.{near[0]}?' if near else 'remove it'
+      raise UserError(f'nothing reads config.{name}\n{hint}')
+  for name, default in known.items():
+    kind, types = _kind(default)
+    if name not in fields:
+      raise UserError(
+        f'config.{name} is missing: {kind}\nbegin with config = '
+        'base.get_config() of experiments.configs, which has every field'
+      )
+    if type(fields[name]) not in types:
+      raise UserError(f'config.{name} is {fields[name]!r}\nit must be {kind}')
+  for name, least in _LEAST.items():
+    if fields[name] < least:
+      raise UserError(
+        f'config.{name} is {fields[name]}\nit must be at least {least}'
+      )
+  _check_numbers(config)
+
+
+def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
+  """What a field with this default holds, in words and as types."""
+  if isinstance(default, ConfigDict):
+    return 'a section with fields of its own', (ConfigDict,)
+  kinds = {
+    bool: ('true or false', (bool,)),
+    int: (f'an integer, such as {default!r}', (int,)),
+    float: (f'a number, such as {default!r}', (float, int)),
+    str: (f'a text, such as {default!r}', (str,)),
+  }
+  return kinds[type(default)]
 
 
 def _check_numbers(config: ConfigDict) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from experiments import build
+from experiments import build, checks
 from jaxrl_llm import training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -29,21 +29,28 @@ class Trained(NamedTuple):
 
 
 def read_config(workdir) -> ConfigDict:
-  """The configuration that a run stored, locked.
+  """The configuration that a run stored, locked and checked field by field.
 
   Raises:
-    UserError: the folder holds no run.
+    UserError: the folder holds no run, or its configuration was damaged.
   """
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    return ConfigDict(json.loads(path.read_text(encoding='utf-8'))).lock()
+    stored = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(stored, dict):
+      raise UserError('it is not a JSON object')
+    config = ConfigDict(stored).lock()
+    checks.check_fields(config)
   except FileNotFoundError as error:
     raise UserError(
       f'{workdir} holds no run: {path} is missing\n'
       'name the --workdir of a run, or a Hugging Face folder with --model'
     ) from error
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read: {error}') from error
+  return config
 
 
 def load(workdir, step: str = 'newest') -> Trained:

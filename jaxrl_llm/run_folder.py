@@ -183,12 +183,15 @@ def _stored_config(path):
   if not file.exists():
     return None
   try:
-    return json.loads(file.read_text(encoding='utf-8'))
+    stored = json.loads(file.read_text(encoding='utf-8'))
+    if not isinstance(stored, dict):
+      raise ValueError('it is no object')
   except ValueError as error:
     raise UserError(
-      f'{file} is not JSON: {error}.\n'
+      f'{file} is not a JSON configuration: {error}.\n'
       'Restore it from a copy, or name another --workdir.'
     ) from error
+  return stored
 
 
 def _flat(config, prefix=''):

@@ -156,10 +156,12 @@ def test_config_that_is_not_json_is_refused(tmp_path, value):
   assert not (tmp_path / 'run').exists()
 
 
-def test_broken_stored_config_is_named(tmp_path):
-  (tmp_path / 'config.json').write_text('{"steps": ')
-  with pytest.raises(UserError, match='config.json is not JSON'):
+@pytest.mark.parametrize('text', ['{"steps": ', '[1]', '"steps"'])
+def test_broken_stored_config_is_named(text, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match='config.json is not a JSON config') as e:
     run_folder.open_run(tmp_path, True, {})
+  assert len(lines(e)) == 2
 
 
 def test_unusable_folder_is_named(tmp_path):
