@@ -24,7 +24,7 @@ def needing(**needs):
     ('critic', 'values'),
     ('entropy', 'entropy'),
     ('score_norms', 'score_norms'),
-    ('branches', 'branch_values'),
+    ('token_rewards', 'token_rewards'),
   ],
 )
 def test_missing_array_is_named(need, field):
@@ -35,6 +35,20 @@ def test_missing_array_is_named(need, field):
     estimator.prepare(rollouts)
   array = np.zeros(rollouts.mask.shape)
   estimator.prepare(rollouts.replace(**{field: array}))
+
+
+def test_missing_branches_are_named():
+  rollouts, _ = random_rollouts(0)
+  array = np.zeros(rollouts.mask.shape)
+  for weighted in (False, True):
+    rule = est.Branches(1, 2, est.positions.fixed(1), weighted)
+    estimator, given = needing(branches=rule), rollouts
+    names = ['branch_values', 'branch_mask', 'branch_baselines'][: 2 + weighted]
+    for name in names:
+      with pytest.raises(ValueError, match=f'needs `{name}`'):
+        estimator.prepare(given)
+      given = given.replace(**{name: array})
+    estimator.prepare(given)
 
 
 def test_too_few_responses_are_refused():

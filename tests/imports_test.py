@@ -80,7 +80,14 @@ def test_arrows(name):
 
 
 def test_order_within_the_estimators():
-  order = ['types', 'advantages token_losses weights', 'compose', 'algorithms']
+  order = [
+    'types',
+    'baselines positions',
+    'advantages ratios weights preferences',
+    'credit token_losses',
+    'compose',
+    'algorithms actor_critic references',
+  ]
   level = {
     f'jaxrl_llm.estimators.{name}': i
     for i, names in enumerate(order)

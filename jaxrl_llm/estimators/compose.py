@@ -1,5 +1,6 @@
 """An estimator is a value: advantages, token loss and token weights."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Array,
   Batch,
+  Keep,
   Needs,
   Outputs,
   Rollouts,
@@ -40,7 +42,12 @@ class Estimator(NamedTuple):
 
 
 def estimator(
-  advantages: AdvantageTransform, token_loss: TokenLoss, weights: TokenWeights
+  advantages: AdvantageTransform,
+  token_loss: TokenLoss,
+  weights: TokenWeights,
+  *,
+  keep: Keep = valid_responses,
+  value_target: AdvantageTransform | None = None,
 ) -> Estimator:
   """Composes an estimator.
 
@@ -50,12 +57,19 @@ def estimator(
     advantages: response rewards → advantages.
     token_loss: the loss of each token.
     weights: how tokens are summed.
+    keep: which responses are trained on and counted in N.  Group statistics
+      are taken over all valid ones before.
+    value_target: response rewards → what a critic should predict.
 
   Returns:
     An `Estimator`.  Its `prepare` raises ValueError for too few responses per
     prompt and for a missing array that the parts need.
   """
-  needs = merge_needs(advantages.needs, token_loss.needs)
+  needs = merge_needs(
+    advantages.needs,
+    token_loss.needs,
+    Needs() if value_target is None else value_target.needs,
+  )
 
   def weigh(batch: Batch) -> Batch:
     mask = batch.mask & batch.valid
@@ -63,9 +77,11 @@ def estimator(
 
   def prepare(rollouts: Rollouts) -> Batch:
     _check(rollouts, needs)
-    valid = valid_responses(rollouts)
-    rewards = jnp.where(valid, rollouts.rewards, 0.0)
-    advantage = advantages.apply(rewards, rollouts.replace(rewards=rewards))
+    rollouts = _blank_rollouts(rollouts)
+    rewards = rollouts.rewards
+    advantage = advantages.apply(rewards, rollouts)
+    target = value_target and value_target.apply(rewards, rollouts)
+    valid = rollouts.valid & keep(rollouts)
     batch = Batch(
       tokens=rollouts.tokens,
       mask=rollouts.mask,
@@ -76,6 +92,7 @@ def estimator(
       sampler_log_probs=rollouts.sampler_log_probs,
       ref_log_probs=rollouts.ref_log_probs,
       values=rollouts.values,
+      value_targets=target,
       entropy=rollouts.entropy,
       branches=rollouts.branches,
     )
@@ -89,16 +106,38 @@ def estimator(
   return Estimator(needs, prepare, weigh, loss)
 
 
-def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
-  """Zeros per-token arrays outside the mask, where anything may stand.
+def start_running(needs: Needs) -> dict[str, Array]:
+  """What `Rollouts.running` holds before the first batch."""
+  return {part.name: jnp.float32(part.initial) for part in needs.running}
+
+
+def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
+  """What `Rollouts.running` holds for the batch after `rollouts`."""
+  running = rollouts.running or {}
+  rollouts = _blank_rollouts(rollouts)
+  return {
+    part.name: part.update(running[part.name], rollouts)
+    for part in needs.running
+  }
+
+
+def _blank_rollouts(rollouts: Rollouts) -> Rollouts:
+  """Zeros what stands outside the mask; `valid` is an array afterwards.
 
   0 · NaN is NaN: a weight of 0 alone would not keep garbage out.
   """
-  mask = batch.mask & batch.valid
+  valid = valid_responses(rollouts)
+  blank = functools.partial(_blank, rollouts.mask & valid)
+  return rollouts.replace(
+    valid=valid,
+    rewards=jnp.where(valid, rollouts.rewards, 0.0),
+    **{name: blank(getattr(rollouts, name)) for name in _PER_TOKEN},
+  )
 
-  def blank(x: Array | None) -> Array | None:
-    return None if x is None else jnp.where(mask, x, 0.0)
 
+def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
+  """Zeros what stands outside the mask of a batch and its outputs."""
+  blank = functools.partial(_blank, batch.mask & batch.valid)
   return (
     outputs.replace(
       log_probs=blank(outputs.log_probs),
@@ -116,6 +155,23 @@ def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
   )
 
 
+def _blank(mask: Array, x: Array | None) -> Array | None:
+  return None if x is None else jnp.where(mask, x, 0.0)
+
+
+_PER_TOKEN = (
+  'log_probs',
+  'sampler_log_probs',
+  'token_rewards',
+  'ref_log_probs',
+  'values',
+  'entropy',
+  'score_norms',
+  'branch_values',
+  'branch_baselines',
+)
+
+
 def _check(rollouts: Rollouts, needs: Needs) -> None:
   prompts, samples, length = rollouts.tokens.shape
   chex.assert_shape(
@@ -129,13 +185,18 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
       f'this estimator needs at least {needs.samples} responses per prompt '
       f'and got {samples}'
     )
+  branched = needs.branches is not None
   required = {
     'ref_log_probs': needs.reference,
     'greedy_rewards': needs.greedy,
     'values': needs.critic,
     'entropy': needs.entropy,
     'score_norms': needs.score_norms,
-    'branch_values': needs.branches is not None,
+    'token_rewards': needs.token_rewards,
+    'branch_values': branched,
+    'branch_mask': branched,
+    'branch_baselines': branched and needs.branches.score_weighted,
+    'running': bool(needs.running),
   }
   for name, needed in required.items():
     if needed and getattr(rollouts, name) is None:

@@ -7,13 +7,16 @@ meet a weight of 0.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.estimators.ratios import token_ratio
 from jaxrl_llm.estimators.types import (
   Array,
   Batch,
   Needs,
   Outputs,
+  Ratio,
   TokenLoss,
   merge_needs,
 )
@@ -49,18 +52,16 @@ def score_function() -> TokenLoss:
   return TokenLoss(apply)
 
 
-def token_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """ρᵢₜ = πᵢₜ / π_oldᵢₜ, [P, G, T]: how the update changed each token.
-
-  |log ρ| is cut at 20: beyond, ρ would overflow, and 0 · ∞ is NaN.
-  """
-  return jnp.exp(jnp.clip(outputs.log_probs - batch.log_probs, -20.0, 20.0))
-
-
-def clipped(low: float, high: float | None = None) -> TokenLoss:
+def clipped(
+  low: float,
+  high: float | None = None,
+  ratio: Ratio = token_ratio,
+  dual: float | None = None,
+) -> TokenLoss:
   """The clipped surrogate of PPO.
 
     ℓᵢₜ = − min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Aᵢₜ)
+    ℓᵢₜ ← min(ℓᵢₜ, − dual · Aᵢₜ)   where Aᵢₜ < 0
 
   At the first update after sampling ρ = 1 and its gradient is that of
   `score_function`.
@@ -68,23 +69,61 @@ def clipped(low: float, high: float | None = None) -> TokenLoss:
   Args:
     low: ε_low.
     high: ε_high; ε_low if None.
+    ratio: ρ, at the level of tokens or of responses: see `ratios`.
+    dual: the largest ratio that a negative advantage may meet, above 1; no
+      bound if None.
 
   References:
     Schulman et al., `Proximal Policy Optimization Algorithms
     <https://arxiv.org/abs/1707.06347>`_, 2017
+    Ye et al., `Mastering Complex Control in MOBA Games
+    <https://arxiv.org/abs/1912.09729>`_, 2019 (dual)
   """
   high = low if high is None else high
+  if dual is not None and dual <= 1:
+    raise ValueError(f'{dual=} has to be above 1')
 
   def apply(outputs: Outputs, batch: Batch) -> Array:
-    ratio = token_ratio(outputs, batch)
-    inside = jnp.clip(ratio, 1.0 - low, 1.0 + high)
-    return -jnp.minimum(ratio * batch.advantages, inside * batch.advantages)
+    advantages = batch.advantages
+    rho = ratio(outputs, batch)
+    inside = jnp.clip(rho, 1.0 - low, 1.0 + high)
+    loss = -jnp.minimum(rho * advantages, inside * advantages)
+    if dual is None:
+      return loss
+    bounded = jnp.minimum(loss, -dual * advantages)
+    return jnp.where(advantages < 0, bounded, loss)
+
+  return TokenLoss(apply)
+
+
+def clipped_weight(
+  low: float, high: float, ratio: Ratio = token_ratio
+) -> TokenLoss:
+  """The score function under a clipped importance weight.
+
+    ℓᵢₜ = − sg[clip(ρᵢₜ, 1−ε_low, 1+ε_high)] Aᵢₜ log πᵢₜ
+
+  Every token keeps a gradient, unlike in `clipped`.
+
+  Args:
+    low: ε_low; 1 leaves small ratios as they are.
+    high: ε_high.
+    ratio: ρ.
+
+  References:
+    MiniMax, `MiniMax-M1 <https://arxiv.org/abs/2506.13585>`_, 2025 (CISPO)
+  """
+
+  def apply(outputs: Outputs, batch: Batch) -> Array:
+    weight = jnp.clip(ratio(outputs, batch), 1.0 - low, 1.0 + high)
+    weight = jax.lax.stop_gradient(weight)
+    return -weight * batch.advantages * outputs.log_probs
 
   return TokenLoss(apply)
 
 
 def k1(log_probs: Array, ref_log_probs: Array) -> Array:
-  """log π − log π_ref: unbiased as a *value*, useless as a loss."""
+  """log π − log π_ref: unbiased as a *value*; its gradient's mean is zero."""
   return log_probs - ref_log_probs
 
 
@@ -133,3 +172,39 @@ def kl_penalty(coefficient: float, divergence: Divergence = k3) -> TokenLoss:
     return coefficient * divergence(outputs.log_probs, batch.ref_log_probs)
 
   return TokenLoss(apply, Needs(reference=True))
+
+
+def value_error(coefficient: float, clip: float | None = None) -> TokenLoss:
+  """The squared error of the critic.
+
+    ℓᵢₜ = c/2 · max((V − target)², (clip(V, V_old − ε, V_old + ε) − target)²)
+
+  Args:
+    coefficient: c.
+    clip: ε, in units of the reward; None does not clip.
+
+  References:
+    Schulman et al., `Proximal Policy Optimization Algorithms
+    <https://arxiv.org/abs/1707.06347>`_, 2017; the clipping is that of its
+    authors' code.
+  """
+
+  def apply(outputs: Outputs, batch: Batch) -> Array:
+    error = jnp.square(outputs.values - batch.value_targets)
+    if clip is not None:
+      near = jnp.clip(outputs.values, batch.values - clip, batch.values + clip)
+      error = jnp.maximum(error, jnp.square(near - batch.value_targets))
+    return 0.5 * coefficient * error
+
+  return TokenLoss(apply, Needs(critic=True))
+
+
+def entropy_bonus(coefficient: float) -> TokenLoss:
+  """Rewards entropy of the next-token distributions, blind to later states.
+
+    ℓᵢₜ = − c Hᵢₜ
+
+  Args:
+    coefficient: c, in units of the advantage per nat.
+  """
+  return TokenLoss(lambda outputs, batch: -coefficient * outputs.entropy)

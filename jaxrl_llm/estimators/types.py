@@ -36,10 +36,10 @@ class Rollouts:
     score_norms: [P, G, T] squared norm of the score at the logits.
     branch_values: [P, G, T] Monte Carlo value of the state before token t.
     branch_baselines: [P, G, T] score-weighted value of the same state.
-    branch_mask: [P, G, T] bool, where the two above are known; always at 0.
+    branch_mask: [P, G, T] bool, where the two above are known.
     branches: the branches themselves, [P, G, M, K, ...], for estimators that
       train on them.
-    running: arrays that outlive a batch, such as a moving baseline.
+    running: {name: scalar}, what outlives a batch: see `Running`.
   """
 
   tokens: Array
@@ -58,7 +58,7 @@ class Rollouts:
   branch_baselines: Array | None = None
   branch_mask: Array | None = None
   branches: Any = None
-  running: Any = None
+  running: dict[str, Array] | None = None
 
 
 @chex.dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Batch:
   """What a loss sees: `Rollouts` after `prepare`, without gradients.
 
   Attributes:
-    tokens, mask, log_probs, valid: as in `Rollouts`; `valid` is never None.
+    tokens, mask, log_probs: as in `Rollouts`.
+    valid: [P, G, 1] bool, the valid responses that the estimator keeps.
     advantages: [P, G, 1] or [P, G, T], 0 where not valid.
     weights: [P, G, T], 0 outside the mask; they carry every normaliser, so
       the loss is a plain sum.
@@ -106,6 +107,22 @@ class Outputs:
   branch_log_probs: Array | None = None
 
 
+class Running(NamedTuple):
+  """A number that outlives a batch; part of a run's checkpoint.
+
+  Attributes:
+    name: its key in `Rollouts.running`.
+    initial: its value before the first batch.
+    update: (value, rollouts) → the value for the next batch.  An advantage
+      may read the value of earlier batches only: else it would contain the
+      response that it weighs.
+  """
+
+  name: str
+  initial: float
+  update: Callable[[Array, Rollouts], Array]
+
+
 class Needs(NamedTuple):
   """What must be sampled or computed before an estimator can be applied.
 
@@ -116,7 +133,9 @@ class Needs(NamedTuple):
     critic: values of a critic.
     entropy: entropy at sampling time.
     score_norms: squared score norms at sampling time.
-    branches: a description of Monte Carlo branches, None without.
+    token_rewards: known rewards of tokens.
+    branches: a `positions.Branches`, None without.
+    running: numbers that outlive a batch.
   """
 
   samples: int = 1
@@ -125,18 +144,25 @@ class Needs(NamedTuple):
   critic: bool = False
   entropy: bool = False
   score_norms: bool = False
+  token_rewards: bool = False
   branches: Any = None
+  running: tuple[Running, ...] = ()
 
 
 def merge_needs(*needs: Needs) -> Needs:
   """The smallest `Needs` that satisfies all of `needs`.
 
   Raises:
-    ValueError: two parts ask for different branches.
+    ValueError: two parts ask for different branches, or for different running
+      numbers of the same name.
   """
   branches = {need.branches for need in needs} - {None}
   if len(branches) > 1:
     raise ValueError(f'parts of an estimator ask for different {branches=}')
+  running = tuple(dict.fromkeys(r for need in needs for r in need.running))
+  names = [r.name for r in running]
+  if len(set(names)) < len(names):
+    raise ValueError(f'two running numbers of one estimator share {names=}')
   return Needs(
     samples=max((need.samples for need in needs), default=1),
     greedy=any(need.greedy for need in needs),
@@ -144,7 +170,9 @@ def merge_needs(*needs: Needs) -> Needs:
     critic=any(need.critic for need in needs),
     entropy=any(need.entropy for need in needs),
     score_norms=any(need.score_norms for need in needs),
+    token_rewards=any(need.token_rewards for need in needs),
     branches=branches.pop() if branches else None,
+    running=running,
   )
 
 
@@ -152,10 +180,17 @@ class AdvantageTransform(NamedTuple):
   """`apply` maps the flowing array, at first the rewards, to the next one.
 
   The array is [P, G, 1] or [P, G, T]; every transform gets whole rollouts.
+
+  Attributes:
+    apply: (array, rollouts) → array.
+    needs: what must be sampled for it.
+    shapes_reward: whether it changes what a response earns, so that Monte
+      Carlo branches would have to be scored with it too.
   """
 
   apply: Callable[[Array, Rollouts], Array]
   needs: Needs = Needs()
+  shapes_reward: bool = False
 
 
 class TokenLoss(NamedTuple):
@@ -164,6 +199,12 @@ class TokenLoss(NamedTuple):
   apply: Callable[[Outputs, Batch], Array]
   needs: Needs = Needs()
 
+
+# Maps the log-probabilities under two policies to ratios [P, G, T].
+Ratio = Callable[[Outputs, Batch], Array]
+
+# Which responses an estimator trains on: [P, G, 1] bool.
+Keep = Callable[[Rollouts], Array]
 
 # Maps the mask, [P, G, T] bool and already False where a response is not
 # valid, and `valid`, [P, G, 1], to weights [P, G, T].

@@ -1,13 +1,21 @@
-"""How tokens are summed: a mask becomes token weights.
+"""How tokens are summed, and which responses are trained on.
 
-Each function maps `mask`, [P, G, T], and `valid`, [P, G, 1], of one optimiser
-minibatch to weights [P, G, T].  N is the number of valid responses in that
-minibatch.  No weight depends on padding, micro-batches or devices.
+Weights map `mask`, [P, G, T], and `valid`, [P, G, 1], of one optimiser
+minibatch to [P, G, T].  N is the number of valid responses in that minibatch.
+No weight depends on padding, micro-batches or devices.  Predicates map rollouts
+to [P, G, 1] bool: the `keep` of `estimator`.
 """
 
 import jax.numpy as jnp
 
-from jaxrl_llm.estimators.types import Array, TokenWeights
+from jaxrl_llm.estimators.baselines import varies
+from jaxrl_llm.estimators.types import (
+  Array,
+  Keep,
+  Rollouts,
+  TokenWeights,
+  valid_responses,
+)
 
 
 def sequence_sum() -> TokenWeights:
@@ -49,6 +57,26 @@ def token_mean() -> TokenWeights:
   Bias: the denominator contains the response's own length, which tilts it.
   """
   return lambda mask, valid: mask / jnp.maximum(mask.sum(keepdims=True), 1)
+
+
+def mixed_outcomes() -> Keep:
+  """Keeps groups whose rewards are not all equal.
+
+  Equal ones teach a group baseline nothing; dropped, they do not count in N.
+  """
+
+  def keep(rollouts: Rollouts) -> Array:
+    valid = valid_responses(rollouts)
+    return valid & varies(rollouts.rewards, valid)
+
+  return keep
+
+
+def reward_above(threshold: float) -> Keep:
+  """Keeps responses with a reward above `threshold`."""
+  return lambda rollouts: (
+    valid_responses(rollouts) & (rollouts.rewards > threshold)
+  )
 
 
 def _count(valid: Array) -> Array:

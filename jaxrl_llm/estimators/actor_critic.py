@@ -1,0 +1,181 @@
+"""The named estimators that value states: by a critic or by branches.
+
+A is the advantage, V a value, ρ the ratio of the policy to the one that
+sampled, N the number of responses, ΣT that of tokens.
+"""
+
+from jaxrl_llm.estimators.advantages import chain
+from jaxrl_llm.estimators.compose import Estimator, estimator
+from jaxrl_llm.estimators.credit import (
+  Fill,
+  at_last_token,
+  branches,
+  critic,
+  gae,
+  hold,
+  lambda_return,
+  length_adaptive,
+  subtract_token_kl,
+  whiten,
+)
+from jaxrl_llm.estimators.positions import Positions, delimiter, uniform
+from jaxrl_llm.estimators.token_losses import (
+  add,
+  clipped,
+  kl_penalty,
+  value_error,
+)
+from jaxrl_llm.estimators.types import Running
+from jaxrl_llm.estimators.weights import sequence_sum, token_mean
+
+
+def ppo(
+  clip: float = 0.2,
+  lam: float = 0.95,
+  kl: float | Running = 0.0,
+  value_coefficient: float = 0.5,
+  value_clip: float = 0.2,
+  dual_clip: float | None = None,
+) -> Estimator:
+  """Proximal Policy Optimization with a critic and generalised advantages.
+
+    L = 1/ΣT Σᵢ Σₜ [− min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ) + c/2 (V − V̂)²]
+    A = whiten(GAE(1, λ)),   V̂ = V_old + GAE(1, λ),   r = R at the end − β k1
+
+  γ is 1: the reward is that of the whole response.
+
+  Bias: as good as the critic; `whiten` and `token_mean` as their lines say.
+
+  Args:
+    clip: ε.
+    lam: λ.
+    kl: β, in units of the reward per nat, or `adaptive_kl`.
+    value_coefficient: c.
+    value_clip: how far the critic may move, in units of the reward.
+    dual_clip: the largest ratio that a negative advantage meets.
+
+  References:
+    Schulman et al., `Proximal Policy Optimization Algorithms
+    <https://arxiv.org/abs/1707.06347>`_, 2017
+  """
+  kl_part = (subtract_token_kl(kl),) if kl else ()
+  reward = chain(at_last_token(), *kl_part)
+  return estimator(
+    chain(reward, gae(1.0, lam, critic()), whiten()),
+    add(
+      clipped(clip, dual=dual_clip), value_error(value_coefficient, value_clip)
+    ),
+    token_mean(),
+    value_target=chain(reward, lambda_return(1.0, lam)),
+  )
+
+
+def vapo(
+  alpha: float = 0.05,
+  clip: float = 0.2,
+  clip_high: float = 0.28,
+  value_coefficient: float = 0.5,
+  value_clip: float = 0.5,
+) -> Estimator:
+  """PPO whose λ differs: 1 for the critic, by length for the policy.
+
+    A = whiten(GAE(1, 1 − 1/(α T))),   V̂ = R
+
+  The rest of the paper's recipe (value pretraining, likelihood of right
+  responses) is not part of the estimator.
+
+  Bias: as `ppo`.
+
+  Args:
+    alpha: α, in 1/tokens.
+    clip: ε_low.
+    clip_high: ε_high.
+    value_coefficient, value_clip: as in `ppo`.
+
+  References:
+    Yue et al., `VAPO <https://arxiv.org/abs/2504.05118>`_, 2025
+  """
+  return estimator(
+    chain(
+      at_last_token(), gae(1.0, length_adaptive(alpha), critic()), whiten()
+    ),
+    add(clipped(clip, clip_high), value_error(value_coefficient, value_clip)),
+    token_mean(),
+    value_target=chain(at_last_token(), lambda_return(1.0, 1.0)),
+  )
+
+
+def vine_ppo(
+  delimiters: tuple[int, ...],
+  count: int = 8,
+  samples: int = 9,
+  clip: float = 0.2,
+  kl: float = 1e-4,
+) -> Estimator:
+  """VinePPO: Monte Carlo values at the ends of reasoning steps.
+
+    L = − 1/ΣT Σᵢ Σₜ [min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ) − β k3ᵢₜ]
+    Aᵢₜ = whiten(V̂_b − V̂_a)   for t in the step (a, b]
+
+  V̂ is the mean of K continuations, that of the prompt the siblings' mean.
+
+  Bias: none but what `whiten`, `token_mean` and the KL's gradient add.
+
+  Args:
+    delimiters: token ids that end a step.
+    count: the most steps; the tail is one last step.
+    samples: K.
+    clip: ε.
+    kl: β, in units of the advantage per nat.  At 0 no reference is asked for.
+
+  References:
+    Kazemnejad et al., `VinePPO <https://arxiv.org/abs/2410.01679>`_, 2024
+  """
+  penalty = (kl_penalty(kl),) if kl else ()
+  values = branches(count, samples, delimiter(*delimiters))
+  return estimator(
+    chain(at_last_token(), gae(1.0, 0.0, values), whiten()),
+    add(clipped(clip), *penalty),
+    token_mean(),
+  )
+
+
+def trepo(
+  count: int = 4,
+  samples: int = 4,
+  positions: Positions | None = None,
+  fill: Fill = hold,
+  clip: float = 0.2,
+  score_weighted: bool = False,
+) -> Estimator:
+  """Token-level advantages from Monte Carlo branches, without a critic.
+
+    L = − 1/N Σᵢ Σₜ min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ)
+    Aᵢₜ = V̂_b − V̂_a   for a < t ≤ b,   V̂_T = Rᵢ
+
+  V̂ at a position is the mean reward of K fresh continuations from there, at
+  the prompt that of the siblings.  The authors approximate between positions
+  and leave open how: `interpolate_advantages` with `pairs(uniform())` reads
+  their words most literally, `hold` is ours and exact.
+
+  Bias: none with `hold`; the interpolations tilt.
+
+  Args:
+    count: the most positions per response.
+    samples: K.
+    positions: a rule of `positions`; `uniform()` if None.
+    fill: `hold`, `interpolate_values` or `interpolate_advantages`.
+    clip: ε.
+    score_weighted: baselines weighted by the continuations' squared scores.
+
+  References:
+    He et al., `Response-Level Rewards Are All You Need
+    <https://arxiv.org/abs/2506.02553>`_, 2025
+  """
+  rule = uniform() if positions is None else positions
+  values = branches(count, samples, rule, score_weighted)
+  return estimator(
+    chain(at_last_token(), gae(1.0, 0.0, values, fill)),
+    clipped(clip),
+    sequence_sum(),
+  )

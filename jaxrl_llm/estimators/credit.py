@@ -1,0 +1,368 @@
+"""From a response's reward to advantages of its tokens.
+
+Values come from a slot: a critic knows them at every token, Monte Carlo
+branches at a few.  One `gae` over the segments between known values serves
+PPO, VinePPO and TRePO.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.estimators.advantages import current, running_part, token_kl
+from jaxrl_llm.estimators.baselines import (
+  score_norm,
+  subtract_leave_one_out_mean,
+  subtract_weighted_leave_one_out_mean,
+)
+from jaxrl_llm.estimators.positions import Branches, Positions
+from jaxrl_llm.estimators.types import (
+  AdvantageTransform,
+  Array,
+  Needs,
+  Rollouts,
+  Running,
+  valid_responses,
+)
+
+
+class Known(NamedTuple):
+  """Values of the states before tokens, [P, G, T] each.
+
+  Attributes:
+    values: in units of the reward.
+    baselines: what an advantage is taken against at the same states.
+    where: bool, at which states they are known; the first is always.
+  """
+
+  values: Array
+  baselines: Array
+  where: Array
+
+
+class Values(NamedTuple):
+  """A source of values."""
+
+  apply: Callable[[Rollouts], Known]
+  needs: Needs
+
+
+# Maps advantages at known states, [P, G, T], `where` they are known and the
+# mask to advantages of all tokens.
+Fill = Callable[[Array, Array, Array], Array]
+# γ-like numbers may depend on the responses' lengths, [P, G, 1] tokens.
+Lambda = float | Callable[[Array], Array]
+
+
+def critic() -> Values:
+  """A learned value of every state."""
+
+  def apply(rollouts: Rollouts) -> Known:
+    everywhere = jnp.ones_like(rollouts.mask)
+    return Known(rollouts.values, rollouts.values, everywhere)
+
+  return Values(apply, Needs(critic=True))
+
+
+def branches(
+  count: int,
+  samples: int,
+  positions: Positions,
+  score_weighted: bool = False,
+) -> Values:
+  """Monte Carlo values at a few states; the first from the other responses.
+
+    V₀ = mean of the siblings' rewards,   V_p = mean of K fresh continuations
+
+  Args:
+    count: the most positions per response.
+    samples: K, continuations per position.
+    positions: a rule of `positions`.
+    score_weighted: takes advantages against the score-weighted mean of the
+      same continuations, which has lower variance than their mean.
+  """
+  others = subtract_leave_one_out_mean()
+  weighted = subtract_weighted_leave_one_out_mean(score_norm())
+
+  def apply(rollouts: Rollouts) -> Known:
+    first = jnp.arange(rollouts.mask.shape[2]) == 0
+    first = jnp.broadcast_to(first, rollouts.mask.shape)
+    where = first | rollouts.branch_mask
+    rewards = rollouts.rewards
+    root = rewards - others.apply(rewards, rollouts)
+    values = jnp.where(first, root, rollouts.branch_values)
+    if not score_weighted:
+      return Known(values, values, where)
+    root = rewards - weighted.apply(rewards, rollouts)
+    return Known(
+      values, jnp.where(first, root, rollouts.branch_baselines), where
+    )
+
+  rule = Branches(count, samples, positions, score_weighted)
+  needs = Needs(samples=2, branches=rule, score_norms=score_weighted)
+  return Values(apply, needs)
+
+
+def at_last_token() -> AdvantageTransform:
+  """Puts a response's reward on its last token, 0 elsewhere.
+
+  Level: [P, G, 1] → token, [P, G, T].
+  """
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    mask = rollouts.mask
+    after = jnp.pad(mask[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    return jnp.where(mask & ~after, advantages, 0.0)
+
+  return AdvantageTransform(apply)
+
+
+def at_every_token() -> AdvantageTransform:
+  """Gives every token its response's advantage, so that tokens are averaged.
+
+  Level: [P, G, 1] → token, [P, G, T].
+  Bias: none.
+  """
+  return AdvantageTransform(
+    lambda advantages, rollouts: jnp.where(rollouts.mask, advantages, 0.0)
+  )
+
+
+def add_token_rewards() -> AdvantageTransform:
+  """Adds known rewards of tokens to those that flow.
+
+  Level: token, [P, G, T] → [P, G, T].
+  Bias: none for the sum of both rewards.
+  """
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    return advantages + jnp.where(rollouts.mask, rollouts.token_rewards, 0.0)
+
+  return AdvantageTransform(
+    apply, Needs(token_rewards=True), shapes_reward=True
+  )
+
+
+def subtract_token_kl(coefficient: float | Running) -> AdvantageTransform:
+  """Charges each token its log-ratio to the reference policy.
+
+    rᵢₜ ← rᵢₜ − β (log πᵢₜ − log π_refᵢₜ)
+
+  k1 inside the reward, for transforms that sum rewards to go.
+
+  Level: token, [P, G, T] → [P, G, T].
+  Bias: none for the objective E[R] − β KL(π‖π_ref) of whole responses.
+
+  Args:
+    coefficient: β, in units of the reward per nat, or `adaptive_kl`.
+  """
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    return advantages - current(coefficient, rollouts) * token_kl(rollouts)
+
+  needs = Needs(reference=True, running=running_part(coefficient))
+  return AdvantageTransform(apply, needs, shapes_reward=True)
+
+
+def reward_to_go(gamma: float = 1.0) -> AdvantageTransform:
+  """Sums the rewards of a token and all later ones.
+
+    Aₜ = Σ_{s≥t} γ^{s−t} rₛ
+
+  Level: token, [P, G, T] → [P, G, T].
+  Bias: none at γ = 1.  A terminal reward with γ < 1 is a silent pressure
+  towards short responses.
+  """
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    nothing = jnp.zeros_like(advantages)
+    known = Known(nothing, nothing, jnp.zeros_like(rollouts.mask))
+    return _scan(advantages, known, rollouts.mask, gamma, 0.0)
+
+  return AdvantageTransform(apply)
+
+
+def gae(
+  gamma: float,
+  lam: Lambda,
+  values: Values,
+  fill: Fill | None = None,
+) -> AdvantageTransform:
+  """Generalised advantage estimation over segments between known values.
+
+    δₖ = Σ_{t in segment k} γ^… rₜ + γ^{length} Vₖ₊₁ − Vₖ
+    Aₖ = δₖ + λ γ^{length} Aₖ₊₁,   V after the last token = 0
+
+  With a value at every token these are the textbook formulas, λ γ per token.
+
+  Level: token, [P, G, T] → [P, G, T].
+  Bias: as good as the values; none at γ = 1 with `hold` where they are
+  unbiased (branches), or at γ = λ = 1 where they are constant given the past.
+
+  Args:
+    gamma: γ; with a reward for the whole response it has to be 1.
+    lam: λ, a number or a function of the lengths, [P, G, 1] tokens.
+    values: `critic()` or `branches(…)`.
+    fill: what tokens between known states get; `hold` if None.
+
+  References:
+    Schulman et al., `High-Dimensional Continuous Control Using Generalized
+    Advantage Estimation <https://arxiv.org/abs/1506.02438>`_, 2015
+  """
+  fill = fill or hold
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    known = values.apply(rollouts)
+    lengths = rollouts.mask.sum(axis=2, keepdims=True)
+    factor = lam(lengths) if callable(lam) else lam
+    found = _scan(advantages, known, rollouts.mask, gamma, factor)
+    return fill(found, known.where & rollouts.mask, rollouts.mask)
+
+  return AdvantageTransform(apply, values.needs)
+
+
+def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
+  """What a critic should predict: its value plus `gae`.
+
+  Level: token, [P, G, T] → [P, G, T].
+  """
+  advantage = gae(gamma, lam, critic())
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    return advantage.apply(advantages, rollouts) + rollouts.values
+
+  return AdvantageTransform(apply, advantage.needs)
+
+
+def length_adaptive(alpha: float) -> Lambda:
+  """λ = 1 − 1/(α T), and at least 0: the longer, the nearer to 1.
+
+  References:
+    Yue et al., `VAPO <https://arxiv.org/abs/2504.05118>`_, 2025
+  """
+  return lambda lengths: jnp.clip(
+    1.0 - 1.0 / (alpha * jnp.maximum(lengths, 1)), 0.0, 1.0
+  )
+
+
+def hold(advantages: Array, where: Array, mask: Array) -> Array:
+  """Every token of a segment gets the segment's advantage.
+
+    Aₜ = V_b − V_a   for a < t ≤ b
+
+  A segment is one macro action, so the gradient is exact if its ends are
+  stopping times.
+  """
+  start, _ = _segment(where, mask)
+  held = jnp.take_along_axis(advantages, jnp.maximum(start, 0), axis=2)
+  return jnp.where(mask, held, 0.0)
+
+
+def interpolate_values(advantages: Array, where: Array, mask: Array) -> Array:
+  """Values between known ones lie on a line: Aₜ = (V_b − V_a) / (b − a).
+
+  For λ = 0 and γ = 1.
+
+  Bias: tilts; with one segment, the 1/length of a sequence mean.
+  """
+  start, end = _segment(where, mask)
+  return hold(advantages, where, mask) / jnp.maximum(end - start, 1)
+
+
+def interpolate_advantages(
+  advantages: Array, where: Array, mask: Array
+) -> Array:
+  """Advantages between exactly known ones lie on a line.
+
+  Known exactly where a segment is one token long (`positions.pairs`); beyond
+  the outermost they are constant, and a response without any is held.
+
+  Bias: tilts; TRePO as its authors' words read.
+  """
+  start, end = _segment(where, mask)
+  exact = where & (end - start == 1)
+  time = jnp.broadcast_to(jnp.arange(mask.shape[2]), mask.shape)
+  before = jax.lax.cummax(jnp.where(exact, time, -1), axis=2)
+  size = mask.shape[2]
+  after = jax.lax.cummin(jnp.where(exact, time, size), axis=2, reverse=True)
+  left = jnp.where(before < 0, after, before)
+  right = jnp.where(after >= size, before, after)
+  pick = lambda i: jnp.take_along_axis(
+    advantages, jnp.clip(i, 0, size - 1), axis=2
+  )
+  share = (time - left) / jnp.maximum(right - left, 1)
+  line = pick(left) + share * (pick(right) - pick(left))
+  some = exact.any(axis=2, keepdims=True)
+  line = jnp.where(some, line, hold(advantages, where, mask))
+  return jnp.where(mask, line, 0.0)
+
+
+def whiten(epsilon: float = 1e-8) -> AdvantageTransform:
+  """Centres over the whole batch and divides by the deviation.
+
+    A ← (A − mean A) / √(var A + ε)
+
+  Over all tokens where the array is per token, over responses where it is
+  per response.  The variance has N in its denominator; TRL has N − 1.  A
+  batch of equal advantages gives exactly 0.
+
+  Level: either.
+  Bias: a global scale, and a shift that contains the response itself.
+
+  References:
+    Hu et al., `REINFORCE++ <https://arxiv.org/abs/2501.03262>`_, 2025
+  """
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    valid = valid_responses(rollouts)
+    per_token = advantages.shape == rollouts.mask.shape
+    kept = valid & rollouts.mask if per_token else valid
+    count = jnp.maximum(kept.sum(keepdims=True), 1)
+    mean = jnp.where(kept, advantages, 0.0).sum(keepdims=True) / count
+    squares = jnp.where(kept, jnp.square(advantages - mean), 0.0)
+    variance = squares.sum(keepdims=True) / count
+    highest = jnp.where(kept, advantages, -jnp.inf).max(keepdims=True)
+    lowest = jnp.where(kept, advantages, jnp.inf).min(keepdims=True)
+    whitened = (advantages - mean) * jax.lax.rsqrt(variance + epsilon)
+    return jnp.where(kept & (highest > lowest), whitened, 0.0)
+
+  return AdvantageTransform(apply)
+
+
+def _segment(where: Array, mask: Array) -> tuple[Array, Array]:
+  """Of each token: where its segment begins (−1: nowhere), and one past it."""
+  time = jnp.broadcast_to(jnp.arange(mask.shape[2]), mask.shape)
+  start = jax.lax.cummax(jnp.where(where, time, -1), axis=2)
+  later = jnp.where(where, time, mask.sum(axis=2, keepdims=True))
+  ends = jax.lax.cummin(later, axis=2, reverse=True)
+  after = jnp.pad(
+    ends[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=mask.shape[2]
+  )
+  return start, jnp.minimum(after, mask.sum(axis=2, keepdims=True))
+
+
+def _scan(
+  rewards: Array, known: Known, mask: Array, gamma: float, lam: float | Array
+) -> Array:
+  """From the last token to the first: A where known, else the return to go."""
+  lam = jnp.broadcast_to(lam, mask.shape[:2] + (1,))[..., 0]
+
+  def step(carry, x):
+    to_go, advantage = carry
+    reward, value, baseline, where, inside = x
+    to_go = jnp.where(inside, reward, 0.0) + gamma * to_go
+    advantage = gamma * advantage
+    here = to_go - baseline + lam * advantage
+    where = where & inside
+    carry = (jnp.where(where, value, to_go), jnp.where(where, here, advantage))
+    return carry, jnp.where(where, here, to_go)
+
+  by_time = lambda x: jnp.moveaxis(x, 2, 0)
+  xs = (rewards, known.values, known.baselines, known.where, mask)
+  zeros = jnp.zeros(mask.shape[:2], rewards.dtype)
+  _, found = jax.lax.scan(
+    step, (zeros, zeros), jax.tree.map(by_time, xs), reverse=True
+  )
+  return jnp.where(mask, jnp.moveaxis(found, 0, 2), 0.0)

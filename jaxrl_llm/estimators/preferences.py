@@ -1,0 +1,105 @@
+"""Losses of pairs: of two responses to a prompt, one is preferred.
+
+Responses pair up along G in their order; the one with the higher reward is
+preferred.  A pair's loss stands at every token of both its responses, so
+`sequence_mean` averages over pairs.  h is the implicit reward's margin,
+
+    h = log π(y⁺)/π_ref(y⁺) − log π(y⁻)/π_ref(y⁻)   (sums over tokens, nats)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.estimators.baselines import partner
+from jaxrl_llm.estimators.types import (
+  AdvantageTransform,
+  Array,
+  Batch,
+  Needs,
+  Outputs,
+  Rollouts,
+  TokenLoss,
+  valid_responses,
+)
+
+
+def preference_sign() -> AdvantageTransform:
+  """+1 for the better response of each pair, −1 for the worse, 0 for equals.
+
+  Level: response, [P, G, 1] → [P, G, 1].
+  Bias: another objective; for responses that were given, not sampled.
+  """
+  return AdvantageTransform(
+    lambda advantages, rollouts: jnp.sign(advantages - partner(advantages)),
+    Needs(samples=2),
+  )
+
+
+def distinct_pairs(rollouts: Rollouts) -> Array:
+  """Keeps pairs of valid responses with different rewards."""
+  valid = valid_responses(rollouts)
+  differ = rollouts.rewards != partner(rollouts.rewards)
+  return valid & partner(valid) & differ
+
+
+def logistic_preference(beta: float, floor: float = 0.0) -> TokenLoss:
+  """The logistic loss of the implicit reward's margin.
+
+    ℓ = − log σ(β (h − λ max(0, log π_ref(y⁺) − log π(y⁺))))
+
+  Args:
+    beta: β, in 1/nats.
+    floor: λ, how strongly the preferred response is kept as likely as under
+      the reference policy.
+
+  References:
+    Rafailov et al., `Direct Preference Optimization
+    <https://arxiv.org/abs/2305.18290>`_, 2023
+    Pal et al., `Smaug <https://arxiv.org/abs/2402.13228>`_, 2024 (λ)
+  """
+
+  def apply(outputs: Outputs, batch: Batch) -> Array:
+    ratio = _log_ratio(outputs, batch)
+    preferred = jnp.where(batch.advantages > 0, ratio, partner(ratio))
+    margin = _margin(ratio, batch)
+    if floor:
+      margin = margin - floor * jnp.maximum(0.0, -preferred)
+    return jnp.broadcast_to(
+      -jax.nn.log_sigmoid(beta * margin), batch.mask.shape
+    )
+
+  return TokenLoss(apply, Needs(samples=2, reference=True))
+
+
+def squared_preference(beta: float) -> TokenLoss:
+  """The squared distance of the margin from a fixed one.
+
+    ℓ = (h − 1/(2β))²
+
+  h sums over tokens, as in the paper; TRL averages over them.
+
+  Args:
+    beta: β, in 1/nats.
+
+  References:
+    Azar et al., `A General Theoretical Paradigm to Understand Learning from
+    Human Preferences <https://arxiv.org/abs/2310.12036>`_, 2023
+  """
+
+  def apply(outputs: Outputs, batch: Batch) -> Array:
+    margin = _margin(_log_ratio(outputs, batch), batch)
+    error = jnp.square(margin - 0.5 / beta)
+    return jnp.broadcast_to(error, batch.mask.shape)
+
+  return TokenLoss(apply, Needs(samples=2, reference=True))
+
+
+def _log_ratio(outputs: Outputs, batch: Batch) -> Array:
+  """log π(y)/π_ref(y) of whole responses, [P, G, 1] nats."""
+  ratio = outputs.log_probs - batch.ref_log_probs
+  return jnp.where(batch.mask, ratio, 0.0).sum(axis=2, keepdims=True)
+
+
+def _margin(ratio: Array, batch: Batch) -> Array:
+  """h, the same for both of a pair."""
+  return batch.advantages * (ratio - partner(ratio))
