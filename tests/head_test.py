@@ -66,10 +66,14 @@ def test_equals_the_dense_formula_in_float64(chunk, k, cap):
   entropy = -(log_probs.exp() * log_probs).sum(-1)
   index = (kept.indices == torch.tensor(tokens)[..., None]).int().argmax(-1)
   chosen = log_probs.gather(-1, index[..., None])[..., 0]
+  probs = log_probs.exp()
+  one_hot = torch.nn.functional.one_hot(index, k)
+  norms = (one_hot - probs).square().sum(-1)
   (chosen + 0.3 * entropy).sum().backward()
   for ours, theirs in [
     (out.log_probs, chosen),
     (out.entropy, entropy),
+    (out.score_norms, norms),
     (gradient[0], m.grad),
     (gradient[1], h.grad),
   ]:

@@ -239,7 +239,8 @@ def test_padding_id_that_is_never_drawn_leaves_gradients_finite():
 
   def loss(logits):
     kept = policy.adjust_logits(logits, decoding, tokens)
-    log_probs, entropy = head.statistics(kept, tokens)
+    found = head.statistics(kept, tokens)
+    log_probs, entropy = found.log_probs, found.entropy
     return jnp.where(weights > 0, log_probs, 0.0).sum(), (log_probs, entropy)
 
   gradient, (log_probs, entropy) = jax.grad(loss, has_aux=True)(logits)

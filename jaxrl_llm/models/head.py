@@ -15,10 +15,12 @@ class TokenStatistics:
   Attributes:
     log_probs: [...] float32, of the token; −inf where it is excluded.
     entropy: [...] float32, of the distribution.
+    score_norms: [...] float32, ‖∂ log p(token) / ∂ logits‖², no nats.
   """
 
   log_probs: jax.Array
   entropy: jax.Array
+  score_norms: jax.Array
 
 
 def token_statistics(
@@ -29,9 +31,10 @@ def token_statistics(
   adjust=lambda logits, tokens: logits,
   chunk: int = 256,
 ) -> TokenStatistics:
-  """Log-probabilities of tokens and entropies of their distributions.
+  """Log-probabilities, entropies and squared scores of tokens.
 
-    log p(token),  H = −Σᵥ p(v) log p(v),   p = softmax(adjust(logits, tokens))
+    p = softmax(adjust(logits, tokens)),   log p(token),   H = −Σᵥ p(v) log p(v)
+    ‖∂ log p(token) / ∂ adjusted logits‖² = 1 − 2 p(token) + Σᵥ p(v)²
 
   Logits exist for `chunk` positions at a time, forward and backward: the
   backward pass recomputes them.  The head's gradient adds up in float32.
@@ -60,22 +63,27 @@ def token_statistics(
     logits = transformer.logits(config, params, hidden)
     return statistics(adjust(logits, tokens), tokens)
 
-  _, (log_probs, entropy) = jax.lax.scan(
+  _, found = jax.lax.scan(
     lambda _, x: (None, step(*x)), None, (hidden, tokens)
   )
-  restore = lambda x: x.reshape(-1)[:count].reshape(shape)
-  return TokenStatistics(log_probs=restore(log_probs), entropy=restore(entropy))
+  return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), found)
 
 
-def statistics(logits, tokens):
-  """(log-probability, entropy) in nats, [n] each, of tokens under logits.
+def statistics(logits, tokens) -> TokenStatistics:
+  """`TokenStatistics` of tokens, [n], under logits, [n, V].
 
   Excluded tokens (logit −inf) have probability 0 and add 0 to the entropy
-  and to its gradient.
+  and to its gradient.  Score norms have no gradient.
   """
   log_probs = jax.nn.log_softmax(logits, axis=-1)
-  chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)
+  chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
   possible = logits > -jnp.inf
   finite = jnp.where(possible, log_probs, 0.0)
   probs = jnp.where(possible, jnp.exp(finite), 0.0)
-  return chosen[..., 0], -(probs * finite).sum(axis=-1)
+  squares = jnp.square(probs).sum(axis=-1)
+  norms = 1.0 - 2.0 * jnp.exp(chosen) + squares
+  return TokenStatistics(
+    log_probs=chosen,
+    entropy=-(probs * finite).sum(axis=-1),
+    score_norms=jax.lax.stop_gradient(jnp.maximum(norms, 0.0)),
+  )
