@@ -3,6 +3,7 @@
 import difflib
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -52,7 +53,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   """Parses the flags and calls `main`.
 
   A `UserError` and a wrong flag end with the message on standard error and
-  status 2; anything else keeps its traceback, for a bug report.
+  status 2, an interrupt with a word and its own status; anything else keeps its
+  traceback, for a bug report.
   """
 
   def guarded(arguments) -> int | None:
@@ -63,6 +65,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return main()
     except UserError as error:
       _fail(str(error))
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      return 128 + signal.SIGINT
 
   # What is wrong with a configuration is said once, by `_parse`.
   logging.set_verbosity(logging.ERROR)

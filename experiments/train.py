@@ -387,41 +387,46 @@ def train(config, workdir, resume: bool = False) -> int:
   """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   checks.check(config)
-  with contextlib.ExitStack() as files:
-    folder = files.enter_context(
-      open_run(workdir, resume, config.to_dict(), _mutable(config))
+  try:
+    with contextlib.ExitStack() as files:
+      return _train(config, workdir, resume, files)
+  except KeyboardInterrupt:
+    print(
+      'interrupted at once: --resume continues from the last checkpoint',
+      file=sys.stderr,
     )
-    found = [name for name in _RECORDS if (folder.path / name).exists()]
-    if found and not folder.resuming:
+    return 128 + signal.SIGINT
+
+
+def _train(config, workdir, resume, files: contextlib.ExitStack) -> int:
+  folder = files.enter_context(
+    open_run(workdir, resume, config.to_dict(), _mutable(config))
+  )
+  found = [name for name in _RECORDS if (folder.path / name).exists()]
+  if found and not folder.resuming:
+    (folder.path / 'config.json').unlink()
+    raise UserError(
+      f'{folder.path} holds {", ".join(found)} but no config.json\n'
+      'name another --workdir, or restore config.json and --resume'
+    )
+  stop = files.enter_context(StopSignal())
+  try:
+    run = Run(config, folder, stop, files)
+  except UserError:
+    # Nothing has begun: leave the folder to the corrected configuration.
+    if not folder.resuming:
       (folder.path / 'config.json').unlink()
-      raise UserError(
-        f'{folder.path} holds {", ".join(found)} but no config.json\n'
-        'name another --workdir, or restore config.json and --resume'
-      )
-    stop = files.enter_context(StopSignal())
-    try:
-      run = Run(config, folder, stop, files)
-    except UserError:
-      # Nothing has begun: leave the folder to the corrected configuration.
-      if not folder.resuming:
-        (folder.path / 'config.json').unlink()
-      raise
-    try:
-      run.train()
-    except StopRequested as request:
-      print(
-        f'stopped by {request} after step {run.step}; '
-        'everything is saved: continue with --resume',
-        file=sys.stderr,
-      )
-      return 128 + signal.Signals[str(request)]
-    except KeyboardInterrupt:
-      print(
-        'interrupted at once: --resume continues from the last checkpoint',
-        file=sys.stderr,
-      )
-      return 128 + signal.SIGINT
-    run.finish()
+    raise
+  try:
+    run.train()
+  except StopRequested as request:
+    print(
+      f'stopped by {request} after step {run.step}; '
+      'everything is saved: continue with --resume',
+      file=sys.stderr,
+    )
+    return 128 + signal.Signals[str(request)]
+  run.finish()
   return 0
 
 

@@ -6,6 +6,7 @@ A run folder holds `config.json` (what was asked), `env.json` (what ran it) and
 
 import datetime
 import fcntl
+import gc
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 
 import jax
 
@@ -263,9 +265,12 @@ class StopSignal:
       raise StopRequested(self.name)
 
   def _handle(self, number, frame):
-    del frame
     if number == signal.SIGINT:
-      if self._interrupted:
+      if self._interrupted and _in_gc_callback(frame):
+        # Raised here it would be printed and dropped: so a moment later.
+        again = os.getpid(), signal.SIGINT
+        threading.Timer(0.01, os.kill, again).start()
+      elif self._interrupted:
         raise KeyboardInterrupt
       self._interrupted = True
     self.name = self.name or signal.Signals(number).name
@@ -280,6 +285,14 @@ class StopSignal:
       # None stands for a handler that C code installed: it cannot be put back.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
     self._former = {}
+
+
+def _in_gc_callback(frame):
+  """Whether the garbage collector has called; JAX has a callback there."""
+  codes = {getattr(callback, '__code__', None) for callback in gc.callbacks}
+  while frame is not None and frame.f_code not in codes:
+    frame = frame.f_back
+  return frame is not None
 
 
 class StopRequested(Exception):

@@ -1,5 +1,6 @@
 """Run folders: locks, configurations, the environment, and stop signals."""
 
+import gc
 import json
 import os
 import signal
@@ -191,3 +192,24 @@ def test_second_interrupt_stops_at_once():
     assert stop.name == 'SIGTERM'
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_second_interrupt_is_not_lost_in_the_garbage_collector(monkeypatch):
+  calls, dropped = [], []
+  monkeypatch.setattr(sys, 'unraisablehook', dropped.append)
+
+  def callback(phase, info):
+    calls.append(phase)
+    if len(calls) == 1:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with run_folder.StopSignal():
+    os.kill(os.getpid(), signal.SIGINT)
+    gc.callbacks.append(callback)
+    try:
+      with pytest.raises(KeyboardInterrupt):
+        gc.collect()
+        time.sleep(5)
+    finally:
+      gc.callbacks.remove(callback)
+  assert calls and not dropped

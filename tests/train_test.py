@@ -1,14 +1,18 @@
 """The training script without a warm start, what it writes, and its guard."""
 
+import importlib
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 import scripts
 
+from experiments import train
 from jaxrl_llm.logging import read_metrics
+from jaxrl_llm.run_folder import open_run
 
 FLAGS = ['--config.warm_start.steps=0']
 STEPS = scripts.TOTAL - scripts.WARM
@@ -89,6 +93,42 @@ def test_stop_before_the_first_update(config, whole, tmp_path):
     # A signal that comes late lets the first evaluation end.
     assert records <= scripts.steps_written(workdir) <= 1
     assert os.listdir(workdir / 'checkpoints') == ['00000000']
+  ended = start(workdir, config, *FLAGS).wait()
+  assert ended.code == 0, ended.err
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize('moment', ['__init__', 'train', 'finish'])
+def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
+  def interrupted(self, *arguments):
+    raise KeyboardInterrupt
+
+  for name in ('__init__', 'train', 'finish'):
+    ended = interrupted if name == moment else lambda self, *arguments: None
+    monkeypatch.setattr(train.Run, name, ended)
+  config = importlib.import_module('experiments.configs.quickstart')
+  code = train.train(config.get_config().lock(), tmp_path / 'run')
+  assert code == 128 + signal.SIGINT
+  assert capsys.readouterr().err == (
+    'interrupted at once: --resume continues from the last checkpoint\n'
+  )
+  # The folder is free, and resumes as after a kill.
+  with open_run(tmp_path / 'run', True, config.get_config().to_dict()) as run:
+    assert run.resuming
+
+
+def test_an_impatient_user_sees_no_traceback(config, whole, tmp_path):
+  workdir = tmp_path / 'run'
+  script = start(workdir, config, *FLAGS)
+  # Before the first checkpoint: models and data are made, programs compiled.
+  scripts.wait_until((workdir / 'config.json').exists, script)
+  for _ in range(2):
+    time.sleep(0.1)
+    script.signal(signal.SIGINT)
+  ended = script.wait()
+  assert ended.code == 128 + signal.SIGINT, ended
+  assert ended.err.count('\n') <= 5 and 'Traceback' not in ended.err, ended.err
   ended = start(workdir, config, *FLAGS).wait()
   assert ended.code == 0, ended.err
   for name in ('metrics.jsonl', 'samples.jsonl'):
