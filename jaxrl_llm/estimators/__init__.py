@@ -6,7 +6,7 @@ mine = est.estimator(
 )
 """
 
-from jaxrl_llm.estimators import diagnostics, positions
+from jaxrl_llm.estimators import diagnostics, enumeration, positions
 from jaxrl_llm.estimators.actor_critic import (
   ppo,
   trepo,
@@ -179,6 +179,7 @@ __all__ = [
   'dr_grpo',
   'entropy_bonus',
   'entropy_where_equal',
+  'enumeration',
   'estimator',
   'gae',
   'grpo',

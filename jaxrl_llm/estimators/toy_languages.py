@@ -1,0 +1,239 @@
+"""Toy languages: every response is listed, so every mean is a finite sum.
+
+Shapes: P prompts, N responses, S prefixes (states), T the length limit in
+tokens, V words and EOS.  The N responses are the same for every prompt, their
+probabilities and rewards are not.  Everything is computed in float64.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.estimators.types import Array
+
+_MOST_RESPONSES = 1000
+
+
+class Toy(NamedTuple):
+  """A language, a policy for it and a reward.
+
+  Attributes:
+    responses: N tuples of tokens; the last token id is EOS.
+    prefixes: S tuples of tokens, the states in which a token is chosen.
+    tokens, mask: [N, T] of the responses.
+    states: [N, T], the index in `prefixes` of the state before each token.
+    params: of the policy, any tree; the gradient is taken here.
+    rewards: [P, N].
+    reference: [P, S, V] logits of the reference policy.
+    values: [P, S] of a critic.
+    logits: params → [P, S, V]; the parameters themselves if tabular.
+    old_params: of the policy that sampled; None for `params`.
+    sampler: [P, S, V] logits of the program that sampled, where it differs.
+    token_rewards: [P, S, V], what estimators get that need known rewards of
+      tokens.  They are no part of `rewards` by themselves: see `discounted`.
+    branch_rewards: [P, N], where branches are not scored by `rewards`: a
+      mistake whose bias can be studied.
+  """
+
+  responses: tuple[tuple[int, ...], ...]
+  prefixes: tuple[tuple[int, ...], ...]
+  tokens: np.ndarray
+  mask: np.ndarray
+  states: np.ndarray
+  params: Any
+  rewards: np.ndarray
+  reference: np.ndarray
+  values: np.ndarray
+  logits: Callable[[Any], Array] = lambda params: params
+  old_params: Any = None
+  sampler: np.ndarray | None = None
+  token_rewards: np.ndarray | None = None
+  branch_rewards: np.ndarray | None = None
+
+
+def in_float64(function):
+  """Runs a function in float64, whatever the caller's setting."""
+
+  @functools.wraps(function)
+  def wrapped(*args, **kwargs):
+    with jax.enable_x64(True):
+      return function(*args, **kwargs)
+
+  return wrapped
+
+
+def toy(
+  seed: int = 0,
+  *,
+  words: int = 2,
+  max_length: int = 3,
+  prompts: int = 1,
+  gamma: float | None = None,
+) -> Toy:
+  """A language with a random tabular policy, reward, reference and critic.
+
+  Args:
+    seed: of all random numbers.
+    words: tokens beside EOS.
+    max_length: T, tokens; a response ends with EOS or here.
+    prompts: P.
+    gamma: if given, token rewards are drawn, and their sum discounted by γ
+      is the reward; else rewards are drawn, with mean 1 and deviation 1.
+
+  Raises:
+    ValueError: there would be too many responses to list.
+  """
+  if words < 1 or max_length < 1 or prompts < 1:
+    raise ValueError(f'{words=}, {max_length=} and {prompts=} must be positive')
+  count = sum(words**t for t in range(max_length)) + words**max_length
+  if count > _MOST_RESPONSES:
+    raise ValueError(
+      f'{words=} and {max_length=} make {count} responses, too many to list; '
+      f'at most {_MOST_RESPONSES}: take fewer words or a shorter limit'
+    )
+  responses = tuple(_grow((), words, max_length))
+  prefixes = tuple(sorted({r[:t] for r in responses for t in range(len(r))}))
+  row = {prefix: i for i, prefix in enumerate(prefixes)}
+  pad = lambda x: [*x] + [0] * (max_length - len(x))
+  states = [pad([row[r[:t]] for t in range(len(r))]) for r in responses]
+  random = np.random.default_rng(seed)
+  shape = (prompts, len(prefixes), words + 1)
+  made = Toy(
+    responses=responses,
+    prefixes=prefixes,
+    tokens=np.array([pad(r) for r in responses], np.int32),
+    mask=np.array([pad([1] * len(r)) for r in responses], bool),
+    states=np.array(states),
+    params=random.normal(size=shape),
+    rewards=random.normal(1.0, 1.0, (prompts, count)),
+    reference=random.normal(size=shape),
+    values=random.normal(1.0, 1.0, shape[:2]),
+  )
+  if gamma is None:
+    return made
+  token_rewards = random.normal(size=shape)
+  return made._replace(
+    token_rewards=token_rewards,
+    rewards=discounted(made, token_rewards, gamma),
+  )
+
+
+def discounted(
+  toy: Toy, token_rewards: np.ndarray, gamma: float = 1.0
+) -> np.ndarray:
+  """Rewards of responses, [P, N], Σₜ γ^{t−1} rₜ, from those of tokens.
+
+  Args:
+    toy: the language.
+    token_rewards: [P, S, V] of each token in each state.
+    gamma: γ.
+  """
+  powers = gamma ** np.arange(toy.mask.shape[1]) * toy.mask
+  return (token_rewards[:, toy.states, toy.tokens] * powers).sum(axis=2)
+
+
+@in_float64
+def response_probabilities(toy: Toy) -> np.ndarray:
+  """[P, N] under `params`."""
+  return np.asarray(_probabilities(toy, toy.logits(floats(toy.params))))
+
+
+@in_float64
+def exact_values(toy: Toy) -> np.ndarray:
+  """[P, S], U of every state: the mean reward of the responses through it."""
+  p = response_probabilities(toy)
+  passing = through(toy)
+  return (p * toy.rewards) @ passing / (p @ passing)
+
+
+@in_float64
+def exact_gradient(toy: Toy, kl: float = 0.0) -> Any:
+  """∇ of E[R] − β KL(π‖π_ref), averaged over prompts: a tree like `params`.
+
+  A sum over all responses, from the definition; no estimator is involved.
+
+  Args:
+    toy: language, policy and reward.
+    kl: β, in units of the reward per nat.
+  """
+  check(toy)
+
+  def objective(params):
+    p = _probabilities(toy, toy.logits(params))
+    ratio = jnp.log(p) - jnp.log(_probabilities(toy, toy.reference))
+    return jnp.mean((p * (toy.rewards - kl * ratio)).sum(axis=1))
+
+  return jax.tree.map(np.asarray, jax.grad(objective)(floats(toy.params)))
+
+
+def _grow(prefix, words, max_length) -> list[tuple[int, ...]]:
+  if len(prefix) == max_length or prefix[-1:] == (words,):
+    return [prefix]
+  longer = ((*prefix, token) for token in range(words + 1))
+  return [r for x in longer for r in _grow(x, words, max_length)]
+
+
+def through(toy: Toy) -> np.ndarray:
+  """[N, S]: 1 where a response passes through a state."""
+  passing = np.zeros((len(toy.responses), len(toy.prefixes)))
+  n, t = np.nonzero(toy.mask)
+  passing[n, toy.states[n, t]] = 1.0
+  return passing
+
+
+def _probabilities(toy: Toy, logits: Array) -> Array:
+  rows = jax.nn.log_softmax(jnp.asarray(logits), axis=-1)
+  log_probs = rows[:, toy.states, toy.tokens]
+  return jnp.exp(jnp.where(toy.mask[None], log_probs, 0.0).sum(axis=2))
+
+
+def old_logits(toy: Toy) -> Array:
+  """[P, S, V] of the policy that is trained, when it sampled."""
+  old = toy.params if toy.old_params is None else toy.old_params
+  return toy.logits(floats(old))
+
+
+def sampling_probabilities(toy: Toy) -> np.ndarray:
+  """[P, N] with which responses and branches are drawn."""
+  logits = old_logits(toy) if toy.sampler is None else toy.sampler
+  return np.asarray(_probabilities(toy, logits))
+
+
+def greedy_responses(toy: Toy) -> list[int]:
+  """The index of each prompt's greedy response."""
+  row = {prefix: i for i, prefix in enumerate(toy.prefixes)}
+  found = []
+  for best in np.asarray(old_logits(toy)).argmax(axis=-1):
+    response = ()
+    while response in row:
+      response = (*response, int(best[row[response]]))
+    found.append(toy.responses.index(response))
+  return found
+
+
+def floats(tree: Any) -> Any:
+  """A tree of float64 arrays."""
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+
+
+def check(toy: Toy) -> None:
+  """Raises ValueError where an array of the toy has the wrong shape."""
+  prompts, states = np.shape(toy.rewards)[0], len(toy.prefixes)
+  tokens = max(map(max, toy.responses)) + 1
+  logits = jax.eval_shape(toy.logits, floats(toy.params))
+  shapes = {
+    'logits(params)': (logits, (prompts, states, tokens)),
+    'rewards': (toy.rewards, (prompts, len(toy.responses))),
+    'branch_rewards': (toy.branch_rewards, (prompts, len(toy.responses))),
+    'reference': (toy.reference, (prompts, states, tokens)),
+    'sampler': (toy.sampler, (prompts, states, tokens)),
+    'token_rewards': (toy.token_rewards, (prompts, states, tokens)),
+    'values': (toy.values, (prompts, states)),
+  }
+  for name, (array, shape) in shapes.items():
+    if array is not None and np.shape(array) != shape:
+      raise ValueError(f'toy: {name} has to be {shape}, not {np.shape(array)}')
