@@ -3,7 +3,10 @@
 Only safetensors are read, never pickle, and no code of a checkpoint runs.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -28,6 +31,9 @@ TOKENIZER_FILES = (
   'tokenizer.model',
   'chat_template.jinja',
 )
+# In the folder of a save: its name tells whose it is, a lock on it that the
+# save goes on.
+_MARKER = 'jaxrl_llm_is_writing_here'
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
@@ -147,7 +153,8 @@ def save(
   The folder appears whole or not at all.  An existing one is replaced only
   if everything in it is written anew; if the process is killed in the moment
   between the two, the old one is in `.NAME.replaced` and the next save puts it
-  back first.  Every tensor is read back and compared.
+  back first.  It also removes what killed saves have left beside it in
+  `.NAME-xxxxxxxx`.  Every tensor is read back and compared.
 
   Args:
     path: the folder to make.
@@ -170,11 +177,8 @@ def save(
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     _put_back(target)
-    with tempfile.TemporaryDirectory(
-      prefix=f'.{target.name}-', dir=target.parent
-    ) as temporary:
-      folder = pathlib.Path(temporary) / 'new'
-      folder.mkdir()
+    _remove_stale(target)
+    with _workspace(target) as folder:
       tensors.write(config, folder, params)
       _write_configs(folder, config, params, tokenizer, source)
       _write_tokenizer(folder, config, tokenizer, source)
@@ -228,6 +232,36 @@ def _write_configs(folder, config, params, tokenizer, source):
     if values is not None:
       text = json.dumps(values, indent=2)
       (folder / name).write_text(text + '\n')
+
+
+@contextlib.contextmanager
+def _workspace(target):
+  """An empty folder on the target's file system, marked as in use."""
+  with tempfile.TemporaryDirectory(
+    prefix=f'.{target.name}-', dir=target.parent
+  ) as temporary:
+    outer = pathlib.Path(temporary)
+    with open(outer / 'unmarked', 'w') as marker:
+      # The kernel drops the lock with this process, however it ends.  Without
+      # locks (some network file systems) there is no marker, and the folder of
+      # a killed save stays.
+      with contextlib.suppress(OSError):
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(marker.name, outer / _MARKER)
+      (outer / 'new').mkdir()
+      yield outer / 'new'
+
+
+def _remove_stale(target):
+  """Removes the workspaces of saves to `target` that were killed."""
+  pattern = re.escape(f'.{target.name}-') + r'\w{8}'
+  for path in target.parent.iterdir():
+    if not re.fullmatch(pattern, path.name) or path.is_symlink():
+      continue
+    # What cannot be looked into or removed is no hindrance to this save.
+    with contextlib.suppress(OSError), open(path / _MARKER) as marker:
+      fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      shutil.rmtree(path)
 
 
 def _replaced(target):
