@@ -139,7 +139,7 @@ def discounted(
 @in_float64
 def response_probabilities(toy: Toy) -> np.ndarray:
   """[P, N] under `params`."""
-  return np.asarray(_probabilities(toy, toy.logits(floats(toy.params))))
+  return _of_responses(toy, toy.logits(floats(toy.params)))
 
 
 @in_float64
@@ -162,12 +162,25 @@ def exact_gradient(toy: Toy, kl: float = 0.0) -> Any:
   """
   check(toy)
 
-  def objective(params):
-    p = _probabilities(toy, toy.logits(params))
-    ratio = jnp.log(p) - jnp.log(_probabilities(toy, toy.reference))
-    return jnp.mean((p * (toy.rewards - kl * ratio)).sum(axis=1))
+  found = _gradient(
+    toy.logits,
+    floats(toy.params),
+    (toy.tokens, toy.mask, toy.states),
+    floats((toy.reference, toy.rewards, kl)),
+  )
+  return jax.tree.map(np.asarray, found)
 
-  return jax.tree.map(np.asarray, jax.grad(objective)(floats(toy.params)))
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(logits, params, language, others):
+  reference, rewards, kl = others
+
+  def objective(params):
+    p = _probabilities(*language, logits(params))
+    ratio = jnp.log(p) - jnp.log(_probabilities(*language, reference))
+    return jnp.mean((p * (rewards - kl * ratio)).sum(axis=1))
+
+  return jax.grad(objective)(params)
 
 
 def _grow(prefix, words, max_length) -> list[tuple[int, ...]]:
@@ -185,10 +198,16 @@ def through(toy: Toy) -> np.ndarray:
   return passing
 
 
-def _probabilities(toy: Toy, logits: Array) -> Array:
-  rows = jax.nn.log_softmax(jnp.asarray(logits), axis=-1)
-  log_probs = rows[:, toy.states, toy.tokens]
-  return jnp.exp(jnp.where(toy.mask[None], log_probs, 0.0).sum(axis=2))
+@jax.jit
+def _probabilities(tokens, mask, states, logits: Array) -> Array:
+  rows = jax.nn.log_softmax(logits, axis=-1)
+  log_probs = rows[:, states, tokens]
+  return jnp.exp(jnp.where(mask[None], log_probs, 0.0).sum(axis=2))
+
+
+def _of_responses(toy: Toy, logits: Array) -> np.ndarray:
+  language = toy.tokens, toy.mask, toy.states
+  return np.asarray(_probabilities(*language, floats(logits)))
 
 
 def old_logits(toy: Toy) -> Array:
@@ -200,7 +219,7 @@ def old_logits(toy: Toy) -> Array:
 def sampling_probabilities(toy: Toy) -> np.ndarray:
   """[P, N] with which responses and branches are drawn."""
   logits = old_logits(toy) if toy.sampler is None else toy.sampler
-  return np.asarray(_probabilities(toy, logits))
+  return _of_responses(toy, logits)
 
 
 def greedy_responses(toy: Toy) -> list[int]:
