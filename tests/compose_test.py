@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import random_rollouts
+from toys import changed, random_rollouts
 
 from jaxrl_llm import estimators as est
 
@@ -29,7 +29,7 @@ def needing(**needs):
 )
 def test_missing_array_is_named(need, field):
   rollouts, _ = random_rollouts(0)
-  rollouts = rollouts.replace(ref_log_probs=None)
+  rollouts = rollouts.replace(**{field: None})
   estimator = needing(**{need: True})
   with pytest.raises(ValueError, match=f'needs `{field}`'):
     estimator.prepare(rollouts)
@@ -44,6 +44,7 @@ def test_missing_branches_are_named():
     rule = est.Branches(1, 2, est.positions.fixed(1), weighted)
     estimator, given = needing(branches=rule), rollouts
     names = ['branch_values', 'branch_mask', 'branch_baselines'][: 2 + weighted]
+    given = given.replace(**dict.fromkeys(names))
     for name in names:
       with pytest.raises(ValueError, match=f'needs `{name}`'):
         estimator.prepare(given)
@@ -142,7 +143,7 @@ def test_rewards_keep_their_fractions():
 def test_weigh_follows_the_rows_of_a_minibatch():
   """The weights of a part are those of a batch that is nothing but the part."""
   rollouts, _ = random_rollouts(0, prompts=4)
-  part = lambda x: jax.tree.map(lambda a: a[1:3], x)
+  part = lambda x: changed(x, lambda a: a[1:3])
   for estimator in (est.grpo(), est.sft()):
     weighed = estimator.weigh(part(estimator.prepare(rollouts)))
     alone = estimator.prepare(part(rollouts))

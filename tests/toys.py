@@ -12,14 +12,59 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.policy import Prompts
 
 NAN = float('nan')
+# Settings of the recipes below, for formulas to share.  Clips are narrow, so
+# that they bite on the random rollouts.
+CLIP, HIGH, KL, BETA, FLOOR = 0.15, 0.25, 0.07, 0.4, 3.0
+MAX_LENGTH, BUFFER, ALPHA, LAM, DUAL = 7, 4, 0.4, 0.8, 1.3
+ENTROPY, VALUE, VALUE_CLIP, THRESHOLD = 0.2, 0.6, 0.1, 0.1
+STEERED = est.adaptive_kl(0.05, target=0.5, horizon=40)
+_RULE = est.positions.uniform()
 # One entry per recipe and setting; every contract runs over all of them.
 RECIPES = {
   'reinforce': est.reinforce(),
+  'reinforce_baseline': est.reinforce_baseline(0.8),
+  'remax': est.remax(),
   'rloo': est.rloo(),
-  'rloo with KL': est.rloo(kl=0.3),
-  'grpo': est.grpo(clip=0.2, kl=0.04),
-  'grpo without KL': est.grpo(clip=0.1, kl=0.0),
-  'dr_grpo': est.dr_grpo(max_length=7, clip=0.2),
+  'rloo with KL': est.rloo(kl=KL),
+  'rloo with adaptive KL': est.rloo(kl=STEERED),
+  'reinforce_plus_plus': est.reinforce_plus_plus(CLIP, KL),
+  'reinforce_plus_plus with adaptive KL': est.reinforce_plus_plus(
+    CLIP, STEERED
+  ),
+  'reinforce_plus_plus_baseline': est.reinforce_plus_plus_baseline(CLIP, KL),
+  'grpo': est.grpo(CLIP, KL),
+  'grpo without KL': est.grpo(CLIP, kl=0.0),
+  'dr_grpo': est.dr_grpo(MAX_LENGTH, CLIP),
+  'dapo': est.dapo(MAX_LENGTH, BUFFER, CLIP, HIGH),
+  'gspo': est.gspo(CLIP, HIGH),
+  'gspo by token': est.gspo(CLIP, HIGH, est.sequence_token_ratio),
+  'cispo': est.cispo(CLIP, HIGH),
+  'opo': est.opo(),
+  'opo_leave_one_out': est.opo_leave_one_out(),
+  'obl_reinforce': est.obl_reinforce(),
+  'rl_zvp': est.rl_zvp(ENTROPY, CLIP),
+  'p3o': est.p3o(CLIP),
+  'p3o by pair': est.p3o(CLIP, est.pair_ratio),
+  'ppo': est.ppo(CLIP, LAM, 0.0, VALUE, VALUE_CLIP),
+  'ppo with KL and dual clip': est.ppo(
+    CLIP, LAM, STEERED, VALUE, VALUE_CLIP, DUAL
+  ),
+  'vapo': est.vapo(ALPHA, CLIP, HIGH, VALUE, VALUE_CLIP),
+  'vine_ppo': est.vine_ppo((3,), clip=CLIP, kl=KL),
+  'trepo': est.trepo(clip=CLIP),
+  'trepo, values interpolated': est.trepo(
+    fill=est.interpolate_values, clip=CLIP
+  ),
+  'trepo, advantages interpolated': est.trepo(
+    positions=est.positions.pairs(_RULE),
+    fill=est.interpolate_advantages,
+    clip=CLIP,
+  ),
+  'trepo, score-weighted': est.trepo(clip=CLIP, score_weighted=True),
+  'dpo': est.dpo(BETA),
+  'dpop': est.dpop(BETA, FLOOR),
+  'ipo': est.ipo(BETA),
+  'rest_em': est.rest_em(THRESHOLD),
   'sft': est.sft(),
 }
 GROUP_BASED = [name for name, e in RECIPES.items() if e.needs.samples > 1]
@@ -30,8 +75,9 @@ def random_rollouts(
 ):
   """Rollouts and outputs of a policy some updates away from the sampler.
 
-  Lengths are ragged, with an empty and a full response.  Outside the mask
-  stands NaN.  With `invalid`, two responses are invalid: NaN all over.
+  Everything that a recipe may need is there.  Lengths are ragged, with an
+  empty and a full response.  Outside the mask stands NaN, and so it does where
+  no branch forks.  With `invalid`, two responses are invalid: NaN all over.
 
   Returns:
     (rollouts, outputs) of NumPy arrays.
@@ -45,26 +91,58 @@ def random_rollouts(
   if invalid:
     valid[0, 1] = valid[-1, 0] = False
   kept = mask & valid
-  nats = lambda: np.where(kept, -random.exponential(size=shape), NAN)
+  cast = lambda x: x.astype(dtype)
+  inside = lambda x, where=kept: cast(np.where(where, x, NAN))
+  nats = lambda: -random.exponential(size=shape)
   log_probs = nats()
   moved = log_probs + random.normal(0.0, 0.3, shape)
-  rewards = np.where(valid, random.normal(size=(prompts, samples, 1)), NAN)
-  cast = lambda x: x.astype(dtype)
+  rewards = random.normal(size=(prompts, samples, 1))
+  tokens = random.integers(0, 9, shape).astype(np.int32)
+  ref_log_probs = nats()
+  entropy = random.exponential(size=shape)
+  values = random.normal(size=shape)
+  # Garbage outside the mask and at the prompt, where it must not be read.
+  forks = random.random(shape) < 0.5
+  forked = kept & forks & (np.arange(length) > 0)[None, None]
   rollouts = est.Rollouts(
-    tokens=random.integers(0, 9, shape).astype(np.int32),
+    tokens=tokens,
     mask=mask,
-    log_probs=cast(log_probs),
-    rewards=cast(rewards),
+    log_probs=inside(log_probs),
+    rewards=inside(rewards, valid),
     valid=valid if invalid else None,
-    ref_log_probs=cast(nats()),
+    token_rewards=inside(random.normal(size=shape)),
+    greedy_rewards=cast(random.normal(size=(prompts, 1, 1))),
+    ref_log_probs=inside(ref_log_probs),
+    values=inside(values),
+    entropy=inside(random.exponential(size=shape)),
+    score_norms=inside(random.exponential(size=shape)),
+    branch_values=inside(random.normal(size=shape), forked),
+    branch_baselines=inside(random.normal(size=shape), forked),
+    branch_mask=forks,
+    running=_some_batches_later(dtype),
   )
-  entropy = np.where(kept, random.exponential(size=shape), NAN)
-  return rollouts, est.Outputs(log_probs=cast(moved), entropy=cast(entropy))
+  outputs = est.Outputs(
+    log_probs=inside(moved),
+    entropy=inside(entropy),
+    values=inside(values + random.normal(0.0, 0.3, shape)),
+  )
+  return rollouts, outputs
+
+
+def _some_batches_later(dtype):
+  """What the recipes' running numbers have become: none is at its start."""
+  start = {}
+  for estimator in RECIPES.values():
+    start |= est.start_running(estimator.needs)
+  return {name: dtype(float(value) + 0.25) for name, value in start.items()}
 
 
 def changed(x, function):
-  """A copy of a dataclass of arrays, `function` applied to those present."""
-  arrays = {name: v for name, v in x.items() if v is not None}
+  """A copy of a dataclass of arrays, `function` applied to those present.
+
+  Numbers that outlive a batch stay as they are.
+  """
+  arrays = {name: v for name, v in x.items() if hasattr(v, 'shape')}
   return x.replace(**{name: function(v) for name, v in arrays.items()})
 
 
