@@ -45,7 +45,9 @@ def arithmetic_answer(
   """Reward: 1 where what follows the last '=' is the answer and nothing else.
 
   Without '=' the whole completion counts, so that an answer without steps is
-  judged too.  The steps themselves are not checked.  Fits `tasks.arithmetic`.
+  judged too.  The steps themselves are not checked, nor whether the response
+  had ended: one that the length limit cuts off at the right digits scores 1.
+  Fits `tasks.arithmetic`.
   """
   return exact_match([text.rpartition('=')[2] for text in completions], answer)
 
@@ -87,7 +89,8 @@ def gsm8k_answer(
   last `\boxed{…}`; the first is the format of Cobbe et al.,
   `Training Verifiers <https://arxiv.org/abs/2110.14168>`_, 2021.  The answer is
   a number, or a solution text with one marked in the same way.  Without a
-  marked number the score is 0.
+  marked number the score is 0.  A response that the length limit cut off is
+  judged by its text like any other: `finished` is not read.
   """
   return _equal_numbers(completions, answer, answers.marked_number)
 
