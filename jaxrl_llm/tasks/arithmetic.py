@@ -13,16 +13,15 @@ from the left.  Only the first number of an expression can be negative.  All
 characters are in `ALPHABET`; prompt and solution are separate strings and the
 end token is the tokenizer's.
 
-What makes it harder: more operations, larger operands, `*`, no modulus, and
-answers without steps.  Characters per solution grow with operations² · digits.
+What makes it harder: more operations, larger operands, `*` and no modulus.
+Characters per solution grow with operations² · digits.
 """
 
 import operator
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.splits import split as split
 
 ALPHABET = '0123456789+-*='
 
@@ -41,9 +40,7 @@ def generate(
   operators: str = '+-*',
   modulus: int | None = None,
   largest: int | None = None,
-  steps: bool = True,
   careless: float = 0.0,
-  exclude: Collection[str] = (),
 ) -> list[dict]:
   """Returns `count` rows with distinct prompts, a function of its arguments.
 
@@ -59,18 +56,16 @@ def generate(
       prompt does not show it: it is a property of the data set.
     largest: expressions with an intermediate result beyond ±largest are not
       generated; None for no limit.
-    steps: whether `solution` holds the worked steps or the answer alone.
     careless: share of solutions that work from left to right as if products
       did not come first, a pupil's mistake.  Where it matters their last
       number is wrong; `answer` is right in any case.
-    exclude: prompts that must not occur, such as those of another split.
 
   Raises:
     UserError: for impossible ranges, or when there are too few such prompts.
   """
   _check(count, operations, operands, operators, modulus, largest, careless)
   rng = random.Random(seed)
-  seen = set(exclude)
+  seen = set()
   rows, fruitless = [], 0
   while len(rows) < count:
     length = rng.randint(*operations)
@@ -95,7 +90,7 @@ def generate(
     rows.append(
       {
         'prompt': prompt,
-        'solution': '='.join(shown) if steps else shown[-1],
+        'solution': '='.join(shown),
         'answer': lines[-1],
         'operations': length,
       }

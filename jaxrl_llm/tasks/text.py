@@ -27,54 +27,35 @@ class CutPrompts(NamedTuple):
 
 
 def cut_prompts(
-  path: str | pathlib.Path,
-  tokenizer,
-  prompt_tokens: int,
-  *,
-  min_tokens: int | None = None,
-  count: int | None = None,
-  separator: str | None = '\n\n',
-  document_characters: int | None = None,
+  path: str | pathlib.Path, tokenizer, prompt_tokens: int
 ) -> CutPrompts:
   """Takes the first `prompt_tokens` tokens of every document as a prompt.
 
   Prompts are kept as text, and every one encodes to exactly `prompt_tokens`
-  ids, the BOS included where the tokenizer prepends one.  Documents are taken
-  in the file's order; `rows`, `too_short`, `altered` and `repeated` add up to
-  the documents looked at.
+  ids, the BOS included where the tokenizer prepends one.  Every document is
+  longer than its prompt: there is something to continue with.  Documents are
+  taken in the file's order; `rows`, `too_short`, `altered` and `repeated` add
+  up to their number.
 
   Args:
     path: `.json` (one list of strings, a document each) or any other name for
-      plain text.
+      plain text with blank lines between documents.
     tokenizer: of `transformers`.
     prompt_tokens: length of a prompt in tokens.
-    min_tokens: shortest document in tokens; None for prompt_tokens + 1, which
-      leaves something to continue with.
-    count: stop after this many prompts; None for all.
-    separator: what stands between two documents of plain text.
-    document_characters: cut plain text into documents of this many characters
-      instead.
 
   Raises:
-    UserError: for a file without documents, or with fewer prompts than `count`.
+    UserError: for a file that gives no prompt.
   """
-  if min_tokens is None:
-    min_tokens = prompt_tokens + 1
-  if prompt_tokens < 1 or min_tokens < prompt_tokens:
+  if prompt_tokens < 1:
     raise UserError(
-      f'cut_prompts: prompt_tokens={prompt_tokens} must be at least 1 and at '
-      f'most min_tokens={min_tokens}.'
+      f'cut_prompts: prompt_tokens={prompt_tokens} must be at least 1.'
     )
   path = pathlib.Path(path)
   rows, seen = [], set()
   too_short = altered = repeated = 0
-  for index, document in enumerate(
-    _documents(path, separator, document_characters)
-  ):
-    if len(rows) == count:
-      break
+  for index, document in enumerate(_documents(path)):
     ids = encode_text(document, tokenizer)
-    if len(ids) < min_tokens:
+    if len(ids) <= prompt_tokens:
       too_short += 1
       continue
     ids = ids[:prompt_tokens]
@@ -86,17 +67,15 @@ def cut_prompts(
     else:
       seen.add(prompt)
       rows.append({'prompt': prompt, 'document': index})
-  if not rows or (count is not None and len(rows) < count):
-    wanted = '' if count is None else f' of {count}'
+  if not rows:
     raise UserError(
-      f'{path}: only {len(rows)}{wanted} prompts of {prompt_tokens} tokens: '
-      f'{too_short} documents are too short, {altered} do not survive '
-      f'decoding, {repeated} repeat another.'
+      f'{path} gives no prompt of {prompt_tokens} tokens: {too_short} '
+      f'documents are too short, {altered} do not survive decoding.'
     )
   return CutPrompts(rows, too_short, altered, repeated)
 
 
-def _documents(path, separator, document_characters) -> list[str]:
+def _documents(path) -> list[str]:
   """The documents of a file, those of only whitespace left out."""
   text = read_text(path)
   if path.suffix == '.json':
@@ -108,17 +87,6 @@ def _documents(path, separator, document_characters) -> list[str]:
       isinstance(document, str) for document in documents
     ):
       raise UserError(f'{path}: a corpus in JSON must be one list of strings.')
-  elif document_characters is not None:
-    if document_characters < 1:
-      raise UserError(
-        f'document_characters={document_characters} must be positive.'
-      )
-    documents = [
-      text[i : i + document_characters]
-      for i in range(0, len(text), document_characters)
-    ]
-  elif separator:
-    documents = text.replace('\r\n', '\n').split(separator)
   else:
-    raise UserError('cut_prompts needs a separator or document_characters.')
+    documents = text.replace('\r\n', '\n').split('\n\n')
   return [document for document in documents if document.strip()]
