@@ -45,6 +45,7 @@ def check(config: ConfigDict) -> None:
   An algorithm that is named as file.py:function is loaded.
   """
   check_fields(config)
+  _check_schedules(config)
   build.estimator(config)
   _check_on_policy(config)
   prompts, settings = config.rollout.prompts, config.training
@@ -131,6 +132,22 @@ def _check_numbers(config: ConfigDict) -> None:
         f'config.{section}.warmup_updates is {settings.warmup_updates}\n'
         'it must be at least 0'
       )
+
+
+def _check_schedules(config: ConfigDict) -> None:
+  per_step = config.training.epochs * config.training.minibatches
+  phases = {
+    'optimizer': (config.optimizer, config.steps * per_step),
+    'warm_start.optimizer': (
+      config.warm_start.optimizer,
+      config.warm_start.steps,
+    ),
+  }
+  for section, (settings, updates) in phases.items():
+    try:
+      build.optimizer(settings, updates)
+    except UserError as error:
+      raise UserError(f'config.{section}: {error}') from error
 
 
 def _check_on_policy(config: ConfigDict) -> None:

@@ -73,7 +73,7 @@ def load(workdir, step: str = 'newest') -> Trained:
       )
     number = _step_number(checkpoints, step)
     model = build.model(config.model, config.seed)
-    optimizer, _ = build.optimizer(config.optimizer, 1)
+    optimizer, _ = build.optimizer(config.optimizer, 0)
     template = {
       'state': jax.eval_shape(
         lambda params: training.init_state({'policy': params}, optimizer),

@@ -63,13 +63,19 @@ def schedule(
 
   Args:
     learning_rate: the highest one.
-    total_updates: where a decay reaches 0.
-    warmup_updates: updates in which the rate rises from 0.
+    total_updates: where a decay reaches 0; 0 where there is to be no update.
+    warmup_updates: updates in which the rate rises from 0, fewer than all.
     decay: 'constant', 'linear' or 'cosine'.
 
   Raises:
-    UserError: for another `decay`.
+    UserError: for another `decay`, or a warm-up that takes all updates.
   """
+  if warmup_updates >= total_updates > 0:
+    raise UserError(
+      f'warmup_updates is {warmup_updates}, but there are only '
+      f'{total_updates} updates\n'
+      f'set warmup_updates to {total_updates - 1} or less, or take more steps'
+    )
   remaining = max(total_updates - warmup_updates, 1)
   courses = {
     'constant': lambda: optax.constant_schedule(learning_rate),

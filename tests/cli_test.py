@@ -37,8 +37,8 @@ FLAGS = {
   'missing value': (['--workdir'], ['--workdir']),
   'no dashes': (['resume'], ["unexpected argument 'resume'", '--']),
   'algorithm': (
-    ['--config.algorithm.name=gppo'],
-    ['config.algorithm', "'gppo'", "did you mean 'grpo'?"],
+    ['--config.algorithm.name=grpoo'],
+    ['config.algorithm', "'grpoo'", "did you mean 'grpo'?"],
   ),
   'greedy': (
     ['--config.rollout.temperature=0'],
@@ -55,6 +55,14 @@ FLAGS = {
   'learning rate': (
     ['--config.optimizer.learning_rate=-1'],
     ['config.optimizer.learning_rate is -1', 'above 0'],
+  ),
+  'warm-up': (
+    ['--config.optimizer.warmup_updates=40'],
+    ['config.optimizer: warmup_updates is 40', '40 updates', 'to 39 or less'],
+  ),
+  'decay': (
+    ['--config.warm_start.optimizer.decay=step'],
+    ["config.warm_start.optimizer: decay is 'step'", "'cosine'"],
   ),
   'prompt over budget': (
     ['--config.prompts.max_tokens=3'],

@@ -170,6 +170,7 @@ def test_gsm8k_runs_on_a_tiny_qwen2(shared, tmp_path):
     'rollout.max_tokens': 12,
     'rollout.log_prob_tolerance': 0.0,
     'steps': 2,
+    'optimizer.warmup_updates': 0,
     'evaluation.prompts': 4,
     'evaluation.batch': 4,
   }

@@ -238,6 +238,19 @@ def test_schedules():
     training.schedule(1.0, 12, 0, 'step')
 
 
+def test_a_warm_up_ends_before_the_updates_do():
+  for updates, warmup in ((1, 1), (12, 12), (12, 30)):
+    text = (
+      f'warmup_updates is {warmup}.* {updates} updates\nset .* {updates - 1}'
+    )
+    with pytest.raises(UserError, match=text):
+      training.schedule(1.0, updates, warmup)
+  highest = training.schedule(1.0, 12, 11, 'linear')
+  np.testing.assert_allclose([highest(10), highest(11)], 1.0, rtol=1e-6)
+  # A phase that a run leaves out has no updates.
+  training.schedule(1.0, 0, 5)
+
+
 def temporary_bytes(vocab_size):
   """Of the compiled update of 16,384 response tokens; nothing is executed."""
   prompts, samples, length, width = 4, 256, 16, 16
