@@ -36,10 +36,14 @@ def preference_sign() -> AdvantageTransform:
 
 
 def distinct_pairs(rollouts: Rollouts) -> Array:
-  """Keeps pairs of valid responses with different rewards."""
-  valid = valid_responses(rollouts)
+  """Keeps pairs of valid responses with tokens and with different rewards.
+
+  A pair's loss stands at its tokens: beside a response without any, its partner
+  would carry half of it.
+  """
+  some = rollouts.mask.any(axis=2, keepdims=True) & valid_responses(rollouts)
   differ = rollouts.rewards != partner(rollouts.rewards)
-  return valid & partner(valid) & differ
+  return some & partner(some) & differ
 
 
 def logistic_preference(beta: float, floor: float = 0.0) -> TokenLoss:
