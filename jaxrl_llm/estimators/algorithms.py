@@ -101,7 +101,7 @@ def remax() -> Estimator:
   return estimator(subtract_greedy_reward(), score_function(), sequence_sum())
 
 
-def rloo(kl: float = 0.0) -> Estimator:
+def rloo(kl: float | Running = 0.0) -> Estimator:
   """REINFORCE with the siblings' mean as the baseline of each response.
 
     L = − 1/N Σᵢ Σₜ Aᵢ log πᵢₜ,   Aᵢ = Rᵢ − 1/(G−1) Σ_{j≠i} Rⱼ
@@ -110,7 +110,8 @@ def rloo(kl: float = 0.0) -> Estimator:
   Bias: none, for E[R] − β KL(π‖π_ref).
 
   Args:
-    kl: β, in units of the reward per nat.  At 0 no reference is asked for.
+    kl: β, in units of the reward per nat, or `adaptive_kl`.  At 0 no reference
+      is asked for.
 
   References:
     Ahmadian et al., `Back to Basics <https://arxiv.org/abs/2402.14740>`_, 2024
