@@ -1,15 +1,46 @@
-"""Each recipe against its formula as nested loops over plain numbers."""
+"""Each recipe with an advantage per response against its paper's formula.
 
+The formulas are nested loops over prompts, responses and tokens, on plain
+numbers; torch differentiates them.
+"""
+
+import functools
+import inspect
 import math
 
 import jax
 import numpy as np
 import pytest
-from toys import random_rollouts
+from loops import (
+  assert_is_formula,
+  clip,
+  evaluate,
+  k3,
+  make_data,
+  make_program,
+  mean,
+  num_responses,
+  num_tokens,
+  siblings,
+  surrogate,
+  token_ratio,
+  tokens,
+  whitened,
+)
+from toys import (
+  BUFFER,
+  CLIP,
+  ENTROPY,
+  HIGH,
+  KL,
+  MAX_LENGTH,
+  RECIPES,
+  STEERED,
+  random_rollouts,
+)
 
 from jaxrl_llm import estimators as est
-
-CLIP, KL, MAX_LENGTH, EPSILON = 0.15, 0.07, 11, 1e-6
+from jaxrl_llm.estimators import algorithms
 
 
 @pytest.fixture(autouse=True)
@@ -18,168 +49,370 @@ def float64():
     yield
 
 
-def reward(rewards, i):
-  return rewards[i]
+def likelihood(groups, advantage):
+  """− 1/N Σᵢ Σₜ Aᵢ log πᵢₜ."""
+  total = sum(advantage(i, group) * i.new[t] for group, i, t in tokens(groups))
+  return -total / num_responses(groups)
 
 
-def one(rewards, i):
-  return 1.0
+def reinforce(groups, running):
+  return likelihood(groups, lambda i, group: i.reward)
 
 
-def against_mean(rewards, i):
-  return rewards[i] - sum(rewards) / len(rewards)
+def reinforce_baseline(groups, running):
+  return likelihood(groups, lambda i, group: i.reward - running['reward_mean'])
 
 
-def against_others(rewards, i):
-  others = [r for j, r in enumerate(rewards) if j != i]
-  return rewards[i] - sum(others) / len(others) if others else 0.0
+def remax(groups, running):
+  return likelihood(groups, lambda i, group: i.reward - i.greedy)
 
 
-def in_deviations(rewards, i):
-  if len(rewards) < 2:
+def leave_one_out(reward):
+  def advantage(i, group):
+    others = siblings(i, group)
+    return reward(i) - mean([reward(j) for j in others]) if others else 0.0
+
+  return advantage
+
+
+def rloo(groups, running):
+  return likelihood(groups, leave_one_out(lambda i: i.reward))
+
+
+def log_ratio(i, start=0):
+  """Σ log π/π_ref from token `start` on."""
+  return sum(i.old[t] - i.ref[t] for t in range(start, i.length))
+
+
+def rloo_kl(beta):
+  def formula(groups, running):
+    charge = beta or running['kl_coefficient']
+    reward = lambda i: i.reward - charge * log_ratio(i)
+    return likelihood(groups, leave_one_out(reward))
+
+  return formula
+
+
+def reinforce_plus_plus(beta):
+  def formula(groups, running):
+    charge = beta or running['kl_coefficient']
+    every = list(tokens(groups))
+    to_go = [i.reward - charge * log_ratio(i, t) for _, i, t in every]
+    total = 0.0
+    for (_, i, t), advantage in zip(every, whitened(to_go), strict=True):
+      total += surrogate(token_ratio(i, t), advantage, CLIP, CLIP)
+    return -total / len(every)
+
+  return formula
+
+
+def centred(i, group):
+  return i.reward - mean([j.reward for j in group])
+
+
+def reinforce_plus_plus_baseline(groups, running):
+  every = list(tokens(groups))
+  advantages = whitened([centred(i, group) for group, i, _ in every])
+  total = 0.0
+  for (_, i, t), advantage in zip(every, advantages, strict=True):
+    k2 = (i.new[t] - i.ref[t]) ** 2 / 2
+    total += surrogate(token_ratio(i, t), advantage, CLIP, CLIP) - KL * k2
+  return -total / len(every)
+
+
+def standardized(i, group, reward=lambda i: i.reward):
+  if len(group) < 2:
     return 0.0
-  mean = sum(rewards) / len(rewards)
-  squares = sum((r - mean) ** 2 for r in rewards)
-  deviation = math.sqrt(squares / (len(rewards) - 1))
-  return (rewards[i] - mean) / (deviation + EPSILON)
+  centre = mean([reward(j) for j in group])
+  squares = sum((reward(j) - centre) ** 2 for j in group)
+  deviation = math.sqrt(squares / (len(group) - 1))
+  return (reward(i) - centre) / (deviation + 1e-6)
 
 
-def log_likelihood(advantage, new, old, ref):
-  """Value and slope, in the new log-probability, of a token's loss."""
-  return -advantage * new, -advantage
+def grpo(beta):
+  def formula(groups, running):
+    total = 0.0
+    for group, i, t in tokens(groups):
+      advantage = standardized(i, group)
+      gain = surrogate(token_ratio(i, t), advantage, CLIP, CLIP)
+      total += (gain - beta * k3(i, t)) / i.length
+    return -total / num_responses(groups)
+
+  return formula
 
 
-def surrogate(advantage, new, old, ref):
-  ratio = math.exp(new - old)
-  inside = min(max(ratio, 1 - CLIP), 1 + CLIP)
-  if ratio * advantage <= inside * advantage:
-    return -ratio * advantage, -ratio * advantage
-  return -inside * advantage, 0.0
+def dr_grpo(groups, running):
+  total = 0.0
+  for group, i, t in tokens(groups):
+    total += surrogate(token_ratio(i, t), centred(i, group), CLIP, CLIP)
+  return -total / (num_responses(groups) * MAX_LENGTH)
 
 
-def surrogate_with_k3(advantage, new, old, ref):
-  value, slope = surrogate(advantage, new, old, ref)
-  quotient = math.exp(ref - new)
-  value += KL * (quotient - 1 - (ref - new))
-  return value, slope + KL * (1 - quotient)
+def dapo(groups, running):
+  mixed = [g for g in groups if len({i.reward for i in g}) > 1]
+
+  def reward(i):
+    """Equation 13 of the paper: a ramp that ends at − 1."""
+    if i.length <= MAX_LENGTH - BUFFER:
+      return i.reward
+    if i.length <= MAX_LENGTH:
+      return i.reward + ((MAX_LENGTH - BUFFER) - i.length) / BUFFER
+    return i.reward - 1
+
+  total = 0.0
+  for group, i, t in tokens(mixed):
+    advantage = standardized(i, group, reward)
+    total += surrogate(token_ratio(i, t), advantage, CLIP, HIGH)
+  return -total / num_tokens(mixed)
 
 
-per_response = lambda count, length, total: 1 / count
-per_token_of_response = lambda count, length, total: 1 / (count * length)
-per_constant = lambda count, length, total: 1 / (count * MAX_LENGTH)
-per_token = lambda count, length, total: 1 / total
+def sequence_ratio(i):
+  log_ratios = [i.new[t] - i.old[t] for t in range(i.length)]
+  return (sum(log_ratios) / i.length).exp()
 
-# name → recipe, β inside the reward, advantage, token loss, weight.
+
+def gspo(groups, running):
+  total = 0.0
+  for group in groups:
+    for i in group:
+      # An empty response would add a constant, for which it has no token.
+      if i.length:
+        advantage = standardized(i, group)
+        total += surrogate(sequence_ratio(i), advantage, CLIP, HIGH)
+  return -total / num_responses(groups)
+
+
+def gspo_token(groups, running):
+  total = 0.0
+  for group, i, t in tokens(groups):
+    ratio = sequence_ratio(i).detach() * i.new[t].exp()
+    ratio = ratio / i.new[t].detach().exp()
+    gain = surrogate(ratio, standardized(i, group), CLIP, HIGH)
+    total += gain / i.length
+  return -total / num_responses(groups)
+
+
+def cispo(groups, running):
+  total = 0.0
+  for group, i, t in tokens(groups):
+    weight = clip(token_ratio(i, t).detach(), 1 - CLIP, 1 + HIGH)
+    total += weight * standardized(i, group) * i.new[t]
+  return -total / num_tokens(groups)
+
+
+def weighted(members, weight):
+  weights = [weight(j) for j in members]
+  if not sum(weights):
+    return mean([j.reward for j in members])
+  products = [w * j.reward for w, j in zip(weights, members, strict=True)]
+  return sum(products) / sum(weights)
+
+
+def opo(groups, running):
+  length = lambda i: i.length
+  return likelihood(groups, lambda i, group: i.reward - weighted(group, length))
+
+
+def weighted_leave_one_out(weight):
+  def advantage(i, group):
+    others = siblings(i, group)
+    return i.reward - weighted(others, weight) if others else 0.0
+
+  return lambda groups, running: likelihood(groups, advantage)
+
+
+def rl_zvp(groups, running):
+  total = 0.0
+  for group, i, t in tokens(groups):
+    advantage = standardized(i, group)
+    if all(j.reward == i.reward for j in group):
+      right = i.reward > 0.5
+      missing = max(i.entropy) - i.entropy[t]
+      advantage = ENTROPY * (i.entropy[t] if right else -missing)
+    total += surrogate(token_ratio(i, t), advantage, CLIP, CLIP) / i.length
+  return -total / num_responses(groups)
+
+
+def trajectory_ratio(i):
+  return sum(i.new[t] - i.old[t] for t in range(i.length)).exp()
+
+
+def p3o(jointly):
+  def formula(groups, running):
+    total = 0.0
+    for group in groups:
+      by_place = {i.place: i for i in group}
+      for first in range(0, 100, 2):
+        if not {first, first + 1} <= by_place.keys():
+          continue
+        for this, that in ((first, first + 1), (first + 1, first)):
+          i, j = by_place[this], by_place[that]
+          if not i.length:
+            continue
+          ratio = trajectory_ratio(i)
+          if jointly and j.length:
+            ratio = ratio * trajectory_ratio(j).detach()
+          total += surrogate(ratio, i.reward - j.reward, CLIP, CLIP)
+    return -total / num_responses(groups)
+
+  return formula
+
+
 FORMULAS = {
-  'reinforce': (est.reinforce(), 0.0, reward, log_likelihood, per_response),
-  'rloo': (est.rloo(), 0.0, against_others, log_likelihood, per_response),
-  'rloo with KL': (
-    est.rloo(kl=KL),
-    KL,
-    against_others,
-    log_likelihood,
-    per_response,
-  ),
-  'grpo': (
-    est.grpo(clip=CLIP, kl=KL),
-    0.0,
-    in_deviations,
-    surrogate_with_k3,
-    per_token_of_response,
-  ),
-  'grpo without KL': (
-    est.grpo(clip=CLIP, kl=0.0),
-    0.0,
-    in_deviations,
-    surrogate,
-    per_token_of_response,
-  ),
-  'dr_grpo': (
-    est.dr_grpo(MAX_LENGTH, clip=CLIP),
-    0.0,
-    against_mean,
-    surrogate,
-    per_constant,
-  ),
-  'sft': (est.sft(), 0.0, one, log_likelihood, per_token),
+  'reinforce': reinforce,
+  'reinforce_baseline': reinforce_baseline,
+  'remax': remax,
+  'rloo': rloo,
+  'rloo with KL': rloo_kl(KL),
+  'rloo with adaptive KL': rloo_kl(None),
+  'reinforce_plus_plus': reinforce_plus_plus(KL),
+  'reinforce_plus_plus with adaptive KL': reinforce_plus_plus(None),
+  'reinforce_plus_plus_baseline': reinforce_plus_plus_baseline,
+  'grpo': grpo(KL),
+  'grpo without KL': grpo(0.0),
+  'dr_grpo': dr_grpo,
+  'dapo': dapo,
+  'gspo': gspo,
+  'gspo by token': gspo_token,
+  'cispo': cispo,
+  'opo': opo,
+  'opo_leave_one_out': weighted_leave_one_out(lambda i: i.length),
+  'obl_reinforce': weighted_leave_one_out(lambda i: sum(i.norms)),
+  'rl_zvp': rl_zvp,
+  'p3o': p3o(jointly=False),
+  'p3o by pair': p3o(jointly=True),
 }
 
 
-def loops(rollouts, outputs, beta, advantage_of, token_loss, weight_of):
-  """The formula: (loss, its gradient in the new log-probabilities)."""
-  prompts, samples, length = rollouts.mask.shape
-  valid = rollouts.valid
-  if valid is None:
-    valid = np.ones((prompts, samples, 1), bool)
-  lengths = rollouts.mask.sum(axis=2)
-  count = int(valid.sum())
-  total = int((lengths * valid[..., 0]).sum())
-  loss, gradient = 0.0, np.zeros((prompts, samples, length))
-  for p in range(prompts):
-    members = [g for g in range(samples) if valid[p, g, 0]]
-    rewards = []
-    for g in members:
-      kl = 0.0
-      for t in range(lengths[p, g]):
-        kl += rollouts.log_probs[p, g, t] - rollouts.ref_log_probs[p, g, t]
-      rewards.append(rollouts.rewards[p, g, 0] - (beta * kl if beta else 0.0))
-    for i, g in enumerate(members):
-      advantage = advantage_of(rewards, i)
-      for t in range(lengths[p, g]):
-        value, slope = token_loss(
-          advantage,
-          outputs.log_probs[p, g, t],
-          rollouts.log_probs[p, g, t],
-          rollouts.ref_log_probs[p, g, t],
-        )
-        weight = weight_of(count, lengths[p, g], total)
-        loss += weight * value
-        gradient[p, g, t] = weight * slope
-  return loss, gradient
+PROGRAM = make_program({name: RECIPES[name] for name in FORMULAS})
 
 
-@pytest.mark.parametrize('invalid', [False, True])
+@functools.cache
+def evaluate_all(seed):
+  return jax.device_get(PROGRAM(*make_data(seed)))
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('name', FORMULAS)
-def test_recipe_is_its_formula(name, invalid):
-  estimator, *formula = FORMULAS[name]
-  prepare = jax.jit(estimator.prepare)
-  differentiate = jax.jit(jax.value_and_grad(estimator.loss))
+def test_recipe_is_its_formula(name, seed):
+  got = evaluate_all(seed)[name]
+  assert_is_formula(got, FORMULAS[name], *make_data(seed))
+
+
+def test_the_clips_bite_on_both_sides():
   for seed in range(3):
-    rollouts, outputs = random_rollouts(seed, invalid=invalid)
-    batch = prepare(rollouts)
-    loss, gradient = differentiate(outputs, batch)
-    expected, expected_gradient = loops(rollouts, outputs, *formula)
-    assert loss.dtype == np.float64
-    assert np.abs(expected_gradient).max() > 1e-3
-    np.testing.assert_allclose(loss, expected, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(
-      gradient.log_probs, expected_gradient, rtol=1e-10, atol=1e-12
-    )
+    rollouts, outputs = make_data(seed)
+    kept = rollouts.mask & rollouts.valid
+    ratio = np.exp((outputs.log_probs - rollouts.log_probs)[kept])
+    for outside in (ratio < 1 - CLIP, ratio > 1 + HIGH):
+      assert 3 < outside.sum() < ratio.size / 2
+
+
+def test_every_recipe_is_in_the_table():
+  """A recipe of `algorithms` without a formula here is not proven."""
+  functions = inspect.getmembers(algorithms, inspect.isfunction)
+  recipes = {n for n, f in functions if f.__module__ == algorithms.__name__}
+  assert recipes == {name.split()[0] for name in FORMULAS}
+
+
+def default(recipe, name):
+  return inspect.signature(recipe).parameters[name].default
+
+
+def test_defaults_are_the_published_ones():
+  published = {
+    (est.grpo, 'clip'): 0.2,
+    (est.grpo, 'kl'): 0.04,
+    (est.dapo, 'clip'): 0.2,
+    (est.dapo, 'clip_high'): 0.28,
+    (est.gspo, 'clip'): 3e-4,
+    (est.gspo, 'clip_high'): 4e-4,
+    (est.gspo, 'ratio'): est.sequence_ratio,
+    (est.p3o, 'ratio'): est.trajectory_ratio,
+  }
+  for (recipe, name), value in published.items():
+    assert default(recipe, name) == value
 
 
 def test_recipe_does_not_ask_for_what_it_does_not_use():
-  assert not est.rloo().needs.reference
-  assert not est.grpo(kl=0.0).needs.reference
-  assert est.rloo(kl=0.1).needs.reference
-  assert est.grpo().needs.reference
   assert est.reinforce().needs == est.Needs()
+  assert est.remax().needs == est.Needs(greedy=True)
+  assert est.rl_zvp().needs == est.Needs(samples=2, entropy=True)
+  assert est.obl_reinforce().needs == est.Needs(samples=2, score_norms=True)
+  for recipe in (est.rloo, est.grpo, est.reinforce_plus_plus_baseline):
+    assert recipe(kl=0.1).needs == est.Needs(samples=2, reference=True)
+    assert recipe(kl=0.0).needs == est.Needs(samples=2)
+  assert est.reinforce_plus_plus().needs == est.Needs(reference=True)
+  (running,) = est.rloo(kl=STEERED).needs.running
+  assert running is STEERED
 
 
-def test_dr_grpo_advantage_is_rloo_scaled():
-  rollouts, _ = random_rollouts(0, samples=5, invalid=False)
-  mean = est.dr_grpo(7).prepare(rollouts).advantages
-  others = est.rloo().prepare(rollouts).advantages
-  np.testing.assert_allclose(mean, 4 / 5 * others, rtol=1e-12)
+def advantages(estimator, rollouts):
+  return np.asarray(estimator.prepare(rollouts).advantages)
 
 
-def test_clipped_surrogate_is_the_score_function_on_policy():
+def gradient(estimator, rollouts, outputs):
+  return np.asarray(evaluate(estimator, rollouts, outputs)[1].log_probs)
+
+
+@pytest.mark.parametrize('samples', [2, 5])
+def test_dr_grpo_advantage_is_rloo_scaled(samples):
+  rollouts, _ = random_rollouts(0, samples=samples, invalid=False)
+  mean = advantages(est.dr_grpo(7), rollouts)
+  others = advantages(est.rloo(), rollouts)
+  np.testing.assert_allclose(mean, (samples - 1) / samples * others, rtol=1e-12)
+
+
+def test_on_policy_the_surrogates_are_the_score_function():
+  """GSPO = GSPO-token = GRPO without KL, whatever the clip."""
   rollouts, outputs = random_rollouts(0)
   outputs = outputs.replace(log_probs=rollouts.log_probs)
-  gradients = []
-  for loss in (est.clipped(0.2), est.score_function()):
-    estimator = est.estimator(
-      est.subtract_group_mean(), loss, est.sequence_sum()
-    )
-    batch = estimator.prepare(rollouts)
-    gradients.append(jax.grad(estimator.loss)(outputs, batch).log_probs)
-  np.testing.assert_allclose(*gradients, rtol=1e-12)
+  score = est.estimator(
+    est.standardize(), est.score_function(), est.sequence_mean()
+  )
+  expected = gradient(score, rollouts, outputs)
+  assert np.abs(expected).max() > 1e-3
+  for estimator in (
+    est.grpo(kl=0.0),
+    est.gspo(),
+    est.gspo(ratio=est.sequence_token_ratio),
+  ):
+    got = gradient(estimator, rollouts, outputs)
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize('ratio', [est.trajectory_ratio, est.pair_ratio])
+def test_on_policy_p3o_is_rloo_of_two(ratio):
+  rollouts, outputs = random_rollouts(0, samples=2, invalid=False)
+  outputs = outputs.replace(log_probs=rollouts.log_probs)
+  expected = gradient(est.rloo(), rollouts, outputs)
+  got = gradient(est.p3o(ratio=ratio), rollouts, outputs)
+  np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-15)
+  assert np.abs(expected).max() > 1e-3
+
+
+def test_gspo_by_token_is_gspo_while_a_response_has_one_advantage():
+  rollouts, outputs = random_rollouts(0)
+  whole, by_token = (
+    evaluate(RECIPES[name], rollouts, outputs)
+    for name in ('gspo', 'gspo by token')
+  )
+  for a, b in zip(*map(jax.tree.leaves, (whole, by_token)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-15)
+
+
+def test_opo_of_equal_lengths_is_dr_grpo_and_its_leave_one_out_form_rloo():
+  rollouts, _ = random_rollouts(0, full=True, invalid=False)
+  np.testing.assert_allclose(
+    advantages(est.opo(), rollouts), advantages(est.dr_grpo(5), rollouts)
+  )
+  np.testing.assert_allclose(
+    advantages(est.opo_leave_one_out(), rollouts),
+    advantages(est.rloo(), rollouts),
+  )
+
+
+def test_pairs_of_an_odd_group_are_refused():
+  rollouts, _ = random_rollouts(0, samples=3)
+  with pytest.raises(ValueError, match='3 per prompt is odd'):
+    est.p3o().prepare(rollouts)

@@ -71,13 +71,21 @@ GROUP_BASED = [name for name, e in RECIPES.items() if e.needs.samples > 1]
 
 
 def random_rollouts(
-  seed, prompts=3, samples=4, length=5, *, invalid=True, dtype=np.float64
+  seed,
+  prompts=3,
+  samples=4,
+  length=5,
+  *,
+  invalid=True,
+  full=False,
+  dtype=np.float64,
 ):
   """Rollouts and outputs of a policy some updates away from the sampler.
 
   Everything that a recipe may need is there.  Lengths are ragged, with an
   empty and a full response.  Outside the mask stands NaN, and so it does where
   no branch forks.  With `invalid`, two responses are invalid: NaN all over.
+  With `full`, all responses were cut at the length limit.
 
   Returns:
     (rollouts, outputs) of NumPy arrays.
@@ -86,6 +94,8 @@ def random_rollouts(
   shape = (prompts, samples, length)
   lengths = random.integers(1, length + 1, (prompts, samples))
   lengths[0, 0], lengths[-1, -1] = length, 0
+  if full:
+    lengths[:] = length
   mask = np.arange(length)[None, None] < lengths[..., None]
   valid = np.ones((prompts, samples, 1), bool)
   if invalid:

@@ -1,0 +1,347 @@
+"""Recipes that value states against their papers' formulas, and identities."""
+
+import functools
+import inspect
+
+import jax
+import numpy as np
+import pytest
+from loops import (
+  assert_is_formula,
+  clip,
+  evaluate,
+  k3,
+  make_data,
+  make_program,
+  mean,
+  num_responses,
+  num_tokens,
+  siblings,
+  surrogate,
+  token_ratio,
+  tokens,
+  whitened,
+)
+from toys import (
+  ALPHA,
+  CLIP,
+  DUAL,
+  HIGH,
+  KL,
+  LAM,
+  RECIPES,
+  STEERED,
+  VALUE,
+  VALUE_CLIP,
+  random_rollouts,
+)
+
+from jaxrl_llm import estimators as est
+from jaxrl_llm.estimators import actor_critic
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def token_rewards(i, beta):
+  """The response's reward on its last token, less the KL of every token."""
+  rewards = [-beta * (i.old[t] - i.ref[t]) for t in range(i.length)]
+  if rewards:
+    rewards[-1] += i.reward
+  return rewards
+
+
+def generalised_advantage(i, t, lam, beta):
+  """Σₗ λˡ δₜ₊ₗ,   δₜ = rₜ + Vₜ₊₁ − Vₜ: equation 16 of the paper at γ = 1."""
+  rewards, values = token_rewards(i, beta), [*i.values, 0.0]
+  deltas = [rewards[s] + values[s + 1] - values[s] for s in range(i.length)]
+  return sum(lam ** (s - t) * deltas[s] for s in range(t, i.length))
+
+
+def value_loss(i, t, target):
+  near = clip(
+    i.new_values[t], i.values[t] - VALUE_CLIP, i.values[t] + VALUE_CLIP
+  )
+  errors = (i.new_values[t] - target) ** 2, (near - target) ** 2
+  return VALUE / 2 * max(errors)
+
+
+def ppo(steered, dual):
+  def formula(groups, running):
+    beta = running['kl_coefficient'] if steered else 0.0
+    every = [(i, t) for _, i, t in tokens(groups)]
+    raw = [generalised_advantage(i, t, LAM, beta) for i, t in every]
+    total = 0.0
+    for (i, t), own, a in zip(every, raw, whitened(raw), strict=True):
+      gain = surrogate(token_ratio(i, t), a, CLIP, CLIP)
+      if dual and a < 0:
+        gain = max(gain, dual * a)
+      total += value_loss(i, t, own + i.values[t]) - gain
+    return total / len(every)
+
+  return formula
+
+
+def vapo(groups, running):
+  every = [(i, t) for _, i, t in tokens(groups)]
+  raw = []
+  for i, t in every:
+    lam = max(0.0, 1 - 1 / (ALPHA * i.length))
+    raw.append(generalised_advantage(i, t, lam, 0.0))
+  total = 0.0
+  for (i, t), a in zip(every, whitened(raw), strict=True):
+    gain = surrogate(token_ratio(i, t), a, CLIP, HIGH)
+    total += value_loss(i, t, i.reward) - gain
+  return total / len(every)
+
+
+def score_weighted_mean(others):
+  weights = [sum(j.norms) for j in others]
+  products = [w * j.reward for w, j in zip(weights, others, strict=True)]
+  return sum(products) / sum(weights)
+
+
+def segments(i, group, weighted=False):
+  """(a, b, V_b − V_a) of the stretches between neighbouring forks."""
+  others = siblings(i, group)
+  baseline = {0: mean([j.reward for j in others])} | i.forks
+  if weighted:
+    baseline = {0: score_weighted_mean(others)} | i.weighted_forks
+  value = i.forks | {i.length: i.reward}
+  ends = sorted(baseline | value)
+  ends = [t for t in ends if t <= i.length]
+  return [
+    (a, b, value[b] - baseline[a])
+    for a, b in zip(ends[:-1], ends[1:], strict=True)
+  ]
+
+
+def held(i, t, group, weighted=False):
+  for a, b, gain in segments(i, group, weighted):
+    if a <= t < b:
+      return gain
+
+
+def values_interpolated(i, t, group):
+  """The rise in one token of a line from V_a to V_b."""
+  for a, b, gain in segments(i, group):
+    if a <= t < b:
+      return gain / (b - a)
+
+
+def advantages_interpolated(i, t, group):
+  """A line between the tokens whose advantage is exactly known."""
+  exact = {a: gain for a, b, gain in segments(i, group) if b == a + 1}
+  if not exact:
+    return held(i, t, group)
+  before = max((s for s in exact if s <= t), default=min(exact))
+  after = min((s for s in exact if s >= t), default=max(exact))
+  if after <= before:
+    return exact[before if t >= before else after]
+  share = (t - before) / (after - before)
+  return exact[before] + share * (exact[after] - exact[before])
+
+
+def trepo(advantage):
+  def formula(groups, running):
+    total = 0.0
+    for group, i, t in tokens(groups):
+      a = advantage(i, t, group)
+      total += surrogate(token_ratio(i, t), a, CLIP, CLIP)
+    return -total / num_responses(groups)
+
+  return formula
+
+
+def vine_ppo(groups, running):
+  every = list(tokens(groups))
+  advantages = whitened([held(i, t, group) for group, i, t in every])
+  total = 0.0
+  for (_, i, t), a in zip(every, advantages, strict=True):
+    gain = surrogate(token_ratio(i, t), a, CLIP, CLIP)
+    total += gain - KL * k3(i, t)
+  return -total / num_tokens(groups)
+
+
+FORMULAS = {
+  'ppo': ppo(steered=False, dual=None),
+  'ppo with KL and dual clip': ppo(steered=True, dual=DUAL),
+  'vapo': vapo,
+  'vine_ppo': vine_ppo,
+  'trepo': trepo(held),
+  'trepo, values interpolated': trepo(values_interpolated),
+  'trepo, advantages interpolated': trepo(advantages_interpolated),
+  'trepo, score-weighted': trepo(functools.partial(held, weighted=True)),
+}
+PROGRAM = make_program({name: RECIPES[name] for name in FORMULAS})
+
+
+@functools.cache
+def evaluate_all(seed):
+  return jax.device_get(PROGRAM(*make_data(seed, length=9)))
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_recipe_is_its_formula(name, seed):
+  got = evaluate_all(seed)[name]
+  assert_is_formula(got, FORMULAS[name], *make_data(seed, length=9))
+
+
+def test_every_recipe_is_in_the_table():
+  functions = inspect.getmembers(actor_critic, inspect.isfunction)
+  recipes = {n for n, f in functions if f.__module__ == actor_critic.__name__}
+  assert recipes == {name.split()[0].strip(',') for name in FORMULAS}
+
+
+def test_defaults_are_the_published_ones():
+  default = lambda recipe, name: (
+    inspect.signature(recipe).parameters[name].default
+  )
+  published = {
+    (est.ppo, 'clip'): 0.2,
+    (est.ppo, 'lam'): 0.95,
+    (est.ppo, 'value_clip'): 0.2,
+    (est.vapo, 'alpha'): 0.05,
+    (est.vapo, 'clip_high'): 0.28,
+    (est.vine_ppo, 'samples'): 9,
+    (est.vine_ppo, 'kl'): 1e-4,
+    (est.trepo, 'fill'): est.hold,
+  }
+  for (recipe, name), value in published.items():
+    assert default(recipe, name) == value
+
+
+def test_recipe_asks_for_what_it_uses():
+  assert est.ppo().needs == est.Needs(critic=True)
+  assert est.vapo().needs == est.Needs(critic=True)
+  needs = est.ppo(kl=STEERED).needs
+  assert needs.reference and needs.running == (STEERED,)
+  needs = est.trepo(count=3, samples=5).needs
+  assert (needs.samples, needs.critic, needs.reference) == (2, False, False)
+  assert needs.branches[:2] == (3, 5)
+  assert not needs.score_norms and not needs.branches.score_weighted
+  needs = est.trepo(score_weighted=True).needs
+  assert needs.score_norms and needs.branches.score_weighted
+  assert not est.vine_ppo((1,), kl=0.0).needs.reference
+  assert est.vine_ppo((1,)).needs.reference
+
+
+def test_dual_clip_bounds_negative_advantages_only():
+  """Without it the loss of a likely bad token grows with its ratio."""
+  rollouts, outputs = make_data(0)
+  data = (rollouts, outputs.replace(log_probs=rollouts.log_probs + 1.0))
+  plain, dual = (
+    evaluate(est.ppo(dual_clip=bound), *data)[1].log_probs
+    for bound in (None, 2.0)
+  )
+  kept = rollouts.mask & rollouts.valid
+  bad = kept & np.asarray(est.ppo().prepare(rollouts).advantages < 0)
+  assert (np.asarray(plain)[bad] > 0).all()
+  np.testing.assert_array_equal(np.asarray(dual)[bad], 0.0)
+  np.testing.assert_array_equal(np.asarray(dual)[~bad], np.asarray(plain)[~bad])
+
+
+def advantages(transform, rollouts):
+  transform = est.chain(est.at_last_token(), transform)
+  estimator = est.estimator(transform, est.score_function(), est.sequence_sum())
+  return np.asarray(estimator.prepare(rollouts).advantages)
+
+
+def in_group(rollouts, function):
+  """[P, G, T]: a number per response, of the rewards and its place."""
+  out = np.zeros(rollouts.mask.shape)
+  for p, g in np.ndindex(out.shape[:2]):
+    out[p, g] = function(rollouts.rewards[p, :, 0], g)
+  return out
+
+
+others_mean = lambda rewards, g: np.delete(rewards, g).mean()
+
+
+@pytest.mark.parametrize('fill', [est.hold, est.interpolate_values])
+def test_a_branch_at_every_token_is_a_critic_with_lambda_zero(fill):
+  """TRePO = GAE(λ = 0) on the Monte Carlo values."""
+  rollouts, _ = random_rollouts(0, length=7, invalid=False)
+  values = np.random.default_rng(0).normal(size=rollouts.mask.shape)
+  root = in_group(rollouts, others_mean)
+  rollouts = rollouts.replace(
+    branch_values=values,
+    branch_mask=np.ones(values.shape, bool),
+    values=np.where(np.arange(7) == 0, root, values),
+  )
+  branches = est.branches(7, 4, est.positions.uniform())
+  got = advantages(est.gae(1.0, 0.0, branches, fill), rollouts)
+  expected = advantages(est.gae(1.0, 0.0, est.critic()), rollouts)
+  np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
+  assert np.abs(np.diff(got, axis=2)).max() > 0.1
+
+
+def test_gae_of_one_and_the_group_mean_is_dr_grpo():
+  rollouts, outputs = random_rollouts(0, invalid=False)
+  rollouts = rollouts.replace(values=in_group(rollouts, lambda r, g: r.mean()))
+  critic = est.estimator(
+    est.chain(est.at_last_token(), est.gae(1.0, 1.0, est.critic())),
+    est.clipped(CLIP),
+    est.constant_length(11),
+  )
+  got = evaluate(critic, rollouts, outputs)[1].log_probs
+  expected = evaluate(est.dr_grpo(11, CLIP), rollouts, outputs)[1].log_probs
+  np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-14)
+  assert np.abs(expected).max() > 1e-3
+
+
+def without_forks(rollouts):
+  return rollouts.replace(branch_mask=np.zeros(rollouts.mask.shape, bool))
+
+
+def test_without_a_fork_hold_is_rloo_and_interpolated_values_its_mean():
+  """Interpolating values over one segment is the 1/length of GRPO."""
+  rollouts, outputs = random_rollouts(0, invalid=False)
+  rollouts = without_forks(rollouts)
+  for fill, weights in (
+    (est.hold, est.sequence_sum()),
+    (est.interpolate_values, est.sequence_mean()),
+  ):
+    of_response = est.estimator(
+      est.subtract_leave_one_out_mean(), est.clipped(CLIP), weights
+    )
+    expected = evaluate(of_response, rollouts, outputs)[1].log_probs
+    trepo = est.trepo(fill=fill, clip=CLIP)
+    got = evaluate(trepo, rollouts, outputs)[1].log_probs
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_credit_adds_up_to_what_was_earned():
+  """Σ over segments of V_b − V_a is R − V₀: nothing is lost in between."""
+  rollouts, _ = random_rollouts(1, length=9, invalid=False)
+  earned = rollouts.rewards - in_group(rollouts, others_mean)[..., :1]
+  batch = RECIPES['trepo, values interpolated'].prepare(rollouts)
+  credit = np.asarray(batch.advantages).sum(axis=2, keepdims=True)
+  some = rollouts.mask.any(axis=2, keepdims=True)
+  np.testing.assert_allclose(credit[some], earned[some], rtol=1e-12)
+
+
+def test_vine_ppo_is_trepo_whitened():
+  rollouts, _ = random_rollouts(1, length=9)
+  held = np.asarray(RECIPES['trepo'].prepare(rollouts).advantages)
+  white = np.asarray(RECIPES['vine_ppo'].prepare(rollouts).advantages)
+  kept = rollouts.mask & rollouts.valid
+  expected = (held[kept] - held[kept].mean()) / held[kept].std()
+  np.testing.assert_allclose(white[kept], expected, rtol=1e-6)
+
+
+def test_no_fork_is_read_from_behind_the_end():
+  """A rule knows no length: positions behind it are drawn, and left alone."""
+  rollouts, _ = random_rollouts(2, length=9)
+  for name in ('trepo', 'trepo, advantages interpolated', 'vine_ppo'):
+    got = RECIPES[name].prepare(rollouts).advantages
+    everywhere = rollouts.replace(
+      branch_mask=rollouts.branch_mask | ~rollouts.mask
+    )
+    again = RECIPES[name].prepare(everywhere).advantages
+    np.testing.assert_array_equal(got, again)
+    assert np.isfinite(got).all()

@@ -1,0 +1,180 @@
+"""Rollouts as plain Python lists, for formulas written as nested loops.
+
+A formula maps groups of `Response`s and the running numbers to a loss.  What
+it differentiates are scalars of torch, so that nothing of it is ours.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from toys import random_rollouts
+
+
+@dataclasses.dataclass
+class Response:
+  """A valid response: numbers, and lists over its tokens.
+
+  `new` and `new_values` are what the trained model says, scalars of torch;
+  `forks` maps the tokens before which branches fork to their mean reward, and
+  `weighted_forks` to the score-weighted mean.
+  """
+
+  place: int
+  reward: float
+  greedy: float
+  length: int
+  new: list
+  old: list
+  ref: list
+  entropy: list
+  norms: list
+  values: list
+  new_values: list
+  forks: dict
+  weighted_forks: dict
+
+
+def groups_of(rollouts, outputs):
+  """The valid responses of each prompt."""
+  torch = pytest.importorskip('torch')
+  leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)
+  groups = []
+  for p, g in np.ndindex(rollouts.mask.shape[:2]):
+    if g == 0:
+      groups.append([])
+    if not rollouts.valid[p, g, 0]:
+      continue
+    length = int(rollouts.mask[p, g].sum())
+    numbers = lambda x, p=p, g=g, n=length: [float(v) for v in x[p, g, :n]]
+    forks = [t for t in range(1, length) if rollouts.branch_mask[p, g, t]]
+    at_forks = lambda x, p=p, g=g, at=forks: {t: float(x[p, g, t]) for t in at}
+    groups[-1].append(
+      Response(
+        place=g,
+        reward=float(rollouts.rewards[p, g, 0]),
+        greedy=float(rollouts.greedy_rewards[p, 0, 0]),
+        length=length,
+        new=[leaf(x) for x in numbers(outputs.log_probs)],
+        old=numbers(rollouts.log_probs),
+        ref=numbers(rollouts.ref_log_probs),
+        entropy=numbers(rollouts.entropy),
+        norms=numbers(rollouts.score_norms),
+        values=numbers(rollouts.values),
+        new_values=[leaf(x) for x in numbers(outputs.values)],
+        forks=at_forks(rollouts.branch_values),
+        weighted_forks=at_forks(rollouts.branch_baselines),
+      )
+    )
+  return groups
+
+
+def assert_is_formula(got, formula, rollouts, outputs):
+  """Loss and gradients of `evaluate` against those of a formula."""
+  loss, gradient = got
+  groups = groups_of(rollouts, outputs)
+  running = {name: float(v) for name, v in rollouts.running.items()}
+  expected = formula(groups, running)
+  expected.backward()
+  slopes = {'log_probs': 'new', 'values': 'new_values'}
+  assert loss.dtype == np.float64
+  assert abs(float(expected.detach())) > 1e-3
+  np.testing.assert_allclose(loss, expected.detach(), rtol=1e-10, atol=1e-12)
+  for name, leaves in slopes.items():
+    slope = np.zeros(rollouts.mask.shape)
+    for p, group in enumerate(groups):
+      for i in group:
+        for t, x in enumerate(getattr(i, leaves)):
+          slope[p, i.place, t] = 0.0 if x.grad is None else float(x.grad)
+    np.testing.assert_allclose(
+      getattr(gradient, name), slope, rtol=1e-10, atol=1e-12
+    )
+    if name == 'log_probs':
+      assert np.abs(slope).max() > 1e-3
+  np.testing.assert_array_equal(gradient.entropy, 0.0)
+
+
+def evaluate(estimator, rollouts, outputs):
+  """(loss, its gradient in the outputs)."""
+  batch = estimator.prepare(rollouts)
+  return jax.value_and_grad(estimator.loss)(outputs, batch)
+
+
+def make_program(estimators):
+  """All of `estimators` in one jit: it is compilation that takes time."""
+  return jax.jit(
+    lambda rollouts, outputs: {
+      name: evaluate(estimator, rollouts, outputs)
+      for name, estimator in estimators.items()
+    }
+  )
+
+
+@functools.cache
+def make_data(seed, length=5):
+  """0: ragged.  1: ragged, two invalid.  2: full, two groups of equal rewards.
+
+  One group of equal rewards is wrong, one right.
+  """
+  rollouts, outputs = random_rollouts(
+    seed, 4, length=length, invalid=seed == 1, full=seed == 2
+  )
+  if seed != 1:
+    rollouts = rollouts.replace(valid=np.ones(rollouts.rewards.shape, bool))
+  if seed == 2:
+    rewards = rollouts.rewards.copy()
+    # Binary fractions: their mean is exact, so loops find a deviation of 0.
+    rewards[1], rewards[2] = 0.25, 0.75
+    rollouts = rollouts.replace(rewards=rewards)
+  return rollouts, outputs
+
+
+def tokens(groups):
+  """(group, response, t) of every token."""
+  for group in groups:
+    for i in group:
+      for t in range(i.length):
+        yield group, i, t
+
+
+def num_responses(groups):
+  return sum(len(group) for group in groups)
+
+
+def num_tokens(groups):
+  return sum(i.length for group in groups for i in group)
+
+
+def mean(numbers):
+  return sum(numbers) / len(numbers)
+
+
+def siblings(i, group):
+  return [j for j in group if j is not i]
+
+
+def token_ratio(i, t):
+  return (i.new[t] - i.old[t]).exp()
+
+
+def clip(x, low, high):
+  return min(max(x, low), high)
+
+
+def surrogate(ratio, advantage, low, high):
+  """min(ρ A, clip(ρ, 1 − low, 1 + high) A)."""
+  return min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)
+
+
+def k3(i, t):
+  return (i.ref[t] - i.new[t]).exp() - 1 - (i.ref[t] - i.new[t])
+
+
+def whitened(numbers, epsilon=1e-8):
+  """Over the batch: mean 0 and, but for ε, variance 1."""
+  centre = mean(numbers)
+  variance = mean([(x - centre) ** 2 for x in numbers])
+  return [(x - centre) / math.sqrt(variance + epsilon) for x in numbers]
