@@ -1,5 +1,6 @@
 """Turns a configuration into the values that the library's functions take."""
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -8,12 +9,15 @@ import jax
 from experiments import data, naming
 from jaxrl_llm import estimators, policy, rollouts, training
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimators import algorithms
+from jaxrl_llm.estimators import actor_critic, algorithms, diagnostics
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, functions
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import vocabulary
+
+# Modules with the functions that `config.algorithm` may name.
+ALGORITHMS = (algorithms, actor_critic)
 
 # Parameters that tell a reward function from a factory of one.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
@@ -112,7 +116,7 @@ def known_tokens(built: Model) -> int:
 def estimator(config) -> estimators.Estimator:
   """The estimator that `config.algorithm` names, checked against rollouts."""
   spec = config.algorithm.to_dict()
-  built = naming.call(algorithms, spec, 'config.algorithm')
+  built = naming.call(ALGORITHMS, spec, 'config.algorithm')
   if config.rollout.samples < built.needs.samples:
     raise UserError(
       f'config.rollout.samples is {config.rollout.samples}; '
@@ -123,14 +127,48 @@ def estimator(config) -> estimators.Estimator:
       'config.rollout.temperature is 0: greedy responses have no policy '
       'gradient\nset a temperature above 0 (config.evaluation may use 0)'
     )
+  try:
+    jax.eval_shape(built.prepare, _abstract_rollouts(config, built.needs))
+  except ValueError as error:
+    raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
   return built
 
 
-def clip_range(config) -> tuple[float | None, float | None]:
-  """ε below and above of the named algorithm; None if it does not clip."""
+def _abstract_rollouts(config, needs) -> estimators.Rollouts:
+  """Shapes of a batch with everything that any estimator may ask for."""
+  rollout = config.rollout
+  whole = (rollout.prompts, rollout.samples, 1)
+  shape = whole[:2] + (rollout.max_tokens,)
+  array = jax.ShapeDtypeStruct
+  numbers = array(shape, 'float32')
+  names = ('log_probs', 'ref_log_probs', 'sampler_log_probs', 'values')
+  names += ('entropy', 'score_norms', 'token_rewards')
+  names += ('branch_values', 'branch_baselines')
+  return estimators.Rollouts(
+    tokens=array(shape, 'int32'),
+    mask=array(shape, bool),
+    valid=array(whole, bool),
+    rewards=array(whole, 'float32'),
+    greedy_rewards=array((rollout.prompts, 1, 1), 'float32'),
+    branch_mask=array(shape, bool),
+    running={part.name: array((), 'float32') for part in needs.running},
+    **dict.fromkeys(names, numbers),
+  )
+
+
+def token_metrics(config) -> dict[str, diagnostics.Diagnostic]:
+  """Per-token diagnostics of the named algorithm, with the range it clips."""
   spec = config.algorithm.to_dict()
-  low = naming.argument(algorithms, spec, 'clip')
-  return low, naming.argument(algorithms, spec, 'clip_high')
+  argument = functools.partial(naming.argument, ALGORITHMS, spec)
+  return diagnostics.per_token(
+    argument('clip'), argument('clip_high'), argument('ratio')
+  )
+
+
+def init_state(params, optimizer, estimator) -> training.TrainState:
+  """A state that has taken no update, for any of a run's phases."""
+  running = estimators.start_running(estimator.needs)
+  return training.init_state({'policy': params}, optimizer, running)
 
 
 def reward_parts(config) -> list[RewardPart]:

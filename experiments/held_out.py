@@ -206,7 +206,7 @@ def to_samples(
 def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
   """Σ log π − log π_ref over the responses' tokens, nats."""
   prompts, samples = responses.prompts, responses.samples
-  score = lambda weights: rollouts.score_log_probs(
+  score = lambda weights: rollouts.score_tokens(
     held_out.model.config,
     weights,
     prompts,
@@ -215,5 +215,5 @@ def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
     prompts.lengths.shape[0],
     held_out.chunk,
   )
-  ratios = score(params) - score(reference)
+  ratios = score(params).log_probs - score(reference).log_probs
   return float(np.where(samples.mask, ratios, 0.0).sum())

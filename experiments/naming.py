@@ -9,18 +9,21 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from jaxrl_llm.errors import UserError
 
+# Where the functions live that a name may mean.
+Modules = ModuleType | Sequence[ModuleType]
 
-def find(module: ModuleType, name: str, field: str) -> Callable:
-  """The public function `name` of `module`, or 'file.py:function'.
+
+def find(modules: Modules, name: str, field: str) -> Callable:
+  """The public function `name` of `modules`, or 'file.py:function'.
 
   Args:
-    module: where the functions live.
+    modules: where the functions live.
     name: the function's name.
     field: the configuration field, for the message.
 
@@ -29,30 +32,33 @@ def find(module: ModuleType, name: str, field: str) -> Callable:
   """
   if ':' in name:
     return _load(name, field)
-  functions = [
-    key
+  if isinstance(modules, ModuleType):
+    modules = (modules,)
+  functions = {
+    key: value
+    for module in modules
     for key, value in vars(module).items()
     if inspect.isfunction(value)
     and not key.startswith('_')
     and value.__module__ == module.__name__
-  ]
+  }
   if name in functions:
-    return getattr(module, name)
+    return functions[name]
   near = difflib.get_close_matches(name, functions, 1)
   hint = f'did you mean {near[0]!r}? ' if near else ''
   raise UserError(
-    f'{field}: no {name!r} in {module.__name__}\n'
+    f'{field}: no {name!r} in {modules[0].__name__}\n'
     f'{hint}choose one of {", ".join(sorted(functions))}'
   )
 
 
 def call(
-  module: ModuleType, spec: Mapping[str, Any], field: str, **extra: Any
+  modules: Modules, spec: Mapping[str, Any], field: str, **extra: Any
 ) -> Any:
   """Calls the function that `spec['name']` names with the other entries.
 
   Args:
-    module: where the functions live.
+    modules: where the functions live.
     spec: name and keyword arguments.
     field: the configuration field, for the message.
     **extra: arguments that do not come from a configuration; given only to a
@@ -65,7 +71,7 @@ def call(
   name = arguments.pop('name', None)
   if name is None:
     raise UserError(f"{field} has no 'name'")
-  function = find(module, name, field)
+  function = find(modules, name, field)
   parameters = inspect.signature(function).parameters
   for key in arguments:
     if key not in parameters:
@@ -88,13 +94,11 @@ def call(
   return function(**arguments)
 
 
-def argument(
-  module: ModuleType, spec: Mapping[str, Any], parameter: str
-) -> Any:
+def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:
   """What `call` would pass for `parameter`: given, default, or None."""
   if parameter in spec:
     return spec[parameter]
-  parameters = inspect.signature(find(module, spec['name'], 'name')).parameters
+  parameters = inspect.signature(find(modules, spec['name'], 'name')).parameters
   return parameters[parameter].default if parameter in parameters else None
 
 

@@ -4,6 +4,7 @@ Each phase gives the state after one step and what is to be recorded of it.  A
 step depends on nothing but the state, the step's number and the configuration.
 """
 
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -153,10 +154,13 @@ class Reinforcement:
     self.optimizer, self._schedule = build.optimizer(
       config.optimizer, config.steps * settings.epochs * settings.minibatches
     )
-    per_token = diagnostics.per_token(*build.clip_range(config))
+    per_token = build.token_metrics(config)
     if self.estimator.needs.reference:
       per_token['kl'] = diagnostics.reference_kl
     self._prepare = jax.jit(self.estimator.prepare)
+    self._advance = jax.jit(
+      functools.partial(estimators.update_running, self.estimator.needs)
+    )
     self._weigh = jax.jit(self.estimator.weigh)
     self._update = training.make_update(
       training.policy_forward(
@@ -175,15 +179,19 @@ class Reinforcement:
       (responses, rollouts, timings).
     """
     times = [time.perf_counter()]
-    responses = rollouts.respond(
+    respond = functools.partial(
+      rollouts.respond,
       self._model.config,
       state.trainable['policy'],
       self.source.batch(step),
-      self.generation,
-      self._model.tokenizer,
-      self.rewards,
-      jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
+      tokenizer=self._model.tokenizer,
+      rewards=self.rewards,
+      key=jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
     )
+    responses = respond(generation=self.generation)
+    baseline = None
+    if self.estimator.needs.greedy:
+      baseline = respond(generation=rollouts.greedy(self.generation))
     times.append(time.perf_counter())
     if stop is not None:
       stop.check()
@@ -197,6 +205,8 @@ class Reinforcement:
       self._micro_prompts,
       self._config.training.chunk,
       self.rescore,
+      baseline,
+      state.running,
     )
     return responses, data, {'rollout_time': times[1] - times[0]}
 
@@ -209,7 +219,7 @@ class Reinforcement:
       self.generation,
       jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
     )
-    again = rollouts.score_log_probs(
+    again = rollouts.score_tokens(
       self._model.config,
       state.trainable['policy'],
       prompts,
@@ -218,7 +228,7 @@ class Reinforcement:
       self._micro_prompts,
       self._config.training.chunk,
     )
-    difference = jnp.abs(again - samples.log_probs)
+    difference = jnp.abs(again.log_probs - samples.log_probs)
     return float(jnp.where(samples.mask, difference, 0.0).max())
 
   def step(self, state: training.TrainState, step: int, stop=None) -> Result:
@@ -226,6 +236,7 @@ class Reinforcement:
     start = time.perf_counter()
     responses, data, timings = self.collect(state, step, stop)
     whole = (responses.prompts, self._prepare(data))
+    running = self._advance(data)
     key = jax.random.fold_in(jax.random.fold_in(self.key, 2), step)
     rate = float(self._schedule(int(state.updates)))
     records = []
@@ -235,6 +246,7 @@ class Reinforcement:
       ):
         state, metrics = self._update(state, None, prompts, self._weigh(batch))
         records.append(metrics)
+    state = state.replace(running=running)
     records = jax.device_get(records)
     timings['step_time'] = time.perf_counter() - start
     mask = np.asarray(responses.samples.mask)
@@ -280,6 +292,8 @@ def update_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
 
 @jax.jit
 def _rollout_metrics(data: estimators.Rollouts, finished):
-  return diagnostics.group_statistics(data) | diagnostics.completion_statistics(
-    data.mask, finished
-  )
+  metrics = diagnostics.group_statistics(data)
+  metrics |= diagnostics.completion_statistics(data.mask, finished)
+  if data.sampler_log_probs is not None:
+    metrics |= diagnostics.sampler_statistics(data)
+  return metrics

@@ -8,7 +8,6 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import build, checks
-from jaxrl_llm import training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -74,9 +73,10 @@ def load(workdir, step: str = 'newest') -> Trained:
     number = _step_number(checkpoints, step)
     model = build.model(config.model, config.seed)
     optimizer, _ = build.optimizer(config.optimizer, 0)
+    estimator = build.estimator(config)
     template = {
       'state': jax.eval_shape(
-        lambda params: training.init_state({'policy': params}, optimizer),
+        lambda params: build.init_state(params, optimizer, estimator),
         model.params,
       ),
       'key': jax.eval_shape(

@@ -186,7 +186,9 @@ class Run:
   def _begin_rl(self) -> None:
     """Fixes what RL starts from: optimiser, reference, log-probabilities."""
     policy = self.state.trainable['policy']
-    self.state = training.init_state({'policy': policy}, self._rl.optimizer)
+    self.state = build.init_state(
+      policy, self._rl.optimizer, self._rl.estimator
+    )
     if self._rl.estimator.needs.reference:
       # A copy: updates reuse the memory of the parameters they change.
       self._rl.reference = jax.tree.map(jnp.copy, policy)
@@ -247,7 +249,7 @@ class Run:
 
   def _initial_state(self, params) -> training.TrainState:
     phase = self._warm if self._first else self._rl
-    return training.init_state({'policy': params}, phase.optimizer)
+    return build.init_state(params, phase.optimizer, self._rl.estimator)
 
   def _fingerprint(self) -> dict:
     held = prompts_lib.PromptSource(self._held_out.encoded, 1, 0)

@@ -1,4 +1,4 @@
-"""Fulfils an estimator's `Needs`: samples, rewards, reference."""
+"""Fulfils an estimator's `Needs`: samples, rewards, greedy, reference."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs, Rollouts
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import score as score_rewards
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
@@ -125,6 +126,12 @@ def respond(
   return Responses(prompts, batch.rows, samples, completions, scores)
 
 
+def greedy(generation: Generation) -> Generation:
+  """The settings of one greedy response per prompt."""
+  decoding = dataclasses.replace(generation.decoding, temperature=0.0)
+  return dataclasses.replace(generation, samples=1, decoding=decoding)
+
+
 def to_rollouts(
   config: ModelConfig,
   params: Any,
@@ -135,6 +142,8 @@ def to_rollouts(
   micro_prompts: int,
   chunk: int = 256,
   rescore: bool = False,
+  baseline: Responses | None = None,
+  running: dict[str, Array] | None = None,
 ) -> Rollouts:
   """Adds to responses what an estimator needs.
 
@@ -148,13 +157,16 @@ def to_rollouts(
     chunk: positions whose logits exist at one time.
     rescore: the sampler's log-probabilities are not exact enough (bfloat16):
       the trainer's take their place, and they stand beside.
+    baseline: greedy responses to the same prompts; read if needed.  Without
+      a reward (None) one counts 0, which as a baseline biases nothing.
+    running: numbers that outlive a batch.
 
   Raises:
     UserError: for a need that is not implemented.
   """
   missing = [
     name
-    for name in ('greedy', 'critic', 'entropy', 'score_norms', 'branches')
+    for name in ('critic', 'branches', 'token_rewards')
     if getattr(needs, name)
   ]
   if missing:
@@ -162,7 +174,7 @@ def to_rollouts(
   samples, scores = responses.samples, responses.scores
   shape = samples.finished.shape
   score = functools.partial(
-    score_log_probs,
+    score_tokens,
     config,
     prompts=responses.prompts,
     tokens=samples.tokens,
@@ -170,21 +182,32 @@ def to_rollouts(
     micro_prompts=micro_prompts,
     chunk=chunk,
   )
+  own = None
+  if rescore or needs.entropy or needs.score_norms:
+    own = score(params)
+  greedy_rewards = None
+  if needs.greedy:
+    found = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
+    greedy_rewards = jnp.asarray(found.reshape(-1, 1, 1), jnp.float32)
   return Rollouts(
     tokens=samples.tokens,
     mask=samples.mask,
-    log_probs=score(params) if rescore else samples.log_probs,
+    log_probs=own.log_probs if rescore else samples.log_probs,
     sampler_log_probs=samples.log_probs if rescore else None,
     rewards=jnp.asarray(scores.total.reshape(shape), jnp.float32),
     valid=jnp.asarray(scores.valid.reshape(shape)),
-    ref_log_probs=score(reference) if needs.reference else None,
+    greedy_rewards=greedy_rewards,
+    ref_log_probs=score(reference).log_probs if needs.reference else None,
+    entropy=own.entropy if needs.entropy else None,
+    score_norms=own.score_norms if needs.score_norms else None,
+    running=running,
   )
 
 
 @functools.partial(
   jax.jit, static_argnames=('config', 'decoding', 'micro_prompts', 'chunk')
 )
-def score_log_probs(
+def score_tokens(
   config: ModelConfig,
   params: Any,
   prompts: policy.Prompts,
@@ -192,12 +215,14 @@ def score_log_probs(
   decoding: policy.Decoding,
   micro_prompts: int,
   chunk: int = 256,
-) -> Array:
-  """Log-probabilities, [P, G, T] nats, `micro_prompts` prompts at a time."""
+) -> TokenStatistics:
+  """`policy.score`, `micro_prompts` prompts at a time."""
 
   def part(inputs):
-    return policy.score(config, params, *inputs, decoding, chunk).log_probs
+    return policy.score(config, params, *inputs, decoding, chunk)
 
   parts = split_prompts((prompts, tokens), micro_prompts)
-  log_probs = jax.lax.map(part, parts)
-  return log_probs.swapaxes(0, 1).reshape(tokens.shape)
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(tokens.shape),
+    jax.lax.map(part, parts),
+  )

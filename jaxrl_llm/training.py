@@ -33,16 +33,21 @@ class TrainState:
     opt_state: optax state of `trainable`.
     updates: int32, optimiser steps taken.
     skipped: int32, non-finite updates skipped since the last finite one.
+    running: {name: scalar}, the estimator's numbers that outlive a batch; the
+      loop changes them, once per batch.
   """
 
   trainable: Any
   opt_state: Any
   updates: Array
   skipped: Array
+  running: dict[str, Array]
 
 
 def init_state(
-  trainable: Any, optimizer: optax.GradientTransformation
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  running: dict[str, Array] | None = None,
 ) -> TrainState:
   """A state that has taken no update."""
   return TrainState(
@@ -50,6 +55,7 @@ def init_state(
     opt_state=optimizer.init(trainable),
     updates=jnp.int32(0),
     skipped=jnp.int32(0),
+    running=running or {},
   )
 
 
@@ -231,6 +237,7 @@ def _apply(
     opt_state=keep_if_not_finite(opt_state, state.opt_state),
     updates=state.updates + finite,
     skipped=jnp.where(finite, 0, state.skipped + 1),
+    running=state.running,
   )
 
 

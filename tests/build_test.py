@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from experiments import build
 from experiments.configs import base
+from jaxrl_llm import estimators as est
 from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
 
@@ -146,13 +148,47 @@ def test_generation_fits_the_model(config):
     build.generation(config, model, 0, samples=3, temperature=0.5)
 
 
-def test_estimator_and_its_clip_range(config):
-  assert build.clip_range(config) == (0.2, None)
+def test_estimator_and_its_metrics(config):
+  clips = {'clip_ratio/low', 'clip_ratio/high'}
+  assert clips <= set(build.token_metrics(config))
   assert build.estimator(config).needs.reference
   with config.unlocked():
     config.algorithm = dict(name='rloo')
-  assert build.clip_range(config) == (None, None)
+  assert not clips & set(build.token_metrics(config))
   assert not build.estimator(config).needs.reference
+  with config.unlocked():
+    config.algorithm = dict(name='ppo')
+  assert build.estimator(config).needs.critic
+
+
+def test_the_clipped_ratio_is_the_one_reported(config):
+  with config.unlocked():
+    config.algorithm = dict(name='gspo', clip=0.1, clip_high=0.1)
+  # Tokens far off whose geometric mean is not: nothing is clipped.
+  change = np.log([[[0.5, 2.0]]])
+  batch = est.Batch(
+    tokens=np.zeros((1, 1, 2), int),
+    mask=np.ones((1, 1, 2), bool),
+    log_probs=np.full((1, 1, 2), -3.0),
+    valid=np.ones((1, 1, 1), bool),
+    advantages=np.ones((1, 1, 1)),
+    weights=np.ones((1, 1, 2)),
+  )
+  outputs = est.Outputs(log_probs=batch.log_probs + change)
+  metric = build.token_metrics(config)['clip_ratio/high']
+  assert not metric(outputs, batch).any()
+  with config.unlocked():
+    config.algorithm = dict(name='grpo', clip=0.1)
+  metric = build.token_metrics(config)['clip_ratio/high']
+  assert metric(outputs, batch).tolist() == [[[False, True]]]
+
+
+def test_what_an_estimator_refuses_is_the_users_mistake(config):
+  with config.unlocked():
+    config.algorithm = dict(name='p3o')
+    config.rollout.samples = 3
+  with pytest.raises(UserError, match='p3o: responses pair up: 3 per prompt'):
+    build.estimator(config)
 
 
 def test_optimizer_states_are_interchangeable():

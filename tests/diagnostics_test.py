@@ -48,6 +48,40 @@ def test_clipping_is_reported_only_where_there_is_any():
   assert set(diagnostics.per_token()) == {'entropy', 'approx_kl'}
 
 
+def test_effective_sample_size():
+  where = np.array([True, True, False, True])
+  size = lambda x: float(diagnostics.effective_sample_size(np.array(x), where))
+  assert size([0.0, 0.0, 9.0, 0.0]) == pytest.approx(3.0)
+  w = np.array([1.0, 2.0, 5.0])
+  expected = w.sum() ** 2 / (w**2).sum()
+  logs = np.log([1.0, 2.0, 3.0, 5.0])
+  assert size(logs) == pytest.approx(expected, rel=1e-5)
+  # Weights that would overflow count relative to each other.
+  assert size(logs + 900.0) == pytest.approx(expected, rel=1e-4)
+  nothing = np.zeros(4, bool)
+  assert float(diagnostics.effective_sample_size(logs, nothing)) == 0.0
+
+
+def test_sampler_statistics_against_loops():
+  rollouts, _ = toys.random_rollouts(1)
+  random = np.random.default_rng(0)
+  shift = random.normal(0.0, 0.3, rollouts.mask.shape)
+  rollouts = rollouts.replace(sampler_log_probs=rollouts.log_probs - shift)
+  weights, tokens = [], []
+  for p, g in np.ndindex(*rollouts.mask.shape[:2]):
+    if rollouts.valid[p, g, 0]:
+      kept = shift[p, g][rollouts.mask[p, g]]
+      weights.append(math.exp(kept.sum()))
+      tokens += kept.tolist()
+  got = diagnostics.sampler_statistics(rollouts)
+  size = sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
+  assert float(got['sampler/effective_samples']) == pytest.approx(
+    size, rel=1e-5
+  )
+  mean = -sum(tokens) / len(tokens)
+  assert float(got['sampler/kl']) == pytest.approx(mean, rel=1e-5)
+
+
 def test_clip_ratios_are_where_the_gradient_is_cut(data):
   import jax
 

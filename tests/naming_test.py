@@ -25,6 +25,16 @@ def test_call_passes_what_is_named():
   assert spec == dict(name='square', side=2, colour='blue')
 
 
+def test_several_modules_are_searched_in_turn():
+  other = types.ModuleType('solids')
+  exec('def ball(radius):\n  return radius', other.__dict__)
+  both = (module, other)
+  assert naming.call(both, dict(name='ball', radius=4), 'f') == 4
+  assert naming.call(both, dict(name='disc'), 'f')[0] == 1.0
+  with pytest.raises(UserError, match='ball, disc, square'):
+    naming.find(both, 'cone', 'f')
+
+
 def test_extra_goes_to_functions_that_take_it():
   assert naming.call(module, dict(name='disc'), 'f', tokenizer='t') == (
     1.0,

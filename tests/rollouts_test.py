@@ -115,23 +115,60 @@ def test_reference_and_rescoring(model, seen):
   assert np.abs(data.log_probs - data.ref_log_probs)[mask].max() > 0.01
 
 
+def test_entropy_and_score_norms_are_those_of_the_policy(model, seen):
+  config, params = model
+  responses, _ = seen
+  data = make(model, responses, Needs(entropy=True, score_norms=True))
+  assert data.log_probs is responses.samples.log_probs
+  logits = toys.plain_logits(config, params, responses.prompts, data.tokens)
+  p = toys.adjusted_probabilities(logits, GENERATION.decoding)
+  entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+  one_hot = np.eye(p.shape[-1])[np.asarray(data.tokens)]
+  norms = np.square(one_hot - p).sum(axis=-1)
+  mask = np.asarray(data.mask)
+  for got, expected in ((data.entropy, entropy), (data.score_norms, norms)):
+    np.testing.assert_allclose(
+      np.asarray(got)[mask], expected[mask], rtol=0, atol=1e-5
+    )
+
+
+def test_greedy_responses_give_the_baseline(model, seen):
+  responses, _ = seen
+  settings = rollouts.greedy(GENERATION)
+  assert settings.samples == 1 and settings.max_tokens == GENERATION.max_tokens
+  reward = lambda completion_ids: [len(ids) / 10 for ids in completion_ids]
+  parts = [RewardPart('length', reward)]
+  baseline, again = (
+    rollouts.respond(*model, BATCH, settings, TOKENIZER, parts, key)
+    for key in (KEY, jax.random.key(99))
+  )
+  np.testing.assert_array_equal(baseline.samples.tokens, again.samples.tokens)
+  needs = Needs(greedy=True)
+  data = make(model, responses, needs, baseline=baseline)
+  lengths = np.asarray(baseline.samples.mask).sum(axis=2, keepdims=True)
+  np.testing.assert_allclose(data.greedy_rewards, lengths / 10, rtol=1e-6)
+  # A greedy response without a reward is a baseline of 0.
+  nothing = [RewardPart('none', lambda completion_ids: [None, 0.5])]
+  baseline = rollouts.respond(*model, BATCH, settings, TOKENIZER, nothing, KEY)
+  data = make(model, responses, needs, baseline=baseline)
+  np.testing.assert_allclose(data.greedy_rewards.ravel(), [0.0, 0.5])
+
+
 def test_parts_are_scored_as_the_whole(model):
   """Two of four prompts at a time or all: the rows come back in their order."""
   prompts = toys.make_prompts([3, 1, 2, 3])
   tokens = np.random.default_rng(0).integers(0, 13, (4, 2, 5)).astype(np.int32)
   scores = [
-    rollouts.score_log_probs(
+    rollouts.score_tokens(
       *model, prompts, tokens, GENERATION.decoding, micro_prompts, 7
-    )
+    ).log_probs
     for micro_prompts in (2, 4)
   ]
   assert np.ptp(scores[1], axis=0).min() > 1e-3
   np.testing.assert_allclose(*scores, atol=5e-6)
 
 
-@pytest.mark.parametrize(
-  'name', ['greedy', 'critic', 'entropy', 'score_norms', 'branches']
-)
+@pytest.mark.parametrize('name', ['critic', 'branches', 'token_rewards'])
 def test_what_cannot_be_supplied_is_refused(model, seen, name):
   with pytest.raises(UserError, match=name):
     make(model, seen[0], Needs(**{name: True}))

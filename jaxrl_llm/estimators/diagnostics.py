@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaxrl_llm.estimators.token_losses import k1, k3, token_ratio
+from jaxrl_llm.estimators.ratios import token_ratio
+from jaxrl_llm.estimators.token_losses import k1, k3
 from jaxrl_llm.estimators.types import (
   Array,
   Batch,
   Outputs,
+  Ratio,
   Rollouts,
   valid_responses,
 )
@@ -20,7 +22,9 @@ Diagnostic = Callable[[Outputs, Batch], Array]
 
 
 def per_token(
-  clip_low: float | None = None, clip_high: float | None = None
+  clip_low: float | None = None,
+  clip_high: float | None = None,
+  ratio: Ratio | None = None,
 ) -> dict[str, Diagnostic]:
   """Diagnostics with one value per token, to be averaged over the mask.
 
@@ -33,7 +37,9 @@ def per_token(
   Args:
     clip_low: ε below, None if the estimator does not clip.
     clip_high: ε above; `clip_low` if None.
+    ratio: what the estimator clips; `token_ratio` if None.
   """
+  ratio = ratio or token_ratio
   diagnostics = {
     'entropy': lambda outputs, batch: outputs.entropy,
     'approx_kl': lambda outputs, batch: k3(outputs.log_probs, batch.log_probs),
@@ -41,10 +47,10 @@ def per_token(
   if clip_low is not None:
     high = clip_low if clip_high is None else clip_high
     diagnostics['clip_ratio/low'] = lambda outputs, batch: (
-      (token_ratio(outputs, batch) < 1.0 - clip_low) & (batch.advantages < 0)
+      (ratio(outputs, batch) < 1.0 - clip_low) & (batch.advantages < 0)
     )
     diagnostics['clip_ratio/high'] = lambda outputs, batch: (
-      (token_ratio(outputs, batch) > 1.0 + high) & (batch.advantages > 0)
+      (ratio(outputs, batch) > 1.0 + high) & (batch.advantages > 0)
     )
   return diagnostics
 
@@ -62,6 +68,46 @@ def log_prob_difference(outputs: Outputs, batch: Batch) -> Array:
   sampler = batch.sampler_log_probs
   sampler = batch.log_probs if sampler is None else sampler
   return jnp.abs(outputs.log_probs - sampler)
+
+
+def effective_sample_size(log_ratios: Array, where: Array) -> Array:
+  """How many equally weighted samples the weighted ones are worth.
+
+    ESS = (Σ w)² / Σ w²,   w = exp(log ratio)
+
+  Args:
+    log_ratios: of importance weights, any shape, nats; whole responses' are
+      sums over their tokens.
+    where: bool, the same shape, which count.
+
+  Returns:
+    A scalar between 1 and the number of entries; 0 where none counts.
+  """
+  log_ratios = jnp.where(where, log_ratios, -jnp.inf)
+  highest = log_ratios.max()
+  # Relative to the largest weight nothing overflows.
+  highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+  weights = jnp.exp(log_ratios - highest)
+  squares = jnp.square(weights).sum()
+  return jnp.square(weights.sum()) / jnp.where(squares > 0, squares, 1.0)
+
+
+def sampler_statistics(rollouts: Rollouts) -> dict[str, Array]:
+  """Scalars of a sampler whose log-probabilities differ from the trainer's.
+
+  sampler/effective_samples: `effective_sample_size` of whole responses, as a
+    share of the valid ones.
+  sampler/kl: mean of log π_sampler − log π over tokens, nats.
+  """
+  valid = valid_responses(rollouts)
+  mask = rollouts.mask & valid
+  ratios = rollouts.log_probs - rollouts.sampler_log_probs
+  ratios = jnp.where(mask, ratios, 0.0)
+  size = effective_sample_size(ratios.sum(axis=2, keepdims=True), valid)
+  return {
+    'sampler/effective_samples': size / jnp.maximum(valid.sum(), 1),
+    'sampler/kl': -ratios.sum() / jnp.maximum(mask.sum(), 1),
+  }
 
 
 def group_statistics(rollouts: Rollouts) -> dict[str, Array]:

@@ -63,9 +63,7 @@ def token_statistics(
     logits = transformer.logits(config, params, hidden)
     return statistics(adjust(logits, tokens), tokens)
 
-  _, found = jax.lax.scan(
-    lambda _, x: (None, step(*x)), None, (hidden, tokens)
-  )
+  _, found = jax.lax.scan(lambda _, x: (None, step(*x)), None, (hidden, tokens))
   return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), found)
 
 
