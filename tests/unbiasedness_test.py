@@ -1,9 +1,8 @@
-"""What each estimator's gradient is in expectation, by exact enumeration.
+"""Every `Bias:` line of the recipes and their parts, by exact enumeration.
 
-A language of two words and EOS, at most three tokens long, has 15 responses.
-The policy has a row of logits per prefix, so every expectation is a finite
-sum: over responses for the true gradient, over all groups of responses for an
-estimator's.
+A language of two words and EOS, at most three tokens long, has 15 responses;
+every expectation is a finite sum.  What says "none" holds to 1e-10, what says
+"scale" with that scale, and what says "tilts" is off direction by a margin.
 """
 
 import itertools
@@ -16,8 +15,19 @@ import pytest
 
 from jaxrl_llm import estimators as est
 
-WORDS, EOS, LIMIT = 2, 2, 3
-KL = 0.3
+enumeration = est.enumeration
+LIMIT, KL = 3, 0.3
+TOY = enumeration.toy(seed=0, words=2, max_length=LIMIT)
+BINARY = TOY._replace(rewards=(TOY.rewards > 1.0).astype(float))
+TWO = enumeration.toy(seed=1, words=2, max_length=2, prompts=2)
+TWO_BINARY = TWO._replace(rewards=(TWO.rewards > 1.0).astype(float))
+RANDOM = np.random.default_rng(5)
+OLD = TOY.params + RANDOM.normal(0.0, 0.5, TOY.params.shape)
+SAMPLER = TOY.params + RANDOM.normal(0.0, 0.5, TOY.params.shape)
+OFF_POLICY = TOY._replace(old_params=OLD)
+OTHER_SAMPLER = TOY._replace(sampler=SAMPLER)
+RUNNING = {'reward_mean': 0.7}
+HUGE = 1e9  # a clip that never clips
 
 
 @pytest.fixture(autouse=True)
@@ -26,230 +36,251 @@ def float64():
     yield
 
 
-def is_over(prefix):
-  return len(prefix) == LIMIT or prefix[-1:] == (EOS,)
-
-
-def grow(prefix=()):
-  """All responses that begin with `prefix`."""
-  if is_over(prefix):
-    return [prefix]
-  return [r for token in range(WORDS + 1) for r in grow((*prefix, token))]
-
-
-RESPONSES = grow()
-PREFIXES = sorted({r[:t] for r in RESPONSES for t in range(len(r))})
-ROW = {prefix: i for i, prefix in enumerate(PREFIXES)}
-# Padded to [15, LIMIT]: the prefix's row, the token, the mask.
-_pad = lambda x: list(x) + [0] * (LIMIT - len(x))
-ROWS = np.array([_pad([ROW[r[:t]] for t in range(len(r))]) for r in RESPONSES])
-TOKENS = np.array([_pad(r) for r in RESPONSES])
-MASK = np.array([_pad([True] * len(r)) for r in RESPONSES]).astype(bool)
-
-
-def make_logits(seed):
-  random = np.random.default_rng(seed)
-  return random.normal(size=(len(PREFIXES), WORDS + 1))
-
-
-def token_log_probs(logits):
-  """[15, LIMIT] of each response's tokens."""
-  return jax.nn.log_softmax(logits, axis=-1)[ROWS, TOKENS]
-
-
-def probabilities(logits):
-  """[15] of the responses."""
-  total = jnp.where(MASK, token_log_probs(logits), 0.0).sum(axis=1)
-  return jnp.exp(total)
-
-
-LOGITS, REFERENCE = make_logits(0), make_logits(1)
-REWARDS = np.random.default_rng(2).normal(1.0, 1.0, len(RESPONSES))
-BINARY = (REWARDS > 1.0).astype(float)
-
-
-def exact_gradient(rewards=REWARDS, kl=0.0):
-  """∇ of E[R] − β KL(π‖π_ref), from the definitions."""
-
-  def objective(logits):
-    p = probabilities(logits)
-    ratio = jnp.log(p) - jnp.log(probabilities(REFERENCE))
-    return (p * rewards).sum() - kl * (p * ratio).sum()
-
-  return np.asarray(jax.grad(objective)(LOGITS))
-
-
-def expected_gradient(estimator, samples, rewards=REWARDS):
-  """E[− ∇ loss] over all groups of `samples` responses to one prompt."""
-  groups = np.array(
-    list(itertools.product(range(len(RESPONSES)), repeat=samples))
-  )
-  weights = np.asarray(probabilities(LOGITS))[groups].prod(axis=1)
-  np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-12)
-
-  def gradient(group):
-    of_group = lambda array: jnp.asarray(array)[group][None]
-    rollouts = est.Rollouts(
-      tokens=of_group(TOKENS),
-      mask=of_group(MASK),
-      log_probs=of_group(token_log_probs(LOGITS)),
-      rewards=of_group(rewards)[..., None],
-      ref_log_probs=of_group(token_log_probs(REFERENCE)),
-    )
-    batch = estimator.prepare(rollouts)
-    outputs = lambda x: est.Outputs(log_probs=of_group(token_log_probs(x)))
-    return jax.grad(lambda x: -estimator.loss(outputs(x), batch))(LOGITS)
-
-  def total(groups, weights):
-    gradients = jax.vmap(gradient)(groups)
-    return jnp.einsum('g,g...->...', weights, gradients)
-
-  return np.asarray(jax.jit(total)(groups, weights))
-
-
-def cosine(x, y):
-  return (x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum())
-
-
-def compose(advantages=None, weights=None):
+def compose(*advantages, loss=None, weights=None, **options):
   return est.estimator(
-    advantages or est.identity(),
-    est.score_function(),
+    est.chain(*advantages) if advantages else est.identity(),
+    loss or est.score_function(),
     weights or est.sequence_sum(),
+    **options,
   )
 
 
-def test_the_language_is_whole():
-  assert len(RESPONSES) == 1 + 2 + 4 * 3 and len(PREFIXES) == 7
-  assert float(probabilities(LOGITS).sum()) == pytest.approx(1.0, rel=1e-12)
-  assert 0 < BINARY.sum() < len(BINARY)
+def examine(estimator, toy=TOY, samples=2, **options):
+  report = enumeration.examine(estimator, toy, samples, **options)
+  assert report.exact and report.standard_error == 0.0
+  return report
 
 
-@pytest.mark.parametrize('samples', [2, 3])
-@pytest.mark.parametrize('name', ['reinforce', 'rloo'])
-def test_unbiased(name, samples):
-  estimator = {'reinforce': est.reinforce(), 'rloo': est.rloo()}[name]
-  got = expected_gradient(estimator, samples)
-  np.testing.assert_allclose(got, exact_gradient(), rtol=0, atol=1e-10)
+def close(got, expected):
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize('samples', [2, 3])
-def test_rloo_with_kl_is_unbiased_for_the_regularised_objective(samples):
-  got = expected_gradient(est.rloo(kl=KL), samples)
-  exact = exact_gradient(kl=KL)
-  np.testing.assert_allclose(got, exact, rtol=0, atol=1e-10)
-  assert np.abs(exact - exact_gradient()).max() > 0.01
+def penalized(toy, max_length, buffer):
+  """The toy whose reward is that of a response with its overlong penalty."""
+  over = toy.mask.sum(axis=1) - (max_length - buffer)
+  return toy._replace(rewards=toy.rewards - np.clip(over / buffer, 0, 1))
 
 
-@pytest.mark.parametrize('samples', [2, 3])
-def test_dr_grpo_is_scaled_only(samples):
-  got = expected_gradient(est.dr_grpo(max_length=LIMIT), samples)
-  scale = (samples - 1) / samples / LIMIT
-  np.testing.assert_allclose(got, scale * exact_gradient(), rtol=0, atol=1e-10)
+TOKEN_REWARDS = RANDOM.normal(size=TOY.params.shape)
+WITH_TOKENS = TOY._replace(token_rewards=TOKEN_REWARDS)
+BOTH = TOY.rewards + enumeration.discounted(TOY, TOKEN_REWARDS)
+EXACT_CRITIC = TOY._replace(values=enumeration.exact_values(TOY))
+token_kl = lambda kl: (
+  est.at_last_token(),
+  est.subtract_token_kl(kl),
+  est.reward_to_go(),
+)
+actor = lambda lam, *after: compose(
+  est.at_last_token(), est.gae(1.0, lam, est.critic()), *after
+)
+steering = est.adaptive_kl(KL, 1.0, 100)
+
+# name: (estimator, toy, responses per prompt, options of `examine`)
+UNBIASED = {
+  'reinforce': (est.reinforce(), TOY, 1, {}),
+  'reinforce, two prompts': (est.reinforce(), TWO, 1, {}),
+  'running baseline': (
+    est.reinforce_baseline(),
+    TOY,
+    2,
+    {'running': RUNNING},
+  ),
+  'remax': (est.remax(), TOY, 1, {}),
+  'remax, two prompts': (est.remax(), TWO, 1, {}),
+  'rloo': (est.rloo(), TOY, 3, {}),
+  'rloo, two prompts': (est.rloo(), TWO, 2, {}),
+  'opo, leave one out': (est.opo_leave_one_out(), TOY, 3, {}),
+  'obl_reinforce': (est.obl_reinforce(), TOY, 3, {}),
+  'p3o': (est.p3o(), TOY, 2, {}),
+  'p3o, pairs': (est.p3o(ratio=est.pair_ratio), TOY, 2, {}),
+  'at every token': (compose(est.at_every_token()), TOY, 1, {}),
+  'to go': (compose(est.at_last_token(), est.reward_to_go()), TOY, 1, {}),
+  'critic at γ = λ = 1': (actor(1.0), TOY, 1, {}),
+  'exact critic at λ = 0': (actor(0.0), EXACT_CRITIC, 1, {}),
+  'exact critic at λ = 0.6': (actor(0.6), EXACT_CRITIC, 1, {}),
+  'trajectory ratio': (
+    compose(
+      est.subtract_leave_one_out_mean(),
+      loss=est.clipped(HUGE, ratio=est.trajectory_ratio),
+      weights=est.sequence_mean(),
+    ),
+    OFF_POLICY,
+    2,
+    {},
+  ),
+  'p3o off policy': (est.p3o(HUGE), OFF_POLICY, 2, {}),
+  'p3o off policy, pairs': (
+    est.p3o(HUGE, ratio=est.pair_ratio),
+    OFF_POLICY,
+    2,
+    {},
+  ),
+  'sampler corrected': (
+    compose(
+      est.subtract_leave_one_out_mean(),
+      loss=est.correct_sampler(
+        est.score_function(), lambda x: x, est.sampler_trajectory_ratio
+      ),
+    ),
+    OTHER_SAMPLER,
+    2,
+    {},
+  ),
+}
 
 
-def test_grpo_is_off_direction():
-  for rewards in (REWARDS, BINARY):
-    got = expected_gradient(est.grpo(kl=0.0), 3, rewards)
-    assert 0.5 < cosine(got, exact_gradient(rewards)) < 0.999
+@pytest.mark.parametrize('name', UNBIASED)
+def test_no_bias(name):
+  estimator, toy, samples, options = UNBIASED[name]
+  report = examine(estimator, toy, samples, **options)
+  close(report.gradient, report.exact_gradient)
+  assert report.bias < 1e-12 and report.cosine == pytest.approx(1.0, abs=1e-12)
 
 
-def test_standardizing_keeps_the_direction_for_binary_rewards_only():
-  standardized = compose(est.standardize(epsilon=0.0))
-  got = expected_gradient(standardized, 3, BINARY)
-  assert cosine(got, exact_gradient(BINARY)) == pytest.approx(1.0, abs=1e-12)
-  got = expected_gradient(standardized, 3)
-  assert cosine(got, exact_gradient()) < 1 - 1e-6
+# name: (estimator, toy, responses per prompt, the gradient it ought to have)
+OTHER_REWARDS = {
+  'rloo with KL': (
+    est.rloo(kl=KL),
+    TOY,
+    2,
+    lambda: enumeration.exact_gradient(TOY, kl=KL),
+  ),
+  'KL per token': (
+    compose(*token_kl(KL)),
+    TOY,
+    1,
+    lambda: enumeration.exact_gradient(TOY, kl=KL),
+  ),
+  'KL steered': (
+    compose(*token_kl(steering)),
+    TOY,
+    1,
+    lambda: enumeration.exact_gradient(TOY, kl=KL),
+  ),
+  'overlong': (
+    compose(est.penalize_overlong(3, 2), est.subtract_leave_one_out_mean()),
+    TOY,
+    2,
+    lambda: enumeration.exact_gradient(penalized(TOY, 3, 2)),
+  ),
+  'token rewards': (
+    compose(est.at_last_token(), est.add_token_rewards(), est.reward_to_go()),
+    WITH_TOKENS,
+    1,
+    lambda: enumeration.exact_gradient(TOY._replace(rewards=BOTH)),
+  ),
+}
 
 
-@pytest.mark.parametrize('weights', [est.sequence_mean(), est.token_mean()])
-def test_own_length_in_the_denominator_tilts(weights):
-  got = expected_gradient(compose(weights=weights), 2)
-  assert cosine(got, exact_gradient()) < 0.999
+@pytest.mark.parametrize('name', OTHER_REWARDS)
+def test_no_bias_for_the_reward_as_shaped(name):
+  estimator, toy, samples, exact = OTHER_REWARDS[name]
+  report = examine(estimator, toy, samples, exact=exact())
+  close(report.gradient, report.exact_gradient)
+  assert np.abs(exact() - enumeration.exact_gradient(toy)).max() > 0.01
 
 
-def test_constant_length_scales():
-  got = expected_gradient(compose(weights=est.constant_length(5)), 1)
-  np.testing.assert_allclose(5 * got, exact_gradient(), rtol=0, atol=1e-10)
+# name: (estimator, toy, responses per prompt, scale)
+SCALED = {
+  'dr_grpo': (est.dr_grpo(max_length=5), TOY, 3, 2 / 3 / 5),
+  'dr_grpo, two prompts': (est.dr_grpo(max_length=5), TWO, 2, 1 / 2 / 5),
+  'group mean': (compose(est.subtract_group_mean()), TOY, 2, 1 / 2),
+  'constant length': (compose(weights=est.constant_length(5)), TOY, 1, 1 / 5),
+}
 
 
-@pytest.mark.parametrize('seed', [0, 1, 2])
-def test_response_reward_models_hidden_token_rewards(seed):
-  """The theorem: token rewards and γ, both unknown, summed into R.
-
-  The oracle never sees a response's reward: it differentiates Bellman's
-  equation for the token rewards, discounted by γ.
-  """
-  random = np.random.default_rng(seed)
-  gamma = random.uniform(0.3, 0.95)
-  token_rewards = random.normal(size=(len(PREFIXES), WORDS + 1))
-
-  def value(logits, prefix=()):
-    if is_over(prefix):
-      return 0.0
-    p = jax.nn.softmax(logits[ROW[prefix]])
-    return sum(
-      p[token]
-      * (
-        token_rewards[ROW[prefix], token]
-        + gamma * value(logits, (*prefix, token))
-      )
-      for token in range(WORDS + 1)
-    )
-
-  exact = np.asarray(jax.jit(jax.grad(value))(LOGITS))
-  discounted = gamma ** np.arange(LIMIT) * token_rewards[ROWS, TOKENS]
-  whole = (discounted * MASK).sum(axis=1)
-  for estimator in (est.reinforce(), est.rloo()):
-    got = expected_gradient(estimator, 2, whole)
-    np.testing.assert_allclose(got, exact, rtol=0, atol=1e-10)
-  # The same rewards taken as if undiscounted are another problem.
-  wrong = (token_rewards[ROWS, TOKENS] * MASK).sum(axis=1)
-  assert np.abs(expected_gradient(est.rloo(), 2, wrong) - exact).max() > 0.01
+@pytest.mark.parametrize('name', SCALED)
+def test_scale_only(name):
+  estimator, toy, samples, scale = SCALED[name]
+  report = examine(estimator, toy, samples)
+  close(report.gradient, scale * report.exact_gradient)
+  assert report.scale == pytest.approx(scale, rel=1e-10)
+  assert report.bias == pytest.approx(1 - scale, rel=1e-10)
 
 
-def per_token_kl(of_rows):
-  """E over the policy's responses of the sum of a divergence per prefix.
+on_policy_of = lambda **options: compose(
+  est.subtract_leave_one_out_mean(), **options
+)
+sampler_loss = lambda *args: est.correct_sampler(est.score_function(), *args)
+# name: (estimator, toy, responses per prompt)
+TILTED = {
+  'grpo': (est.grpo(kl=0.0), TOY, 3),
+  'grpo, binary': (est.grpo(kl=0.0), BINARY, 3),
+  'dapo': (est.dapo(max_length=9, buffer=2), TOY, 3),
+  'cispo': (est.cispo(), TOY, 3),
+  'rl_zvp': (est.rl_zvp(), TOY, 3),
+  'opo': (est.opo(), TOY, 2),
+  'score-weighted with itself': (
+    compose(est.subtract_weighted_mean(est.score_norm())),
+    TOY,
+    2,
+  ),
+  'reinforce_plus_plus': (est.reinforce_plus_plus(kl=0.0), TOY, 2),
+  'reinforce_plus_plus_baseline': (
+    est.reinforce_plus_plus_baseline(kl=0.0),
+    TOY,
+    3,
+  ),
+  'standardize': (compose(est.standardize()), TOY, 3),
+  'whiten': (compose(est.whiten()), TOY, 3),
+  'whiten, over tokens': (compose(est.at_every_token(), est.whiten()), TOY, 2),
+  'whiten, over tokens, binary': (
+    compose(est.at_every_token(), est.whiten()),
+    BINARY,
+    2,
+  ),
+  'sequence mean': (compose(weights=est.sequence_mean()), TOY, 1),
+  'token mean': (compose(weights=est.token_mean()), TOY, 2),
+  'random critic at λ = 0': (actor(0.0), TOY, 1),
+  'λ by length, exact critic': (actor(est.length_adaptive(1.0)), EXACT_CRITIC, 1),
+  'ppo': (est.ppo(), TOY, 2),
+  'vapo': (est.vapo(), TOY, 2),
+  'vine_ppo': (est.vine_ppo((0,), 2, 1, kl=0.0), TOY, 2),
+  'terminal reward with γ < 1': (
+    compose(est.at_last_token(), est.reward_to_go(0.5)),
+    TOY,
+    1,
+  ),
+  'off policy, uncorrected': (on_policy_of(), OFF_POLICY, 2),
+  'token ratio': (on_policy_of(loss=est.clipped(HUGE)), OFF_POLICY, 2),
+  'clipped weight': (
+    on_policy_of(loss=est.clipped_weight(HUGE, HUGE)),
+    OFF_POLICY,
+    2,
+  ),
+  'sequence ratio': (
+    on_policy_of(
+      loss=est.clipped(HUGE, ratio=est.sequence_ratio),
+      weights=est.sequence_mean(),
+    ),
+    OFF_POLICY,
+    2,
+  ),
+  'p3o off policy, clipped': (est.p3o(0.05), OFF_POLICY, 2),
+  'sampler, uncorrected': (on_policy_of(), OTHER_SAMPLER, 2),
+  'sampler, token ratio': (
+    on_policy_of(loss=sampler_loss(lambda x: x)),
+    OTHER_SAMPLER,
+    2,
+  ),
+  'sampler, truncated': (
+    on_policy_of(loss=sampler_loss(est.truncate(1.2), est.sampler_trajectory_ratio)),
+    OTHER_SAMPLER,
+    2,
+  ),
+  'sampler, masked': (
+    on_policy_of(
+      loss=sampler_loss(est.mask_outside(0.7, 1.4), est.sampler_trajectory_ratio)
+    ),
+    OTHER_SAMPLER,
+    2,
+  ),
+}
 
-  Blind to later states: the distribution over prefixes is held fixed.
-  """
-  visits = np.zeros(len(PREFIXES))
-  p = np.asarray(probabilities(LOGITS))
-  for i in range(len(RESPONSES)):
-    for t in range(MASK[i].sum()):
-      visits[ROWS[i, t]] += p[i]
-  gradient = jax.grad(lambda x: (visits * of_rows(x)).sum())(LOGITS)
-  return np.asarray(gradient)
 
-
-def test_divergences_in_the_loss():
-  """k1 has no gradient, k2 that of KL(π‖π_ref), k3 that of KL(π_ref‖π)."""
-  ref = jax.nn.log_softmax(REFERENCE, axis=-1)
-
-  def forward(x):
-    new = jax.nn.log_softmax(x, axis=-1)
-    return (jnp.exp(new) * (new - ref)).sum(axis=1)
-
-  def reverse(x):
-    new = jax.nn.log_softmax(x, axis=-1)
-    return (jnp.exp(ref) * (ref - new)).sum(axis=1)
-
-  def gradient(divergence):
-    loss = est.TokenLoss(
-      lambda outputs, batch: divergence(outputs.log_probs, batch.ref_log_probs)
-    )
-    weights = est.sequence_sum()
-    return -expected_gradient(
-      est.estimator(est.identity(), loss, weights), samples=1
-    )
-
-  np.testing.assert_allclose(gradient(est.k1), 0.0, atol=1e-12)
-  np.testing.assert_allclose(
-    gradient(est.k2), per_token_kl(forward), rtol=0, atol=1e-10
-  )
-  np.testing.assert_allclose(
-    gradient(est.k3), per_token_kl(reverse), rtol=0, atol=1e-10
-  )
-  # Neither is the gradient of the whole response's KL.
-  whole = exact_gradient() - exact_gradient(kl=1.0)
-  assert np.abs(per_token_kl(forward) - whole).max() > 0.01
+@pytest.mark.parametrize('name', TILTED)
+def test_off_direction(name):
+  report = examine(*TILTED[name])
+  print(f'{name}: bias {report.bias:.3f}, cosine {report.cosine:.4f}, scale {report.scale:.3f}')
+  assert 0.3 < report.cosine < 0.9995
+  assert report.bias > 0.03

@@ -43,10 +43,12 @@ def get_config():
     max_length=8,
   )
   config.rollout.update(
-    prompts=32, samples=16, max_tokens=18, log_prob_tolerance=1e-4
+    prompts=128, samples=8, max_tokens=18, log_prob_tolerance=1e-4
   )
-  config.steps = 1500
-  config.optimizer = base.optimizer(1e-3, warmup_updates=10)
-  config.evaluation.update(every=100, prompts=0, batch=200)
-  config.checkpoints.every = 100
+  # The sampled answers are few and short: each serves two epochs of updates.
+  config.training.update(minibatches=4, epochs=2)
+  config.steps = 400
+  config.optimizer = base.optimizer(2e-3, warmup_updates=10)
+  config.evaluation.update(every=50, prompts=0, batch=200)
+  config.checkpoints.every = 50
   return config
