@@ -56,11 +56,12 @@ class Toy(NamedTuple):
 
 
 def in_float64(function):
-  """Runs a function in float64, whatever the caller's setting."""
+  """Runs a function in float64 on the CPU, whatever the caller's setting."""
 
   @functools.wraps(function)
   def wrapped(*args, **kwargs):
-    with jax.enable_x64(True):
+    cpu = jax.local_devices(backend='cpu')[0]
+    with jax.enable_x64(True), jax.default_device(cpu):
       return function(*args, **kwargs)
 
   return wrapped
@@ -235,8 +236,8 @@ def greedy_responses(toy: Toy) -> list[int]:
 
 
 def floats(tree: Any) -> Any:
-  """A tree of float64 arrays."""
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+  """A tree of float64 arrays that are tied to no device."""
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
 
 
 def check(toy: Toy) -> None:
