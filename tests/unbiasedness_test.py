@@ -5,11 +5,9 @@ every expectation is a finite sum.  What says "none" holds to 1e-10, what says
 "scale" with that scale, and what says "tilts" is off direction by a margin.
 """
 
-import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -232,7 +230,11 @@ TILTED = {
   'sequence mean': (compose(weights=est.sequence_mean()), TOY, 1),
   'token mean': (compose(weights=est.token_mean()), TOY, 2),
   'random critic at λ = 0': (actor(0.0), TOY, 1),
-  'λ by length, exact critic': (actor(est.length_adaptive(1.0)), EXACT_CRITIC, 1),
+  'λ by length, exact critic': (
+    actor(est.length_adaptive(1.0)),
+    EXACT_CRITIC,
+    1,
+  ),
   'ppo': (est.ppo(), TOY, 2),
   'vapo': (est.vapo(), TOY, 2),
   'vine_ppo': (est.vine_ppo((0,), 2, 1, kl=0.0), TOY, 2),
@@ -264,13 +266,17 @@ TILTED = {
     2,
   ),
   'sampler, truncated': (
-    on_policy_of(loss=sampler_loss(est.truncate(1.2), est.sampler_trajectory_ratio)),
+    on_policy_of(
+      loss=sampler_loss(est.truncate(1.2), est.sampler_trajectory_ratio)
+    ),
     OTHER_SAMPLER,
     2,
   ),
   'sampler, masked': (
     on_policy_of(
-      loss=sampler_loss(est.mask_outside(0.7, 1.4), est.sampler_trajectory_ratio)
+      loss=sampler_loss(
+        est.mask_outside(0.7, 1.4), est.sampler_trajectory_ratio
+      )
     ),
     OTHER_SAMPLER,
     2,
@@ -281,6 +287,70 @@ TILTED = {
 @pytest.mark.parametrize('name', TILTED)
 def test_off_direction(name):
   report = examine(*TILTED[name])
-  print(f'{name}: bias {report.bias:.3f}, cosine {report.cosine:.4f}, scale {report.scale:.3f}')
   assert 0.3 < report.cosine < 0.9995
   assert report.bias > 0.03
+
+
+def test_equalities_on_policy():
+  """GSPO is GRPO, CISPO is DAPO without its penalty, P3O is RLOO."""
+  look = lambda estimator, samples=3: examine(estimator, TOY, samples)
+  for one, other in (
+    (look(est.gspo()), look(est.grpo(kl=0.0))),
+    (look(est.gspo(ratio=est.sequence_token_ratio)), look(est.grpo(kl=0.0))),
+    (look(est.cispo()), look(est.dapo(max_length=9, buffer=2))),
+    (look(est.p3o(), 2), look(est.rloo(), 2)),
+  ):
+    close(one.gradient, other.gradient)
+    assert one.variance == pytest.approx(other.variance, rel=1e-10)
+
+
+def success(toy):
+  """[P], the probability of a reward of 1."""
+  p = enumeration.response_probabilities(toy)
+  return (p * toy.rewards).sum(axis=1)
+
+
+def counts(samples, p):
+  """{successes among `samples`: probability}."""
+  return {
+    k: math.comb(samples, k) * p**k * (1 - p) ** (samples - k)
+    for k in range(samples + 1)
+  }
+
+
+def test_standardizing_scales_each_prompt_where_rewards_are_binary():
+  samples = 4  # up to three, all mixed groups have one deviation
+  toy = enumeration.toy(seed=3, words=1, max_length=2, prompts=2)
+  toy = toy._replace(rewards=np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+  report = examine(compose(est.standardize(0.0)), toy, samples)
+
+  def advantages(rewards):
+    deviation = np.std(rewards, ddof=1)
+    return (rewards - np.mean(rewards)) / deviation if deviation else [0.0]
+
+  scales = []
+  for p in success(toy):
+    scale = 0.0
+    for k, share in counts(samples - 1, p).items():
+      others = [1.0] * k + [0.0] * (samples - 1 - k)
+      right, wrong = advantages([1.0, *others]), advantages([0.0, *others])
+      scale += share * (right[0] - wrong[0])
+    scales.append(scale)
+  assert abs(scales[0] - scales[1]) > 0.01  # it reweights prompts
+  scales = np.array(scales)[:, None, None]
+  close(report.gradient, scales * report.exact_gradient)
+
+
+def test_dropping_equal_groups_scales_each_prompt():
+  """N counts the prompts that are kept: more, where the others are lost."""
+  report = examine(
+    on_policy_of(keep=est.mixed_outcomes()), TWO_BINARY, samples=2
+  )
+  mixed = 2 * success(TWO_BINARY) * (1 - success(TWO_BINARY))
+  scales = 2 * (mixed[::-1] / 2 + (1 - mixed[::-1]))
+  close(report.gradient, scales[:, None, None] * report.exact_gradient)
+
+
+def test_whitening_binary_rewards_of_one_prompt_keeps_the_direction():
+  report = examine(compose(est.whiten()), BINARY, 2)
+  assert report.cosine == pytest.approx(1.0, abs=1e-10)
