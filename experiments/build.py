@@ -196,6 +196,13 @@ def optimizer(config, total_updates: int):
   return training.adamw(course, **arguments), course
 
 
+def micro_prompts(config) -> int:
+  """Prompts, with all their responses, that an update takes at one time."""
+  settings = config.training
+  minibatch = config.rollout.prompts // settings.minibatches
+  return settings.micro_prompts or minibatch
+
+
 def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
   weight = spec.pop('weight', 1.0)
   if isinstance(weight, bool) or not isinstance(weight, int | float):

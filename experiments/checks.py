@@ -51,8 +51,8 @@ def check(config: ConfigDict) -> None:
   prompts, settings = config.rollout.prompts, config.training
   check_divides(settings.minibatches, prompts, 'config.training.minibatches')
   minibatch = prompts // settings.minibatches
-  micro_prompts = settings.micro_prompts or minibatch
-  check_divides(micro_prompts, minibatch, 'config.training.micro_prompts')
+  name = 'config.training.micro_prompts'
+  check_divides(build.micro_prompts(config), minibatch, name)
 
 
 def check_fields(config: ConfigDict) -> None:

@@ -22,6 +22,7 @@ class HeldOut(NamedTuple):
     generation: samples per prompt, temperature, length.
     rewards: as in training.
     batch: prompts at one time.
+    micro_prompts: prompts whose responses are scored at one time for the KL.
     key: PRNG key, the same at every evaluation.
     chunk: positions whose logits exist at one time.
   """
@@ -31,6 +32,7 @@ class HeldOut(NamedTuple):
   generation: rollouts.Generation
   rewards: Sequence[RewardPart]
   batch: int
+  micro_prompts: int
   key: Any
   chunk: int
 
@@ -50,12 +52,15 @@ def build_held_out(
     samples=settings['samples'],
     temperature=settings['temperature'],
   )
+  # As many responses as in a micro-batch of training, whose memory suffices.
+  responses = build.micro_prompts(config) * config.rollout.samples
   return HeldOut(
     model,
     encoded,
     generation,
     rewards,
     settings['batch'],
+    max(responses // settings['samples'], 1),
     key,
     config.training.chunk,
   )
@@ -205,15 +210,25 @@ def to_samples(
 
 def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
   """Σ log π − log π_ref over the responses' tokens, nats."""
-  prompts, samples = responses.prompts, responses.samples
-  score = lambda weights: rollouts.score_tokens(
-    held_out.model.config,
-    weights,
-    prompts,
-    samples.tokens,
-    held_out.generation.decoding,
-    prompts.lengths.shape[0],
-    held_out.chunk,
-  )
-  ratios = score(params).log_probs - score(reference).log_probs
-  return float(np.where(samples.mask, ratios, 0.0).sum())
+  samples = responses.samples
+  total = 0.0
+  for start in range(0, len(responses.rows), held_out.micro_prompts):
+    rows = slice(start, start + held_out.micro_prompts)
+    prompts, tokens, mask = jax.tree.map(
+      lambda x, rows=rows: x[rows],
+      (responses.prompts, samples.tokens, samples.mask),
+    )
+    now, before = (
+      rollouts.score_tokens(
+        held_out.model.config,
+        weights,
+        prompts,
+        tokens,
+        held_out.generation.decoding,
+        len(tokens),
+        held_out.chunk,
+      ).log_probs
+      for weights in (params, reference)
+    )
+    total += float(np.where(mask, now - before, 0.0).sum())
+  return total

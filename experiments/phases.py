@@ -149,8 +149,7 @@ class Reinforcement:
     self.estimator = build.estimator(config)
     self.reference = None
     self.rescore = False
-    minibatch = rollout.prompts // settings.minibatches
-    self._micro_prompts = settings.micro_prompts or minibatch
+    self._micro_prompts = build.micro_prompts(config)
     self.optimizer, self._schedule = build.optimizer(
       config.optimizer, config.steps * settings.epochs * settings.minibatches
     )
