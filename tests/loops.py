@@ -103,9 +103,15 @@ def evaluate(estimator, rollouts, outputs):
   return jax.value_and_grad(estimator.loss)(outputs, batch)
 
 
+# For programs that run once.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
 def make_program(estimators):
   """All of `estimators` in one jit: it is compilation that takes time."""
-  return jax.jit(
+  return quick_jit(
     lambda rollouts, outputs: {
       name: evaluate(estimator, rollouts, outputs)
       for name, estimator in estimators.items()
