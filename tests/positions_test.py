@@ -1,0 +1,305 @@
+"""Where branches may fork: with stopping times `hold` is exact, else it is not.
+
+What looks ahead cannot be written as a rule, so these tests write its
+`branch_mask` by hand over rollouts that have branches at every position.
+"""
+
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import estimators as est
+
+enumeration, positions = est.enumeration, est.positions
+LIMIT = 3
+TOY = enumeration.toy(seed=0, words=2, max_length=LIMIT)
+LONG = enumeration.toy(seed=0, words=1, max_length=4)
+SMALL = enumeration.toy(seed=0, words=1, max_length=3)
+TWO = enumeration.toy(seed=0, words=1, max_length=2, prompts=2)
+CLOSE = dict(rtol=0, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def examine(estimator, toy, samples=2, **options):
+  report = enumeration.examine(estimator, toy, samples, **options)
+  assert report.exact
+  return report
+
+
+def trepo(rule, count=2, samples=1, **options):
+  return est.trepo(count, samples, rule, **options)
+
+
+# name: (estimator, toy)
+STOPPING_TIMES = {
+  'fixed': (trepo(positions.fixed(1)), TOY),
+  'fixed, two branches': (trepo(positions.fixed(1, 3), samples=2), LONG),
+  'fixed, three branches': (trepo(positions.fixed(1), samples=3), TWO),
+  'random': (trepo(positions.uniform(), count=1, samples=2), LONG),
+  'random pairs': (trepo(positions.pairs(positions.uniform())), LONG),
+  'delimiter': (trepo(positions.delimiter(1)), TOY),
+  'delimiter with a cap': (trepo(positions.delimiter(0), 1, 2), LONG),
+  'entropy': (trepo(positions.entropy_above(0.8)), TOY),
+  'score-weighted, fixed': (
+    trepo(positions.fixed(1, 2), samples=2, score_weighted=True),
+    LONG,
+  ),
+  'score-weighted, random': (
+    trepo(positions.uniform(), 1, 2, score_weighted=True),
+    LONG,
+  ),
+  'score-weighted, delimiter': (
+    trepo(positions.delimiter(1), score_weighted=True),
+    TOY,
+  ),
+  'λ between 0 and 1': (
+    est.estimator(
+      est.chain(
+        est.at_last_token(),
+        est.gae(1.0, 0.6, est.branches(2, 1, positions.fixed(1, 2))),
+      ),
+      est.score_function(),
+      est.sequence_sum(),
+    ),
+    TOY,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', STOPPING_TIMES)
+def test_stopping_times_are_exact(name):
+  report = examine(*STOPPING_TIMES[name])
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+
+
+def test_vine_ppo_less_its_normalisers_is_exact():
+  vine = est.estimator(
+    est.chain(
+      est.at_last_token(),
+      est.gae(1.0, 0.0, est.branches(2, 1, positions.delimiter(0))),
+    ),
+    est.clipped(0.2),
+    est.sequence_sum(),
+  )
+  assert examine(vine, TOY).bias < 1e-10
+
+
+def test_interpolations_tilt():
+  values = trepo(positions.fixed(1), fill=est.interpolate_values)
+  pairs = positions.pairs(positions.fixed(2))
+  advantages = trepo(pairs, fill=est.interpolate_advantages)
+  for estimator in (values, advantages):
+    report = examine(estimator, LONG)
+    assert report.bias > 0.05 and report.cosine < 0.999
+
+
+def test_values_interpolated_without_a_knot_are_a_sequence_mean():
+  never = positions.fixed(LIMIT + 5)
+  one = examine(trepo(never, fill=est.interpolate_values), TOY)
+  mean = est.estimator(
+    est.subtract_leave_one_out_mean(),
+    est.score_function(),
+    est.sequence_mean(),
+  )
+  other = examine(mean, TOY)
+  np.testing.assert_allclose(one.gradient, other.gradient, **CLOSE)
+  assert one.bias > 0.1
+
+
+EVERYWHERE = positions.fixed(*range(1, 10))
+
+
+def by_hand(choose, samples=1, values=None):
+  """`hold` between boundaries that `choose` writes, rollouts → branch_mask."""
+  whole = trepo(EVERYWHERE, count=9, samples=samples)
+
+  def prepare(rollouts):
+    time = jnp.broadcast_to(
+      jnp.arange(rollouts.mask.shape[2]), rollouts.mask.shape
+    )
+    chosen = choose(rollouts, time, rollouts.mask.sum(axis=2, keepdims=True))
+    mask = chosen & rollouts.branch_mask
+    return whole.prepare(rollouts.replace(branch_mask=mask))
+
+  return whole._replace(prepare=prepare)
+
+
+def at_random_before_the_end(rollouts, time, lengths):
+  """Up to three tokens; `running['u']` is 0 or 1, drawn for each response."""
+  u = rollouts.running['u'][None, :, None].astype(int)
+  return time == 1 + u * (lengths - 1) // 2
+
+
+def middle(rollouts, time, lengths):
+  return time == lengths // 2
+
+
+def top_entropy(rollouts, time, lengths):
+  inside = jnp.where(rollouts.mask & (time > 0), rollouts.entropy, -1.0)
+  return inside == inside.max(axis=2, keepdims=True)
+
+
+def good(rollouts):
+  return rollouts.rewards > 1.0
+
+
+def own_failure(rollouts, time, lengths):
+  return ~good(rollouts) & (time > 0)
+
+
+def mixed_group(rollouts, time, lengths):
+  right = good(rollouts)
+  mixed = right.any(axis=1, keepdims=True) & ~right.all(axis=1, keepdims=True)
+  return mixed & (time > 0)
+
+
+LOOK_AHEAD = {
+  'the middle': middle,
+  'highest entropy': top_entropy,
+  'failures': own_failure,
+  'mixed groups': mixed_group,
+}
+
+
+@pytest.mark.parametrize('name', LOOK_AHEAD)
+def test_looking_ahead_is_biased(name):
+  report = examine(by_hand(LOOK_AHEAD[name]), LONG)
+  assert report.bias > 0.05 and report.cosine < 0.999
+
+
+def test_random_positions_that_know_the_length_are_biased():
+  estimator = by_hand(at_random_before_the_end)
+  mean = np.zeros(TOY.params.shape)
+  for u in itertools.product(range(2), repeat=2):
+    running = {'u': np.array(u)}
+    mean += enumeration.expected_gradient(estimator, TOY, running=running) / 4
+  exact = enumeration.exact_gradient(TOY)
+  assert np.linalg.norm(mean - exact) > 0.1 * np.linalg.norm(exact)
+
+
+def test_the_same_by_hand_without_looking_ahead_is_exact():
+  """The bias above is that of the boundaries, not of how they are written."""
+  after = lambda rollouts, time, lengths: (
+    (time == 2) | (jnp.roll(rollouts.tokens, 1, axis=2) == 0) & (time > 0)
+  )
+  assert examine(by_hand(after), TOY).bias < 1e-10
+
+
+def test_a_cap_that_drops_the_rest_is_biased():
+  """The tail behind the last step has to be held, not zeroed."""
+  whole = trepo(positions.delimiter(0), count=1)
+
+  def prepare(rollouts):
+    batch = whole.prepare(rollouts)
+    before = jnp.cumsum(rollouts.branch_mask, axis=2) == 0
+    forked = rollouts.branch_mask.any(axis=2, keepdims=True)
+    keep = before | ~forked
+    return batch.replace(advantages=jnp.where(keep, batch.advantages, 0.0))
+
+  for toy in (TOY, LONG):
+    report = examine(whole._replace(prepare=prepare), toy)
+    assert report.bias > 0.05
+  assert examine(whole, TOY).bias < 1e-10
+
+
+@pytest.mark.parametrize('samples', [2, 3])
+def test_its_own_reward_in_the_baseline_scales(samples):
+  """By 1 − 1/K with the same K at all knots, the first included."""
+  found = trepo(positions.fixed(1), samples=samples - 1)
+
+  def prepare(rollouts):
+    rewards, knot = rollouts.rewards, rollouts.branch_mask
+    inner = rewards / samples + (1 - 1 / samples) * rollouts.branch_values
+    at = jnp.where(knot, inner, 0.0).sum(axis=2, keepdims=True)
+    ahead = jnp.where(knot.any(axis=2, keepdims=True), at, rewards)
+    root = rewards.mean(axis=1, keepdims=True)
+    behind = jnp.cumsum(knot, axis=2) > 0
+    batch = found.prepare(rollouts)
+    return batch.replace(
+      advantages=jnp.where(behind, rewards - at, ahead - root)
+    )
+
+  estimator = found._replace(prepare=prepare)
+  report = examine(estimator, SMALL, samples)
+  np.testing.assert_allclose(
+    report.gradient, (1 - 1 / samples) * report.exact_gradient, **CLOSE
+  )
+  # With another number of samples at the prompt it is a tilt.
+  assert examine(estimator, SMALL, samples + 1).cosine < 0.9995
+
+
+def test_a_branch_is_scored_as_a_response():
+  """A penalty on responses alone, or a budget one token short: biased."""
+  estimator = trepo(positions.fixed(1, 2))
+  penalty = 0.5 * TOY.mask.sum(axis=1)
+  shaped = TOY._replace(rewards=TOY.rewards - penalty)
+  assert examine(estimator, shaped).bias < 1e-10
+  only_responses = shaped._replace(branch_rewards=TOY.rewards)
+  report = examine(estimator, only_responses)
+  assert report.bias > 0.3
+  # Rewards of any text, so that one cut short has its own.
+  scores = np.random.default_rng(7).normal(size=(LIMIT + 1, 3))
+  reward = lambda r: sum(scores[t, token] for t, token in enumerate(r))
+  ended = lambda r: reward(r) + (r[-1] == 2)
+  toy = TOY._replace(rewards=np.array([[ended(r) for r in TOY.responses]]))
+  short = [ended(r[: LIMIT - 1]) for r in TOY.responses]
+  report = examine(estimator, toy._replace(branch_rewards=np.array([short])))
+  assert report.bias > 0.03
+  assert examine(estimator, toy).bias < 1e-10
+
+
+RULES = {
+  'fixed': positions.fixed(1, 4),
+  'uniform': positions.uniform(),
+  'delimiter': positions.delimiter(0, 2),
+  'entropy': positions.entropy_above(0.7),
+  'pairs': positions.pairs(positions.delimiter(1)),
+}
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_a_rule_does_not_see_what_comes_later(name):
+  """Forks up to a position are the same whatever follows it."""
+  rule = est.Branches(3, 1, RULES[name])
+  random = np.random.default_rng(0)
+  length, forks = 8, 0
+  state = rule.positions.init(jax.random.key(0), rule.count, length)
+  mark = jax.jit(lambda *x: positions.mark(rule, state, *x))
+  for _ in range(20):
+    size, t = random.integers(2, length + 1), random.integers(1, length)
+    draw = lambda: (random.integers(0, 3, length), random.random(length))
+    (tokens, entropy), (others, values) = draw(), draw()
+    mask = np.arange(length) < size
+    before = np.arange(length) < t
+    # The state before token t is known: so is the entropy of its choice.
+    known = np.arange(length) <= t
+    found = mark(tokens, mask, entropy)
+    changed = mark(
+      np.where(before, tokens, others),
+      mask | ~known,
+      np.where(known, entropy, values),
+    )
+    upto = min(t, size - 1)
+    np.testing.assert_array_equal(found[: upto + 1], changed[: upto + 1])
+    assert not found[0] and not found[size:].any()
+    assert found.sum() <= rule.count
+    forks += found.sum()
+  assert forks > 5
+
+
+def test_a_step_is_shown_one_token():
+  """The response, its length and its reward are no arguments of a rule."""
+  for rule in RULES.values():
+    names = list(inspect.signature(rule.step).parameters)
+    assert names == ['state', 't', 'token', 'entropy']
+    drawn = list(inspect.signature(rule.init).parameters)
+    assert drawn == ['key', 'count', 'max_length']
