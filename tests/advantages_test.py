@@ -1,4 +1,4 @@
-"""Transforms of rewards: values worked out by hand, and their refusals."""
+"""Shaping, chaining and KL in the reward: values by hand, and refusals."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +9,16 @@ from jaxrl_llm import estimators as est
 NAN = float('nan')
 
 
-def rollouts(rewards, valid=None, **fields):
-  """Rollouts of one token per response; rewards [P, G]."""
+def make_rollouts(rewards, lengths=None, **fields):
+  """Rollouts of given rewards, [P, G]; responses of up to five tokens."""
   rewards = jnp.asarray(rewards, jnp.float32)[..., None]
-  shape = rewards.shape
+  shape = rewards.shape[:2] + (5,)
+  lengths = np.full(rewards.shape[:2], 5) if lengths is None else lengths
   return est.Rollouts(
     tokens=jnp.zeros(shape, jnp.int32),
-    mask=jnp.ones(shape, bool),
-    log_probs=jnp.zeros(shape),
+    mask=jnp.arange(5)[None, None] < jnp.asarray(lengths)[..., None],
+    log_probs=fields.pop('log_probs', jnp.zeros(shape)),
     rewards=rewards,
-    valid=None if valid is None else jnp.asarray(valid)[..., None],
     **fields,
   )
 
@@ -27,54 +27,9 @@ def apply(transform, data):
   return np.asarray(transform.apply(data.rewards, data))[..., 0]
 
 
-def test_golden_values():
-  data = rollouts([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])
-  expected = {
-    est.identity: [[1, 2, 6], [0, 0, 0]],
-    est.ones: [[1, 1, 1], [1, 1, 1]],
-    est.subtract_group_mean: [[-2, -1, 3], [0, 0, 0]],
-    est.subtract_leave_one_out_mean: [[-3, -1.5, 4.5], [0, 0, 0]],
-  }
-  for transform, values in expected.items():
-    np.testing.assert_allclose(apply(transform(), data), values, rtol=1e-6)
-  # mean 3, deviation √((4 + 1 + 9) / 2) = √7 with G − 1 = 2 below.
-  np.testing.assert_allclose(
-    apply(est.standardize(epsilon=0.5), data)[0],
-    np.array([-2, -1, 3]) / (np.sqrt(7.0) + 0.5),
-    rtol=1e-6,
-  )
-
-
-@pytest.mark.parametrize(
-  'transform, expected',
-  [
-    (est.subtract_group_mean(), [-1.5, 1.5]),
-    (est.subtract_leave_one_out_mean(), [-3.0, 3.0]),
-    (est.standardize(epsilon=0.0), [-np.sqrt(0.5), np.sqrt(0.5)]),
-  ],
-)
-def test_statistics_are_taken_where_valid(transform, expected):
-  data = rollouts([[1.0, 100.0, 4.0]], [[True, False, True]])
-  values = apply(transform, data)[0]
-  np.testing.assert_allclose(values[[0, 2]], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-  'transform',
-  [
-    est.subtract_group_mean(),
-    est.subtract_leave_one_out_mean(),
-    est.standardize(),
-  ],
-)
-def test_one_or_no_valid_response_learns_nothing(transform):
-  data = rollouts([[3.0, 5.0], [3.0, 5.0]], [[True, False], [False, False]])
-  np.testing.assert_array_equal(apply(transform, data), 0.0)
-  assert transform.needs.samples == 2
-
-
-def test_ones_whatever_was_earned():
-  data = rollouts([[np.inf, -3.0]])
+def test_identity_and_ones():
+  data = make_rollouts([[np.inf, -3.0]])
+  np.testing.assert_array_equal(apply(est.identity(), data), [[np.inf, -3.0]])
   np.testing.assert_array_equal(apply(est.ones(), data), 1.0)
 
 
@@ -82,38 +37,120 @@ def test_chain_applies_in_reading_order():
   double = est.AdvantageTransform(lambda a, r: 2.0 * a, est.Needs(greedy=True))
   square = est.AdvantageTransform(lambda a, r: a * a, est.Needs(samples=3))
   both = est.chain(double, square)
-  data = rollouts([[3.0]])
+  data = make_rollouts([[3.0]])
   assert apply(both, data) == 36.0
   assert apply(est.chain(square, double), data) == 18.0
   assert both.needs == est.Needs(samples=3, greedy=True)
   np.testing.assert_array_equal(apply(est.chain(), data), 3.0)
 
 
-def test_response_kl_is_a_sum_over_the_response():
-  log_probs = jnp.array([[[-1.0, -2.0, NAN], [-0.5, NAN, NAN]]])
-  reference = jnp.array([[[-1.5, -1.0, NAN], [-2.5, NAN, NAN]]])
-  data = est.Rollouts(
-    tokens=jnp.zeros((1, 2, 3), jnp.int32),
-    mask=jnp.array([[[True, True, False], [True, False, False]]]),
-    log_probs=log_probs,
-    rewards=jnp.array([[[1.0], [0.0]]]),
-    ref_log_probs=reference,
+SHAPING = {
+  'overlong': est.penalize_overlong(5, 2),
+  'response KL': est.subtract_response_kl(0.1),
+  'token KL': est.subtract_token_kl(0.1),
+  'token rewards': est.add_token_rewards(),
+}
+
+
+@pytest.mark.parametrize('name', SHAPING)
+def test_shaping_before_branches_is_refused(name):
+  """The branches would be scored without it."""
+  values = est.branches(2, 3, est.positions.uniform())
+  credit = est.gae(1.0, 0.0, values)
+  with pytest.raises(ValueError, match='make it a part of the reward'):
+    est.chain(SHAPING[name], est.at_last_token(), credit)
+  with pytest.raises(ValueError, match='make it a part of the reward'):
+    est.chain(est.chain(est.identity(), SHAPING[name]), credit)
+  assert est.chain(SHAPING[name]).shapes_reward
+  est.chain(est.at_last_token(), SHAPING[name], est.reward_to_go())
+  est.chain(SHAPING[name], est.gae(1.0, 0.0, est.critic()))
+
+
+def test_overlong_penalty():
+  """0 up to 5 − 2 tokens, then a ramp to 1 at 5, and no further."""
+  data = make_rollouts([[1.0] * 5], [[0, 3, 4, 5, 2]])
+  got = apply(est.penalize_overlong(max_length=5, buffer=2), data)
+  np.testing.assert_allclose(got, [[1.0, 1.0, 0.5, 0.0, 1.0]])
+  got = apply(est.penalize_overlong(max_length=3, buffer=2), data)
+  np.testing.assert_allclose(got, [[1.0, 0.0, 0.0, 0.0, 0.5]])
+
+
+def test_entropy_where_equal():
+  """Right, wrong, mixed; α 2; the highest entropy is over the response."""
+  entropy = jnp.array([[[1.0, 3.0, 2.0, 9.0, 9.0], [0.5] * 5]] * 3)
+  data = make_rollouts(
+    [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]], [[3, 5]] * 3, entropy=entropy
   )
+  transform = est.entropy_where_equal(2.0)
+  got = np.asarray(transform.apply(data.rewards + 7.0, data))
+  inside = np.asarray(data.mask)
+  right = np.where(inside[0], 2 * np.asarray(entropy[0]), 7.0 + 1.0)
+  np.testing.assert_allclose(got[0], right)
+  wrong = [[-4.0, 0.0, -2.0, 7.0, 7.0], [0.0] * 5]
+  np.testing.assert_allclose(got[1], wrong)
+  np.testing.assert_allclose(got[2], [[7.0] * 5, [8.0] * 5])
+  assert transform.needs == est.Needs(samples=2, entropy=True)
+  high = est.entropy_where_equal(2.0, right=lambda r: r > 5.0)
+  np.testing.assert_allclose(
+    high.apply(data.rewards, data)[0, 0, :3], [-4, 0, -2]
+  )
+
+
+def with_kl():
+  """A response of KL − 0.5, one of 2."""
+  log_probs = jnp.array([[[-1.0, -2.0, NAN, NAN, NAN], [-0.5] + [NAN] * 4]])
+  reference = jnp.array([[[-1.5, -1.0, NAN, NAN, NAN], [-2.5] + [NAN] * 4]])
+  return make_rollouts(
+    [[1.0, 0.0]], [[2, 1]], log_probs=log_probs, ref_log_probs=reference
+  )
+
+
+def test_response_kl_is_a_sum_over_the_response():
   transform = est.subtract_response_kl(0.1)
-  values = transform.apply(data.rewards, data)[0, :, 0]
-  np.testing.assert_allclose(values, [1.0 - 0.1 * -0.5, -0.1 * 2], rtol=1e-6)
+  got = apply(transform, with_kl())
+  np.testing.assert_allclose(got, [[1.0 + 0.1 * 0.5, -0.1 * 2]], rtol=1e-6)
   assert transform.needs == est.Needs(reference=True)
 
 
-def test_deviation_of_equal_fractions_is_not_divided_by():
-  """Float32 gives equal k/1000 a mean that differs from them by a rounding."""
-  rewards = np.full((1000, 7), np.arange(1000)[:, None] / 1000, np.float32)
-  data = rollouts(rewards)
-  mean = data.rewards.sum(axis=1, keepdims=True) / 7
-  assert (np.asarray(data.rewards - mean) != 0).any()
-  for transform in (
-    est.subtract_group_mean(),
-    est.subtract_leave_one_out_mean(),
-    est.standardize(epsilon=1e-9),
-  ):
-    np.testing.assert_array_equal(apply(transform, data), 0.0)
+@pytest.mark.parametrize(
+  'target, error',
+  [(0.6, 0.2), (0.75 / 1.1, 0.1), (0.75 / 0.95, -0.05), (3.0, -0.2)],
+)
+def test_adaptive_kl_moves_towards_its_target(target, error):
+  """Mean KL 0.75 of 2 responses; the relative error is clipped at 0.2."""
+  steered = est.adaptive_kl(0.5, target, horizon=10)
+  transform = est.subtract_response_kl(steered)
+  running = est.start_running(transform.needs)
+  assert float(running['kl_coefficient']) == 0.5
+  data = with_kl().replace(running=running)
+  got = apply(transform, data)
+  np.testing.assert_allclose(got, [[1.0 + 0.5 * 0.5, -0.5 * 2]], rtol=1e-6)
+  after = est.update_running(transform.needs, data)['kl_coefficient']
+  expected = 0.5 * (1 + 2 / 10 * error)
+  assert float(after) == pytest.approx(expected, rel=1e-5)
+
+
+def test_adaptive_kl_counts_valid_responses_only():
+  steered = est.adaptive_kl(0.5, target=1.0, horizon=10)
+  needs = est.subtract_token_kl(steered).needs
+  data = with_kl().replace(running=est.start_running(needs))
+  second = data.replace(valid=jnp.array([[[False], [True]]]))
+  after = est.update_running(needs, second)['kl_coefficient']
+  assert float(after) == pytest.approx(0.5 * (1 + 1 / 10 * 0.2), rel=1e-5)
+  none = data.replace(valid=jnp.zeros((1, 2, 1), bool))
+  after = est.update_running(needs, none)['kl_coefficient']
+  assert float(after) == 0.5
+
+
+def test_two_numbers_of_one_name_are_refused():
+  parts = [
+    est.subtract_response_kl(est.adaptive_kl(0.5, 1.0, 10)),
+    est.subtract_response_kl(est.adaptive_kl(0.1, 1.0, 10)),
+  ]
+  with pytest.raises(ValueError, match='share names'):
+    est.chain(*parts)
+  both = est.chain(
+    parts[0],
+    est.subtract_response_kl(est.adaptive_kl(0.1, 1.0, 10, name='other')),
+  )
+  assert set(est.start_running(both.needs)) == {'kl_coefficient', 'other'}

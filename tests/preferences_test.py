@@ -1,0 +1,98 @@
+"""Preferences: who is preferred, margins by hand, extremes, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import estimators as est
+
+
+def make_rollouts(rewards, lengths, valid=None):
+  rewards = jnp.asarray(rewards, jnp.float32)[None, :, None]
+  shape = (1, rewards.shape[1], 3)
+  return est.Rollouts(
+    tokens=jnp.zeros(shape, jnp.int32),
+    mask=jnp.arange(3)[None, None] < jnp.array(lengths)[None, :, None],
+    log_probs=jnp.zeros(shape),
+    rewards=rewards,
+    valid=None if valid is None else jnp.array(valid)[None, :, None],
+    ref_log_probs=jnp.zeros(shape),
+  )
+
+
+def test_signs_of_pairs():
+  data = make_rollouts([1.0, 4.0, 2.0, 2.0, 0.5, -1.0], [3] * 6)
+  got = est.preference_sign().apply(data.rewards, data)[0, :, 0]
+  np.testing.assert_array_equal(got, [-1, 1, 0, 0, 1, -1])
+  assert est.preference_sign().needs == est.Needs(samples=2)
+
+
+def test_pairs_that_teach():
+  """Equal rewards, an invalid response, an empty one: none is a preference."""
+  data = make_rollouts(
+    [1.0, 4.0, 2.0, 2.0, 1.0, 0.0, 1.0, 0.0],
+    [3, 1, 3, 3, 3, 3, 3, 0],
+    [True] * 4 + [True, False] + [True] * 2,
+  )
+  got = est.distinct_pairs(data)[0, :, 0]
+  np.testing.assert_array_equal(got, [True, True] + [False] * 6)
+
+
+def test_odd_groups_are_refused():
+  data = make_rollouts([1.0, 2.0, 3.0], [3] * 3)
+  for recipe in (est.dpo(), est.dpop(), est.ipo()):
+    with pytest.raises(ValueError, match='3 per prompt is odd'):
+      recipe.prepare(data)
+
+
+def case(better, worse, swapped=False):
+  """One pair with the given log π/π_ref, all of it on the first token."""
+  ratios = [worse, better] if swapped else [better, worse]
+  data = make_rollouts([0.0, 1.0] if swapped else [1.0, 0.0], [1, 1])
+  log_probs = jnp.array(ratios, jnp.float32)[None, :, None]
+  return data, est.Outputs(
+    log_probs=jnp.pad(log_probs, ((0, 0), (0, 0), (0, 2)))
+  )
+
+
+def loss_of(estimator, *arguments, **keywords):
+  data, outputs = case(*arguments, **keywords)
+  return float(estimator.loss(outputs, estimator.prepare(data)))
+
+
+@pytest.mark.parametrize('swapped', [False, True])
+def test_golden_losses(swapped):
+  """Margins 0.3 − (−0.2) and −0.4 − 0.1; β 2; λ 5 meets the loss of 0.4."""
+  up, down = (0.3, -0.2), (-0.4, 0.1)
+  sigmoid = lambda x: 1 / (1 + np.exp(-x))
+  expected = {
+    (est.dpo(2.0), up): -np.log(sigmoid(2 * 0.5)),
+    (est.dpo(2.0), down): -np.log(sigmoid(2 * -0.5)),
+    (est.dpop(2.0, 5.0), up): -np.log(sigmoid(2 * 0.5)),
+    (est.dpop(2.0, 5.0), down): -np.log(sigmoid(2 * (-0.5 - 5 * 0.4))),
+    (est.ipo(2.0), up): (0.5 - 0.25) ** 2,
+    (est.ipo(2.0), down): (-0.5 - 0.25) ** 2,
+  }
+  for (estimator, ratios), value in expected.items():
+    got = loss_of(estimator, *ratios, swapped=swapped)
+    assert got == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize('estimator', [est.dpo(1.0), est.dpop(1.0, 50.0)])
+def test_extreme_margins_are_finite(estimator):
+  for ratios in ((500.0, -500.0), (-500.0, 500.0)):
+    data, outputs = case(*ratios)
+    batch = estimator.prepare(data)
+    loss, gradient = jax.value_and_grad(estimator.loss)(outputs, batch)
+    assert np.isfinite(loss)
+    assert np.isfinite(gradient.log_probs).all()
+
+
+def test_the_loss_is_a_mean_over_pairs_whatever_their_lengths():
+  """Three pairs, one without a preference; lengths differ within a pair."""
+  data = make_rollouts([1.0, 0.0, 5.0, 5.0, 0.0, 1.0], [3, 1, 2, 2, 2, 3])
+  outputs = est.Outputs(log_probs=jnp.zeros((1, 6, 3)))
+  for estimator, value in ((est.dpo(), np.log(2)), (est.ipo(0.5), 1.0)):
+    loss = estimator.loss(outputs, estimator.prepare(data))
+    assert float(loss) == pytest.approx(value, rel=1e-6)
