@@ -84,7 +84,7 @@ def vapo(
   The rest of the paper's recipe (value pretraining, likelihood of right
   responses) is not part of the estimator.
 
-  Bias: as `ppo`.
+  Bias: as `ppo`, and `length_adaptive` tilts even with an exact critic.
 
   Args:
     alpha: α, in 1/tokens.

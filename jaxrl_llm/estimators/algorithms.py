@@ -135,8 +135,7 @@ def reinforce_plus_plus(
   The moments of `whiten` are over all valid tokens of the batch, so that long
   responses count more, as in OpenRLHF.
 
-  Bias: scale; a shift that contains the response itself; the length inside
-  `token_mean` tilts.
+  Bias: tilts, by `whiten` over tokens and by `token_mean`.
 
   Args:
     clip: ε.
@@ -162,7 +161,7 @@ def reinforce_plus_plus_baseline(
 
   The moments are over tokens, as in `reinforce_plus_plus`.
 
-  Bias: as `reinforce_plus_plus`; scale (G−1)/G from the group's mean.
+  Bias: as `reinforce_plus_plus`; the KL's as in `k2`.
 
   Args:
     clip: ε.
@@ -185,7 +184,8 @@ def grpo(clip: float = 0.2, kl: float = 0.04) -> Estimator:
     L = − 1/N Σᵢ 1/Tᵢ Σₜ [min(ρᵢₜ Aᵢ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢ) − β k3ᵢₜ]
     Aᵢ = (Rᵢ − mean R) / std R
 
-  Bias: scale (G−1)/G; 1/std reweights prompts; 1/Tᵢ tilts the direction.
+  Bias: 1/Tᵢ tilts; `standardize` scales each prompt, and tilts where rewards
+  are not binary; the KL's as in `k3`.
 
   Args:
     clip: ε.
@@ -288,7 +288,8 @@ def cispo(low: float = 1.0, high: float = 0.28) -> Estimator:
 
   The paper tunes ε_high only and does not state it.
 
-  Bias: as `dapo` without the penalty.
+  Bias: as `dapo` without the penalty; tokens of groups with equal rewards
+  count in ΣT.
 
   Args:
     low: ε_low; 1 does not clip from below.

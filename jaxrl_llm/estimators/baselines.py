@@ -119,8 +119,8 @@ def standardize(epsilon: float = 1e-6) -> AdvantageTransform:
   rewards: their deviation is not 0 in float32.
 
   Level: response, [P, G, 1] → [P, G, 1].
-  Bias: reweights prompts by 1/std (exactly that for binary rewards, a tilt
-  otherwise).
+  Bias: reweights prompts, by about 1/std (that alone for binary rewards, and
+  one scale for all of them up to G = 3; a tilt otherwise).
 
   Args:
     epsilon: ε, in units of the reward.

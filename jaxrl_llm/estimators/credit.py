@@ -199,7 +199,8 @@ def gae(
 
   Level: token, [P, G, T] → [P, G, T].
   Bias: as good as the values; none at γ = 1 with `hold` where they are
-  unbiased (branches), or at γ = λ = 1 where they are constant given the past.
+  unbiased (branches, an exact critic), or at γ = λ = 1 with any critic.  A λ
+  that knows the response's length tilts even with exact values.
 
   Args:
     gamma: γ; with a reward for the whole response it has to be 1.
@@ -238,6 +239,9 @@ def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
 
 def length_adaptive(alpha: float) -> Lambda:
   """λ = 1 − 1/(α T), and at least 0: the longer, the nearer to 1.
+
+  Bias: the response's own length is in its weights: tilts, if only a little
+  where the values are exact.
 
   References:
     Yue et al., `VAPO <https://arxiv.org/abs/2504.05118>`_, 2025
@@ -309,7 +313,8 @@ def whiten(epsilon: float = 1e-8) -> AdvantageTransform:
   batch of equal advantages gives exactly 0.
 
   Level: either.
-  Bias: a global scale, and a shift that contains the response itself.
+  Bias: both moments contain the response itself.  Over responses with binary
+  rewards that is a scale per prompt; otherwise, and over tokens, it tilts.
 
   References:
     Hu et al., `REINFORCE++ <https://arxiv.org/abs/2501.03262>`_, 2025

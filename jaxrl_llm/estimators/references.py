@@ -35,8 +35,8 @@ def rest_em(threshold: float = 0.5) -> Estimator:
   The driver restarts from the initial model each round and limits how many
   responses a prompt contributes.
 
-  Bias: another objective.  It climbs log P(R > threshold), one scale for all
-  prompts of a batch, and never pushes a response down.
+  Bias: another objective.  On policy each prompt climbs log P(R > threshold),
+  at the rate of its expected share of the responses that are kept.
 
   Args:
     threshold: in units of the reward; only what lies above is trained on.

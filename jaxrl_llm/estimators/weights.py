@@ -63,6 +63,8 @@ def mixed_outcomes() -> Keep:
   """Keeps groups whose rewards are not all equal.
 
   Equal ones teach a group baseline nothing; dropped, they do not count in N.
+
+  Bias: a scale per prompt, the larger the fewer others are kept.
   """
 
   def keep(rollouts: Rollouts) -> Array:
