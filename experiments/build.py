@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import os
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from experiments import data, naming
 from jaxrl_llm import estimators, policy, rollouts, training
@@ -182,6 +184,21 @@ def reward_parts(config) -> list[RewardPart]:
       raise UserError(f'{field} is {spec!r}\nwrite dict(name={spec!r})')
     parts.append(_reward_part(name, dict(spec), field))
   return parts
+
+
+def code_files(config) -> list[str]:
+  """Files of the user's that the configuration names functions of.
+
+  One that cannot be read is left to what loads it and can name the field.
+  """
+  specs = [config.task, config.algorithm, *config.rewards.values()]
+  names = [spec.get('name') for spec in specs if isinstance(spec, ConfigDict)]
+  files = [naming.file_of(name) for name in names if isinstance(name, str)]
+  return [
+    file
+    for file in dict.fromkeys(files)
+    if file and os.path.isfile(file) and os.access(file, os.R_OK)
+  ]
 
 
 def optimizer(config, total_updates: int):

@@ -102,6 +102,11 @@ def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:
   return parameters[parameter].default if parameter in parameters else None
 
 
+def file_of(name: str) -> str | None:
+  """The file of 'file.py:function'; None for a function of the library."""
+  return name.rpartition(':')[0] or None
+
+
 def _load(name: str, field: str):
   """'file.py:function' → the function."""
   path, _, attribute = name.rpartition(':')

@@ -5,9 +5,11 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, checks
+from jaxrl_llm import logging
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -110,6 +112,29 @@ def export(model: build.Model, path) -> None:
       f'{path} does not read back as it was written: the tokenizer differs\n'
       'check the disk, and export again'
     )
+
+
+def plot(path, records: list[dict], first: int) -> None:
+  """Draws reward and held-out reward against the step."""
+  series = {}
+  rewards = [(r['step'], r['reward']) for r in records if 'reward' in r]
+  if rewards:
+    steps, values = map(np.array, zip(*rewards, strict=True))
+    width = max(len(values) // 20, 1)
+    kernel = np.ones(width) / width
+    smooth = np.convolve(values, kernel, mode='valid')
+    label = f'training reward (mean of {width} steps)'
+    series[label] = (steps[width - 1 :], smooth)
+  held = [(r['step'], r['eval/reward']) for r in records if 'eval/reward' in r]
+  series['held-out reward'] = tuple(zip(*held, strict=True))
+  logging.plot_curve(
+    path,
+    series,
+    xlabel='step',
+    ylabel='mean reward per response',
+    title=path.parent.name,
+    marks={'RL begins': first} if first else None,
+  )
 
 
 def _step_number(checkpoints: Checkpoints, step: str) -> int | None:

@@ -120,7 +120,7 @@ class Run:
     trained = self._model._replace(params=self.state.trainable['policy'])
     runs.export(trained, self._folder / 'hf')
     records = logging.read_metrics(self._folder / 'metrics.jsonl')
-    plot(self._folder / 'curve.png', records, self._first)
+    runs.plot(self._folder / 'curve.png', records, self._first)
     before, after = self._before_after()
     self._samples.write_html(self._folder.name, before, after)
     self._progress.print(logging.before_after_table(before, after))
@@ -338,29 +338,6 @@ class Run:
     self._progress.print(*lines)
 
 
-def plot(path, records: list[dict], first: int) -> None:
-  """Draws reward and held-out reward against the step."""
-  series = {}
-  rewards = [(r['step'], r['reward']) for r in records if 'reward' in r]
-  if rewards:
-    steps, values = map(np.array, zip(*rewards, strict=True))
-    width = max(len(values) // 20, 1)
-    kernel = np.ones(width) / width
-    smooth = np.convolve(values, kernel, mode='valid')
-    label = f'training reward (mean of {width} steps)'
-    series[label] = (steps[width - 1 :], smooth)
-  held = [(r['step'], r['eval/reward']) for r in records if 'eval/reward' in r]
-  series['held-out reward'] = tuple(zip(*held, strict=True))
-  logging.plot_curve(
-    path,
-    series,
-    xlabel='step',
-    ylabel='mean reward per response',
-    title=path.parent.name,
-    marks={'RL begins': first} if first else None,
-  )
-
-
 def _mutable(config) -> frozenset[str]:
   """Fields that may differ on resume; a decay depends on the last step."""
   if config.optimizer.decay == 'constant':
@@ -402,8 +379,22 @@ def train(config, workdir, resume: bool = False) -> int:
 
 def _train(config, workdir, resume, files: contextlib.ExitStack) -> int:
   folder = files.enter_context(
-    open_run(workdir, resume, config.to_dict(), _mutable(config))
+    open_run(
+      workdir,
+      resume,
+      config.to_dict(),
+      _mutable(config),
+      build.code_files(config),
+    )
   )
+  if folder.changed:
+    print(
+      'warning: changed since this run last began: '
+      f'{", ".join(folder.changed)}\n'
+      'the records so far are of the old code, what follows is of the new\n'
+      'put the old file back if they are to be one run',
+      file=sys.stderr,
+    )
   found = [name for name in _RECORDS if (folder.path / name).exists()]
   if found and not folder.resuming:
     (folder.path / 'config.json').unlink()

@@ -1,12 +1,13 @@
 """One folder per run: a lock, what the run was, and how it is asked to stop.
 
-A run folder holds `config.json` (what was asked), `env.json` (what ran it) and
-`lock` (who owns it now) beside the records and checkpoints of the run.
+A run folder holds `config.json` (what was asked), `env.json` (what ran it last)
+and `lock` (who owns it now) beside the records and checkpoints of the run.
 """
 
 import datetime
 import fcntl
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 
 import jax
 
@@ -69,11 +71,16 @@ class RunFolder:
   Attributes:
     path: the folder.
     resuming: whether the folder already held this run.
+    changed: code files whose content is not what it was when the run last
+      began or resumed.
   """
 
-  def __init__(self, path: pathlib.Path, resuming: bool, lock):
+  def __init__(
+    self, path: pathlib.Path, resuming: bool, changed: list[str], lock
+  ):
     self.path = path
     self.resuming = resuming
+    self.changed = changed
     self._lock = lock
 
   def close(self) -> None:
@@ -89,7 +96,11 @@ class RunFolder:
 
 
 def open_run(
-  workdir, resume: bool, config: dict, allowed: frozenset[str] = frozenset()
+  workdir,
+  resume: bool,
+  config: dict,
+  allowed: frozenset[str] = frozenset(),
+  code: Sequence[str] = (),
 ) -> RunFolder:
   """Creates or reopens a run folder and takes its lock.
 
@@ -104,6 +115,8 @@ def open_run(
     allowed: dotted keys, such as `'steps'` or `'log'` (with all below it),
       that may differ from the stored configuration on resume.  The new values
       are stored.
+    code: files of the user's that the run executes; their sha256 goes into
+      `env.json`.  Of what they import nothing is recorded.
 
   Raises:
     UserError: the folder is in use, holds a run and `resume` is off, or holds
@@ -111,7 +124,7 @@ def open_run(
   """
   path = pathlib.Path(workdir)
   config = as_json(config, 'configuration')
-  lock = None
+  lock, changed = None, []
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = _take_lock(path)
@@ -123,7 +136,11 @@ def open_run(
           'Continue it with --resume, or name another --workdir.'
         )
       _compare(path, stored, config, allowed)
-    for name, content in (('config', config), ('env', environment())):
+    env = environment()
+    env['code_sha256'] = {str(file): _file_sha256(file) for file in code}
+    if stored is not None:
+      changed = _changed(path, env['code_sha256'])
+    for name, content in (('config', config), ('env', env)):
       text = json.dumps(content, indent=2) + '\n'
       write_atomically(path / f'{name}.json', text)
   except OSError as error:
@@ -135,7 +152,7 @@ def open_run(
   except BaseException:
     _give_back(lock)
     raise
-  return RunFolder(path, stored is not None, lock)
+  return RunFolder(path, stored is not None, changed, lock)
 
 
 def _take_lock(path):
@@ -194,6 +211,21 @@ def _stored_config(path):
       'Restore it from a copy, or name another --workdir.'
     ) from error
   return stored
+
+
+def _file_sha256(file):
+  with open(file, 'rb') as content:
+    return hashlib.file_digest(content, 'sha256').hexdigest()
+
+
+def _changed(path, code):
+  """The files that differ from what env.json has of them."""
+  try:
+    env = json.loads((path / 'env.json').read_text(encoding='utf-8'))
+    before = dict(env['code_sha256'])
+  except (OSError, ValueError, KeyError, TypeError):
+    return []  # An older or a damaged record tells nothing.
+  return [file for file in code if before.get(file, code[file]) != code[file]]
 
 
 def _flat(config, prefix=''):

@@ -59,6 +59,24 @@ def test_reward_from_a_users_file(config, tmp_path):
   assert parts['match'].function(**given) == [0.0, 1.0]
 
 
+def test_code_files_are_those_that_are_executed(config, tmp_path):
+  mine, other = tmp_path / 'mine.py', tmp_path / 'other.py'
+  for path in (mine, other):
+    path.write_text(REWARDS)
+  assert build.code_files(config) == []
+  with config.unlocked():
+    config.rewards = dict(
+      shout=dict(name=f'{mine}:shouts'),
+      again=dict(name=f'{mine}:shouts'),
+      match=dict(name='exact_match'),
+      missing=dict(name=f'{tmp_path}/no.py:f'),
+      wrong='exact_match',
+    )
+    config.algorithm = dict(name=f'{other}:grpo')
+    config.task = dict(name=f'{tmp_path}/task.py:rows')
+  assert build.code_files(config) == [str(other), str(mine)]
+
+
 @pytest.mark.parametrize(
   'spec, text',
   [

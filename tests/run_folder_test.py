@@ -144,6 +144,34 @@ def test_resume_compares_the_configuration(tmp_path):
   assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 9
 
 
+def test_changed_code_is_told_once(tmp_path):
+  files = [tmp_path / name for name in ('a.py', 'b.py')]
+  for file in files:
+    file.write_text('x = 1')
+  a, b = code = list(map(str, files))
+
+  def changed(config=None):
+    with run_folder.open_run(
+      tmp_path / 'run', True, config or {}, code=code
+    ) as run:
+      return run.changed
+
+  assert changed() == changed() == []
+  env = json.loads((tmp_path / 'run' / 'env.json').read_text())
+  digest = subprocess.run(['sha256sum', a], capture_output=True, text=True)
+  assert env['code_sha256'][a] == digest.stdout.split()[0]
+  files[1].write_text('x = 2')
+  # A resume that is refused has not told.
+  with pytest.raises(UserError):
+    changed({'steps': 1})
+  assert changed() == [b] and changed() == []
+  # Records that do not tell: of an older version, and damaged.
+  for text in ('{}', '{"code_sha256": 3}', '{', '[]'):
+    files[0].write_text(text)
+    (tmp_path / 'run' / 'env.json').write_text(text)
+    assert changed() == []
+
+
 def test_many_differences_are_counted(tmp_path):
   run_folder.open_run(tmp_path, False, {str(k): 0 for k in range(9)}).close()
   with pytest.raises(UserError, match='and 6 more'):
