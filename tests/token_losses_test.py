@@ -9,7 +9,7 @@ from scipy import integrate
 from jaxrl_llm import estimators as est
 
 
-def case(new, old, advantages, ref=None):
+def case(new, old, advantages, ref=None, **fields):
   """Outputs and a batch of one response, from lists over tokens."""
   row = lambda x: jnp.asarray(x, jnp.float32)[None, None]
   new = row(new)
@@ -21,6 +21,7 @@ def case(new, old, advantages, ref=None):
     advantages=row(advantages),
     weights=jnp.ones(new.shape),
     ref_log_probs=None if ref is None else row(ref),
+    **{name: row(x) for name, x in fields.items()},
   )
   return est.Outputs(log_probs=new), batch
 
@@ -30,6 +31,13 @@ def random_case(tokens=200):
   old = -random.exponential(size=tokens)
   new = old + random.normal(0.0, 0.4, tokens)
   return new, old, random.normal(size=tokens)
+
+
+def loss_and_slope(loss, outputs, batch):
+  """[T] each: the losses, and the gradient in the log-probabilities."""
+  apply = lambda x: loss.apply(outputs.replace(log_probs=x), batch)
+  slope = jax.grad(lambda x: apply(x).sum())(outputs.log_probs)
+  return np.asarray(apply(outputs.log_probs))[0, 0], np.asarray(slope)[0, 0]
 
 
 def test_clipped_equals_rlax():
@@ -49,14 +57,39 @@ def test_clipped_equals_rlax():
   assert 0 < (np.asarray(expected_slope) == 0).sum() < new.size
 
 
-def test_each_side_is_clipped_where_it_would_go_too_far():
-  """Ratios 2 and 1/2, advantages ±1, ε 0.1 below and 0.3 above."""
-  log2 = np.log(2.0)
-  outputs, batch = case([log2, log2, -log2, -log2], [0] * 4, [1, -1, 1, -1])
-  loss = est.clipped(0.1, 0.3).apply(outputs, batch)[0, 0]
-  np.testing.assert_allclose(loss, [-1.3, 2.0, -0.5, 0.9], rtol=1e-6)
-  loss = est.clipped(0.1).apply(outputs, batch)[0, 0]
-  np.testing.assert_allclose(loss, [-1.1, 2.0, -0.5, 0.9], rtol=1e-6)
+LOG2 = np.log(2.0)
+# Ratios 2 and 1/2, advantages ±1.
+CORNERS = [LOG2, LOG2, -LOG2, -LOG2], [0.0] * 4, [1, -1, 1, -1]
+
+
+@pytest.mark.parametrize(
+  'loss, losses, slopes',
+  [
+    (est.clipped(0.1, 0.3), [-1.3, 2, -0.5, 0.9], [0, 2, -0.5, 0]),
+    (est.clipped(0.1), [-1.1, 2, -0.5, 0.9], [0, 2, -0.5, 0]),
+    (est.clipped(0.1, dual=1.5), [-1.1, 1.5, -0.5, 0.9], [0, 0, -0.5, 0]),
+    (est.clipped(0.1, dual=3.0), [-1.1, 2, -0.5, 0.9], [0, 2, -0.5, 0]),
+  ],
+)
+def test_each_side_is_clipped_where_it_would_go_too_far(loss, losses, slopes):
+  """ε 0.1 below and 0.3 above; the dual bound is for bad tokens only."""
+  got, slope = loss_and_slope(loss, *case(*CORNERS))
+  np.testing.assert_allclose(got, losses, rtol=1e-6)
+  np.testing.assert_allclose(slope, slopes, rtol=1e-6, atol=1e-7)
+
+
+def test_dual_bound_has_to_be_above_one():
+  with pytest.raises(ValueError, match='above 1'):
+    est.clipped(0.2, dual=1.0)
+
+
+def test_a_clipped_weight_keeps_every_gradient():
+  """− sg[clip(ρ)] A log π: the slope is − clip(ρ) A, also where it is cut."""
+  got, slope = loss_and_slope(est.clipped_weight(0.1, 0.3), *case(*CORNERS))
+  np.testing.assert_allclose(slope, [-1.3, 1.3, -0.9, 0.9], rtol=1e-6)
+  np.testing.assert_allclose(got, slope * CORNERS[0], rtol=1e-6)
+  _, slope = loss_and_slope(est.clipped_weight(1.0, 0.3), *case(*CORNERS))
+  np.testing.assert_allclose(slope, [-1.3, 1.3, -0.5, 0.5], rtol=1e-6)
 
 
 def test_score_function_and_sum():
@@ -68,6 +101,37 @@ def test_score_function_and_sum():
     both.apply(outputs, batch)[0, 0], [3.0 + 0.25, -8.0 + 1.0]
   )
   assert both.needs == est.Needs(reference=True)
+
+
+def test_value_error():
+  """Old values 0, targets 1: the worse of the free and the bounded error."""
+  outputs, batch = case(
+    [0.0] * 4, [0.0] * 4, [0.0] * 4, values=[0.0] * 4, value_targets=[1.0] * 4
+  )
+  values = jnp.array([[[0.5, 0.1, -0.5, 2.5]]])
+  errors = {
+    None: [0.25, 0.81, 2.25, 2.25],
+    0.2: [0.64, 0.81, 2.25, 2.25],
+  }
+  slopes = {None: [-0.5, -0.9, -1.5, 1.5], 0.2: [0.0, -0.9, -1.5, 1.5]}
+  for clip, expected in errors.items():
+    loss = est.value_error(3.0, clip)
+    apply = lambda v, loss=loss: loss.apply(outputs.replace(values=v), batch)
+    np.testing.assert_allclose(
+      apply(values)[0, 0], 1.5 * np.array(expected), rtol=1e-6
+    )
+    slope = jax.grad(lambda v, apply=apply: apply(v).sum())(values)
+    np.testing.assert_allclose(
+      slope[0, 0], 3.0 * np.array(slopes[clip]), rtol=1e-6
+    )
+  assert est.value_error(1.0).needs == est.Needs(critic=True)
+
+
+def test_entropy_bonus():
+  outputs, batch = case([0.0] * 2, [0.0] * 2, [0.0] * 2)
+  outputs = outputs.replace(entropy=jnp.array([[[0.5, 2.0]]]))
+  loss = est.entropy_bonus(0.1).apply(outputs, batch)
+  np.testing.assert_allclose(loss, [[[-0.05, -0.2]]], rtol=1e-6)
 
 
 @pytest.mark.parametrize('estimate', [est.k1, est.k3])

@@ -1,4 +1,4 @@
-"""Token weights: values by hand, with empty and invalid responses."""
+"""Token weights and predicates: by hand, with empty and invalid responses."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +44,58 @@ def test_nothing_valid_weighs_nothing(name):
   nothing = jnp.zeros((2, 2, 4), bool)
   got = EXPECTED[name][0](nothing, nothing[..., :1])
   np.testing.assert_array_equal(got, 0.0)
+
+
+def rollouts(rewards, valid):
+  rewards = jnp.asarray(rewards, jnp.float32)[..., None]
+  tokens = jnp.zeros(rewards.shape, jnp.int32)
+  return est.Rollouts(
+    tokens=tokens,
+    mask=tokens == 0,
+    log_probs=jnp.zeros(rewards.shape),
+    rewards=rewards,
+    valid=None if valid is None else jnp.asarray(valid)[..., None],
+  )
+
+
+REWARDS = [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.5, 2.0, 0.5]]
+SOME_VALID = [[True] * 3, [False, True, True], [True, True, False]]
+
+
+@pytest.mark.parametrize(
+  'keep, valid, expected',
+  [
+    (est.mixed_outcomes(), None, [[0] * 3, [1] * 3, [1] * 3]),
+    (est.mixed_outcomes(), SOME_VALID, [[0] * 3, [0] * 3, [1, 1, 0]]),
+    (est.reward_above(0.5), None, [[1] * 3, [0, 1, 1], [0, 1, 0]]),
+    (est.reward_above(-1.0), SOME_VALID, SOME_VALID),
+  ],
+)
+def test_predicates(keep, valid, expected):
+  got = keep(rollouts(REWARDS, valid))
+  np.testing.assert_array_equal(got[..., 0], np.array(expected, bool))
+  assert got.dtype == bool
+
+
+def test_what_is_not_kept_does_not_count():
+  """N and ΣT are those of the responses kept; baselines are not."""
+  data = rollouts(REWARDS, None)
+  for weights in (est.sequence_sum(), est.sequence_mean(), est.token_mean()):
+    estimator = est.estimator(
+      est.identity(),
+      est.score_function(),
+      weights,
+      keep=est.mixed_outcomes(),
+    )
+    got = estimator.prepare(data)
+    expected = np.array([[0.0] * 3, [1 / 6] * 3, [1 / 6] * 3])
+    np.testing.assert_allclose(got.weights[..., 0], expected, rtol=1e-6)
+  above = est.estimator(
+    est.subtract_leave_one_out_mean(),
+    est.score_function(),
+    est.sequence_sum(),
+    keep=est.reward_above(0.6),
+  )
+  got = above.prepare(data)
+  np.testing.assert_allclose(got.weights[1, :, 0], [0, 1 / 6, 1 / 6])
+  np.testing.assert_allclose(got.advantages[1, :, 0], [0.0, 0.5, 0.5])

@@ -1,0 +1,253 @@
+"""Credit: against rlax, and by hand where values are known at few states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loops import quick_jit
+
+from jaxrl_llm import estimators as est
+
+T = 6
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def make_rollouts(lengths, rewards=None, **fields):
+  """One prompt; NaN outside the mask of every field, [G, T]."""
+  mask = np.arange(T)[None] < np.array(lengths)[:, None]
+  rewards = np.zeros(len(lengths)) if rewards is None else np.array(rewards)
+  arrays = {}
+  for name, x in fields.items():
+    x = np.broadcast_to(np.asarray(x), mask.shape)
+    arrays[name] = x[None] if x.dtype == bool else np.where(mask, x, 0.0)[None]
+  zeros = np.zeros(mask.shape)[None]
+  return est.Rollouts(
+    tokens=zeros.astype(np.int32),
+    mask=mask[None],
+    rewards=rewards[None, :, None],
+    **({'log_probs': zeros} | arrays),
+  )
+
+
+def apply(transform, data, array=None):
+  """[G, T]."""
+  array = data.rewards if array is None else np.asarray(array)[None]
+  run = quick_jit(lambda a, d: transform.apply(a, d))
+  return np.asarray(run(jnp.asarray(array), data))[0]
+
+
+LENGTHS = [6, 4, 1, 0]
+random_of = lambda seed: np.random.default_rng(seed).normal(
+  size=(len(LENGTHS), T)
+)
+
+
+@pytest.mark.parametrize('gamma, lam', [(1.0, 0.9), (0.8, 0.7), (0.9, 1.0)])
+def test_gae_and_lambda_returns_are_those_of_rlax(gamma, lam):
+  rlax = pytest.importorskip('rlax')
+  rewards, values = random_of(0), random_of(1)
+  data = make_rollouts(LENGTHS, values=values)
+  got = apply(est.gae(gamma, lam, est.critic()), data, rewards)
+  target = apply(est.lambda_return(gamma, lam), data, rewards)
+  for i, length in enumerate(LENGTHS):
+    np.testing.assert_array_equal(got[i, length:], 0.0)
+    if not length:
+      continue
+    # rlax wants the value after the last token too: an ended response's is 0.
+    rows = rewards[i, :length], np.full(length, gamma)
+    after = np.append(values[i, 1:length], 0.0)
+    theirs = rlax.truncated_generalized_advantage_estimation(
+      *map(jnp.asarray, rows), lam, jnp.append(values[i, :length], 0.0)
+    )
+    np.testing.assert_allclose(got[i, :length], theirs, rtol=1e-10)
+    theirs = rlax.lambda_returns(*map(jnp.asarray, rows), after, lam)
+    np.testing.assert_allclose(target[i, :length], theirs, rtol=1e-10)
+
+
+def test_lambda_may_follow_the_length():
+  """λ = 1 − 1/(α T): 2/3, 1/2, and 0 where it would be negative."""
+  lengths = jnp.array([[[6], [4], [1], [0]]])
+  lam = est.length_adaptive(0.5)
+  expected = np.array([2 / 3, 1 / 2, 0.0, 0.0])
+  np.testing.assert_allclose(lam(lengths)[0, :, 0], expected)
+  rewards, values = random_of(0), random_of(1)
+  data = make_rollouts(LENGTHS, values=values)
+  got = apply(est.gae(1.0, lam, est.critic()), data, rewards)
+  for i in range(4):
+    alone = apply(est.gae(1.0, expected[i], est.critic()), data, rewards)
+    np.testing.assert_allclose(got[i], alone[i], rtol=1e-12)
+
+
+def test_reward_to_go():
+  rewards = random_of(0)
+  data = make_rollouts(LENGTHS)
+  got = apply(est.reward_to_go(0.9), data, rewards)
+  for i, length in enumerate(LENGTHS):
+    for t in range(T):
+      later = range(t, length)
+      expected = sum(0.9 ** (s - t) * rewards[i, s] for s in later)
+      assert got[i, t] == pytest.approx(expected, rel=1e-10)
+
+
+def test_where_a_response_puts_its_reward():
+  data = make_rollouts(LENGTHS, rewards=[1.0, 2.0, 3.0, 4.0])
+  expected = np.zeros((4, T))
+  expected[0, 5], expected[1, 3], expected[2, 0] = 1.0, 2.0, 3.0
+  np.testing.assert_array_equal(apply(est.at_last_token(), data), expected)
+  got = apply(est.at_every_token(), data)
+  expected = np.where(data.mask[0], data.rewards[0], 0.0)
+  np.testing.assert_array_equal(got, expected)
+  np.testing.assert_array_equal(
+    apply(est.reward_to_go(), data, apply(est.at_last_token(), data)), expected
+  )
+
+
+def test_token_rewards_and_token_kl():
+  rewards, old, ref = (random_of(seed) for seed in range(3))
+  data = make_rollouts(
+    LENGTHS, token_rewards=rewards, log_probs=old, ref_log_probs=ref
+  )
+  inside = data.mask[0]
+  start = np.ones((4, T))
+  got = apply(est.add_token_rewards(), data, start)
+  np.testing.assert_allclose(got, np.where(inside, 1 + rewards, 1.0))
+  got = apply(est.subtract_token_kl(0.3), data, start)
+  np.testing.assert_allclose(got, np.where(inside, 1 - 0.3 * (old - ref), 1.0))
+  assert est.add_token_rewards().needs == est.Needs(token_rewards=True)
+  assert est.subtract_token_kl(0.3).needs == est.Needs(reference=True)
+
+
+def fork(*places):
+  return np.isin(np.arange(T), places)
+
+
+def branched(places, rewards=(5.0, 1.0, 2.0), lengths=(6, 6, 6), **fields):
+  """The value before token t is 10 t; the first response forks at `places`."""
+  mask = np.zeros((3, T), bool)
+  mask[0] = fork(*places)
+  return make_rollouts(
+    lengths,
+    rewards,
+    branch_values=np.where(mask, 10.0 * np.arange(T), np.nan),
+    branch_mask=mask,
+    **fields,
+  )
+
+
+VALUES = est.branches(4, 4, est.positions.uniform())
+
+
+def credit(data, fill=None, values=VALUES, gamma=1.0, lam=0.0):
+  transform = est.gae(gamma, lam, values, fill)
+  return apply(est.chain(est.at_last_token(), transform), data)
+
+
+def test_hold():
+  """Roots are the siblings' means: 1.5, 3.5 and 3."""
+  got = credit(branched([2, 3]))
+  first = [20 - 1.5] * 2 + [30 - 20] + [5 - 30] * 3
+  np.testing.assert_allclose(got[0], first)
+  np.testing.assert_allclose(got[1], 1 - 3.5)
+  np.testing.assert_allclose(got[2], 2 - 3)
+  got = credit(branched([2, 3, 5], lengths=(4, 6, 6)))
+  first = [20 - 1.5] * 2 + [30 - 20] + [5 - 30] + [0, 0]
+  np.testing.assert_allclose(got[0], first)
+
+
+def test_interpolated_values():
+  got = credit(branched([2, 3]), est.interpolate_values)
+  first = [(20 - 1.5) / 2] * 2 + [30 - 20] + [(5 - 30) / 3] * 3
+  np.testing.assert_allclose(got[0], first)
+  np.testing.assert_allclose(got[1], (1 - 3.5) / 6)
+
+
+def test_interpolated_advantages():
+  """Exact where forks bracket one token; a line between, constant beyond."""
+  fill = est.interpolate_advantages
+  got = credit(branched([1, 2, 4]), fill)
+  # Exact: token 0, V₁ − V₀ = 10 − 1.5, and token 1, V₂ − V₁ = 20 − 10.
+  np.testing.assert_allclose(got[0], [8.5, 10.0, 10.0, 10.0, 10.0, 10.0])
+  got = credit(branched([1, 4, 5]), fill)
+  # Exact: tokens 0, 8.5; 4, 50 − 40; 5, 5 − 50.
+  line = [8.5, 8.875, 9.25, 9.625, 10.0, -45.0]
+  np.testing.assert_allclose(got[0], line)
+  # No token is bracketed: held.
+  np.testing.assert_allclose(got[1], 1 - 3.5)
+  np.testing.assert_allclose(
+    credit(branched([3]), fill), credit(branched([3]), est.hold)
+  )
+  # Only one: constant over the response.
+  np.testing.assert_allclose(credit(branched([3, 4]), fill)[0], 10.0)
+
+
+def test_segments_with_lambda_and_gamma():
+  """Forks at 2 and 3: δ of three segments, discounted by their lengths."""
+  gamma, lam = 0.9, 0.7
+  rewards = random_of(3)[:3]
+  data = branched([2, 3])
+  transform = est.gae(gamma, lam, VALUES)
+  got = apply(transform, data, rewards)
+  r = rewards[0]
+  last = r[3] + gamma * r[4] + gamma**2 * r[5] - 30
+  middle = r[2] + gamma * 30 - 20
+  root = 1.5
+  first = r[0] + gamma * r[1] + gamma**2 * 20 - root
+  middle += lam * gamma * last
+  first += lam * gamma**2 * middle
+  np.testing.assert_allclose(got[0], [first] * 2 + [middle] + [last] * 3)
+
+
+def test_score_weighted_baselines():
+  """V_b stays the plain mean; what is subtracted is weighted."""
+  weighted = est.branches(4, 4, est.positions.uniform(), score_weighted=True)
+  norms = np.array([[3.0], [1.0], [2.0]]) / T
+  data = branched(
+    [2],
+    branch_baselines=np.where(fork(2), 17.0, np.nan)[None],
+    score_norms=norms,
+  )
+  got = credit(data, values=weighted)
+  root = (1 * 1.0 + 2 * 2.0) / (1 + 2)
+  first = [20 - root] * 2 + [5 - 17] * 4
+  np.testing.assert_allclose(got[0], first)
+  assert weighted.needs.score_norms and not VALUES.needs.score_norms
+
+
+def test_the_prompt_is_never_read_from_the_branches():
+  """Its value is the siblings' mean even where a fork is marked at token 0."""
+  np.testing.assert_array_equal(credit(branched([0, 2])), credit(branched([2])))
+
+
+def test_whiten_over_tokens():
+  advantages = random_of(0)
+  data = make_rollouts(LENGTHS)
+  got = apply(est.whiten(epsilon=0.5), data, advantages)
+  inside = data.mask[0]
+  x = advantages[inside]
+  np.testing.assert_allclose(
+    got[inside], (x - x.mean()) / np.sqrt(x.var() + 0.5), rtol=1e-12
+  )
+  np.testing.assert_array_equal(got[~inside], 0.0)
+
+
+def test_whiten_over_responses_where_there_is_one_number_each():
+  rewards = np.array([1.0, 4.0, -2.0, 100.0])
+  valid = np.array([True, True, True, False])[None, :, None]
+  data = make_rollouts(LENGTHS, rewards).replace(valid=valid)
+  got = apply(est.whiten(), data)[:, 0]
+  x = rewards[:3]
+  np.testing.assert_allclose(got[:3], (x - x.mean()) / x.std(), rtol=1e-7)
+  assert got[3] == 0.0
+
+
+def test_whiten_tells_equal_numbers_by_comparing():
+  with jax.enable_x64(False):
+    equal = np.full((4, T), 0.3, np.float32)
+    data = make_rollouts(LENGTHS)
+    got = apply(est.whiten(epsilon=1e-30), data, equal)
+    np.testing.assert_array_equal(got, 0.0)
