@@ -1,0 +1,228 @@
+"""Do the tests notice?  Estimators broken on purpose, one line at a time.
+
+The slow form copies the package, breaks it and expects a test file to fail;
+the fast one keeps the table in step with the sources.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = pathlib.Path('jaxrl_llm/estimators')
+
+
+class Mutation(NamedTuple):
+  """What is broken: in a source file, and which test file has to see it."""
+
+  source: str
+  old: str
+  new: str
+  test: str
+
+
+MUTATIONS = {
+  'leave-one-out scale upside down': Mutation(
+    'baselines.py',
+    'scale = count / jnp.maximum(count - 1, 1)',
+    'scale = jnp.maximum(count - 1, 1) / jnp.maximum(count, 1)',
+    'baselines_test.py',
+  ),
+  'deviation with G in its denominator': Mutation(
+    'baselines.py',
+    'squares.sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)',
+    'squares.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)',
+    'baselines_test.py',
+  ),
+  'equal rewards divided by their rounding': Mutation(
+    'baselines.py',
+    'return jnp.where(varies(advantages, valid), standardized, 0.0)',
+    'return standardized',
+    'baselines_test.py',
+  ),
+  'own sample in the weighted baseline': Mutation(
+    'baselines.py',
+    'jnp.eye(samples, dtype=bool)',
+    'jnp.zeros((samples, samples), bool)',
+    'baselines_test.py',
+  ),
+  'running mean that forgets too fast': Mutation(
+    'baselines.py',
+    'decay * value + (1 - decay) * mean',
+    '(1 - decay) * value + decay * mean',
+    'baselines_test.py',
+  ),
+  'hold takes the next knot': Mutation(
+    'credit.py',
+    '  start, _ = _segment(where, mask)\n',
+    '  _, start = _segment(where, mask)\n'
+    '  start = jnp.minimum(start, mask.shape[2] - 1)\n',
+    'credit_test.py',
+  ),
+  'GAE takes the value of another state': Mutation(
+    'credit.py',
+    'xs = (rewards, known.values, ',
+    'xs = (rewards, jnp.roll(known.values, -1, axis=2), ',
+    'credit_test.py',
+  ),
+  'later advantages without γ': Mutation(
+    'credit.py',
+    '    advantage = gamma * advantage\n',
+    '',
+    'credit_test.py',
+  ),
+  'whitening over responses': Mutation(
+    'credit.py',
+    'per_token = advantages.shape == rollouts.mask.shape',
+    'per_token = False',
+    'credit_test.py',
+  ),
+  'sign of the KL to go': Mutation(
+    'credit.py',
+    'return advantages - current(coefficient, rollouts) * token_kl(rollouts)',
+    'return advantages + current(coefficient, rollouts) * token_kl(rollouts)',
+    'credit_test.py',
+  ),
+  'clip low and high swapped': Mutation(
+    'token_losses.py',
+    'inside = jnp.clip(rho, 1.0 - low, 1.0 + high)',
+    'inside = jnp.clip(rho, 1.0 - high, 1.0 + low)',
+    'token_losses_test.py',
+  ),
+  'dual clip on positive advantages': Mutation(
+    'token_losses.py',
+    'return jnp.where(advantages < 0, bounded, loss)',
+    'return bounded',
+    'token_losses_test.py',
+  ),
+  'gradient through a clipped weight': Mutation(
+    'token_losses.py',
+    '    weight = jax.lax.stop_gradient(weight)\n',
+    '',
+    'token_losses_test.py',
+  ),
+  'the better of two value errors': Mutation(
+    'token_losses.py',
+    'error = jnp.maximum(error,',
+    'error = jnp.minimum(error,',
+    'token_losses_test.py',
+  ),
+  'k3 of the other direction': Mutation(
+    'token_losses.py',
+    'difference = ref_log_probs - log_probs',
+    'difference = log_probs - ref_log_probs',
+    'token_losses_test.py',
+  ),
+  'sequence ratio without 1/T': Mutation(
+    'ratios.py',
+    '_exp(total / length)',
+    '_exp(total)',
+    'ratios_test.py',
+  ),
+  'gradient through the pair': Mutation(
+    'ratios.py',
+    'both = jax.lax.stop_gradient(total + partner(total))',
+    'both = total + partner(total)',
+    'ratios_test.py',
+  ),
+  'what is not kept counts in N': Mutation(
+    'compose.py',
+    'weights=weights(mask, batch.valid)',
+    'weights=weights(mask, jnp.ones_like(batch.valid))',
+    'weights_test.py',
+  ),
+  'the padded width for a constant': Mutation(
+    'weights.py',
+    'float(max_length)',
+    'float(mask.shape[2])',
+    'weights_test.py',
+  ),
+  'KL coefficient steered by batches, not responses': Mutation(
+    'advantages.py',
+    'value * (1.0 + count / horizon * error)',
+    'value * (1.0 + error / horizon)',
+    'advantages_test.py',
+  ),
+  'the floor under the wrong response': Mutation(
+    'preferences.py',
+    'preferred = jnp.where(batch.advantages > 0,',
+    'preferred = jnp.where(batch.advantages < 0,',
+    'preferences_test.py',
+  ),
+  'DAPO with one clip': Mutation(
+    'algorithms.py',
+    '    clipped(clip, clip_high),\n    token_mean(),\n    keep',
+    '    clipped(clip),\n    token_mean(),\n    keep',
+    'algorithms_test.py',
+  ),
+  'VAPO with one λ': Mutation(
+    'actor_critic.py',
+    'lambda_return(1.0, 1.0)',
+    'lambda_return(1.0, 0.95)',
+    'actor_critic_test.py',
+  ),
+  'RestEM averages over tokens': Mutation(
+    'references.py',
+    'sequence_sum(), keep=',
+    'token_mean(), keep=',
+    'references_test.py',
+  ),
+}
+every_mutation = pytest.mark.parametrize('name', MUTATIONS)
+
+
+@every_mutation
+def test_the_table_fits_the_sources(name):
+  mutation = MUTATIONS[name]
+  source = (ROOT / SOURCES / mutation.source).read_text()
+  assert source.count(mutation.old) == 1
+  compile(source.replace(mutation.old, mutation.new), mutation.source, 'exec')
+  assert (ROOT / 'tests' / mutation.test).is_file()
+
+
+def copy(folder):
+  for name in ('jaxrl_llm', 'tests'):
+    ignore = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+  shutil.copy(ROOT / 'setup.cfg', folder)
+
+
+def run(folder, *tests):
+  command = [sys.executable, '-m', 'pytest', '-n0', '-x', '-q', '--tb=line']
+  done = subprocess.run(
+    [*command, '-p', 'no:cacheprovider', *(f'tests/{test}' for test in tests)],
+    cwd=folder,
+    env=os.environ | {'PYTHONPATH': str(folder)},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+def test_unbroken_the_copy_passes(tmp_path):
+  copy(tmp_path)
+  tests = {mutation.test for mutation in MUTATIONS.values()}
+  status, output = run(tmp_path, *sorted(tests))
+  assert status == 0, output
+
+
+@pytest.mark.slow
+@every_mutation
+def test_mutation_is_caught(name, tmp_path):
+  """By a test that fails: not because the broken line does not run."""
+  mutation = MUTATIONS[name]
+  copy(tmp_path)
+  path = tmp_path / SOURCES / mutation.source
+  path.write_text(path.read_text().replace(mutation.old, mutation.new))
+  status, output = run(tmp_path, mutation.test)
+  assert status == 1, output
+  crash = r'\b(Name|Type|Attribute|Import|Syntax|Index|Key)Error\b'
+  assert not re.search(crash, output), output
