@@ -160,7 +160,7 @@ ESTIMATORS = {
 TOYS = [Toy(1, 0.95), Toy(1, 0.8), Toy(4, 0.95), Toy(4, 0.8)]
 # S of each toy as the theory behind this library states it, to two digits.
 # Those figures were sampled too: TABLE_ERROR is theirs, beside the rounding.
-# (Against the closed forms below they are off by 1 % at most.)
+# (Rounding aside, the closed forms below are within 1 % of them.)
 TABLE = {
   'reinforce': ('97', '6.1', '0.05', '0.10'),
   'rloo': ('2.1', '2.3', '0.09', '0.09'),
