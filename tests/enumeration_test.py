@@ -193,11 +193,10 @@ def test_a_network_as_the_policy():
     return out + params['out']['bias'][None, None]
 
   toy = toy._replace(params=params, logits=logits)
-  for estimator in (est.rloo(), est.remax()):
-    report = enumeration.examine(estimator, toy)
-    assert report.exact and report.bias < 1e-10
-    assert jax.tree.structure(report.gradient) == jax.tree.structure(params)
-    assert report.gradient['out']['bias'].shape == (3,)
+  report = enumeration.examine(est.rloo(), toy)
+  assert report.exact and report.bias < 1e-10
+  assert jax.tree.structure(report.gradient) == jax.tree.structure(params)
+  assert report.gradient['out']['bias'].shape == (3,)
   assert enumeration.examine(est.grpo(kl=0.0), toy).cosine < 0.999
 
 

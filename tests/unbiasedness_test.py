@@ -318,27 +318,32 @@ def counts(samples, p):
   }
 
 
+def standardized_scale(p, samples):
+  """E[A | right] − E[A | wrong] of rewards that are 1 with probability p."""
+
+  def first(rewards):
+    deviation = np.std(rewards, ddof=1)
+    return (rewards[0] - np.mean(rewards)) / deviation if deviation else 0.0
+
+  scale = 0.0
+  for k, share in counts(samples - 1, p).items():
+    others = [1.0] * k + [0.0] * (samples - 1 - k)
+    scale += share * (first([1.0, *others]) - first([0.0, *others]))
+  return scale
+
+
 def test_standardizing_scales_each_prompt_where_rewards_are_binary():
-  samples = 4  # up to three, all mixed groups have one deviation
   toy = enumeration.toy(seed=3, words=1, max_length=2, prompts=2)
   toy = toy._replace(rewards=np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
-  report = examine(compose(est.standardize(0.0)), toy, samples)
-
-  def advantages(rewards):
-    deviation = np.std(rewards, ddof=1)
-    return (rewards - np.mean(rewards)) / deviation if deviation else [0.0]
-
-  scales = []
-  for p in success(toy):
-    scale = 0.0
-    for k, share in counts(samples - 1, p).items():
-      others = [1.0] * k + [0.0] * (samples - 1 - k)
-      right, wrong = advantages([1.0, *others]), advantages([0.0, *others])
-      scale += share * (right[0] - wrong[0])
-    scales.append(scale)
+  report = examine(compose(est.standardize(0.0)), toy, 4)
+  scales = np.array([standardized_scale(p, 4) for p in success(toy)])
   assert abs(scales[0] - scales[1]) > 0.01  # it reweights prompts
-  scales = np.array(scales)[:, None, None]
+  scales = scales[:, None, None]
   close(report.gradient, scales * report.exact_gradient)
+  # All mixed groups of up to three have one deviation.
+  for samples in (2, 3):
+    one, other = (standardized_scale(p, samples) for p in (0.1, 0.6))
+    assert one == pytest.approx(other, rel=1e-12)
 
 
 def test_dropping_equal_groups_scales_each_prompt():
@@ -351,6 +356,10 @@ def test_dropping_equal_groups_scales_each_prompt():
   close(report.gradient, scales[:, None, None] * report.exact_gradient)
 
 
-def test_whitening_binary_rewards_of_one_prompt_keeps_the_direction():
-  report = examine(compose(est.whiten()), BINARY, 2)
-  assert report.cosine == pytest.approx(1.0, abs=1e-10)
+def test_whitening_binary_rewards_scales_each_prompt():
+  report = examine(compose(est.whiten()), TWO_BINARY, 2)
+  scales = []
+  for got, exact in zip(report.gradient, report.exact_gradient, strict=True):
+    scales.append((got * exact).sum() / (exact * exact).sum())
+    close(got, scales[-1] * exact)
+  assert abs(scales[0] - scales[1]) > 0.001

@@ -109,10 +109,17 @@ def _forks(toy: Toy, branches: Branches, entropy: np.ndarray) -> np.ndarray:
       'these positions are random: give their `Positions` a function `states` '
       'that lists what `init` may draw'
     )
-  run = functools.partial(mark, branches)
-  run = jax.jit(jax.vmap(jax.vmap(run, (None, 0, 0, 0)), (None, None, None, 0)))
+  run = _marker(branches)
   forks = [run(state, toy.tokens, toy.mask, entropy) for state in states]
   return np.stack([np.asarray(x) for x in forks], axis=2)
+
+
+@functools.lru_cache(maxsize=256)
+def _marker(branches: Branches):
+  """`mark` of all responses, [N, T], under each prompt's entropy [P, N, T]."""
+  run = functools.partial(mark, branches)
+  of_prompt = jax.vmap(run, (None, 0, 0, 0))
+  return jax.jit(jax.vmap(of_prompt, (None, None, None, 0)))
 
 
 def list_slots(p, forest, samples, limit) -> list[Slots] | None:
