@@ -16,6 +16,7 @@ from loops import (
   mean,
   num_responses,
   num_tokens,
+  prepare,
   siblings,
   surrogate,
   token_ratio,
@@ -239,7 +240,7 @@ def test_dual_clip_bounds_negative_advantages_only():
     for bound in (None, 2.0)
   )
   kept = rollouts.mask & rollouts.valid
-  bad = kept & np.asarray(est.ppo().prepare(rollouts).advantages < 0)
+  bad = kept & np.asarray(prepare(est.ppo(), rollouts).advantages < 0)
   assert (np.asarray(plain)[bad] > 0).all()
   np.testing.assert_array_equal(np.asarray(dual)[bad], 0.0)
   np.testing.assert_array_equal(np.asarray(dual)[~bad], np.asarray(plain)[~bad])
@@ -248,7 +249,7 @@ def test_dual_clip_bounds_negative_advantages_only():
 def advantages(transform, rollouts):
   transform = est.chain(est.at_last_token(), transform)
   estimator = est.estimator(transform, est.score_function(), est.sequence_sum())
-  return np.asarray(estimator.prepare(rollouts).advantages)
+  return np.asarray(prepare(estimator, rollouts).advantages)
 
 
 def in_group(rollouts, function):
@@ -319,7 +320,7 @@ def test_credit_adds_up_to_what_was_earned():
   """Σ over segments of V_b − V_a is R − V₀: nothing is lost in between."""
   rollouts, _ = random_rollouts(1, length=9, invalid=False)
   earned = rollouts.rewards - in_group(rollouts, others_mean)[..., :1]
-  batch = RECIPES['trepo, values interpolated'].prepare(rollouts)
+  batch = prepare(RECIPES['trepo, values interpolated'], rollouts)
   credit = np.asarray(batch.advantages).sum(axis=2, keepdims=True)
   some = rollouts.mask.any(axis=2, keepdims=True)
   np.testing.assert_allclose(credit[some], earned[some], rtol=1e-12)
@@ -327,8 +328,8 @@ def test_credit_adds_up_to_what_was_earned():
 
 def test_vine_ppo_is_trepo_whitened():
   rollouts, _ = random_rollouts(1, length=9)
-  held = np.asarray(RECIPES['trepo'].prepare(rollouts).advantages)
-  white = np.asarray(RECIPES['vine_ppo'].prepare(rollouts).advantages)
+  held = np.asarray(prepare(RECIPES['trepo'], rollouts).advantages)
+  white = np.asarray(prepare(RECIPES['vine_ppo'], rollouts).advantages)
   kept = rollouts.mask & rollouts.valid
   expected = (held[kept] - held[kept].mean()) / held[kept].std()
   np.testing.assert_allclose(white[kept], expected, rtol=1e-6)
@@ -338,10 +339,10 @@ def test_no_fork_is_read_from_behind_the_end():
   """A rule knows no length: positions behind it are drawn, and left alone."""
   rollouts, _ = random_rollouts(2, length=9)
   for name in ('trepo', 'trepo, advantages interpolated', 'vine_ppo'):
-    got = RECIPES[name].prepare(rollouts).advantages
+    got = prepare(RECIPES[name], rollouts).advantages
     everywhere = rollouts.replace(
       branch_mask=rollouts.branch_mask | ~rollouts.mask
     )
-    again = RECIPES[name].prepare(everywhere).advantages
+    again = prepare(RECIPES[name], everywhere).advantages
     np.testing.assert_array_equal(got, again)
     assert np.isfinite(got).all()

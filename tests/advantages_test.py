@@ -1,6 +1,7 @@
 """Shaping, chaining and KL in the reward: values by hand, and refusals."""
 
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 
@@ -23,8 +24,8 @@ def make_rollouts(rewards, lengths=None, **fields):
   )
 
 
-def apply(transform, data):
-  return np.asarray(transform.apply(data.rewards, data))[..., 0]
+def apply(transform, rollouts):
+  return loops.apply(transform, rollouts)[..., 0]
 
 
 def test_identity_and_ones():

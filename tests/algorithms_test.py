@@ -21,6 +21,7 @@ from loops import (
   mean,
   num_responses,
   num_tokens,
+  prepare,
   siblings,
   surrogate,
   token_ratio,
@@ -348,7 +349,7 @@ def test_recipe_does_not_ask_for_what_it_does_not_use():
 
 
 def advantages(estimator, rollouts):
-  return np.asarray(estimator.prepare(rollouts).advantages)
+  return np.asarray(prepare(estimator, rollouts).advantages)
 
 
 def gradient(estimator, rollouts, outputs):

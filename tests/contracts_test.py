@@ -59,7 +59,7 @@ def float64():
     yield
 
 
-PROGRAM = make_program(RECIPES)
+# As in training: one program prepares a batch, another differentiates its loss.
 PREPARE = quick_jit(
   lambda rollouts: {name: e.prepare(rollouts) for name, e in RECIPES.items()}
 )
@@ -73,7 +73,7 @@ LOSSES = quick_jit(
 
 def evaluate(rollouts, outputs):
   """{recipe: (loss, gradient in the outputs)}."""
-  return jax.device_get(PROGRAM(rollouts, outputs))
+  return jax.device_get(LOSSES(outputs, PREPARE(rollouts)))
 
 
 def make_data(seed, **settings):
@@ -468,12 +468,12 @@ def evaluate_sharded(path):
   mesh = jax.make_mesh((4,), ('data',), (jax.sharding.AxisType.Auto,))
   rows = jax.NamedSharding(mesh, jax.P('data'))
   with jax.enable_x64(True):
-    data = [
+    rollouts, outputs = (
       changed(x, lambda array: jax.device_put(array, rows))
       for x in make_data(0)
-    ]
+    )
     arrays = {}
-    for name, result in PROGRAM(*data).items():
+    for name, result in LOSSES(outputs, PREPARE(rollouts)).items():
       assert result[1].log_probs.sharding.is_equivalent_to(rows, 3)
       for i, leaf in enumerate(jax.tree.leaves(result)):
         arrays[f'{name}/{i}'] = np.asarray(leaf)

@@ -1,7 +1,7 @@
 """Preferences: who is preferred, margins by hand, extremes, refusals."""
 
-import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 
@@ -23,7 +23,7 @@ def make_rollouts(rewards, lengths, valid=None):
 
 def test_signs_of_pairs():
   data = make_rollouts([1.0, 4.0, 2.0, 2.0, 0.5, -1.0], [3] * 6)
-  got = est.preference_sign().apply(data.rewards, data)[0, :, 0]
+  got = loops.apply(est.preference_sign(), data)[0, :, 0]
   np.testing.assert_array_equal(got, [-1, 1, 0, 0, 1, -1])
   assert est.preference_sign().needs == est.Needs(samples=2)
 
@@ -57,8 +57,7 @@ def case(better, worse, swapped=False):
 
 
 def loss_of(estimator, *arguments, **keywords):
-  data, outputs = case(*arguments, **keywords)
-  return float(estimator.loss(outputs, estimator.prepare(data)))
+  return float(loops.evaluate(estimator, *case(*arguments, **keywords))[0])
 
 
 @pytest.mark.parametrize('swapped', [False, True])
@@ -82,9 +81,7 @@ def test_golden_losses(swapped):
 @pytest.mark.parametrize('estimator', [est.dpo(1.0), est.dpop(1.0, 50.0)])
 def test_extreme_margins_are_finite(estimator):
   for ratios in ((500.0, -500.0), (-500.0, 500.0)):
-    data, outputs = case(*ratios)
-    batch = estimator.prepare(data)
-    loss, gradient = jax.value_and_grad(estimator.loss)(outputs, batch)
+    loss, gradient = loops.evaluate(estimator, *case(*ratios))
     assert np.isfinite(loss)
     assert np.isfinite(gradient.log_probs).all()
 
@@ -94,5 +91,5 @@ def test_the_loss_is_a_mean_over_pairs_whatever_their_lengths():
   data = make_rollouts([1.0, 0.0, 5.0, 5.0, 0.0, 1.0], [3, 1, 2, 2, 2, 3])
   outputs = est.Outputs(log_probs=jnp.zeros((1, 6, 3)))
   for estimator, value in ((est.dpo(), np.log(2)), (est.ipo(0.5), 1.0)):
-    loss = estimator.loss(outputs, estimator.prepare(data))
+    loss, _ = loops.evaluate(estimator, data, outputs)
     assert float(loss) == pytest.approx(value, rel=1e-6)
