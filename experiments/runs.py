@@ -5,11 +5,12 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, checks
-from jaxrl_llm import logging
+from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -75,10 +76,18 @@ def load(workdir, step: str = 'newest') -> Trained:
     number = _step_number(checkpoints, step)
     model = build.model(config.model, config.seed)
     optimizer, _ = build.optimizer(config.optimizer, 0)
-    estimator = build.estimator(config)
+    # Named by the checkpoint: an algorithm in a user's file is not executed.
+    prefix = 'state/running/'
+    running = {
+      name.removeprefix(prefix): jnp.float32(0)
+      for name in checkpoints.names(number)
+      if name.startswith(prefix)
+    }
     template = {
       'state': jax.eval_shape(
-        lambda params: build.init_state(params, optimizer, estimator),
+        lambda params: training.init_state(
+          {'policy': params}, optimizer, running
+        ),
         model.params,
       ),
       'key': jax.eval_shape(

@@ -172,6 +172,27 @@ class Checkpoints:
     ranked = self._ranked()
     return ranked[0] if ranked else None
 
+  def names(self, step: int | None = None) -> list[str]:
+    """The leaves of a step, such as `state/trainable/policy/head/kernel`.
+
+    Args:
+      step: the newest one whose manifest verifies if None.
+
+    Returns:
+      Names; none where nothing verifies: `restore` says why.
+
+    Raises:
+      UserError: it could not be read for want of memory, permission or a
+        working disk.
+    """
+    self.wait()
+    for candidate in reversed(self.steps() if step is None else [step]):
+      try:
+        return list(self._manifest(candidate)['leaves'])
+      except BrokenError:
+        continue
+    return []
+
   def restore(self, template, step: int | None = None):
     """Restores the newest step that verifies.
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.digests import named_leaves
 from jaxrl_llm.errors import UserError
 
 META = {'config': {'lr': 1e-3, 'sizes': [1, 2]}, 'cursor': 7}
@@ -83,6 +84,20 @@ def test_round_trip(tmp_path):
       assert (step, metadata) == (30, META)
       assert_same(restored, state)
       assert type(restored['optimizer'][0]) is type(state['optimizer'][0])
+
+
+def test_names_of_the_leaves(tmp_path):
+  state = make_state(3)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.names() == []
+    for step in (1, 2):
+      checkpoints.save(step, state, META)
+    checkpoints.wait()
+    names = checkpoints.names(1)
+    assert sorted(names) == sorted(named_leaves(state))
+    [manifest] = (tmp_path / '00000002').glob('manifest/data.json')
+    manifest.write_text(manifest.read_text().replace('2', '3'))
+    assert checkpoints.names(2) == [] and checkpoints.names() == names
 
 
 def test_same_stream_of_random_numbers(tmp_path):
@@ -190,6 +205,7 @@ import sys
 import jax.numpy as jnp
 from absl import app, logging
 from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.digests import named_leaves
 def main(argv):
   logging.set_verbosity(logging.INFO)
   with Checkpoints(argv[1]) as c:
@@ -207,6 +223,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.digests import named_leaves
 from jaxrl_llm.digests import digest
 
 def mesh(shape):
@@ -248,6 +265,7 @@ def test_other_topologies(tmp_path):
 import sys
 import jax.numpy as jnp
 from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.digests import named_leaves
 like = {'w': jnp.zeros((16, 24)), 'h': jnp.zeros(8, jnp.bfloat16),
         'n': jnp.int32(0)}
 print(Checkpoints(sys.argv[1]).restore(like)[1]['n'])

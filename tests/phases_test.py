@@ -1,12 +1,15 @@
 """A step of every algorithm that the loop can supply, on a tiny model."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, phases
+from experiments import build, phases, runs
 from experiments.configs import quickstart
+from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart
 
@@ -78,6 +81,31 @@ def test_running_numbers_move_once_per_batch(setting):
     # What was subtracted is the mean of earlier batches.
     state = result.state
     assert float(state.running['reward_mean']) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_checkpoint_holds_running_numbers(setting, tmp_path):
+  rl, state = begin(setting, dict(name='reinforce_baseline', decay=0.5))
+  state = rl.step(state, 0).state
+  tree = {'state': state, 'key': jax.random.key_data(rl.key)}
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(1, tree, {})
+    checkpoints.wait()
+    _, restored, _ = checkpoints.restore(tree)
+  expected = float(state.running['reward_mean'])
+  assert (
+    expected and float(restored['state'].running['reward_mean']) == expected
+  )
+  # A model is read without the algorithm, whose file may be gone.
+  config = setting[0].copy_and_resolve_references()
+  config.algorithm = dict(name='gone.py:mine')
+  (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+  params = runs.load(tmp_path).model.params
+  for ours, theirs in zip(
+    jax.tree.leaves(params),
+    jax.tree.leaves(state.trainable['policy']),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize('name', ['ppo', 'trepo'])
