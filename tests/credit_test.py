@@ -47,6 +47,22 @@ random_of = lambda seed: np.random.default_rng(seed).normal(
 )
 
 
+def test_another_speaker_may_stand_between_the_policys_tokens():
+  """What a tool wrote is outside the mask; the response ends once."""
+  mask = np.array([[[1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 1, 1]]], bool)
+  data = make_rollouts([T, T], rewards=[1.0, 2.0]).replace(mask=mask)
+  at_end = apply(est.at_last_token(), data)
+  expected = [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 2]]
+  np.testing.assert_array_equal(at_end, expected)
+  to_go = apply(est.reward_to_go(), data, at_end)
+  np.testing.assert_array_equal(to_go, mask[0] * [[1.0], [2.0]])
+  where = np.array([[[1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0]]], bool)
+  held = est.hold(np.array([[[3.0] * T, [5, 5, 5, 7, 7, 7]]]), where, mask)
+  np.testing.assert_array_equal(
+    held[0], mask[0] * [[3.0] * T, [0, 5, 0, 7, 7, 7]]
+  )
+
+
 @pytest.mark.parametrize('gamma, lam', [(1.0, 0.9), (0.8, 0.7), (0.9, 1.0)])
 def test_gae_and_lambda_returns_are_those_of_rlax(gamma, lam):
   rlax = pytest.importorskip('rlax')

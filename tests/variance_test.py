@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import estimators as est
-from jaxrl_llm.estimators.credit import Known
 
 STEPS, WORDS, SAMPLES = 12, 16, 8
 FORKS, CONTINUATIONS = (3, 6, 9), 4
@@ -131,7 +130,7 @@ def measure(estimator, toy, tokens_per_response=STEPS):
 def exact_credit(baselines):
   """Q − b: what is earned from each token on, with known Q and b."""
   values = est.Values(
-    lambda rollouts: Known(
+    lambda rollouts: est.Known(
       rollouts.values, baselines(rollouts), jnp.ones_like(rollouts.mask)
     ),
     est.Needs(critic=True),

@@ -61,6 +61,7 @@ from jaxrl_llm.estimators.compose import (
 )
 from jaxrl_llm.estimators.credit import (
   Fill,
+  Known,
   Values,
   add_token_rewards,
   at_every_token,
@@ -148,6 +149,7 @@ __all__ = [
   'Estimator',
   'Fill',
   'Keep',
+  'Known',
   'Needs',
   'Outputs',
   'Positions',

@@ -113,8 +113,8 @@ def at_last_token() -> AdvantageTransform:
 
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
     mask = rollouts.mask
-    after = jnp.pad(mask[..., 1:], ((0, 0), (0, 0), (0, 1)))
-    return jnp.where(mask & ~after, advantages, 0.0)
+    last = jnp.arange(mask.shape[2])[None, None] == _end(mask) - 1
+    return jnp.where(mask & last, advantages, 0.0)
 
   return AdvantageTransform(apply)
 
@@ -340,12 +340,21 @@ def _segment(where: Array, mask: Array) -> tuple[Array, Array]:
   """Of each token: where its segment begins (−1: nowhere), and one past it."""
   time = jnp.broadcast_to(jnp.arange(mask.shape[2]), mask.shape)
   start = jax.lax.cummax(jnp.where(where, time, -1), axis=2)
-  later = jnp.where(where, time, mask.sum(axis=2, keepdims=True))
+  later = jnp.where(where, time, _end(mask))
   ends = jax.lax.cummin(later, axis=2, reverse=True)
   after = jnp.pad(
     ends[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=mask.shape[2]
   )
-  return start, jnp.minimum(after, mask.sum(axis=2, keepdims=True))
+  return start, jnp.minimum(after, _end(mask))
+
+
+def _end(mask: Array) -> Array:
+  """[P, G, 1]: one past the last token that the policy chose, 0 for none.
+
+  Not the number of such tokens: a tool's may stand between them.
+  """
+  time = jnp.arange(1, mask.shape[2] + 1)[None, None]
+  return jnp.where(mask, time, 0).max(axis=2, keepdims=True)
 
 
 def _scan(
