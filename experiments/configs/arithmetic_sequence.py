@@ -9,24 +9,25 @@
 One datum: '8,3:9,4' → '7,2,6,1', the next 4 terms modulo 9.  The reward is
 dense: k / (n + 1) for k of n characters right from the left, and 1 only if the
 answer is whole and ended (`rewards.functions.prefix_match`).
-
-Not solved yet.  After 200 steps (7 minutes on 2 busy CPU cores) the held-out
-reward went from 0.007 to 0.127, which is what ending the empty answers earns;
-the full 1,500 steps have not been run.
 """
 
 from experiments.configs import base
 from jaxrl_llm import estimators as est
 
 
-def standardized_sum(max_length: int, clip: float = 0.2) -> est.Estimator:
-  """`grpo` with a constant in place of each response's length.
+def standardized_sum(
+  max_length: int, entropy: float, clip: float = 0.2
+) -> est.Estimator:
+  """`grpo` with a constant in place of each length, and an entropy bonus.
 
   Dividing by the length makes long wrong answers cheap: the policy stops to
-  end its answers, and then none is right.
+  end its answers, and then none is right.  Without the bonus it settles on one
+  digit for all prompts.
   """
   return est.estimator(
-    est.standardize(), est.clipped(clip), est.constant_length(max_length)
+    est.standardize(),
+    est.add(est.clipped(clip), est.entropy_bonus(entropy)),
+    est.constant_length(max_length),
   )
 
 
@@ -41,14 +42,15 @@ def get_config():
   config.algorithm = dict(
     name='experiments/configs/arithmetic_sequence.py:standardized_sum',
     max_length=8,
+    entropy=0.3,
   )
+  # Two tokens: what follows the first mistake earns nothing and is noise.
   config.rollout.update(
-    prompts=128, samples=8, max_tokens=18, log_prob_tolerance=1e-4
+    prompts=64, samples=16, max_tokens=2, log_prob_tolerance=1e-4
   )
-  # The sampled answers are few and short: each serves two epochs of updates.
-  config.training.update(minibatches=4, epochs=2)
-  config.steps = 400
-  config.optimizer = base.optimizer(2e-3, warmup_updates=10)
-  config.evaluation.update(every=50, prompts=0, batch=200)
-  config.checkpoints.every = 50
+  config.training.minibatches = 4
+  config.steps = 600
+  config.optimizer = base.optimizer(1e-3, warmup_updates=10)
+  config.evaluation.update(every=100, prompts=0, batch=200)
+  config.checkpoints.every = 200
   return config
