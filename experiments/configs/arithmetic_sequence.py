@@ -9,6 +9,21 @@
 One datum: '8,3:9,4' → '7,2,6,1', the next 4 terms modulo 9.  The reward is
 dense: k / (n + 1) for k of n characters right from the left, and 1 only if the
 answer is whole and ended (`rewards.functions.prefix_match`).
+
+600 steps on answers of at most two tokens take 2:21 minutes on 2 CPU cores;
+the greedy held-out reward rises from 0.007 to 0.323, of the 0.364 that two
+tokens can earn.  Whole answers then take 150 steps and 4:02 minutes more,
+and the reward rises to 0.615:
+
+    (as above, but)
+      --config.model.path=runs/arithmetic_sequence/hf \
+      --config.rollout.max_tokens=18 --config.algorithm.entropy=0.05 \
+      --config.optimizer.learning_rate=5e-4 --config.steps=150 \
+      --workdir=runs/arithmetic_sequence_whole
+
+Straight to whole answers, the policy guessed one digit for all (0.13–0.19
+after 20 minutes): what follows the first mistake earns nothing, and its
+gradient is noise.
 """
 
 from experiments.configs import base
