@@ -170,3 +170,25 @@ print(json.dumps(dict(
 )))
 """
   assert run(code) == {'calls': [], 'backends': False, 'torch': False}
+
+
+def test_estimators_need_jax_and_chex_alone():
+  """The other dependencies cannot be imported, and nobody notices."""
+  others = ['flax', 'optax', 'orbax', 'transformers', 'ml_collections']
+  others += ['safetensors', 'tokenizers', 'torch', 'matplotlib', 'rich']
+  code = f"""
+import json, sys
+class Absent:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition('.')[0] in {others!r}:
+      raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from jaxrl_llm import estimators as est
+toy = est.enumeration.toy(max_length=2)
+report = est.enumeration.examine(est.rloo(), toy)
+print(json.dumps(dict(
+  bias=report.bias < 1e-10,
+  loaded=[name for name in {others!r} if name in sys.modules],
+)))
+"""
+  assert run(code) == {'bias': True, 'loaded': []}
