@@ -31,6 +31,8 @@ _BLOCK = 128
 class Samples:
   """Responses to P prompts, G each, of up to T tokens.
 
+  Of `fork`: [P, G, M, K, T − 1] in place of [P, G, T].
+
   Attributes:
     tokens: [P, G, T] int32, `pad_id` behind a response's end.
     mask: [P, G, T] bool, True for the response's tokens, EOS included.
@@ -55,17 +57,10 @@ class _State(NamedTuple):
   cache: transformer.Cache
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'config',
-    'samples',
-    'max_tokens',
-    'decoding',
-    'eos_ids',
-    'pad_id',
-  ),
-)
+_STATIC = ('config', 'max_tokens', 'decoding', 'eos_ids', 'pad_id')
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples'))
 def sample(
   config: ModelConfig,
   params,
@@ -100,15 +95,142 @@ def sample(
     UserError: S + T exceeds the model's positions (true lengths are not known
       under jit: the padded width counts); no samples or no tokens asked for.
   """
+  found, _ = sample_and_keep(
+    config,
+    params,
+    prompts,
+    key,
+    samples=samples,
+    max_tokens=max_tokens,
+    decoding=decoding,
+    eos_ids=eos_ids,
+    pad_id=pad_id,
+  )
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples'))
+def sample_and_keep(
+  config: ModelConfig,
+  params,
+  prompts: Prompts,
+  key: Array,
+  *,
+  samples: int,
+  max_tokens: int,
+  decoding: Decoding = Decoding(),
+  eos_ids: tuple[int, ...] = (),
+  pad_id: int = 0,
+) -> tuple[Samples, transformer.Cache]:
+  """`sample`, and the keys and values that `fork` goes on from."""
   if samples < 1 or max_tokens < 1:
     raise UserError(f'{samples=} and {max_tokens=} must be at least 1')
   check_length(config, prompts.tokens.shape[1] + max_tokens)
   num_prompts = prompts.tokens.shape[0]
   rows = num_prompts * samples
   segment = prefill_prompts(config, params, prompts)
+  final = _decode(
+    config,
+    params,
+    key,
+    transformer.new_cache(config, (segment,), rows, max_tokens),
+    jnp.repeat(last_tokens(prompts), samples),
+    jnp.full(rows, max_tokens, jnp.int32),
+    decoding,
+    eos_ids,
+    pad_id,
+  )
+  return _samples(final, (num_prompts, samples)), final.cache
 
-  def unfinished(state: _State) -> Array:
-    return (state.step < max_tokens) & ~jnp.all(state.done)
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'branches'))
+def fork(
+  config: ModelConfig,
+  params,
+  cache: transformer.Cache,
+  responses: Samples,
+  positions: Array,
+  key: Array,
+  *,
+  branches: int,
+  max_tokens: int,
+  decoding: Decoding = Decoding(),
+  eos_ids: tuple[int, ...] = (),
+  pad_id: int = 0,
+) -> Samples:
+  """Draws K fresh continuations from M places inside each response.
+
+  A branch reads the response's own keys and values up to its place, and those
+  of the prompt: nothing is computed again, copied or tokenised anew.  Its
+  budget is what the response had left there.
+
+  Args:
+    config, params: the model that sampled.
+    cache: of `sample_and_keep`.
+    responses: [P, G, T] of the same call.
+    positions: [P, G, M] int32; a branch at p keeps the first p tokens of the
+      response.  p < 1 makes no branch; p must lie inside the response, whose
+      first p tokens hold no EOS then.
+    key: PRNG key; not used by greedy decoding.
+    branches: K.
+    max_tokens: T, the budget of whole responses, EOS included.
+    decoding, eos_ids, pad_id: as the responses were sampled.
+
+  Returns:
+    `Samples` of the continuations, [P, G, M, K, T − 1]; the mask is False
+    where there is no branch.
+
+  Raises:
+    UserError: no branches, or no room for any: T is 1.
+  """
+  if branches < 1 or max_tokens < 2:
+    raise UserError(f'{branches=} must be ≥ 1 and {max_tokens=} ≥ 2')
+  num_prompts, samples, count = positions.shape
+  rows = num_prompts * samples
+  shape = (num_prompts, samples, count, branches)
+  at = jnp.repeat(positions.reshape(rows, count), branches, axis=1)
+  last = jnp.take_along_axis(
+    responses.tokens.reshape(rows, -1), jnp.maximum(at - 1, 0), axis=1
+  )
+  # Slot 0 holds the prompt's last token, slot j the response's j-th: p slots
+  # are the p − 1 tokens before the branch's first input, and that one.
+  written = cache.suffix.replace(lengths=jnp.maximum(at, 0))
+  prefixes = (*cache.prefixes, written)
+  final = _decode(
+    config,
+    params,
+    key,
+    transformer.new_cache(config, prefixes, at.size, max_tokens - 1),
+    last.reshape(-1),
+    jnp.where(at >= 1, max_tokens - at, 0).reshape(-1),
+    decoding,
+    eos_ids,
+    pad_id,
+  )
+  return _samples(final, shape)
+
+
+def _decode(
+  config: ModelConfig,
+  params,
+  key: Array,
+  cache: transformer.Cache,
+  first: Array,
+  budgets: Array,
+  decoding: Decoding,
+  eos_ids: tuple[int, ...],
+  pad_id: int,
+) -> _State:
+  """Decodes rows behind a cache until each has ended or spent its budget.
+
+  Args:
+    first: [B] int32, the first input of each row.
+    budgets: [B] int32, the most tokens that each row may write.
+  """
+  rows, capacity = first.shape[0], cache.suffix.capacity
+
+  def open_rows(state: _State) -> Array:
+    return ~state.done & (state.step < budgets)
 
   def decode(state: _State) -> _State:
     hidden, cache = transformer.apply(
@@ -117,39 +239,42 @@ def sample(
     logits = transformer.logits(config, params, hidden[:, 0])
     step_key = jax.random.fold_in(key, state.step)
     token, log_prob = choose(logits, step_key, decoding)
-    token = jnp.where(state.done, pad_id, token)
+    writes = open_rows(state)
+    token = jnp.where(writes, token, pad_id)
     ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32))
     return _State(
       step=state.step + 1,
       token=token,
-      done=state.done | ended,
+      done=state.done | (writes & ended),
       tokens=_write(state.tokens, token, state.step),
-      mask=_write(state.mask, ~state.done, state.step),
+      mask=_write(state.mask, writes, state.step),
       log_probs=_write(
-        state.log_probs, jnp.where(state.done, 0.0, log_prob), state.step
+        state.log_probs, jnp.where(writes, log_prob, 0.0), state.step
       ),
       cache=cache,
     )
 
-  final = jax.lax.while_loop(
-    unfinished,
+  return jax.lax.while_loop(
+    lambda state: open_rows(state).any(),
     decode,
     _State(
       step=jnp.int32(0),
-      token=jnp.repeat(last_tokens(prompts), samples),
+      token=first,
       done=jnp.zeros(rows, bool),
-      tokens=jnp.full((rows, max_tokens), pad_id, jnp.int32),
-      mask=jnp.zeros((rows, max_tokens), bool),
-      log_probs=jnp.zeros((rows, max_tokens), jnp.float32),
-      cache=transformer.new_cache(config, (segment,), rows, max_tokens),
+      tokens=jnp.full((rows, capacity), pad_id, jnp.int32),
+      mask=jnp.zeros((rows, capacity), bool),
+      log_probs=jnp.zeros((rows, capacity), jnp.float32),
+      cache=cache,
     ),
   )
-  shape = (num_prompts, samples, -1)
+
+
+def _samples(state: _State, shape: tuple[int, ...]) -> Samples:
   return Samples(
-    tokens=final.tokens.reshape(shape),
-    mask=final.mask.reshape(shape),
-    log_probs=final.log_probs.reshape(shape),
-    finished=final.done.reshape(shape),
+    tokens=state.tokens.reshape(*shape, -1),
+    mask=state.mask.reshape(*shape, -1),
+    log_probs=state.log_probs.reshape(*shape, -1),
+    finished=state.done.reshape(*shape, -1),
   )
 
 

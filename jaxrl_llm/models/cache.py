@@ -12,7 +12,9 @@ class Segment:
     keys: [L, R, H, d, S], after rotation.  The token axis is last because the
       scores' matrix product then reads it contiguously on CPU.
     values: [L, R, H, S, d].
-    lengths: [R] int32, how many of the S tokens are real; 0 is allowed.
+    lengths: [R] int32, how many of the S tokens are real; 0 is allowed.  Or
+      [R, g], g parts of the rows that share a prefix reading different
+      lengths of it: branches of one response fork at different tokens.
   """
 
   keys: jax.Array

@@ -39,7 +39,7 @@ class Context(NamedTuple):
     positions: [B, T] int32, of the call's tokens.
     rotation, local_rotation: (cosine, sine) of the positions, or None.
     starts: for each prefix the position of its first key, [B] int32.
-    lengths: for each prefix its `Segment.lengths`, [R] int32.
+    lengths: for each prefix its `Segment.lengths`, [R] or [R, g] int32.
     index: int32 scalar, where in the suffix the call's tokens go.
   """
 
@@ -208,8 +208,13 @@ def _valid_prefix(config, layer: PerLayer, context: Context, i: int):
   lengths, starts = context.lengths[i], context.starts[i]
   rows, slots = lengths.shape[0], layer.prefixes[i][0].shape[-1]
   slot = jnp.arange(slots, dtype=jnp.int32)
-  valid = slot[None] < lengths[:, None]
-  valid = valid[:, None, None, None, None]
+  if lengths.ndim == 1:
+    lengths = lengths[:, None]
+  share = context.positions.shape[0] // rows // lengths.shape[1]
+  if lengths.shape[1] > 1:
+    lengths = jnp.repeat(lengths, share, axis=1)
+  valid = slot[None, None] < lengths[:, :, None]
+  valid = valid[:, None, :, None, None]
   if config.window is not None:
     query = context.positions - starts[:, None]
     distance = query[..., None] - slot[None, None]

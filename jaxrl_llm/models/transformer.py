@@ -152,10 +152,10 @@ def _check(config, tokens, cache):
   if cache is None:
     return
   for i, prefix in enumerate(cache.prefixes):
-    if batch % prefix.rows:
+    if batch % prefix.rows or batch % prefix.lengths.size:
       raise UserError(
-        f'{batch} rows cannot share the {prefix.rows} rows of prefix {i}; '
-        'the batch must be a multiple.'
+        f'{batch} rows cannot share the {prefix.rows} rows of prefix {i} with '
+        f'{prefix.lengths.size} lengths; the batch must be a multiple.'
       )
   if cache.suffix is None:
     return
@@ -250,7 +250,8 @@ def _context(config, tokens, cache) -> layers.Context:
   starts, start = [], jnp.zeros(batch, jnp.int32)
   for prefix in prefixes:
     starts.append(start)
-    start = start + jnp.repeat(prefix.lengths, batch // prefix.rows)
+    each = batch // prefix.lengths.size
+    start = start + jnp.repeat(prefix.lengths.reshape(-1), each)
   index = jnp.asarray(index, jnp.int32)
   positions = start[:, None] + index
   positions = positions + jnp.arange(length, dtype=jnp.int32)[None]

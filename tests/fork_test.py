@@ -1,0 +1,211 @@
+"""Branches that fork a response's keys and values, against whole passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from jaxrl_llm import policy, sampling
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.policy import Decoding, Prompts
+
+KEY, T, SAMPLES, BRANCHES = jax.random.key(0), 6, 3, 4
+EOS, PAD = (4, 7), 0
+score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
+MODELS = {
+  'llama': Decoding(),
+  'gemma': Decoding(temperature=0.7, top_k=5),
+  'gpt2': Decoding(temperature=1.2, top_k=9, top_p=0.8, num_tokens=11),
+}
+
+
+def rollout(name, decoding, branches=BRANCHES):
+  """Responses of up to T tokens, and branches at every place inside each."""
+  config, params = toys.make_policy(name)
+  prompts = toys.make_prompts([6, 1, 3, 2])
+  settings = dict(max_tokens=T, decoding=decoding, eos_ids=EOS, pad_id=PAD)
+  responses, cache = sampling.sample_and_keep(
+    config, params, prompts, KEY, samples=SAMPLES, **settings
+  )
+  inside = np.asarray(responses.mask)[..., 1:]
+  positions = np.where(inside, np.arange(1, T), 0).astype(np.int32)
+  forked = sampling.fork(
+    config,
+    params,
+    cache,
+    responses,
+    jnp.asarray(positions),
+    jax.random.key(1),
+    branches=branches,
+    **settings,
+  )
+  return config, params, prompts, responses, positions, jax.device_get(forked)
+
+
+def joined(responses, positions, forked):
+  """Prefix and continuation of every branch: tokens, where it wrote them.
+
+  Returns:
+    [P, G, M, K, T] tokens, mask of the continuation, and its log_probs there.
+  """
+  shape = forked.tokens.shape[:-1] + (T,)
+  tokens = np.broadcast_to(
+    np.asarray(responses.tokens)[:, :, None, None], shape
+  ).copy()
+  mask, log_probs = np.zeros(shape, bool), np.zeros(shape)
+  for *i, m, k in np.ndindex(shape[:-1]):
+    p = positions[*i, m]
+    if not p:
+      continue
+    for source, target in (
+      (forked.tokens, tokens),
+      (forked.mask, mask),
+      (forked.log_probs, log_probs),
+    ):
+      target[*i, m, k, p:] = source[*i, m, k, : T - p]
+      assert not forked.mask[*i, m, k, T - p :].any()
+  return tokens, mask, log_probs
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_log_probs_are_those_of_the_whole_response(name):
+  decoding = MODELS[name]
+  config, params, prompts, responses, positions, forked = rollout(
+    name, decoding
+  )
+  tokens, mask, log_probs = joined(responses, positions, forked)
+  assert (positions > 0).any() and (positions == 0).any()
+  prompt_rows = tokens.shape[0], -1, T
+  scored = score(
+    config, params, prompts, tokens.reshape(prompt_rows), decoding
+  ).log_probs.reshape(mask.shape)
+  assert np.abs(np.asarray(scored) - log_probs)[mask].max() <= 1e-5
+  # Branches are fresh: of those that could, some leave the response.
+  own = np.broadcast_to(
+    np.asarray(responses.tokens)[:, :, None, None], tokens.shape
+  )
+  assert (tokens != own)[mask].mean() > 0.2
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_greedy_branches_are_those_of_a_full_prefill(name):
+  config, params, prompts, responses, positions, _ = rollout(name, MODELS[name])
+  greedy = Decoding(temperature=0.0, num_tokens=11)
+  settings = dict(max_tokens=T, decoding=greedy, eos_ids=EOS, pad_id=PAD)
+  again, cache = sampling.sample_and_keep(
+    config,
+    params,
+    prompts,
+    KEY,
+    samples=SAMPLES,
+    **(settings | dict(decoding=MODELS[name])),
+  )
+  np.testing.assert_array_equal(again.tokens, responses.tokens)
+  forked = jax.device_get(
+    sampling.fork(
+      config, params, cache, responses, positions, KEY, branches=1, **settings
+    )
+  )
+  width = prompts.tokens.shape[1] + T
+  rows, lengths, places = [], [], []
+  for p, g, m in np.ndindex(positions.shape):
+    if positions[p, g, m]:
+      length = int(prompts.lengths[p])
+      row = [
+        *np.asarray(prompts.tokens)[p, :length],
+        *np.asarray(responses.tokens)[p, g, : positions[p, g, m]],
+      ]
+      rows.append(np.pad(row, (0, width - len(row))))
+      lengths.append(len(row))
+      places.append((p, g, m))
+  whole = sampling.sample(
+    config,
+    params,
+    Prompts(
+      tokens=np.array(rows, np.int32), lengths=np.array(lengths, np.int32)
+    ),
+    KEY,
+    samples=1,
+    **settings,
+  )
+  for i, place in enumerate(places):
+    left = T - positions[place]
+    np.testing.assert_array_equal(
+      forked.tokens[place][0, :left] * forked.mask[place][0, :left],
+      np.asarray(whole.tokens)[i, 0, :left] * forked.mask[place][0, :left],
+    )
+    written = np.asarray(whole.mask)[i, 0, :left]
+    np.testing.assert_array_equal(forked.mask[place][0, :left], written)
+    np.testing.assert_allclose(
+      forked.log_probs[place][0, :left][written],
+      np.asarray(whole.log_probs)[i, 0, :left][written],
+      atol=1e-5,
+    )
+
+
+def test_a_branch_has_what_the_response_had_left():
+  *_, positions, forked = rollout('llama', Decoding())
+  for place in np.ndindex(positions.shape):
+    for k in range(BRANCHES):
+      mask, tokens = forked.mask[place][k], forked.tokens[place][k]
+      size = int(mask.sum())
+      np.testing.assert_array_equal(mask, np.arange(T - 1) < size)
+      if not positions[place]:
+        assert size == 0 and not forked.finished[place][k, 0]
+        continue
+      ends = np.isin(tokens[:size], EOS)
+      assert (
+        not ends[:-1].any() and bool(forked.finished[place][k, 0]) == ends[-1]
+      )
+      assert size == T - positions[place] or ends[-1]
+      assert (tokens[size:] == PAD).all()
+  assert forked.finished.any() and not forked.finished.all()
+
+
+def test_frequencies_of_the_next_token():
+  """20,000 branches of one response: the first tokens' frequencies."""
+  count = 20_000
+  config, params = toys.make_policy('llama')
+  prompts = toys.make_prompts([3])
+  settings = dict(max_tokens=3, decoding=Decoding(), eos_ids=(), pad_id=PAD)
+  responses, cache = sampling.sample_and_keep(
+    config, params, prompts, KEY, samples=1, **settings
+  )
+  forked = sampling.fork(
+    config,
+    params,
+    cache,
+    responses,
+    jnp.array([[[1, 2]]]),
+    jax.random.key(3),
+    branches=count,
+    **settings,
+  )
+  logits = toys.plain_logits(config, params, prompts, responses.tokens)
+  p = np.asarray(jax.nn.softmax(logits[0, 0], axis=-1), np.float64)
+  for m, position in enumerate((1, 2)):
+    seen = np.bincount(np.asarray(forked.tokens)[0, 0, m, :, 0], minlength=13)
+    expected = count * p[position]
+    statistic = (np.square(seen - expected) / expected).sum()
+    assert statistic < 40, statistic  # 12 degrees of freedom: p < 1e-4
+
+
+def test_no_branches_or_no_room_is_refused():
+  config, params = toys.make_policy('llama')
+  prompts = toys.make_prompts([2])
+  responses, cache = sampling.sample_and_keep(
+    config, params, prompts, KEY, samples=1, max_tokens=1
+  )
+  for branches, max_tokens in ((0, 4), (2, 1)):
+    with pytest.raises(UserError, match=f'branches={branches}'):
+      sampling.fork(
+        config,
+        params,
+        cache,
+        responses,
+        jnp.ones((1, 1, 1), jnp.int32),
+        KEY,
+        branches=branches,
+        max_tokens=max_tokens,
+      )
