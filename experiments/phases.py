@@ -175,7 +175,7 @@ class Reinforcement:
     """Samples, scores and completes the rollouts of one step.
 
     Returns:
-      (responses, rollouts, timings).
+      (responses, rollouts, timings, tokens generated beside the responses).
     """
     times = [time.perf_counter()]
     respond = functools.partial(
@@ -187,10 +187,14 @@ class Reinforcement:
       rewards=self.rewards,
       key=jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
     )
-    responses = respond(generation=self.generation)
+    needs = self.estimator.needs
+    responses = respond(
+      generation=self.generation, keep_cache=needs.branches is not None
+    )
     baseline = None
-    if self.estimator.needs.greedy:
+    if needs.greedy:
       baseline = respond(generation=rollouts.greedy(self.generation))
+    branched = self._branch(state, responses, step) if needs.branches else None
     times.append(time.perf_counter())
     if stop is not None:
       stop.check()
@@ -200,14 +204,48 @@ class Reinforcement:
       self.reference,
       responses,
       self.generation,
-      self.estimator.needs,
+      needs,
       self._micro_prompts,
       self._config.training.chunk,
       self.rescore,
       baseline,
       state.running,
+      branched,
     )
-    return responses, data, {'rollout_time': times[1] - times[0]}
+    # The keys and values have served.
+    responses = responses._replace(cache=None)
+    extra = sum(
+      int(np.asarray(x.samples.mask).sum()) for x in [baseline] if x is not None
+    )
+    extra += branched.tokens if branched else 0
+    times = {'rollout_time': times[1] - times[0]}
+    return responses, data, times, extra
+
+  def _branch(self, state: training.TrainState, responses, step: int):
+    """Samples and scores the branches that the estimator asks for."""
+    policy_params = state.trainable['policy']
+    entropy = None
+    if self.estimator.needs.entropy:
+      entropy = rollouts.score_tokens(
+        self._model.config,
+        policy_params,
+        responses.prompts,
+        responses.samples.tokens,
+        self.generation.decoding,
+        self._micro_prompts,
+        self._config.training.chunk,
+      ).entropy
+    return rollouts.branch(
+      self._model.config,
+      policy_params,
+      responses,
+      self.generation,
+      self.estimator.needs.branches,
+      self._model.tokenizer,
+      self.rewards,
+      jax.random.fold_in(jax.random.fold_in(self.key, 3), step),
+      entropy,
+    )
 
   def log_prob_difference(self, state: training.TrainState, step: int):
     """Largest |trainer − sampler| log-probability of a step's responses."""
@@ -233,7 +271,7 @@ class Reinforcement:
   def step(self, state: training.TrainState, step: int, stop=None) -> Result:
     """Samples, scores, and takes the step's updates."""
     start = time.perf_counter()
-    responses, data, timings = self.collect(state, step, stop)
+    responses, data, timings, extra = self.collect(state, step, stop)
     whole = (responses.prompts, self._prepare(data))
     running = self._advance(data)
     key = jax.random.fold_in(jax.random.fold_in(self.key, 2), step)
@@ -255,7 +293,7 @@ class Reinforcement:
     # A per-token advantage is shown by its mean over the response.
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)
-    tokens = int(mask.sum())
+    tokens = int(mask.sum()) + extra
     return Result(state, metrics, timings, tokens, responses, shown)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,9 @@ import numpy as np
 from jaxrl_llm import policy, sampling
 from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimators import Needs, Rollouts
+from jaxrl_llm.estimators import Branches, Needs, Rollouts
+from jaxrl_llm.estimators.positions import mark
+from jaxrl_llm.models.cache import Cache
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
@@ -50,6 +52,7 @@ class Responses(NamedTuple):
     samples: tokens, mask and log-probabilities, [P, G, T].
     completions: P·G texts, special tokens left out.
     scores: rewards of the P·G responses, total and by part.
+    cache: keys and values that branches fork, where they were kept.
   """
 
   prompts: policy.Prompts
@@ -57,6 +60,7 @@ class Responses(NamedTuple):
   samples: sampling.Samples
   completions: list[str]
   scores: Scores
+  cache: Cache | None = None
 
 
 def to_prompts(batch: PromptBatch) -> policy.Prompts:
@@ -72,10 +76,15 @@ def generate(
   batch: PromptBatch,
   generation: Generation,
   key: Array,
-) -> tuple[policy.Prompts, sampling.Samples]:
-  """Samples responses; gives the prompts as the model reads them, too."""
+  sampler: Callable = sampling.sample,
+) -> tuple[policy.Prompts, Any]:
+  """Samples responses; gives the prompts as the model reads them, too.
+
+  Args:
+    sampler: `sampling.sample` or `sampling.sample_and_keep`.
+  """
   prompts = to_prompts(batch)
-  samples = sampling.sample(
+  samples = sampler(
     config,
     params,
     prompts,
@@ -97,17 +106,29 @@ def respond(
   tokenizer: Any,
   rewards: Sequence[RewardPart],
   key: Array,
+  keep_cache: bool = False,
 ) -> Responses:
   """Samples responses and scores them.
 
-  Reward functions get the prompts' and responses' texts, every column of the
-  dataset, `completion_ids` (tokens, EOS included) and `finished` (whether the
-  response ended with EOS).
+  Args:
+    config, params: the model.
+    batch: P prompts.
+    generation: how to generate.
+    tokenizer: of the model.
+    rewards: reward functions.
+    key: PRNG key.
+    keep_cache: keeps the responses' keys and values, for branches.
 
   Raises:
     UserError: a reward function fails or gives something that is no reward.
   """
-  prompts, samples = generate(config, params, batch, generation, key)
+  cache = None
+  if keep_cache:
+    prompts, (samples, cache) = generate(
+      config, params, batch, generation, key, sampling.sample_and_keep
+    )
+  else:
+    prompts, samples = generate(config, params, batch, generation, key)
   host = jax.device_get(samples)
   ids = [
     row[mask].tolist()
@@ -115,15 +136,168 @@ def respond(
       np.concatenate(host.tokens), np.concatenate(host.mask), strict=True
     )
   ]
+  rows = [row for row in batch.rows for _ in range(generation.samples)]
+  finished = host.finished.reshape(-1).tolist()
+  completions, scores = judge(tokenizer, rewards, rows, ids, finished)
+  return Responses(prompts, batch.rows, samples, completions, scores, cache)
+
+
+def judge(
+  tokenizer: Any,
+  rewards: Sequence[RewardPart],
+  rows: Sequence[dict[str, Any]],
+  ids: Sequence[list[int]],
+  finished: Sequence[bool],
+) -> tuple[list[str], Scores]:
+  """Decodes and scores N whole responses.
+
+  Reward functions get the prompts' and responses' texts, every column of the
+  dataset, `completion_ids` (tokens, EOS included) and `finished` (whether the
+  response ended with EOS).
+
+  Args:
+    tokenizer: of the model.
+    rewards: reward functions.
+    rows: N dataset rows, one per response.
+    ids: N lists of tokens.
+    finished: N.
+
+  Returns:
+    Texts, special tokens left out, and scores.
+
+  Raises:
+    UserError: a reward function fails or gives something that is no reward.
+  """
   completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-  given = columns(batch.rows, generation.samples)
-  given['completion_ids'] = ids
-  given['finished'] = host.finished.reshape(-1).tolist()
-  texts = [
-    row['prompt'] for row in batch.rows for _ in range(samples.tokens.shape[1])
+  given = columns(rows)
+  given['completion_ids'] = list(ids)
+  given['finished'] = list(finished)
+  prompts = [row['prompt'] for row in rows]
+  return completions, score_rewards(rewards, prompts, completions, given)
+
+
+class Branched(NamedTuple):
+  """Monte Carlo values of states inside responses.
+
+  Attributes:
+    values: [P, G, T] float32, the mean reward of the branches that fork before
+      token t; 0 where not known.
+    mask: [P, G, T] bool, where it is known.
+    tokens: how many were generated.
+  """
+
+  values: Array
+  mask: Array
+  tokens: int
+
+
+def branch(
+  config: ModelConfig,
+  params: Any,
+  responses: Responses,
+  generation: Generation,
+  wanted: Branches,
+  tokenizer: Any,
+  rewards: Sequence[RewardPart],
+  key: Array,
+  entropy: Array | None = None,
+) -> Branched:
+  """Samples and scores branches of responses.
+
+  A branch is a response: it has the settings and the budget that its response
+  had left, and is scored with its prefix as a whole.  A branch without a score
+  (None) is left out of its mean; a state none of whose branches has one is not
+  known.
+
+  Args:
+    config, params: the model that sampled.
+    responses: with their cache.
+    generation: the settings that they were generated with.
+    wanted: how many branches, and where.
+    tokenizer, rewards: as for the responses.
+    key: PRNG key.
+    entropy: [P, G, T] of the policy, nats, for rules that read it.
+
+  Raises:
+    UserError: score-weighted baselines are asked for; or as `judge`.
+  """
+  if wanted.score_weighted:
+    raise UserError('rollouts cannot supply score-weighted branch values yet')
+  samples = responses.samples
+  keys = jax.random.split(key)
+  if entropy is None:
+    entropy = jnp.zeros_like(samples.log_probs)
+  places = fork_places(wanted, samples.tokens, samples.mask, entropy, keys[0])
+  forked = sampling.fork(
+    config,
+    params,
+    responses.cache,
+    samples,
+    places,
+    keys[1],
+    branches=wanted.samples,
+    max_tokens=generation.max_tokens,
+    decoding=generation.decoding,
+    eos_ids=generation.eos_ids,
+    pad_id=generation.pad_id,
+  )
+  places, forked, tokens = jax.device_get((places, forked, samples.tokens))
+  index = [
+    (*i, k)
+    for i in np.ndindex(places.shape)
+    if places[i]
+    for k in range(wanted.samples)
   ]
-  scores = score_rewards(rewards, texts, completions, given)
-  return Responses(prompts, batch.rows, samples, completions, scores)
+  values = np.zeros(samples.mask.shape, np.float32)
+  known = np.zeros(samples.mask.shape, bool)
+  if index:
+    ids = [
+      [*tokens[p, g, : places[p, g, m]].tolist()]
+      + forked.tokens[p, g, m, k][forked.mask[p, g, m, k]].tolist()
+      for p, g, m, k in index
+    ]
+    _, scores = judge(
+      tokenizer,
+      rewards,
+      [responses.rows[i[0]] for i in index],
+      ids,
+      [bool(forked.finished[i][0]) for i in index],
+    )
+    shape = (-1, wanted.samples)
+    valid = scores.valid.reshape(shape)
+    count = valid.sum(axis=1)
+    sums = np.where(valid, scores.total.reshape(shape), 0.0).sum(axis=1)
+    at = np.array(index[:: wanted.samples])
+    where = at[:, 0], at[:, 1], places[tuple(at[:, :3].T)]
+    values[where] = sums / np.maximum(count, 1)
+    known[where] = count > 0
+  return Branched(
+    jnp.asarray(values), jnp.asarray(known), int(forked.mask.sum())
+  )
+
+
+@functools.partial(jax.jit, static_argnames='wanted')
+def fork_places(
+  wanted: Branches, tokens: Array, mask: Array, entropy: Array, key: Array
+) -> Array:
+  """[P, G, M] int32: branches keep so many tokens of a response; 0 for none.
+
+  Every response draws its own state of the rule.
+  """
+  shape = mask.shape
+  count = min(wanted.count, max(shape[2] - 1, 1))
+
+  def of_response(key, tokens, mask, entropy):
+    state = wanted.positions.init(key, wanted.count, shape[2])
+    forks = mark(wanted, state, tokens, mask, entropy)
+    time = jnp.arange(shape[2])
+    first = jnp.sort(jnp.where(forks, time, shape[2]))[:count]
+    return jnp.where(first < shape[2], first, 0).astype(jnp.int32)
+
+  flat = lambda x: x.reshape(-1, shape[2])
+  keys = jax.random.split(key, shape[0] * shape[1])
+  places = jax.vmap(of_response)(keys, flat(tokens), flat(mask), flat(entropy))
+  return places.reshape(*shape[:2], count)
 
 
 def greedy(generation: Generation) -> Generation:
@@ -144,6 +318,7 @@ def to_rollouts(
   rescore: bool = False,
   baseline: Responses | None = None,
   running: dict[str, Array] | None = None,
+  branched: Branched | None = None,
 ) -> Rollouts:
   """Adds to responses what an estimator needs.
 
@@ -160,14 +335,13 @@ def to_rollouts(
     baseline: greedy responses to the same prompts; read if needed.  Without
       a reward (None) one counts 0, which as a baseline biases nothing.
     running: numbers that outlive a batch.
+    branched: of `branch`; read if needed.
 
   Raises:
     UserError: for a need that is not implemented.
   """
   missing = [
-    name
-    for name in ('critic', 'branches', 'token_rewards')
-    if getattr(needs, name)
+    name for name in ('critic', 'token_rewards') if getattr(needs, name)
   ]
   if missing:
     raise UserError(f'rollouts cannot supply {missing} to the estimator yet')
@@ -200,6 +374,8 @@ def to_rollouts(
     ref_log_probs=score(reference).log_probs if needs.reference else None,
     entropy=own.entropy if needs.entropy else None,
     score_norms=own.score_norms if needs.score_norms else None,
+    branch_values=branched.values if needs.branches else None,
+    branch_mask=branched.mask if needs.branches else None,
     running=running,
   )
 

@@ -58,13 +58,94 @@ def test_shaping_before_branches_is_refused(name):
   """The branches would be scored without it."""
   values = est.branches(2, 3, est.positions.uniform())
   credit = est.gae(1.0, 0.0, values)
+  shaping = in_place(SHAPING[name])
   with pytest.raises(ValueError, match='make it a part of the reward'):
-    est.chain(SHAPING[name], est.at_last_token(), credit)
+    est.chain(*shaping, credit)
   with pytest.raises(ValueError, match='make it a part of the reward'):
-    est.chain(est.chain(est.identity(), SHAPING[name]), credit)
+    est.chain(est.chain(est.identity(), *shaping), credit)
   assert est.chain(SHAPING[name]).shapes_reward
-  est.chain(est.at_last_token(), SHAPING[name], est.reward_to_go())
-  est.chain(SHAPING[name], est.gae(1.0, 0.0, est.critic()))
+  est.chain(*shaping, est.reward_to_go())
+  est.chain(*shaping, est.gae(1.0, 0.0, est.critic()))
+
+
+def in_place(shaping):
+  """A shaping transform where its level wants it."""
+  if shaping.takes == 'response':
+    return shaping, est.at_last_token()
+  return est.at_last_token(), shaping
+
+
+LEAVE_ONE_OUT = est.subtract_leave_one_out_mean()
+
+
+@pytest.mark.parametrize(
+  'transforms',
+  [
+    (est.subtract_token_kl(0.3), est.at_last_token()),
+    (est.at_last_token(), est.subtract_response_kl(0.3)),
+    (est.at_last_token(), LEAVE_ONE_OUT),
+    (est.at_every_token(), est.reward_to_go()),
+    (est.at_last_token(), est.reward_to_go(), est.reward_to_go()),
+    (est.reward_to_go(), est.at_last_token()),
+    (est.at_last_token(), est.identity(), est.standardize()),
+    (est.chain(est.at_last_token(), est.identity()), est.standardize()),
+  ],
+)
+def test_levels_have_to_fit(transforms):
+  with pytest.raises(ValueError, match='of the chain takes a number per'):
+    est.chain(*transforms)
+
+
+@pytest.mark.parametrize('values', ['critic', 'branches'])
+def test_values_are_of_rewards(values):
+  """Against a centred reward they would point away from the gradient."""
+  source = {
+    'critic': est.critic(),
+    'branches': est.branches(2, 3, est.positions.uniform()),
+  }[values]
+  credit = est.gae(1.0, 0.0, source)
+  for first in (est.standardize(), est.chain(LEAVE_ONE_OUT)):
+    with pytest.raises(ValueError, match='no reward any more'):
+      est.chain(first, est.at_last_token(), credit)
+    with pytest.raises(ValueError, match='no reward any more'):
+      est.chain(first, est.chain(est.at_last_token(), credit))
+  est.chain(est.at_last_token(), credit, est.whiten())
+
+
+def test_a_baseline_may_stand_before_rewards_to_go():
+  transforms = (est.at_last_token(), est.subtract_token_kl(0.1))
+  est.chain(LEAVE_ONE_OUT, *transforms, est.reward_to_go(), est.whiten())
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: est.penalize_overlong(4, 0),
+    lambda: est.penalize_overlong(4, 5),
+    lambda: est.adaptive_kl(0.0, 1.0, 10),
+    lambda: est.adaptive_kl(0.1, 0.0, 10),
+    lambda: est.subtract_running_mean(9),
+    lambda: est.standardize(-1.0),
+    lambda: est.branches(0, 4, est.positions.uniform()),
+    lambda: est.branches(4, 0, est.positions.uniform()),
+    lambda: est.branches(4, 4, est.positions.uniform),
+    lambda: est.gae(1.0, 95.0, est.critic()),
+    lambda: est.gae(1.1, 0.5, est.critic()),
+    lambda: est.positions.delimiter('\n'),
+    lambda: est.clipped(-0.1),
+    lambda: est.clipped(0.2, -0.1),
+    lambda: est.clipped_weight(0.2, -0.1),
+    lambda: est.mask_outside(2.0, 0.5),
+    lambda: est.truncate(0.0),
+    lambda: est.constant_length(-3),
+    lambda: est.logistic_preference(-1.0),
+    lambda: est.squared_preference(0.0),
+    lambda: est.kl_penalty(est.adaptive_kl(0.1, 1.0, 10)),
+  ],
+)
+def test_arguments_out_of_range_are_refused(make):
+  with pytest.raises(ValueError):
+    make()
 
 
 def test_overlong_penalty():
@@ -148,7 +229,7 @@ def test_two_numbers_of_one_name_are_refused():
     est.subtract_response_kl(est.adaptive_kl(0.5, 1.0, 10)),
     est.subtract_response_kl(est.adaptive_kl(0.1, 1.0, 10)),
   ]
-  with pytest.raises(ValueError, match='share names'):
+  with pytest.raises(ValueError, match='share a name'):
     est.chain(*parts)
   both = est.chain(
     parts[0],

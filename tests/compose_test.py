@@ -33,8 +33,8 @@ def test_missing_array_is_named(need, field):
   estimator = needing(**{need: True})
   with pytest.raises(ValueError, match=f'needs `{field}`'):
     estimator.prepare(rollouts)
-  array = np.zeros(rollouts.mask.shape)
-  estimator.prepare(rollouts.replace(**{field: array}))
+  shape = (3, 1, 1) if field == 'greedy_rewards' else rollouts.mask.shape
+  estimator.prepare(rollouts.replace(**{field: np.zeros(shape)}))
 
 
 def test_missing_branches_are_named():
@@ -69,7 +69,7 @@ def test_needs_of_all_parts_are_merged():
   three, five = est.Needs(samples=3), est.Needs(samples=5, branches='a')
   assert est.merge_needs(three, five) == five
   assert est.merge_needs() == est.Needs()
-  with pytest.raises(ValueError, match='different'):
+  with pytest.raises(ValueError, match='branches of their own'):
     est.merge_needs(five, est.Needs(branches='b'))
 
 
@@ -80,12 +80,40 @@ def test_needs_of_all_parts_are_merged():
     dict(rewards=np.zeros((3, 4, 5))),
     dict(mask=np.ones((3, 4, 1), bool)),
     dict(valid=np.ones((3, 1, 1), bool)),
+    dict(greedy_rewards=np.zeros((3, 1))),
+    dict(ref_log_probs=np.zeros((3, 4, 1))),
+    dict(values=np.zeros((3, 1, 5))),
   ],
 )
 def test_wrong_shapes_are_refused_not_broadcast(fields):
   rollouts, _ = random_rollouts(0)
-  with pytest.raises(AssertionError, match='shape'):
+  [name] = fields
+  with pytest.raises(ValueError, match=f'`{name}` in the rollouts is'):
     est.reinforce().prepare(rollouts.replace(**fields))
+
+
+def test_parts_that_do_not_fit_are_refused():
+  loss, weights = est.score_function(), est.sequence_sum()
+  with pytest.raises(ValueError, match='begin with `at_last_token'):
+    est.estimator(est.reward_to_go(), loss, weights)
+  with pytest.raises(ValueError, match='go together'):
+    est.estimator(est.identity(), est.value_error(0.5), weights)
+  target = est.chain(est.at_last_token(), est.lambda_return(1.0, 1.0))
+  with pytest.raises(ValueError, match='go together'):
+    est.estimator(est.identity(), loss, weights, value_target=target)
+
+
+@pytest.mark.parametrize(
+  'name', ['grpo', 'rloo', 'dr_grpo', 'opo', 'reinforce']
+)
+def test_a_nan_reward_stays_in_sight(name):
+  rollouts, _ = random_rollouts(0, invalid=False)
+  rewards = rollouts.rewards.copy()
+  rewards[1, 2] = np.nan
+  recipe = est.dr_grpo(5) if name == 'dr_grpo' else getattr(est, name)()
+  batch = recipe.prepare(rollouts.replace(rewards=rewards))
+  assert np.isnan(batch.advantages[1]).any()
+  assert np.isfinite(batch.advantages[0]).all()
 
 
 def test_outputs_of_another_shape_are_refused():

@@ -35,7 +35,7 @@ def test_per_token(data, low, high):
     is_low = ratio < 1 - low and advantage < 0
     is_high = ratio > 1 + above and advantage > 0
     assert got['entropy'][p, g, t] == outputs.entropy[p, g, t]
-    kl = 1 / ratio - 1 + math.log(ratio)
+    kl = ratio - 1 - math.log(ratio)
     assert got['approx_kl'][p, g, t] == pytest.approx(kl, abs=1e-5)
     assert bool(got['clip_ratio/low'][p, g, t]) == is_low
     assert bool(got['clip_ratio/high'][p, g, t]) == is_high
@@ -120,9 +120,37 @@ def test_group_statistics():
   valid = rollouts.valid[..., 0]
   groups = [rewards[p, valid[p], 0] for p in range(3)]
   assert got['reward'] == pytest.approx(np.concatenate(groups).mean(), rel=1e-5)
-  deviation = np.mean([group.std() for group in groups])
+  deviation = np.mean([group.std(ddof=1) for group in groups])
   assert got['reward_std'] == pytest.approx(deviation, rel=1e-4)
   assert got['frac_reward_zero_std'] == pytest.approx(1 / 3)
+
+
+def test_groups_without_a_statistic_are_left_out():
+  rollouts, _ = toys.random_rollouts(1, samples=2, dtype=np.float32)
+  rewards = np.array([[1, 0], [5, 9], [2, 7]], np.float32)[..., None]
+  valid = np.array([[1, 1], [0, 0], [0, 1]], bool)[..., None]
+  got = diagnostics.group_statistics(
+    rollouts.replace(rewards=rewards, valid=valid)
+  )
+  assert got['reward_std'] == pytest.approx(math.sqrt(0.5))
+  assert got['frac_reward_zero_std'] == pytest.approx(1 / 2)
+
+
+def test_approx_kl_estimates_the_kl_from_the_sampler():
+  """Over all tokens, weighted as they are sampled: no formula of k3."""
+  old, new = np.array([0.5, 0.3, 0.2]), np.array([0.05, 0.05, 0.9])
+  row = lambda p: np.log(p)[None, None]
+  rollouts = est.Rollouts(
+    tokens=np.arange(3)[None, None],
+    mask=np.ones((1, 1, 3), bool),
+    log_probs=row(old),
+    rewards=np.zeros((1, 1, 1)),
+  )
+  batch = est.reinforce().prepare(rollouts)
+  metric = diagnostics.per_token()['approx_kl']
+  found = np.asarray(metric(est.Outputs(log_probs=row(new)), batch))[0, 0]
+  expected = (old * np.log(old / new)).sum()
+  assert (old * found).sum() == pytest.approx(expected, rel=1e-5)
 
 
 def test_completion_statistics():

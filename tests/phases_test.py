@@ -108,7 +108,37 @@ def test_a_checkpoint_holds_running_numbers(setting, tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize('name', ['ppo', 'trepo'])
+def test_a_step_with_branches(setting):
+  """TRePO: its advantages are differences of the branches' mean rewards."""
+  rl, state = begin(setting, dict(name='trepo', count=2, samples=3))
+  params = jax.tree.map(jnp.copy, state.trainable['policy'])
+  _, data, _, extra = rl.collect(state, 0)
+  where, values = np.asarray(data.branch_mask), np.asarray(data.branch_values)
+  mask, rewards = np.asarray(data.mask), np.asarray(data.rewards)
+  assert 0 < where.sum(axis=2).max() <= 2 and not where[..., 0].any()
+  assert not (where & ~mask).any() and len(np.unique(values[where])) > 3
+  assert extra > where.sum() * 3  # of at least one token each
+  batch = rl.estimator.prepare(data)
+  for p, g in np.ndindex(mask.shape[:2]):
+    others = np.delete(rewards[p, :, 0], g).mean()
+    knots = [0, *np.flatnonzero(where[p, g]), mask[p, g].sum()]
+    known = [others, *values[p, g][where[p, g]], rewards[p, g, 0]]
+    for a, b, low, high in zip(
+      knots, knots[1:], known, known[1:], strict=False
+    ):
+      np.testing.assert_allclose(
+        batch.advantages[p, g, a:b], high - low, rtol=0, atol=1e-6
+      )
+  # The same step again is the same, branches included.
+  state = state.replace(trainable={'policy': params})
+  _, again, _, _ = rl.collect(state, 0)
+  np.testing.assert_array_equal(again.branch_values, values)
+  result = rl.step(state, 0)
+  assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
+  assert result.tokens == mask.sum() + extra
+
+
+@pytest.mark.parametrize('name', ['ppo', 'vapo'])
 def test_what_the_loop_cannot_supply_yet_is_refused(setting, name):
   rl, state = begin(setting, dict(name=name))
   with pytest.raises(UserError, match='cannot supply'):

@@ -267,7 +267,7 @@ RULES = {
 @pytest.mark.parametrize('name', RULES)
 def test_a_rule_does_not_see_what_comes_later(name):
   """Forks up to a position are the same whatever follows it."""
-  rule = est.Branches(3, 1, RULES[name])
+  rule = est.Branches(4, 1, RULES[name])
   random = np.random.default_rng(0)
   length, forks = 8, 0
   state = rule.positions.init(jax.random.key(0), rule.count, length)
@@ -292,6 +292,20 @@ def test_a_rule_does_not_see_what_comes_later(name):
     assert found.sum() <= rule.count
     forks += found.sum()
   assert forks > 5
+
+
+def test_another_speakers_tokens_use_up_no_position():
+  rule = est.Branches(1, 1, positions.delimiter(7))
+  tokens = np.array([1, 7, 7, 2, 7, 3])
+  mask = np.array([1, 1, 0, 0, 1, 1], bool)
+  found = positions.mark(rule, (), tokens, mask, np.zeros(6))
+  np.testing.assert_array_equal(found, np.arange(6) == 5)
+
+
+def test_pairs_come_in_pairs():
+  rule = est.Branches(3, 1, positions.pairs(positions.uniform()))
+  with pytest.raises(ValueError, match='even count'):
+    rule.positions.init(jax.random.key(0), rule.count, 8)
 
 
 def test_a_step_is_shown_one_token():

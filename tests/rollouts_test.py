@@ -168,7 +168,7 @@ def test_parts_are_scored_as_the_whole(model):
   np.testing.assert_allclose(*scores, atol=5e-6)
 
 
-@pytest.mark.parametrize('name', ['critic', 'branches', 'token_rewards'])
+@pytest.mark.parametrize('name', ['critic', 'token_rewards'])
 def test_what_cannot_be_supplied_is_refused(model, seen, name):
   with pytest.raises(UserError, match=name):
     make(model, seen[0], Needs(**{name: True}))

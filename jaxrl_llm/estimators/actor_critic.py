@@ -13,12 +13,18 @@ from jaxrl_llm.estimators.credit import (
   critic,
   gae,
   hold,
+  interpolate_advantages,
   lambda_return,
   length_adaptive,
   subtract_token_kl,
   whiten,
 )
-from jaxrl_llm.estimators.positions import Positions, delimiter, uniform
+from jaxrl_llm.estimators.positions import (
+  Positions,
+  delimiter,
+  pairs,
+  uniform,
+)
 from jaxrl_llm.estimators.token_losses import (
   add,
   clipped,
@@ -82,7 +88,8 @@ def vapo(
     A = whiten(GAE(1, 1 − 1/(α T))),   V̂ = R
 
   The rest of the paper's recipe (value pretraining, likelihood of right
-  responses) is not part of the estimator.
+  responses) is not part of the estimator; `whiten` and the clipping of values
+  are those of `ppo`.
 
   Bias: as `ppo`, and `length_adaptive` tilts even with an exact critic.
 
@@ -123,7 +130,7 @@ def vine_ppo(
 
   Args:
     delimiters: token ids that end a step.
-    count: the most steps; the tail is one last step.
+    count: the most steps, ours: the tail is one last step.
     samples: K.
     clip: ε.
     kl: β, in units of the advantage per nat.  At 0 no reference is asked for.
@@ -163,7 +170,8 @@ def trepo(
   Args:
     count: the most positions per response.
     samples: K.
-    positions: a rule of `positions`; `uniform()` if None.
+    positions: a rule of `positions`; if None `uniform()`, in `pairs` where the
+      advantages are interpolated.
     fill: `hold`, `interpolate_values` or `interpolate_advantages`.
     clip: ε.
     score_weighted: baselines weighted by the continuations' squared scores.
@@ -172,8 +180,11 @@ def trepo(
     He et al., `Response-Level Rewards Are All You Need
     <https://arxiv.org/abs/2506.02553>`_, 2025
   """
-  rule = uniform() if positions is None else positions
-  values = branches(count, samples, rule, score_weighted)
+  if positions is None:
+    positions = uniform()
+    if fill is interpolate_advantages:
+      positions = pairs(positions)
+  values = branches(count, samples, positions, score_weighted)
   return estimator(
     chain(at_last_token(), gae(1.0, 0.0, values, fill)),
     clipped(clip),

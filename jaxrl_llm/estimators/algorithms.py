@@ -139,13 +139,15 @@ def reinforce_plus_plus(
 
   Args:
     clip: ε.
-    kl: β, in units of the reward per nat, or `adaptive_kl`.
+    kl: β, in units of the reward per nat, or `adaptive_kl`.  At 0 no reference
+      is asked for.
 
   References:
     Hu et al., `REINFORCE++ <https://arxiv.org/abs/2501.03262>`_, 2025
   """
+  shaping = (subtract_token_kl(kl),) if kl else ()
   return estimator(
-    chain(at_last_token(), subtract_token_kl(kl), reward_to_go(), whiten()),
+    chain(at_last_token(), *shaping, reward_to_go(), whiten()),
     clipped(clip),
     token_mean(),
   )
@@ -286,7 +288,9 @@ def cispo(low: float = 1.0, high: float = 0.28) -> Estimator:
     L = − 1/ΣT Σᵢ Σₜ sg[clip(ρᵢₜ, 1−ε_low, 1+ε_high)] Aᵢ log πᵢₜ
     Aᵢ = (Rᵢ − mean R) / std R
 
-  The paper tunes ε_high only and does not state it.
+  The paper tunes ε_high only and does not state it: the default is DAPO's.
+  Dynamic sampling and the overlong penalty, which the paper adds, are `dapo`'s
+  `mixed_outcomes` and `penalize_overlong`.
 
   Bias: as `dapo` without the penalty; tokens of groups with equal rewards
   count in ΣT.
@@ -376,7 +380,8 @@ def p3o(clip: float = 0.2, ratio: Ratio = trajectory_ratio) -> Estimator:
 
   j is the partner of i along G.  Chosen where the paper leaves it open: the
   clipped form V1 takes each response's own trajectory ratio, V2 the product
-  of the pair's, the importance weight of drawing that pair.
+  of the pair's, the importance weight of drawing that pair.  No KL: the paper
+  controls it as well.
 
   Bias: none on policy, where it is `rloo` with G = 2.
 

@@ -30,7 +30,7 @@ def subtract_greedy_reward() -> AdvantageTransform:
   References:
     Li et al., `ReMax <https://arxiv.org/abs/2310.10505>`_, 2023
   """
-  return AdvantageTransform(
+  return _baseline(
     lambda advantages, rollouts: advantages - rollouts.greedy_rewards,
     Needs(greedy=True),
   )
@@ -47,8 +47,10 @@ def subtract_running_mean(decay: float = 0.9) -> AdvantageTransform:
   Bias: none.
 
   Args:
-    decay: between 0 and 1.
+    decay: at least 0 and below 1.
   """
+  if not 0 <= decay < 1:
+    raise ValueError(f'{decay=} has to be at least 0 and below 1')
 
   def update(value: Array, rollouts: Rollouts) -> Array:
     valid = valid_responses(rollouts)
@@ -57,7 +59,7 @@ def subtract_running_mean(decay: float = 0.9) -> AdvantageTransform:
     return jnp.where(valid.any(), decay * value + (1 - decay) * mean, value)
 
   mean = Running('reward_mean', 0.0, update)
-  return AdvantageTransform(
+  return _baseline(
     lambda advantages, rollouts: advantages - rollouts.running[mean.name],
     Needs(running=(mean,)),
   )
@@ -82,7 +84,7 @@ def subtract_group_mean() -> AdvantageTransform:
     centred = advantages - group_mean(advantages, valid)
     return jnp.where(varies(advantages, valid), centred, 0.0)
 
-  return AdvantageTransform(apply, Needs(samples=2))
+  return _baseline(apply, Needs(samples=2))
 
 
 def subtract_leave_one_out_mean() -> AdvantageTransform:
@@ -105,7 +107,7 @@ def subtract_leave_one_out_mean() -> AdvantageTransform:
     centred = scale * (advantages - group_mean(advantages, valid))
     return jnp.where(varies(advantages, valid), centred, 0.0)
 
-  return AdvantageTransform(apply, Needs(samples=2))
+  return _baseline(apply, Needs(samples=2))
 
 
 def standardize(epsilon: float = 1e-6) -> AdvantageTransform:
@@ -123,11 +125,14 @@ def standardize(epsilon: float = 1e-6) -> AdvantageTransform:
   one scale for all of them up to G = 3; a tilt otherwise).
 
   Args:
-    epsilon: ε, in units of the reward.
+    epsilon: ε ≥ 0, in units of the reward.
 
   References:
     Shao et al., `DeepSeekMath <https://arxiv.org/abs/2402.03300>`_, 2024
   """
+
+  if epsilon < 0:
+    raise ValueError(f'{epsilon=} has to be at least 0')
 
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
     valid = valid_responses(rollouts)
@@ -138,10 +143,14 @@ def standardize(epsilon: float = 1e-6) -> AdvantageTransform:
     standardized = centred / (jnp.sqrt(variance) + epsilon)
     return jnp.where(varies(advantages, valid), standardized, 0.0)
 
-  return AdvantageTransform(apply, Needs(samples=2))
+  return _baseline(apply, Needs(samples=2))
 
 
 _TINY = 1e-30  # keeps 0/0 away where no response counts
+
+
+def _baseline(apply, needs: Needs) -> AdvantageTransform:
+  return AdvantageTransform(apply, needs, takes='response', centres=True)
 
 
 class ResponseWeight(NamedTuple):
@@ -196,7 +205,7 @@ def subtract_weighted_mean(weight: ResponseWeight) -> AdvantageTransform:
     centred = advantages - sums / jnp.maximum(total, _TINY)
     return jnp.where(varies(advantages, valid), centred, 0.0)
 
-  return AdvantageTransform(apply, merge_needs(Needs(samples=2), weight.needs))
+  return _baseline(apply, merge_needs(Needs(samples=2), weight.needs))
 
 
 def subtract_weighted_leave_one_out_mean(
@@ -228,7 +237,7 @@ def subtract_weighted_leave_one_out_mean(
     keep = varies(advantages, valid) & (count > 1)
     return jnp.where(keep, advantages - baseline, 0.0)
 
-  return AdvantageTransform(apply, merge_needs(Needs(samples=2), weight.needs))
+  return _baseline(apply, merge_needs(Needs(samples=2), weight.needs))
 
 
 def subtract_partner() -> AdvantageTransform:
@@ -250,7 +259,7 @@ def subtract_partner() -> AdvantageTransform:
     difference = advantages - partner(advantages)
     return jnp.where(partner(valid_responses(rollouts)), difference, 0.0)
 
-  return AdvantageTransform(apply, Needs(samples=2))
+  return _baseline(apply, Needs(samples=2))
 
 
 def partner(x: Array) -> Array:
@@ -271,11 +280,12 @@ def group_mean(x: Array, valid: Array) -> Array:
   return jnp.where(valid, x, 0.0).sum(axis=1, keepdims=True) / count
 
 
-def varies(x: Array, valid: Array) -> Array:
+def varies(x: Array, valid: Array, axis: int | None = 1) -> Array:
   """True for groups, [P, 1, ·], whose valid entries are not all equal."""
-  highest = jnp.where(valid, x, -jnp.inf).max(axis=1, keepdims=True)
-  lowest = jnp.where(valid, x, jnp.inf).min(axis=1, keepdims=True)
-  return highest > lowest
+  highest = jnp.where(valid, x, -jnp.inf).max(axis=axis, keepdims=True)
+  lowest = jnp.where(valid, x, jnp.inf).min(axis=axis, keepdims=True)
+  # Not `highest > lowest`: a NaN stays in sight.
+  return ~(highest <= lowest)
 
 
 def _siblings(x: Array, samples: int) -> Array:

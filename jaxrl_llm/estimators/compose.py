@@ -63,8 +63,21 @@ def estimator(
 
   Returns:
     An `Estimator`.  Its `prepare` raises ValueError for too few responses per
-    prompt and for a missing array that the parts need.
+    prompt, for a missing array that the parts need and for one of a wrong
+    shape.
+
+  Raises:
+    ValueError: the parts do not fit together.
   """
+  if advantages.takes not in (None, 'response'):
+    raise ValueError(
+      f'the first transform takes a number per {advantages.takes}; rewards '
+      'are per response: begin with `at_last_token()`'
+    )
+  if token_loss.needs.critic != (value_target is not None):
+    raise ValueError(
+      '`value_error` and `value_target` go together: one is missing'
+    )
   needs = merge_needs(
     advantages.needs,
     token_loss.needs,
@@ -99,7 +112,10 @@ def estimator(
     return jax.lax.stop_gradient(weigh(batch))
 
   def loss(outputs: Outputs, batch: Batch) -> Array:
-    chex.assert_equal_shape([outputs.log_probs, batch.log_probs, batch.weights])
+    given = (outputs.log_probs, outputs.entropy, outputs.values)
+    chex.assert_equal_shape(
+      [batch.log_probs, batch.weights, *(x for x in given if x is not None)]
+    )
     outputs, batch = _blank_outside(outputs, batch)
     return jnp.sum(batch.weights * token_loss.apply(outputs, batch))
 
@@ -174,12 +190,18 @@ _PER_TOKEN = (
 
 def _check(rollouts: Rollouts, needs: Needs) -> None:
   prompts, samples, length = rollouts.tokens.shape
-  chex.assert_shape(
-    [rollouts.mask, rollouts.log_probs], (prompts, samples, length)
-  )
-  chex.assert_shape(
-    [rollouts.rewards, valid_responses(rollouts)], (prompts, samples, 1)
-  )
+  shapes = dict.fromkeys(_PER_TOKEN, (prompts, samples, length))
+  shapes |= dict.fromkeys(('mask', 'branch_mask'), (prompts, samples, length))
+  shapes |= dict.fromkeys(('rewards', 'valid'), (prompts, samples, 1))
+  shapes['greedy_rewards'] = (prompts, 1, 1)
+  for name, shape in shapes.items():
+    array = getattr(rollouts, name)
+    if array is not None and array.shape != shape:
+      # Broadcast, it would be another's reward or log-probability.
+      raise ValueError(
+        f'`{name}` in the rollouts is {list(array.shape)}; with tokens of '
+        f'{list(rollouts.tokens.shape)} it has to be {list(shape)}'
+      )
   if samples < needs.samples:
     raise ValueError(
       f'this estimator needs at least {needs.samples} responses per prompt '

@@ -16,6 +16,7 @@ from jaxrl_llm.estimators.baselines import (
   score_norm,
   subtract_leave_one_out_mean,
   subtract_weighted_leave_one_out_mean,
+  varies,
 )
 from jaxrl_llm.estimators.positions import Branches, Positions
 from jaxrl_llm.estimators.types import (
@@ -76,13 +77,19 @@ def branches(
 
     V₀ = mean of the siblings' rewards,   V_p = mean of K fresh continuations
 
+  Without a valid sibling V₀ is 0.
+
   Args:
-    count: the most positions per response.
-    samples: K, continuations per position.
+    count: the most positions per response, at least 1.
+    samples: K, continuations per position, at least 1.
     positions: a rule of `positions`.
     score_weighted: takes advantages against the score-weighted mean of the
       same continuations, which has lower variance than their mean.
   """
+  if count < 1 or samples < 1:
+    raise ValueError(f'branches: {count=} and {samples=} have to be ≥ 1')
+  if not isinstance(positions, Positions):
+    raise ValueError(f'branches: {positions=} is no rule, such as uniform()')
   others = subtract_leave_one_out_mean()
   weighted = subtract_weighted_leave_one_out_mean(score_norm())
 
@@ -91,17 +98,25 @@ def branches(
     first = jnp.broadcast_to(first, rollouts.mask.shape)
     where = first | rollouts.branch_mask
     rewards = rollouts.rewards
+    siblings = valid_responses(rollouts).sum(axis=1, keepdims=True) > 1
     root = rewards - others.apply(rewards, rollouts)
+    root = jnp.where(siblings, root, 0.0)
     values = jnp.where(first, root, rollouts.branch_values)
     if not score_weighted:
       return Known(values, values, where)
     root = rewards - weighted.apply(rewards, rollouts)
+    root = jnp.where(siblings, root, 0.0)
     return Known(
       values, jnp.where(first, root, rollouts.branch_baselines), where
     )
 
   rule = Branches(count, samples, positions, score_weighted)
-  needs = Needs(samples=2, branches=rule, score_norms=score_weighted)
+  needs = Needs(
+    samples=2,
+    branches=rule,
+    score_norms=score_weighted,
+    entropy=positions.reads_entropy,
+  )
   return Values(apply, needs)
 
 
@@ -116,7 +131,7 @@ def at_last_token() -> AdvantageTransform:
     last = jnp.arange(mask.shape[2])[None, None] == _end(mask) - 1
     return jnp.where(mask & last, advantages, 0.0)
 
-  return AdvantageTransform(apply)
+  return AdvantageTransform(apply, takes='response', gives='token reward')
 
 
 def at_every_token() -> AdvantageTransform:
@@ -126,7 +141,10 @@ def at_every_token() -> AdvantageTransform:
   Bias: none.
   """
   return AdvantageTransform(
-    lambda advantages, rollouts: jnp.where(rollouts.mask, advantages, 0.0)
+    lambda advantages, rollouts: jnp.where(rollouts.mask, advantages, 0.0),
+    takes='response',
+    gives='token advantage',
+    centres=True,
   )
 
 
@@ -141,7 +159,7 @@ def add_token_rewards() -> AdvantageTransform:
     return advantages + jnp.where(rollouts.mask, rollouts.token_rewards, 0.0)
 
   return AdvantageTransform(
-    apply, Needs(token_rewards=True), shapes_reward=True
+    apply, Needs(token_rewards=True), shapes_reward=True, takes='token reward'
   )
 
 
@@ -163,7 +181,9 @@ def subtract_token_kl(coefficient: float | Running) -> AdvantageTransform:
     return advantages - current(coefficient, rollouts) * token_kl(rollouts)
 
   needs = Needs(reference=True, running=running_part(coefficient))
-  return AdvantageTransform(apply, needs, shapes_reward=True)
+  return AdvantageTransform(
+    apply, needs, shapes_reward=True, takes='token reward'
+  )
 
 
 def reward_to_go(gamma: float = 1.0) -> AdvantageTransform:
@@ -181,7 +201,9 @@ def reward_to_go(gamma: float = 1.0) -> AdvantageTransform:
     known = Known(nothing, nothing, jnp.zeros_like(rollouts.mask))
     return _scan(advantages, known, rollouts.mask, gamma, 0.0)
 
-  return AdvantageTransform(apply)
+  return AdvantageTransform(
+    apply, takes='token reward', gives='token advantage', centres=True
+  )
 
 
 def gae(
@@ -212,6 +234,8 @@ def gae(
     Schulman et al., `High-Dimensional Continuous Control Using Generalized
     Advantage Estimation <https://arxiv.org/abs/1506.02438>`_, 2015
   """
+  if not 0 <= gamma <= 1 or not (callable(lam) or 0 <= lam <= 1):
+    raise ValueError(f'{gamma=} and {lam=} have to be between 0 and 1')
   fill = fill or hold
 
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
@@ -221,7 +245,14 @@ def gae(
     found = _scan(advantages, known, rollouts.mask, gamma, factor)
     return fill(found, known.where & rollouts.mask, rollouts.mask)
 
-  return AdvantageTransform(apply, values.needs)
+  return AdvantageTransform(
+    apply,
+    values.needs,
+    takes='token reward',
+    gives='token advantage',
+    centres=True,
+    takes_reward=True,
+  )
 
 
 def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
@@ -234,7 +265,7 @@ def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
     return advantage.apply(advantages, rollouts) + rollouts.values
 
-  return AdvantageTransform(apply, advantage.needs)
+  return advantage._replace(apply=apply)
 
 
 def length_adaptive(alpha: float) -> Lambda:
@@ -328,12 +359,11 @@ def whiten(epsilon: float = 1e-8) -> AdvantageTransform:
     mean = jnp.where(kept, advantages, 0.0).sum(keepdims=True) / count
     squares = jnp.where(kept, jnp.square(advantages - mean), 0.0)
     variance = squares.sum(keepdims=True) / count
-    highest = jnp.where(kept, advantages, -jnp.inf).max(keepdims=True)
-    lowest = jnp.where(kept, advantages, jnp.inf).min(keepdims=True)
     whitened = (advantages - mean) * jax.lax.rsqrt(variance + epsilon)
-    return jnp.where(kept & (highest > lowest), whitened, 0.0)
+    kept &= varies(advantages, kept, axis=None)
+    return jnp.where(kept, whitened, 0.0)
 
-  return AdvantageTransform(apply)
+  return AdvantageTransform(apply, centres=True)
 
 
 def _segment(where: Array, mask: Array) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from jaxrl_llm.estimators.baselines import group_mean, varies
 from jaxrl_llm.estimators.ratios import token_ratio
 from jaxrl_llm.estimators.token_losses import k1, k3
 from jaxrl_llm.estimators.types import (
@@ -30,9 +31,9 @@ def per_token(
 
   Each maps (outputs, batch) to [P, G, T]:
     entropy: of the next-token distribution, nats.
-    approx_kl: k3 from the policy that sampled to the present one, nats.
+    approx_kl: k3 of KL(π_old‖π), from the policy that sampled, nats.
     clip_ratio/low, clip_ratio/high: whether the surrogate's gradient is cut,
-      where the estimator clips.
+      where the estimator clips (a dual clip not counted).
 
   Args:
     clip_low: ε below, None if the estimator does not clip.
@@ -42,7 +43,8 @@ def per_token(
   ratio = ratio or token_ratio
   diagnostics = {
     'entropy': lambda outputs, batch: outputs.entropy,
-    'approx_kl': lambda outputs, batch: k3(outputs.log_probs, batch.log_probs),
+    # Tokens are of the policy that sampled, so that one comes first.
+    'approx_kl': lambda outputs, batch: k3(batch.log_probs, outputs.log_probs),
   }
   if clip_low is not None:
     high = clip_low if clip_high is None else clip_high
@@ -114,22 +116,22 @@ def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   """Scalars of the rewards.
 
   reward: mean over valid responses.
-  reward_std: deviation within a group (ddof = 0), averaged over prompts.
-  frac_reward_zero_std: share of prompts whose valid rewards are all equal,
-    from which a group baseline learns nothing.
+  reward_std: deviation within a group (ddof = 1), averaged over prompts with
+    at least two valid responses.
+  frac_reward_zero_std: share of prompts with a valid response whose valid
+    rewards are all equal, from which a group baseline learns nothing.
   """
   valid = valid_responses(rollouts)
   rewards = jnp.where(valid, rollouts.rewards, 0.0)
-  count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
-  mean = rewards.sum(axis=1, keepdims=True) / count
-  squares = jnp.where(valid, jnp.square(rewards - mean), 0.0)
-  deviation = jnp.sqrt(squares.sum(axis=1, keepdims=True) / count)
-  highest = jnp.where(valid, rewards, -jnp.inf).max(axis=1)
-  lowest = jnp.where(valid, rewards, jnp.inf).min(axis=1)
+  count = valid.sum(axis=1, keepdims=True)
+  centred = rewards - group_mean(rewards, valid)
+  squares = jnp.where(valid, jnp.square(centred), 0.0)
+  variance = squares.sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
+  share = lambda x, of: jnp.where(of, x, 0).sum() / jnp.maximum(of.sum(), 1)
   return {
     'reward': rewards.sum() / jnp.maximum(valid.sum(), 1),
-    'reward_std': deviation.mean(),
-    'frac_reward_zero_std': (highest <= lowest).mean(),
+    'reward_std': share(jnp.sqrt(variance), count > 1),
+    'frac_reward_zero_std': share(~varies(rewards, valid), count > 0),
   }
 
 

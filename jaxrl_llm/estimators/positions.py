@@ -29,6 +29,7 @@ class Positions(NamedTuple):
     step: (state, t, token, entropy) → (state, fork).  `token` is the t-th of
       the response, counted from 1; `entropy`, in nats, is that of the
       distribution of the token after it.  `fork` is True to branch here.
+    reads_entropy: whether `step` looks at the entropy, which costs a pass.
     states: (count, max_length) → all states that `init` may draw, equally
       likely: for exact enumeration on short responses.
   """
@@ -36,6 +37,7 @@ class Positions(NamedTuple):
   init: Callable[[Array, int, int], Any]
   step: Callable[[Any, Array, Array, Array], tuple[Any, Array]]
   states: Callable[[int, int], list[Any]] = lambda count, max_length: [()]
+  reads_entropy: bool = False
 
 
 class Branches(NamedTuple):
@@ -90,8 +92,8 @@ def uniform() -> Positions:
 
 def delimiter(*token_ids: int) -> Positions:
   """Right after each of these tokens: the reasoning steps of VinePPO."""
-  if not token_ids:
-    raise ValueError('delimiter() needs the id of at least one token')
+  if not token_ids or not all(isinstance(i, int) for i in token_ids):
+    raise ValueError(f'delimiter() takes ids of tokens, not {token_ids}')
 
   def step(state, t, token, entropy):
     return state, jnp.isin(token, jnp.array(token_ids))
@@ -105,18 +107,23 @@ def entropy_above(threshold: float) -> Positions:
   def step(state, t, token, entropy):
     return state, entropy > threshold
 
-  return Positions(lambda key, count, max_length: (), step)
+  return Positions(lambda key, count, max_length: (), step, reads_entropy=True)
 
 
 def pairs(positions: Positions) -> Positions:
   """Each position and the next: brackets the token between them.
 
   What `interpolate_advantages` needs; the count is of positions, so twice that
-  of the tokens.
+  of the tokens, and even.
   """
 
+  def half(count):
+    if count % 2:
+      raise ValueError(f'pairs() needs an even count of positions, not {count}')
+    return count // 2
+
   def init(key, count, max_length):
-    return positions.init(key, (count + 1) // 2, max_length), jnp.bool_(False)
+    return positions.init(key, half(count), max_length), jnp.bool_(False)
 
   def step(state, t, token, entropy):
     inner, before = state
@@ -124,10 +131,10 @@ def pairs(positions: Positions) -> Positions:
     return (inner, fork), fork | before
 
   def states(count, max_length):
-    inner = positions.states((count + 1) // 2, max_length)
+    inner = positions.states(half(count), max_length)
     return [(state, jnp.bool_(False)) for state in inner]
 
-  return Positions(init, step, states)
+  return Positions(init, step, states, positions.reads_entropy)
 
 
 def mark(
@@ -147,11 +154,13 @@ def mark(
 
   def step(carry, x):
     state, left = carry
-    state, fork = branches.positions.step(state, *x)
-    fork &= left > 0
+    *seen, inside = x
+    state, fork = branches.positions.step(state, *seen)
+    # Also whose turn is next is known by now.
+    fork &= (left > 0) & inside
     return (state, left - fork), fork
 
-  xs = (jnp.arange(1, tokens.size), tokens[:-1], entropy[1:])
+  xs = (jnp.arange(1, tokens.size), tokens[:-1], entropy[1:], mask[1:])
   carry = (state, jnp.int32(branches.count))
   _, forks = jax.lax.scan(step, carry, xs)
-  return jnp.concatenate([jnp.zeros(1, bool), forks & mask[1:]])
+  return jnp.concatenate([jnp.zeros(1, bool), forks])

@@ -32,6 +32,8 @@ def preference_sign() -> AdvantageTransform:
   return AdvantageTransform(
     lambda advantages, rollouts: jnp.sign(advantages - partner(advantages)),
     Needs(samples=2),
+    takes='response',
+    centres=True,
   )
 
 
@@ -62,12 +64,16 @@ def logistic_preference(beta: float, floor: float = 0.0) -> TokenLoss:
     Pal et al., `Smaug <https://arxiv.org/abs/2402.13228>`_, 2024 (λ)
   """
 
+  if beta <= 0:
+    raise ValueError(f'{beta=} has to be above 0')
+
   def apply(outputs: Outputs, batch: Batch) -> Array:
     ratio = _log_ratio(outputs, batch)
     preferred = jnp.where(batch.advantages > 0, ratio, partner(ratio))
     margin = _margin(ratio, batch)
     if floor:
-      margin = margin - floor * jnp.maximum(0.0, -preferred)
+      # At π = π_ref, where training starts, the gradient of `relu` is 0.
+      margin = margin - floor * jax.nn.relu(-preferred)
     return jnp.broadcast_to(
       -jax.nn.log_sigmoid(beta * margin), batch.mask.shape
     )
@@ -89,6 +95,9 @@ def squared_preference(beta: float) -> TokenLoss:
     Azar et al., `A General Theoretical Paradigm to Understand Learning from
     Human Preferences <https://arxiv.org/abs/2310.12036>`_, 2023
   """
+
+  if beta <= 0:
+    raise ValueError(f'{beta=} has to be above 0')
 
   def apply(outputs: Outputs, batch: Batch) -> Array:
     margin = _margin(_log_ratio(outputs, batch), batch)

@@ -56,7 +56,7 @@ def pair_ratio(outputs: Outputs, batch: Batch) -> Array:
   """ρᵢ · sg[ρⱼ], j the partner of i: how likely the pair has become.
 
   Responses pair up along G.  Each moves by its own gradient; both are clipped
-  together.
+  together.  Like `trajectory_ratio`, it belongs to `sequence_mean`.
   """
   total, _ = _sum(outputs.log_probs - batch.log_probs, batch.mask)
   own = total - jax.lax.stop_gradient(total)
@@ -84,11 +84,17 @@ def truncate(highest: float = 2.0) -> Callable[[Array], Array]:
     Ionides, `Truncated Importance Sampling
     <https://doi.org/10.1198/106186008X320456>`_, 2008
   """
+  if highest <= 0:
+    raise ValueError(f'{highest=} has to be above 0')
   return lambda ratio: jnp.minimum(ratio, highest)
 
 
-def mask_outside(low: float = 0.5, high: float = 2.0):
+def mask_outside(
+  low: float = 0.5, high: float = 2.0
+) -> Callable[[Array], Array]:
   """Importance weights of 0 outside [low, high]."""
+  if not 0 <= low <= high:
+    raise ValueError(f'{low=} and {high=} have to be 0 ≤ low ≤ high')
   return lambda ratio: jnp.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 

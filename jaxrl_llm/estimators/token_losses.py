@@ -17,6 +17,7 @@ from jaxrl_llm.estimators.types import (
   Needs,
   Outputs,
   Ratio,
+  Running,
   TokenLoss,
   merge_needs,
 )
@@ -69,7 +70,8 @@ def clipped(
   Args:
     low: ε_low.
     high: ε_high; ε_low if None.
-    ratio: ρ, at the level of tokens or of responses: see `ratios`.
+    ratio: ρ, at the level of tokens or of responses: see `ratios`.  Those of
+      responses hold the whole gradient at each token: use `sequence_mean`.
     dual: the largest ratio that a negative advantage may meet, above 1; no
       bound if None.
 
@@ -80,6 +82,8 @@ def clipped(
     <https://arxiv.org/abs/1912.09729>`_, 2019 (dual)
   """
   high = low if high is None else high
+  if low < 0 or high < 0:
+    raise ValueError(f'{low=} and {high=} have to be at least 0')
   if dual is not None and dual <= 1:
     raise ValueError(f'{dual=} has to be above 1')
 
@@ -114,6 +118,9 @@ def clipped_weight(
     MiniMax, `MiniMax-M1 <https://arxiv.org/abs/2506.13585>`_, 2025 (CISPO)
   """
 
+  if low < 0 or high < 0:
+    raise ValueError(f'{low=} and {high=} have to be at least 0')
+
   def apply(outputs: Outputs, batch: Batch) -> Array:
     weight = jnp.clip(ratio(outputs, batch), 1.0 - low, 1.0 + high)
     weight = jax.lax.stop_gradient(weight)
@@ -145,7 +152,8 @@ def k3(log_probs: Array, ref_log_probs: Array) -> Array:
     <http://joschu.net/blog/kl-approx.html>`_, 2020
   """
   difference = ref_log_probs - log_probs
-  return jnp.expm1(difference) - difference
+  # Cut where the exponential would overflow, as the ratios are.
+  return jnp.expm1(jnp.clip(difference, -20.0, 20.0)) - difference
 
 
 def kl_penalty(coefficient: float, divergence: Divergence = k3) -> TokenLoss:
@@ -162,6 +170,11 @@ def kl_penalty(coefficient: float, divergence: Divergence = k3) -> TokenLoss:
   Raises:
     ValueError: for `k1`, whose expected gradient in the loss is zero.
   """
+  if isinstance(coefficient, Running):
+    raise ValueError(
+      'kl_penalty: a running coefficient works on the reward; see '
+      '`subtract_response_kl` and `subtract_token_kl`'
+    )
   if divergence is k1:
     raise ValueError(
       'kl_penalty(k1): the expected gradient of k1 in the loss is zero; '
@@ -207,4 +220,10 @@ def entropy_bonus(coefficient: float) -> TokenLoss:
   Args:
     coefficient: c, in units of the advantage per nat.
   """
-  return TokenLoss(lambda outputs, batch: -coefficient * outputs.entropy)
+
+  def apply(outputs: Outputs, batch: Batch) -> Array:
+    if outputs.entropy is None:
+      raise ValueError('entropy_bonus needs `entropy` in the outputs')
+    return -coefficient * outputs.entropy
+
+  return TokenLoss(apply)

@@ -158,11 +158,17 @@ def merge_needs(*needs: Needs) -> Needs:
   """
   branches = {need.branches for need in needs} - {None}
   if len(branches) > 1:
-    raise ValueError(f'parts of an estimator ask for different {branches=}')
+    raise ValueError(
+      'two parts of an estimator ask for branches of their own: build one '
+      '`branches(…)` and pass it to both'
+    )
   running = tuple(dict.fromkeys(r for need in needs for r in need.running))
   names = [r.name for r in running]
   if len(set(names)) < len(names):
-    raise ValueError(f'two running numbers of one estimator share {names=}')
+    raise ValueError(
+      f'two running numbers of an estimator share a name, of {names}: build '
+      'one and pass it to both, or name them'
+    )
   return Needs(
     samples=max((need.samples for need in needs), default=1),
     greedy=any(need.greedy for need in needs),
@@ -186,11 +192,19 @@ class AdvantageTransform(NamedTuple):
     needs: what must be sampled for it.
     shapes_reward: whether it changes what a response earns, so that Monte
       Carlo branches would have to be scored with it too.
+    takes, gives: 'response' for [P, G, 1]; 'token reward' or 'token advantage'
+      for [P, G, T].  None takes any, and gives what was taken.
+    centres: whether what it gives is no reward any more.
+    takes_reward: whether it has to be given rewards.
   """
 
   apply: Callable[[Array, Rollouts], Array]
   needs: Needs = Needs()
   shapes_reward: bool = False
+  takes: str | None = None
+  gives: str | None = None
+  centres: bool = False
+  takes_reward: bool = False
 
 
 class TokenLoss(NamedTuple):
@@ -200,7 +214,7 @@ class TokenLoss(NamedTuple):
   needs: Needs = Needs()
 
 
-# Maps the log-probabilities under two policies to ratios [P, G, T].
+# Maps (outputs, batch) to importance ratios, [P, G, T].
 Ratio = Callable[[Outputs, Batch], Array]
 
 # Which responses an estimator trains on: [P, G, 1] bool.

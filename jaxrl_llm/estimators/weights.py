@@ -35,6 +35,8 @@ def constant_length(max_length: int) -> TokenWeights:
     max_length: the divisor, in tokens.  A constant of the run: not the padded
       width.
   """
+  if max_length < 1:
+    raise ValueError(f'{max_length=} has to be at least 1')
   return lambda mask, valid: mask / (_count(valid) * float(max_length))
 
 
