@@ -63,7 +63,7 @@ def test_what_recipes_need_and_their_levels():
     ('reinforce', '—', 'response'),
     ('remax', 'greedy', 'response'),
     ('grpo', 'G ≥ 2, reference (not at kl=0)', 'response'),
-    ('reinforce_plus_plus', 'reference', 'token'),
+    ('reinforce_plus_plus', 'reference (not at kl=0)', 'token'),
     ('obl_reinforce', 'G ≥ 2, score norms', 'response'),
     ('rl_zvp', 'G ≥ 2, entropy', 'token'),
     ('ppo', 'critic', 'token'),

@@ -145,7 +145,7 @@ MUTATIONS = {
   ),
   'KL coefficient steered by batches, not responses': Mutation(
     'advantages.py',
-    'value * (1.0 + count / horizon * error)',
+    'value * (1.0 + jnp.minimum(count / horizon, 1.0) * error)',
     'value * (1.0 + error / horizon)',
     'advantages_test.py',
   ),
