@@ -56,7 +56,7 @@ def get_config():
   )
   config.prompts.max_tokens = 16
   config.rewards = dict(sentiment=dict(name='sentiment'))
-  config.algorithm = dict(name='grpo', kl=0.35)
+  config.algorithm = dict(name='grpo', kl=0.33)
   config.rollout.update(
     prompts=32, samples=8, max_tokens=64, log_prob_tolerance=1e-4
   )
