@@ -12,34 +12,34 @@ of the 64 tokens that follow.  The KL to the original model is k3 in the loss:
 its gradient is that of KL(π_ref‖π), which punishes what the policy forgets, and
 so keeps the stories varied.
 
-On 2 CPU cores 120 steps take 3:08 minutes.  On 128 held-out prompts, 8 samples
+On 2 CPU cores 120 steps take 3:36 minutes.  On 128 held-out prompts, 8 samples
 each at temperature 1:
 
-  mean reward              0.454 → 0.860
-  KL, nats per token           0 → 0.047
-  distinct bigrams         0.0952 → 0.0917 (96.3 %)
+  mean reward              0.454 → 0.867
+  KL, nats per token           0 → 0.050
+  distinct bigrams         0.0952 → 0.0907 (95.3 %)
 
 Three continuations, prompt | response, with their reward:
 
   before (0.40): Once upon a time, there was a little car named Bee | p who
     lived in a room. One sunny day, Bee decided to jog at the end of the well
     alone. The sun was distant that he didn't want to
-  after (0.91): Once upon a time, there was a little car named Bee | ba. She
-    was so excited. He always wanted to play with her friends in the kitchen.
-    One day, Bee drew a shiny stot. The star loved to dance in the par
+  after (0.90): Once upon a time, there was a little car named Bee | p who
+    lived in a room. Betsy loved to eat yummy things, but he needed to play
+    with his friends. One day, Bella and his friends were sad. They dec
   before (0.80): Once upon a time, in a big forest, there was | a hole in the
     big tree. She loved to sing a cup and make piles that she liked to crimp!
     One day, her friend, Max, saw Max, crying. The cake fe
-  after (0.82): Once upon a time, in a big forest, there was | a huge dog
-    named "Who is you cheering?" "I peek it outside, please!" The dog said.
-    "Why can you go to the beach?" T
+  after (0.88): Once upon a time, in a big forest, there was | a funny dog
+    named Spot. Spot was a bird and could eat sandwich. He loved to sing,
+    especially his friend, Christmas named named Spot.
   before (0.15): Once upon a time, there was a little white cat | named Daisy.
     Miss of the cat named Daisy, Spot, saw a little bird with a long dog.
     Daisy wanted to go find a long treasure, so
-  after (0.95): Once upon a time, there was a little white cat | named Daisy.
-    He was a very deep rock that he loved to play with. One day, Toby was
-    playing with his friend, a little pet loved to play. He wanted to those a
-    princess w
+  after (0.96): Once upon a time, there was a little white cat | named Kitty.
+    He had a boy named Tim. Brown loved to play with his friends. He would
+    play path chase Dreddy. He liked to play with him and look for seen
+    friends
 """
 
 from experiments.configs import base
