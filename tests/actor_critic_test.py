@@ -346,3 +346,33 @@ def test_no_fork_is_read_from_behind_the_end():
     again = prepare(RECIPES[name], everywhere).advantages
     np.testing.assert_array_equal(got, again)
     assert np.isfinite(got).all()
+
+
+def test_a_response_without_valid_siblings_has_no_part_in_its_baseline():
+  """Its first value is 0, not its own reward."""
+  four = np.zeros((1, 2, 4))
+  rollouts = est.Rollouts(
+    tokens=four.astype(np.int32),
+    mask=np.ones((1, 2, 4), bool),
+    log_probs=four,
+    rewards=np.array([[[5.0], [9.0]]]),
+    valid=np.array([[[True], [False]]]),
+    branch_values=four + 2.0,
+    branch_mask=np.broadcast_to(np.arange(4) == 2, (1, 2, 4)),
+  )
+  batch = est.trepo(1, 4).prepare(rollouts)
+  np.testing.assert_array_equal(
+    batch.advantages[0], [[2.0, 2.0, 3.0, 3.0], [0.0] * 4]
+  )
+
+
+def test_interpolated_advantages_bracket_their_tokens():
+  """Without the bracket no token is known exactly, and all would be held."""
+  rule = est.trepo(2, 4, fill=est.interpolate_advantages).needs.branches
+  state = rule.positions.init(jax.random.key(0), rule.count, 9)
+  mask = np.ones(9, bool)
+  forks = est.positions.mark(
+    rule, state, np.zeros(9, np.int32), mask, np.zeros(9)
+  )
+  first, second = np.flatnonzero(forks)
+  assert second == first + 1
