@@ -150,16 +150,23 @@ def _check_schedules(config: ConfigDict) -> None:
       raise UserError(f'config.{section}: {error}') from error
 
 
+# Recipes on the plain score function.
+_ON_POLICY = (
+  'reinforce',
+  'reinforce_baseline',
+  'remax',
+  'rloo',
+  'opo',
+  'opo_leave_one_out',
+  'obl_reinforce',
+)
+
+
 def _check_on_policy(config: ConfigDict) -> None:
   """Refuses recipes without a ratio where updates leave the sampled policy."""
   name = config.algorithm.name
-  if name == 'sft' and config.steps:
-    raise UserError(
-      "config.algorithm is 'sft', which reads no reward\n"
-      'use warm_start for supervised learning, and another recipe for RL'
-    )
   updates = config.training.epochs * config.training.minibatches
-  if name in ('reinforce', 'rloo') and updates > 1:
+  if name in _ON_POLICY and updates > 1:
     raise UserError(
       f'{name} has no importance ratio, but a step takes {updates} updates\n'
       'set config.training.epochs and minibatches to 1, or use a clipped recipe'

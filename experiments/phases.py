@@ -214,10 +214,9 @@ class Reinforcement:
     )
     # The keys and values have served.
     responses = responses._replace(cache=None)
-    extra = sum(
-      int(np.asarray(x.samples.mask).sum()) for x in [baseline] if x is not None
-    )
-    extra += branched.tokens if branched else 0
+    extra = branched.tokens if branched else 0
+    if baseline is not None:
+      extra += int(np.asarray(baseline.samples.mask).sum())
     times = {'rollout_time': times[1] - times[0]}
     return responses, data, times, extra
 
