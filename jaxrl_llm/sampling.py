@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import transformer
+from jaxrl_llm.models import head, transformer
 from jaxrl_llm.models.config import ModelConfig, check_length
 from jaxrl_llm.policy import (
   Decoding,
@@ -39,12 +39,33 @@ class Samples:
     log_probs: [P, G, T] float32, nats, of the chosen tokens under the adjusted
       distribution they were drawn from; 0 outside the mask.
     finished: [P, G, 1] bool, whether the response ended with EOS.
+    entropy: [P, G, T] float32, nats, of the distribution that each token was
+      drawn from; None unless asked for.
+    score_norms: [P, G, T] float32, ‖∂ log p(token) / ∂ logits‖² under it; None
+      unless asked for.
   """
 
   tokens: Array
   mask: Array
   log_probs: Array
   finished: Array
+  entropy: Array | None = None
+  score_norms: Array | None = None
+
+
+@chex.dataclass(frozen=True)
+class Work:
+  """What branches cost.
+
+  Attributes:
+    row_steps: float32 scalar, rows times decode steps that were computed.
+    tokens: int32 scalar, tokens that branches wrote.
+    copied: float32 scalar, bytes of keys and values that were copied.
+  """
+
+  row_steps: Array
+  tokens: Array
+  copied: Array
 
 
 class _State(NamedTuple):
@@ -53,59 +74,27 @@ class _State(NamedTuple):
   done: Array
   tokens: Array
   mask: Array
-  log_probs: Array
+  recorded: dict[str, Array]
   cache: transformer.Cache
 
 
-_STATIC = ('config', 'max_tokens', 'decoding', 'eos_ids', 'pad_id')
+_STATISTICS = 'entropy', 'score_norms'
+_STATIC = (
+  'config',
+  'max_tokens',
+  'decoding',
+  'eos_ids',
+  'pad_id',
+  'statistics',
+)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples'))
 def sample(
-  config: ModelConfig,
-  params,
-  prompts: Prompts,
-  key: Array,
-  *,
-  samples: int,
-  max_tokens: int,
-  decoding: Decoding = Decoding(),
-  eos_ids: tuple[int, ...] = (),
-  pad_id: int = 0,
+  config: ModelConfig, params, prompts: Prompts, key: Array, **settings
 ) -> Samples:
-  """Draws G responses to each prompt.
-
-  The prompt's keys and values are computed once per prompt and shared by its
-  responses.  A row ends with an EOS token or after `max_tokens`.
-
-  Args:
-    config, params: the model.
-    prompts: P prompts.
-    key: PRNG key; not used by greedy decoding.
-    samples: G.
-    max_tokens: T, EOS included.
-    decoding: temperature, top-k, top-p.
-    eos_ids: any of these ends a response.
-    pad_id: stands behind a response's end.
-
-  Returns:
-    `Samples`.
-
-  Raises:
-    UserError: S + T exceeds the model's positions (true lengths are not known
-      under jit: the padded width counts); no samples or no tokens asked for.
-  """
-  found, _ = sample_and_keep(
-    config,
-    params,
-    prompts,
-    key,
-    samples=samples,
-    max_tokens=max_tokens,
-    decoding=decoding,
-    eos_ids=eos_ids,
-    pad_id=pad_id,
-  )
+  """The responses of `sample_and_keep`, which takes the same arguments."""
+  found, _ = sample_and_keep(config, params, prompts, key, **settings)
   return found
 
 
@@ -121,10 +110,35 @@ def sample_and_keep(
   decoding: Decoding = Decoding(),
   eos_ids: tuple[int, ...] = (),
   pad_id: int = 0,
+  statistics: tuple[str, ...] = (),
 ) -> tuple[Samples, transformer.Cache]:
-  """`sample`, and the keys and values that `fork` goes on from."""
+  """Draws G responses to each prompt.
+
+  The prompt's keys and values are computed once per prompt and shared by its
+  responses.  A row ends with an EOS token or after `max_tokens`.
+
+  Args:
+    config, params: the model.
+    prompts: P prompts.
+    key: PRNG key; not used by greedy decoding.
+    samples: G.
+    max_tokens: T, EOS included.
+    decoding: temperature, top-k, top-p.
+    eos_ids: any of these ends a response.
+    pad_id: stands behind a response's end.
+    statistics: which of 'entropy' and 'score_norms' to keep.
+
+  Returns:
+    `Samples`, and the keys and values that `fork` goes on from.
+
+  Raises:
+    UserError: S + T exceeds the model's positions (true lengths are not known
+      under jit: the padded width counts); no samples or no tokens asked for;
+      statistics of another name.
+  """
   if samples < 1 or max_tokens < 1:
     raise UserError(f'{samples=} and {max_tokens=} must be at least 1')
+  _check_statistics(statistics)
   check_length(config, prompts.tokens.shape[1] + max_tokens)
   num_prompts = prompts.tokens.shape[0]
   rows = num_prompts * samples
@@ -139,6 +153,7 @@ def sample_and_keep(
     decoding,
     eos_ids,
     pad_id,
+    statistics,
   )
   return _samples(final, (num_prompts, samples)), final.cache
 
@@ -157,7 +172,8 @@ def fork(
   decoding: Decoding = Decoding(),
   eos_ids: tuple[int, ...] = (),
   pad_id: int = 0,
-) -> Samples:
+  statistics: tuple[str, ...] = (),
+) -> tuple[Samples, Work]:
   """Draws K fresh continuations from M places inside each response.
 
   A branch reads the response's own keys and values up to its place, and those
@@ -175,16 +191,19 @@ def fork(
     branches: K.
     max_tokens: T, the budget of whole responses, EOS included.
     decoding, eos_ids, pad_id: as the responses were sampled.
+    statistics: which of 'entropy' and 'score_norms' to keep.
 
   Returns:
-    `Samples` of the continuations, [P, G, M, K, T − 1]; the mask is False
-    where there is no branch.
+    `Samples` of the continuations, [P, G, M, K, T − 1], whose mask is False
+    where there is no branch; and what they cost.
 
   Raises:
-    UserError: no branches, or no room for any: T is 1.
+    UserError: no branches, or no room for any: T is 1; statistics of another
+      name.
   """
   if branches < 1 or max_tokens < 2:
     raise UserError(f'{branches=} must be ≥ 1 and {max_tokens=} ≥ 2')
+  _check_statistics(statistics)
   num_prompts, samples, count = positions.shape
   rows = num_prompts * samples
   shape = (num_prompts, samples, count, branches)
@@ -206,8 +225,22 @@ def fork(
     decoding,
     eos_ids,
     pad_id,
+    statistics,
   )
-  return _samples(final, shape)
+  work = Work(
+    row_steps=final.step.astype(jnp.float32) * at.size,
+    tokens=final.mask.sum(dtype=jnp.int32),
+    copied=jnp.float32(0),
+  )
+  return _samples(final, shape), work
+
+
+def _check_statistics(statistics: tuple[str, ...]) -> None:
+  unknown = sorted(set(statistics) - set(_STATISTICS))
+  if unknown:
+    raise UserError(
+      f'statistics {unknown} are not kept; choose of {list(_STATISTICS)}'
+    )
 
 
 def _decode(
@@ -220,6 +253,7 @@ def _decode(
   decoding: Decoding,
   eos_ids: tuple[int, ...],
   pad_id: int,
+  statistics: tuple[str, ...],
 ) -> _State:
   """Decodes rows behind a cache until each has ended or spent its budget.
 
@@ -238,7 +272,8 @@ def _decode(
     )
     logits = transformer.logits(config, params, hidden[:, 0])
     step_key = jax.random.fold_in(key, state.step)
-    token, log_prob = choose(logits, step_key, decoding)
+    uniform = jax.random.uniform(step_key, (rows,))
+    token, found = choose(logits, uniform, decoding)
     writes = open_rows(state)
     token = jnp.where(writes, token, pad_id)
     ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32))
@@ -248,9 +283,10 @@ def _decode(
       done=state.done | (writes & ended),
       tokens=_write(state.tokens, token, state.step),
       mask=_write(state.mask, writes, state.step),
-      log_probs=_write(
-        state.log_probs, jnp.where(writes, log_prob, 0.0), state.step
-      ),
+      recorded={
+        name: _write(buffer, jnp.where(writes, found[name], 0.0), state.step)
+        for name, buffer in state.recorded.items()
+      },
       cache=cache,
     )
 
@@ -263,57 +299,62 @@ def _decode(
       done=jnp.zeros(rows, bool),
       tokens=jnp.full((rows, capacity), pad_id, jnp.int32),
       mask=jnp.zeros((rows, capacity), bool),
-      log_probs=jnp.zeros((rows, capacity), jnp.float32),
+      recorded={
+        name: jnp.zeros((rows, capacity), jnp.float32)
+        for name in ('log_probs', *statistics)
+      },
       cache=cache,
     ),
   )
 
 
 def _samples(state: _State, shape: tuple[int, ...]) -> Samples:
+  shaped = lambda x: x.reshape(*shape, -1)
   return Samples(
-    tokens=state.tokens.reshape(*shape, -1),
-    mask=state.mask.reshape(*shape, -1),
-    log_probs=state.log_probs.reshape(*shape, -1),
-    finished=state.done.reshape(*shape, -1),
+    tokens=shaped(state.tokens),
+    mask=shaped(state.mask),
+    finished=shaped(state.done),
+    **jax.tree.map(shaped, state.recorded),
   )
 
 
 def choose(
-  logits: Array, key: Array, decoding: Decoding
-) -> tuple[Array, Array]:
-  """Draws one token per row and gives its log-probability.
+  logits: Array, uniform: Array, decoding: Decoding
+) -> tuple[Array, head.TokenStatistics]:
+  """Draws one token per row, by inversion of the distribution function.
 
   Args:
     logits: [N, V] float32, not adjusted.
-    key: PRNG key.
+    uniform: [N] float32 in [0, 1), which alone decides; not read by greedy
+      decoding.
     decoding: temperature, top-k, top-p.
 
   Returns:
-    Tokens [N] int32 and log-probabilities [N] float32, nats.
+    Tokens [N] int32, and what `policy.score` finds of them.
   """
   adjusted = adjust_logits(logits, decoding)
   if decoding.greedy:
     token = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
   else:
     highest = adjusted.max(axis=-1, keepdims=True)
-    token = _inverse_cdf(jnp.exp(adjusted - highest), key)
+    token = _inverse_cdf(jnp.exp(adjusted - highest), uniform[:, None])
   chosen = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0]
-  return token, chosen - jax.nn.logsumexp(adjusted, axis=-1)
+  log_probs = chosen - jax.nn.logsumexp(adjusted, axis=-1)
+  return token, head.statistics(adjusted, token).replace(log_probs=log_probs)
 
 
-def _inverse_cdf(weights: Array, key: Array) -> Array:
+def _inverse_cdf(weights: Array, uniform: Array) -> Array:
   """Draws an index of each row in proportion to `weights`, [N, V].
 
-  One uniform number per row, first a block of 128 tokens, then a token of it:
-  far cheaper than a Gumbel variate per token at a large vocabulary.  A token
-  of weight 0 is never drawn.
+  One uniform number per row, [N, 1], first a block of 128 tokens, then a token
+  of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
+  token of weight 0 is never drawn.
   """
   rows, vocabulary = weights.shape
   padding = -vocabulary % _BLOCK
   blocks = jnp.pad(weights, ((0, 0), (0, padding)))
   blocks = blocks.reshape(rows, -1, _BLOCK)
   sums = blocks.sum(axis=-1)
-  uniform = jax.random.uniform(key, (rows, 1))
   target = uniform * sums.sum(axis=-1, keepdims=True)
   block, below = _first_above(sums, target)
   within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]

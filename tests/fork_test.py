@@ -12,6 +12,7 @@ from jaxrl_llm.policy import Decoding, Prompts
 
 KEY, T, SAMPLES, BRANCHES = jax.random.key(0), 6, 3, 4
 EOS, PAD = (4, 7), 0
+STATISTICS = 'entropy', 'score_norms'
 score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
 MODELS = {
   'llama': Decoding(),
@@ -30,7 +31,7 @@ def rollout(name, decoding, branches=BRANCHES):
   )
   inside = np.asarray(responses.mask)[..., 1:]
   positions = np.where(inside, np.arange(1, T), 0).astype(np.int32)
-  forked = sampling.fork(
+  forked, _ = sampling.fork(
     config,
     params,
     cache,
@@ -38,6 +39,7 @@ def rollout(name, decoding, branches=BRANCHES):
     jnp.asarray(positions),
     jax.random.key(1),
     branches=branches,
+    statistics=STATISTICS,
     **settings,
   )
   return config, params, prompts, responses, positions, jax.device_get(forked)
@@ -47,13 +49,15 @@ def joined(responses, positions, forked):
   """Prefix and continuation of every branch: tokens, where it wrote them.
 
   Returns:
-    [P, G, M, K, T] tokens, mask of the continuation, and its log_probs there.
+    [P, G, M, K, T] tokens, mask of the continuation, and what `score` gives
+    of it there, by name.
   """
   shape = forked.tokens.shape[:-1] + (T,)
   tokens = np.broadcast_to(
     np.asarray(responses.tokens)[:, :, None, None], shape
   ).copy()
-  mask, log_probs = np.zeros(shape, bool), np.zeros(shape)
+  mask = np.zeros(shape, bool)
+  found = {name: np.zeros(shape) for name in ('log_probs', *STATISTICS)}
   for *i, m, k in np.ndindex(shape[:-1]):
     p = positions[*i, m]
     if not p:
@@ -61,26 +65,26 @@ def joined(responses, positions, forked):
     for source, target in (
       (forked.tokens, tokens),
       (forked.mask, mask),
-      (forked.log_probs, log_probs),
+      *((forked[name], found[name]) for name in found),
     ):
       target[*i, m, k, p:] = source[*i, m, k, : T - p]
       assert not forked.mask[*i, m, k, T - p :].any()
-  return tokens, mask, log_probs
+  return tokens, mask, found
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_log_probs_are_those_of_the_whole_response(name):
+def test_statistics_are_those_of_the_whole_response(name):
   decoding = MODELS[name]
   config, params, prompts, responses, positions, forked = rollout(
     name, decoding
   )
-  tokens, mask, log_probs = joined(responses, positions, forked)
+  tokens, mask, found = joined(responses, positions, forked)
   assert (positions > 0).any() and (positions == 0).any()
   prompt_rows = tokens.shape[0], -1, T
-  scored = score(
-    config, params, prompts, tokens.reshape(prompt_rows), decoding
-  ).log_probs.reshape(mask.shape)
-  assert np.abs(np.asarray(scored) - log_probs)[mask].max() <= 1e-5
+  scored = score(config, params, prompts, tokens.reshape(prompt_rows), decoding)
+  for field, values in found.items():
+    expected = np.asarray(scored[field]).reshape(mask.shape)
+    assert np.abs(expected - values)[mask].max() <= 1e-5
   # Branches are fresh: of those that could, some leave the response.
   own = np.broadcast_to(
     np.asarray(responses.tokens)[:, :, None, None], tokens.shape
@@ -102,7 +106,7 @@ def test_greedy_branches_are_those_of_a_full_prefill(name):
     **(settings | dict(decoding=MODELS[name])),
   )
   np.testing.assert_array_equal(again.tokens, responses.tokens)
-  forked = jax.device_get(
+  forked, _ = jax.device_get(
     sampling.fork(
       config, params, cache, responses, positions, KEY, branches=1, **settings
     )
@@ -172,7 +176,7 @@ def test_frequencies_of_the_next_token():
   responses, cache = sampling.sample_and_keep(
     config, params, prompts, KEY, samples=1, **settings
   )
-  forked = sampling.fork(
+  forked, _ = sampling.fork(
     config,
     params,
     cache,

@@ -60,20 +60,32 @@ def test_sampler_is_scorer(name, decoding, pad_id):
     decoding=decoding,
     eos_ids=(4, 7),
     pad_id=pad_id,
+    statistics=('entropy', 'score_norms'),
   )
   assert_well_formed(samples, (4, 7), pad_id)
   mask, tokens = np.asarray(samples.mask), np.asarray(samples.tokens)
   assert mask.all(axis=-1).any() and not mask.all()
   assert {4, 7} <= set(tokens[mask].tolist())
   assert len(np.unique(tokens.reshape(-1, 5), axis=0)) > 12
-  scored = score(config, params, prompts, tokens, decoding).log_probs
-  difference = np.abs(scored - samples.log_probs)[mask]
-  assert difference.max() <= 1e-5
+  scored = score(config, params, prompts, tokens, decoding)
+  for field in ('log_probs', 'entropy', 'score_norms'):
+    difference = np.abs(scored[field] - samples[field])
+    assert difference[mask].max() <= 1e-5
+    assert (np.asarray(samples[field])[~mask] == 0).all()
   logits = toys.plain_logits(config, params, prompts, tokens)
   p = toys.adjusted_probabilities(logits, decoding)
   chosen = np.take_along_axis(p, tokens[..., None], axis=-1)[..., 0][mask]
   np.testing.assert_allclose(
     np.asarray(samples.log_probs)[mask], np.log(chosen), atol=1e-5
+  )
+  p, chosen = p[mask], np.eye(p.shape[-1])[tokens[mask]]
+  entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+  norms = np.square(chosen - p).sum(axis=-1)
+  np.testing.assert_allclose(
+    np.asarray(samples.entropy)[mask], entropy, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    np.asarray(samples.score_norms)[mask], norms, atol=1e-5
   )
 
 
@@ -128,14 +140,15 @@ def test_frequencies_of_a_wide_vocabulary(decoding):
   logits = jnp.broadcast_to(row, (20_000, 300))
   counts = np.zeros(300, int)
   for seed in range(5):
-    tokens, log_probs = choose(logits, jax.random.key(seed), decoding)
+    uniform = jax.random.uniform(jax.random.key(seed), (20_000,))
+    tokens, found = choose(logits, uniform, decoding)
     counts += np.bincount(tokens, minlength=300)
     p = toys.adjusted_probabilities(row, decoding)
-    np.testing.assert_allclose(log_probs, np.log(p[tokens]), atol=1e-5)
+    np.testing.assert_allclose(found.log_probs, np.log(p[tokens]), atol=1e-5)
   assert_frequencies(counts, p)
 
 
-def test_impossible_tokens_are_never_drawn(monkeypatch):
+def test_impossible_tokens_are_never_drawn():
   """Numbers exactly where the cumulative sum of 1,000 blocks steps.
 
   XLA sums so many as a tree, whose rounding makes the cumulative sum rise and
@@ -156,18 +169,17 @@ def test_impossible_tokens_are_never_drawn(monkeypatch):
   with np.errstate(divide='ignore'):
     row[:, 5] = np.log(sums)
   logits = jnp.broadcast_to(row.reshape(-1), (len(numbers), 128_000))
-  draw = lambda key, shape: jnp.asarray(numbers).reshape(shape)
-  monkeypatch.setattr(jax.random, 'uniform', draw)
-  tokens, log_probs = sampling.choose(logits, KEY, Decoding())
-  assert np.isfinite(log_probs).all()
+  tokens, found = choose(logits, numbers, Decoding())
+  assert np.isfinite(found.log_probs).all()
   assert np.isfinite(row.reshape(-1)[np.asarray(tokens)]).all()
 
 
 def test_one_possible_token_is_always_drawn():
   logits = jnp.full((1000, 300), -jnp.inf).at[:, 299].set(-80.0)
-  tokens, log_probs = choose(logits, KEY, Decoding())
+  uniform = jnp.linspace(0.0, 1.0, 1000, endpoint=False)
+  tokens, found = choose(logits, uniform, Decoding())
   np.testing.assert_array_equal(tokens, 299)
-  np.testing.assert_array_equal(log_probs, 0.0)
+  np.testing.assert_array_equal(found.log_probs, 0.0)
 
 
 def ending(config, params, token):
@@ -307,6 +319,7 @@ def test_samples_depend_on_the_key_alone():
     (dict(max_tokens=28), '33 tokens exceed the 32 positions'),
     (dict(max_tokens=0), 'max_tokens=0 must be at least 1'),
     (dict(samples=0), 'samples=0 and'),
+    (dict(statistics=('entropy', 'mean')), r"\['mean'\] are not kept; choose"),
   ],
 )
 def test_impossible_sizes_are_refused(fields, message):
