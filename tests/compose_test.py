@@ -52,6 +52,45 @@ def test_missing_branches_are_named():
     estimator.prepare(given)
 
 
+def test_branch_rows_are_asked_for_and_nowhere_else_allowed():
+  rollouts, _ = random_rollouts(0)
+  rows = dict(
+    parents=np.zeros(rollouts.rewards.shape, np.int32),
+    forked_at=np.zeros(rollouts.rewards.shape, np.int32),
+  )
+  rule = est.Branches(1, 2, est.positions.fixed(1), trained=True)
+  for name in rows:
+    given = rollouts.replace(**rows | {name: None})
+    with pytest.raises(ValueError, match=f'needs `{name}`'):
+      needing(branches=rule).prepare(given)
+  with pytest.raises(ValueError, match='take for responses'):
+    est.rloo().prepare(rollouts.replace(**rows))
+
+
+def test_branch_rows_train_what_they_added_and_do_not_count():
+  """Row 2 keeps two tokens of row 1: its own are four, N is three."""
+  rollouts, _ = random_rollouts(0, samples=4, invalid=False)
+  size = rollouts.mask.shape
+  column = lambda *x: np.broadcast_to(
+    np.array(x)[None, :, None], (*size[:2], 1)
+  )
+  rollouts = rollouts.replace(
+    mask=np.ones(size, bool),
+    parents=column(0, 1, 1, 3),
+    forked_at=column(0, 0, 2, 0),
+  )
+  rule = est.Branches(1, 1, est.positions.fixed(2), trained=True)
+  batch = needing(branches=rule).prepare(rollouts)
+  expected = np.ones(size, bool)
+  expected[:, 2, :2] = False
+  np.testing.assert_array_equal(batch.mask, expected)
+  np.testing.assert_array_equal(batch.whole, column(True, True, False, True))
+  np.testing.assert_allclose(batch.weights, expected / (3 * size[0]), rtol=1e-6)
+  part = changed(batch, lambda x: x[:1])
+  weighed = needing(branches=rule).weigh(part)
+  np.testing.assert_allclose(weighed.weights, expected[:1] / 3, rtol=1e-6)
+
+
 def test_too_few_responses_are_refused():
   rollouts, _ = random_rollouts(0, samples=3, invalid=False)
   needing(samples=3).prepare(rollouts)

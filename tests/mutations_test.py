@@ -133,9 +133,21 @@ MUTATIONS = {
   ),
   'what is not kept counts in N': Mutation(
     'compose.py',
-    'weights=weights(mask, batch.valid)',
-    'weights=weights(mask, jnp.ones_like(batch.valid))',
+    'mask, counted = batch.mask & batch.valid, batch.valid',
+    'mask, counted = batch.mask & batch.valid, jnp.ones_like(batch.valid)',
     'weights_test.py',
+  ),
+  'branches count in N': Mutation(
+    'compose.py',
+    '      counted &= batch.whole\n',
+    '      pass\n',
+    'compose_test.py',
+  ),
+  'a branch trains what it inherited': Mutation(
+    'compose.py',
+    'own = rollouts.mask & (time >= rollouts.forked_at)',
+    'own = rollouts.mask & (time >= 0)',
+    'compose_test.py',
   ),
   'the padded width for a constant': Mutation(
     'weights.py',

@@ -85,8 +85,10 @@ def estimator(
   )
 
   def weigh(batch: Batch) -> Batch:
-    mask = batch.mask & batch.valid
-    return batch.replace(weights=weights(mask, batch.valid))
+    mask, counted = batch.mask & batch.valid, batch.valid
+    if batch.whole is not None:
+      counted &= batch.whole
+    return batch.replace(weights=weights(mask, counted))
 
   def prepare(rollouts: Rollouts) -> Batch:
     _check(rollouts, needs)
@@ -95,9 +97,10 @@ def estimator(
     advantage = advantages.apply(rewards, rollouts)
     target = value_target and value_target.apply(rewards, rollouts)
     valid = rollouts.valid & keep(rollouts)
+    mask, whole = _own_tokens(rollouts)
     batch = Batch(
       tokens=rollouts.tokens,
-      mask=rollouts.mask,
+      mask=mask,
       log_probs=rollouts.log_probs,
       valid=valid,
       advantages=jnp.where(valid, advantage, 0.0),
@@ -107,7 +110,7 @@ def estimator(
       values=rollouts.values,
       value_targets=target,
       entropy=rollouts.entropy,
-      branches=rollouts.branches,
+      whole=whole,
     )
     return jax.lax.stop_gradient(weigh(batch))
 
@@ -135,6 +138,16 @@ def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
     part.name: part.update(running[part.name], rollouts)
     for part in needs.running
   }
+
+
+def _own_tokens(rollouts: Rollouts) -> tuple[Array, Array | None]:
+  """The mask without what branches inherit, and which rows are whole."""
+  if rollouts.parents is None:
+    return rollouts.mask, None
+  time = jnp.arange(rollouts.mask.shape[2])[None, None]
+  row = jnp.arange(rollouts.mask.shape[1])[None, :, None]
+  own = rollouts.mask & (time >= rollouts.forked_at)
+  return own, rollouts.parents == row
 
 
 def _blank_rollouts(rollouts: Rollouts) -> Rollouts:
@@ -192,7 +205,8 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
   prompts, samples, length = rollouts.tokens.shape
   shapes = dict.fromkeys(_PER_TOKEN, (prompts, samples, length))
   shapes |= dict.fromkeys(('mask', 'branch_mask'), (prompts, samples, length))
-  shapes |= dict.fromkeys(('rewards', 'valid'), (prompts, samples, 1))
+  per_row = ('rewards', 'valid', 'parents', 'forked_at')
+  shapes |= dict.fromkeys(per_row, (prompts, samples, 1))
   shapes['greedy_rewards'] = (prompts, 1, 1)
   for name, shape in shapes.items():
     array = getattr(rollouts, name)
@@ -208,6 +222,13 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
       f'and got {samples}'
     )
   branched = needs.branches is not None
+  rows = branched and needs.branches.trained
+  if rollouts.parents is not None and not rows:
+    raise ValueError(
+      'the rollouts have rows that are branches (`parents`), which this '
+      'estimator would take for responses'
+    )
+  branched &= not rows
   required = {
     'ref_log_probs': needs.reference,
     'greedy_rewards': needs.greedy,
@@ -218,6 +239,8 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
     'branch_values': branched,
     'branch_mask': branched,
     'branch_baselines': branched and needs.branches.score_weighted,
+    'parents': rows,
+    'forked_at': rows,
     'running': bool(needs.running),
   }
   for name, needed in required.items():

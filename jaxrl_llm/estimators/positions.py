@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.estimators.types import Array
+from jaxrl_llm.estimators.types import AdvantageTransform, Array
 
 
 class Positions(NamedTuple):
@@ -49,12 +49,18 @@ class Branches(NamedTuple):
     samples: K, continuations per position.
     positions: the rule.
     score_weighted: whether `branch_baselines` are asked for.
+    shaping: what the branches' own rewards go through, as the responses' do:
+      all that `chain` found in front of the values; None for nothing.
+    trained: whether the branches are wanted as further rows of the rollouts,
+      to be trained on, and not as values.
   """
 
   count: int
   samples: int
   positions: Positions
   score_weighted: bool = False
+  shaping: AdvantageTransform | None = None
+  trained: bool = False
 
 
 def fixed(*positions: int) -> Positions:

@@ -37,8 +37,10 @@ class Rollouts:
     branch_values: [P, G, T] Monte Carlo value of the state before token t.
     branch_baselines: [P, G, T] score-weighted value of the same state.
     branch_mask: [P, G, T] bool, where the two above are known.
-    branches: the branches themselves, [P, G, M, K, ...], for estimators that
-      train on them.
+    parents: [P, G, 1] int32, the row along axis 1 that a row forked from, its
+      own for whole responses.  None where all rows are whole responses.
+    forked_at: [P, G, 1] int32, how many of its parent's tokens a row kept: it
+      begins with them.  0 for whole responses.
     running: {name: scalar}, what outlives a batch: see `Running`.
   """
 
@@ -57,7 +59,8 @@ class Rollouts:
   branch_values: Array | None = None
   branch_baselines: Array | None = None
   branch_mask: Array | None = None
-  branches: Any = None
+  parents: Array | None = None
+  forked_at: Array | None = None
   running: dict[str, Array] | None = None
 
 
@@ -66,14 +69,17 @@ class Batch:
   """What a loss sees: `Rollouts` after `prepare`, without gradients.
 
   Attributes:
-    tokens, mask, log_probs: as in `Rollouts`.
-    valid: [P, G, 1] bool, the valid responses that the estimator keeps.
+    tokens, log_probs: as in `Rollouts`.
+    mask: [P, G, T] bool, as in `Rollouts`, but False where a branch keeps its
+      parent's tokens: these are trained in the parent's row.
+    valid: [P, G, 1] bool, the valid rows that the estimator keeps.
     advantages: [P, G, 1] or [P, G, T], 0 where not valid.
     weights: [P, G, T], 0 outside the mask; they carry every normaliser, so
       the loss is a plain sum.
     sampler_log_probs, ref_log_probs, values, entropy: as in `Rollouts`.
     value_targets: [P, G, T], what a critic should predict.
-    branches: as in `Rollouts`.
+    whole: [P, G, 1] bool, True for whole responses: N counts only these.  None
+      where all rows are.
   """
 
   tokens: Array
@@ -87,7 +93,7 @@ class Batch:
   values: Array | None = None
   value_targets: Array | None = None
   entropy: Array | None = None
-  branches: Any = None
+  whole: Array | None = None
 
 
 @chex.dataclass(frozen=True)
@@ -98,13 +104,11 @@ class Outputs:
     log_probs: [P, G, T] of the batch's tokens, nats.
     entropy: [P, G, T] of the next-token distributions, nats.
     values: [P, G, T] of the critic.
-    branch_log_probs: as `log_probs`, of the branches' tokens.
   """
 
   log_probs: Array
   entropy: Array | None = None
   values: Array | None = None
-  branch_log_probs: Array | None = None
 
 
 class Running(NamedTuple):
@@ -221,7 +225,8 @@ Ratio = Callable[[Outputs, Batch], Array]
 Keep = Callable[[Rollouts], Array]
 
 # Maps the mask, [P, G, T] bool and already False where a response is not
-# valid, and `valid`, [P, G, 1], to weights [P, G, T].
+# valid, and `valid`, [P, G, 1], True for the responses that count in N, to
+# weights [P, G, T].  Of branches the mask has the tokens, and N does not.
 TokenWeights = Callable[[Array, Array], Array]
 
 
