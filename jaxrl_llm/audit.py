@@ -1,0 +1,352 @@
+"""How far off are gradient estimators, and values, on a model of any size?
+
+An estimator's gradient g is drawn again and again, independently, and so is a
+reference whose mean is taken for the true gradient G = ∇J.  What is reported
+of them is built of means of inner products ⟨gᵢ, gⱼ⟩ over *different* draws,
+which estimate ‖E g‖², ⟨E g, G⟩ and ‖G‖² without bias, however noisy the draws.
+Standard errors are jackknifed over the draws of both.
+
+  draws = audit.draw_gradients(lambda i: ({'all': gradient(i)}, tokens), …)
+  report = audit.compare(draws['all'], reference)
+
+Inner products are all that is needed: of a large model sketches of the
+gradients are kept, which preserve them.
+
+Shapes: n draws of an estimator, m of the reference, D parameters, d numbers
+kept of each draw, S states, N branches from each.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+_COLUMNS = 2**16  # of the draws that are in float64 at one time
+
+
+class Estimate(NamedTuple):
+  """A number and its standard error; NaN where it has none."""
+
+  value: float
+  error: float
+
+
+class Gradients(NamedTuple):
+  """Independent draws of a gradient.
+
+  Attributes:
+    vectors: [n, d] float32, the gradients or their sketches.
+    squared_norms: [n] float64, of the gradients themselves.
+    tokens: [n], generated for each draw.
+  """
+
+  vectors: np.ndarray
+  squared_norms: np.ndarray
+  tokens: np.ndarray
+
+
+class Report(NamedTuple):
+  """An estimator's gradient g beside the true gradient G.
+
+  Attributes:
+    draws: n.
+    tokens: generated for one g, on average.
+    squared_bias: ‖E g − G‖² / ‖G‖².  Without bias, so it may be negative.
+    scale: ⟨E g, G⟩ / ‖G‖², the multiple of G that is nearest to E g.
+    cosine: of the angle between E g and G.
+    variance: tr Cov g / ‖G‖².
+    signal: to noise per 1,000 generated tokens,
+      1000 / tokens · ‖E g‖² cos² / tr Cov g.  The scale of g has no part in
+      it; unbiased estimators have cos = 1.
+    reference_error: ‖mean reference − G‖ / ‖G‖, expected.
+  """
+
+  draws: int
+  tokens: float
+  squared_bias: Estimate
+  scale: Estimate
+  cosine: Estimate
+  variance: Estimate
+  signal: Estimate
+  reference_error: float
+
+
+class Share(NamedTuple):
+  """What part h of an estimator's gradient g = h + … contributes.
+
+  Attributes:
+    squared_norm: ‖E h‖² / ‖E g‖².
+    progress: ⟨E h, G⟩ / ⟨E g, G⟩, of the step along the true gradient.
+    cosine: of the angle between E h and G; NaN for a part that is 0.
+    variance: tr Cov h / tr Cov g.
+  """
+
+  squared_norm: Estimate
+  progress: Estimate
+  cosine: Estimate
+  variance: Estimate
+
+
+def sketch(tree: Any, dimension: int, seed: int = 0) -> Array:
+  """A count sketch: parameters, with random signs, summed in random buckets.
+
+    E⟨Sx, Sy⟩ = ⟨x, y⟩,   Var⟨Sx, Sy⟩ ≤ (‖x‖² ‖y‖² + ⟨x, y⟩²) / d
+
+  S is linear and the same for all: a squared norm of any combination of
+  gradients comes out within a factor 1 ± √(2 / d).
+
+  Args:
+    tree: arrays, D numbers in all.
+    dimension: d, a power of two.
+    seed: of S.
+
+  Returns:
+    [d] float32.
+
+  Raises:
+    ValueError: `dimension` is no power of two.
+  """
+  if dimension < 1 or dimension & (dimension - 1):
+    raise ValueError(f'{dimension=} has to be a power of two')
+  found = jnp.zeros(dimension, jnp.float32)
+  for i, leaf in enumerate(jax.tree.leaves(tree)):
+    key = jax.random.fold_in(jax.random.key(seed), i)
+    bits = jax.random.bits(key, (leaf.size,), jnp.uint32)
+    sign = 1.0 - 2.0 * (bits >> 31).astype(jnp.float32)
+    bucket = (bits & jnp.uint32(dimension - 1)).astype(jnp.int32)
+    found = found.at[bucket].add(sign * leaf.reshape(-1).astype(jnp.float32))
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=('dimension', 'seed'))
+def _kept(
+  tree: Any, dimension: int | None, seed: int
+) -> tuple[Array, list[Array]]:
+  """What is kept of a gradient, [d], and the squares of its leaves' norms."""
+  leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+  squares = [jnp.square(leaf).sum() for leaf in leaves]
+  if dimension is None:
+    return jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), squares
+  return sketch(leaves, dimension, seed), squares
+
+
+def draw_gradients(
+  draw: Callable[[int], tuple[Mapping[str, Any], int]],
+  *,
+  tokens: int,
+  least: int = 8,
+  dimension: int | None = None,
+  seed: int = 0,
+) -> dict[str, Gradients]:
+  """Draws gradients until they have cost a budget of generated tokens.
+
+  Args:
+    draw: i → ({name: gradient, any tree}, tokens generated).  Independent
+      for different i.  Several names are parts of one gradient, or several
+      estimators on the same responses.
+    tokens: the budget.
+    least: draws in any case, at least 4.
+    dimension: d of `sketch`; None keeps whole gradients, n · D numbers.
+    seed: of the sketch.  What is compared has to share d and seed.
+
+  Raises:
+    ValueError: `least` is too small, a gradient is not finite.
+  """
+  if least < 4:
+    raise ValueError(f'{least=}: standard errors need at least 4 draws')
+  found, spent = {}, []
+  while len(spent) < least or sum(spent) < tokens:
+    parts, cost = draw(len(spent))
+    spent.append(cost)
+    for name, tree in parts.items():
+      vector, squares = jax.device_get(_kept(tree, dimension, seed))
+      square = math.fsum(squares)
+      if not math.isfinite(square):
+        raise ValueError(f'{name}: gradient {len(spent) - 1} is not finite')
+      found.setdefault(name, []).append((vector, square))
+  return {
+    name: Gradients(
+      vectors=np.stack([vector for vector, _ in kept]),
+      squared_norms=np.array([square for _, square in kept]),
+      tokens=np.array(spent),
+    )
+    for name, kept in found.items()
+  }
+
+
+def compare(gradients: Gradients, reference: Gradients) -> Report:
+  """Bias, variance and signal of an estimator's gradient.
+
+  Args:
+    gradients: n ≥ 4 draws of the estimator's.
+    reference: m ≥ 4 draws, independent of these, whose mean is G.
+
+  Raises:
+    ValueError: too few draws, or sketches of different sizes.
+  """
+  n, m = len(gradients.vectors), len(reference.vectors)
+  own = _Moments.of(gradients, m)
+  cross = _Cross.of(gradients, reference)
+  true = _squared_mean(_products(reference.vectors, reference.vectors))
+  # Deletions of the reference's draws come last.
+  true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
+  estimate = functools.partial(_estimate, n)
+  with np.errstate(invalid='ignore', divide='ignore'):
+    noise = reference.squared_norms.mean() - true[0]
+    return Report(
+      draws=n,
+      tokens=float(gradients.tokens.mean()),
+      squared_bias=estimate((own.squared - 2 * cross.mean + true) / true),
+      scale=estimate(cross.mean / true),
+      cosine=estimate(cross.mean / np.sqrt(own.squared * true)),
+      variance=estimate(own.variance / true),
+      signal=estimate(1000 / own.tokens * cross.square / (true * own.variance)),
+      reference_error=float(np.sqrt(max(noise, 0.0) / m / true[0])),
+    )
+
+
+def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
+  """What a part of each gradient contributes to the whole.
+
+  Args:
+    part, whole: n ≥ 4 draws, the i-th of one is a part of the other's i-th.
+    reference: m ≥ 4 draws, independent of these, whose mean is G.
+
+  Raises:
+    ValueError: as `compare`, or unequal numbers of draws.
+  """
+  n, m = len(whole.vectors), len(reference.vectors)
+  if len(part.vectors) != n:
+    raise ValueError(f'{len(part.vectors)} draws of a part, {n} of the whole')
+  own, all_ = _Moments.of(part, m), _Moments.of(whole, m)
+  cross, of_whole = _Cross.of(part, reference), _Cross.of(whole, reference)
+  true = _squared_mean(_products(reference.vectors, reference.vectors))
+  true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
+  estimate = functools.partial(_estimate, n)
+  with np.errstate(invalid='ignore', divide='ignore'):
+    return Share(
+      squared_norm=estimate(own.squared / all_.squared),
+      progress=estimate(cross.mean / of_whole.mean),
+      cosine=estimate(cross.mean / np.sqrt(own.squared * true)),
+      variance=estimate(own.variance / all_.variance),
+    )
+
+
+def root(square: Estimate, width: float = 1.96) -> tuple[float, float, float]:
+  """(√x, low, high) of an estimate of x ≥ 0 that may itself be negative.
+
+  Low and high are the roots of x ± `width` standard errors, and 0 where those
+  are negative: 0 says that nothing was found.
+  """
+  positive = lambda x: math.sqrt(x) if not x < 0 else 0.0
+  margin = width * square.error
+  return (
+    positive(square.value),
+    positive(square.value - margin),
+    positive(square.value + margin),
+  )
+
+
+class _Moments(NamedTuple):
+  """Of one estimator's draws; [1 + n + m]: all draws, each one left out.
+
+  The m deletions of the reference's draws change nothing here.
+  """
+
+  squared: np.ndarray  # ‖E g‖²
+  variance: np.ndarray  # tr Cov g
+  tokens: np.ndarray
+
+  @classmethod
+  def of(cls, gradients: Gradients, m: int):
+    n = len(gradients.vectors)
+    if min(n, m) < 4:
+      raise ValueError(f'{min(n, m)} draws: standard errors need at least 4')
+    squared = _squared_mean(_products(gradients.vectors, gradients.vectors))
+    squared = np.concatenate([squared, np.full(m, squared[0])])
+    second = _mean(gradients.squared_norms, m)
+    return cls(squared, second - squared, _mean(gradients.tokens, m))
+
+
+class _Cross(NamedTuple):
+  """Of two estimators' draws; [1 + n + m]: all draws, each one left out."""
+
+  mean: np.ndarray  # ⟨E g, G⟩
+  square: np.ndarray  # ⟨E g, G⟩²
+
+  @classmethod
+  def of(cls, gradients: Gradients, reference: Gradients):
+    if gradients.vectors.shape[1] != reference.vectors.shape[1]:
+      raise ValueError(
+        f'vectors of {gradients.vectors.shape[1]} and '
+        f'{reference.vectors.shape[1]} numbers: draw both with one dimension'
+      )
+    products = _products(gradients.vectors, reference.vectors)
+    own, other = _cross_sums(products), _cross_sums(products.T)
+    both = (np.concatenate([x, y[1:]]) for x, y in zip(own, other, strict=True))
+    return cls(*both)
+
+
+def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """[n, m] float64 of inner products of rows."""
+  found = np.zeros((len(x), len(y)))
+  for start in range(0, x.shape[1], _COLUMNS):
+    part = slice(start, start + _COLUMNS)
+    found += x[:, part].astype(float) @ y[:, part].astype(float).T
+  return found
+
+
+def _mean(x: np.ndarray, m: int) -> np.ndarray:
+  """[1 + n + m] means: of all, of all but each, and m times of all again."""
+  n = len(x)
+  left_out = (x.sum() - x) / (n - 1)
+  return np.concatenate([[x.mean()], left_out, np.full(m, x.mean())])
+
+
+def _squared_mean(products: np.ndarray) -> np.ndarray:
+  """[1 + n] means over pairs of different rows: of all, of all but each."""
+  n, diagonal = len(products), np.diagonal(products)
+  total = products.sum() - diagonal.sum()
+  without = total - 2 * (products.sum(axis=1) - diagonal)
+  return np.concatenate(
+    [[total / (n * (n - 1))], without / ((n - 1) * (n - 2))]
+  )
+
+
+def _cross_sums(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """[1 + n] twice: ⟨E g, G⟩ and its square, of all rows and of all but each.
+
+  The square is the mean of K[i, j] K[i', j'] over i ≠ i' and j ≠ j'.
+  """
+  n, m = products.shape
+  rows, columns = products.sum(axis=1), products.sum(axis=0)
+  squares = np.square(products).sum(axis=1)
+  total = rows.sum() - np.array([0.0, *rows])
+  by_rows = np.square(rows).sum() - np.array([0.0, *np.square(rows)])
+  change = squares - 2 * products @ columns
+  by_columns = np.square(columns).sum() + np.array([0.0, *change])
+  entries = squares.sum() - np.array([0.0, *squares])
+  count = np.array([n] + [n - 1] * n)
+  distinct = np.square(total) - by_rows - by_columns + entries
+  pairs = count * (count - 1) * m * (m - 1)
+  return total / (count * m), distinct / pairs
+
+
+def _estimate(n: int, values: np.ndarray) -> Estimate:
+  """The jackknife of the first value over n and over the other draws.
+
+  Beside the standard error it gives the bias that a ratio of means has, of
+  order 1/n, which is taken off.
+  """
+  value, variance = values[0], 0.0
+  for left_out in (values[1 : n + 1], values[n + 1 :]):
+    mean = left_out.mean()
+    value = value - (len(left_out) - 1) * (mean - values[0])
+    variance += (len(left_out) - 1) * np.square(left_out - mean).mean()
+  return Estimate(float(value), float(np.sqrt(variance)))
