@@ -17,6 +17,7 @@ _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
 _LEAST = {
   'seed': 0,
   'steps': 0,
+  'tokens': 0,
   'prompts.max_tokens': 1,
   'rollout.prompts': 1,
   'rollout.samples': 1,
@@ -28,6 +29,7 @@ _LEAST = {
   'warm_start.steps': 0,
   'warm_start.batch': 1,
   'evaluation.every': 1,
+  'evaluation.every_tokens': 0,
   'evaluation.prompts': 0,
   'evaluation.batch': 1,
   'evaluation.samples': 1,
@@ -135,6 +137,12 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def _check_schedules(config: ConfigDict) -> None:
+  if config.tokens and config.optimizer.decay != 'constant':
+    raise UserError(
+      f'config.optimizer.decay is {config.optimizer.decay!r}: where it ends is '
+      "not known if config.tokens ends the run\nset decay to 'constant', or "
+      'tokens to 0 and config.steps'
+    )
   per_step = config.training.epochs * config.training.minibatches
   phases = {
     'optimizer': (config.optimizer, config.steps * per_step),

@@ -1,4 +1,4 @@
-"""Reads what a run has left in its folder, also while it goes on."""
+"""What a run leaves in its folder: read, also while it goes on, and shown."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, checks
-from jaxrl_llm import logging, training
+from jaxrl_llm import logging, rollouts, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -121,6 +121,39 @@ def export(model: build.Model, path) -> None:
       f'{path} does not read back as it was written: the tokenizer differs\n'
       'check the disk, and export again'
     )
+
+
+def changes(records: list[dict]) -> list[str]:
+  """A line for each number of the last evaluation, beside the first."""
+  evaluated = [r for r in records if 'eval/reward' in r]
+  first, last = evaluated[0], evaluated[-1]
+  lines = []
+  for name in last:
+    if name.startswith('eval/'):
+      # The KL to the reference is not measured where they are the same.
+      start = f'{first[name]:8.4f}' if name in first else ' ' * 8
+      lines.append(f'{name:34} {start}  →  {last[name]:8.4f}')
+  return lines
+
+
+def write_batch(path, responses: rollouts.Responses, advantages) -> None:
+  """Keeps a batch for whoever has to find out what is wrong with it.
+
+  Args:
+    path: of an npz file.
+    responses: P prompts, G responses each.
+    advantages: [P, G].
+  """
+  samples = responses.samples
+  np.savez(
+    path,
+    prompts=responses.prompts.tokens,
+    tokens=samples.tokens,
+    mask=samples.mask,
+    log_probs=samples.log_probs,
+    rewards=responses.scores.total.reshape(advantages.shape),
+    advantages=advantages,
+  )
 
 
 def plot(path, records: list[dict], first: int) -> None:

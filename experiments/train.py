@@ -26,7 +26,7 @@ from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 # What may differ when a run is resumed.
-_MUTABLE = frozenset({'steps', 'checkpoints', 'log.samples'})
+_MUTABLE = frozenset({'steps', 'tokens', 'checkpoints', 'log.samples'})
 _RECORDS = ('checkpoints', 'metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 _MAX_SKIPPED = 3
 
@@ -37,7 +37,7 @@ class Run:
   Attributes:
     step: steps done, warm start included.
     state: the `TrainState` after them.
-    tokens: tokens generated so far.
+    tokens: tokens generated so far, by RL; evaluations do not count.
   """
 
   def __init__(self, config, folder, stop, files):
@@ -72,6 +72,7 @@ class Run:
       Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
     )
     self.tokens = 0
+    self._tokens_before = 0  # the last step
     self.step = 0
     # The record of the step that `state` is of, while it is not yet written:
     # an evaluation may fail or be stopped after the update is made.
@@ -98,14 +99,14 @@ class Run:
         self._record(**self._pending)
         if self.step:
           self._save()
-      while self.step < self._total:
+      while not self._ended():
         self._stop.check()
         self._one_step()
         # Counted from where RL begins, as evaluations are.
         since = (
           self.step - self._first if self.step > self._first else self.step
         )
-        last = self.step in (self._first, self._total)
+        last = self.step == self._first or self._ended()
         if last or since % self._config.checkpoints.every == 0:
           self._save()
         self._keep.poll()
@@ -124,13 +125,7 @@ class Run:
     before, after = self._before_after()
     self._samples.write_html(self._folder.name, before, after)
     self._progress.print(logging.before_after_table(before, after))
-    evaluated = [r for r in records if 'eval/reward' in r]
-    first, last = evaluated[0], evaluated[-1]
-    for name in last:
-      if name.startswith('eval/'):
-        # The KL to the reference is not measured where they are the same.
-        start = f'{first[name]:8.4f}' if name in first else ' ' * 8
-        print(f'{name:34} {start}  →  {last[name]:8.4f}')
+    print('\n'.join(runs.changes(records)))
     print(f'{self._folder}: curve.png, samples.html, hf/ (for transformers)')
 
   def _one_step(self) -> None:
@@ -143,6 +138,7 @@ class Run:
       result = self._rl.step(self.state, self.step - self._first, self._stop)
     self.state = result.state
     self.step += 1
+    self._tokens_before = self.tokens
     self.tokens += result.tokens
     shown = []
     if result.responses is not None:
@@ -165,23 +161,31 @@ class Run:
     """Ends a run whose updates stay non-finite; keeps the last batch."""
     kept = 'look at the demonstrations'
     if result.responses is not None:
-      samples, scores = result.responses.samples, result.responses.scores
       path = self._folder / 'nonfinite_batch.npz'
-      np.savez(
-        path,
-        prompts=result.responses.prompts.tokens,
-        tokens=samples.tokens,
-        mask=samples.mask,
-        log_probs=samples.log_probs,
-        rewards=scores.total.reshape(result.advantages.shape),
-        advantages=result.advantages,
-      )
+      runs.write_batch(path, result.responses, result.advantages)
       kept = f'look at the batch in {path}'
     raise UserError(
       f'{result.metrics["skipped"]} updates in a row were not finite, up to '
       f'step {self.step}; parameters are those before\n'
       f'lower the learning rate, or {kept}'
     )
+
+  def _ended(self) -> bool:
+    """Whether the last step was the last, by steps or by tokens."""
+    out_of_tokens = 0 < self._config.tokens <= self.tokens
+    return self.step >= self._total or out_of_tokens
+
+  def _evaluation_is_due(self) -> bool:
+    """Where RL begins and ends, and in between by steps and by tokens."""
+    settings = self._config.evaluation
+    since = self.step - self._first
+    if since <= 0 or self._ended():
+      return since >= 0
+    crossed = settings.every_tokens and (
+      self._tokens_before // settings.every_tokens
+      < self.tokens // settings.every_tokens
+    )
+    return bool(crossed) or since % settings.every == 0
 
   def _begin_rl(self) -> None:
     """Fixes what RL starts from: optimiser, reference, log-probabilities."""
@@ -213,9 +217,7 @@ class Run:
     self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
     self._score = None
     metrics = dict(metrics)
-    since = self.step - self._first
-    every = self._config.evaluation.every
-    if since >= 0 and (since % every == 0 or self.step == self._total):
+    if self._evaluation_is_due():
       start = time.perf_counter()
       answers = held_out.answer(
         self._held_out,
@@ -234,6 +236,8 @@ class Run:
     self._metrics.write(self.step, metrics, timings)
     self._pending = None
     shown = ('warm_start/loss', 'reward', 'eval/reward')
+    if self._config.tokens:
+      shown += ('num_tokens',)
     self._progress.update(
       self.step, **{k: metrics[k] for k in shown if k in metrics}
     )
@@ -244,7 +248,7 @@ class Run:
     kept = [sample for sample in samples if sample.advantage is None]
     return tuple(
       [sample for sample in kept if sample.step == step]
-      for step in (self._first, self._total)
+      for step in (self._first, self.step)
     )
 
   def _initial_state(self, params) -> training.TrainState:
@@ -266,6 +270,7 @@ class Run:
       {'state': self.state, 'key': jax.random.key_data(self._key)},
       {
         'tokens': self.tokens,
+        'tokens_before': self._tokens_before,
         'rescore': self._rl.rescore,
         'prompts': self._fingerprint(),
         'pending': self._pending,
@@ -299,13 +304,18 @@ class Run:
       key=jax.random.fold_in(self._key, 3)
     )
     self.tokens = metadata['tokens']
+    self._tokens_before = metadata['tokens_before']
     self._pending = metadata['pending']
     self._score = metadata['score']
-    if self.step > self._total:
+    # A run evaluates where it ends: what has no score went on from there.
+    beyond = self._pending is None and self._score is None
+    beyond |= self.step > self._total
+    beyond |= 0 < self._config.tokens <= self._tokens_before
+    if self._ended() and beyond:
       raise UserError(
-        f'the run has done {self.step} steps, the configuration asks for '
-        f'{self._total}, warm start included\nraise config.steps to '
-        f'{self.step - self._first} or more'
+        f'the run has done {self.step - self._first} steps of RL and generated '
+        f'{self.tokens} tokens: more than the configuration asks for\nraise '
+        'config.steps or config.tokens, whichever is below'
       )
     self._rl.rescore = metadata['rescore']
     if self.step > self._first and self._rl.estimator.needs.reference:

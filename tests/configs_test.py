@@ -93,6 +93,7 @@ def test_missing_field_is_refused():
     ('checkpoints.every', 0),
     ('rollout.samples', 0),
     ('steps', -1),
+    ('tokens', -1),
     ('training.chunk', 0),
     ('seed', -1),
   ],
@@ -101,6 +102,14 @@ def test_number_out_of_range_is_refused(field, value):
   config = get('quickstart')
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=f'config.{field} is {value}'):
+    checks.check(config)
+
+
+def test_a_decay_needs_the_last_update():
+  config = get('stories_sentiment')
+  assert config.optimizer.decay == 'linear'
+  config.tokens = 1000
+  with pytest.raises(UserError, match='set decay to .constant., or tokens'):
     checks.check(config)
 
 

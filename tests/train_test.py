@@ -145,3 +145,36 @@ def test_diverging_run_ends(config, tmp_path):
   records = read_metrics(workdir / 'metrics.jsonl')
   assert [record['skipped'] for record in records] == [0, 1, 2, 3]
   assert os.listdir(workdir / 'checkpoints') == ['00000004']
+
+
+def test_tokens_end_a_run(config, tmp_path):
+  """And where more are allowed, its records are those of one go."""
+  flags = [*FLAGS, '--config.optimizer.decay=constant']
+  flags += ['--config.evaluation.every_tokens=100']
+  workdir, whole = tmp_path / 'run', tmp_path / 'whole'
+  first, second = '--config.tokens=230', '--config.tokens=530'
+  assert start(workdir, config, *flags, first).wait().code == 0
+  records = read_metrics(workdir / 'metrics.jsonl')
+  counts = [record['num_tokens'] for record in records]
+  assert counts[-2] < 230 <= counts[-1]
+  end = records[-1]['step']
+  assert end < STEPS and end % scripts.EVERY, 'the test needs another limit'
+
+  assert start(workdir, config, *flags, second).wait().code == 0
+  assert start(whole, config, *flags, second).wait().code == 0
+  records, expected = (
+    read_metrics(folder / 'metrics.jsonl') for folder in (workdir, whole)
+  )
+  counts = [0, *(record['num_tokens'] for record in expected)]
+  for i, (record, other) in enumerate(zip(records, expected, strict=True)):
+    crossed = counts[i] // 100 < counts[i + 1] // 100
+    due = i % scripts.EVERY == 0 or i == len(expected) - 1 or crossed
+    assert ('eval/reward' in other) == due
+    if i == end and not due:  # where it ended at first
+      assert 'eval/reward' in record
+      record = {k: v for k, v in record.items() if not k.startswith('eval/')}
+    assert record == other
+  assert counts[-2] < 530 <= counts[-1]
+
+  ended = start(workdir, config, *flags, first).wait()
+  assert ended.code == 2 and 'raise config.steps or config.tokens' in ended.err

@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
     dict(
       seed=0,
       steps=100,  # of reinforcement learning, after the warm start
+      # RL ends after the step that brings the tokens it has generated (greedy
+      # baselines and branches included) to so many; 0: by steps alone.
+      tokens=0,
       model=dict(
         # A Hugging Face folder or hub name; '' makes a model, which alone
         # reads alphabet and architecture.
@@ -75,6 +78,7 @@ def get_config() -> ConfigDict:
       ),
       evaluation=dict(
         every=20,  # steps
+        every_tokens=0,  # and so many generated tokens; 0: by steps alone
         prompts=256,  # held-out prompts; 0 for all
         batch=256,  # prompts at one time
         samples=1,
