@@ -54,18 +54,34 @@ SHAPING = {
 
 
 @pytest.mark.parametrize('name', SHAPING)
-def test_shaping_before_branches_is_refused(name):
-  """The branches would be scored without it."""
-  values = est.branches(2, 3, est.positions.uniform())
-  credit = est.gae(1.0, 0.0, values)
+def test_what_stands_before_branches_is_asked_for_them_too(name):
+  """All of it, however the chain is nested; where it needs nothing, nothing."""
+  credit = est.gae(1.0, 0.0, est.branches(2, 3, est.positions.uniform()))
   shaping = in_place(SHAPING[name])
-  with pytest.raises(ValueError, match='make it a part of the reward'):
-    est.chain(*shaping, credit)
-  with pytest.raises(ValueError, match='make it a part of the reward'):
-    est.chain(est.chain(est.identity(), *shaping), credit)
-  assert est.chain(SHAPING[name]).shapes_reward
-  est.chain(*shaping, est.reward_to_go())
-  est.chain(*shaping, est.gae(1.0, 0.0, est.critic()))
+  whole = est.chain(*shaping)
+  for order in (
+    est.chain(*shaping, credit, est.whiten()),
+    est.chain(whole, credit),
+    est.chain(whole, est.chain(credit, est.whiten())),
+  ):
+    assert order.needs.branches.shaping == whole
+    assert order.needs.reference == whole.needs.reference
+  nested = est.chain(shaping[0], est.chain(shaping[1], credit))
+  assert nested.needs.branches.shaping == whole
+  assert hash(nested.needs.branches) == hash(order.needs.branches)
+  assert est.chain(credit).needs.branches.shaping is None
+
+
+KL = (est.subtract_token_kl(0.1),)
+
+
+def test_branches_that_are_shaped_differently_are_two_things():
+  credit = est.gae(1.0, 0.0, est.branches(2, 3, est.positions.uniform()))
+  reward = est.at_last_token()
+  one, other = (est.chain(reward, *x, credit) for x in ((), KL))
+  est.merge_needs(one.needs, est.chain(reward, credit).needs)
+  with pytest.raises(ValueError, match='branches of their own'):
+    est.merge_needs(one.needs, other.needs)
 
 
 def in_place(shaping):
@@ -131,6 +147,7 @@ def test_a_baseline_may_stand_before_rewards_to_go():
     lambda: est.branches(4, 4, est.positions.uniform),
     lambda: est.gae(1.0, 95.0, est.critic()),
     lambda: est.gae(1.1, 0.5, est.critic()),
+    lambda: est.gae(0.9, 0.5, est.branches(4, 4, est.positions.uniform())),
     lambda: est.positions.delimiter('\n'),
     lambda: est.clipped(-0.1),
     lambda: est.clipped(0.2, -0.1),

@@ -61,13 +61,9 @@ from jaxrl_llm.estimators.compose import (
 )
 from jaxrl_llm.estimators.credit import (
   Fill,
-  Known,
-  Values,
   add_token_rewards,
   at_every_token,
   at_last_token,
-  branches,
-  critic,
   gae,
   hold,
   interpolate_advantages,
@@ -133,6 +129,13 @@ from jaxrl_llm.estimators.types import (
   merge_needs,
   valid_responses,
 )
+from jaxrl_llm.estimators.values import (
+  Known,
+  Values,
+  branch_returns,
+  branches,
+  critic,
+)
 from jaxrl_llm.estimators.weights import (
   constant_length,
   mixed_outcomes,
@@ -165,6 +168,7 @@ __all__ = [
   'add_token_rewards',
   'at_every_token',
   'at_last_token',
+  'branch_returns',
   'branches',
   'chain',
   'cispo',

@@ -9,8 +9,6 @@ from jaxrl_llm.estimators.compose import Estimator, estimator
 from jaxrl_llm.estimators.credit import (
   Fill,
   at_last_token,
-  branches,
-  critic,
   gae,
   hold,
   interpolate_advantages,
@@ -32,6 +30,7 @@ from jaxrl_llm.estimators.token_losses import (
   value_error,
 )
 from jaxrl_llm.estimators.types import Running
+from jaxrl_llm.estimators.values import branches, critic
 from jaxrl_llm.estimators.weights import sequence_sum, token_mean
 
 

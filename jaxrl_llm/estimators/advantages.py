@@ -6,6 +6,7 @@ centre a reward, `credit` those that spread it over tokens.  A line `Bias:`
 states what a transform does to the expected on-policy policy gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -25,20 +26,19 @@ from jaxrl_llm.estimators.types import (
 def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
   """Applies `transforms` one after the other, the first one first.
 
+  What stands in front of Monte Carlo values is part of the reward: the
+  branches' own rewards go through it as well (`Branches.shaping`).  Chains of
+  the same parts are equal.
+
   Raises:
-    ValueError: an order that would be silently wrong: the reward is shaped in
-      front of Monte Carlo branches, which would be scored without it; a
-      transform gets tokens' numbers and wants responses' or the reverse; or
-      values of states are set against something that is no reward.
+    ValueError: an order that would be silently wrong: a transform gets tokens'
+      numbers and wants responses' or the reverse, or values of states are set
+      against something that is no reward, such as what a group statistic or a
+      baseline left of it.
   """
-  shaped = centred = takes_reward = False
+  centred = takes_reward = False
   takes = level = None
   for place, transform in enumerate(transforms, 1):
-    if shaped and transform.needs.branches is not None:
-      raise ValueError(
-        'a transform that shapes the reward stands before branch values, but '
-        'the branches are scored without it: make it a part of the reward'
-      )
     if centred and transform.takes_reward:
       raise ValueError(
         f'transform {place} of the chain values states, but what it gets is '
@@ -52,18 +52,40 @@ def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
     takes = takes or (transform.takes if level is None else None)
     level = transform.gives or level or transform.takes
     takes_reward |= transform.takes_reward and not centred
-    shaped |= transform.shapes_reward
     centred |= transform.centres
+  needs = merge_needs(
+    *(
+      _shape_branches(transform.needs, transforms[:place])
+      for place, transform in enumerate(transforms)
+    )
+  )
+  return AdvantageTransform(
+    _Chain(transforms), needs, takes, level, centred, takes_reward
+  )
 
-  def apply(advantages: Array, rollouts: Rollouts) -> Array:
-    for transform in transforms:
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+  """Unlike closures, equal where the parts are: it is part of `Needs`."""
+
+  transforms: tuple[AdvantageTransform, ...]
+
+  def __call__(self, advantages: Array, rollouts: Rollouts) -> Array:
+    for transform in self.transforms:
       advantages = transform.apply(advantages, rollouts)
     return advantages
 
-  needs = merge_needs(*(transform.needs for transform in transforms))
-  return AdvantageTransform(
-    apply, needs, shaped, takes, level, centred, takes_reward
-  )
+
+def _shape_branches(
+  needs: Needs, before: tuple[AdvantageTransform, ...]
+) -> Needs:
+  """`needs` with branches whose rewards first go through `before`."""
+  if needs.branches is None or not before:
+    return needs
+  own = needs.branches.shaping
+  parts = before if own is None else (*before, own)
+  shaping = parts[0] if len(parts) == 1 else chain(*parts)
+  return needs._replace(branches=needs.branches._replace(shaping=shaping))
 
 
 def identity() -> AdvantageTransform:
@@ -113,7 +135,7 @@ def penalize_overlong(max_length: int, buffer: int) -> AdvantageTransform:
     over = rollouts.mask.sum(axis=2, keepdims=True) - (max_length - buffer)
     return advantages - jnp.clip(over / buffer, 0.0, 1.0)
 
-  return AdvantageTransform(apply, shapes_reward=True, takes='response')
+  return AdvantageTransform(apply, takes='response')
 
 
 def entropy_where_equal(
@@ -205,7 +227,7 @@ def subtract_response_kl(coefficient: float | Running) -> AdvantageTransform:
     return advantages - beta * _response_kl(rollouts)
 
   needs = Needs(reference=True, running=running_part(coefficient))
-  return AdvantageTransform(apply, needs, shapes_reward=True, takes='response')
+  return AdvantageTransform(apply, needs, takes='response')
 
 
 def current(coefficient: float | Running, rollouts: Rollouts) -> float | Array:

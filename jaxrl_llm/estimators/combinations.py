@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.estimators.positions import Branches, mark
 from jaxrl_llm.estimators.toy_languages import Toy, through
+from jaxrl_llm.estimators.types import Rollouts
+from jaxrl_llm.estimators.values import branch_returns
 
 
 class Slots(NamedTuple):
@@ -36,21 +39,20 @@ class Forest:
     forks: [P, N, C, T] bool under each of the C states of the rule.
     weights: [P, N, C, T], squared score norms summed from here to the next
       fork of the same response, or to its end.
-    rewards: [P, N].
+    returns: [P, N, T], what a branch that forks before token t earns.
     states: [N, T], as of the toy.
     onward: [P, S, N], probability of each response given its prefix.
   """
 
-  def __init__(self, toy, tables, p, branches: Branches):
+  def __init__(self, toy, rows: Rollouts, p, branches: Branches):
+    """`rows` are all N responses to each prompt, as rollouts."""
     self.samples = branches.samples
     self.states, self.lengths = toy.states, toy.mask.sum(axis=1)
-    self.rewards = toy.rewards
-    if toy.branch_rewards is not None:
-      self.rewards = toy.branch_rewards
+    self.returns = _returns(branches, rows)
     passing = through(toy)
     self.onward = passing.T * p[:, None] / (p @ passing)[..., None]
-    self.forks = _forks(toy, branches, np.asarray(tables.entropy))
-    norms = np.asarray(tables.score_norms) * toy.mask
+    self.forks = _forks(toy, branches, np.asarray(rows.entropy))
+    norms = np.asarray(rows.score_norms) * toy.mask
     self.weights = np.zeros(self.forks.shape)
     rest = 0.0
     for t in reversed(range(toy.mask.shape[1])):
@@ -72,7 +74,7 @@ class Forest:
       prompt, choice, t: of the prompts, the rule's states and the forks.
       chosen: [..., K], the responses as which the branches ended.
     """
-    rewards = self.rewards[prompt, chosen]
+    rewards = self.returns[prompt, chosen, t]
     weights = self.weights[prompt, chosen, choice, t]
     total = weights.sum(axis=-1)
     # Nothing was random: all branches count alike.
@@ -95,6 +97,16 @@ class Forest:
       value = tuple(float(x) for x in value)
       found[value] = found.get(value, 0.0) + orders * p[list(chosen)].prod()
     return found
+
+
+def _returns(branches: Branches, rows: Rollouts) -> np.ndarray:
+  """[P, N, T], as `Forest.returns`."""
+  after = lambda t: jnp.full(rows.rewards.shape, t)
+  found = [
+    branch_returns(branches.shaping, rows.rewards, rows, after(t))
+    for t in range(rows.mask.shape[2])
+  ]
+  return np.concatenate(found, axis=2)
 
 
 def _forks(toy: Toy, branches: Branches, entropy: np.ndarray) -> np.ndarray:

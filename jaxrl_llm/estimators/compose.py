@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.estimators.types import (
+  PER_TOKEN,
   AdvantageTransform,
   Array,
   Batch,
@@ -18,6 +19,8 @@ from jaxrl_llm.estimators.types import (
   Rollouts,
   TokenLoss,
   TokenWeights,
+  blank,
+  blank_rollouts,
   merge_needs,
   valid_responses,
 )
@@ -92,7 +95,7 @@ def estimator(
 
   def prepare(rollouts: Rollouts) -> Batch:
     _check(rollouts, needs)
-    rollouts = _blank_rollouts(rollouts)
+    rollouts = blank_rollouts(rollouts)
     rewards = rollouts.rewards
     advantage = advantages.apply(rewards, rollouts)
     target = value_target and value_target.apply(rewards, rollouts)
@@ -131,9 +134,15 @@ def start_running(needs: Needs) -> dict[str, Array]:
 
 
 def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
-  """What `Rollouts.running` holds for the batch after `rollouts`."""
+  """What `Rollouts.running` holds for the batch after `rollouts`.
+
+  Only whole responses count: branches are more of the same.
+  """
   running = rollouts.running or {}
-  rollouts = _blank_rollouts(rollouts)
+  _, whole = _own_tokens(rollouts)
+  if whole is not None:
+    rollouts = rollouts.replace(valid=valid_responses(rollouts) & whole)
+  rollouts = blank_rollouts(rollouts)
   return {
     part.name: part.update(running[part.name], rollouts)
     for part in needs.running
@@ -150,60 +159,29 @@ def _own_tokens(rollouts: Rollouts) -> tuple[Array, Array | None]:
   return own, rollouts.parents == row
 
 
-def _blank_rollouts(rollouts: Rollouts) -> Rollouts:
-  """Zeros what stands outside the mask; `valid` is an array afterwards.
-
-  0 · NaN is NaN: a weight of 0 alone would not keep garbage out.
-  """
-  valid = valid_responses(rollouts)
-  blank = functools.partial(_blank, rollouts.mask & valid)
-  return rollouts.replace(
-    valid=valid,
-    rewards=jnp.where(valid, rollouts.rewards, 0.0),
-    **{name: blank(getattr(rollouts, name)) for name in _PER_TOKEN},
-  )
-
-
 def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
   """Zeros what stands outside the mask of a batch and its outputs."""
-  blank = functools.partial(_blank, batch.mask & batch.valid)
+  inside = functools.partial(blank, batch.mask & batch.valid)
   return (
     outputs.replace(
-      log_probs=blank(outputs.log_probs),
-      entropy=blank(outputs.entropy),
-      values=blank(outputs.values),
+      log_probs=inside(outputs.log_probs),
+      entropy=inside(outputs.entropy),
+      values=inside(outputs.values),
     ),
     batch.replace(
-      log_probs=blank(batch.log_probs),
-      sampler_log_probs=blank(batch.sampler_log_probs),
-      ref_log_probs=blank(batch.ref_log_probs),
-      values=blank(batch.values),
-      value_targets=blank(batch.value_targets),
-      entropy=blank(batch.entropy),
+      log_probs=inside(batch.log_probs),
+      sampler_log_probs=inside(batch.sampler_log_probs),
+      ref_log_probs=inside(batch.ref_log_probs),
+      values=inside(batch.values),
+      value_targets=inside(batch.value_targets),
+      entropy=inside(batch.entropy),
     ),
   )
-
-
-def _blank(mask: Array, x: Array | None) -> Array | None:
-  return None if x is None else jnp.where(mask, x, 0.0)
-
-
-_PER_TOKEN = (
-  'log_probs',
-  'sampler_log_probs',
-  'token_rewards',
-  'ref_log_probs',
-  'values',
-  'entropy',
-  'score_norms',
-  'branch_values',
-  'branch_baselines',
-)
 
 
 def _check(rollouts: Rollouts, needs: Needs) -> None:
   prompts, samples, length = rollouts.tokens.shape
-  shapes = dict.fromkeys(_PER_TOKEN, (prompts, samples, length))
+  shapes = dict.fromkeys(PER_TOKEN, (prompts, samples, length))
   shapes |= dict.fromkeys(('mask', 'branch_mask'), (prompts, samples, length))
   per_row = ('rewards', 'valid', 'parents', 'forked_at')
   shapes |= dict.fromkeys(per_row, (prompts, samples, 1))

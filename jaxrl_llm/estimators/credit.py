@@ -1,24 +1,16 @@
 """From a response's reward to advantages of its tokens.
 
-Values come from a slot: a critic knows them at every token, Monte Carlo
-branches at a few.  One `gae` over the segments between known values serves
-PPO, VinePPO and TRePO.
+One `gae` over the segments between known `values` serves PPO, VinePPO and
+TRePO.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.estimators.advantages import current, running_part, token_kl
-from jaxrl_llm.estimators.baselines import (
-  score_norm,
-  subtract_leave_one_out_mean,
-  subtract_weighted_leave_one_out_mean,
-  varies,
-)
-from jaxrl_llm.estimators.positions import Branches, Positions
+from jaxrl_llm.estimators.baselines import varies
 from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Array,
@@ -27,97 +19,13 @@ from jaxrl_llm.estimators.types import (
   Running,
   valid_responses,
 )
-
-
-class Known(NamedTuple):
-  """Values of the states before tokens, [P, G, T] each.
-
-  Attributes:
-    values: in units of the reward.
-    baselines: what an advantage is taken against at the same states.
-    where: bool, at which states they are known; the first is always.
-  """
-
-  values: Array
-  baselines: Array
-  where: Array
-
-
-class Values(NamedTuple):
-  """A source of values."""
-
-  apply: Callable[[Rollouts], Known]
-  needs: Needs
-
+from jaxrl_llm.estimators.values import Known, Values, critic
 
 # Maps advantages at known states, [P, G, T], `where` they are known and the
 # mask to advantages of all tokens.
 Fill = Callable[[Array, Array, Array], Array]
 # γ-like numbers may depend on the responses' lengths, [P, G, 1] tokens.
 Lambda = float | Callable[[Array], Array]
-
-
-def critic() -> Values:
-  """A learned value of every state."""
-
-  def apply(rollouts: Rollouts) -> Known:
-    everywhere = jnp.ones_like(rollouts.mask)
-    return Known(rollouts.values, rollouts.values, everywhere)
-
-  return Values(apply, Needs(critic=True))
-
-
-def branches(
-  count: int,
-  samples: int,
-  positions: Positions,
-  score_weighted: bool = False,
-) -> Values:
-  """Monte Carlo values at a few states; the first from the other responses.
-
-    V₀ = mean of the siblings' rewards,   V_p = mean of K fresh continuations
-
-  Without a valid sibling V₀ is 0.
-
-  Args:
-    count: the most positions per response, at least 1.
-    samples: K, continuations per position, at least 1.
-    positions: a rule of `positions`.
-    score_weighted: takes advantages against the score-weighted mean of the
-      same continuations, which has lower variance than their mean.
-  """
-  if count < 1 or samples < 1:
-    raise ValueError(f'branches: {count=} and {samples=} have to be ≥ 1')
-  if not isinstance(positions, Positions):
-    raise ValueError(f'branches: {positions=} is no rule, such as uniform()')
-  others = subtract_leave_one_out_mean()
-  weighted = subtract_weighted_leave_one_out_mean(score_norm())
-
-  def apply(rollouts: Rollouts) -> Known:
-    first = jnp.arange(rollouts.mask.shape[2]) == 0
-    first = jnp.broadcast_to(first, rollouts.mask.shape)
-    where = first | rollouts.branch_mask
-    rewards = rollouts.rewards
-    siblings = valid_responses(rollouts).sum(axis=1, keepdims=True) > 1
-    root = rewards - others.apply(rewards, rollouts)
-    root = jnp.where(siblings, root, 0.0)
-    values = jnp.where(first, root, rollouts.branch_values)
-    if not score_weighted:
-      return Known(values, values, where)
-    root = rewards - weighted.apply(rewards, rollouts)
-    root = jnp.where(siblings, root, 0.0)
-    return Known(
-      values, jnp.where(first, root, rollouts.branch_baselines), where
-    )
-
-  rule = Branches(count, samples, positions, score_weighted)
-  needs = Needs(
-    samples=2,
-    branches=rule,
-    score_norms=score_weighted,
-    entropy=positions.reads_entropy,
-  )
-  return Values(apply, needs)
 
 
 def at_last_token() -> AdvantageTransform:
@@ -159,7 +67,7 @@ def add_token_rewards() -> AdvantageTransform:
     return advantages + jnp.where(rollouts.mask, rollouts.token_rewards, 0.0)
 
   return AdvantageTransform(
-    apply, Needs(token_rewards=True), shapes_reward=True, takes='token reward'
+    apply, Needs(token_rewards=True), takes='token reward'
   )
 
 
@@ -181,9 +89,7 @@ def subtract_token_kl(coefficient: float | Running) -> AdvantageTransform:
     return advantages - current(coefficient, rollouts) * token_kl(rollouts)
 
   needs = Needs(reference=True, running=running_part(coefficient))
-  return AdvantageTransform(
-    apply, needs, shapes_reward=True, takes='token reward'
-  )
+  return AdvantageTransform(apply, needs, takes='token reward')
 
 
 def reward_to_go(gamma: float = 1.0) -> AdvantageTransform:
@@ -225,7 +131,8 @@ def gae(
   that knows the response's length tilts even with exact values.
 
   Args:
-    gamma: γ; with a reward for the whole response it has to be 1.
+    gamma: γ; with a reward for the whole response it has to be 1, as it has
+      with branches.
     lam: λ, a number or a function of the lengths, [P, G, 1] tokens.
     values: `critic()` or `branches(…)`.
     fill: what tokens between known states get; `hold` if None.
@@ -234,6 +141,11 @@ def gae(
     Schulman et al., `High-Dimensional Continuous Control Using Generalized
     Advantage Estimation <https://arxiv.org/abs/1506.02438>`_, 2015
   """
+  if gamma != 1 and values.needs.branches is not None:
+    raise ValueError(
+      f'{gamma=}: branches value states by what a whole response earns, '
+      'undiscounted: γ has to be 1'
+    )
   if not 0 <= gamma <= 1 or not (callable(lam) or 0 <= lam <= 1):
     raise ValueError(f'{gamma=} and {lam=} have to be between 0 and 1')
   fill = fill or hold

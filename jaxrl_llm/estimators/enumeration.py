@@ -192,7 +192,10 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
     )
   tables = _tabulate(toy)
   p = sampling_probabilities(toy)
-  forest = needs.branches and Forest(toy, tables, p, needs.branches)
+  if running is None:
+    running = {part.name: part.initial for part in needs.running}
+  running = floats(running)
+  forest = needs.branches and _plant(toy, tables, p, needs.branches, running)
   lists = list_slots(p, forest, samples, limit)
   shape = (len(p), samples)
   size = math.prod(shape) * toy.mask.shape[1] * tables.scores.shape[-1]
@@ -203,9 +206,6 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
   else:
     chunks = combine(lists, shape, size)
     draws = math.prod(len(slots.weight) for slots in lists) ** samples
-  if running is None:
-    running = {part.name: part.initial for part in needs.running}
-  running = floats(running)
   mean, square = 0.0, 0.0
   for weights, slots in chunks:
     add = _summed(estimator)(tables, running, weights, slots)
@@ -217,6 +217,15 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
   if forest:
     tokens += samples * forest.tokens(p)
   return mean, square, tokens, draws, lists is not None
+
+
+def _plant(toy: Toy, tables, p, branches, running) -> Forest:
+  """The branches of all responses, scored as the toy says."""
+  rewards = toy.rewards if toy.branch_rewards is None else toy.branch_rewards
+  every = np.broadcast_to(np.arange(p.shape[1]), p.shape)
+  rows = _rollouts(tables, every, running=running)
+  rows = rows.replace(rewards=floats(rewards)[..., None])
+  return Forest(toy, rows, p, branches)
 
 
 class _Tables(NamedTuple):
@@ -292,25 +301,40 @@ def _tabulated(
   )
 
 
+def _rollouts(tables: _Tables, response: Array, **fields) -> Rollouts:
+  """The responses whose numbers are `response`, [P, G], as rollouts."""
+  at = functools.partial(_at, response)
+  return Rollouts(
+    tokens=tables.tokens[response],
+    mask=tables.mask[response],
+    log_probs=at(tables.old_log_probs),
+    rewards=at(tables.rewards),
+    sampler_log_probs=at(tables.sampler_log_probs),
+    token_rewards=at(tables.token_rewards),
+    greedy_rewards=tables.greedy_rewards,
+    ref_log_probs=at(tables.ref_log_probs),
+    values=at(tables.values),
+    entropy=at(tables.entropy),
+    score_norms=at(tables.score_norms),
+    **fields,
+  )
+
+
+def _at(response: Array, table: Array | None) -> Array | None:
+  """[P, N, ...] at responses [P, G] → [P, G, ...]."""
+  prompts = jnp.arange(response.shape[0])[:, None]
+  return None if table is None else table[prompts, response]
+
+
 @functools.lru_cache(maxsize=256)
 def _summed(estimator: Estimator):
   """(tables, running, weights [b], slots [b, P, G]) → Σ w g [D], Σ w ‖g‖²."""
 
   def gradient(tables, running, slots):
-    prompts = jnp.arange(slots.response.shape[0])[:, None]
-    at = lambda x: None if x is None else x[prompts, slots.response]
-    rollouts = Rollouts(
-      tokens=tables.tokens[slots.response],
-      mask=tables.mask[slots.response],
-      log_probs=at(tables.old_log_probs),
-      rewards=at(tables.rewards),
-      sampler_log_probs=at(tables.sampler_log_probs),
-      token_rewards=at(tables.token_rewards),
-      greedy_rewards=tables.greedy_rewards,
-      ref_log_probs=at(tables.ref_log_probs),
-      values=at(tables.values),
-      entropy=at(tables.entropy),
-      score_norms=at(tables.score_norms),
+    at = functools.partial(_at, slots.response)
+    rollouts = _rollouts(
+      tables,
+      slots.response,
       branch_values=slots.values,
       branch_baselines=slots.baselines,
       branch_mask=slots.forks,

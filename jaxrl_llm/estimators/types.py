@@ -194,8 +194,6 @@ class AdvantageTransform(NamedTuple):
   Attributes:
     apply: (array, rollouts) → array.
     needs: what must be sampled for it.
-    shapes_reward: whether it changes what a response earns, so that Monte
-      Carlo branches would have to be scored with it too.
     takes, gives: 'response' for [P, G, 1]; 'token reward' or 'token advantage'
       for [P, G, T].  None takes any, and gives what was taken.
     centres: whether what it gives is no reward any more.
@@ -204,7 +202,6 @@ class AdvantageTransform(NamedTuple):
 
   apply: Callable[[Array, Rollouts], Array]
   needs: Needs = Needs()
-  shapes_reward: bool = False
   takes: str | None = None
   gives: str | None = None
   centres: bool = False
@@ -235,3 +232,36 @@ def valid_responses(rollouts: Rollouts) -> Array:
   if rollouts.valid is None:
     return jnp.ones(rollouts.mask.shape[:2] + (1,), bool)
   return rollouts.valid
+
+
+# Arrays of `Rollouts` that are [P, G, T] and mean nothing outside the mask.
+PER_TOKEN = (
+  'log_probs',
+  'sampler_log_probs',
+  'token_rewards',
+  'ref_log_probs',
+  'values',
+  'entropy',
+  'score_norms',
+  'branch_values',
+  'branch_baselines',
+)
+
+
+def blank(mask: Array, x: Array | None) -> Array | None:
+  """`x` with 0 where the mask is False: 0 · NaN is NaN."""
+  return None if x is None else jnp.where(mask, x, 0.0)
+
+
+def blank_rollouts(rollouts: Rollouts) -> Rollouts:
+  """Zeros what stands outside the mask; `valid` is an array afterwards.
+
+  A weight of 0 alone would not keep garbage out.
+  """
+  valid = valid_responses(rollouts)
+  kept = rollouts.mask & valid
+  return rollouts.replace(
+    valid=valid,
+    rewards=blank(valid, rollouts.rewards),
+    **{name: blank(kept, getattr(rollouts, name)) for name in PER_TOKEN},
+  )
