@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl_llm import audit
 from jaxrl_llm import estimators as est
+from jaxrl_llm.audit import gradients
 
 enumeration = est.enumeration
 
@@ -95,8 +96,8 @@ def test_sums_are_means_over_different_draws():
   random = np.random.default_rng(2)
   x, y = random.normal(size=(5, 3)), random.normal(size=(4, 3))
   own, cross = x @ x.T, x @ y.T
-  found = audit._squared_mean(own)
-  mean, square = audit._cross_sums(cross)
+  found = gradients._squared_mean(own)
+  mean, square = gradients._cross_sums(cross)
   for i, keep in enumerate(
     [range(5)] + [set(range(5)) - {i} for i in range(5)]
   ):

@@ -1,10 +1,9 @@
-"""How far off are gradient estimators, and values, on a model of any size?
+"""How far off are gradient estimators on a model of any size?
 
 An estimator's gradient g is drawn again and again, independently, and so is a
 reference whose mean is taken for the true gradient G = ∇J.  What is reported
 of them is built of means of inner products ⟨gᵢ, gⱼ⟩ over *different* draws,
 which estimate ‖E g‖², ⟨E g, G⟩ and ‖G‖² without bias, however noisy the draws.
-Standard errors are jackknifed over the draws of both.
 
   draws = audit.draw_gradients(lambda i: ({'all': gradient(i)}, tokens), …)
   report = audit.compare(draws['all'], reference)
@@ -13,7 +12,7 @@ Inner products are all that is needed: of a large model sketches of the
 gradients are kept, which preserve them.
 
 Shapes: n draws of an estimator, m of the reference, D parameters, d numbers
-kept of each draw, S states, N branches from each.
+kept of each draw.
 """
 
 import functools
@@ -25,16 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.audit.estimates import Estimate, jackknife
+
 Array = jax.Array
 
 _COLUMNS = 2**16  # of the draws that are in float64 at one time
-
-
-class Estimate(NamedTuple):
-  """A number and its standard error; NaN where it has none."""
-
-  value: float
-  error: float
 
 
 class Gradients(NamedTuple):
@@ -196,7 +190,7 @@ def compare(gradients: Gradients, reference: Gradients) -> Report:
   true = _squared_mean(_products(reference.vectors, reference.vectors))
   # Deletions of the reference's draws come last.
   true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
-  estimate = functools.partial(_estimate, n)
+  estimate = functools.partial(jackknife, n)
   with np.errstate(invalid='ignore', divide='ignore'):
     noise = reference.squared_norms.mean() - true[0]
     return Report(
@@ -228,7 +222,7 @@ def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
   cross, of_whole = _Cross.of(part, reference), _Cross.of(whole, reference)
   true = _squared_mean(_products(reference.vectors, reference.vectors))
   true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
-  estimate = functools.partial(_estimate, n)
+  estimate = functools.partial(jackknife, n)
   with np.errstate(invalid='ignore', divide='ignore'):
     return Share(
       squared_norm=estimate(own.squared / all_.squared),
@@ -236,21 +230,6 @@ def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
       cosine=estimate(cross.mean / np.sqrt(own.squared * true)),
       variance=estimate(own.variance / all_.variance),
     )
-
-
-def root(square: Estimate, width: float = 1.96) -> tuple[float, float, float]:
-  """(√x, low, high) of an estimate of x ≥ 0 that may itself be negative.
-
-  Low and high are the roots of x ± `width` standard errors, and 0 where those
-  are negative: 0 says that nothing was found.
-  """
-  positive = lambda x: math.sqrt(x) if not x < 0 else 0.0
-  margin = width * square.error
-  return (
-    positive(square.value),
-    positive(square.value - margin),
-    positive(square.value + margin),
-  )
 
 
 class _Moments(NamedTuple):
@@ -336,17 +315,3 @@ def _cross_sums(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   distinct = np.square(total) - by_rows - by_columns + entries
   pairs = count * (count - 1) * m * (m - 1)
   return total / (count * m), distinct / pairs
-
-
-def _estimate(n: int, values: np.ndarray) -> Estimate:
-  """The jackknife of the first value over n and over the other draws.
-
-  Beside the standard error it gives the bias that a ratio of means has, of
-  order 1/n, which is taken off.
-  """
-  value, variance = values[0], 0.0
-  for left_out in (values[1 : n + 1], values[n + 1 :]):
-    mean = left_out.mean()
-    value = value - (len(left_out) - 1) * (mean - values[0])
-    variance += (len(left_out) - 1) * np.square(left_out - mean).mean()
-  return Estimate(float(value), float(np.sqrt(variance)))

@@ -1,0 +1,29 @@
+"""How far off are gradient estimators, and values, on a real model?"""
+
+from jaxrl_llm.audit.estimates import Estimate, root
+from jaxrl_llm.audit.gradients import (
+  Gradients,
+  Report,
+  Share,
+  compare,
+  draw_gradients,
+  share,
+  sketch,
+)
+from jaxrl_llm.audit.values import Doob, Value, doob, value_errors
+
+__all__ = [
+  'Doob',
+  'Estimate',
+  'Gradients',
+  'Report',
+  'Share',
+  'Value',
+  'compare',
+  'doob',
+  'draw_gradients',
+  'root',
+  'share',
+  'sketch',
+  'value_errors',
+]
