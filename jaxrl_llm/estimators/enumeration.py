@@ -208,7 +208,7 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
     draws = math.prod(len(slots.weight) for slots in lists) ** samples
   mean, square = 0.0, 0.0
   for weights, slots in chunks:
-    add = _summed(estimator)(tables, running, weights, slots)
+    add = _summed(estimator.prepare, estimator.loss)(tables, running, weights, slots)
     mean, square = mean + np.asarray(add[0]), square + float(add[1])
   lengths = toy.mask.sum(axis=1)
   tokens = samples * (p @ lengths).sum()
@@ -327,7 +327,7 @@ def _at(response: Array, table: Array | None) -> Array | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _summed(estimator: Estimator):
+def _summed(prepare, loss):
   """(tables, running, weights [b], slots [b, P, G]) → Σ w g [D], Σ w ‖g‖²."""
 
   def gradient(tables, running, slots):
@@ -340,13 +340,13 @@ def _summed(estimator: Estimator):
       branch_mask=slots.forks,
       running=running,
     )
-    batch = estimator.prepare(rollouts)
+    batch = prepare(rollouts)
 
     def objective(log_probs, entropy):
       outputs = Outputs(
         log_probs=log_probs, entropy=entropy, values=at(tables.values)
       )
-      return -estimator.loss(outputs, batch)
+      return -loss(outputs, batch)
 
     by_log_probs, by_entropy = jax.grad(objective, argnums=(0, 1))(
       at(tables.log_probs), at(tables.next_entropy)
