@@ -43,11 +43,22 @@ class Model(NamedTuple):
 
 def model(config, seed: int) -> Model:
   """Loads `config.path`, or makes a model of `config.architecture`."""
-  settings = {'dtype': config.dtype, 'remat': config.remat}
+  built = outline(config)
   if config.path:
-    shape, params = pretrained.load(
-      config.path, param_dtype=config.param_dtype, **settings
+    _, params = pretrained.load(
+      config.path, config.param_dtype, **_settings(config)
     )
+  else:
+    key = jax.random.key(seed)
+    params = transformer.init(built.config, key, config.param_dtype)
+  return built._replace(params=params)
+
+
+def outline(config) -> Model:
+  """The model that `model` gives, with shapes in place of parameters."""
+  settings = _settings(config)
+  if config.path:
+    shape = pretrained.load_config(config.path, **settings)
     tokenizer = pretrained.load_tokenizer(config.path)
     eos_ids = pretrained.eos_token_ids(config.path, tokenizer)
   else:
@@ -58,9 +69,11 @@ def model(config, seed: int) -> Model:
       )
     tokenizer = vocabulary.character_tokenizer(config.alphabet)
     shape = _architecture(config.architecture, len(tokenizer), settings)
-    params = transformer.init(shape, jax.random.key(seed), config.param_dtype)
     eos_ids = pretrained.eos_token_ids(tokenizer=tokenizer)
   pretrained.check_vocabulary(shape, tokenizer)
+  params = jax.eval_shape(
+    lambda: transformer.init(shape, jax.random.key(0), config.param_dtype)
+  )
   return Model(shape, params, tokenizer, eos_ids, config.path or None)
 
 
@@ -130,31 +143,54 @@ def estimator(config) -> estimators.Estimator:
       'gradient\nset a temperature above 0 (config.evaluation may use 0)'
     )
   try:
-    jax.eval_shape(built.prepare, _abstract_rollouts(config, built.needs))
+    jax.eval_shape(built.prepare, abstract_rollouts(config, built.needs))
   except ValueError as error:
     raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
   return built
 
 
-def _abstract_rollouts(config, needs) -> estimators.Rollouts:
-  """Shapes of a batch with everything that any estimator may ask for."""
-  rollout = config.rollout
-  whole = (rollout.prompts, rollout.samples, 1)
-  shape = whole[:2] + (rollout.max_tokens,)
+def abstract_rollouts(
+  config, needs: estimators.Needs, prompts: int = 0
+) -> estimators.Rollouts:
+  """Shapes of a batch with everything that an estimator asks for.
+
+  Args:
+    config: the whole configuration.
+    needs: of the estimator.
+    prompts: P; 0 for those of a step.
+  """
+  rollout, wanted = config.rollout, needs.branches
+  prompts, rows = prompts or rollout.prompts, rollout.samples
+  trained = wanted is not None and wanted.trained
+  if trained:
+    places = min(wanted.count, max(rollout.max_tokens - 1, 1))
+    rows *= 1 + places * wanted.samples
   array = jax.ShapeDtypeStruct
-  numbers = array(shape, 'float32')
-  names = ('log_probs', 'ref_log_probs', 'sampler_log_probs', 'values')
-  names += ('entropy', 'score_norms', 'token_rewards')
-  names += ('branch_values', 'branch_baselines')
+  shape, whole = (prompts, rows, rollout.max_tokens), (prompts, rows, 1)
+  numbers, count = array(shape, 'float32'), array(whole, 'int32')
+  valued = wanted is not None and not trained
+  asked = {
+    'ref_log_probs': needs.reference,
+    'values': needs.critic,
+    'entropy': needs.entropy,
+    'score_norms': needs.score_norms,
+    'token_rewards': needs.token_rewards,
+    'branch_values': valued,
+    'branch_baselines': valued and wanted.score_weighted,
+  }
+  greedy = array((prompts, 1, 1), 'float32')
   return estimators.Rollouts(
     tokens=array(shape, 'int32'),
     mask=array(shape, bool),
+    log_probs=numbers,
     valid=array(whole, bool),
     rewards=array(whole, 'float32'),
-    greedy_rewards=array((rollout.prompts, 1, 1), 'float32'),
-    branch_mask=array(shape, bool),
+    greedy_rewards=greedy if needs.greedy else None,
+    branch_mask=array(shape, bool) if valued else None,
+    parents=count if trained else None,
+    forked_at=count if trained else None,
     running={part.name: array((), 'float32') for part in needs.running},
-    **dict.fromkeys(names, numbers),
+    **{name: numbers for name, due in asked.items() if due},
   )
 
 
@@ -242,6 +278,10 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
   if unknown:
     raise UserError(f'{field}: {spec["name"]} has no setting {unknown.pop()!r}')
   return RewardPart(name, function, weight)
+
+
+def _settings(config) -> dict[str, Any]:
+  return {'dtype': config.dtype, 'remat': config.remat}
 
 
 def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:

@@ -52,9 +52,13 @@ def load(path, param_dtype='float32', **overrides):
     UserError: nothing there, an unsupported model, a tensor that is missing,
       unknown or of another shape.
   """
-  folder = resolve(path)
-  config = families.read(_read_json(folder / CONFIG), **overrides)
-  return config, tensors.read(config, folder, param_dtype)
+  config = load_config(path, **overrides)
+  return config, tensors.read(config, resolve(path), param_dtype)
+
+
+def load_config(path, **overrides) -> ModelConfig:
+  """Reads config.json alone; arguments and errors as of `load`."""
+  return families.read(_read_json(resolve(path) / CONFIG), **overrides)
 
 
 def resolve(path) -> pathlib.Path:
