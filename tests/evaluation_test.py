@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from jaxrl_llm import evaluation
 from jaxrl_llm.errors import UserError
@@ -66,6 +67,41 @@ def test_an_unknown_value_is_not_hidden():
 def test_no_values_are_refused():
   with pytest.raises(UserError, match='no values'):
     evaluation.bootstrap(np.array([]))
+
+
+@pytest.mark.parametrize('count', [3, 5, 10])
+def test_interval_of_a_few_covers_the_truth(count):
+  random = np.random.default_rng(count)
+  hits = np.zeros(2)
+  for _ in range(1000):
+    values = random.normal(loc=3.0, size=count)
+    for i, form in enumerate((evaluation.bootstrap_few, evaluation.bootstrap)):
+      interval = form(values, resamples=500)
+      assert interval.low <= interval.mean <= interval.high
+      hits[i] += interval.low <= 3.0 <= interval.high
+  # Three standard errors of a count of 1000 are 0.02.
+  assert 0.91 <= hits[0] / 1000 <= 0.97
+  assert hits[1] / 1000 < 0.94  # the plain one does not
+
+
+def test_interval_of_a_few_is_students_where_values_are_symmetric():
+  # The bootstrap's own quantiles come near the normal ones at n = 40.
+  values = np.random.default_rng(0).normal(size=20)
+  values = np.concatenate([values, -values])
+  low, high = scipy.stats.t.interval(
+    0.95, 39, values.mean(), scipy.stats.sem(values)
+  )
+  interval = evaluation.bootstrap_few(values, resamples=20_000)
+  assert interval.mean == pytest.approx(0, abs=1e-12)
+  np.testing.assert_allclose(interval[1:], (low, high), rtol=0.03)
+
+
+def test_interval_of_a_few_keeps_its_edges():
+  assert evaluation.bootstrap_few(np.full(5, 0.7)) == (0.7, 0.7, 0.7)
+  one = evaluation.bootstrap_few(np.array([0.7]))
+  assert one.mean == 0.7 and np.isnan(one.low) and np.isnan(one.high)
+  with pytest.raises(UserError, match='no values'):
+    evaluation.bootstrap_few(np.array([]))
 
 
 def test_distinct_ngrams():
