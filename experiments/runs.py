@@ -4,13 +4,11 @@ import json
 import pathlib
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, checks
-from jaxrl_llm import logging, rollouts, training
+from jaxrl_llm import logging, rollouts
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -74,30 +72,12 @@ def load(workdir, step: str = 'newest') -> Trained:
         f'config.checkpoints.every is {config.checkpoints.every} steps'
       )
     number = _step_number(checkpoints, step)
-    model = build.model(config.model, config.seed)
-    optimizer, _ = build.optimizer(config.optimizer, 0)
-    # Named by the checkpoint: an algorithm in a user's file is not executed.
-    prefix = 'state/running/'
-    running = {
-      name.removeprefix(prefix): jnp.float32(0)
-      for name in checkpoints.names(number)
-      if name.startswith(prefix)
-    }
-    template = {
-      'state': jax.eval_shape(
-        lambda params: training.init_state(
-          {'policy': params}, optimizer, running
-        ),
-        model.params,
-      ),
-      'key': jax.eval_shape(
-        lambda: jax.random.key_data(jax.random.key(config.seed))
-      ),
-    }
-    # On the device one copy has to fit, not the checkpoint's beside it.
-    model = model._replace(params=None)
-    number, tree, _ = checkpoints.restore(template, number)
-  params = tree['state'].trainable['policy']
+    model = build.outline(config.model)
+    # The policy alone: an algorithm in a user's file, which may ask for a
+    # critic, is not executed.
+    template = {'state': {'trainable': {'policy': model.params}}}
+    number, tree, _ = checkpoints.restore(template, number, part=True)
+  params = tree['state']['trainable']['policy']
   return Trained(config, model._replace(params=params), number)
 
 

@@ -172,37 +172,19 @@ class Checkpoints:
     ranked = self._ranked()
     return ranked[0] if ranked else None
 
-  def names(self, step: int | None = None) -> list[str]:
-    """The leaves of a step, such as `state/trainable/policy/head/kernel`.
-
-    Args:
-      step: the newest one whose manifest verifies if None.
-
-    Returns:
-      Names; none where nothing verifies: `restore` says why.
-
-    Raises:
-      UserError: it could not be read for want of memory, permission or a
-        working disk.
-    """
-    self.wait()
-    for candidate in reversed(self.steps() if step is None else [step]):
-      try:
-        return list(self._manifest(candidate)['leaves'])
-      except BrokenError:
-        continue
-    return []
-
-  def restore(self, template, step: int | None = None):
+  def restore(self, template, step: int | None = None, *, part: bool = False):
     """Restores the newest step that verifies.
 
     A step that does not verify is passed over with a warning that says why, and
     (unless read only) renamed, so that a later save may take its number.
 
     Args:
-      template: the state's tree, of arrays or `jax.ShapeDtypeStruct`s.  Leaves
-        land in their shardings; a leaf without one on the default device.
+      template: the state's tree, of arrays or `jax.ShapeDtypeStruct`s; or a
+        function from the step to it, where steps differ.  Leaves land in their
+        shardings; a leaf without one on the default device.
       step: only this step, for evaluation and export.
+      part: the template is a part of the state, in dictionaries by name; what
+        else is stored is neither read nor verified.
 
     Returns:
       `(step, state, metadata)`, or None where there is no checkpoint.
@@ -213,7 +195,6 @@ class Checkpoints:
         read for want of memory, permission or a working disk.
     """
     self.wait()
-    wanted = named_leaves(template)
     steps = self.steps()
     if step is not None:
       if step not in steps:
@@ -225,7 +206,8 @@ class Checkpoints:
     failures = []
     for candidate in reversed(steps):
       try:
-        state, manifest = self._load(candidate, template, wanted)
+        wanted = template(candidate) if callable(template) else template
+        state, manifest = self._load(candidate, wanted, part)
       except BrokenError as error:
         failures.append((candidate, str(error)))
         continue
@@ -246,15 +228,18 @@ class Checkpoints:
       )
     return None
 
-  def _load(self, step, template, wanted):
+  def _load(self, step, template, part):
     manifest = self._manifest(step)
-    self._compare(step, manifest['leaves'], wanted)
+    stored, wanted = manifest['leaves'], named_leaves(template)
+    if part:
+      stored = {name: stored[name] for name in stored if name in wanted}
+    self._compare(step, stored, wanted)
     try:
-      state = orbax_io.load_state(self._stored(step), template)
+      state = orbax_io.load_state(self._stored(step), template, part)
       found = describe(named_leaves(state))
     except Exception as error:
       raise self._failure(step, 'state', error) from error
-    for name, leaf in manifest['leaves'].items():
+    for name, leaf in stored.items():
       if found.get(name) != leaf:
         raise BrokenError(f'the content of {name} has changed')
     return state, manifest

@@ -28,19 +28,22 @@ def start_save(path, state, manifest: dict):
     )
 
 
-def load_state(path, template):
+def load_state(path, template, part: bool = False):
   """The arrays of a folder, in the shardings of a template.
 
   Args:
     path: the folder.
     template: a tree of arrays or `jax.ShapeDtypeStruct`s.  A leaf without a
       sharding lands on the default device.
+    part: the template is a part of what the folder holds.
   """
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
     template,
   )
-  with _context():
+  context = _context()
+  context.pytree_options.loading.partial_load = part
+  with context:
     loaded = ocp.load_checkpointables(
       path, {'state': _without_empty(abstract)}
     )['state']

@@ -151,8 +151,7 @@ def score(
 ) -> head.TokenStatistics:
   """Log-probabilities and entropy of responses under the sampling policy.
 
-  The prompt is read once and shared by its G responses; only response
-  positions reach the head, `chunk` of them at a time.
+  Only response positions reach the head, `chunk` of them at a time.
 
   Args:
     config, params: the model.
@@ -163,6 +162,29 @@ def score(
 
   Returns:
     `TokenStatistics` with arrays [P, G, T] in nats.  Differentiable.
+
+  Raises:
+    UserError: as `read`.
+  """
+  hidden = read(config, params, prompts, responses)
+  return token_statistics(config, params, hidden, responses, decoding, chunk)
+
+
+def read(
+  config: ModelConfig, params, prompts: Prompts, responses: Array
+) -> Array:
+  """Hidden states of responses: index t is the state *before* token t.
+
+  The prompt is read once and shared by its G responses.
+
+  Args:
+    config, params: the model.
+    prompts: P prompts.
+    responses: [P, G, T] int32; anything may stand behind a response's end.
+
+  Returns:
+    [P, G, T, D] of the compute dtype, after the final norm; the head maps
+    index t to the logits of token t.  Differentiable.
 
   Raises:
     UserError: S + T exceeds the model's positions (true lengths are not known
@@ -181,10 +203,29 @@ def score(
   hidden, _ = transformer.apply(
     config, params, inputs.reshape(num_prompts * samples, length), cache
   )
+  return hidden.reshape(num_prompts, samples, length, -1)
+
+
+def token_statistics(
+  config: ModelConfig,
+  params,
+  hidden: Array,
+  responses: Array,
+  decoding: Decoding = Decoding(),
+  chunk: int = 256,
+) -> head.TokenStatistics:
+  """What `score` gives, of hidden states that have been read.
+
+  Args:
+    config, params: the model; only its head is used.
+    hidden: [P, G, T, D] of `read`.
+    responses: [P, G, T] int32.
+    decoding, chunk: as in `score`.
+  """
   return head.token_statistics(
     config,
     params,
-    hidden.reshape(num_prompts, samples, length, -1),
+    hidden,
     responses,
     adjust=functools.partial(_adjust_for_chosen, decoding),
     chunk=chunk,

@@ -5,7 +5,7 @@ because losses are plain sums, and takes one optax step.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,6 +14,7 @@ import optax
 
 from jaxrl_llm import policy
 from jaxrl_llm.batches import split_prompts
+from jaxrl_llm.critic import Critic
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Batch, Estimator, Outputs, diagnostics
 from jaxrl_llm.models.config import ModelConfig
@@ -29,7 +30,8 @@ class TrainState:
   """What an update changes.
 
   Attributes:
-    trainable: {'policy': parameters}; a critic's parameters stand beside them.
+    trainable: {'policy': parameters}, and with a critic {'critic': parameters}
+      beside them.
     opt_state: optax state of `trainable`.
     updates: int32, optimiser steps taken.
     skipped: int32, non-finite updates skipped since the last finite one.
@@ -128,6 +130,62 @@ def adamw(
   )
 
 
+class DelayedState(NamedTuple):
+  """State of `delayed`.
+
+  Attributes:
+    seen: int32, updates it was asked for, up to those that it leaves out.
+    inner: state of the optimiser.
+  """
+
+  seen: Array
+  inner: Any
+
+
+def delayed(
+  optimizer: optax.GradientTransformation, updates: int
+) -> optax.GradientTransformation:
+  """An optimiser that leaves out its first updates.
+
+  Parameters and its own state stay as they are until then, bit for bit, so
+  that its schedule begins when it does.
+
+  Args:
+    optimizer: what begins later.
+    updates: how many are left out.
+  """
+
+  def init(params: Any) -> DelayedState:
+    return DelayedState(seen=jnp.int32(0), inner=optimizer.init(params))
+
+  def update(gradients: Any, state: DelayedState, params: Any = None):
+    begun = state.seen >= updates
+    changes, inner = optimizer.update(gradients, state.inner, params)
+    # x + −0 is x also where x is −0.
+    changes = jax.tree.map(lambda x: jnp.where(begun, x, -0.0), changes)
+    inner = jax.tree.map(
+      lambda new, old: jnp.where(begun, new, old), inner, state.inner
+    )
+    seen = jnp.where(begun, state.seen, state.seen + 1)
+    return changes, DelayedState(seen=seen, inner=inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def by_part(
+  **optimizers: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """An optimiser of its own for each part of `TrainState.trainable`.
+
+  Each clips, schedules and decays by itself: the size of one part's gradient
+  changes nothing for another.
+
+  Args:
+    **optimizers: by the part's name, such as policy=…, critic=….
+  """
+  return optax.partition(optimizers, {name: name for name in optimizers})
+
+
 def policy_forward(
   config: ModelConfig, decoding: policy.Decoding, chunk: int = 256
 ) -> Forward:
@@ -145,6 +203,37 @@ def policy_forward(
       config, trainable['policy'], prompts, batch.tokens, decoding, chunk
     )
     return Outputs(log_probs=statistics.log_probs, entropy=statistics.entropy)
+
+  return forward
+
+
+def actor_critic_forward(
+  config: ModelConfig,
+  decoding: policy.Decoding,
+  critic: Critic,
+  chunk: int = 256,
+) -> Forward:
+  """The forward pass of a policy and its critic; the policy is read once.
+
+  Args:
+    config: the policy; `trainable['policy']` holds its parameters.
+    decoding: the settings that the responses were sampled with.
+    critic: `trainable['critic']` holds its parameters.
+    chunk: positions whose logits exist at one time.
+  """
+
+  def forward(trainable, frozen, prompts: policy.Prompts, batch: Batch):
+    del frozen
+    params, tokens = trainable['policy'], batch.tokens
+    hidden = policy.read(config, params, prompts, tokens)
+    statistics = policy.token_statistics(
+      config, params, hidden, tokens, decoding, chunk
+    )
+    return Outputs(
+      log_probs=statistics.log_probs,
+      entropy=statistics.entropy,
+      values=critic.values(trainable['critic'], prompts, tokens, hidden),
+    )
 
   return forward
 
@@ -170,8 +259,9 @@ def make_update(
 
   Returns:
     update(state, frozen, prompts, batch) → (state, metrics).  `state` is
-    donated.  metrics holds scalars: `loss`, `grad_norm`, `skipped`, the means
-    of `per_token`, and the mean and maximum of `log_prob_difference`.
+    donated.  metrics holds scalars: `loss`, `skipped`, the policy's
+    `grad_norm` (and another part's, as `critic/grad_norm`), the means of
+    `per_token`, and the mean and maximum of `log_prob_difference`.
   """
   per_token = dict(per_token or {})
   per_token['log_prob_difference/mean'] = diagnostics.log_prob_difference
@@ -209,8 +299,12 @@ def make_update(
     metrics = {name: value.sum() / tokens for name, value in sums.items()}
     metrics['log_prob_difference/max'] = highest.max()
     metrics['loss'] = losses.sum()
-    metrics['grad_norm'] = optax.tree.norm(gradients)
-    state = _apply(state, gradients, metrics, optimizer)
+    for part, gradient in gradients.items():
+      prefix = '' if part == 'policy' else f'{part}/'
+      metrics[f'{prefix}grad_norm'] = optax.tree.norm(gradient)
+    finite = jnp.isfinite(metrics['loss'])
+    finite &= jnp.isfinite(optax.tree.norm(gradients))
+    state = _apply(state, gradients, finite, optimizer)
     metrics['skipped'] = state.skipped
     return state, metrics
 
@@ -220,10 +314,9 @@ def make_update(
 def _apply(
   state: TrainState,
   gradients: Any,
-  metrics: Mapping[str, Array],
+  finite: Array,
   optimizer: optax.GradientTransformation,
 ) -> TrainState:
-  finite = jnp.isfinite(metrics['grad_norm']) & jnp.isfinite(metrics['loss'])
   changes, opt_state = optimizer.update(
     gradients, state.opt_state, state.trainable
   )

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.digests import named_leaves
 from jaxrl_llm.errors import UserError
@@ -86,18 +87,42 @@ def test_round_trip(tmp_path):
       assert type(restored['optimizer'][0]) is type(state['optimizer'][0])
 
 
-def test_names_of_the_leaves(tmp_path):
+def test_a_part_is_read_and_verified_alone(tmp_path, monkeypatch):
   state = make_state(3)
+  part = {'params': abstract(state)['params']}
   with Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.names() == []
-    for step in (1, 2):
+    checkpoints.save(1, state, META)
+    step, restored, metadata = checkpoints.restore(part, part=True)
+    assert (step, metadata) == (1, META)
+    assert_same(restored, {'params': state['params']})
+    with pytest.raises(UserError, match='another configuration'):
+      checkpoints.restore(part)
+    wrong = {'params': {**part['params'], 'more': jnp.zeros(2)}}
+    with pytest.raises(UserError, match='params/more is missing from it'):
+      checkpoints.restore(wrong, part=True)
+    # What is read is compared with its digests.
+    load = orbax_io.load_state
+    spoilt = lambda *args: jax.tree.map(lambda x: x + 1, load(*args))
+    monkeypatch.setattr(orbax_io, 'load_state', spoilt)
+    with pytest.raises(UserError, match='the content of params/.* has changed'):
+      checkpoints.restore(part, part=True)
+
+
+def test_steps_may_hold_different_trees(tmp_path):
+  """As of two phases; the older is found where the newer is damaged."""
+  states = {1: {'x': jnp.ones(3)}, 2: {'x': jnp.ones(3), 'y': jnp.zeros(2)}}
+  with Checkpoints(tmp_path) as checkpoints:
+    for step, state in states.items():
       checkpoints.save(step, state, META)
     checkpoints.wait()
-    names = checkpoints.names(1)
-    assert sorted(names) == sorted(named_leaves(state))
+    step, restored, _ = checkpoints.restore(states.get)
+    assert step == 2
+    assert_same(restored, states[2])
     [manifest] = (tmp_path / '00000002').glob('manifest/data.json')
     manifest.write_text(manifest.read_text().replace('2', '3'))
-    assert checkpoints.names(2) == [] and checkpoints.names() == names
+    step, restored, _ = checkpoints.restore(states.get)
+    assert step == 1
+    assert_same(restored, states[1])
 
 
 def test_same_stream_of_random_numbers(tmp_path):
@@ -204,6 +229,7 @@ def test_ordinary_use_is_silent(tmp_path):
 import sys
 import jax.numpy as jnp
 from absl import app, logging
+from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.digests import named_leaves
 def main(argv):
@@ -222,6 +248,7 @@ TOPOLOGIES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.digests import named_leaves
 from jaxrl_llm.digests import digest
@@ -264,6 +291,7 @@ def test_other_topologies(tmp_path):
   script = """
 import sys
 import jax.numpy as jnp
+from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.digests import named_leaves
 like = {'w': jnp.zeros((16, 24)), 'h': jnp.zeros(8, jnp.bfloat16),

@@ -46,6 +46,57 @@ def test_per_token(data, low, high):
 
 def test_clipping_is_reported_only_where_there_is_any():
   assert set(diagnostics.per_token()) == {'entropy', 'approx_kl'}
+  names = set(diagnostics.critic_per_token())
+  assert names == {'critic/value_mean', 'critic/value_loss'}
+
+
+def test_critic_per_token():
+  rollouts, outputs = toys.random_rollouts(0, dtype=np.float32)
+  batch = est.ppo().prepare(rollouts)
+  got = {
+    name: np.asarray(metric(outputs, batch))
+    for name, metric in diagnostics.critic_per_token(0.1).items()
+  }
+  cut = []
+  for p, g, t in tokens_of(batch):
+    new, old = float(outputs.values[p, g, t]), float(batch.values[p, g, t])
+    target = float(batch.value_targets[p, g, t])
+    near = min(max(new, old - 0.1), old + 0.1)
+    assert got['critic/value_mean'][p, g, t] == pytest.approx(new)
+    error = max((new - target) ** 2, (near - target) ** 2)
+    assert got['critic/value_loss'][p, g, t] == pytest.approx(
+      0.5 * error, rel=1e-3, abs=1e-6
+    )
+    cut.append((near - target) ** 2 > (new - target) ** 2)
+    assert bool(got['critic/clip_ratio'][p, g, t]) == cut[-1]
+  assert any(cut) and not all(cut)
+
+
+def test_explained_variance():
+  rollouts, _ = toys.random_rollouts(0, dtype=np.float32)
+  batch = est.ppo(lam=1.0).prepare(rollouts)
+  returns, values = [], []
+  for p, g, t in tokens_of(batch):
+    returns.append(float(rollouts.rewards[p, g, 0]))
+    values.append(float(rollouts.values[p, g, t]))
+  residual = np.array(returns) - np.array(values)
+  expected = 1 - residual.var() / np.var(returns)
+  got = float(diagnostics.explained_variance(batch))
+  assert expected < 0 and got == pytest.approx(expected, rel=1e-4)
+  # A critic that is right up to a constant explains all, a constant nothing.
+  same = lambda x: batch.replace(values=np.where(batch.mask, x, np.nan))
+  ours = lambda x: float(diagnostics.explained_variance(same(x)))
+  assert ours(batch.value_targets + 3.0) == pytest.approx(1.0, abs=1e-5)
+  assert ours(0.7) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_nothing_to_explain_is_no_number():
+  """All rewards equal: what varies in the targets is rounding alone."""
+  rollouts, _ = toys.random_rollouts(0, dtype=np.float32)
+  for reward in (0.0, 0.3, 1.0):
+    rewards = np.full_like(rollouts.rewards, reward)
+    batch = est.ppo(lam=1.0).prepare(rollouts.replace(rewards=rewards))
+    assert math.isnan(diagnostics.explained_variance(batch))
 
 
 def test_effective_sample_size():

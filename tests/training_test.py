@@ -7,8 +7,8 @@ import optax
 import pytest
 import toys
 
+from jaxrl_llm import critic, policy, training
 from jaxrl_llm import estimators as est
-from jaxrl_llm import policy, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import transformer
@@ -215,6 +215,153 @@ def test_adamw_is_its_formula(limit):
       w = {**w, name: w[name] - 0.1 * step}
   for name in w:
     np.testing.assert_allclose(ours[name], w[name], rtol=1e-4, atol=1e-6)
+
+
+def random_like(tree, random):
+  return jax.tree.map(lambda x: np.float32(random.normal(size=x.shape)), tree)
+
+
+def test_delayed_changes_no_bit_and_then_begins():
+  random = np.random.default_rng(0)
+  params = {'kernel': jnp.array([[1.0, -0.0], [0.3, 2e-38]])}
+  course = training.schedule(0.1, 9, 3, 'linear')
+  inner = training.adamw(course, weight_decay=0.1)
+  optimizer = training.delayed(inner, 2)
+  bits = lambda tree: [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+  update = jax.jit(optimizer.update)
+  ours, state = params, optimizer.init(params)
+  for count in (1, 2):
+    poison = {'kernel': np.full((2, 2), [1.0, np.nan], np.float32)}
+    changes, state = update(poison, state, ours)
+    ours = optax.apply_updates(ours, changes)
+    assert bits(ours) == bits(params)
+    assert bits(state.inner) == bits(inner.init(params))
+    assert int(state.seen) == count
+  # From here on it is the optimiser, at the beginning of its schedule.
+  expected, plain = params, inner.init(params)
+  for _ in range(4):
+    gradient = random_like(params, random)
+    changes, state = update(gradient, state, ours)
+    ours = optax.apply_updates(ours, changes)
+    changes, plain = jax.jit(inner.update)(gradient, plain, expected)
+    expected = optax.apply_updates(expected, changes)
+    assert bits(ours) == bits(expected) != bits(params)
+    assert bits(state.inner) == bits(plain)
+
+
+def test_parts_have_optimisers_of_their_own():
+  """Rates, decay and clipping: each as if the other were not there."""
+  random = np.random.default_rng(0)
+  params = {
+    'policy': {'head': {'embedding': np.ones((2, 3), np.float32)}},
+    'critic': {'value': {'kernel': np.ones((3, 1)), 'bias': np.ones(1)}},
+  }
+  params = jax.tree.map(jnp.float32, params)
+  alone = {
+    'policy': training.adamw(0.1, max_grad_norm=1.0),
+    'critic': training.adamw(0.2, weight_decay=0.5, max_grad_norm=1e-3),
+  }
+  optimizer = training.by_part(**alone)
+  state = optimizer.init(params)
+  states = {name: alone[name].init(params[name]) for name in alone}
+  for _ in range(2):
+    gradient = random_like(params, random)
+    changes, state = optimizer.update(gradient, state, params)
+    for name in alone:
+      expected, states[name] = alone[name].update(
+        gradient[name], states[name], params[name]
+      )
+      assert_equal(changes[name], expected)
+  # A value head's matrix decays, its bias does not.
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  changes, _ = optimizer.update(zeros, optimizer.init(params), params)
+  head = changes['critic']['value']
+  np.testing.assert_allclose(head['kernel'], -0.1, rtol=1e-6)
+  np.testing.assert_array_equal(head['bias'], 0.0)
+
+
+@pytest.fixture(scope='module')
+def gradients():
+  """By trunk: of the policy's loss alone, and with the value error added."""
+  config, params = toys.make_policy(num_layers=1)
+  prompts = toys.make_prompts([3, 1])
+  rollouts, _ = toys.random_rollouts(2, 2, 3, 4, dtype=np.float32)
+  batch = est.ppo().prepare(rollouts)
+  score = np.random.default_rng(5).normal(size=(1, config.hidden_size))
+  surrogate, error = est.clipped(0.2), est.value_error(1.0)
+  found = {}
+  for make in (critic.separate, critic.shared):
+    built = make(config)
+    forward = training.actor_critic_forward(
+      config, policy.Decoding(), built, chunk=5
+    )
+
+    def loss(trainable, coefficient, forward=forward):
+      outputs = forward(trainable, None, prompts, batch)
+      each = surrogate.apply(outputs, batch)
+      each += coefficient * error.apply(outputs, batch)
+      return (batch.weights * each).sum()
+
+    trainable = {'policy': params, 'critic': built.init(params, score)}
+    gradient = jax.jit(jax.grad(loss))
+    found[make] = [gradient(trainable, c) for c in (0.0, 1.0)]
+  return found
+
+
+def assert_close(x, y):
+  assert jax.tree.structure(x) == jax.tree.structure(y)
+  for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_critic_of_its_own_gives_the_policy_no_gradient(gradients):
+  without, both = gradients[critic.separate]
+  assert_equal(both['policy'], without['policy'])
+  for leaf in jax.tree.leaves(without['critic']):
+    assert not leaf.any()
+  for leaf in jax.tree.leaves(both):
+    assert np.abs(leaf).max() > 1e-4
+
+
+def test_a_shared_trunk_learns_the_value_as_well(gradients):
+  without, both = gradients[critic.shared]
+  apart, copy = gradients[critic.separate]
+  assert_close(without['policy'], apart['policy'])
+  assert_close(both['critic']['value'], copy['critic']['value'])
+  # The policy's own gradient and that which its copy got of the value error;
+  # the head has no part in values.
+  expected = dict(without['policy'])
+  for name, own in copy['critic']['trunk'].items():
+    expected[name] = jax.tree.map(jnp.add, expected[name], own)
+  assert_close(both['policy'], expected)
+
+
+def test_norms_of_both_gradients_are_reported():
+  """And what is not finite in one part skips the update of both."""
+  trainable, prompts, batch = bigram_case(est.ppo())
+  trainable['critic'] = {'value': {'bias': jnp.float32(0.5)}}
+
+  def forward(trainable, frozen, prompts, batch):
+    outputs = bigram(trainable, None, prompts, batch)
+    bias = frozen * trainable['critic']['value']['bias']
+    return outputs.replace(values=batch.values + bias)
+
+  optimizer = training.by_part(policy=optax.sgd(1.0), critic=optax.sgd(0.5))
+  update = training.make_update(forward, est.ppo(), optimizer, 2)
+  old = jax.tree.map(np.array, trainable)
+  state, metrics = update(state_of(trainable, optimizer), 1.0, prompts, batch)
+  step = jax.tree.map(lambda x, y: x - y, old, state.trainable)
+  for part, name, rate in (
+    ('policy', 'grad_norm', 1.0),
+    ('critic', 'critic/grad_norm', 0.5),
+  ):
+    norm = float(optax.tree.norm(step[part])) / rate
+    assert norm > 1e-3
+    assert float(metrics[name]) == pytest.approx(norm, rel=1e-4)
+  before = jax.tree.map(np.array, state.trainable)
+  state, metrics = update(state, jnp.inf, prompts, batch)
+  assert int(metrics['skipped']) == 1
+  assert_equal(state.trainable, before)
 
 
 def test_schedules():

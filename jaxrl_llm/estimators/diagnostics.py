@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.estimators.baselines import group_mean, varies
 from jaxrl_llm.estimators.ratios import token_ratio
-from jaxrl_llm.estimators.token_losses import k1, k3
+from jaxrl_llm.estimators.token_losses import k1, k3, value_error
 from jaxrl_llm.estimators.types import (
   Array,
   Batch,
@@ -55,6 +55,58 @@ def per_token(
       (ratio(outputs, batch) > 1.0 + high) & (batch.advantages > 0)
     )
   return diagnostics
+
+
+def critic_per_token(clip: float | None = None) -> dict[str, Diagnostic]:
+  """Diagnostics of a critic, as `per_token`.
+
+    critic/value_mean: V, in units of the reward.
+    critic/value_loss: half the squared error that the loss is made of, before
+      its coefficient.
+    critic/clip_ratio: whether the clipping cuts V's gradient, where there is
+      any.
+
+  Args:
+    clip: how far the loss lets the critic move, in units of the reward; None
+      if it does not clip.
+  """
+  error = value_error(1.0, clip).apply
+  diagnostics = {
+    'critic/value_mean': lambda outputs, batch: outputs.values,
+    'critic/value_loss': error,
+  }
+  if clip is not None:
+    free = value_error(1.0).apply
+    diagnostics['critic/clip_ratio'] = lambda outputs, batch: (
+      error(outputs, batch) > free(outputs, batch)
+    )
+  return diagnostics
+
+
+def explained_variance(batch: Batch) -> Array:
+  """How much of what a critic should predict it predicted at sampling time.
+
+    1 − Var(V̂ − V) / Var(V̂)   over the tokens of valid responses
+
+  1 is perfect, 0 what any constant gets, and less is worse than a constant.
+  Targets that bootstrap flatter the critic, for they contain its values: give
+  a batch prepared with λ = 1, whose V̂ is the shaped reward to go.
+
+  Args:
+    batch: with `values` and `value_targets`.
+
+  Returns:
+    A scalar; NaN where the targets do not vary, beyond rounding.
+  """
+  where = batch.mask & batch.valid
+  count = jnp.maximum(where.sum(), 1)
+  mean = lambda x: jnp.where(where, x, 0.0).sum() / count
+  variance = lambda x: mean(jnp.square(x - mean(x)))
+  targets, values = batch.value_targets, batch.values
+  whole, rest = variance(targets), variance(targets - values)
+  size = mean(jnp.square(targets) + jnp.square(values))
+  known = whole > 1e-10 * size
+  return jnp.where(known, 1.0 - rest / jnp.where(known, whole, 1.0), jnp.nan)
 
 
 def reference_kl(outputs: Outputs, batch: Batch) -> Array:

@@ -61,6 +61,40 @@ def load_config(path, **overrides) -> ModelConfig:
   return families.read(_read_json(resolve(path) / CONFIG), **overrides)
 
 
+def load_trunk_config(path, **overrides) -> ModelConfig:
+  """The ModelConfig of a folder's trunk, after a look at its tensors' shapes.
+
+  Args:
+    path: a folder, or a name on the Hugging Face hub: a language model, or a
+      reward model in the layout *ForSequenceClassification.
+    **overrides: as in `load`.
+
+  Raises:
+    UserError: as `load`, or the model gives more than one score.
+  """
+  folder = resolve(path)
+  config = families.read(
+    _read_json(folder / CONFIG), **{**overrides, 'tied': True}
+  )
+  tensors.check_trunk(config, folder)
+  return config
+
+
+def load_trunk(path, config: ModelConfig, param_dtype='float32'):
+  """Reads the parameters below the head.
+
+  Args:
+    path: as of `load_trunk_config`.
+    config: of `load_trunk_config`.
+    param_dtype: of the parameters.
+
+  Returns:
+    (params, score): score is the reward model's head [1, D], None for a
+    language model.
+  """
+  return tensors.read_trunk(config, resolve(path), param_dtype)
+
+
 def resolve(path) -> pathlib.Path:
   """The local folder of `path`, downloaded if it is the name of a hub model."""
   folder = pathlib.Path(path)

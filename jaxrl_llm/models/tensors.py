@@ -21,6 +21,8 @@ SHARD_BYTES = 5_000_000_000
 # Buffers that older checkpoints store and nothing needs.
 BUFFERS = re.compile(r'(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$')
 FLOATS = ('F64', 'F32', 'F16', 'BF16')
+# Heads: of the language model, and of the layout *ForSequenceClassification.
+HEAD, SCORE = 'lm_head.weight', 'score.weight'
 
 
 class Entry(NamedTuple):
@@ -188,8 +190,28 @@ class Reader:
       if not BUFFERS.search(key)
     }
 
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of the tensor `name`."""
+    return self._piece(name)[0]
+
   def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor `name`, checked to be floating-point of `shape`."""
+    self.check(name, shape)
+    stored, file = self._names[_canonical(name)]
+    return self._open(file).get_tensor(stored)
+
+  def check(self, name: str, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless `name` is floating-point of `shape`."""
+    found, dtype = self._piece(name)
+    if found != shape or dtype not in FLOATS:
+      stored, file = self._names[_canonical(name)]
+      raise UserError(
+        f'Tensor {stored!r} of {self.folder / file} is {dtype} {list(found)}; '
+        f'config.json asks for a float tensor {list(shape)}.'
+      )
+
+  def _piece(self, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of the tensor `name`."""
     stored, file = self._names[_canonical(name)]
     try:
       piece = self._open(file).get_slice(stored)
@@ -198,14 +220,7 @@ class Reader:
         f'{self.folder / file} lacks tensor {stored!r}, which {INDEX} '
         'places there.'
       ) from error
-    found = tuple(piece.get_shape())
-    if found != shape or piece.get_dtype() not in FLOATS:
-      raise UserError(
-        f'Tensor {stored!r} of {self.folder / file} is '
-        f'{piece.get_dtype()} {list(found)}; '
-        f'config.json asks for a float tensor {list(shape)}.'
-      )
-    return self._open(file).get_tensor(stored)
+    return tuple(piece.get_shape()), piece.get_dtype()
 
 
 def _canonical(name: str) -> str:
@@ -221,6 +236,58 @@ def read(config: ModelConfig, folder: pathlib.Path, param_dtype) -> dict:
   reader = Reader(folder)
   table = entries(config)
   _check_names(config, reader, table)
+  return _read(config, reader, table, param_dtype)
+
+
+def check_trunk(config: ModelConfig, folder: pathlib.Path) -> None:
+  """Raises UserError unless `read_trunk` would find what it reads."""
+  reader = _trunk_reader(config, folder)
+  for entry in entries(config):
+    for i in range(config.num_layers if '{}' in entry.name else 1):
+      reader.check(entry.name.format(i), entry.tensor_shape)
+
+
+def read_trunk(
+  config: ModelConfig, folder: pathlib.Path, param_dtype
+) -> tuple[dict, np.ndarray | None]:
+  """Parameters below the head, and the head of a model that gives one score.
+
+  Args:
+    config: tied, for a language model's head is not read.
+    folder: of a language model, or of a *ForSequenceClassification.
+    param_dtype: of the parameters.
+
+  Returns:
+    (parameters, score): [1, D] in its own dtype, or None for a language model.
+
+  Raises:
+    UserError: a tensor is missing, unknown or has another shape; the model
+      gives more than one score.
+  """
+  reader = _trunk_reader(config, folder)
+  params = _read(config, reader, entries(config), param_dtype)
+  if SCORE not in reader.names():
+    return params, None
+  return params, reader.get(SCORE, (1, config.hidden_size))
+
+
+def _trunk_reader(config: ModelConfig, folder: pathlib.Path) -> Reader:
+  """A reader of a folder whose tensors are those of a trunk and its head."""
+  reader = Reader(folder)
+  _check_names(config, reader, entries(config), extra_heads=(HEAD, SCORE))
+  if SCORE in reader.names():
+    labels = reader.shape(SCORE)[0]
+    if labels != 1:
+      raise UserError(
+        f'{folder} gives {labels} scores (num_labels).\n'
+        'A value is one number: use a model trained with num_labels=1.'
+      )
+    reader.check(SCORE, (1, config.hidden_size))
+  return reader
+
+
+def _read(config, reader: Reader, table, param_dtype) -> dict:
+  """The leaves of `table`."""
   params = {}
   for entry in table:
     leaf = np.empty(entry.shape, jnp.dtype(param_dtype))
@@ -240,7 +307,8 @@ def read(config: ModelConfig, folder: pathlib.Path, param_dtype) -> dict:
   return params
 
 
-def _check_names(config, reader: Reader, table):
+def _check_names(config, reader: Reader, table, extra_heads=()):
+  """Raises UserError unless the tensors are those of `table`."""
   wanted = {
     _canonical(entry.name.format(i)): entry.name.format(i)
     for entry in table
@@ -250,10 +318,10 @@ def _check_names(config, reader: Reader, table):
   missing = [name for key, name in wanted.items() if key not in found]
   if missing:
     raise UserError(f'{reader.folder} lacks {_some("tensor", missing)}.')
-  extra = found.keys() - wanted.keys()
-  if config.tied and 'lm_head.weight' in extra:
+  extra = found.keys() - wanted.keys() - set(extra_heads)
+  if config.tied and HEAD in extra:
     _check_tied(config, reader, table)
-    extra -= {'lm_head.weight'}
+    extra -= {HEAD}
   if extra:
     names = sorted(found[key] for key in extra)
     raise UserError(
@@ -265,10 +333,10 @@ def _check_names(config, reader: Reader, table):
 def _check_tied(config, reader: Reader, table):
   shape = config.vocab_size, config.hidden_size
   [embed] = [e.name for e in table if e.path == ('embed', 'embedding')]
-  head = reader.get('lm_head.weight', shape)
+  head = reader.get(HEAD, shape)
   if not np.array_equal(head, reader.get(embed, shape)):
     raise UserError(
-      f'{reader.folder} has a head (lm_head.weight) that differs from the '
+      f'{reader.folder} has a head ({HEAD}) that differs from the '
       f'embedding, but config.json ties them.\nPass tied=False to keep both.'
     )
 
