@@ -81,6 +81,7 @@ SETTINGS = {
       'count=2, samples=4, pairs(uniform()), fill=interpolate_advantages',
     ),
   ],
+  'trepo_tree': [Setting({'count': 1, 'samples': 4})],
 }
 
 TOP = """\
@@ -304,6 +305,9 @@ def level(estimator: est.Estimator) -> str:
     branch_mask=jax.ShapeDtypeStruct(shape, bool),
     running=est.start_running(estimator.needs),
   )
+  if estimator.needs.branches and estimator.needs.branches.trained:
+    row = jax.ShapeDtypeStruct((1, 2, 1), jnp.int32)
+    rollouts = rollouts.replace(parents=row, forked_at=row)
   batch = jax.eval_shape(estimator.prepare, rollouts)
   return 'response' if batch.advantages.shape[-1] == 1 else 'token'
 

@@ -21,6 +21,7 @@ from loops import (
   surrogate,
   token_ratio,
   tokens,
+  tree_surrogate,
   whitened,
 )
 from toys import (
@@ -176,6 +177,8 @@ FORMULAS = {
   'trepo, values interpolated': trepo(values_interpolated),
   'trepo, advantages interpolated': trepo(advantages_interpolated),
   'trepo, score-weighted': trepo(functools.partial(held, weighted=True)),
+  'trepo_tree': tree_surrogate(0.0),
+  'trepo_tree with KL': tree_surrogate(KL),
 }
 PROGRAM = make_program({name: RECIPES[name] for name in FORMULAS})
 
@@ -194,7 +197,11 @@ def test_recipe_is_its_formula(name, seed):
 
 def test_every_recipe_is_in_the_table():
   functions = inspect.getmembers(actor_critic, inspect.isfunction)
-  recipes = {n for n, f in functions if f.__module__ == actor_critic.__name__}
+  recipes = {
+    name
+    for name, function in functions
+    if function.__module__ == actor_critic.__name__ and name[0] != '_'
+  }
   assert recipes == {name.split()[0].strip(',') for name in FORMULAS}
 
 

@@ -9,7 +9,15 @@ import jax
 import numpy as np
 import pytest
 from loops import make_program, quick_jit
-from toys import GROUP_BASED, NAN, RECIPES, changed, random_rollouts
+from toys import (
+  GROUP_BASED,
+  NAN,
+  RECIPES,
+  changed,
+  random_rollouts,
+  rows_for,
+  with_branch_rows,
+)
 
 from jaxrl_llm import estimators as est
 
@@ -31,6 +39,7 @@ TAUGHT_BY_EQUALS = {
   'reinforce_baseline': 'its baseline is that of earlier batches',
   'rloo with KL': 'the KL is part of the reward',
   'rloo with adaptive KL': 'the KL is part of the reward',
+  'trepo_tree with KL': 'the KL is part of the reward',
   'reinforce_plus_plus': 'its baseline is that of the batch',
   'reinforce_plus_plus with adaptive KL': 'its baseline is that of the batch',
   'reinforce_plus_plus_baseline': 'whitening shifts, and a KL in the loss',
@@ -47,7 +56,9 @@ TAUGHT_BY_EQUALS = {
 MATCHED = {
   name
   for name, e in RECIPES.items()
-  if e.needs.greedy or e.needs.critic or e.needs.branches
+  if e.needs.greedy
+  or e.needs.critic
+  or (e.needs.branches and not e.needs.branches.trained)
 }
 PAIRED = {'p3o', 'p3o by pair', 'dpo', 'dpop', 'ipo'}
 
@@ -60,7 +71,9 @@ def float64():
 
 # As in training: one program prepares a batch, another differentiates its loss.
 PREPARE = quick_jit(
-  lambda rollouts: {name: e.prepare(rollouts) for name, e in RECIPES.items()}
+  lambda rollouts: {
+    name: e.prepare(rows_for(e, rollouts)) for name, e in RECIPES.items()
+  }
 )
 LOSSES = quick_jit(
   lambda outputs, batches: {
@@ -76,8 +89,12 @@ def evaluate(rollouts, outputs):
 
 
 def make_data(seed, **settings):
-  """As random rollouts; `valid` is always an array: one program for all."""
+  """As random rollouts; `valid` is always an array: one program for all.
+
+  Where it has a place to fork, the last row is a branch of the first.
+  """
   rollouts, outputs = random_rollouts(seed, 4, **settings)
+  rollouts = with_branch_rows(rollouts)
   if rollouts.valid is None:
     rollouts = rollouts.replace(valid=np.ones(rollouts.rewards.shape, bool))
   return rollouts, outputs
@@ -137,7 +154,7 @@ def test_op_by_op_it_is_the_same_and_no_nan_is_on_the_way(name):
   rollouts, outputs, expected = cleaned()
   recipe = RECIPES[name]
   with jax.debug_nans(True):
-    batch = recipe.prepare(rollouts)
+    batch = recipe.prepare(rows_for(recipe, rollouts))
     got = jax.value_and_grad(recipe.loss)(outputs, batch)
   assert_same(got, expected[name])
   assert np.isfinite(got[0]) and largest(got) > 0
@@ -234,7 +251,9 @@ def test_an_invalid_response_is_as_good_as_absent(name):
 def shuffled(order):
   rollouts, outputs, before = base(4)
   shuffle = on_groups(lambda a: a[:, list(order)])
-  after = evaluate(changed(rollouts, shuffle), changed(outputs, shuffle))
+  moved = changed(rollouts, shuffle)
+  moved = moved.replace(parents=np.argsort(order)[moved.parents])
+  after = evaluate(moved, changed(outputs, shuffle))
   return after, before, shuffle
 
 
@@ -322,6 +341,7 @@ def with_equal_fractions():
   rollouts, _ = random_rollouts(
     6, 16_000, 18, 2, invalid=False, dtype=np.float32
   )
+  rollouts = with_branch_rows(rollouts)
   fractions = np.arange(1000, dtype=np.float32) / np.float32(1000)
   equal = np.tile(fractions, 16)[:, None, None]
   rollouts = with_equal_rewards(rollouts, slice(None), equal)
@@ -335,7 +355,8 @@ def with_equal_fractions():
   def program(rollouts):
     results = {}
     for name in EXACT:
-      batch = RECIPES[name].prepare(rollouts)
+      recipe = RECIPES[name]
+      batch = recipe.prepare(rows_for(recipe, rollouts))
       loss = lambda x, name=name, batch=batch: RECIPES[name].loss(
         est.Outputs(log_probs=x), batch
       )

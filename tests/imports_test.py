@@ -83,7 +83,7 @@ def test_order_within_the_estimators():
   order = [
     'types',
     'baselines positions',
-    'advantages ratios values weights preferences',
+    'advantages ratios trees values weights preferences',
     'credit token_losses',
     'compose',
     'algorithms actor_critic references',

@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from toys import random_rollouts
+from toys import CLIP, random_rollouts, rows_for, with_branch_rows
 
 
 @dataclasses.dataclass
@@ -36,6 +36,8 @@ class Response:
   new_values: list
   forks: dict
   weighted_forks: dict
+  parent: int
+  kept: int
 
 
 def groups_of(rollouts, outputs):
@@ -67,6 +69,8 @@ def groups_of(rollouts, outputs):
         new_values=[leaf(x) for x in numbers(outputs.values)],
         forks=at_forks(rollouts.branch_values),
         weighted_forks=at_forks(rollouts.branch_baselines),
+        parent=int(rollouts.parents[p, g, 0]),
+        kept=int(rollouts.forked_at[p, g, 0]),
       )
     )
   return groups
@@ -105,7 +109,7 @@ quick_jit = functools.partial(
 
 def differentiate(estimator, rollouts, outputs):
   """(loss, its gradient in the outputs)."""
-  batch = estimator.prepare(rollouts)
+  batch = estimator.prepare(rows_for(estimator, rollouts))
   return jax.value_and_grad(estimator.loss)(outputs, batch)
 
 
@@ -116,7 +120,7 @@ def evaluate(estimator, rollouts, outputs):
 
 
 def prepare(estimator, rollouts):
-  return quick_jit(estimator.prepare)(rollouts)
+  return quick_jit(estimator.prepare)(rows_for(estimator, rollouts))
 
 
 def apply(transform, rollouts):
@@ -150,7 +154,7 @@ def make_data(seed, length=5):
     # Binary fractions: their mean is exact, so loops find a deviation of 0.
     rewards[1], rewards[2] = 0.25, 0.75
     rollouts = rollouts.replace(rewards=rewards)
-  return rollouts, outputs
+  return with_branch_rows(rollouts), outputs
 
 
 def tokens(groups):
@@ -199,3 +203,61 @@ def whitened(numbers, epsilon=1e-8):
   centre = mean(numbers)
   variance = mean([(x - centre) ** 2 for x in numbers])
   return [(x - centre) / math.sqrt(variance + epsilon) for x in numbers]
+
+
+def forks_of(i, group):
+  """{where: the branches that fork there}."""
+  own = [b for b in group if b.kept and b.parent == i.place]
+  return {t: [b for b in own if b.kept == t] for t in {b.kept for b in own}}
+
+
+def tree_value(i, group, after, reward):
+  """Of what continues response `i` from its fork `after` on."""
+  forks = forks_of(i, group)
+  later = [t for t in forks if t > after]
+  if not later:
+    return reward(i)
+  branches = [reward(b) for b in forks[min(later)]]
+  return mean([tree_value(i, group, min(later), reward), *branches])
+
+
+def tree_credit(i, t, group, reward):
+  """(advantage, share) of a token that is the row's own."""
+  whole = [j for j in group if not j.kept]
+  parent = next(j for j in whole if j.place == i.parent)
+  forks = forks_of(parent, group)
+  behind = [p for p in forks if p <= (i.kept if i.kept else t)]
+  share = math.prod(1 / (1 + len(forks[p])) for p in behind)
+  if not behind:
+    value = lambda j: tree_value(j, group, 0, reward)
+    others = [value(j) for j in siblings(i, whole)]
+    return value(i) - (mean(others) if others else 0.0), share
+  last = max(behind)
+  own = tree_value(parent, group, last, reward)
+  if not i.kept:
+    return own - mean([reward(b) for b in forks[last]]), share
+  others = [reward(b) for b in siblings(i, forks[last])]
+  return reward(i) - mean([own, *others]), share
+
+
+def tree_surrogate(beta):
+  """The clipped loss of the tree estimator, the KL part of the reward."""
+
+  def reward(i):
+    return i.reward - beta * sum(
+      old - ref for old, ref in zip(i.old, i.ref, strict=True)
+    )
+
+  def formula(groups, running):
+    total, count = 0.0, 0
+    for group in groups:
+      places = {i.place for i in group}
+      group = [i for i in group if i.parent in places]
+      count += len([i for i in group if not i.kept])
+      for i in group:
+        for t in range(i.kept, i.length):
+          a, share = tree_credit(i, t, group, reward)
+          total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
+    return -total / count
+
+  return formula

@@ -139,8 +139,8 @@ MUTATIONS = {
   ),
   'branches count in N': Mutation(
     'compose.py',
-    '      counted &= batch.whole\n',
-    '      pass\n',
+    '    counted &= batch.whole\n',
+    '',
     'compose_test.py',
   ),
   'a branch trains what it inherited': Mutation(
@@ -148,6 +148,30 @@ MUTATIONS = {
     'own = rollouts.mask & (time >= rollouts.forked_at)',
     'own = rollouts.mask & (time >= 0)',
     'compose_test.py',
+  ),
+  'a continuation in its own baseline': Mutation(
+    'trees.py',
+    'rest = _of_fork(rollouts, total + onward) - rewards\n',
+    'rest = _of_fork(rollouts, total + onward)\n',
+    'trees_test.py',
+  ),
+  'what is behind a fork weighs as before it': Mutation(
+    'trees.py',
+    'jnp.cumprod(1.0 / (1.0 + count), axis=2)',
+    '1.0 / (1.0 + count)',
+    'trees_test.py',
+  ),
+  'a fork is worth its branches alone': Mutation(
+    'trees.py',
+    'return (total + value) / (count + 1), value',
+    'return jnp.where(count > 0, total / jnp.maximum(count, 1), value), value',
+    'trees_test.py',
+  ),
+  'branches that are scored without what shapes responses': Mutation(
+    'advantages.py',
+    'return needs._replace(branches=needs.branches._replace(shaping=shaping))',
+    'return needs._replace(branches=needs.branches._replace(shaping=own))',
+    'values_test.py',
   ),
   'the padded width for a constant': Mutation(
     'weights.py',

@@ -4,45 +4,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import RECIPES, random_rollouts
+from toys import RECIPES, random_rollouts, rows_for, with_branch_rows
 
 every_recipe = pytest.mark.parametrize('name', RECIPES)
 
 
-MISSING = {
-  'greedy': 'greedy_rewards',
-  'reference': 'ref_log_probs',
-  'critic': 'values',
-  'entropy': 'entropy',
-  'score_norms': 'score_norms',
-  'branches': 'branch_mask',
-  'running': 'running',
-}
+def fields(needs):
+  """{field of the rollouts: whether it is needed}."""
+  branches = needs.branches
+  valued = bool(branches) and not branches.trained
+  trained = bool(branches) and branches.trained
+  return {
+    'greedy_rewards': needs.greedy,
+    'ref_log_probs': needs.reference,
+    'values': needs.critic,
+    'entropy': needs.entropy,
+    'score_norms': needs.score_norms,
+    'token_rewards': needs.token_rewards,
+    'branch_values': valued,
+    'branch_mask': valued,
+    'branch_baselines': valued and branches.score_weighted,
+    'parents': trained,
+    'forked_at': trained,
+    'running': bool(needs.running),
+  }
+
+
+def make_rollouts(recipe, **settings):
+  rollouts, outputs = random_rollouts(0, **settings)
+  return rows_for(recipe, with_branch_rows(rollouts)), outputs
 
 
 @every_recipe
 def test_what_is_missing_is_named(name):
-  rollouts, _ = random_rollouts(0)
-  for need, field in MISSING.items():
-    if getattr(RECIPES[name].needs, need):
+  recipe = RECIPES[name]
+  rollouts, _ = make_rollouts(recipe)
+  for field, needed in fields(recipe.needs).items():
+    if needed:
       with pytest.raises(ValueError, match=f'needs `{field}`'):
-        RECIPES[name].prepare(rollouts.replace(**{field: None}))
+        recipe.prepare(rollouts.replace(**{field: None}))
 
 
 @every_recipe
 def test_what_is_not_asked_for_is_not_needed(name):
-  rollouts, outputs = random_rollouts(0)
-  needs = RECIPES[name].needs
-  fields = {f for need, f in MISSING.items() if not getattr(needs, need)}
-  if not needs.branches:
-    fields.add('branch_values')
-  if not (needs.branches and needs.branches.score_weighted):
-    fields.add('branch_baselines')
-  rollouts = rollouts.replace(token_rewards=None, **dict.fromkeys(fields))
-  if not needs.critic:
+  recipe = RECIPES[name]
+  rollouts, outputs = make_rollouts(recipe)
+  wanted = fields(recipe.needs)
+  rollouts = rollouts.replace(**{f: None for f in wanted if not wanted[f]})
+  if not recipe.needs.critic:
     outputs = outputs.replace(values=None)
   outputs = outputs.replace(entropy=None)
-  recipe = RECIPES[name]
   batch = jax.eval_shape(recipe.prepare, rollouts)
   assert jax.eval_shape(recipe.loss, outputs, batch).shape == ()
 
@@ -50,8 +61,8 @@ def test_what_is_not_asked_for_is_not_needed(name):
 @every_recipe
 def test_float32_stays_float32(name):
   with jax.enable_x64(False):
-    rollouts, outputs = random_rollouts(0, dtype=np.float32)
     recipe = RECIPES[name]
+    rollouts, outputs = make_rollouts(recipe, dtype=np.float32)
     batch = jax.eval_shape(recipe.prepare, rollouts)
     result = jax.eval_shape(jax.value_and_grad(recipe.loss), outputs, batch)
     floats = batch.advantages, batch.weights, batch.value_targets, result

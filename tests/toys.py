@@ -61,6 +61,8 @@ RECIPES = {
     clip=CLIP,
   ),
   'trepo, score-weighted': est.trepo(clip=CLIP, score_weighted=True),
+  'trepo_tree': est.trepo_tree(2, 2, clip=CLIP),
+  'trepo_tree with KL': est.trepo_tree(2, 2, clip=CLIP, kl=KL),
   'dpo': est.dpo(BETA),
   'dpop': est.dpop(BETA, FLOOR),
   'ipo': est.ipo(BETA),
@@ -137,6 +139,33 @@ def random_rollouts(
     values=inside(values + random.normal(0.0, 0.3, shape)),
   )
   return rollouts, outputs
+
+
+def with_branch_rows(rollouts, samples=3):
+  """The rollouts with further rows as branches of the first `samples`.
+
+  Row i forks from row i modulo `samples` in its middle; one that is too short,
+  or whose parent is, stays a whole response.
+  """
+  _, rows, length = rollouts.mask.shape
+  numbers = np.arange(rows)[None, :, None]
+  lengths = rollouts.mask.sum(axis=2, keepdims=True)
+  parents = np.broadcast_to(numbers % samples, lengths.shape)
+  of_parents = np.take_along_axis(lengths, parents, axis=1)
+  middle = np.minimum(lengths, of_parents) // 2
+  forks = (numbers >= samples) & (middle > 0)
+  return rollouts.replace(
+    parents=np.where(forks, parents, numbers).astype(np.int32),
+    forked_at=np.where(forks, middle, 0).astype(np.int32),
+  )
+
+
+def rows_for(estimator, rollouts):
+  """The rollouts without branch rows, for an estimator that has none."""
+  branches = estimator.needs.branches
+  if branches is not None and branches.trained:
+    return rollouts
+  return rollouts.replace(parents=None, forked_at=None)
 
 
 def _some_batches_later(dtype):

@@ -10,6 +10,7 @@ from jaxrl_llm.estimators import diagnostics, enumeration, positions
 from jaxrl_llm.estimators.actor_critic import (
   ppo,
   trepo,
+  trepo_tree,
   vapo,
   vine_ppo,
 )
@@ -115,6 +116,7 @@ from jaxrl_llm.estimators.token_losses import (
   score_function,
   value_error,
 )
+from jaxrl_llm.estimators.trees import tree
 from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Batch,
@@ -250,7 +252,9 @@ __all__ = [
   'token_mean',
   'token_ratio',
   'trajectory_ratio',
+  'tree',
   'trepo',
+  'trepo_tree',
   'truncate',
   'update_running',
   'valid_responses',

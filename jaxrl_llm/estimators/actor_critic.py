@@ -4,7 +4,7 @@ A is the advantage, V a value, ρ the ratio of the policy to the one that
 sampled, N the number of responses, ΣT that of tokens.
 """
 
-from jaxrl_llm.estimators.advantages import chain
+from jaxrl_llm.estimators.advantages import chain, subtract_response_kl
 from jaxrl_llm.estimators.compose import Estimator, estimator
 from jaxrl_llm.estimators.credit import (
   Fill,
@@ -29,7 +29,8 @@ from jaxrl_llm.estimators.token_losses import (
   kl_penalty,
   value_error,
 )
-from jaxrl_llm.estimators.types import Running
+from jaxrl_llm.estimators.trees import tree
+from jaxrl_llm.estimators.types import AdvantageTransform, Running
 from jaxrl_llm.estimators.values import branches, critic
 from jaxrl_llm.estimators.weights import sequence_sum, token_mean
 
@@ -63,8 +64,7 @@ def ppo(
     Schulman et al., `Proximal Policy Optimization Algorithms
     <https://arxiv.org/abs/1707.06347>`_, 2017
   """
-  kl_part = (subtract_token_kl(kl),) if kl else ()
-  reward = chain(at_last_token(), *kl_part)
+  reward = _reward(kl)
   return estimator(
     chain(reward, gae(1.0, lam, critic()), whiten()),
     add(
@@ -153,6 +153,7 @@ def trepo(
   fill: Fill = hold,
   clip: float = 0.2,
   score_weighted: bool = False,
+  kl: float | Running = 0.0,
 ) -> Estimator:
   """Token-level advantages from Monte Carlo branches, without a critic.
 
@@ -174,6 +175,8 @@ def trepo(
     fill: `hold`, `interpolate_values` or `interpolate_advantages`.
     clip: ε.
     score_weighted: baselines weighted by the continuations' squared scores.
+    kl: β, in units of the reward per nat, or `adaptive_kl`: charged to the
+      responses and to their branches.
 
   References:
     He et al., `Response-Level Rewards Are All You Need
@@ -185,7 +188,47 @@ def trepo(
       positions = pairs(positions)
   values = branches(count, samples, positions, score_weighted)
   return estimator(
-    chain(at_last_token(), gae(1.0, 0.0, values, fill)),
+    chain(_reward(kl), gae(1.0, 0.0, values, fill)),
     clipped(clip),
     sequence_sum(),
   )
+
+
+def trepo_tree(
+  count: int = 4,
+  samples: int = 4,
+  positions: Positions | None = None,
+  clip: float = 0.2,
+  kl: float | Running = 0.0,
+) -> Estimator:
+  """TRePO whose branches are trained on as well.
+
+    L = − 1/N Σ_rows Σₜ sₜ min(ρₜ Aₜ, clip(ρₜ, 1−ε, 1+ε) Aₜ)
+    Aₜ = V(c) − mean of V of the other continuations
+
+  c is what continues with token t from the last fork before it; a fork is worth
+  the mean of its continuations, and the share s is 1/(K+1) for each fork that a
+  token stands behind.  N counts whole responses.
+
+  Bias: none.
+
+  Args:
+    count, samples, clip, kl: as in `trepo`.
+    positions: a rule of `positions`; `uniform()` if None.
+
+  References:
+    He et al., `Response-Level Rewards Are All You Need
+    <https://arxiv.org/abs/2506.02553>`_, 2025
+  """
+  kl_part = (subtract_response_kl(kl),) if kl else ()
+  return estimator(
+    chain(*kl_part, tree(count, samples, positions or uniform())),
+    clipped(clip),
+    sequence_sum(),
+  )
+
+
+def _reward(kl: float | Running) -> AdvantageTransform:
+  """The response's reward on its last token, less the KL of every token."""
+  kl_part = (subtract_token_kl(kl),) if kl else ()
+  return chain(at_last_token(), *kl_part)

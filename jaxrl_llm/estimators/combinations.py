@@ -28,6 +28,10 @@ class Slots(NamedTuple):
   forks: np.ndarray | None = None  # [..., T], as are the next two
   values: np.ndarray | None = None
   baselines: np.ndarray | None = None
+  # Of branches that are trained: the responses as which they ended and, in
+  # tokens, where they fork; 0 for no branch.
+  ends: np.ndarray | None = None  # [..., M, K]
+  places: np.ndarray | None = None  # [..., M]
   weight: np.ndarray | None = None  # probability, in a list of outcomes
 
 
@@ -36,6 +40,8 @@ class Forest:
 
   Attributes:
     samples: K.
+    trained: whether they are rows to train on, not values.
+    most: M, the most forks that a response may have.
     forks: [P, N, C, T] bool under each of the C states of the rule.
     weights: [P, N, C, T], squared score norms summed from here to the next
       fork of the same response, or to its end.
@@ -46,12 +52,13 @@ class Forest:
 
   def __init__(self, toy, rows: Rollouts, p, branches: Branches):
     """`rows` are all N responses to each prompt, as rollouts."""
-    self.samples = branches.samples
+    self.samples, self.trained = branches.samples, branches.trained
     self.states, self.lengths = toy.states, toy.mask.sum(axis=1)
     self.returns = _returns(branches, rows)
     passing = through(toy)
     self.onward = passing.T * p[:, None] / (p @ passing)[..., None]
     self.forks = _forks(toy, branches, np.asarray(rows.entropy))
+    self.most = int(self.forks.sum(axis=3).max(initial=1))
     norms = np.asarray(rows.score_norms) * toy.mask
     self.weights = np.zeros(self.forks.shape)
     rest = 0.0
@@ -83,7 +90,10 @@ class Forest:
     return rewards.mean(axis=-1), weighted
 
   def outcomes(self, prompt, choice, n, t, limit):
-    """{(value, baseline): probability} at a fork; None if above the limit."""
+    """{outcome: probability} of a fork's branches; None if above the limit.
+
+    An outcome is the responses as which they ended, or (value, baseline).
+    """
     p = self.onward[prompt, self.states[n, t]]
     ends, samples = np.flatnonzero(p), self.samples
     if math.comb(len(ends) + samples - 1, samples) > limit:
@@ -93,9 +103,12 @@ class Forest:
       orders = math.factorial(samples)
       for end in set(chosen):
         orders //= math.factorial(chosen.count(end))
-      value = self.values(prompt, np.array(chosen), choice, t)
-      value = tuple(float(x) for x in value)
-      found[value] = found.get(value, 0.0) + orders * p[list(chosen)].prod()
+      outcome = chosen
+      if not self.trained:
+        pair = self.values(prompt, np.array(chosen), choice, t)
+        outcome = tuple(float(x) for x in pair)
+      share = orders * p[list(chosen)].prod()
+      found[outcome] = found.get(outcome, 0.0) + share
     return found
 
 
@@ -155,7 +168,7 @@ def list_slots(p, forest, samples, limit) -> list[Slots] | None:
 def _list_forked(p, forest: Forest, prompt, limit) -> Slots | None:
   """As `list_slots`, of one prompt, with at most `limit` outcomes."""
   outcomes, rows = {}, []
-  _, count, choices, length = forest.forks.shape
+  _, count, choices, _ = forest.forks.shape
   for n, choice in itertools.product(range(count), range(choices)):
     forks = forest.forks[prompt, n, choice]
     at = np.flatnonzero(forks)
@@ -169,13 +182,25 @@ def _list_forked(p, forest: Forest, prompt, limit) -> Slots | None:
     if len(rows) + math.prod(len(x) for x in options) > limit:
       return None
     for picked in itertools.product(*options):
-      values = np.zeros((2, length))
-      weight = p[prompt, n] / choices
-      for t, (pair, share) in zip(at, picked, strict=True):
-        values[:, t] = pair
-        weight *= share
-      rows.append((n, forks, *values, weight))
-  return Slots(*(np.array(x) for x in zip(*rows, strict=True)))
+      found = [outcome for outcome, _ in picked]
+      weight = math.prod((share for _, share in picked), start=p[prompt, n])
+      rows.append(_slot(forest, n, forks, at, found, weight / choices))
+  return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+def _slot(forest: Forest, n, forks, at, outcomes, weight) -> Slots:
+  """Response `n` with these outcomes of its forks `at`."""
+  slot = Slots(np.int64(n), weight=np.float64(weight))
+  if forest.trained:
+    ends = np.zeros((forest.most, forest.samples), int)
+    places = np.zeros(forest.most, int)
+    for m, (t, chosen) in enumerate(zip(at, outcomes, strict=True)):
+      ends[m], places[m] = chosen, t
+    return slot._replace(ends=ends, places=places)
+  values = np.zeros((2, len(forks)))
+  for t, pair in zip(at, outcomes, strict=True):
+    values[:, t] = pair
+  return slot._replace(forks=forks, values=values[0], baselines=values[1])
 
 
 def combine(lists, shape, size) -> Iterator[tuple[np.ndarray, Slots]]:
@@ -210,17 +235,30 @@ def draw(
       continue
     choice = random.integers(forest.forks.shape[2], size=response.shape)
     forks = forest.forks[prompt, response, choice]
+    ended = functools.partial(_draw_branches, p, forest, response, random)
+    if forest.trained:
+      time = np.arange(forks.shape[-1])
+      places = np.sort(np.where(forks, time, len(time)))[..., : forest.most]
+      places = np.where(places < len(time), places, 0)
+      ends = [ended(places[..., m]) for m in range(forest.most)]
+      ends = np.stack(ends, axis=-2)
+      yield weights, Slots(response, ends=ends, places=places)
+      continue
     values = np.zeros((2, *forks.shape))
-    states = len(forest.onward[0])
-    onward = forest.onward.reshape(-1, p.shape[1])
     for t in range(forks.shape[-1]):
-      row = prompt * states + forest.states[response, t]
-      row = np.repeat(row[..., None], forest.samples, axis=-1)
-      chosen = _choose(random, onward, row)
       values[..., t] = forest.values(
-        prompt[..., None], chosen, choice[..., None], t
+        prompt[..., None], ended(t), choice[..., None], t
       )
     yield weights, Slots(response, forks, *np.where(forks, values, 0.0))
+
+
+def _draw_branches(p, forest: Forest, response, random, at) -> np.ndarray:
+  """[..., K]: as which responses the branches that fork `at` end."""
+  prompts, states, count = forest.onward.shape
+  prompt = np.arange(prompts)[:, None]
+  row = prompt * states + forest.states[response, at]
+  row = np.repeat(row[..., None], forest.samples, axis=-1)
+  return _choose(random, forest.onward.reshape(-1, count), row)
 
 
 def _choose(random, p: np.ndarray, row: np.ndarray) -> np.ndarray:

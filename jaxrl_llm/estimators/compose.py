@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.estimators.trees import fork_shares, whole_responses
 from jaxrl_llm.estimators.types import (
   PER_TOKEN,
   AdvantageTransform,
@@ -87,11 +88,17 @@ def estimator(
     Needs() if value_target is None else value_target.needs,
   )
 
+  if needs.branches and needs.branches.trained and keep != valid_responses:
+    raise ValueError(
+      '`keep` decides over whole groups, but rows may be branches: leave it out'
+    )
+
   def weigh(batch: Batch) -> Batch:
     mask, counted = batch.mask & batch.valid, batch.valid
-    if batch.whole is not None:
-      counted &= batch.whole
-    return batch.replace(weights=weights(mask, counted))
+    if batch.whole is None:
+      return batch.replace(weights=weights(mask, counted))
+    counted &= batch.whole
+    return batch.replace(weights=weights(mask, counted) * batch.shares)
 
   def prepare(rollouts: Rollouts) -> Batch:
     _check(rollouts, needs)
@@ -100,7 +107,7 @@ def estimator(
     advantage = advantages.apply(rewards, rollouts)
     target = value_target and value_target.apply(rewards, rollouts)
     valid = rollouts.valid & keep(rollouts)
-    mask, whole = _own_tokens(rollouts)
+    mask, whole, shares = _own_tokens(rollouts)
     batch = Batch(
       tokens=rollouts.tokens,
       mask=mask,
@@ -114,6 +121,7 @@ def estimator(
       value_targets=target,
       entropy=rollouts.entropy,
       whole=whole,
+      shares=shares,
     )
     return jax.lax.stop_gradient(weigh(batch))
 
@@ -139,24 +147,23 @@ def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
   Only whole responses count: branches are more of the same.
   """
   running = rollouts.running or {}
-  _, whole = _own_tokens(rollouts)
-  if whole is not None:
-    rollouts = rollouts.replace(valid=valid_responses(rollouts) & whole)
   rollouts = blank_rollouts(rollouts)
+  if rollouts.parents is not None:
+    valid = rollouts.valid & whole_responses(rollouts)
+    rollouts = blank_rollouts(rollouts.replace(valid=valid))
   return {
     part.name: part.update(running[part.name], rollouts)
     for part in needs.running
   }
 
 
-def _own_tokens(rollouts: Rollouts) -> tuple[Array, Array | None]:
-  """The mask without what branches inherit, and which rows are whole."""
+def _own_tokens(rollouts: Rollouts) -> tuple[Array, ...]:
+  """The mask without what branches inherit, which rows are whole, shares."""
   if rollouts.parents is None:
-    return rollouts.mask, None
+    return rollouts.mask, None, None
   time = jnp.arange(rollouts.mask.shape[2])[None, None]
-  row = jnp.arange(rollouts.mask.shape[1])[None, :, None]
   own = rollouts.mask & (time >= rollouts.forked_at)
-  return own, rollouts.parents == row
+  return own, whole_responses(rollouts), fork_shares(rollouts)
 
 
 def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:

@@ -33,6 +33,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxrl_llm.estimators.combinations import (
   Forest,
+  Slots,
   combine,
   draw,
   list_slots,
@@ -198,7 +199,8 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
   forest = needs.branches and _plant(toy, tables, p, needs.branches, running)
   lists = list_slots(p, forest, samples, limit)
   shape = (len(p), samples)
-  size = math.prod(shape) * toy.mask.shape[1] * tables.scores.shape[-1]
+  rows = 1 + forest.most * forest.samples if forest and forest.trained else 1
+  size = math.prod(shape) * rows * toy.mask.shape[1] * tables.scores.shape[-1]
   size = min(_CHUNK, 2 ** int(math.log2(max(_FLOATS / size, 1))))
   if lists is None:
     random = np.random.default_rng(seed)
@@ -207,8 +209,9 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
     chunks = combine(lists, shape, size)
     draws = math.prod(len(slots.weight) for slots in lists) ** samples
   mean, square = 0.0, 0.0
+  summed = _summed(estimator.prepare, estimator.loss)
   for weights, slots in chunks:
-    add = _summed(estimator.prepare, estimator.loss)(tables, running, weights, slots)
+    add = summed(tables, running, weights, slots)
     mean, square = mean + np.asarray(add[0]), square + float(add[1])
   lengths = toy.mask.sum(axis=1)
   tokens = samples * (p @ lengths).sum()
@@ -326,19 +329,40 @@ def _at(response: Array, table: Array | None) -> Array | None:
   return None if table is None else table[prompts, response]
 
 
+def _branch_rows(slots: Slots) -> tuple[Array, dict[str, Array]]:
+  """The numbers of responses and branches as rows, and how they are related."""
+  prompts, samples, most, branches = slots.ends.shape
+  flat = lambda x: x.reshape(prompts, -1)
+  own = jnp.broadcast_to(jnp.arange(samples), (prompts, samples))
+  join = lambda *x: jnp.concatenate(x, axis=1)
+  parents = jnp.repeat(own, most * branches, axis=1)
+  forked_at = jnp.repeat(flat(slots.places), branches, axis=1)
+  fields = {
+    'parents': join(own, parents),
+    'forked_at': join(jnp.zeros_like(own), forked_at),
+    'valid': join(jnp.ones_like(own, bool), forked_at > 0),
+  }
+  fields = {name: x[..., None] for name, x in fields.items()}
+  return join(slots.response, flat(slots.ends)), fields
+
+
 @functools.lru_cache(maxsize=256)
 def _summed(prepare, loss):
   """(tables, running, weights [b], slots [b, P, G]) → Σ w g [D], Σ w ‖g‖²."""
 
   def gradient(tables, running, slots):
-    at = functools.partial(_at, slots.response)
+    response, fields = slots.response, {}
+    if slots.ends is not None:
+      response, fields = _branch_rows(slots)
+    at = functools.partial(_at, response)
     rollouts = _rollouts(
       tables,
-      slots.response,
+      response,
       branch_values=slots.values,
       branch_baselines=slots.baselines,
       branch_mask=slots.forks,
       running=running,
+      **fields,
     )
     batch = prepare(rollouts)
 

@@ -80,6 +80,8 @@ class Batch:
     value_targets: [P, G, T], what a critic should predict.
     whole: [P, G, 1] bool, True for whole responses: N counts only these.  None
       where all rows are.
+    shares: [P, G, T], the factor that a token's weight has for standing behind
+      forks that are trained on; None without.
   """
 
   tokens: Array
@@ -94,6 +96,7 @@ class Batch:
   value_targets: Array | None = None
   entropy: Array | None = None
   whole: Array | None = None
+  shares: Array | None = None
 
 
 @chex.dataclass(frozen=True)
@@ -228,10 +231,16 @@ TokenWeights = Callable[[Array, Array], Array]
 
 
 def valid_responses(rollouts: Rollouts) -> Array:
-  """[P, G, 1] bool: `rollouts.valid`, all True where it is None."""
+  """[P, G, 1] bool: `rollouts.valid`, all True where it is None.
+
+  Branches of a response that is not valid are not valid either.
+  """
   if rollouts.valid is None:
     return jnp.ones(rollouts.mask.shape[:2] + (1,), bool)
-  return rollouts.valid
+  if rollouts.parents is None:
+    return rollouts.valid
+  of_parents = jnp.take_along_axis(rollouts.valid, rollouts.parents, axis=1)
+  return rollouts.valid & of_parents
 
 
 # Arrays of `Rollouts` that are [P, G, T] and mean nothing outside the mask.

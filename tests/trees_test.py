@@ -1,0 +1,347 @@
+"""The tree estimator: exact with nested forks, by hand, and its mistakes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loops import assert_is_formula, evaluate, prepare, tree_surrogate
+from toys import CLIP, random_rollouts, with_branch_rows
+
+from jaxrl_llm import estimators as est
+
+enumeration, positions = est.enumeration, est.positions
+SMALL = enumeration.toy(seed=0, words=1, max_length=3)
+LONG = enumeration.toy(seed=0, words=1, max_length=4)
+WIDE = enumeration.toy(seed=0, words=2, max_length=3)
+TWO = enumeration.toy(seed=1, words=1, max_length=2, prompts=2)
+CLOSE = dict(rtol=0, atol=1e-10)
+ONE_FORK, NESTED = positions.fixed(1), positions.fixed(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def tree(rule=NESTED, count=2, samples=1, *shaping):
+  return est.estimator(
+    est.chain(*shaping, est.tree(count, samples, rule)),
+    est.clipped(0.2),
+    est.sequence_sum(),
+  )
+
+
+# name: (estimator, toy, responses per prompt)
+UNBIASED = {
+  'one fork': (tree(ONE_FORK), SMALL, 2),
+  'one fork, three branches': (tree(ONE_FORK, samples=3), SMALL, 2),
+  'one fork, two words': (tree(ONE_FORK), WIDE, 2),
+  'two forks': (tree(), SMALL, 2),
+  'two forks, two branches': (tree(samples=2), SMALL, 2),
+  'two forks, three responses': (tree(), SMALL, 3),
+  'two forks, two prompts': (tree(ONE_FORK), TWO, 2),
+  'three forks': (tree(positions.fixed(1, 2, 3), 3), LONG, 2),
+  'random': (tree(positions.uniform()), SMALL, 2),
+  'delimiter': (tree(positions.delimiter(0)), LONG, 2),
+  'delimiter with a cap': (tree(positions.delimiter(0), 1), LONG, 2),
+  'entropy': (tree(positions.entropy_above(0.65), 3), LONG, 2),
+}
+
+
+@pytest.mark.parametrize('name', UNBIASED)
+def test_no_bias(name):
+  estimator, toy, samples = UNBIASED[name]
+  report = enumeration.examine(estimator, toy, samples)
+  assert report.exact
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+
+
+def test_branches_are_met_in_these_toys():
+  """The rule by entropy forks somewhere, and not everywhere."""
+  least = enumeration.examine(est.rloo(), LONG).tokens
+  most = enumeration.examine(*UNBIASED['three forks']).tokens
+  assert least < enumeration.examine(*UNBIASED['entropy']).tokens < most
+
+
+@pytest.mark.parametrize('seed', [0, 2])
+def test_it_is_less_noisy_than_branches_for_values_alone(seed):
+  """At the same forks, and so for the same tokens."""
+  toy = enumeration.toy(seed=seed, words=1, max_length=3)
+  ours = enumeration.examine(tree(samples=2), toy)
+  theirs = enumeration.examine(est.trepo(2, 2, NESTED), toy)
+  assert ours.tokens == pytest.approx(theirs.tokens)
+  assert ours.variance < 0.97 * theirs.variance
+
+
+def penalized(toy):
+  over = toy.mask.sum(axis=1) - 1
+  return toy._replace(rewards=toy.rewards - np.clip(over / 2, 0, 1))
+
+
+# name: (shaping, the gradient it ought to have)
+SHAPED = {
+  'overlong': (
+    est.penalize_overlong(3, 2),
+    lambda: enumeration.exact_gradient(penalized(SMALL)),
+  ),
+  'response KL': (
+    est.subtract_response_kl(1.0),
+    lambda: enumeration.exact_gradient(SMALL, kl=1.0),
+  ),
+  'token KL': (
+    est.chain(est.at_last_token(), est.subtract_token_kl(1.0)),
+    lambda: enumeration.exact_gradient(SMALL, kl=1.0),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', SHAPED)
+def test_no_bias_for_the_reward_as_shaped(name):
+  """Branches are rows: what shapes responses shapes them."""
+  shaping, exact = SHAPED[name]
+  report = enumeration.examine(
+    tree(NESTED, 2, 1, shaping), SMALL, exact=exact()
+  )
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  assert enumeration.examine(tree(), SMALL, exact=exact()).bias > 0.05
+
+
+def test_drawn_where_there_is_too_much_to_sum():
+  report = enumeration.examine(tree(samples=3), WIDE, 2, draws=20_000)
+  assert not report.exact and report.standard_error < 0.02
+  assert report.bias < 2.5 * report.standard_error
+
+
+def test_drawing_agrees_with_summing():
+  estimator = tree(positions.uniform())
+  exact = enumeration.examine(estimator, SMALL)
+  drawn = enumeration.examine(estimator, SMALL, limit=1, draws=40_000)
+  assert exact.exact and not drawn.exact
+  assert drawn.bias < 2.5 * drawn.standard_error
+  assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
+
+
+def changed(estimator, change):
+  """The estimator with a batch that `change`, (batch, rollouts), has made."""
+
+  def prepare(rollouts):
+    return estimator.weigh(change(estimator.prepare(rollouts), rollouts))
+
+  return estimator._replace(prepare=prepare)
+
+
+def share_once(batch, rollouts):
+  """Each row 1/(K + 1), however many forks it stands behind; K is 1."""
+  return batch.replace(shares=jnp.where(batch.shares < 1, 0.5, 1.0))
+
+
+def share_nothing(batch, rollouts):
+  return batch.replace(shares=jnp.ones_like(batch.shares))
+
+
+def count_branches(batch, rollouts):
+  return batch.replace(whole=jnp.ones_like(batch.whole))
+
+
+# name: (change, bias with nested forks, bias with one)
+MISTAKES = {
+  'each row once by 1/(K + 1)': (share_once, (0.02, 0.2), (0, 1e-10)),
+  'no shares': (share_nothing, (0.1, 3.0), (0.1, 3.0)),
+  'branches in N': (count_branches, (0.3, 0.9), (0.3, 0.9)),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_are_biased(name):
+  change, nested, one = MISTAKES[name]
+  for rule, (least, most) in ((NESTED, nested), (ONE_FORK, one)):
+    bias = enumeration.examine(changed(tree(rule), change), SMALL).bias
+    assert least <= bias <= most, bias
+
+
+def own_reward(batch, rollouts):
+  """The mean of all continuations as the baseline of each, at one fork."""
+  count = jnp.where(batch.shares < 1, 2.0, 1.0)
+  return batch.replace(
+    advantages=jnp.where(count > 1, batch.advantages / 2, batch.advantages)
+  )
+
+
+def test_a_continuation_in_its_own_baseline_is_biased():
+  """1 − 1/(K + 1) at the fork, and nothing at the prompt: a tilt."""
+  report = enumeration.examine(changed(tree(ONE_FORK), own_reward), SMALL)
+  assert report.bias > 0.02 and report.cosine < 0.9999
+
+
+def shared(estimator, owns):
+  """Of two responses that fork from one state, one loses its branches there.
+
+  `owns`, (rollouts, i, j) → [P, 1], says whether response i keeps its own.
+  """
+
+  def prepare(rollouts):
+    tokens, places = rollouts.tokens, rollouts.forked_at
+    branches = rollouts.valid & (places > 0)
+    agree = jnp.cumprod(tokens[:, 0] == tokens[:, 1], axis=1).sum(axis=1)
+    lost = jnp.zeros_like(branches)
+    for i, j in ((0, 1), (1, 0)):
+      mine, other = (branches & (rollouts.parents == k) for k in (j, i))
+      same = jnp.swapaxes(places, 1, 2) == places
+      met = (same & jnp.swapaxes(other, 1, 2)).any(axis=2, keepdims=True)
+      common = mine & met & (places <= agree[:, None, None])
+      lost |= common & owns(rollouts, i, j)[:, None]
+    return estimator.prepare(rollouts.replace(valid=rollouts.valid & ~lost))
+
+  return estimator._replace(prepare=prepare)
+
+
+def the_first(rollouts, i, j):
+  return jnp.full((rollouts.mask.shape[0], 1), i < j)
+
+
+def the_better(rollouts, i, j):
+  return rollouts.rewards[:, i] > rollouts.rewards[:, j]
+
+
+@pytest.mark.parametrize('rule', [ONE_FORK, NESTED])
+def test_responses_may_share_a_state_if_the_owner_is_not_chosen_by_reward(rule):
+  report = enumeration.examine(shared(tree(rule), the_first), SMALL)
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  plain = enumeration.examine(tree(rule), SMALL)
+  assert abs(report.variance - plain.variance) > 1e-4
+  assert enumeration.examine(shared(tree(rule), the_better), SMALL).bias > 0.01
+
+
+def rows(rewards, parents, forked_at, lengths, valid=None, length=6):
+  """Rollouts of one prompt."""
+  column = lambda x, dtype: np.array(x, dtype)[None, :, None]
+  mask = np.arange(length)[None] < np.array(lengths)[:, None]
+  return est.Rollouts(
+    tokens=np.zeros((1, *mask.shape), np.int32),
+    mask=mask[None],
+    log_probs=np.zeros((1, *mask.shape)),
+    rewards=column(rewards, float),
+    valid=column([True] * len(rewards) if valid is None else valid, bool),
+    parents=column(parents, np.int32),
+    forked_at=column(forked_at, np.int32),
+  )
+
+
+def advantages(rollouts):
+  batch = prepare(tree(), rollouts)
+  return np.asarray(batch.advantages)[0], np.asarray(batch.shares)[0]
+
+
+def test_by_hand():
+  """Two responses; the first forks after one token and after three."""
+  data = rows(
+    rewards=[8.0, 1.0, 2.0, 3.0, 4.0],
+    parents=[0, 1, 0, 0, 0],
+    forked_at=[0, 0, 1, 1, 3],
+    lengths=[6, 4, 5, 2, 6],
+  )
+  # V at the second fork is (8 + 4)/2 = 6, at the first (6 + 2 + 3)/3 = 11/3.
+  got, shares = advantages(data)
+  root, inner = 11 / 3 - 1, 6 - (2 + 3) / 2
+  expected = np.zeros((5, 6))
+  expected[0] = [root, inner, inner, 8 - 4, 8 - 4, 8 - 4]
+  expected[1, :4] = 1 - 11 / 3
+  expected[2, 1:5] = 2 - (6 + 3) / 2
+  expected[3, 1:2] = 3 - (6 + 2) / 2
+  expected[4, 3:] = 4 - 8
+  np.testing.assert_allclose(got, expected, atol=1e-12)
+  np.testing.assert_allclose(shares[0], [1, 1 / 3, 1 / 3, 1 / 6, 1 / 6, 1 / 6])
+  np.testing.assert_allclose(shares[1], 1)
+  for row, share in ((2, 1 / 3), (3, 1 / 3), (4, 1 / 6)):
+    np.testing.assert_allclose(shares[row], share)
+
+
+def test_a_fork_without_a_valid_branch_is_none():
+  """Its tokens keep the baseline before it, and their whole weight."""
+  data = rows([8.0, 1.0, 2.0], [0, 1, 0], [0, 0, 3], [6, 4, 5])
+  got, shares = advantages(
+    data.replace(valid=np.array([[[True], [True], [False]]]))
+  )
+  np.testing.assert_allclose(got[0], 8 - 1)
+  np.testing.assert_allclose(shares[0], 1)
+  np.testing.assert_array_equal(got[2], 0)
+
+
+def test_a_branch_of_an_invalid_response_is_invalid():
+  data = rows([8.0, 1.0, 2.0, 5.0], [0, 1, 0, 3], [0, 0, 3, 0], [6, 4, 5, 2])
+  batch = prepare(
+    tree(), data.replace(valid=np.array([[[False], [True], [True], [True]]]))
+  )
+  np.testing.assert_array_equal(batch.valid[0, :, 0], [0, 1, 0, 1])
+  np.testing.assert_allclose(batch.advantages[0, 1, :4], 1 - 5)
+  np.testing.assert_array_equal(batch.weights[0, [0, 2]], 0)
+  np.testing.assert_allclose(batch.weights[0, 1, :4], 1 / 2)
+
+
+def test_a_lone_response_has_no_part_in_its_baseline():
+  """At the prompt 0, at a fork its branch."""
+  data = rows([8.0, 9.0, 2.0], [0, 1, 0], [0, 0, 3], [6, 4, 5])
+  got, _ = advantages(data.replace(valid=np.array([[[True], [False], [True]]])))
+  np.testing.assert_allclose(got[0], [5, 5, 5, 6, 6, 6])
+  np.testing.assert_allclose(got[2, 3:5], 2 - 8)
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_many_rows_are_their_formula(seed):
+  """Two responses of each prompt and eight branches at ragged places."""
+  rollouts, outputs = random_rollouts(
+    seed, prompts=4, samples=10, length=9, invalid=seed == 1
+  )
+  if rollouts.valid is None:
+    rollouts = rollouts.replace(valid=np.ones(rollouts.rewards.shape, bool))
+  rollouts = with_branch_rows(rollouts, samples=2)
+  forks = np.sort(rollouts.forked_at[:, :, 0], axis=1)
+  assert (np.diff(forks, axis=1) > 0).sum(axis=1).max() > 1  # nested
+  recipe = est.trepo_tree(8, 8, clip=CLIP)
+  got = evaluate(recipe, rollouts, outputs)
+  assert_is_formula(got, tree_surrogate(0.0), rollouts, outputs)
+
+
+def test_equal_rewards_give_exactly_zero_and_a_nan_stays_in_sight():
+  with jax.enable_x64(False):
+    data = rows([0.3] * 5, [0, 1, 0, 0, 0], [0, 0, 1, 1, 3], [6, 4, 5, 2, 6])
+    data = data.replace(rewards=data.rewards.astype(np.float32))
+    np.testing.assert_array_equal(advantages(data)[0], 0)
+    rewards = data.rewards.copy()
+    rewards[0, 4] = np.nan
+    assert np.isnan(advantages(data.replace(rewards=rewards))[0]).any()
+
+
+def test_a_running_number_counts_whole_responses():
+  """The KL that steers is theirs: branches would count prefixes again."""
+  kl = est.adaptive_kl(0.1, target=1.0, horizon=2)
+  recipe = est.trepo_tree(2, 2, kl=kl)
+  data = rows([8.0, 1.0, 2.0], [0, 1, 0], [0, 0, 3], [6, 4, 5])
+  data = data.replace(
+    log_probs=np.full(data.mask.shape, 0.5)
+    + np.array([0, 0, 9])[None, :, None],
+    ref_log_probs=np.zeros(data.mask.shape),
+    running=est.start_running(recipe.needs),
+  )
+  got = est.update_running(recipe.needs, data)[kl.name]
+  alone = data.replace(valid=np.array([[[True], [True], [False]]]))
+  assert got == est.update_running(recipe.needs, alone)[kl.name]
+  assert got == pytest.approx(0.1 * 1.2)
+
+
+def test_what_does_not_fit_is_refused():
+  for make in (
+    lambda: est.tree(0, 1, ONE_FORK),
+    lambda: est.tree(1, 0, ONE_FORK),
+    lambda: est.tree(1, 1, positions.fixed),
+    lambda: est.chain(est.standardize(), est.tree(1, 1, ONE_FORK)),
+    lambda: est.estimator(
+      est.tree(1, 1, ONE_FORK),
+      est.clipped(0.2),
+      est.sequence_sum(),
+      keep=est.mixed_outcomes(),
+    ),
+  ):
+    with pytest.raises(ValueError):
+      make()
