@@ -11,15 +11,23 @@ from ml_collections import ConfigDict
 from experiments import data, naming
 from jaxrl_llm import estimators, policy, rollouts, training
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimators import actor_critic, algorithms, diagnostics
+from jaxrl_llm.estimators import (
+  actor_critic,
+  advantages,
+  algorithms,
+  diagnostics,
+  positions,
+)
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, functions
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import vocabulary
 
-# Modules with the functions that `config.algorithm` may name.
+# Modules with the functions that `config.algorithm` may name, and with those
+# that its arguments may.
 ALGORITHMS = (algorithms, actor_critic)
+PARTS = (advantages, positions)
 
 # Parameters that tell a reward function from a factory of one.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
@@ -108,18 +116,22 @@ def generation(
       f"response tokens exceed the model's {built.config.max_length}\n"
       'lower config.prompts.max_tokens or config.rollout.max_tokens'
     )
-  decoding = policy.Decoding(
+  return rollouts.Generation(
+    samples=samples,
+    max_tokens=config.rollout.max_tokens,
+    decoding=decoding(config, built, temperature),
+    eos_ids=built.eos_ids,
+    pad_id=pad_id,
+  )
+
+
+def decoding(config, built: Model, temperature: float) -> policy.Decoding:
+  """How `config.rollout` draws a token, with another temperature."""
+  return policy.Decoding(
     temperature=temperature,
     top_k=config.rollout.top_k,
     top_p=config.rollout.top_p,
     num_tokens=known_tokens(built),
-  )
-  return rollouts.Generation(
-    samples=samples,
-    max_tokens=config.rollout.max_tokens,
-    decoding=decoding,
-    eos_ids=built.eos_ids,
-    pad_id=pad_id,
   )
 
 
@@ -131,7 +143,7 @@ def known_tokens(built: Model) -> int:
 def estimator(config) -> estimators.Estimator:
   """The estimator that `config.algorithm` names, checked against rollouts."""
   spec = config.algorithm.to_dict()
-  built = naming.call(ALGORITHMS, spec, 'config.algorithm')
+  built = named_estimator(spec)
   if config.rollout.samples < built.needs.samples:
     raise UserError(
       f'config.rollout.samples is {config.rollout.samples}; '
@@ -147,6 +159,16 @@ def estimator(config) -> estimators.Estimator:
   except ValueError as error:
     raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
   return built
+
+
+def named_estimator(spec) -> estimators.Estimator:
+  """The estimator of a `config.algorithm`, unchecked."""
+  try:
+    return naming.call(ALGORITHMS, spec, 'config.algorithm', PARTS)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
 
 
 def abstract_rollouts(
@@ -203,10 +225,22 @@ def token_metrics(config) -> dict[str, diagnostics.Diagnostic]:
   )
 
 
-def init_state(params, optimizer, estimator) -> training.TrainState:
-  """A state that has taken no update, for any of a run's phases."""
+def init_state(
+  params, optimizer, estimator, critic=None
+) -> training.TrainState:
+  """A state that has taken no update, for any of a run's phases.
+
+  Args:
+    params: of the policy.
+    optimizer: of what is trained.
+    estimator: of the whole run.
+    critic: parameters of the critic, in a phase that trains one.
+  """
   running = estimators.start_running(estimator.needs)
-  return training.init_state({'policy': params}, optimizer, running)
+  trainable = {'policy': params}
+  if critic is not None:
+    trainable['critic'] = critic
+  return training.init_state(trainable, optimizer, running)
 
 
 def reward_parts(config) -> list[RewardPart]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import build
+from experiments import build, critics
 from experiments.configs import base
 from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
@@ -26,6 +26,7 @@ _LEAST = {
   'training.minibatches': 1,
   'training.micro_prompts': 0,
   'training.chunk': 1,
+  'critic.warmup': 0,
   'warm_start.steps': 0,
   'warm_start.batch': 1,
   'evaluation.every': 1,
@@ -47,8 +48,9 @@ def check(config: ConfigDict) -> None:
   An algorithm that is named as file.py:function is loaded.
   """
   check_fields(config)
-  _check_schedules(config)
-  build.estimator(config)
+  with_critic = build.estimator(config).needs.critic
+  _check_critic(config, with_critic)
+  _check_schedules(config, with_critic)
   _check_on_policy(config)
   prompts, settings = config.rollout.prompts, config.training
   check_divides(settings.minibatches, prompts, 'config.training.minibatches')
@@ -114,6 +116,7 @@ def _check_numbers(config: ConfigDict) -> None:
     )
   sections = {
     'optimizer': config.optimizer,
+    'critic.optimizer': config.critic.optimizer,
     'warm_start.optimizer': config.warm_start.optimizer,
   }
   for section, settings in sections.items():
@@ -136,21 +139,54 @@ def _check_numbers(config: ConfigDict) -> None:
       )
 
 
-def _check_schedules(config: ConfigDict) -> None:
-  if config.tokens and config.optimizer.decay != 'constant':
+def _check_critic(config: ConfigDict, wanted: bool) -> None:
+  """Refuses what a critic cannot be, and settings of one that there is not."""
+  section = config.critic
+  if not wanted:
+    defaults = dict(leaves(base.get_config().critic))
+    for name, value in leaves(section):
+      if value != defaults[name]:
+        raise UserError(
+          f'config.critic.{name} is {value!r}, but {config.algorithm.name} has '
+          'no critic\nremove it, or use an algorithm with one, such as ppo'
+        )
+    return
+  if section.trunk not in critics.TRUNKS:
     raise UserError(
-      f'config.optimizer.decay is {config.optimizer.decay!r}: where it ends is '
-      "not known if config.tokens ends the run\nset decay to 'constant', or "
-      'tokens to 0 and config.steps'
+      f'config.critic.trunk is {section.trunk!r}\n'
+      f'choose one of {", ".join(critics.TRUNKS)}'
     )
+  if section.path and section.trunk == 'shared':
+    raise UserError(
+      f'config.critic.path is {section.path!r}, but a shared trunk is the '
+      "policy's\nset config.critic.trunk to 'separate', or path to ''"
+    )
+  if section.warmup >= config.steps > 0:
+    raise UserError(
+      f'config.critic.warmup is {section.warmup}: of {config.steps} steps the '
+      f'policy would learn in none\nset it to {config.steps - 1} or less'
+    )
+
+
+def _check_schedules(config: ConfigDict, with_critic: bool) -> None:
   per_step = config.training.epochs * config.training.minibatches
+  warmup = config.critic.warmup if with_critic else 0
   phases = {
-    'optimizer': (config.optimizer, config.steps * per_step),
+    'optimizer': (config.optimizer, (config.steps - warmup) * per_step),
+    'critic.optimizer': (config.critic.optimizer, config.steps * per_step),
     'warm_start.optimizer': (
       config.warm_start.optimizer,
       config.warm_start.steps,
     ),
   }
+  for section in ('optimizer', 'critic.optimizer'):
+    decay = phases[section][0].decay
+    if config.tokens and decay != 'constant':
+      raise UserError(
+        f'config.{section}.decay is {decay!r}: where it ends is not known if '
+        "config.tokens ends the run\nset decay to 'constant', or tokens to 0 "
+        'and config.steps'
+      )
   for section, (settings, updates) in phases.items():
     try:
       build.optimizer(settings, updates)

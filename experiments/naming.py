@@ -53,7 +53,11 @@ def find(modules: Modules, name: str, field: str) -> Callable:
 
 
 def call(
-  modules: Modules, spec: Mapping[str, Any], field: str, **extra: Any
+  modules: Modules,
+  spec: Mapping[str, Any],
+  field: str,
+  parts: Modules = (),
+  **extra: Any,
 ) -> Any:
   """Calls the function that `spec['name']` names with the other entries.
 
@@ -61,6 +65,9 @@ def call(
     modules: where the functions live.
     spec: name and keyword arguments.
     field: the configuration field, for the message.
+    parts: where the functions live that an argument may name: it is then what
+      the function gives, as in `dict(name='ppo', kl=dict(name='adaptive_kl',
+      …))`.  Without them an argument is what it is.
     **extra: arguments that do not come from a configuration; given only to a
       function that has a parameter of that name.
 
@@ -81,6 +88,13 @@ def call(
         f'{field}: {name} has no parameter {key!r}\n'
         f'{hint}it takes {", ".join(parameters) or "none"}'
       )
+  if parts:
+    arguments = {
+      key: call(parts, value, f'{field}.{key}', parts)
+      if isinstance(value, Mapping)
+      else value
+      for key, value in arguments.items()
+    }
   arguments |= {k: v for k, v in extra.items() if k in parameters}
   missing = [
     key

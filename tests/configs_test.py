@@ -50,7 +50,7 @@ def test_docstring_has_the_command(name):
 def test_every_field_is_read():
   # A field that nothing reads would be a setting without effect.  Sections
   # whose fields are keyword arguments are read as a whole.
-  whole = ('optimizer.', 'warm_start.optimizer.')
+  whole = ('optimizer.', 'critic.optimizer.', 'warm_start.optimizer.')
   source = ''.join(
     path.read_text()
     for path in FOLDER.parent.glob('*.py')

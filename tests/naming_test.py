@@ -35,6 +35,19 @@ def test_several_modules_are_searched_in_turn():
     naming.find(both, 'cone', 'f')
 
 
+def test_an_argument_may_be_a_part_with_a_name():
+  inner = dict(name='disc', radius=dict(name='disc', radius=3.0))
+  spec = dict(name='square', side=1, colour=inner)
+  found = naming.call(module, spec, 'f', parts=module)
+  assert found == (1, ((3.0, None), None))
+  # Where there are no parts it is what it is.
+  assert naming.call(module, spec, 'f') == (1, inner)
+  with pytest.raises(UserError, match=r"f.colour: disc has no parameter 'x'"):
+    naming.call(
+      module, spec | {'colour': dict(name='disc', x=1)}, 'f', parts=module
+    )
+
+
 def test_extra_goes_to_functions_that_take_it():
   assert naming.call(module, dict(name='disc'), 'f', tokenizer='t') == (
     1.0,

@@ -71,6 +71,15 @@ def get_config() -> ConfigDict:
         chunk=256,  # positions whose logits exist at one time
       ),
       optimizer=optimizer(1e-5),
+      critic=dict(  # of an algorithm that has one
+        trunk='separate',  # or 'shared': a value head on the policy's
+        # What a trunk of its own begins with: a Hugging Face folder or hub
+        # name of a language model or of a reward model, with its head (the
+        # layout *ForSequenceClassification); '' for a copy of the policy.
+        path='',
+        warmup=0,  # steps in which only the critic learns
+        optimizer=optimizer(1e-4),
+      ),
       warm_start=dict(
         steps=0,  # of supervised learning on the task's demonstrations
         batch=64,  # demonstrations per step
