@@ -7,6 +7,7 @@ from jaxrl_llm.audit.gradients import (
   Share,
   compare,
   draw_gradients,
+  relative_error,
   share,
   sketch,
 )
@@ -22,6 +23,7 @@ __all__ = [
   'compare',
   'doob',
   'draw_gradients',
+  'relative_error',
   'root',
   'share',
   'sketch',

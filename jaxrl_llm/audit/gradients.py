@@ -54,11 +54,12 @@ class Report(NamedTuple):
     squared_bias: ‖E g − G‖² / ‖G‖².  Without bias, so it may be negative.
     scale: ⟨E g, G⟩ / ‖G‖², the multiple of G that is nearest to E g.
     cosine: of the angle between E g and G.
+    squared_tilt: 1 − cos², the squared bias that is left at the best scale:
+      ‖s E g − G‖² / ‖G‖², whatever the step size.  May be negative.
     variance: tr Cov g / ‖G‖².
     signal: to noise per 1,000 generated tokens,
       1000 / tokens · ‖E g‖² cos² / tr Cov g.  The scale of g has no part in
       it; unbiased estimators have cos = 1.
-    reference_error: ‖mean reference − G‖ / ‖G‖, expected.
   """
 
   draws: int
@@ -66,9 +67,9 @@ class Report(NamedTuple):
   squared_bias: Estimate
   scale: Estimate
   cosine: Estimate
+  squared_tilt: Estimate
   variance: Estimate
   signal: Estimate
-  reference_error: float
 
 
 class Share(NamedTuple):
@@ -192,17 +193,23 @@ def compare(gradients: Gradients, reference: Gradients) -> Report:
   true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
   estimate = functools.partial(jackknife, n)
   with np.errstate(invalid='ignore', divide='ignore'):
-    noise = reference.squared_norms.mean() - true[0]
     return Report(
       draws=n,
       tokens=float(gradients.tokens.mean()),
       squared_bias=estimate((own.squared - 2 * cross.mean + true) / true),
       scale=estimate(cross.mean / true),
       cosine=estimate(cross.mean / np.sqrt(own.squared * true)),
+      squared_tilt=estimate(1.0 - cross.square / (own.squared * true)),
       variance=estimate(own.variance / true),
       signal=estimate(1000 / own.tokens * cross.square / (true * own.variance)),
-      reference_error=float(np.sqrt(max(noise, 0.0) / m / true[0])),
     )
+
+
+def relative_error(reference: Gradients) -> float:
+  """√(tr Cov g / n) / ‖G‖: how far the mean of n ≥ 4 draws may be from G."""
+  own = _Moments.of(reference, 4)
+  n, true, variance = len(reference.vectors), own.squared[0], own.variance[0]
+  return math.sqrt(max(variance, 0.0) / n / true) if true > 0 else math.nan
 
 
 def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
