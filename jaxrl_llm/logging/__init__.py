@@ -1,7 +1,13 @@
 """What a run says: records, sample tables, progress, plots."""
 
 from jaxrl_llm.logging.metrics import MetricsWriter, read_metrics
-from jaxrl_llm.logging.plots import Band, plot_bands, plot_curve
+from jaxrl_llm.logging.plots import (
+  Band,
+  Panel,
+  plot_bands,
+  plot_curve,
+  plot_estimates,
+)
 from jaxrl_llm.logging.progress import Progress
 from jaxrl_llm.logging.records import read_records
 from jaxrl_llm.logging.samples import (
@@ -15,12 +21,14 @@ from jaxrl_llm.logging.samples import (
 __all__ = [
   'Band',
   'MetricsWriter',
+  'Panel',
   'Progress',
   'Sample',
   'SampleLog',
   'before_after_table',
   'plot_bands',
   'plot_curve',
+  'plot_estimates',
   'read_metrics',
   'read_records',
   'read_samples',

@@ -145,6 +145,76 @@ def plot_bands(
   save(figure, path)
 
 
+class Panel(NamedTuple):
+  """One number of several things, to be drawn as points with intervals.
+
+  Attributes:
+    xlabel: what the number is, with its unit.
+    points: label → (value, low, high); NaNs leave a gap.
+    log: whether the axis is logarithmic; what is not positive is left out.
+    line: a value to compare with, such as that of no bias.
+  """
+
+  xlabel: str
+  points: dict[str, tuple[float, float, float]]
+  log: bool = False
+  line: float | None = None
+
+
+def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
+  """Draws several numbers of the same things side by side and saves a PNG.
+
+  Args:
+    path: the picture's path; replaced atomically.
+    panels: one per number; their rows are the labels of the first one, from
+      top to bottom.
+    title: one line.
+
+  Raises:
+    ValueError: the panels' labels differ.
+    UserError: the disk is full or the folder cannot be written.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import LogLocator, NullFormatter
+
+  labels = list(panels[0].points)
+  if any(set(panel.points) != set(labels) for panel in panels):
+    raise ValueError('The panels have to have the same labels.')
+  width = 2.6 * len(panels) + 0.09 * max(map(len, labels)) + 0.6
+  figure = Figure(
+    figsize=(width, 1.4 + 0.3 * len(labels)), dpi=150, layout='constrained'
+  )
+  FigureCanvasAgg(figure)
+  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  for axes, panel in zip(row, panels, strict=True):
+    points = np.array([panel.points[label] for label in labels], float)
+    value, low, high = points.T
+    if panel.log:
+      axes.set_xscale('log')
+      value, high = (np.where(x > 0, x, np.nan) for x in (value, high))
+      # An interval that reaches 0 goes on to the edge.
+      low = np.where(low > 0, low, value / 1e3)
+    places = np.arange(len(labels))
+    axes.hlines(places, low, high, color=_COLOURS[0], linewidth=2, alpha=0.45)
+    axes.plot(value, places, 'o', color=_COLOURS[0], markersize=4.5)
+    if panel.log and (value > 0).any():
+      edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
+      axes.set_xlim(*edges)
+      axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+      axes.xaxis.set_major_formatter('{x:g}')
+      axes.xaxis.set_minor_formatter(NullFormatter())
+    if panel.line is not None:
+      axes.axvline(panel.line, color='0.45', linestyle='--', linewidth=1)
+    axes.set_xlabel(panel.xlabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    _style(axes)
+  row[0].set_yticks(np.arange(len(labels)), labels, fontsize=9)
+  row[0].set_ylim(len(labels) - 0.5, -0.5)
+  figure.suptitle(title, x=0.01, ha='left', fontsize=11)
+  save(figure, path)
+
+
 def _style(axes: Any) -> None:
   axes.grid(color='0.9', linewidth=0.8)
   axes.set_axisbelow(True)
