@@ -1,4 +1,4 @@
-"""Every configuration in the repository can be read, checked and started."""
+"""Every configuration of a training can be read, checked and started."""
 
 import importlib
 import json
@@ -17,6 +17,7 @@ NAMES = sorted(
   path.stem
   for path in FOLDER.glob('*.py')
   if path.stem not in ('__init__', 'base')
+  and not path.stem.startswith(('audit_', 'compare_'))
 )
 
 

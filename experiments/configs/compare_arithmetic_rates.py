@@ -1,0 +1,29 @@
+r"""Learning rates for `compare_arithmetic.py`, on a seed of their own.
+
+    python -m experiments.compare --jobs=2 \
+      --config=experiments/configs/compare_arithmetic_rates.py
+
+Every method at every rate, one run each.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import compare_arithmetic
+
+RATES = (1e-4, 3e-4, 1e-3)
+
+
+def get_config() -> ConfigDict:
+  config = compare_arithmetic.get_config()
+  config.seeds = (100,)
+  config.methods = tuple(
+    {
+      **method,
+      'label': f'{method["label"]}_{i}',
+      'title': f'{method["title"]}, {rate:.0e}',
+      'optimizer': dict(learning_rate=rate),
+    }
+    for method in config.methods
+    for i, rate in enumerate(RATES)
+  )
+  return config

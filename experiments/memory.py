@@ -1,0 +1,171 @@
+"""How much memory the compiled update of an algorithm takes, beside others'.
+
+    python -m experiments.memory --config=experiments/configs/quickstart.py \\
+      --algorithms=grpo,trepo,ppo
+
+The update is compiled for shapes alone, on the machine at hand: no parameter
+exists and no data set is read, so that a model may be measured on a machine
+that could not hold it.  Each algorithm takes the place of `config.algorithm`,
+with its defaults; one that has no default for an argument is given it as
+--algorithms=grpo,dr_grpo:max_length=14.
+
+  peak = arguments + outputs + temporary − aliased   bytes
+
+Arguments and outputs are parameters, optimiser state, prompts and batch; the
+state is donated, so that outputs take the place of arguments: aliased.  It is
+XLA's own account of one optimiser minibatch's update, with as many prompts and
+responses as the configuration has: not of sampling, and not of what else the
+process holds, such as a reference policy.
+"""
+
+import ast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import build, checks, cli, learner
+from jaxrl_llm import policy
+from jaxrl_llm.errors import UserError
+
+_MIB = 2**20
+
+
+class Memory(NamedTuple):
+  """Bytes of one compiled update.
+
+  Attributes:
+    parameters: of all that is trained.
+    optimizer: of the optimiser's state.
+    batch: of prompts and batch.
+    outputs, temporary, aliased: as XLA accounts for them.
+    peak: arguments + outputs + temporary − aliased.
+  """
+
+  parameters: int
+  optimizer: int
+  batch: int
+  outputs: int
+  temporary: int
+  aliased: int
+  peak: int
+
+
+def measure(config: ConfigDict) -> Memory:
+  """Compiles a configuration's update and reads off what it takes.
+
+  Args:
+    config: of `experiments.train`.
+
+  Raises:
+    UserError: the configuration is wrong, or the backend keeps no account.
+  """
+  model = build.outline(config.model)
+  built = learner.Learner(config, model)
+  state = built.shapes(model.params)
+  prompts = config.rollout.prompts // config.training.minibatches
+  rollouts = build.abstract_rollouts(config, built.estimator.needs, prompts)
+  batch = jax.eval_shape(built.estimator.prepare, rollouts)
+  array = jax.ShapeDtypeStruct
+  given = policy.Prompts(
+    tokens=array((prompts, config.prompts.max_tokens), jnp.int32),
+    lengths=array((prompts,), jnp.int32),
+  )
+  compiled = built.update.lower(state, None, given, batch).compile()
+  account = compiled.memory_analysis()
+  if account is None:
+    raise UserError(
+      f'the {jax.default_backend()} backend gives no account of memory'
+    )
+  arguments = account.argument_size_in_bytes
+  rest = account.output_size_in_bytes + account.temp_size_in_bytes
+  return Memory(
+    parameters=_bytes(state.trainable),
+    optimizer=_bytes(state.opt_state),
+    batch=_bytes((given, batch)),
+    outputs=account.output_size_in_bytes,
+    temporary=account.temp_size_in_bytes,
+    aliased=account.alias_size_in_bytes,
+    peak=arguments + rest - account.alias_size_in_bytes,
+  )
+
+
+def _bytes(tree: Any) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def with_algorithm(config: ConfigDict, spec: dict[str, Any]) -> ConfigDict:
+  """A copy of a configuration with another algorithm, checked."""
+  changed = config.copy_and_resolve_references().unlock()
+  changed.algorithm = ConfigDict(spec)
+  changed.lock()
+  checks.check(changed)
+  return changed
+
+
+def parse(text: str) -> dict[str, Any]:
+  """'ppo:lam=0.9:kl=0.1' → dict(name='ppo', lam=0.9, kl=0.1).
+
+  Raises:
+    UserError: an argument is no `name=value` with a Python literal.
+  """
+  name, *arguments = text.split(':')
+  spec = {'name': name}
+  for argument in arguments:
+    key, _, value = argument.partition('=')
+    try:
+      spec[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError) as error:
+      raise UserError(
+        f'--algorithms: {argument!r} of {name}\nwrite {name}:{key}=NUMBER'
+      ) from error
+  return spec
+
+
+def measure_all(
+  config: ConfigDict, algorithms: Sequence[str]
+) -> dict[str, Memory]:
+  """`measure` of several algorithms, as the command line names them."""
+  return {
+    text: measure(with_algorithm(config, parse(text))) for text in algorithms
+  }
+
+
+def table(measured: dict[str, Memory]):
+  """The numbers as a `rich` table, an algorithm per column."""
+  from rich.table import Table
+
+  shown = Table(title='MiB of one update', title_justify='left')
+  shown.add_column('')
+  for label in measured:
+    shown.add_column(label, justify='right', overflow='fold')
+  for name in Memory._fields:
+    values = [getattr(memory, name) / _MIB for memory in measured.values()]
+    shown.add_row(name, *(f'{value:,.2f}' for value in values))
+  first = next(iter(measured.values())).peak
+  ratios = [memory.peak / first for memory in measured.values()]
+  shown.add_row(f'peak / {next(iter(measured))}', *(f'{r:.4f}' for r in ratios))
+  return shown
+
+
+def main() -> None:
+  """Measures what the flags name."""
+  from rich.console import Console
+
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  algorithms = flags.FLAGS.algorithms
+  if not algorithms:
+    raise UserError('--algorithms is empty: name at least one')
+  measured = measure_all(cli.config(), algorithms)
+  Console().print(table(measured))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_list(
+    'algorithms', ['grpo', 'trepo', 'ppo'], 'Names, with NAME:argument=value.'
+  )
+  cli.define_config_flag()
+  cli.run(main)
