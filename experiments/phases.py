@@ -12,10 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build
-from jaxrl_llm import batches, estimators, policy, rollouts, training
+from experiments import build, critics
+from jaxrl_llm import (
+  batches,
+  branch_values,
+  branches,
+  critic,
+  estimators,
+  policy,
+  rollouts,
+  training,
+)
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
+from jaxrl_llm.kept import KeptValues
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -37,6 +47,26 @@ class Result(NamedTuple):
   tokens: int = 0
   responses: rollouts.Responses | None = None
   advantages: np.ndarray | None = None
+
+
+class Collected(NamedTuple):
+  """What one step sampled.
+
+  Attributes:
+    responses: to the step's prompts.
+    rollouts: of them, with everything that the estimator needs.
+    timings: seconds.
+    tokens: generated beside the responses: greedy ones, branches.
+    record: numbers of the branches.
+    own: the rollouts' rows that are responses, without branches.
+  """
+
+  responses: rollouts.Responses
+  rollouts: estimators.Rollouts
+  timings: dict[str, float]
+  tokens: int
+  record: dict[str, float]
+  own: estimators.Rollouts
 
 
 class WarmStart:
@@ -125,7 +155,10 @@ class Reinforcement:
   Attributes:
     key: as given; a resumed run sets the one of its checkpoint.
     reference: parameters of the reference policy, if the estimator needs it.
+    critic: of the estimator; None without.
     rescore: whether the trainer recomputes the sampler's log-probabilities.
+    kept: values of states from earlier steps; None unless the estimator keeps
+      them.
   """
 
   def __init__(self, config, model: build.Model, rows: list[dict], key):
@@ -147,35 +180,64 @@ class Reinforcement:
     )
     self.rewards = build.reward_parts(config)
     self.estimator = build.estimator(config)
+    self.generation = rollouts.with_statistics(
+      self.generation, self.estimator.needs
+    )
     self.reference = None
     self.rescore = False
     self._micro_prompts = build.micro_prompts(config)
-    self.optimizer, self._schedule = build.optimizer(
-      config.optimizer, config.steps * settings.epochs * settings.minibatches
-    )
+    needs = self.estimator.needs
+    self.optimizer, self._rates = critics.optimizer(config, needs)
     per_token = build.token_metrics(config)
-    if self.estimator.needs.reference:
+    if needs.reference:
       per_token['kl'] = diagnostics.reference_kl
+    self.kept = None
+    if needs.branches and needs.branches.kept:
+      self.kept = KeptValues(needs.branches.kept)
+    self.critic = None
+    forward = training.policy_forward(
+      model.config, self.generation.decoding, settings.chunk
+    )
+    if needs.critic:
+      self.critic = critics.critic(config, model)
+      forward = training.actor_critic_forward(
+        model.config, self.generation.decoding, self.critic, settings.chunk
+      )
+      per_token |= critics.value_metrics(config)
+      self._explained = jax.jit(critics.explained_variance(config))
     self._prepare = jax.jit(self.estimator.prepare)
     self._advance = jax.jit(
       functools.partial(estimators.update_running, self.estimator.needs)
     )
     self._weigh = jax.jit(self.estimator.weigh)
     self._update = training.make_update(
-      training.policy_forward(
-        model.config, self.generation.decoding, settings.chunk
-      ),
-      self.estimator,
-      self.optimizer,
-      self._micro_prompts,
-      per_token,
+      forward, self.estimator, self.optimizer, self._micro_prompts, per_token
+    )
+
+  def begin(self, policy_params) -> training.TrainState:
+    """The state that online RL begins with, critic included."""
+    beginning = None
+    if self.critic is not None:
+      beginning = critics.start(self._config, self.critic, policy_params)
+    return self._state(policy_params, beginning)
+
+  def shapes(self, policy_params) -> training.TrainState:
+    """Shapes of `begin`, from nothing but the shapes of its argument."""
+    beginning = None
+    if self.critic is not None:
+      beginning = critics.shapes(self._config, self.critic)
+    return jax.eval_shape(self._state, policy_params, beginning)
+
+  def _state(self, policy_params, critic_params) -> training.TrainState:
+    return build.init_state(
+      policy_params, self.optimizer, self.estimator, critic_params
     )
 
   def collect(self, state: training.TrainState, step: int, stop=None):
     """Samples, scores and completes the rollouts of one step.
 
     Returns:
-      (responses, rollouts, timings, tokens generated beside the responses).
+      `Collected`.
     """
     times = [time.perf_counter()]
     respond = functools.partial(
@@ -198,7 +260,43 @@ class Reinforcement:
     times.append(time.perf_counter())
     if stop is not None:
       stop.check()
-    data = rollouts.to_rollouts(
+    complete = functools.partial(self._complete, state)
+    own = data = complete(responses, needs, baseline)
+    # The keys and values have served.
+    responses = responses._replace(cache=None)
+    extra, record = 0, {}
+    if branched is not None:
+      rows = complete(branched.responses, branch_values.row_needs(needs))
+      if needs.branches.trained:
+        data = branch_values.add_rows(data, rows, branched.forks)
+      else:
+        data = branch_values.add_values(
+          data, rows, branched.forks, needs.branches
+        )
+        if self.kept is not None:
+          branch_values.keep_values(
+            self.kept, responses.prompts, data, branched.forks, step
+          )
+      extra += branched.tokens
+      record = branched.statistics
+    if baseline is not None:
+      extra += int(np.asarray(baseline.samples.mask).sum())
+    times = {'rollout_time': times[1] - times[0]}
+    return Collected(responses, data, times, extra, record, own)
+
+  def _complete(self, state, responses, needs, baseline=None):
+    """Rollouts of responses: adds what has to be computed of them."""
+    values = None
+    if needs.critic:
+      values = critic.score_values(
+        self._model.config,
+        self.critic,
+        state.trainable,
+        responses.prompts,
+        responses.samples.tokens,
+        self._micro_prompts,
+      )
+    return rollouts.to_rollouts(
       self._model.config,
       state.trainable['policy'],
       self.reference,
@@ -210,40 +308,22 @@ class Reinforcement:
       self.rescore,
       baseline,
       state.running,
-      branched,
+      values,
     )
-    # The keys and values have served.
-    responses = responses._replace(cache=None)
-    extra = branched.tokens if branched else 0
-    if baseline is not None:
-      extra += int(np.asarray(baseline.samples.mask).sum())
-    times = {'rollout_time': times[1] - times[0]}
-    return responses, data, times, extra
 
   def _branch(self, state: training.TrainState, responses, step: int):
     """Samples and scores the branches that the estimator asks for."""
-    policy_params = state.trainable['policy']
-    entropy = None
-    if self.estimator.needs.entropy:
-      entropy = rollouts.score_tokens(
-        self._model.config,
-        policy_params,
-        responses.prompts,
-        responses.samples.tokens,
-        self.generation.decoding,
-        self._micro_prompts,
-        self._config.training.chunk,
-      ).entropy
-    return rollouts.branch(
+    return branches.branch(
       self._model.config,
-      policy_params,
+      state.trainable['policy'],
       responses,
       self.generation,
       self.estimator.needs.branches,
       self._model.tokenizer,
       self.rewards,
       jax.random.fold_in(jax.random.fold_in(self.key, 3), step),
-      entropy,
+      self.kept,
+      step,
     )
 
   def log_prob_difference(self, state: training.TrainState, step: int):
@@ -270,11 +350,15 @@ class Reinforcement:
   def step(self, state: training.TrainState, step: int, stop=None) -> Result:
     """Samples, scores, and takes the step's updates."""
     start = time.perf_counter()
-    responses, data, timings, extra = self.collect(state, step, stop)
+    responses, data, timings, extra, record, own = self.collect(
+      state, step, stop
+    )
     whole = (responses.prompts, self._prepare(data))
-    running = self._advance(data)
+    running = self._advance(own)
+    if self.critic is not None:
+      record = record | {'critic/explained_variance': self._explained(data)}
     key = jax.random.fold_in(jax.random.fold_in(self.key, 2), step)
-    rate = float(self._schedule(int(state.updates)))
+    rates = self._rates(int(state.updates))
     records = []
     for epoch in range(self._config.training.epochs):
       for prompts, batch in batches.minibatches(
@@ -286,9 +370,9 @@ class Reinforcement:
     records = jax.device_get(records)
     timings['step_time'] = time.perf_counter() - start
     mask = np.asarray(responses.samples.mask)
-    metrics = reward_metrics(responses, data) | update_metrics(records)
-    metrics['learning_rate'] = rate
-    advantages = np.asarray(whole[1].advantages)
+    metrics = reward_metrics(responses, own) | update_metrics(records)
+    metrics |= jax.device_get(record) | rates
+    advantages = np.asarray(whole[1].advantages)[:, : mask.shape[1]]
     # A per-token advantage is shown by its mean over the response.
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)

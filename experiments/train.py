@@ -7,6 +7,7 @@ configuration's name), and `--resume` continues it, bit for bit.
 """
 
 import contextlib
+import functools
 import pathlib
 import signal
 import sys
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import build, checks, cli, held_out, phases, runs
+from experiments import build, checks, cli, critics, held_out, phases, runs
 from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -188,11 +189,10 @@ class Run:
     return bool(crossed) or since % settings.every == 0
 
   def _begin_rl(self) -> None:
-    """Fixes what RL starts from: optimiser, reference, log-probabilities."""
+    """Fixes what RL starts from: optimiser, critic, reference, precision."""
     policy = self.state.trainable['policy']
-    self.state = build.init_state(
-      policy, self._rl.optimizer, self._rl.estimator
-    )
+    if self._first:
+      self.state = self._rl.begin(policy)
     if self._rl.estimator.needs.reference:
       # A copy: updates reuse the memory of the parameters they change.
       self._rl.reference = jax.tree.map(jnp.copy, policy)
@@ -252,8 +252,24 @@ class Run:
     )
 
   def _initial_state(self, params) -> training.TrainState:
-    phase = self._warm if self._first else self._rl
-    return build.init_state(params, phase.optimizer, self._rl.estimator)
+    if not self._first:
+      return self._rl.begin(params)
+    return build.init_state(params, self._warm.optimizer, self._rl.estimator)
+
+  def _template(self, params, step: int) -> dict:
+    """Shapes of what a checkpoint holds: two states need not fit in memory."""
+    if step > self._first or not self._first:
+      state = self._rl.shapes(params)
+    else:
+      state = jax.eval_shape(self._initial_state, params)
+    return self._tree(state)
+
+  def _tree(self, state) -> dict:
+    """What a checkpoint holds, for a state or the shapes of one."""
+    tree = {'state': state, 'key': jax.random.key_data(self._key)}
+    if self._rl.kept is not None:
+      tree['kept'] = self._rl.kept.tree
+    return tree
 
   def _fingerprint(self) -> dict:
     held = prompts_lib.PromptSource(self._held_out.encoded, 1, 0)
@@ -267,7 +283,7 @@ class Run:
     self._samples.sync()
     self._keep.save(
       self.step,
-      {'state': self.state, 'key': jax.random.key_data(self._key)},
+      self._tree(self.state),
       {
         'tokens': self.tokens,
         'tokens_before': self._tokens_before,
@@ -284,9 +300,7 @@ class Run:
     if not self._keep.steps():
       self.state = self._initial_state(params)
       return False
-    # Shapes only: two states need not fit into memory.
-    state = jax.eval_shape(self._initial_state, params)
-    template = {'state': state, 'key': jax.random.key_data(self._key)}
+    template = functools.partial(self._template, params)
     self.step, tree, metadata = self._keep.restore(template)
     stored, now = metadata['prompts'], self._fingerprint()
     if stored != now:
@@ -298,6 +312,8 @@ class Run:
         'start in another --workdir'
       )
     self.state = tree['state']
+    if self._rl.kept is not None:
+      self._rl.kept.load(tree['kept'])
     self._key = jax.random.wrap_key_data(tree['key'])
     self._rl.key = self._key
     self._held_out = self._held_out._replace(
@@ -330,7 +346,8 @@ class Run:
 
   def _describe(self, data, restored: bool) -> None:
     """Says what the run is, a line each."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(self.state.trainable))
+    policy = self.state.trainable['policy']
+    size = sum(leaf.size for leaf in jax.tree.leaves(policy))
     tokenizer = len(self._model.tokenizer)
     lines = [
       f'{self._model.config.family} model, {size:,} parameters, '
@@ -341,6 +358,8 @@ class Run:
       f'budget: {self._rl.dropped:,} and {self._held_out.encoded.dropped:,}',
       *data.notes,
     ]
+    if self._rl.critic is not None:
+      lines.append(critics.describe(self._config))
     if restored:
       lines.append(f'resumed at step {self.step} of {self._total}')
     elif self._resuming:
@@ -350,9 +369,8 @@ class Run:
 
 def _mutable(config) -> frozenset[str]:
   """Fields that may differ on resume; a decay depends on the last step."""
-  if config.optimizer.decay == 'constant':
-    return _MUTABLE
-  return _MUTABLE - {'steps'}
+  decays = {config.optimizer.decay, config.critic.optimizer.decay}
+  return _MUTABLE if decays == {'constant'} else _MUTABLE - {'steps'}
 
 
 def _plain(numbers: dict) -> dict:

@@ -1,9 +1,8 @@
 """Monte Carlo branches: fresh continuations from inside finished responses.
 
 A branch is a response.  It keeps the first tokens of another one, has its
-settings and the budget that it had left, and is scored as a whole.  From
-branches come the values of states (`add_values`) or further rows to train on
-(`add_rows`).
+settings and the budget that it had left, and is scored as a whole.
+`branch_values` makes values of states of them, or rows to train on.
 """
 
 import functools
@@ -17,12 +16,9 @@ import numpy as np
 from jaxrl_llm import sampling
 from jaxrl_llm.estimators import (
   Branches,
-  Needs,
-  Rollouts,
-  branch_returns,
-  valid_responses,
 )
 from jaxrl_llm.estimators.positions import mark
+from jaxrl_llm.kept import KeptValues, digests, none_kept
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rollouts import Generation, Responses, judge
@@ -40,6 +36,8 @@ class Forks(NamedTuple):
     parents: [P, R, 1] int32, the response that a branch forks from.
     forked_at: [P, R, 1] int32, how many of its tokens it keeps; 0 for none.
     key: the rule's: response i of [P·G] draws its state from split i.
+    kept_places: as `places`, where an earlier step's value is known instead.
+    kept_values: [P, G, M] float32 of these, 0 elsewhere.
   """
 
   places: Array
@@ -47,6 +45,8 @@ class Forks(NamedTuple):
   parents: Array
   forked_at: Array
   key: Array
+  kept_places: Array
+  kept_values: Array
 
 
 class Branched(NamedTuple):
@@ -58,11 +58,13 @@ class Branched(NamedTuple):
       branch has no tokens and is not valid.
     forks: where they fork.
     work: what decoding cost.
+    ages: [P, G, M] int32, of the kept values, steps; −1 where there is none.
   """
 
   responses: Responses
   forks: Forks
   work: sampling.Work
+  ages: np.ndarray
 
   @property
   def tokens(self) -> int:
@@ -77,16 +79,20 @@ class Branched(NamedTuple):
     branches/shared: share of the places whose state another place has, too.
     branches/utilization: useful tokens / (rows × steps) of the decoding.
     branches/copied_bytes: of keys and values, by rows that changed place.
+    branches/kept: share of the places with a value of an earlier step.
+    branches/staleness: mean age of these values, steps; 0 without any.
     """
     places, owners = jax.device_get((self.forks.places, self.forks.owners))
-    wanted = places > 0
-    forks = (wanted & (owners == _slots(places.shape))).sum()
-    steps = max(float(self.work.row_steps), 1.0)
+    kept, wanted = self.ages >= 0, places > 0
+    forks = int((wanted & (owners == _slots(places.shape))).sum())
+    share = lambda part, of: float(part) / max(float(of), 1.0)
     return {
-      'branches/forks': int(forks),
-      'branches/shared': 1.0 - float(forks) / max(int(wanted.sum()), 1),
-      'branches/utilization': float(self.work.tokens) / steps,
+      'branches/forks': forks,
+      'branches/shared': share(wanted.sum() - forks, wanted.sum()),
+      'branches/utilization': share(self.work.tokens, self.work.row_steps),
       'branches/copied_bytes': float(self.work.copied),
+      'branches/kept': share(kept.sum(), kept.sum() + wanted.sum()),
+      'branches/staleness': share(self.ages[kept].sum(), kept.sum()),
     }
 
 
@@ -99,6 +105,8 @@ def branch(
   tokenizer: Any,
   rewards: Sequence[RewardPart],
   key: Array,
+  kept: KeptValues | None = None,
+  step: int = 0,
 ) -> Branched:
   """Samples and scores branches of responses.
 
@@ -113,6 +121,8 @@ def branch(
     wanted: how many branches, and where.
     tokenizer, rewards: as for the responses.
     key: PRNG key.
+    kept: values of earlier steps; states that have one are not forked.
+    step: the present one, for the values' age.
 
   Raises:
     UserError: as `judge`.
@@ -123,10 +133,15 @@ def branch(
     wanted, samples.tokens, samples.mask, samples.entropy, rule_key
   )
   host_places, host_tokens = jax.device_get((places, samples.tokens))
+  found = none_kept(host_places.shape)
+  if kept is not None:
+    keys = digests(responses.prompts, host_tokens, host_places)
+    found = kept.find(keys, host_places.shape, step)
+  kept_places = np.where(found.ages >= 0, host_places, 0)
+  host_places = np.where(found.ages >= 0, 0, host_places)
   owners = find_owners(host_places, host_tokens)
   own = np.where(owners == _slots(owners.shape), host_places, 0)
-  if wanted.trained:
-    places = jnp.asarray(own)
+  places = jnp.asarray(own if wanted.trained else host_places)
   forked, work = sampling.fork(
     config,
     params,
@@ -146,8 +161,16 @@ def branch(
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scores
   )
-  forks = Forks(places, jnp.asarray(owners), parents, forked_at, rule_key)
-  return Branched(rows, forks, work)
+  forks = Forks(
+    places,
+    jnp.asarray(owners),
+    parents,
+    forked_at,
+    rule_key,
+    jnp.asarray(kept_places),
+    jnp.asarray(found.values),
+  )
+  return Branched(rows, forks, work, found.ages)
 
 
 @functools.partial(jax.jit, static_argnames='wanted')
@@ -164,13 +187,13 @@ def fork_places(
   """
   shape = mask.shape
   count = min(wanted.count, max(shape[2] - 1, 1))
-  forks = _mark_rows(wanted, tokens, mask, entropy, key)
+  forks = mark_rows(wanted, tokens, mask, entropy, key)
   time = jnp.broadcast_to(jnp.arange(shape[2]), shape)
   first = jnp.sort(jnp.where(forks, time, shape[2]), axis=2)[..., :count]
   return jnp.where(first < shape[2], first, 0).astype(jnp.int32)
 
 
-def _mark_rows(
+def mark_rows(
   wanted: Branches,
   tokens: Array,
   mask: Array,
@@ -289,112 +312,3 @@ def _judge_rows(responses, whole, tokenizer, rewards):
     for i, text in zip(flat, completions, strict=True):
       texts[i] = text
   return texts, Scores(total, valid, parts)
-
-
-def row_needs(needs: Needs) -> Needs:
-  """What the branches' own rollouts have to hold."""
-  if needs.branches.trained:
-    return needs._replace(greedy=False, branches=None)
-  shaping, weighted = needs.branches.shaping, needs.branches.score_weighted
-  wanted = Needs() if shaping is None else shaping.needs
-  # The next fork of each branch bounds its weight.
-  reads = weighted and needs.branches.positions.reads_entropy
-  return wanted._replace(
-    score_norms=wanted.score_norms or weighted,
-    entropy=wanted.entropy or reads,
-  )
-
-
-@functools.partial(jax.jit, static_argnames='wanted')
-def add_values(
-  rollouts: Rollouts, rows: Rollouts, forks: Forks, wanted: Branches
-) -> Rollouts:
-  """The responses' rollouts with the values of the states that have branches.
-
-  The value of a state is the mean return of its branches from there on.  A
-  branch without a score (None) is left out; a state none of whose branches has
-  one is not known.
-
-  Args:
-    rollouts: of the responses, [P, G, T].
-    rows: of the branches, [P, R, T], with `row_needs`.
-    forks: of `branch`.
-    wanted: as given to `branch`.
-  """
-  num_prompts, groups, length = rollouts.mask.shape
-  shape = (num_prompts, groups, -1, wanted.samples)
-  of_place = functools.partial(_of_place, forks.owners)
-  returns = branch_returns(wanted.shaping, rows.rewards, rows, forks.forked_at)
-  returns = of_place(returns.reshape(shape))
-  valid = of_place(valid_responses(rows).reshape(shape))
-  known = valid.any(axis=-1) & (forks.places > 0)
-  time = jnp.arange(length)[None, None, None]
-  here = (forks.places[..., None] == time) & known[..., None]
-
-  def at_places(weights):
-    weights = jnp.where(valid, weights, 0.0)
-    mean = (weights * returns).sum(axis=-1) / jnp.where(
-      known, weights.sum(axis=-1), 1.0
-    )
-    return jnp.where(here, mean[..., None], 0.0).sum(axis=2)
-
-  found = {
-    'branch_values': at_places(jnp.ones(returns.shape)),
-    'branch_mask': here.any(axis=2),
-  }
-  if wanted.score_weighted:
-    weights = _segment_norms(rows, forks, wanted, shape, of_place)
-    total = jnp.where(valid, weights, 0.0).sum(axis=-1, keepdims=True)
-    # Nothing was random: all branches count alike.
-    weights = jnp.where(total > 0, weights, 1.0)
-    found['branch_baselines'] = at_places(weights)
-  return rollouts.replace(**found)
-
-
-def _of_place(owners: Array, x: Array) -> Array:
-  """[P, G, M, K, ...] of the owners' places → of all places."""
-  flat = x.reshape(x.shape[0], -1, *x.shape[3:])
-  index = owners.reshape(*flat.shape[:2], *(1,) * (flat.ndim - 2))
-  return jnp.take_along_axis(flat, index, axis=1).reshape(x.shape)
-
-
-def _segment_norms(rows, forks, wanted, shape, of_place) -> Array:
-  """[P, G, M, K]: branches' squared scores up to the response's next fork.
-
-  The next fork is where the rule, in the state that it has for the response,
-  forks from the branch.
-  """
-  length = rows.mask.shape[2]
-  take = lambda x: of_place(x.reshape(*shape, length))
-  tokens, mask, norms = map(take, (rows.tokens, rows.mask, rows.score_norms))
-  entropy = None if rows.entropy is None else take(rows.entropy)
-  time = jnp.arange(length)[None, None, None, None]
-  start = forks.places[..., None, None]
-  next_forks = _mark_rows(wanted, tokens, mask, entropy, forks.key)
-  begun = time >= start
-  ended = jnp.cumsum(next_forks & (time > start), axis=-1) > 0
-  return jnp.where(begun & ~ended & mask, norms, 0.0).sum(axis=-1)
-
-
-@jax.jit
-def add_rows(rollouts: Rollouts, rows: Rollouts, forks: Forks) -> Rollouts:
-  """The responses' rollouts, [P, G, T], with the branches as further rows.
-
-  Args:
-    rollouts: of the responses.
-    rows: of the branches, [P, R, T], with `row_needs`.
-    forks: of `branch`.
-  """
-  num_prompts, groups, _ = rollouts.mask.shape
-  per_row = {
-    name: jnp.concatenate([value, rows[name]], axis=1)
-    for name, value in rollouts.items()
-    if value is not None and name not in ('greedy_rewards', 'running')
-  }
-  own = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
-  own = jnp.broadcast_to(own, (num_prompts, groups, 1))
-  return rollouts.replace(
-    **per_row,
-    parents=jnp.concatenate([own, forks.parents], axis=1),
-    forked_at=jnp.concatenate([jnp.zeros_like(own), forks.forked_at], axis=1),
-  )

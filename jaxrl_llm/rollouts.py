@@ -12,8 +12,7 @@ import numpy as np
 from jaxrl_llm import policy, sampling
 from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimators import Branches, Needs, Rollouts
-from jaxrl_llm.estimators.positions import mark
+from jaxrl_llm.estimators import Needs, Rollouts
 from jaxrl_llm.models.cache import Cache
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
@@ -34,6 +33,8 @@ class Generation:
     decoding: temperature, top-k, top-p.
     eos_ids: any of these ends a response.
     pad_id: stands behind a response's end.
+    statistics: what the sampler records beside log-probabilities: 'entropy',
+      'score_norms'.
   """
 
   samples: int
@@ -41,6 +42,7 @@ class Generation:
   decoding: policy.Decoding
   eos_ids: tuple[int, ...]
   pad_id: int
+  statistics: tuple[str, ...] = ()
 
 
 class Responses(NamedTuple):
@@ -94,6 +96,7 @@ def generate(
     decoding=generation.decoding,
     eos_ids=generation.eos_ids,
     pad_id=generation.pad_id,
+    statistics=generation.statistics,
   )
   return prompts, samples
 
@@ -176,128 +179,11 @@ def judge(
   return completions, score_rewards(rewards, prompts, completions, given)
 
 
-class Branched(NamedTuple):
-  """Monte Carlo values of states inside responses.
-
-  Attributes:
-    values: [P, G, T] float32, the mean reward of the branches that fork before
-      token t; 0 where not known.
-    mask: [P, G, T] bool, where it is known.
-    tokens: how many were generated.
-  """
-
-  values: Array
-  mask: Array
-  tokens: int
-
-
-def branch(
-  config: ModelConfig,
-  params: Any,
-  responses: Responses,
-  generation: Generation,
-  wanted: Branches,
-  tokenizer: Any,
-  rewards: Sequence[RewardPart],
-  key: Array,
-  entropy: Array | None = None,
-) -> Branched:
-  """Samples and scores branches of responses.
-
-  A branch is a response: it has the settings and the budget that its response
-  had left, and is scored with its prefix as a whole.  A branch without a score
-  (None) is left out of its mean; a state none of whose branches has one is not
-  known.
-
-  Args:
-    config, params: the model that sampled.
-    responses: with their cache.
-    generation: the settings that they were generated with.
-    wanted: how many branches, and where.
-    tokenizer, rewards: as for the responses.
-    key: PRNG key.
-    entropy: [P, G, T] of the policy, nats, for rules that read it.
-
-  Raises:
-    UserError: score-weighted baselines are asked for; or as `judge`.
-  """
-  if wanted.score_weighted:
-    raise UserError('rollouts cannot supply score-weighted branch values yet')
-  samples = responses.samples
-  keys = jax.random.split(key)
-  if entropy is None:
-    entropy = jnp.zeros_like(samples.log_probs)
-  places = fork_places(wanted, samples.tokens, samples.mask, entropy, keys[0])
-  forked = sampling.fork(
-    config,
-    params,
-    responses.cache,
-    samples,
-    places,
-    keys[1],
-    branches=wanted.samples,
-    max_tokens=generation.max_tokens,
-    decoding=generation.decoding,
-    eos_ids=generation.eos_ids,
-    pad_id=generation.pad_id,
-  )
-  places, forked, tokens = jax.device_get((places, forked, samples.tokens))
-  index = [
-    (*i, k)
-    for i in np.ndindex(places.shape)
-    if places[i]
-    for k in range(wanted.samples)
-  ]
-  values = np.zeros(samples.mask.shape, np.float32)
-  known = np.zeros(samples.mask.shape, bool)
-  if index:
-    ids = [
-      [*tokens[p, g, : places[p, g, m]].tolist()]
-      + forked.tokens[p, g, m, k][forked.mask[p, g, m, k]].tolist()
-      for p, g, m, k in index
-    ]
-    _, scores = judge(
-      tokenizer,
-      rewards,
-      [responses.rows[i[0]] for i in index],
-      ids,
-      [bool(forked.finished[i][0]) for i in index],
-    )
-    shape = (-1, wanted.samples)
-    valid = scores.valid.reshape(shape)
-    count = valid.sum(axis=1)
-    sums = np.where(valid, scores.total.reshape(shape), 0.0).sum(axis=1)
-    at = np.array(index[:: wanted.samples])
-    where = at[:, 0], at[:, 1], places[tuple(at[:, :3].T)]
-    values[where] = sums / np.maximum(count, 1)
-    known[where] = count > 0
-  return Branched(
-    jnp.asarray(values), jnp.asarray(known), int(forked.mask.sum())
-  )
-
-
-@functools.partial(jax.jit, static_argnames='wanted')
-def fork_places(
-  wanted: Branches, tokens: Array, mask: Array, entropy: Array, key: Array
-) -> Array:
-  """[P, G, M] int32: branches keep so many tokens of a response; 0 for none.
-
-  Every response draws its own state of the rule.
-  """
-  shape = mask.shape
-  count = min(wanted.count, max(shape[2] - 1, 1))
-
-  def of_response(key, tokens, mask, entropy):
-    state = wanted.positions.init(key, wanted.count, shape[2])
-    forks = mark(wanted, state, tokens, mask, entropy)
-    time = jnp.arange(shape[2])
-    first = jnp.sort(jnp.where(forks, time, shape[2]))[:count]
-    return jnp.where(first < shape[2], first, 0).astype(jnp.int32)
-
-  flat = lambda x: x.reshape(-1, shape[2])
-  keys = jax.random.split(key, shape[0] * shape[1])
-  places = jax.vmap(of_response)(keys, flat(tokens), flat(mask), flat(entropy))
-  return places.reshape(*shape[:2], count)
+def with_statistics(generation: Generation, needs: Needs) -> Generation:
+  """The settings under which the sampler records what `needs` asks for."""
+  wanted = ('entropy', 'score_norms')
+  found = tuple(name for name in wanted if getattr(needs, name))
+  return dataclasses.replace(generation, statistics=found)
 
 
 def greedy(generation: Generation) -> Generation:
@@ -318,7 +204,7 @@ def to_rollouts(
   rescore: bool = False,
   baseline: Responses | None = None,
   running: dict[str, Array] | None = None,
-  branched: Branched | None = None,
+  values: Array | None = None,
 ) -> Rollouts:
   """Adds to responses what an estimator needs.
 
@@ -335,16 +221,13 @@ def to_rollouts(
     baseline: greedy responses to the same prompts; read if needed.  Without
       a reward (None) one counts 0, which as a baseline biases nothing.
     running: numbers that outlive a batch.
-    branched: of `branch`; read if needed.
+    values: [P, G, T] of a critic; read if needed.
 
   Raises:
     UserError: for a need that is not implemented.
   """
-  missing = [
-    name for name in ('critic', 'token_rewards') if getattr(needs, name)
-  ]
-  if missing:
-    raise UserError(f'rollouts cannot supply {missing} to the estimator yet')
+  if needs.token_rewards:
+    raise UserError('rollouts cannot supply token rewards to the estimator yet')
   samples, scores = responses.samples, responses.scores
   shape = samples.finished.shape
   score = functools.partial(
@@ -356,8 +239,10 @@ def to_rollouts(
     micro_prompts=micro_prompts,
     chunk=chunk,
   )
-  own = None
-  if rescore or needs.entropy or needs.score_norms:
+  own = samples
+  unknown = needs.entropy and samples.entropy is None
+  unknown |= needs.score_norms and samples.score_norms is None
+  if rescore or unknown:
     own = score(params)
   greedy_rewards = None
   if needs.greedy:
@@ -374,8 +259,7 @@ def to_rollouts(
     ref_log_probs=score(reference).log_probs if needs.reference else None,
     entropy=own.entropy if needs.entropy else None,
     score_norms=own.score_norms if needs.score_norms else None,
-    branch_values=branched.values if needs.branches else None,
-    branch_mask=branched.mask if needs.branches else None,
+    values=values if needs.critic else None,
     running=running,
   )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toys
 
-from jaxrl_llm import branches, estimators, policy, rollouts
+from jaxrl_llm import branch_values, branches, estimators, policy, rollouts
 from jaxrl_llm import estimators as est
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.tasks.prompts import PromptBatch
@@ -68,7 +68,7 @@ def sampled(model, estimator):
     rollouts.to_rollouts(*model, reference, given, generation, asked, 1)
     for given, asked in (
       (responses, needs),
-      (found.responses, branches.row_needs(needs)),
+      (found.responses, branch_values.row_needs(needs)),
     )
   )
   return responses, found, own, rows
@@ -83,7 +83,7 @@ def valued(model, positions, shaping=(), **settings):
   )
   responses, found, own, rows = sampled(model, estimator)
   needs = estimator.needs
-  data = branches.add_values(own, rows, found.forks, needs.branches)
+  data = branch_values.add_values(own, rows, found.forks, needs.branches)
   return estimator, responses, found, data, rows
 
 
@@ -193,7 +193,7 @@ def test_no_branch_at_all(model):
 def test_branches_that_train_are_rows(model):
   estimator = est.trepo_tree(COUNT, SAMPLES, RULES['fixed'])
   responses, found, own, rows = sampled(model, estimator)
-  data = branches.add_rows(own, rows, found.forks)
+  data = branch_values.add_rows(own, rows, found.forks)
   places, tokens = np.asarray(found.forks.places), responses.samples.tokens
   states = [
     (p, *np.asarray(tokens[p, g, : places[p, g, m]]))

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, phases, runs
+from experiments import build, checks, phases, runs
 from experiments.configs import quickstart
 from jaxrl_llm.checkpoints import Checkpoints
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart
 
 CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
@@ -41,15 +40,17 @@ def count_ones(completions):
   return [text.count('1') / 4 for text in completions]
 
 
-def begin(setting, algorithm):
+def begin(setting, algorithm, critic=None):
   config, model, data = setting
   config = config.copy_and_resolve_references()
   config.algorithm = algorithm
+  config.critic.update(critic or {})
+  checks.check(config)
   rl = phases.Reinforcement(config, model, data.train, jax.random.key(0))
   rl.reference = model.params
   rl.rewards = [RewardPart('ones', count_ones)]
   params = jax.tree.map(jnp.copy, model.params)
-  return rl, build.init_state(params, rl.optimizer, rl.estimator)
+  return rl, rl.begin(params)
 
 
 @pytest.mark.parametrize('name', ALGORITHMS)
@@ -112,12 +113,14 @@ def test_a_step_with_branches(setting):
   """TRePO: its advantages are differences of the branches' mean rewards."""
   rl, state = begin(setting, dict(name='trepo', count=2, samples=3))
   params = jax.tree.map(jnp.copy, state.trainable['policy'])
-  _, data, _, extra = rl.collect(state, 0)
+  collected = rl.collect(state, 0)
+  data, extra = collected.rollouts, collected.tokens
   where, values = np.asarray(data.branch_mask), np.asarray(data.branch_values)
   mask, rewards = np.asarray(data.mask), np.asarray(data.rewards)
   assert 0 < where.sum(axis=2).max() <= 2 and not where[..., 0].any()
   assert not (where & ~mask).any() and len(np.unique(values[where])) > 3
-  assert extra > where.sum() * 3  # of at least one token each
+  forks = collected.record['branches/forks']
+  assert extra >= forks * 3 > 0  # of at least one token each
   batch = rl.estimator.prepare(data)
   for p, g in np.ndindex(mask.shape[:2]):
     others = np.delete(rewards[p, :, 0], g).mean()
@@ -131,15 +134,137 @@ def test_a_step_with_branches(setting):
       )
   # The same step again is the same, branches included.
   state = state.replace(trainable={'policy': params})
-  _, again, _, _ = rl.collect(state, 0)
+  again = rl.collect(state, 0).rollouts
   np.testing.assert_array_equal(again.branch_values, values)
   result = rl.step(state, 0)
   assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
   assert result.tokens == mask.sum() + extra
+  assert result.metrics['branches/forks'] == forks
+  assert 0 < result.metrics['branches/utilization'] <= 1
 
 
-@pytest.mark.parametrize('name', ['ppo', 'vapo'])
-def test_what_the_loop_cannot_supply_yet_is_refused(setting, name):
-  rl, state = begin(setting, dict(name=name))
-  with pytest.raises(UserError, match='cannot supply'):
-    rl.step(state, 0)
+@pytest.mark.parametrize(
+  'algorithm',
+  [
+    dict(name='trepo', count=2, samples=2, score_weighted=True),
+    dict(name='trepo_tree', count=2, samples=2),
+    dict(name='vine_ppo', delimiters=(4,), count=2, samples=2),
+  ],
+)
+def test_every_use_of_branches_trains(setting, algorithm):
+  rl, state = begin(setting, algorithm)
+  result = rl.step(state, 0)
+  assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
+  assert result.advantages.shape == (4, 4)
+  assert all(np.isfinite(x) for x in result.metrics.values())
+  # Branches are no responses: these statistics are of responses alone.
+  rewards = result.responses.scores.total
+  assert result.metrics['reward'] == pytest.approx(rewards.mean(), abs=1e-6)
+
+
+ADAPTIVE = dict(name='adaptive_kl', initial=0.1, target=0.5, horizon=20)
+WITH_CRITIC = {
+  'ppo': (dict(name='ppo', kl=ADAPTIVE), dict(trunk='separate', warmup=1)),
+  'vapo': (dict(name='vapo'), dict(trunk='shared')),
+}
+
+
+@pytest.fixture(scope='module', params=WITH_CRITIC)
+def actor_critic(request, setting):
+  """(name, phase, its first state on the host, three results)."""
+  algorithm, section = WITH_CRITIC[request.param]
+  rl, state = begin(setting, algorithm, section)
+  # Before an update: a step takes the state over.
+  start, results = jax.tree.map(np.array, state), []
+  for step in range(3):
+    result = rl.step(state, step)
+    state = result.state
+    results.append(result._replace(state=jax.tree.map(np.array, state)))
+  return request.param, rl, start, results
+
+
+def moved(old, new):
+  gaps = jax.tree.map(lambda x, y: np.abs(x - y).max(), old, new)
+  return max(jax.tree.leaves(gaps))
+
+
+def test_steps_with_a_critic(actor_critic):
+  name, _, start, results = actor_critic
+  states = [start] + [result.state for result in results]
+  steps = list(zip(states, states[1:], strict=False))
+  late = name == 'ppo'
+  for i, (old, new) in enumerate(steps):
+    assert moved(old.trainable['critic'], new.trainable['critic']) > 0
+    waits = late and i == 0
+    assert (
+      moved(old.trainable['policy'], new.trainable['policy']) > 0
+    ) != waits
+    metrics = results[i].metrics
+    assert (metrics['learning_rate'] == 0) == waits
+    assert metrics['critic/learning_rate'] > 0
+    assert metrics['critic/grad_norm'] > 0 and metrics['grad_norm'] > 0
+    assert metrics['skipped'] == 0 and set(metrics) >= CLIPS
+    assert all(np.isfinite(value) for value in metrics.values())
+  # The head begins at zero, and a warm-up has a schedule of its own.
+  assert results[0].metrics['critic/value_mean'] == 0.0
+  assert results[0].metrics['critic/explained_variance'] == 0.0
+  assert results[2].metrics['critic/value_mean'] != 0.0
+  rate = results[int(late)].metrics['learning_rate']
+  assert rate == pytest.approx(2e-4 / 10)
+
+
+def test_an_adaptive_kl_named_in_a_configuration(actor_critic):
+  name, rl, start, results = actor_critic
+  if name != 'ppo':
+    assert not start.running
+    return
+  assert rl.estimator.needs.reference
+  beta = 0.1
+  assert start.running['kl_coefficient'] == np.float32(beta)
+  for result in results:
+    responses, lengths = 16, result.metrics['completions/mean_length']
+    # Sampled by the policy itself, whose reference it still nearly is.
+    kl = result.metrics['kl'] * lengths if result.metrics['kl'] else 0.0
+    error = np.clip(kl / 0.5 - 1, -0.2, 0.2)
+    beta *= 1 + min(1, responses / 20) * error
+    found = float(result.state.running['kl_coefficient'])
+    assert found == pytest.approx(beta, rel=1e-3)
+
+
+def test_a_restored_critic_goes_on_bit_for_bit(setting, actor_critic, tmp_path):
+  _, rl, start, results = actor_critic
+  state = jax.tree.map(jnp.array, results[1].state)
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(2, {'state': state}, {})
+    checkpoints.wait()
+    template = {'state': rl.shapes(start.trainable['policy'])}
+    _, restored, _ = checkpoints.restore(template)
+  # By way of the host: an array that is bound to its device compiles anew.
+  host = jax.tree.map(np.array, restored['state'])
+  result = rl.step(jax.tree.map(jnp.array, host), 2)
+  assert jax.tree.structure(result.state) == jax.tree.structure(
+    results[2].state
+  )
+  for x, y in zip(
+    *map(jax.tree.leaves, (result.state, results[2].state)), strict=True
+  ):
+    np.testing.assert_array_equal(x, y)
+  assert result.metrics == results[2].metrics
+  # The policy is read alone.
+  (tmp_path / 'config.json').write_text(json.dumps(setting[0].to_dict()))
+  params = runs.load(tmp_path).model.params
+  assert moved(params, results[1].state.trainable['policy']) == 0
+
+
+def test_a_fraction_of_a_reward_stays_one(actor_critic):
+  _, rl, start, _ = actor_critic
+  quarter = lambda completions: [0.25] * len(completions)
+  rl.rewards = [RewardPart('quarter', quarter)]
+  data = rl.collect(jax.tree.map(jnp.array, start), 0).rollouts
+  data = data.replace(
+    values=jnp.zeros_like(data.values), ref_log_probs=data.log_probs
+  )
+  batch = rl.estimator.prepare(data)
+  last = np.asarray(data.mask).sum(axis=2, keepdims=True) - 1
+  targets = np.take_along_axis(np.asarray(batch.value_targets), last, axis=2)
+  np.testing.assert_array_equal(targets, 0.25)
