@@ -81,6 +81,10 @@ SETTINGS = {
       'count=2, samples=4, pairs(uniform()), fill=interpolate_advantages',
     ),
   ],
+  'trepo_critic': [
+    Setting(note='a random critic'),
+    Setting(note='the exact critic', toy=VALUED),
+  ],
   'trepo_tree': [Setting({'count': 1, 'samples': 4})],
 }
 

@@ -9,6 +9,7 @@ import pytest
 from loops import (
   assert_is_formula,
   clip,
+  earned,
   evaluate,
   k3,
   make_data,
@@ -158,6 +159,38 @@ def trepo(advantage):
   return formula
 
 
+def return_to(i, t, end, beta):
+  """What tokens t … end − 1 earn, and the value of the fork at `end`."""
+  rewards = token_rewards(i, beta)[t:end]
+  return sum(rewards) + (0.0 if end == i.length else i.forks[end])
+
+
+def next_fork(i, t):
+  return min((p for p in i.forks if p > t), default=i.length)
+
+
+def held_with(beta, kept):
+  """From the last baseline before a token to the next fresh value."""
+
+  def advantage(i, t, group):
+    baselines = {0: mean([earned(j, beta) for j in siblings(i, group)])}
+    baselines |= (i.kept_values if kept else {}) | i.forks
+    a = max(p for p in baselines if p <= t)
+    return return_to(i, a, next_fork(i, a), beta) - baselines[a]
+
+  return advantage
+
+
+def trepo_critic(groups, running):
+  total = 0.0
+  for _, i, t in tokens(groups):
+    to_go = return_to(i, t, next_fork(i, t), KL)
+    ratio = token_ratio(i, t)
+    total -= surrogate(ratio, to_go - i.values[t], CLIP, CLIP)
+    total += value_loss(i, t, i.forks.get(t, to_go))
+  return total / num_responses(groups)
+
+
 def vine_ppo(groups, running):
   every = list(tokens(groups))
   advantages = whitened([held(i, t, group) for group, i, t in every])
@@ -177,6 +210,9 @@ FORMULAS = {
   'trepo, values interpolated': trepo(values_interpolated),
   'trepo, advantages interpolated': trepo(advantages_interpolated),
   'trepo, score-weighted': trepo(functools.partial(held, weighted=True)),
+  'trepo with KL': trepo(held_with(KL, kept=False)),
+  'trepo, kept': trepo(held_with(0.0, kept=True)),
+  'trepo_critic': trepo_critic,
   'trepo_tree': tree_surrogate(0.0),
   'trepo_tree with KL': tree_surrogate(KL),
 }

@@ -39,6 +39,8 @@ TAUGHT_BY_EQUALS = {
   'reinforce_baseline': 'its baseline is that of earlier batches',
   'rloo with KL': 'the KL is part of the reward',
   'rloo with adaptive KL': 'the KL is part of the reward',
+  'trepo with KL': 'the KL is part of the reward',
+  'trepo_critic': 'a critic',
   'trepo_tree with KL': 'the KL is part of the reward',
   'reinforce_plus_plus': 'its baseline is that of the batch',
   'reinforce_plus_plus with adaptive KL': 'its baseline is that of the batch',
@@ -285,6 +287,7 @@ def with_a_constant(matched):
       values=rollouts.values + more,
       branch_values=rollouts.branch_values + more,
       branch_baselines=rollouts.branch_baselines + more,
+      kept_values=rollouts.kept_values + more,
     )
     outputs = outputs.replace(values=outputs.values + more)
   return before, evaluate(rollouts, outputs)
@@ -315,7 +318,8 @@ def with_equal_rewards(rollouts, prompts, value):
     array[prompts] = value
     return array
 
-  names = 'rewards', 'greedy_rewards', 'branch_values', 'branch_baselines'
+  names = ['rewards', 'greedy_rewards', 'kept_values']
+  names += ['branch_values', 'branch_baselines']
   return rollouts.replace(
     **{name: fill(getattr(rollouts, name)) for name in names}
   )

@@ -212,7 +212,7 @@ def test_segments_with_lambda_and_gamma():
   r = rewards[0]
   last = r[3] + gamma * r[4] + gamma**2 * r[5] - 30
   middle = r[2] + gamma * 30 - 20
-  root = 1.5
+  root = rewards[1:].sum() / 2  # what the siblings earned
   first = r[0] + gamma * r[1] + gamma**2 * 20 - root
   middle += lam * gamma * last
   first += lam * gamma**2 * middle
@@ -233,6 +233,65 @@ def test_score_weighted_baselines():
   first = [20 - root] * 2 + [5 - 17] * 4
   np.testing.assert_allclose(got[0], first)
   assert weighted.needs.score_norms and not VALUES.needs.score_norms
+
+
+def test_kept_values_are_baselines_alone():
+  """Kept before tokens 1 and 4: what a token is credited with reaches over."""
+  data = branched(
+    [3],
+    kept_values=np.where(fork(1, 3, 4), 7.0, np.nan)[None],
+    kept_mask=fork(1, 3, 4)[None],
+  )
+  values = est.branches(4, 4, est.positions.uniform(), kept=2)
+  got = credit(data, values=values)
+  # The next fresh value is 30, then the reward, 5; at 3 it is fresh itself.
+  expected = [30 - 1.5, 30 - 7, 30 - 7, 5 - 30, 5 - 7, 5 - 7]
+  np.testing.assert_allclose(got[0], expected)
+  np.testing.assert_allclose(got[1], [1 - 3.5] + [1 - 7] * 5)
+  for fill in (est.interpolate_values, est.interpolate_advantages):
+    with pytest.raises(ValueError, match='baselines alone'):
+      est.gae(1.0, 0.0, values, fill)
+
+
+CRITIC = est.branches_with_critic(4, 4, est.positions.uniform())
+
+
+def test_branches_against_a_critic():
+  values = random_of(1)[:3]
+  data = branched([0, 2, 3], lengths=(6, 4, 1), values=values)
+  got = credit(data, values=CRITIC)
+  np.testing.assert_allclose(got[0, :2], 20 - values[0, :2])
+  np.testing.assert_allclose(got[0, 2], 30 - values[0, 2])
+  np.testing.assert_allclose(got[0, 3:], 5 - values[0, 3:])
+  np.testing.assert_allclose(got[1, :4], 1 - values[1, :4])
+  np.testing.assert_allclose(got[2, 0], 2 - values[2, 0])
+  assert (got[1, 4:] == 0).all() and (got[2, 1:] == 0).all()
+
+
+def test_lambda_reaches_over_what_is_a_baseline_alone():
+  """A = δ + λ A of the next fresh state, whatever lies between."""
+  values = random_of(1)[:3]
+  data = branched([2, 4], values=values)
+  got = credit(data, values=CRITIC, lam=0.7)[0]
+  last = 5 - values[0, 4]
+  middle = 40 - values[0, 2] + 0.7 * last
+  np.testing.assert_allclose(got[4], last)
+  np.testing.assert_allclose(got[3], 40 - values[0, 3] + 0.7 * last)
+  np.testing.assert_allclose(got[2], middle)
+  np.testing.assert_allclose(got[0], 20 - values[0, 0] + 0.7 * middle)
+
+
+def test_what_a_critic_learns_from_branches():
+  data = branched([0, 2, 3], lengths=(6, 4, 1), values=random_of(1)[:3])
+  target = est.chain(est.at_last_token(), est.monte_carlo_return(CRITIC))
+  got = apply(target, data)
+  np.testing.assert_allclose(got[0], [20, 20, 20, 30, 5, 5])
+  np.testing.assert_allclose(got[1], [1, 1, 1, 1, 0, 0])
+  rewards = random_of(0)[:3]
+  got = apply(est.monte_carlo_return(CRITIC), data, rewards)
+  first = rewards[0, :2].sum() + 20, rewards[0, 1] + 20, 20
+  np.testing.assert_allclose(got[0, :3], first)
+  np.testing.assert_allclose(got[0, 4], rewards[0, 4:].sum())
 
 
 def test_the_prompt_is_never_read_from_the_branches():

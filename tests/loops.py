@@ -36,8 +36,9 @@ class Response:
   new_values: list
   forks: dict
   weighted_forks: dict
+  kept_values: dict
   parent: int
-  kept: int
+  forked_at: int
 
 
 def groups_of(rollouts, outputs):
@@ -70,7 +71,12 @@ def groups_of(rollouts, outputs):
         forks=at_forks(rollouts.branch_values),
         weighted_forks=at_forks(rollouts.branch_baselines),
         parent=int(rollouts.parents[p, g, 0]),
-        kept=int(rollouts.forked_at[p, g, 0]),
+        kept_values={
+          t: float(rollouts.kept_values[p, g, t])
+          for t in range(1, length)
+          if rollouts.kept_mask[p, g, t]
+        },
+        forked_at=int(rollouts.forked_at[p, g, 0]),
       )
     )
   return groups
@@ -194,6 +200,12 @@ def surrogate(ratio, advantage, low, high):
   return min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)
 
 
+def earned(i, beta):
+  """The response's reward less β times its log-ratio to the reference."""
+  logs = zip(i.old, i.ref, strict=True)
+  return i.reward - beta * sum(old - ref for old, ref in logs)
+
+
 def k3(i, t):
   return (i.ref[t] - i.new[t]).exp() - 1 - (i.ref[t] - i.new[t])
 
@@ -207,8 +219,10 @@ def whitened(numbers, epsilon=1e-8):
 
 def forks_of(i, group):
   """{where: the branches that fork there}."""
-  own = [b for b in group if b.kept and b.parent == i.place]
-  return {t: [b for b in own if b.kept == t] for t in {b.kept for b in own}}
+  own = [b for b in group if b.forked_at and b.parent == i.place]
+  return {
+    t: [b for b in own if b.forked_at == t] for t in {b.forked_at for b in own}
+  }
 
 
 def tree_value(i, group, after, reward):
@@ -223,10 +237,10 @@ def tree_value(i, group, after, reward):
 
 def tree_credit(i, t, group, reward):
   """(advantage, share) of a token that is the row's own."""
-  whole = [j for j in group if not j.kept]
+  whole = [j for j in group if not j.forked_at]
   parent = next(j for j in whole if j.place == i.parent)
   forks = forks_of(parent, group)
-  behind = [p for p in forks if p <= (i.kept if i.kept else t)]
+  behind = [p for p in forks if p <= (i.forked_at if i.forked_at else t)]
   share = math.prod(1 / (1 + len(forks[p])) for p in behind)
   if not behind:
     value = lambda j: tree_value(j, group, 0, reward)
@@ -234,7 +248,7 @@ def tree_credit(i, t, group, reward):
     return value(i) - (mean(others) if others else 0.0), share
   last = max(behind)
   own = tree_value(parent, group, last, reward)
-  if not i.kept:
+  if not i.forked_at:
     return own - mean([reward(b) for b in forks[last]]), share
   others = [reward(b) for b in siblings(i, forks[last])]
   return reward(i) - mean([own, *others]), share
@@ -244,18 +258,16 @@ def tree_surrogate(beta):
   """The clipped loss of the tree estimator, the KL part of the reward."""
 
   def reward(i):
-    return i.reward - beta * sum(
-      old - ref for old, ref in zip(i.old, i.ref, strict=True)
-    )
+    return earned(i, beta)
 
   def formula(groups, running):
     total, count = 0.0, 0
     for group in groups:
       places = {i.place for i in group}
       group = [i for i in group if i.parent in places]
-      count += len([i for i in group if not i.kept])
+      count += len([i for i in group if not i.forked_at])
       for i in group:
-        for t in range(i.kept, i.length):
+        for t in range(i.forked_at, i.length):
           a, share = tree_credit(i, t, group, reward)
           total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
     return -total / count

@@ -49,6 +49,7 @@ STOPPING_TIMES = {
   'delimiter': (trepo(positions.delimiter(1)), TOY),
   'delimiter with a cap': (trepo(positions.delimiter(0), 1, 2), LONG),
   'entropy': (trepo(positions.entropy_above(0.8)), TOY),
+  'entropy summed': (trepo(positions.entropy_sum(1.9)), TOY),
   'score-weighted, fixed': (
     trepo(positions.fixed(1, 2), samples=2, score_weighted=True),
     LONG,
@@ -260,6 +261,7 @@ RULES = {
   'uniform': positions.uniform(),
   'delimiter': positions.delimiter(0, 2),
   'entropy': positions.entropy_above(0.7),
+  'entropy summed': positions.entropy_sum(1.1),
   'pairs': positions.pairs(positions.delimiter(1)),
 }
 
@@ -300,6 +302,16 @@ def test_another_speakers_tokens_use_up_no_position():
   mask = np.array([1, 1, 0, 0, 1, 1], bool)
   found = positions.mark(rule, (), tokens, mask, np.zeros(6))
   np.testing.assert_array_equal(found, np.arange(6) == 5)
+
+
+def test_entropies_are_summed_from_one_fork_to_the_next():
+  rule = est.Branches(9, 1, positions.entropy_sum(1.0))
+  [state] = rule.positions.states(rule.count, 8)
+  entropy = np.array([9.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 2.0])
+  tokens, mask = np.zeros(8, np.int32), np.ones(8, bool)
+  found = positions.mark(rule, state, tokens, mask, entropy)
+  # That of the first token is the prompt's, where nothing forks.
+  np.testing.assert_array_equal(np.flatnonzero(found), [2, 6, 7])
 
 
 def test_pairs_come_in_pairs():

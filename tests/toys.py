@@ -61,6 +61,11 @@ RECIPES = {
     clip=CLIP,
   ),
   'trepo, score-weighted': est.trepo(clip=CLIP, score_weighted=True),
+  'trepo with KL': est.trepo(clip=CLIP, kl=KL),
+  'trepo, kept': est.trepo(clip=CLIP, kept=3),
+  'trepo_critic': est.trepo_critic(
+    clip=CLIP, kl=KL, value_coefficient=VALUE, value_clip=VALUE_CLIP
+  ),
   'trepo_tree': est.trepo_tree(2, 2, clip=CLIP),
   'trepo_tree with KL': est.trepo_tree(2, 2, clip=CLIP, kl=KL),
   'dpo': est.dpo(BETA),
@@ -86,8 +91,8 @@ def random_rollouts(
 
   Everything that a recipe may need is there.  Lengths are ragged, with an
   empty and a full response.  Outside the mask stands NaN, and so it does where
-  no branch forks.  With `invalid`, two responses are invalid: NaN all over.
-  With `full`, all responses were cut at the length limit.
+  no branch forks and no value is kept.  With `invalid`, two responses are
+  invalid: NaN all over.  With `full`, all were cut at the length limit.
 
   Returns:
     (rollouts, outputs) of NumPy arrays.
@@ -115,7 +120,10 @@ def random_rollouts(
   values = random.normal(size=shape)
   # Garbage outside the mask and at the prompt, where it must not be read.
   forks = random.random(shape) < 0.5
-  forked = kept & forks & (np.arange(length) > 0)[None, None]
+  later = kept & (np.arange(length) > 0)[None, None]
+  forked = later & forks
+  others = np.random.default_rng(seed + 1000)
+  kept_values, known = others.normal(size=shape), others.random(shape) < 0.3
   rollouts = est.Rollouts(
     tokens=tokens,
     mask=mask,
@@ -131,6 +139,8 @@ def random_rollouts(
     branch_values=inside(random.normal(size=shape), forked),
     branch_baselines=inside(random.normal(size=shape), forked),
     branch_mask=forks,
+    kept_values=inside(kept_values, later & known),
+    kept_mask=known,
     running=_some_batches_later(dtype),
   )
   outputs = est.Outputs(

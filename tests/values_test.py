@@ -1,6 +1,7 @@
 """Sources of values: what branches earn, by hand and by enumeration."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -128,3 +129,155 @@ def test_token_rewards_are_a_part_of_what_branches_earn():
   report = enumeration.examine(estimator, toy, exact=exact)
   assert report.exact
   np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+
+
+# name: (estimator, toy, options of `examine`)
+ANY_CRITIC = {
+  'fixed': (est.trepo_critic(2, 1, positions.fixed(1, 2)), TOY, {}),
+  'delimiter': (est.trepo_critic(2, 2, positions.delimiter(0)), LONG, {}),
+  'uniform, with KL': (
+    est.trepo_critic(1, 2, positions.uniform(), kl=KL),
+    LONG,
+    dict(exact=enumeration.exact_gradient(LONG, kl=KL)),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', ANY_CRITIC)
+def test_a_critic_behind_branches_biases_nothing(name):
+  """Its values are random; one response per prompt is enough."""
+  estimator, toy, options = ANY_CRITIC[name]
+  report = enumeration.examine(estimator, toy, samples=1, **options)
+  assert report.exact
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  better = toy._replace(values=enumeration.exact_values(toy))
+  if not options:
+    found = enumeration.examine(estimator, better, samples=1)
+    assert found.variance < report.variance
+
+
+def test_what_the_critic_is_fitted_to_has_the_values_as_its_mean():
+  """E[target · f(state)] = E[U · f(state)], with ∇H of the state for f."""
+  values = est.branches_with_critic(2, 2, positions.fixed(1, 3))
+  targets = est.chain(est.at_last_token(), est.monte_carlo_return(values))
+  bootstrapped = est.chain(est.at_last_token(), est.lambda_return(1.0, 0.0))
+
+  def weighing(field, target):
+    loss = est.TokenLoss(
+      lambda outputs, batch: -batch[field] * outputs.entropy,
+      est.Needs(critic=True),
+    )
+    return est.estimator(
+      est.identity(), loss, est.sequence_sum(), value_target=target
+    )
+
+  mean = lambda field, target, toy: enumeration.expected_gradient(
+    weighing(field, target), toy, samples=1
+  )
+  exact = LONG._replace(values=enumeration.exact_values(LONG))
+  expected = mean('values', targets, exact)
+  np.testing.assert_allclose(
+    mean('value_targets', targets, LONG), expected, **CLOSE
+  )
+  off = mean('value_targets', bootstrapped, LONG) - expected
+  assert np.abs(off).max() > 0.01
+
+
+STALE = np.random.default_rng(3).normal(size=LONG.values.shape)
+SOME = np.where(np.arange(len(LONG.prefixes)) == 2, STALE, np.nan)
+
+
+def keeping(score_weighted=False):
+  rule = positions.fixed(1, 2, 3)
+  return est.trepo(3, 1, rule, kept=5, score_weighted=score_weighted)
+
+
+@pytest.mark.parametrize('score_weighted', [False, True])
+@pytest.mark.parametrize('kept', [None, SOME, STALE])
+def test_kept_values_bias_nothing_and_cost_nothing(kept, score_weighted):
+  """Whatever they are; where one is kept, no branch is drawn."""
+  toy = LONG._replace(kept_values=kept)
+  report = enumeration.examine(keeping(score_weighted), toy)
+  assert report.exact
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  least = enumeration.examine(est.rloo(), LONG).tokens
+  if kept is STALE:
+    assert report.tokens == pytest.approx(least)
+  else:
+    assert report.tokens > 1.2 * least
+
+
+def test_kept_values_that_replace_rewards_to_go_are_biased():
+  """As first terms they would have to be the present policy's."""
+  estimator = keeping()
+
+  def prepare(rollouts):
+    kept = rollouts.kept_mask
+    values = jnp.where(kept, rollouts.kept_values, rollouts.branch_values)
+    fresh = rollouts.branch_mask | kept
+    return estimator.prepare(
+      rollouts.replace(branch_values=values, branch_mask=fresh)
+    )
+
+  toy = LONG._replace(kept_values=STALE)
+  report = enumeration.examine(estimator._replace(prepare=prepare), toy)
+  assert report.bias > 0.1
+
+
+def test_drawing_with_kept_values_agrees_with_summing():
+  toy = LONG._replace(kept_values=SOME)
+  exact = enumeration.examine(keeping(), toy)
+  drawn = enumeration.examine(keeping(), toy, limit=1, draws=40_000)
+  assert exact.exact and not drawn.exact
+  assert drawn.bias < 2.5 * drawn.standard_error
+  assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
+
+
+@pytest.mark.parametrize('rule', ['fixed', 'delimiter'])
+def test_responses_that_share_a_state_may_share_its_branches(rule):
+  """The first one's serve the second: nothing is biased, tokens are saved."""
+  rule, toy, settings = RULES[rule]
+  estimator = est.trepo(2, 1, rule)
+
+  def prepare(rollouts):
+    tokens, forks = rollouts.tokens, rollouts.branch_mask
+    same = jnp.cumprod(tokens[:, 0] == tokens[:, 1], axis=1)
+    # The state before token t is the same if all before it are.
+    same = jnp.pad(same[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    shared = (same > 0) & forks[:, 0] & forks[:, 1]
+    first, second = rollouts.branch_values[:, 0], rollouts.branch_values[:, 1]
+    second = jnp.where(shared, first, second)
+    return estimator.prepare(
+      rollouts.replace(branch_values=jnp.stack([first, second], axis=1))
+    )
+
+  report = enumeration.examine(estimator._replace(prepare=prepare), toy)
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  plain = enumeration.examine(estimator, toy)
+  assert abs(report.variance - plain.variance) > 1e-4
+
+
+def test_what_does_not_fit_is_refused():
+  for make in (
+    lambda: est.branches(1, 1, positions.uniform(), kept=-1),
+    lambda: est.branches_with_critic(0, 1, positions.uniform()),
+    lambda: est.trepo(1, 1, kept=2, fill=est.interpolate_values),
+    lambda: positions.entropy_sum(0.0),
+    # Two sources in one estimator.
+    lambda: est.estimator(
+      est.chain(
+        est.at_last_token(),
+        est.gae(1.0, 0.0, est.branches(1, 1, positions.uniform())),
+      ),
+      est.value_error(0.5),
+      est.sequence_sum(),
+      value_target=est.chain(
+        est.at_last_token(),
+        est.monte_carlo_return(
+          est.branches_with_critic(2, 1, positions.uniform())
+        ),
+      ),
+    ),
+  ):
+    with pytest.raises(ValueError):
+      make()

@@ -130,7 +130,7 @@ def measure(estimator, toy, tokens_per_response=STEPS):
 def exact_credit(baselines):
   """Q − b: what is earned from each token on, with known Q and b."""
   values = est.Values(
-    lambda rollouts: est.Known(
+    lambda rewards, rollouts: est.Known(
       rollouts.values, baselines(rollouts), jnp.ones_like(rollouts.mask)
     ),
     est.Needs(critic=True),

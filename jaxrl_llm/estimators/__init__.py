@@ -10,6 +10,7 @@ from jaxrl_llm.estimators import diagnostics, enumeration, positions
 from jaxrl_llm.estimators.actor_critic import (
   ppo,
   trepo,
+  trepo_critic,
   trepo_tree,
   vapo,
   vine_ppo,
@@ -71,6 +72,7 @@ from jaxrl_llm.estimators.credit import (
   interpolate_values,
   lambda_return,
   length_adaptive,
+  monte_carlo_return,
   reward_to_go,
   subtract_token_kl,
   whiten,
@@ -136,6 +138,7 @@ from jaxrl_llm.estimators.values import (
   Values,
   branch_returns,
   branches,
+  branches_with_critic,
   critic,
 )
 from jaxrl_llm.estimators.weights import (
@@ -172,6 +175,7 @@ __all__ = [
   'at_last_token',
   'branch_returns',
   'branches',
+  'branches_with_critic',
   'chain',
   'cispo',
   'clipped',
@@ -208,6 +212,7 @@ __all__ = [
   'mask_outside',
   'merge_needs',
   'mixed_outcomes',
+  'monte_carlo_return',
   'obl_reinforce',
   'ones',
   'opo',
@@ -254,6 +259,7 @@ __all__ = [
   'trajectory_ratio',
   'tree',
   'trepo',
+  'trepo_critic',
   'trepo_tree',
   'truncate',
   'update_running',

@@ -14,6 +14,7 @@ from jaxrl_llm.estimators.credit import (
   interpolate_advantages,
   lambda_return,
   length_adaptive,
+  monte_carlo_return,
   subtract_token_kl,
   whiten,
 )
@@ -31,7 +32,11 @@ from jaxrl_llm.estimators.token_losses import (
 )
 from jaxrl_llm.estimators.trees import tree
 from jaxrl_llm.estimators.types import AdvantageTransform, Running
-from jaxrl_llm.estimators.values import branches, critic
+from jaxrl_llm.estimators.values import (
+  branches,
+  branches_with_critic,
+  critic,
+)
 from jaxrl_llm.estimators.weights import sequence_sum, token_mean
 
 
@@ -154,6 +159,7 @@ def trepo(
   clip: float = 0.2,
   score_weighted: bool = False,
   kl: float | Running = 0.0,
+  kept: int = 0,
 ) -> Estimator:
   """Token-level advantages from Monte Carlo branches, without a critic.
 
@@ -177,6 +183,8 @@ def trepo(
     score_weighted: baselines weighted by the continuations' squared scores.
     kl: β, in units of the reward per nat, or `adaptive_kl`: charged to the
       responses and to their branches.
+    kept: for how many steps a state's value serves in place of fresh branches,
+      as a baseline; with `hold`.
 
   References:
     He et al., `Response-Level Rewards Are All You Need
@@ -186,7 +194,7 @@ def trepo(
     positions = uniform()
     if fill is interpolate_advantages:
       positions = pairs(positions)
-  values = branches(count, samples, positions, score_weighted)
+  values = branches(count, samples, positions, score_weighted, kept)
   return estimator(
     chain(_reward(kl), gae(1.0, 0.0, values, fill)),
     clipped(clip),
@@ -225,6 +233,46 @@ def trepo_tree(
     chain(*kl_part, tree(count, samples, positions or uniform())),
     clipped(clip),
     sequence_sum(),
+  )
+
+
+def trepo_critic(
+  count: int = 1,
+  samples: int = 4,
+  positions: Positions | None = None,
+  clip: float = 0.2,
+  kl: float | Running = 0.0,
+  value_coefficient: float = 0.5,
+  value_clip: float | None = None,
+) -> Estimator:
+  """Few branches, and a critic that has learnt from them for the baselines.
+
+    L = 1/N Σᵢ Σₜ [− min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ) + c/2 (Vφ − V̂)²]
+    Aᵢₜ = V̂_b − Vφ(sₜ)   for a < t ≤ b,   V̂_T = Rᵢ
+
+  V̂ at a position is the mean of K fresh continuations; Vφ(sₜ), of the state
+  before the token, is fitted to that of the next position, or to R, with
+  nothing bootstrapped.
+
+  Bias: none for the policy, whatever the critic says.
+
+  Args:
+    count, samples, clip, kl: as in `trepo`.
+    positions: a rule of `positions`; `uniform()` if None.
+    value_coefficient: c.
+    value_clip: as in `ppo`; None does not clip.
+
+  References:
+    He et al., `Response-Level Rewards Are All You Need
+    <https://arxiv.org/abs/2506.02553>`_, 2025
+  """
+  values = branches_with_critic(count, samples, positions or uniform())
+  reward = _reward(kl)
+  return estimator(
+    chain(reward, gae(1.0, 0.0, values)),
+    add(clipped(clip), value_error(value_coefficient, value_clip)),
+    sequence_sum(),
+    value_target=chain(reward, monte_carlo_return(values)),
   )
 
 

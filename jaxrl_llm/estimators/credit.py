@@ -124,6 +124,8 @@ def gae(
     Aₖ = δₖ + λ γ^{length} Aₖ₊₁,   V after the last token = 0
 
   With a value at every token these are the textbook formulas, λ γ per token.
+  Segments end where a value replaces the rewards to go; where there is only a
+  baseline, an advantage is taken against it that reaches over to the next one.
 
   Level: token, [P, G, T] → [P, G, T].
   Bias: as good as the values; none at γ = 1 with `hold` where they are
@@ -134,7 +136,7 @@ def gae(
     gamma: γ; with a reward for the whole response it has to be 1, as it has
       with branches.
     lam: λ, a number or a function of the lengths, [P, G, 1] tokens.
-    values: `critic()` or `branches(…)`.
+    values: `critic()`, `branches(…)` or `branches_with_critic(…)`.
     fill: what tokens between known states get; `hold` if None.
 
   References:
@@ -149,9 +151,11 @@ def gae(
   if not 0 <= gamma <= 1 or not (callable(lam) or 0 <= lam <= 1):
     raise ValueError(f'{gamma=} and {lam=} have to be between 0 and 1')
   fill = fill or hold
+  if fill is not hold and values.needs.branches and values.needs.branches.kept:
+    raise ValueError('kept values are baselines alone: they need `hold`')
 
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
-    known = values.apply(rollouts)
+    known = values.apply(advantages, rollouts)
     lengths = rollouts.mask.sum(axis=2, keepdims=True)
     factor = lam(lengths) if callable(lam) else lam
     found = _scan(advantages, known, rollouts.mask, gamma, factor)
@@ -178,6 +182,40 @@ def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
     return advantage.apply(advantages, rollouts) + rollouts.values
 
   return advantage._replace(apply=apply)
+
+
+def monte_carlo_return(values: Values) -> AdvantageTransform:
+  """What a critic should predict where branches say more than one response.
+
+    targetₜ = V of the first state with branches at or after t, else R to go
+
+  Its mean is the state's value: nothing is bootstrapped from the critic.
+
+  Level: token, [P, G, T] → [P, G, T].
+
+  Args:
+    values: the source that has the branches, the one that `gae` has.
+  """
+
+  def apply(advantages: Array, rollouts: Rollouts) -> Array:
+    known = values.apply(advantages, rollouts)
+    fresh = (known.where if known.fresh is None else known.fresh) & (
+      jnp.arange(rollouts.mask.shape[2])[None, None] > 0
+    )
+    nothing = jnp.zeros_like(advantages)
+    nowhere = jnp.zeros_like(rollouts.mask)
+    known = Known(known.values, nothing, nowhere, fresh)
+    to_go = _scan(advantages, known, rollouts.mask, 1.0, 0.0)
+    return jnp.where(fresh & rollouts.mask, known.values, to_go)
+
+  return AdvantageTransform(
+    apply,
+    values.needs,
+    takes='token reward',
+    gives='token advantage',
+    centres=True,
+    takes_reward=True,
+  )
 
 
 def length_adaptive(alpha: float) -> Lambda:
@@ -303,20 +341,21 @@ def _scan(
   rewards: Array, known: Known, mask: Array, gamma: float, lam: float | Array
 ) -> Array:
   """From the last token to the first: A where known, else the return to go."""
+  fresh = known.where if known.fresh is None else known.fresh
   lam = jnp.broadcast_to(lam, mask.shape[:2] + (1,))[..., 0]
 
   def step(carry, x):
     to_go, advantage = carry
-    reward, value, baseline, where, inside = x
+    reward, value, baseline, where, fresh, inside = x
     to_go = jnp.where(inside, reward, 0.0) + gamma * to_go
     advantage = gamma * advantage
     here = to_go - baseline + lam * advantage
-    where = where & inside
-    carry = (jnp.where(where, value, to_go), jnp.where(where, here, advantage))
-    return carry, jnp.where(where, here, to_go)
+    fresh = fresh & inside
+    carry = (jnp.where(fresh, value, to_go), jnp.where(fresh, here, advantage))
+    return carry, jnp.where(where & inside, here, to_go)
 
   by_time = lambda x: jnp.moveaxis(x, 2, 0)
-  xs = (rewards, known.values, known.baselines, known.where, mask)
+  xs = (rewards, known.values, known.baselines, known.where, fresh, mask)
   zeros = jnp.zeros(mask.shape[:2], rewards.dtype)
   _, found = jax.lax.scan(
     step, (zeros, zeros), jax.tree.map(by_time, xs), reverse=True

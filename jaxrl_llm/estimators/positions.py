@@ -53,6 +53,9 @@ class Branches(NamedTuple):
       all that `chain` found in front of the values; None for nothing.
     trained: whether the branches are wanted as further rows of the rollouts,
       to be trained on, and not as values.
+    kept: how many steps old the branches of a state may be before it is sampled
+      from again.  Until then its value stands in `kept_values`, and no branch
+      forks there; 0 keeps none.
   """
 
   count: int
@@ -61,6 +64,7 @@ class Branches(NamedTuple):
   score_weighted: bool = False
   shaping: AdvantageTransform | None = None
   trained: bool = False
+  kept: int = 0
 
 
 def fixed(*positions: int) -> Positions:
@@ -114,6 +118,28 @@ def entropy_above(threshold: float) -> Positions:
     return state, entropy > threshold
 
   return Positions(lambda key, count, max_length: (), step, reads_entropy=True)
+
+
+def entropy_sum(nats: float) -> Positions:
+  """Each time the next tokens' entropies have added up to `nats`.
+
+  Few forks where the policy is sure of what comes, many where it is not.  What
+  counts is what was to be expected, not how surprising the tokens were.
+  """
+  if not nats > 0:
+    raise ValueError(f'entropy_sum: {nats=} has to be above 0')
+
+  def step(state, t, token, entropy):
+    total = (state + entropy).astype(state.dtype)
+    fork = total >= nats
+    return jnp.where(fork, 0.0, total), fork
+
+  return Positions(
+    lambda key, count, max_length: jnp.float32(0.0),
+    step,
+    lambda count, max_length: [jnp.float32(0.0)],
+    reads_entropy=True,
+  )
 
 
 def pairs(positions: Positions) -> Positions:

@@ -35,6 +35,8 @@ class Toy(NamedTuple):
     sampler: [P, S, V] logits of the program that sampled, where it differs.
     token_rewards: [P, S, V], what estimators get that need known rewards of
       tokens.  They are no part of `rewards` by themselves: see `discounted`.
+    kept_values: [P, S], values that are kept from an earlier policy and stand
+      in for branches; NaN in states that have none, None where none is kept.
     branch_rewards: [P, N], where branches are not scored by `rewards`: a
       mistake whose bias can be studied.
   """
@@ -52,6 +54,7 @@ class Toy(NamedTuple):
   old_params: Any = None
   sampler: np.ndarray | None = None
   token_rewards: np.ndarray | None = None
+  kept_values: np.ndarray | None = None
   branch_rewards: np.ndarray | None = None
 
 
@@ -253,6 +256,7 @@ def check(toy: Toy) -> None:
     'sampler': (toy.sampler, (prompts, states, tokens)),
     'token_rewards': (toy.token_rewards, (prompts, states, tokens)),
     'values': (toy.values, (prompts, states)),
+    'kept_values': (toy.kept_values, (prompts, states)),
   }
   for name, (array, shape) in shapes.items():
     if array is not None and np.shape(array) != shape:

@@ -1,6 +1,7 @@
 """Sources of values: what a state is worth.
 
-A critic knows it at every token, Monte Carlo branches at a few.
+A critic knows it at every token, Monte Carlo branches at a few.  Values come in
+one form, `Known`, whatever their source.
 """
 
 from collections.abc import Callable
@@ -27,28 +28,40 @@ from jaxrl_llm.estimators.types import (
 class Known(NamedTuple):
   """Values of the states before tokens, [P, G, T] each.
 
+  What replaces the rewards to go has to be unbiased; a baseline may be any
+  function of the prefix.
+
   Attributes:
-    values: in units of the reward.
-    baselines: what an advantage is taken against at the same states.
-    where: bool, at which states they are known; the first is always.
+    values: what replaces the rewards to go, in units of the reward.
+    baselines: what an advantage is taken against.
+    where: bool, at which states one is taken; at the first always.
+    fresh: bool, at which states the value replaces what the response itself
+      earned from there on; `where` if None.
   """
 
   values: Array
   baselines: Array
   where: Array
+  fresh: Array | None = None
 
 
 class Values(NamedTuple):
-  """A source of values."""
+  """A source of values.
 
-  apply: Callable[[Rollouts], Known]
+  Attributes:
+    apply: (rewards, rollouts) → `Known`; rewards are those of tokens as they
+      flow, [P, G, T].
+    needs: what must be sampled for it.
+  """
+
+  apply: Callable[[Array, Rollouts], Known]
   needs: Needs
 
 
 def critic() -> Values:
   """A learned value of every state."""
 
-  def apply(rollouts: Rollouts) -> Known:
+  def apply(rewards: Array, rollouts: Rollouts) -> Known:
     everywhere = jnp.ones_like(rollouts.mask)
     return Known(rollouts.values, rollouts.values, everywhere)
 
@@ -60,10 +73,11 @@ def branches(
   samples: int,
   positions: Positions,
   score_weighted: bool = False,
+  kept: int = 0,
 ) -> Values:
   """Monte Carlo values at a few states; the first from the other responses.
 
-    V₀ = mean of the siblings' rewards,   V_p = mean of K fresh continuations
+    V₀ = mean of what the siblings earned,   V_p = mean of K fresh continuations
 
   Without a valid sibling V₀ is 0.
 
@@ -73,32 +87,36 @@ def branches(
     positions: a rule of `positions`.
     score_weighted: takes advantages against the score-weighted mean of the
       same continuations, which has lower variance than their mean.
+    kept: how many steps the values of states are kept for.  Instead of fresh
+      branches a state that has one gets it as a baseline, for which it need not
+      be that of the present policy; what came before is credited with what the
+      next fresh branches, or the response, earn.  0 keeps none.
   """
-  if count < 1 or samples < 1:
-    raise ValueError(f'branches: {count=} and {samples=} have to be ≥ 1')
-  if not isinstance(positions, Positions):
-    raise ValueError(f'branches: {positions=} is no rule, such as uniform()')
+  _check('branches', count, samples, positions)
+  if kept < 0:
+    raise ValueError(f'branches: {kept=} has to be ≥ 0')
   others = subtract_leave_one_out_mean()
   weighted = subtract_weighted_leave_one_out_mean(score_norm())
 
-  def apply(rollouts: Rollouts) -> Known:
+  def apply(rewards: Array, rollouts: Rollouts) -> Known:
     first = jnp.arange(rollouts.mask.shape[2]) == 0
     first = jnp.broadcast_to(first, rollouts.mask.shape)
-    where = first | rollouts.branch_mask
-    rewards = rollouts.rewards
+    where = fresh = first | rollouts.branch_mask
+    earned = _earned(rewards, rollouts)
     siblings = valid_responses(rollouts).sum(axis=1, keepdims=True) > 1
-    root = rewards - others.apply(rewards, rollouts)
-    root = jnp.where(siblings, root, 0.0)
-    values = jnp.where(first, root, rollouts.branch_values)
-    if not score_weighted:
-      return Known(values, values, where)
-    root = rewards - weighted.apply(rewards, rollouts)
-    root = jnp.where(siblings, root, 0.0)
-    return Known(
-      values, jnp.where(first, root, rollouts.branch_baselines), where
+    root = lambda without: jnp.where(
+      siblings, earned - without.apply(earned, rollouts), 0.0
     )
+    values = jnp.where(first, root(others), rollouts.branch_values)
+    baselines = values
+    if score_weighted:
+      baselines = jnp.where(first, root(weighted), rollouts.branch_baselines)
+    if kept:
+      where = fresh | rollouts.kept_mask
+      baselines = jnp.where(fresh, baselines, rollouts.kept_values)
+    return Known(values, baselines, where, fresh)
 
-  rule = Branches(count, samples, positions, score_weighted)
+  rule = Branches(count, samples, positions, score_weighted, kept=kept)
   needs = Needs(
     samples=2,
     branches=rule,
@@ -106,6 +124,49 @@ def branches(
     entropy=positions.reads_entropy,
   )
   return Values(apply, needs)
+
+
+def branches_with_critic(
+  count: int, samples: int, positions: Positions
+) -> Values:
+  """Monte Carlo values at a few states, against a critic's at every token.
+
+    Aₜ = V_b − Vφ(sₜ)   for a < t ≤ b,   V_T = R
+
+  sₜ is the state before token t.  Whatever the critic says, it is a function of
+  the prefix: nothing is biased by it, and no sibling is needed.
+
+  Args:
+    count, samples, positions: as in `branches`.
+  """
+  _check('branches_with_critic', count, samples, positions)
+
+  def apply(rewards: Array, rollouts: Rollouts) -> Known:
+    everywhere = jnp.ones_like(rollouts.mask)
+    inside = jnp.arange(rollouts.mask.shape[2])[None, None] > 0
+    fresh = rollouts.branch_mask & inside
+    return Known(rollouts.branch_values, rollouts.values, everywhere, fresh)
+
+  rule = Branches(count, samples, positions)
+  needs = Needs(critic=True, branches=rule, entropy=positions.reads_entropy)
+  return Values(apply, needs)
+
+
+def _check(name: str, count: int, samples: int, positions: Positions) -> None:
+  if count < 1 or samples < 1:
+    raise ValueError(f'{name}: {count=} and {samples=} have to be ≥ 1')
+  if not isinstance(positions, Positions):
+    raise ValueError(f'{name}: {positions=} is no rule, such as uniform()')
+
+
+def _earned(rewards: Array, rollouts: Rollouts) -> Array:
+  """[P, G, 1]: the sum of a response's rewards of tokens.
+
+  Without any token it is the reward, which had no place to stand.
+  """
+  inside = jnp.where(rollouts.mask, rewards, 0.0)
+  some = rollouts.mask.any(axis=2, keepdims=True)
+  return jnp.where(some, inside.sum(axis=2, keepdims=True), rollouts.rewards)
 
 
 def branch_returns(
