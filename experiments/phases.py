@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, critics
+from experiments.learner import Learner
 from jaxrl_llm import (
   batches,
   branch_values,
@@ -155,7 +156,7 @@ class Reinforcement:
   Attributes:
     key: as given; a resumed run sets the one of its checkpoint.
     reference: parameters of the reference policy, if the estimator needs it.
-    critic: of the estimator; None without.
+    estimator, critic, optimizer, begin, shapes: of a `Learner`.
     rescore: whether the trainer recomputes the sampler's log-probabilities.
     kept: values of states from earlier steps; None unless the estimator keeps
       them.
@@ -167,7 +168,7 @@ class Reinforcement:
     self.key = key
     encoded = build.encode(config, rows, model.tokenizer)
     self.dropped = encoded.dropped
-    rollout, settings = config.rollout, config.training
+    rollout = config.rollout
     self.source = prompts_lib.PromptSource(
       encoded, rollout.prompts, config.seed
     )
@@ -179,59 +180,25 @@ class Reinforcement:
       temperature=rollout.temperature,
     )
     self.rewards = build.reward_parts(config)
-    self.estimator = build.estimator(config)
-    self.generation = rollouts.with_statistics(
-      self.generation, self.estimator.needs
-    )
+    learner = self._learner = Learner(config, model)
+    self.estimator, self.critic = learner.estimator, learner.critic
+    self.optimizer = learner.optimizer
+    self.begin, self.shapes = learner.begin, learner.shapes
+    needs = self.estimator.needs
+    self.generation = rollouts.with_statistics(self.generation, needs)
     self.reference = None
     self.rescore = False
-    self._micro_prompts = build.micro_prompts(config)
-    needs = self.estimator.needs
-    self.optimizer, self._rates = critics.optimizer(config, needs)
-    per_token = build.token_metrics(config)
-    if needs.reference:
-      per_token['kl'] = diagnostics.reference_kl
+    self._micro_prompts = learner.micro_prompts
     self.kept = None
     if needs.branches and needs.branches.kept:
       self.kept = KeptValues(needs.branches.kept)
-    self.critic = None
-    forward = training.policy_forward(
-      model.config, self.generation.decoding, settings.chunk
-    )
-    if needs.critic:
-      self.critic = critics.critic(config, model)
-      forward = training.actor_critic_forward(
-        model.config, self.generation.decoding, self.critic, settings.chunk
-      )
-      per_token |= critics.value_metrics(config)
+    if self.critic is not None:
       self._explained = jax.jit(critics.explained_variance(config))
     self._prepare = jax.jit(self.estimator.prepare)
     self._advance = jax.jit(
       functools.partial(estimators.update_running, self.estimator.needs)
     )
     self._weigh = jax.jit(self.estimator.weigh)
-    self._update = training.make_update(
-      forward, self.estimator, self.optimizer, self._micro_prompts, per_token
-    )
-
-  def begin(self, policy_params) -> training.TrainState:
-    """The state that online RL begins with, critic included."""
-    beginning = None
-    if self.critic is not None:
-      beginning = critics.start(self._config, self.critic, policy_params)
-    return self._state(policy_params, beginning)
-
-  def shapes(self, policy_params) -> training.TrainState:
-    """Shapes of `begin`, from nothing but the shapes of its argument."""
-    beginning = None
-    if self.critic is not None:
-      beginning = critics.shapes(self._config, self.critic)
-    return jax.eval_shape(self._state, policy_params, beginning)
-
-  def _state(self, policy_params, critic_params) -> training.TrainState:
-    return build.init_state(
-      policy_params, self.optimizer, self.estimator, critic_params
-    )
 
   def collect(self, state: training.TrainState, step: int, stop=None):
     """Samples, scores and completes the rollouts of one step.
@@ -358,13 +325,14 @@ class Reinforcement:
     if self.critic is not None:
       record = record | {'critic/explained_variance': self._explained(data)}
     key = jax.random.fold_in(jax.random.fold_in(self.key, 2), step)
-    rates = self._rates(int(state.updates))
+    rates = self._learner.rates(int(state.updates))
     records = []
     for epoch in range(self._config.training.epochs):
       for prompts, batch in batches.minibatches(
         whole, self._config.training.minibatches, jax.random.fold_in(key, epoch)
       ):
-        state, metrics = self._update(state, None, prompts, self._weigh(batch))
+        batch = self._weigh(batch)
+        state, metrics = self._learner.update(state, None, prompts, batch)
         records.append(metrics)
     state = state.replace(running=running)
     records = jax.device_get(records)
