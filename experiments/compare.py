@@ -341,7 +341,8 @@ def compare(
   failures, done = {}, 0
   with StopSignal() as stop:
     # The initial model has to be there before any other run begins.
-    for phase, where in zip(phases, (places[:1], places), strict=True):
+    together = [set().union(*places)]
+    for phase, where in zip(phases, (together, places), strict=True):
       if failures or stop.requested:
         break
       for job, code, seconds in launch(phase, workdir, where, command, stop):
