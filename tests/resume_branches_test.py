@@ -12,7 +12,7 @@ ALGORITHMS = {
   'ppo': dict(name='ppo', kl=0.05),
   'trepo': dict(name='trepo', score_weighted=True, **BRANCHES),
   'tree': dict(name='trepo_tree', **BRANCHES),
-  'kept values': dict(name='trepo_kept', kept=6, **BRANCHES),
+  'kept values': dict(name='trepo', kept=6, **BRANCHES),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 
