@@ -10,6 +10,7 @@ from experiments import build, critics
 from experiments.configs import base
 from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Needs
 
 # Sections whose fields are arguments of the function that they name.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
@@ -48,10 +49,10 @@ def check(config: ConfigDict) -> None:
   An algorithm that is named as file.py:function is loaded.
   """
   check_fields(config)
-  with_critic = build.estimator(config).needs.critic
-  _check_critic(config, with_critic)
-  _check_schedules(config, with_critic)
-  _check_on_policy(config)
+  needs = build.estimator(config).needs
+  _check_critic(config, needs.critic)
+  _check_schedules(config, needs.critic)
+  _check_on_policy(config, needs)
   prompts, settings = config.rollout.prompts, config.training
   check_divides(settings.minibatches, prompts, 'config.training.minibatches')
   minibatch = prompts // settings.minibatches
@@ -194,25 +195,13 @@ def _check_schedules(config: ConfigDict, with_critic: bool) -> None:
       raise UserError(f'config.{section}: {error}') from error
 
 
-# Recipes on the plain score function.
-_ON_POLICY = (
-  'reinforce',
-  'reinforce_baseline',
-  'remax',
-  'rloo',
-  'opo',
-  'opo_leave_one_out',
-  'obl_reinforce',
-)
-
-
-def _check_on_policy(config: ConfigDict) -> None:
-  """Refuses recipes without a ratio where updates leave the sampled policy."""
-  name = config.algorithm.name
+def _check_on_policy(config: ConfigDict, needs: Needs) -> None:
+  """Refuses a loss without a ratio where updates leave the sampled policy."""
   updates = config.training.epochs * config.training.minibatches
-  if name in _ON_POLICY and updates > 1:
+  if needs.on_policy and updates > 1:
     raise UserError(
-      f'{name} has no importance ratio, but a step takes {updates} updates\n'
+      f'{config.algorithm.name} has no importance ratio, but a step takes '
+      f'{updates} updates\n'
       'set config.training.epochs and minibatches to 1, or use a clipped recipe'
     )
 

@@ -336,13 +336,19 @@ def test_defaults_are_the_published_ones():
 
 
 def test_recipe_does_not_ask_for_what_it_does_not_use():
-  assert est.reinforce().needs == est.Needs()
-  assert est.remax().needs == est.Needs(greedy=True)
+  on_policy = est.Needs(on_policy=True)
+  assert est.reinforce().needs == on_policy
+  assert est.remax().needs == on_policy._replace(greedy=True)
+  norms = on_policy._replace(samples=2, score_norms=True)
+  assert est.obl_reinforce().needs == norms
   assert est.rl_zvp().needs == est.Needs(samples=2, entropy=True)
-  assert est.obl_reinforce().needs == est.Needs(samples=2, score_norms=True)
-  for recipe in (est.rloo, est.grpo, est.reinforce_plus_plus_baseline):
-    assert recipe(kl=0.1).needs == est.Needs(samples=2, reference=True)
-    assert recipe(kl=0.0).needs == est.Needs(samples=2)
+  for recipe, needs in (
+    (est.rloo, on_policy._replace(samples=2)),
+    (est.grpo, est.Needs(samples=2)),
+    (est.reinforce_plus_plus_baseline, est.Needs(samples=2)),
+  ):
+    assert recipe(kl=0.1).needs == needs._replace(reference=True)
+    assert recipe(kl=0.0).needs == needs
   assert est.reinforce_plus_plus().needs == est.Needs(reference=True)
   (running,) = est.rloo(kl=STEERED).needs.running
   assert running is STEERED

@@ -41,6 +41,22 @@ def test_configuration_is_sound(name):
   )
 
 
+@pytest.mark.parametrize('epochs, minibatches', [(2, 1), (1, 2)])
+def test_several_updates_need_a_ratio(epochs, minibatches):
+  config = get('quickstart').unlock()
+  config.training.epochs, config.training.minibatches = epochs, minibatches
+  for name, sound in (('rloo', False), ('remax', False), ('trepo', True)):
+    config.algorithm = ConfigDict(dict(name=name))
+    if sound:
+      checks.check(config)
+      continue
+    with pytest.raises(UserError, match=f'{name} has no importance ratio'):
+      checks.check(config)
+    config.training.epochs = config.training.minibatches = 1
+    checks.check(config)
+    config.training.epochs, config.training.minibatches = epochs, minibatches
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_docstring_has_the_command(name):
   module = importlib.import_module(f'experiments.configs.{name}')

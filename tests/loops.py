@@ -45,6 +45,8 @@ def groups_of(rollouts, outputs):
   """The valid responses of each prompt."""
   torch = pytest.importorskip('torch')
   leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)
+  if rollouts.parents is None:
+    rollouts = with_branch_rows(rollouts, samples=rollouts.mask.shape[1])
   groups = []
   for p, g in np.ndindex(rollouts.mask.shape[:2]):
     if g == 0:

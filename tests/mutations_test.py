@@ -217,8 +217,8 @@ MUTATIONS = {
   ),
   'RestEM averages over tokens': Mutation(
     'references.py',
-    'sequence_sum(), keep=',
-    'token_mean(), keep=',
+    '    sequence_sum(),\n    keep=',
+    '    token_mean(),\n    keep=',
     'references_test.py',
   ),
 }

@@ -100,7 +100,7 @@ def test_score_function_and_sum():
   np.testing.assert_allclose(
     both.apply(outputs, batch)[0, 0], [3.0 + 0.25, -8.0 + 1.0]
   )
-  assert both.needs == est.Needs(reference=True)
+  assert both.needs == est.Needs(reference=True, on_policy=True)
 
 
 def test_value_error():
@@ -169,3 +169,21 @@ def test_small_k3_keeps_its_digits():
 def test_k1_in_the_loss_is_refused():
   with pytest.raises(ValueError, match='k1 in the loss is zero'):
     est.kl_penalty(0.1, est.k1)
+
+
+def test_what_has_no_ratio_is_on_policy():
+  """It says so, also where it is one of several losses."""
+  for loss, expected in (
+    (est.score_function(), True),
+    (est.add(est.score_function(), est.kl_penalty(0.1)), True),
+    (est.correct_sampler(est.score_function(), est.truncate()), True),
+    (est.clipped(0.2), False),
+    (est.clipped_weight(0.2, 0.2), False),
+    (est.add(est.clipped(0.2), est.entropy_bonus(0.1)), False),
+    (est.negative_log_likelihood(), False),
+    (est.logistic_preference(0.1), False),
+  ):
+    assert loss.needs.on_policy == expected
+  assert est.rloo().needs.on_policy and est.remax().needs.on_policy
+  for recipe in (est.grpo, est.trepo, est.trepo_tree, est.ppo, est.sft):
+    assert not recipe().needs.on_policy

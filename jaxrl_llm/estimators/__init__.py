@@ -115,6 +115,7 @@ from jaxrl_llm.estimators.token_losses import (
   k2,
   k3,
   kl_penalty,
+  negative_log_likelihood,
   score_function,
   value_error,
 )
@@ -213,6 +214,7 @@ __all__ = [
   'merge_needs',
   'mixed_outcomes',
   'monte_carlo_return',
+  'negative_log_likelihood',
   'obl_reinforce',
   'ones',
   'opo',

@@ -8,7 +8,7 @@ from jaxrl_llm.estimators.preferences import (
   preference_sign,
   squared_preference,
 )
-from jaxrl_llm.estimators.token_losses import score_function
+from jaxrl_llm.estimators.token_losses import negative_log_likelihood
 from jaxrl_llm.estimators.weights import (
   reward_above,
   sequence_mean,
@@ -24,7 +24,7 @@ def sft() -> Estimator:
 
   Bias: another objective; no reward enters.
   """
-  return estimator(ones(), score_function(), token_mean())
+  return estimator(ones(), negative_log_likelihood(), token_mean())
 
 
 def rest_em(threshold: float = 0.5) -> Estimator:
@@ -45,7 +45,10 @@ def rest_em(threshold: float = 0.5) -> Estimator:
     Singh et al., `Beyond Human Data <https://arxiv.org/abs/2312.06585>`_, 2023
   """
   return estimator(
-    ones(), score_function(), sequence_sum(), keep=reward_above(threshold)
+    ones(),
+    negative_log_likelihood(),
+    sequence_sum(),
+    keep=reward_above(threshold),
   )
 
 

@@ -41,6 +41,8 @@ def score_function() -> TokenLoss:
 
     ℓᵢₜ = − Aᵢₜ log πᵢₜ
 
+  A policy gradient only while the policy is the one that sampled.
+
   References:
     Williams, `Simple statistical gradient-following algorithms for
     connectionist reinforcement learning
@@ -50,7 +52,15 @@ def score_function() -> TokenLoss:
   def apply(outputs: Outputs, batch: Batch) -> Array:
     return -batch.advantages * outputs.log_probs
 
-  return TokenLoss(apply)
+  return TokenLoss(apply, Needs(on_policy=True))
+
+
+def negative_log_likelihood() -> TokenLoss:
+  """Maximum likelihood, whoever wrote the responses and whatever they earned.
+
+  ℓᵢₜ = − log πᵢₜ
+  """
+  return TokenLoss(lambda outputs, batch: -outputs.log_probs)
 
 
 def clipped(

@@ -148,6 +148,8 @@ class Needs(NamedTuple):
     token_rewards: known rewards of tokens.
     branches: a `positions.Branches`, None without.
     running: numbers that outlive a batch.
+    on_policy: that the very policy which is updated has sampled: the loss has
+      no importance ratio, so responses serve for one update.
   """
 
   samples: int = 1
@@ -159,6 +161,7 @@ class Needs(NamedTuple):
   token_rewards: bool = False
   branches: Any = None
   running: tuple[Running, ...] = ()
+  on_policy: bool = False
 
 
 def merge_needs(*needs: Needs) -> Needs:
@@ -191,6 +194,7 @@ def merge_needs(*needs: Needs) -> Needs:
     token_rewards=any(need.token_rewards for need in needs),
     branches=branches.pop() if branches else None,
     running=running,
+    on_policy=any(need.on_policy for need in needs),
   )
 
 
