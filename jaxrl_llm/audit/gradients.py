@@ -135,7 +135,7 @@ def draw_gradients(
   draw: Callable[[int], tuple[Mapping[str, Any], int]],
   *,
   tokens: int,
-  least: int = 8,
+  least: int = 16,
   dimension: int | None = None,
   seed: int = 0,
 ) -> dict[str, Gradients]:
