@@ -70,53 +70,56 @@ def trepo(rule, *shaping, count=2, samples=1):
   )
 
 
+def forking(estimator, **changes):
+  """Other branches for an estimator whose program does not depend on them."""
+  branches = estimator.needs.branches._replace(**changes)
+  return estimator._replace(needs=estimator.needs._replace(branches=branches))
+
+
 def penalized(toy):
-  over = toy.mask.sum(axis=1) - (LIMIT - 2)
-  return toy._replace(rewards=toy.rewards - np.clip(over / 2, 0, 1))
+  over = toy.mask.sum(axis=1) - (4 - 3)
+  return toy._replace(rewards=toy.rewards - np.clip(over / 3, 0, 1))
 
 
 TOKEN_REWARDS = np.random.default_rng(5).normal(size=LONG.params.shape)
-# name: (shaping, toy → the gradient it ought to have)
+ANY_RULE = positions.fixed(1)
+# name: (estimator, the gradient it ought to have)
 SHAPED = {
   'overlong': (
-    (est.penalize_overlong(LIMIT, 2), est.at_last_token()),
-    lambda toy: enumeration.exact_gradient(penalized(toy)),
+    trepo(ANY_RULE, est.penalize_overlong(4, 3), est.at_last_token()),
+    enumeration.exact_gradient(penalized(LONG)),
   ),
   'response KL': (
-    (est.subtract_response_kl(KL), est.at_last_token()),
-    lambda toy: enumeration.exact_gradient(toy, kl=KL),
+    trepo(ANY_RULE, est.subtract_response_kl(KL), est.at_last_token()),
+    enumeration.exact_gradient(LONG, kl=KL),
   ),
-  'token KL': (
-    (
+  'token KL, steered': (
+    trepo(
+      ANY_RULE,
       est.at_last_token(),
       est.subtract_token_kl(est.adaptive_kl(KL, 1.0, 100)),
     ),
-    lambda toy: enumeration.exact_gradient(toy, kl=KL),
+    enumeration.exact_gradient(LONG, kl=KL),
   ),
 }
 RULES = {
-  'fixed': (positions.fixed(1, 2), TOY, {}),
-  'uniform': (positions.uniform(), LONG, dict(count=1, samples=2)),
-  'delimiter': (positions.delimiter(1), TOY, {}),
-  'entropy': (positions.entropy_above(0.8), TOY, {}),
+  'fixed': dict(positions=positions.fixed(1, 3)),
+  'uniform': dict(positions=positions.uniform(), count=1, samples=2),
+  'delimiter': dict(positions=positions.delimiter(0)),
+  'entropy': dict(positions=positions.entropy_above(0.65)),
 }
 
 
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('name', SHAPED)
 def test_a_shaped_reward_stays_unbiased_and_branches_alone_do_not(name, rule):
-  shaping, exact = SHAPED[name]
-  rule, toy, settings = RULES[rule]
-  estimator = trepo(rule, *shaping, **settings)
-  report = enumeration.examine(estimator, toy, exact=exact(toy))
+  estimator, exact = SHAPED[name]
+  estimator = forking(estimator, **RULES[rule])
+  report = enumeration.examine(estimator, LONG, exact=exact)
   assert report.exact
   np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
-  branches = estimator.needs.branches._replace(shaping=None)
-  unshaped = estimator._replace(
-    needs=estimator.needs._replace(branches=branches)
-  )
-  report = enumeration.examine(unshaped, toy, exact=exact(toy))
-  assert report.bias > 0.01
+  unshaped = forking(estimator, shaping=None)
+  assert enumeration.examine(unshaped, LONG, exact=exact).bias > 0.01
 
 
 def test_token_rewards_are_a_part_of_what_branches_earn():
@@ -134,7 +137,6 @@ def test_token_rewards_are_a_part_of_what_branches_earn():
 # name: (estimator, toy, options of `examine`)
 ANY_CRITIC = {
   'fixed': (est.trepo_critic(2, 1, positions.fixed(1, 2)), TOY, {}),
-  'delimiter': (est.trepo_critic(2, 2, positions.delimiter(0)), LONG, {}),
   'uniform, with KL': (
     est.trepo_critic(1, 2, positions.uniform(), kl=KL),
     LONG,
@@ -187,17 +189,14 @@ STALE = np.random.default_rng(3).normal(size=LONG.values.shape)
 SOME = np.where(np.arange(len(LONG.prefixes)) == 2, STALE, np.nan)
 
 
-def keeping(score_weighted=False):
-  rule = positions.fixed(1, 2, 3)
-  return est.trepo(3, 1, rule, kept=5, score_weighted=score_weighted)
+KEEPING = est.trepo(3, 1, positions.fixed(1, 2, 3), kept=5)
 
 
-@pytest.mark.parametrize('score_weighted', [False, True])
 @pytest.mark.parametrize('kept', [None, SOME, STALE])
-def test_kept_values_bias_nothing_and_cost_nothing(kept, score_weighted):
+def test_kept_values_bias_nothing_and_cost_nothing(kept):
   """Whatever they are; where one is kept, no branch is drawn."""
   toy = LONG._replace(kept_values=kept)
-  report = enumeration.examine(keeping(score_weighted), toy)
+  report = enumeration.examine(KEEPING, toy)
   assert report.exact
   np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
   least = enumeration.examine(est.rloo(), LONG).tokens
@@ -207,9 +206,16 @@ def test_kept_values_bias_nothing_and_cost_nothing(kept, score_weighted):
     assert report.tokens > 1.2 * least
 
 
+def test_kept_values_beside_score_weighted_ones():
+  rule = positions.fixed(1, 3)
+  estimator = est.trepo(2, 2, rule, kept=5, score_weighted=True)
+  report = enumeration.examine(estimator, LONG._replace(kept_values=SOME))
+  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+
+
 def test_kept_values_that_replace_rewards_to_go_are_biased():
   """As first terms they would have to be the present policy's."""
-  estimator = keeping()
+  estimator = KEEPING
 
   def prepare(rollouts):
     kept = rollouts.kept_mask
@@ -226,18 +232,16 @@ def test_kept_values_that_replace_rewards_to_go_are_biased():
 
 def test_drawing_with_kept_values_agrees_with_summing():
   toy = LONG._replace(kept_values=SOME)
-  exact = enumeration.examine(keeping(), toy)
-  drawn = enumeration.examine(keeping(), toy, limit=1, draws=40_000)
+  exact = enumeration.examine(KEEPING, toy)
+  drawn = enumeration.examine(KEEPING, toy, limit=1, draws=40_000)
   assert exact.exact and not drawn.exact
   assert drawn.bias < 2.5 * drawn.standard_error
   assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
 
 
-@pytest.mark.parametrize('rule', ['fixed', 'delimiter'])
-def test_responses_that_share_a_state_may_share_its_branches(rule):
+def test_responses_that_share_a_state_may_share_its_branches():
   """The first one's serve the second: nothing is biased, tokens are saved."""
-  rule, toy, settings = RULES[rule]
-  estimator = est.trepo(2, 1, rule)
+  estimator, toy = est.trepo(2, 1, positions.delimiter(0)), LONG
 
   def prepare(rollouts):
     tokens, forks = rollouts.tokens, rollouts.branch_mask

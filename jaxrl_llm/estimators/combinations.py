@@ -48,7 +48,8 @@ class Forest:
       None if the rule keeps none.
     weights: [P, N, C, T], squared score norms summed from here to the next
       fork of the same response, or to its end.
-    returns: [P, N, T], what a branch that forks before token t earns.
+    returns: [P, N, T], what a branch that forks before token t earns, where
+      branches are values.
     states: [N, T], as of the toy.
     onward: [P, S, N], probability of each response given its prefix.
   """
@@ -57,7 +58,8 @@ class Forest:
     """`rows` are all N responses to each prompt, as rollouts."""
     self.samples, self.trained = branches.samples, branches.trained
     self.states, self.lengths = toy.states, toy.mask.sum(axis=1)
-    self.returns = _returns(branches, rows)
+    if not self.trained:
+      self.returns = _returns(branches, rows)
     passing = through(toy)
     self.onward = passing.T * p[:, None] / (p @ passing)[..., None]
     places = _forks(toy, branches, np.asarray(rows.entropy))

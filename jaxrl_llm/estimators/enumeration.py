@@ -226,6 +226,8 @@ def _plant(toy: Toy, tables, p, branches, running) -> Forest:
   """The branches of all responses, scored as the toy says."""
   rewards = toy.rewards if toy.branch_rewards is None else toy.branch_rewards
   every = np.broadcast_to(np.arange(p.shape[1]), p.shape)
+  # NumPy's arrays: op by op there is nothing to compile.
+  tables = jax.tree.map(np.asarray, tables)
   rows = _rollouts(tables, every, running=running)
   rows = rows.replace(rewards=floats(rewards)[..., None])
   return Forest(toy, rows, p, branches)
@@ -325,7 +327,7 @@ def _rollouts(tables: _Tables, response: Array, **fields) -> Rollouts:
 
 def _at(response: Array, table: Array | None) -> Array | None:
   """[P, N, ...] at responses [P, G] → [P, G, ...]."""
-  prompts = jnp.arange(response.shape[0])[:, None]
+  prompts = np.arange(response.shape[0])[:, None]
   return None if table is None else table[prompts, response]
 
 
