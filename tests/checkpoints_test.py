@@ -12,7 +12,6 @@ import pytest
 
 from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
-from jaxrl_llm.digests import named_leaves
 from jaxrl_llm.errors import UserError
 
 META = {'config': {'lr': 1e-3, 'sizes': [1, 2]}, 'cursor': 7}
