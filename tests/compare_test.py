@@ -2,9 +2,9 @@
 
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +14,7 @@ import pytest
 import scripts
 from ml_collections import ConfigDict
 
-from experiments import checks, compare
+from experiments import build, checks, compare, memory, runs
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging import read_metrics
 from jaxrl_llm.run_folder import StopSignal
@@ -242,55 +242,101 @@ def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
   assert compare._why(tmp_path, job, -9) == 'killed by SIGKILL'
 
 
-@pytest.fixture(scope='module')
-def trained(base, tmp_path_factory):
-  """A workdir with the initial model and both methods' run of one seed."""
-  return tmp_path_factory.mktemp('compare')
+@pytest.fixture
+def from_a_folder(config, tmp_path_factory):
+  """The comparison, but with an initial model that is given."""
+  model = build.model(config.base.model, 0)
+  folder = tmp_path_factory.mktemp('model') / 'hf'
+  runs.export(model, folder)
+  config.base.model.path = str(folder)
+  config.base.warm_start.steps = 0
+  return config
 
 
-def test_runs_end_at_the_budget_and_are_done_once(config, trained, capsys):
-  everything = compare.jobs(config, trained)
-  chosen = compare.choose(everything, [], ['0'])
-  assert not any(job.complete for job in everything)
-  for job in chosen:
-    assert compare.train_run(job) == 0 and job.complete
-  for job in chosen[1:]:
-    counts = [
-      r['num_tokens'] for r in read_metrics(job.folder / 'metrics.jsonl')
-    ]
-    assert counts[-2] < TOKENS <= counts[-1]
-  # Both began with the same model.
-  first = [read_metrics(j.folder / 'metrics.jsonl')[0] for j in chosen[1:]]
-  names = [n for n in first[0] if n.startswith('eval/')]
-  assert len(names) > 3
-  assert [first[0][n] for n in names] == [first[1][n] for n in names]
+def test_a_run_ends_at_the_budget_and_is_done_once(
+  from_a_folder, tmp_path, monkeypatch, capsys
+):
+  config, workdir = from_a_folder, tmp_path / 'compare'
+  monkeypatch.setattr(
+    memory, 'measure', lambda config: memory.Memory(*[0] * 6, peak=5 * 2**20)
+  )
+  everything = compare.jobs(config, workdir)
+  chosen = [job for job in everything if job.name == 'rloo-0']
+  assert not chosen[0].complete
+  assert compare.train_run(chosen[0]) == 0 and chosen[0].complete
+  records = read_metrics(chosen[0].folder / 'metrics.jsonl')
+  counts = [record['num_tokens'] for record in records]
+  assert counts[-2] < TOKENS <= counts[-1]
 
   # Nothing is left to do, and what there is is reported.
-  capsys.readouterr()
   nothing = [sys.executable, '-c', 'raise SystemExit("it ran")']
-  assert compare.compare(config, trained, chosen, [{0}], nothing) == 0
+  capsys.readouterr()
+  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 0
   out = capsys.readouterr().out
-  assert out.startswith('0 runs to do') and '| RLOO | 1 of 2 |' in out
-  assert (trained / 'table.md').read_text() in out + '\n'
-  assert (trained / 'figure.png').read_bytes().startswith(b'\x89PNG')
+  table = (workdir / 'table.md').read_text()
+  assert out.startswith('0 runs to do') and table in out
+  row = next(line for line in table.splitlines() if 'RLOO' in line)
+  cells = [cell.strip() for cell in row.split('|')[1:-1]]
+  end = 100 * records[-1]['eval/rewards/symbols']
+  assert cells[:3] == ['RLOO', '1 of 2', f'{end:.1f}']
+  assert cells[-1] == '5.0' and float(cells[-2].replace(',', '')) > 100
+  assert (workdir / 'figure.png').read_bytes().startswith(b'\x89PNG')
+
+  # results.json outlives the runs.
+  shutil.rmtree(workdir / 'runs')
+  assert compare.compare(config, workdir, [], [{0}], nothing) == 0
+  assert (workdir / 'table.md').read_text() == table
 
   # Another budget is another comparison: to be trained, and not in the table.
   config.tokens = 2 * TOKENS
-  longer = compare.jobs(config, trained)
-  assert [job.complete for job in longer] == [True] + 4 * [False]
-  chosen = [job for job in longer if job.name == 'rloo-0']
-  assert compare.compare(config, trained, chosen, [{0}], nothing) == 1
+  chosen = [j for j in compare.jobs(config, workdir) if j.name == 'rloo-0']
+  capsys.readouterr()
+  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 1
   out = capsys.readouterr().out
   assert 'failed: rloo-0: it ran (status 1)' in out and '| RLOO' not in out
 
 
-def test_results_outlive_the_runs(config, trained, tmp_path):
-  results = json.loads((trained / 'results.json').read_text())
-  assert results['runs'] == {} and 'rloo-0' in results['failures']
-  assert compare.compare(config, trained, [], [{0}], []) == 0
-  table = (trained / 'table.md').read_text()
-  for name in ('results.json',):
-    (tmp_path / name).write_bytes((trained / name).read_bytes())
-  assert compare.compare(config, tmp_path, [], [{0}], []) == 0
-  assert (tmp_path / 'table.md').read_text() == table
-  assert '| GRPO | 1 of 2 |' in table
+@pytest.mark.slow
+def test_the_whole_script(tmp_path, base):
+  """Two methods from one warm start, stopped on the way and taken up again."""
+  path = scripts.write_config(tmp_path)
+  (tmp_path / 'comparison.py').write_text(COMPARISON.format(base=path))
+  workdir = tmp_path / 'run'
+  arguments = (
+    f'--config={tmp_path / "comparison.py"}',
+    f'--workdir={workdir}',
+    '--only=rloo',
+  )
+  script = scripts.Script('compare', *arguments)
+  started = workdir / 'runs' / 'rloo-0' / 'metrics.jsonl'
+  scripts.wait_until(started.exists, script, 300)
+  script.signal(signal.SIGTERM)
+  ended = script.wait(300)
+  assert ended.code == 128 + signal.SIGTERM, ended
+  assert 'rloo-0: stopped' in ended.out
+  ended = scripts.Script('compare', *arguments).wait(300)
+  assert ended.code == 0, ended
+  assert 'rloo-0: done' in ended.out and '| RLOO | 1 of 1 |' in ended.out
+  assert ended.out.startswith('1 runs to do')
+
+
+COMPARISON = """
+import importlib.util
+from ml_collections import ConfigDict
+
+def get_config():
+  spec = importlib.util.spec_from_file_location('base', '{base}')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  base = module.get_config()
+  base.optimizer.decay = 'constant'
+  return ConfigDict(dict(
+    base=base, init='Init', tokens=600, evaluations=2, seeds=(0,),
+    metrics=(dict(name='eval/reward', title='reward', scale=1, digits=2),),
+    methods=(
+      dict(label='rloo', title='RLOO', algorithm=dict(name='rloo'),
+           training=dict(minibatches=1)),
+      dict(label='grpo', title='GRPO', algorithm=dict(name='grpo')),
+    ),
+  ))
+"""

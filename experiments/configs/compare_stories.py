@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
       base=base_config(),
       init='original model',
       tokens=600_000,
-      evaluations=8,
+      evaluations=6,
       seeds=(0, 1, 2),
       metrics=tuple(
         dict(name=name, title=title, scale=1, digits=3)
@@ -49,7 +49,7 @@ def base_config() -> ConfigDict:
   config.rollout.update(prompts=16, samples=8)
   config.steps = 100_000  # the budget of tokens ends a run
   config.optimizer = base.optimizer(3e-4, warmup_updates=5)
-  config.evaluation.every = 100_000
+  config.evaluation.update(every=100_000, samples=4)
   config.checkpoints.update(every=1000, keep_latest=1, keep_best=0)
   config.log.samples = 1
   return config
@@ -62,9 +62,9 @@ def methods() -> tuple[dict, ...]:
     _method('rloo', 'RLOO', dict(name='rloo', kl=_KL)),
     _method('grpo', 'GRPO', dict(name='grpo', kl=0.33)),
     _method('ppo', 'PPO', dict(name='ppo', kl=_KL)),
-    _method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 7, 4),
+    _method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 6, 4),
     _method(
-      'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 7, 4
+      'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 6, 4
     ),
   )
 
