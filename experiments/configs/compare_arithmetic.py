@@ -11,7 +11,9 @@ right; where in a solution it went wrong is each method's to find out.
 
 Each update sees about 5,000 generated tokens, whatever they are spent on: 256
 responses, or fewer with branches.  One update per batch, one learning rate for
-all (`compare_arithmetic_rates.py` is how it was chosen), no KL.
+all, no KL.  The rate was tried on RLOO and GRPO only, which go from 58 % to
+94 % and 95 % in 200,000 tokens; `compare_arithmetic_rates.py` tries three rates
+for every method on a seed of its own.  The whole table has not been run yet.
 """
 
 from ml_collections import ConfigDict
