@@ -27,7 +27,7 @@ from jaxrl_llm.files import as_json, write_atomically
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 
-# Batches before the first draw, where an estimator has running numbers.
+# Batches before the first draw, where an estimator remembers earlier ones.
 _WARM_UP = 30
 _NAMES = ('vectors', 'squared_norms', 'tokens')
 
@@ -168,8 +168,9 @@ def begin(
   difference = rl.log_prob_difference(state, 0)
   rl.rescore = not difference <= config.rollout.log_prob_tolerance
   needs = rl.estimator.needs
-  if needs.running:
-    # Fixed from here on, so that draws know nothing of each other.
+  if needs.running or rl.kept is not None:
+    # Running numbers are fixed from here on.  Values of states go on being
+    # kept, from draws on the same prompts and of the same policy.
     for step in range(_WARM_UP):
       own = rl.collect(state, step).own
       state = state.replace(running=estimators.update_running(needs, own))

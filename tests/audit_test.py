@@ -278,7 +278,6 @@ def toy_gradients(name, n, seed):
 
 RECIPES = {
   'rloo': est.rloo(),
-  'reinforce': est.reinforce(),
   'dr_grpo': est.dr_grpo(max_length=5),
   'grpo': est.grpo(kl=0.0),
 }
