@@ -50,5 +50,5 @@ def test_kills_leave_the_same_records(name, tmp_path):
     )
     assert left == right, file
   records = (tmp_path / 'whole' / 'metrics.jsonl').read_text()
-  for metric in {'ppo': ['critic/loss']}.get(name, ['branches/forks']):
+  for metric in {'ppo': ['critic/value_loss']}.get(name, ['branches/forks']):
     assert metric in records
