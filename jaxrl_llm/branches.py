@@ -150,7 +150,6 @@ def branch(
     jnp.asarray(own),
     sample_key,
     branches=wanted.samples,
-    max_tokens=generation.max_tokens,
     decoding=generation.decoding,
     eos_ids=generation.eos_ids,
     pad_id=generation.pad_id,

@@ -224,10 +224,13 @@ def to_rollouts(
     values: [P, G, T] of a critic; read if needed.
 
   Raises:
-    UserError: for a need that is not implemented.
+    UserError: it needs a critic's values and there are none, or rewards of
+      tokens, which nothing here supplies.
   """
   if needs.token_rewards:
     raise UserError('rollouts cannot supply token rewards to the estimator yet')
+  if needs.critic and values is None:
+    raise UserError('the estimator needs a critic, whose values are missing')
   samples, scores = responses.samples, responses.scores
   shape = samples.finished.shape
   score = functools.partial(

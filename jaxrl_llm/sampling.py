@@ -1,6 +1,6 @@
-"""Prefill and decode: tokens and their log-probabilities from prompts.
+"""Prefill, decode and fork: tokens and their log-probabilities from prompts.
 
-Shapes are static: one program per (P, G, S, T).  Decoding is one
+Shapes are static: one program per (P, G, S, T).  Decoding is a
 `lax.while_loop` on the device that ends when every row has ended.
 """
 
@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import scheduling
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import head, transformer
 from jaxrl_llm.models.config import ModelConfig, check_length
@@ -59,8 +60,11 @@ class Work:
 
   Attributes:
     row_steps: float32 scalar, rows times decode steps that were computed.
-    tokens: int32 scalar, tokens that branches wrote.
-    copied: float32 scalar, bytes of keys and values that were copied.
+    tokens: int32 scalar, tokens that branches wrote: of these rows' steps the
+      useful ones.
+    copied: float32 scalar, bytes of keys and values that were copied: every
+      row's at the start and when it takes over a response, and those of the
+      rows that are kept when the others are dropped.
   """
 
   row_steps: Array
@@ -81,7 +85,6 @@ class _State(NamedTuple):
 _STATISTICS = 'entropy', 'score_norms'
 _STATIC = (
   'config',
-  'max_tokens',
   'decoding',
   'eos_ids',
   'pad_id',
@@ -89,7 +92,7 @@ _STATIC = (
 )
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples'))
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_tokens'))
 def sample(
   config: ModelConfig, params, prompts: Prompts, key: Array, **settings
 ) -> Samples:
@@ -98,7 +101,7 @@ def sample(
   return found
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples'))
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_tokens'))
 def sample_and_keep(
   config: ModelConfig,
   params,
@@ -149,7 +152,6 @@ def sample_and_keep(
     key,
     transformer.new_cache(config, (segment,), rows, max_tokens),
     jnp.repeat(last_tokens(prompts), samples),
-    jnp.full(rows, max_tokens, jnp.int32),
     decoding,
     eos_ids,
     pad_id,
@@ -158,7 +160,7 @@ def sample_and_keep(
   return _samples(final, (num_prompts, samples)), final.cache
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, 'branches'))
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'branches', 'rows'))
 def fork(
   config: ModelConfig,
   params,
@@ -168,17 +170,19 @@ def fork(
   key: Array,
   *,
   branches: int,
-  max_tokens: int,
   decoding: Decoding = Decoding(),
   eos_ids: tuple[int, ...] = (),
   pad_id: int = 0,
   statistics: tuple[str, ...] = (),
+  rows: int | None = None,
 ) -> tuple[Samples, Work]:
   """Draws K fresh continuations from M places inside each response.
 
-  A branch reads the response's own keys and values up to its place, and those
-  of the prompt: nothing is computed again, copied or tokenised anew.  Its
-  budget is what the response had left there.
+  A branch goes on from the response's own keys and values and those of the
+  prompt: nothing is computed again or tokenised anew, and what is copied is
+  copied per response, not per branch (`scheduling`).  Its budget is what the
+  response had left there.  A branch's tokens depend on its place in the
+  result, on the key and on the model, and not on how the rows were used.
 
   Args:
     config, params: the model that sampled.
@@ -189,50 +193,109 @@ def fork(
       first p tokens hold no EOS then.
     key: PRNG key; not used by greedy decoding.
     branches: K.
-    max_tokens: T, the budget of whole responses, EOS included.
     decoding, eos_ids, pad_id: as the responses were sampled.
     statistics: which of 'entropy' and 'score_norms' to keep.
+    rows: of the decode batch; None for as many as there are responses.
 
   Returns:
     `Samples` of the continuations, [P, G, M, K, T − 1], whose mask is False
     where there is no branch; and what they cost.
 
   Raises:
-    UserError: no branches, or no room for any: T is 1; statistics of another
-      name.
+    UserError: no branches, no rows, or no room for any: T is 1; statistics of
+      another name.
   """
+  max_tokens = responses.tokens.shape[-1]
   if branches < 1 or max_tokens < 2:
     raise UserError(f'{branches=} must be ≥ 1 and {max_tokens=} ≥ 2')
+  if rows is not None and rows < 1:
+    raise UserError(f'{rows=} must be at least 1')
   _check_statistics(statistics)
-  num_prompts, samples, count = positions.shape
-  rows = num_prompts * samples
-  shape = (num_prompts, samples, count, branches)
-  at = jnp.repeat(positions.reshape(rows, count), branches, axis=1)
-  last = jnp.take_along_axis(
-    responses.tokens.reshape(rows, -1), jnp.maximum(at - 1, 0), axis=1
+  rows = rows or positions[..., 0].size
+  shape = (*positions.shape, branches, max_tokens - 1)
+  at = jnp.repeat(positions, branches, axis=2)
+  # One number per branch and token.
+  uniform = jax.random.uniform(key, (at.size, max_tokens - 1))
+  written = {'tokens': jnp.full(uniform.shape, pad_id, jnp.int32)}
+  for name in ('log_probs', *statistics):
+    written[name] = jnp.zeros(uniform.shape, jnp.float32)
+  step = functools.partial(
+    _branch_step, config, params, cache, uniform, decoding, eos_ids
   )
-  # Slot 0 holds the prompt's last token, slot j the response's j-th: p slots
-  # are the p − 1 tokens before the branch's first input, and that one.
-  written = cache.suffix.replace(lengths=jnp.maximum(at, 0))
-  prefixes = (*cache.prefixes, written)
-  final = _decode(
-    config,
-    params,
-    key,
-    transformer.new_cache(config, prefixes, at.size, max_tokens - 1),
-    last.reshape(-1),
-    jnp.where(at >= 1, max_tokens - at, 0).reshape(-1),
-    decoding,
-    eos_ids,
-    pad_id,
-    statistics,
+  source = cache.suffix.keys, cache.suffix.values
+  written, row_steps, copies = scheduling.run(
+    scheduling.make_jobs(responses.tokens, at, rows),
+    rows,
+    source,
+    step,
+    written,
   )
-  work = Work(
-    row_steps=final.step.astype(jnp.float32) * at.size,
-    tokens=final.mask.sum(dtype=jnp.int32),
-    copied=jnp.float32(0),
+  written = {name: x.reshape(shape) for name, x in written.items()}
+  found = _until_end(written, positions, max_tokens, eos_ids)
+  row_bytes = sum(x.nbytes // x.shape[1] for x in source)
+  return found, Work(
+    row_steps=row_steps,
+    tokens=found.mask.sum(dtype=jnp.int32),
+    copied=copies.astype(jnp.float32) * row_bytes,
   )
-  return _samples(final, shape), work
+
+
+def _branch_step(
+  config: ModelConfig,
+  params,
+  cache: transformer.Cache,
+  uniform: Array,
+  decoding: Decoding,
+  eos_ids: tuple[int, ...],
+  readers: Array,
+  now: scheduling.Rows,
+  held: tuple[Array, Array],
+  written: dict[str, Array],
+) -> tuple[Array, Array, tuple[Array, Array], dict[str, Array]]:
+  """One token of every row, as `scheduling.run` asks for it.
+
+  Args:
+    cache: of the responses, whose prompt's part is read.
+    uniform: [R · N, T − 1] float32 in [0, 1), one for each branch's tokens.
+    held: keys and values of the rows.
+    written: [R · N, T − 1] each, what is kept of the branches' tokens.
+  """
+  suffix = cache.suffix.replace(keys=held[0], values=held[1])
+  (prompt,) = cache.prefixes
+  prompt = prompt.replace(readers=readers)
+  seen = transformer.Cache(prefixes=(prompt,), suffix=suffix, index=now.index)
+  hidden, seen = transformer.apply(config, params, now.token[:, None], seen)
+  logits = transformer.logits(config, params, hidden[:, 0])
+  place = now.branch, now.index - now.start
+  token, found = choose(logits, uniform.at[place].get(mode='clip'), decoding)
+  ended = _is_end(token, eos_ids) | (now.index + 1 == suffix.capacity)
+  new = {'tokens': token, **found}
+  written = {
+    name: buffer.at[place].set(new[name], mode='drop')
+    for name, buffer in written.items()
+  }
+  return token, ended, (seen.suffix.keys, seen.suffix.values), written
+
+
+def _until_end(
+  written: dict[str, Array],
+  positions: Array,
+  max_tokens: int,
+  eos_ids: tuple[int, ...],
+) -> Samples:
+  """Finds each branch's end: its EOS, or the last token of its budget."""
+  tokens = written['tokens']
+  budget = jnp.where(positions >= 1, max_tokens - positions, 0)
+  slot = jnp.arange(tokens.shape[-1])[None, None, None, None]
+  inside = jnp.broadcast_to(slot < budget[..., None, None], tokens.shape)
+  ends = inside & _is_end(tokens, eos_ids)
+  mask = inside & (jnp.cumsum(ends, axis=-1) - ends == 0)
+  finished = (ends & mask).any(axis=-1, keepdims=True)
+  return Samples(mask=mask, finished=finished, **written)
+
+
+def _is_end(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
+  return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
 
 
 def _check_statistics(statistics: tuple[str, ...]) -> None:
@@ -249,22 +312,17 @@ def _decode(
   key: Array,
   cache: transformer.Cache,
   first: Array,
-  budgets: Array,
   decoding: Decoding,
   eos_ids: tuple[int, ...],
   pad_id: int,
   statistics: tuple[str, ...],
 ) -> _State:
-  """Decodes rows behind a cache until each has ended or spent its budget.
+  """Decodes rows behind a cache until each has ended or filled its suffix.
 
   Args:
     first: [B] int32, the first input of each row.
-    budgets: [B] int32, the most tokens that each row may write.
   """
   rows, capacity = first.shape[0], cache.suffix.capacity
-
-  def open_rows(state: _State) -> Array:
-    return ~state.done & (state.step < budgets)
 
   def decode(state: _State) -> _State:
     hidden, cache = transformer.apply(
@@ -274,13 +332,12 @@ def _decode(
     step_key = jax.random.fold_in(key, state.step)
     uniform = jax.random.uniform(step_key, (rows,))
     token, found = choose(logits, uniform, decoding)
-    writes = open_rows(state)
+    writes = ~state.done
     token = jnp.where(writes, token, pad_id)
-    ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32))
     return _State(
       step=state.step + 1,
       token=token,
-      done=state.done | (writes & ended),
+      done=state.done | (writes & _is_end(token, eos_ids)),
       tokens=_write(state.tokens, token, state.step),
       mask=_write(state.mask, writes, state.step),
       recorded={
@@ -291,7 +348,7 @@ def _decode(
     )
 
   return jax.lax.while_loop(
-    lambda state: open_rows(state).any(),
+    lambda state: (state.step < capacity) & ~state.done.all(),
     decode,
     _State(
       step=jnp.int32(0),

@@ -8,6 +8,7 @@ import toys
 
 from jaxrl_llm import policy, sampling
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import transformer
 from jaxrl_llm.policy import Decoding, Prompts
 
 KEY, T, SAMPLES, BRANCHES = jax.random.key(0), 6, 3, 4
@@ -21,28 +22,34 @@ MODELS = {
 }
 
 
-def rollout(name, decoding, branches=BRANCHES):
-  """Responses of up to T tokens, and branches at every place inside each."""
+def rollout(name, decoding, rows=None):
+  """Responses of up to T tokens, and branches at every place inside each.
+
+  Returns:
+    Model, prompts, responses, positions, branches and their `Work`.
+  """
   config, params = toys.make_policy(name)
   prompts = toys.make_prompts([6, 1, 3, 2])
-  settings = dict(max_tokens=T, decoding=decoding, eos_ids=EOS, pad_id=PAD)
+  settings = dict(decoding=decoding, eos_ids=EOS, pad_id=PAD)
   responses, cache = sampling.sample_and_keep(
-    config, params, prompts, KEY, samples=SAMPLES, **settings
+    config, params, prompts, KEY, samples=SAMPLES, max_tokens=T, **settings
   )
   inside = np.asarray(responses.mask)[..., 1:]
   positions = np.where(inside, np.arange(1, T), 0).astype(np.int32)
-  forked, _ = sampling.fork(
+  forked, work = sampling.fork(
     config,
     params,
     cache,
     responses,
     jnp.asarray(positions),
     jax.random.key(1),
-    branches=branches,
+    branches=BRANCHES,
     statistics=STATISTICS,
+    rows=rows,
     **settings,
   )
-  return config, params, prompts, responses, positions, jax.device_get(forked)
+  forked, work = jax.device_get((forked, work))
+  return config, params, prompts, responses, positions, forked, work
 
 
 def joined(responses, positions, forked):
@@ -75,16 +82,19 @@ def joined(responses, positions, forked):
 @pytest.mark.parametrize('name', MODELS)
 def test_statistics_are_those_of_the_whole_response(name):
   decoding = MODELS[name]
-  config, params, prompts, responses, positions, forked = rollout(
+  config, params, prompts, responses, positions, forked, _ = rollout(
     name, decoding
   )
   tokens, mask, found = joined(responses, positions, forked)
   assert (positions > 0).any() and (positions == 0).any()
   prompt_rows = tokens.shape[0], -1, T
   scored = score(config, params, prompts, tokens.reshape(prompt_rows), decoding)
+  # One state of Gemma's scores is ill-conditioned: against parameters in double
+  # precision the scorer is off by 0.7e-5 there, and the sampler by 1.2e-5.
+  bound = 2e-5 if name == 'gemma' else 1e-5
   for field, values in found.items():
     expected = np.asarray(scored[field]).reshape(mask.shape)
-    assert np.abs(expected - values)[mask].max() <= 1e-5
+    assert np.abs(expected - values)[mask].max() <= bound
   # Branches are fresh: of those that could, some leave the response.
   own = np.broadcast_to(
     np.asarray(responses.tokens)[:, :, None, None], tokens.shape
@@ -94,15 +104,18 @@ def test_statistics_are_those_of_the_whole_response(name):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_greedy_branches_are_those_of_a_full_prefill(name):
-  config, params, prompts, responses, positions, _ = rollout(name, MODELS[name])
+  config, params, prompts, responses, positions, *_ = rollout(
+    name, MODELS[name]
+  )
   greedy = Decoding(temperature=0.0, num_tokens=11)
-  settings = dict(max_tokens=T, decoding=greedy, eos_ids=EOS, pad_id=PAD)
+  settings = dict(decoding=greedy, eos_ids=EOS, pad_id=PAD)
   again, cache = sampling.sample_and_keep(
     config,
     params,
     prompts,
     KEY,
     samples=SAMPLES,
+    max_tokens=T,
     **(settings | dict(decoding=MODELS[name])),
   )
   np.testing.assert_array_equal(again.tokens, responses.tokens)
@@ -131,6 +144,7 @@ def test_greedy_branches_are_those_of_a_full_prefill(name):
     ),
     KEY,
     samples=1,
+    max_tokens=T,
     **settings,
   )
   for i, place in enumerate(places):
@@ -148,8 +162,50 @@ def test_greedy_branches_are_those_of_a_full_prefill(name):
     )
 
 
+@pytest.mark.parametrize('rows', [1, 40])
+def test_tokens_do_not_depend_on_the_rows(rows):
+  """Fewer rows than responses or more, which take over others' keys."""
+  *_, expected, _ = rollout('gemma', MODELS['gemma'])
+  *_, forked, work = rollout('gemma', MODELS['gemma'], rows)
+  np.testing.assert_array_equal(forked.tokens, expected.tokens)
+  np.testing.assert_array_equal(forked.mask, expected.mask)
+  np.testing.assert_allclose(forked.log_probs, expected.log_probs, atol=2e-5)
+  assert work.tokens == forked.mask.sum() <= work.row_steps
+  if rows == 1:
+    assert work.row_steps == work.tokens
+
+
+def test_nothing_is_prefilled(monkeypatch):
+  """The model reads one token per row and step, and prompts not at all."""
+  read = []
+  apply = transformer.apply
+
+  def watched(config, params, tokens, cache):
+    read.append(tokens.shape)
+    return apply(config, params, tokens, cache)
+
+  monkeypatch.setattr(transformer, 'apply', watched)
+  config, params = toys.make_policy('llama')
+  responses, cache = sampling.sample_and_keep(
+    config, params, toys.make_prompts([3, 2]), KEY, samples=2, max_tokens=T
+  )
+  read.clear()
+  jax.make_jaxpr(
+    lambda key: sampling.fork.__wrapped__(
+      config,
+      params,
+      cache,
+      responses,
+      jnp.full((2, 2, 1), 2),
+      key,
+      branches=3,
+    )
+  )(KEY)
+  assert read == [(4, 1), (2, 1), (1, 1)]
+
+
 def test_a_branch_has_what_the_response_had_left():
-  *_, positions, forked = rollout('llama', Decoding())
+  *_, positions, forked, _ = rollout('llama', Decoding())
   for place in np.ndindex(positions.shape):
     for k in range(BRANCHES):
       mask, tokens = forked.mask[place][k], forked.tokens[place][k]
@@ -172,9 +228,9 @@ def test_frequencies_of_the_next_token():
   count = 20_000
   config, params = toys.make_policy('llama')
   prompts = toys.make_prompts([3])
-  settings = dict(max_tokens=3, decoding=Decoding(), eos_ids=(), pad_id=PAD)
+  settings = dict(decoding=Decoding(), eos_ids=(), pad_id=PAD)
   responses, cache = sampling.sample_and_keep(
-    config, params, prompts, KEY, samples=1, **settings
+    config, params, prompts, KEY, samples=1, max_tokens=3, **settings
   )
   forked, _ = sampling.fork(
     config,
@@ -198,11 +254,11 @@ def test_frequencies_of_the_next_token():
 def test_no_branches_or_no_room_is_refused():
   config, params = toys.make_policy('llama')
   prompts = toys.make_prompts([2])
-  responses, cache = sampling.sample_and_keep(
-    config, params, prompts, KEY, samples=1, max_tokens=1
-  )
-  for branches, max_tokens in ((0, 4), (2, 1)):
-    with pytest.raises(UserError, match=f'branches={branches}'):
+  for branches, max_tokens, rows in ((0, 4, None), (2, 1, None), (2, 4, 0)):
+    responses, cache = sampling.sample_and_keep(
+      config, params, prompts, KEY, samples=1, max_tokens=max_tokens
+    )
+    with pytest.raises(UserError, match='at least 1|branches='):
       sampling.fork(
         config,
         params,
@@ -211,5 +267,5 @@ def test_no_branches_or_no_room_is_refused():
         jnp.ones((1, 1, 1), jnp.int32),
         KEY,
         branches=branches,
-        max_tokens=max_tokens,
+        rows=rows,
       )

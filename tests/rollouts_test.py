@@ -170,7 +170,7 @@ def test_parts_are_scored_as_the_whole(model):
 
 @pytest.mark.parametrize('name', ['critic', 'token_rewards'])
 def test_what_cannot_be_supplied_is_refused(model, seen, name):
-  with pytest.raises(UserError, match=name):
+  with pytest.raises(UserError, match=name.replace('_', ' ')):
     make(model, seen[0], Needs(**{name: True}))
 
 

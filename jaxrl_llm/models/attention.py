@@ -12,6 +12,19 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
+class Readers(NamedTuple):
+  """Which rows of a batch read which part of it, in any order.
+
+  Attributes:
+    rows: [R, g] int32, as `Segment.readers`.
+    places: [B] int32, where in the flat `rows` each row stands; R · g for one
+      that stands nowhere and reads nothing.
+  """
+
+  rows: jax.Array
+  places: jax.Array
+
+
 class Part(NamedTuple):
   """Keys and values of one layer that R rows share among B.
 
@@ -19,12 +32,14 @@ class Part(NamedTuple):
     keys: [R, H, d, S].
     values: [R, H, S, d].
     valid: which keys a query may see, [R, 1, g, 1, T, S] or broadcastable to
-      it (of the same rank), where g = B // R.
+      it (of the same rank), where g = B // R, or that of the readers.
+    readers: None: each of the R is read by the next g rows of the batch.
   """
 
   keys: jax.Array
   values: jax.Array
   valid: jax.Array
+  readers: Readers | None = None
 
 
 def attend(query, parts, *, scale, softcap=None):
@@ -53,23 +68,25 @@ def attend(query, parts, *, scale, softcap=None):
   query = query.reshape(batch, length, groups, heads // groups, dim)
   query = query.transpose(0, 2, 3, 1, 4)
   scores = [_scores(query, part, scale, softcap) for part in parts]
-  highest = _per_row(scores[0].max(axis=-1))
-  for score in scores[1:]:
-    highest = jnp.maximum(highest, _per_row(score.max(axis=-1)))
+  highest = MASKED
+  for part, score in zip(parts, scores, strict=True):
+    of_part = _per_row(score.max(axis=-1), part, MASKED)
+    highest = jnp.maximum(highest, of_part)
   # The result does not depend on the shift, so neither does its gradient.
   highest = jax.lax.stop_gradient(highest)
   total, normalizer = 0.0, 0.0
   for part, score in zip(parts, scores, strict=True):
-    shift = _per_part(highest, score.shape[0])
+    shift = _per_part(highest, part)
     weights = jnp.exp(score - shift[..., None])
-    normalizer += _per_row(weights.sum(axis=-1))
+    normalizer += _per_row(weights.sum(axis=-1), part)
     total += _per_row(
       jnp.einsum(
         'rhgmts,rhsd->rhgmtd',
         weights.astype(part.values.dtype),
         part.values,
         preferred_element_type=jnp.float32,
-      )
+      ),
+      part,
     )
   out = (total / normalizer[..., None]).astype(query.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
@@ -79,7 +96,7 @@ def _scores(query, part: Part, scale, softcap):
   """Masked scores [R, H, g, M, T, S] float32 of queries [B, H, M, T, d]."""
   scores = jnp.einsum(
     'rhgmtd,rhds->rhgmts',
-    _per_part(query, part.keys.shape[0]),
+    _per_part(query, part),
     part.keys,
     preferred_element_type=jnp.float32,
   )
@@ -89,13 +106,20 @@ def _scores(query, part: Part, scale, softcap):
   return jnp.where(part.valid, scores, MASKED)
 
 
-def _per_part(x, rows: int):
+def _per_part(x, part: Part):
   """[B, H, ...] to [R, H, g, ...]: the rows that share a part, side by side."""
-  x = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
+  if part.readers is None:
+    rows = part.keys.shape[0]
+    x = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
+  else:
+    x = x.at[part.readers.rows].get(mode='clip')
   return x.swapaxes(1, 2)
 
 
-def _per_row(x):
-  """[R, H, g, ...] back to [B, H, ...]."""
+def _per_row(x, part: Part, nothing=0.0):
+  """[R, H, g, ...] back to [B, H, ...]; `nothing` for rows that do not read."""
   x = x.swapaxes(1, 2)
-  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+  x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+  if part.readers is None:
+    return x
+  return x.at[part.readers.places].get(mode='fill', fill_value=nothing)

@@ -39,8 +39,9 @@ class Context(NamedTuple):
     positions: [B, T] int32, of the call's tokens.
     rotation, local_rotation: (cosine, sine) of the positions, or None.
     starts: for each prefix the position of its first key, [B] int32.
-    lengths: for each prefix its `Segment.lengths`, [R] or [R, g] int32.
-    index: int32 scalar, where in the suffix the call's tokens go.
+    lengths: for each prefix its `Segment.lengths`, [R] int32.
+    readers: for each prefix its `attention.Readers`, or None.
+    index: int32 scalar or [B], where in the suffix the call's tokens go.
   """
 
   positions: Any
@@ -48,6 +49,7 @@ class Context(NamedTuple):
   local_rotation: Any
   starts: tuple
   lengths: tuple
+  readers: tuple
   index: Any
 
 
@@ -127,7 +129,12 @@ class Attention(nn.Module):
     else:
       suffix, seen = _write(suffix, own, layer.index, context.index)
     parts = [
-      attention.Part(keys, values, _valid_prefix(config, layer, context, i))
+      attention.Part(
+        keys,
+        values,
+        _valid_prefix(config, layer, context, i),
+        context.readers[i],
+      )
       for i, (keys, values) in enumerate(layer.prefixes)
     ]
     valid = _valid_own(config, layer, context, seen[0].shape[-1])
@@ -174,13 +181,20 @@ def _select_rotation(config, layer: PerLayer, context: Context):
 
 def _write(suffix, own, layer, index):
   """Writes the call's tokens into the stacked suffix and reads the layer."""
-  zero = jnp.zeros_like(index)
-  keys = jax.lax.dynamic_update_slice(
-    suffix[0], own[0][None], (layer, zero, zero, zero, index)
-  )
-  values = jax.lax.dynamic_update_slice(
-    suffix[1], own[1][None], (layer, zero, zero, index, zero)
-  )
+  if index.ndim:
+    row = jnp.arange(index.size, dtype=jnp.int32)
+    how = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
+    keys, values = (own[0][..., 0], own[1][:, :, 0])
+    keys = suffix[0].at[layer, row, :, :, index].set(keys, **how)
+    values = suffix[1].at[layer, row, :, index].set(values, **how)
+  else:
+    zero = jnp.zeros_like(index)
+    keys = jax.lax.dynamic_update_slice(
+      suffix[0], own[0][None], (layer, zero, zero, zero, index)
+    )
+    values = jax.lax.dynamic_update_slice(
+      suffix[1], own[1][None], (layer, zero, zero, index, zero)
+    )
   pick = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
   return (keys, values), (pick(keys), pick(values))
 
@@ -190,14 +204,15 @@ def _window(config, layer: PerLayer):
 
 
 def _valid_own(config, layer: PerLayer, context: Context, slots: int):
-  """Own tokens up to the query itself, [1, 1, 1, 1, T, S]."""
+  """Own tokens up to the query itself, [B or 1, 1, 1, 1, T, S]."""
   length = context.positions.shape[1]
-  query = context.index + jnp.arange(length, dtype=jnp.int32)[:, None]
-  distance = query - jnp.arange(slots, dtype=jnp.int32)[None]
+  query = context.index.reshape(-1, 1, 1)
+  query = query + jnp.arange(length, dtype=jnp.int32)[None, :, None]
+  distance = query - jnp.arange(slots, dtype=jnp.int32)[None, None]
   valid = distance >= 0
   if config.window is not None:
     valid &= distance < _window(config, layer)
-  return valid[None, None, None, None]
+  return valid[:, None, None, None]
 
 
 def _valid_prefix(config, layer: PerLayer, context: Context, i: int):
@@ -206,19 +221,18 @@ def _valid_prefix(config, layer: PerLayer, context: Context, i: int):
   A query's distance from a key differs by row, as prefixes' lengths do.
   """
   lengths, starts = context.lengths[i], context.starts[i]
-  rows, slots = lengths.shape[0], layer.prefixes[i][0].shape[-1]
-  slot = jnp.arange(slots, dtype=jnp.int32)
-  if lengths.ndim == 1:
-    lengths = lengths[:, None]
-  share = context.positions.shape[0] // rows // lengths.shape[1]
-  if lengths.shape[1] > 1:
-    lengths = jnp.repeat(lengths, share, axis=1)
-  valid = slot[None, None] < lengths[:, :, None]
-  valid = valid[:, None, :, None, None]
+  readers = context.readers[i]
+  slot = jnp.arange(layer.prefixes[i][0].shape[-1], dtype=jnp.int32)
+  valid = slot[None] < lengths[:, None]
+  valid = valid[:, None, None, None, None]
   if config.window is not None:
     query = context.positions - starts[:, None]
     distance = query[..., None] - slot[None, None]
-    distance = distance.reshape(rows, 1, -1, 1, *distance.shape[1:])
+    if readers is None:
+      distance = distance.reshape(lengths.size, -1, *distance.shape[1:])
+    else:
+      distance = distance.at[readers.rows].get(mode='clip')
+    distance = distance[:, None, :, None]
     valid = valid & (distance < _window(config, layer))
   return valid
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import layers
+from jaxrl_llm.models import attention, layers
 from jaxrl_llm.models import rope as rope_lib
 from jaxrl_llm.models.cache import Cache, Segment
 from jaxrl_llm.models.config import ModelConfig
@@ -152,10 +152,10 @@ def _check(config, tokens, cache):
   if cache is None:
     return
   for i, prefix in enumerate(cache.prefixes):
-    if batch % prefix.rows or batch % prefix.lengths.size:
+    if prefix.readers is None and batch % prefix.rows:
       raise UserError(
-        f'{batch} rows cannot share the {prefix.rows} rows of prefix {i} with '
-        f'{prefix.lengths.size} lengths; the batch must be a multiple.'
+        f'{batch} rows cannot share the {prefix.rows} rows of prefix {i}; the '
+        'batch must be a multiple.'
       )
   if cache.suffix is None:
     return
@@ -163,6 +163,10 @@ def _check(config, tokens, cache):
     raise UserError(
       f'The cache has {cache.suffix.rows} rows with room for '
       f'{cache.suffix.capacity} tokens; got [{batch}, {length}] tokens.'
+    )
+  if jnp.ndim(cache.index) and length > 1:
+    raise UserError(
+      f'Rows with an index each read one token at a time, not {length}.'
     )
 
 
@@ -245,15 +249,14 @@ class _Embedding(nn.Module):
 
 def _context(config, tokens, cache) -> layers.Context:
   batch, length = tokens.shape
-  index = cache.index if cache is not None else 0
+  index = jnp.asarray(cache.index if cache is not None else 0, jnp.int32)
   prefixes = cache.prefixes if cache is not None else ()
+  readers = tuple(_readers(prefix, batch) for prefix in prefixes)
   starts, start = [], jnp.zeros(batch, jnp.int32)
-  for prefix in prefixes:
+  for prefix, found in zip(prefixes, readers, strict=True):
     starts.append(start)
-    each = batch // prefix.lengths.size
-    start = start + jnp.repeat(prefix.lengths.reshape(-1), each)
-  index = jnp.asarray(index, jnp.int32)
-  positions = start[:, None] + index
+    start = start + _lengths_read(prefix, found, batch)
+  positions = (start + index)[:, None]
   positions = positions + jnp.arange(length, dtype=jnp.int32)[None]
   turn = lambda rope: (
     None
@@ -266,5 +269,23 @@ def _context(config, tokens, cache) -> layers.Context:
     local_rotation=turn(config.local_rope),
     starts=tuple(starts),
     lengths=tuple(prefix.lengths for prefix in prefixes),
+    readers=readers,
     index=index,
   )
+
+
+def _readers(prefix: Segment, batch: int) -> attention.Readers | None:
+  rows = prefix.readers
+  if rows is None:
+    return None
+  places = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
+  nowhere = jnp.full(batch, rows.size, jnp.int32)
+  return attention.Readers(rows, nowhere.at[rows].set(places, mode='drop'))
+
+
+def _lengths_read(prefix: Segment, readers, batch: int):
+  """[B] how many tokens of a prefix each row reads."""
+  if readers is None:
+    return jnp.repeat(prefix.lengths, batch // prefix.rows)
+  of = readers.places // readers.rows.shape[1]
+  return prefix.lengths.at[of].get(mode='fill', fill_value=0)

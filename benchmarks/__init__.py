@@ -1,0 +1,1 @@
+"""Speed and memory, each command printing one JSON line."""

@@ -1,0 +1,152 @@
+"""What branches cost beside ordinary responses, on a run's model.
+
+    python -m benchmarks.branches --run=FOLDER --prompts=32 --samples=8
+
+Responses and branches of them are decoded in turns, so that whatever else the
+machine does slows both down alike.  Prints one JSON line:
+
+  rows: of the decode batch, one per response, the same for both.
+  tokens, branch_tokens: generated per round.
+  seconds_per_token, branch_seconds_per_token: medians over the rounds; `ratio`
+    is the median of the second over the first of the same round.
+  utilization, branch_utilization: tokens / (rows × decode steps).
+  copied_bytes: keys and values that were copied per round, and
+    `prefix_bytes`: those of all branches' prefixes, which were not.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import audit_draws, build, cli
+from jaxrl_llm import branches, estimators, rollouts, sampling
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+def measure(
+  subject: audit_draws.Subject,
+  samples: int,
+  wanted: estimators.Branches,
+  rounds: int,
+) -> dict[str, Any]:
+  """Times rounds of responses and of branches of them.
+
+  Args:
+    subject: model and prompts.
+    samples: G.
+    wanted: how many branches, and where.
+    rounds: a first one, which compiles, comes on top.
+  """
+  config, model = subject.config, subject.model
+  encoded = build.encode(config, subject.rows, model.tokenizer)
+  batch = prompts_lib.gather(encoded, range(len(encoded.rows)))
+  generation = build.generation(
+    config,
+    model,
+    encoded.pad_id,
+    samples=samples,
+    temperature=config.rollout.temperature,
+  )
+  respond = functools.partial(
+    rollouts.generate,
+    model.config,
+    model.params,
+    batch,
+    generation,
+    sampler=sampling.sample_and_keep,
+  )
+  found = []
+  for number in range(rounds + 1):
+    keys = jax.random.split(jax.random.key(number), 3)
+    (_, (responses, cache)), seconds = _time(lambda key=keys[0]: respond(key))
+    places = branches.fork_places(
+      wanted, responses.tokens, responses.mask, None, keys[1]
+    )
+    (_, work), branch_seconds = _time(
+      lambda given=(cache, responses, places, keys[2]): sampling.fork(
+        model.config,
+        model.params,
+        *given,
+        branches=wanted.samples,
+        decoding=generation.decoding,
+        eos_ids=generation.eos_ids,
+        pad_id=generation.pad_id,
+      )
+    )
+    mask = np.asarray(responses.mask)
+    slot_bytes = _bytes((cache.suffix.keys, cache.suffix.values)) / mask.size
+    row_steps = mask.sum(axis=2).max() * responses.finished.size
+    found.append(
+      {
+        'tokens': int(mask.sum()),
+        'branch_tokens': int(work.tokens),
+        'seconds_per_token': seconds / mask.sum(),
+        'branch_seconds_per_token': branch_seconds / int(work.tokens),
+        'utilization': mask.sum() / row_steps,
+        'branch_utilization': int(work.tokens) / float(work.row_steps),
+        'copied_bytes': float(work.copied),
+        'prefix_bytes': slot_bytes * int(places.sum()) * wanted.samples,
+      }
+    )
+  return {'rows': mask.shape[0] * mask.shape[1], **_summary(found[1:])}
+
+
+def _time(call: Callable[[], Any]) -> tuple[Any, float]:
+  start = time.perf_counter()
+  found = jax.block_until_ready(call())
+  return found, time.perf_counter() - start
+
+
+def _bytes(arrays: Any) -> int:
+  return sum(x.nbytes for x in jax.tree.leaves(arrays))
+
+
+def _summary(rounds: list[dict[str, float]]) -> dict[str, float]:
+  """Medians, and that of the rounds' own ratios."""
+  ratio = [
+    r['branch_seconds_per_token'] / r['seconds_per_token'] for r in rounds
+  ]
+  medians = {
+    name: float(f'{np.median([r[name] for r in rounds]):.4g}')
+    for name in rounds[0]
+  }
+  return {**medians, 'ratio': round(float(np.median(ratio)), 3)}
+
+
+def main() -> None:
+  """Measures what the flags name."""
+  given = flags.FLAGS
+  subject = audit_draws.of_run(given.run, given.step, given.prompts)
+  wanted = estimators.Branches(
+    given.positions, given.branches, estimators.positions.uniform()
+  )
+  found = measure(subject, given.samples, wanted, given.rounds)
+  print(
+    json.dumps(
+      {
+        'benchmark': 'branches',
+        'subject': subject.title,
+        'backend': jax.default_backend(),
+        'positions': given.positions,
+        'branches': given.branches,
+        **found,
+      }
+    )
+  )
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('run', None, 'Folder of a run.', required=True)
+  flags.DEFINE_string('step', 'newest', 'Of its checkpoints.')
+  flags.DEFINE_integer('prompts', 32, 'P.')
+  flags.DEFINE_integer('samples', 8, 'G.')
+  flags.DEFINE_integer('positions', 4, 'Of each response.')
+  flags.DEFINE_integer('branches', 4, 'At each position.')
+  flags.DEFINE_integer('rounds', 10, 'Timed ones.')
+  cli.run(main)
