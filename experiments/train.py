@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments import build, checks, cli, critics, held_out, phases, runs
+from experiments.course import Course
 from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -36,9 +37,8 @@ class Run:
   """One run: what it is made of, how far it is, and what it has said.
 
   Attributes:
-    step: steps done, warm start included.
-    state: the `TrainState` after them.
-    tokens: tokens generated so far, by RL; evaluations do not count.
+    course: how far it is.
+    state: the `TrainState` there.
   """
 
   def __init__(self, config, folder, stop, files):
@@ -60,8 +60,8 @@ class Run:
       self._rl.rewards,
       jax.random.fold_in(self._key, 3),
     )
-    self._first = config.warm_start.steps
-    self._total = config.warm_start.steps + config.steps
+    warm = config.warm_start.steps
+    self.course = Course(warm, warm + config.steps, config.tokens)
     self._keep = files.enter_context(
       Checkpoints(
         self._folder / 'checkpoints',
@@ -72,24 +72,20 @@ class Run:
     self._reference = files.enter_context(
       Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
     )
-    self.tokens = 0
-    self._tokens_before = 0  # the last step
-    self.step = 0
     # The record of the step that `state` is of, while it is not yet written:
     # an evaluation may fail or be stopped after the update is made.
-    self._pending = None if self._first else {'metrics': {}, 'timings': {}}
+    self._pending = None if warm else {'metrics': {}, 'timings': {}}
     self._score = None  # of the evaluation at `step`, if there was one
     restored = self._restore(model.params)
-    at = self.step if restored else None
-    written = at
+    at = written = self.course.step if restored else None
     if restored and self._pending is not None:
-      written = self.step - 1 if self.step else None
+      written = at - 1 if at else None
     self._metrics = files.enter_context(
       logging.MetricsWriter(self._folder, written)
     )
     self._samples = files.enter_context(logging.SampleLog(self._folder, at))
     self._progress = files.enter_context(
-      logging.Progress(self._total, self.step)
+      logging.Progress(self.course.total, self.course.step)
     )
     self._describe(data, restored)
 
@@ -98,17 +94,12 @@ class Run:
     try:
       if self._pending is not None:
         self._record(**self._pending)
-        if self.step:
+        if self.course.step:
           self._save()
-      while not self._ended():
+      while not self.course.ended:
         self._stop.check()
         self._one_step()
-        # Counted from where RL begins, as evaluations are.
-        since = (
-          self.step - self._first if self.step > self._first else self.step
-        )
-        last = self.step == self._first or self._ended()
-        if last or since % self._config.checkpoints.every == 0:
+        if self.course.checkpoint_is_due(self._config.checkpoints.every):
           self._save()
         self._keep.poll()
     except (UserError, StopRequested):
@@ -122,7 +113,7 @@ class Run:
     trained = self._model._replace(params=self.state.trainable['policy'])
     runs.export(trained, self._folder / 'hf')
     records = logging.read_metrics(self._folder / 'metrics.jsonl')
-    runs.plot(self._folder / 'curve.png', records, self._first)
+    runs.plot(self._folder / 'curve.png', records, self.course.first)
     before, after = self._before_after()
     self._samples.write_html(self._folder.name, before, after)
     self._progress.print(logging.before_after_table(before, after))
@@ -131,28 +122,28 @@ class Run:
 
   def _one_step(self) -> None:
     """One step of the phase that the run is in, and its record."""
-    if self.step < self._first:
-      result = self._warm.step(self.state, self.step)
+    course = self.course
+    if course.in_warm_start:
+      result = self._warm.step(self.state, course.step)
     else:
-      if self.step == self._first:
+      number = course.step - course.first
+      if not number:
         self._begin_rl()
-      result = self._rl.step(self.state, self.step - self._first, self._stop)
+      result = self._rl.step(self.state, number, self._stop)
     self.state = result.state
-    self.step += 1
-    self._tokens_before = self.tokens
-    self.tokens += result.tokens
+    course.advance(result.tokens)
     shown = []
     if result.responses is not None:
       shown = held_out.to_samples(
         result.responses,
-        self.step,
+        course.step,
         result.advantages,
         self._config.log.samples,
       )
       self._samples.write(shown)
     self._record(result.metrics, result.timings)
     if shown and self._score is not None:
-      title = f'Step {self.step}'
+      title = f'Step {course.step}'
       self._progress.print(logging.sample_table(shown, title=title))
       self._samples.write_html(self._folder.name)
     if result.metrics['skipped'] >= _MAX_SKIPPED:
@@ -167,36 +158,19 @@ class Run:
       kept = f'look at the batch in {path}'
     raise UserError(
       f'{result.metrics["skipped"]} updates in a row were not finite, up to '
-      f'step {self.step}; parameters are those before\n'
+      f'step {self.course.step}; parameters are those before\n'
       f'lower the learning rate, or {kept}'
     )
-
-  def _ended(self) -> bool:
-    """Whether the last step was the last, by steps or by tokens."""
-    out_of_tokens = 0 < self._config.tokens <= self.tokens
-    return self.step >= self._total or out_of_tokens
-
-  def _evaluation_is_due(self) -> bool:
-    """Where RL begins and ends, and in between by steps and by tokens."""
-    settings = self._config.evaluation
-    since = self.step - self._first
-    if since <= 0 or self._ended():
-      return since >= 0
-    crossed = settings.every_tokens and (
-      self._tokens_before // settings.every_tokens
-      < self.tokens // settings.every_tokens
-    )
-    return bool(crossed) or since % settings.every == 0
 
   def _begin_rl(self) -> None:
     """Fixes what RL starts from: optimiser, critic, reference, precision."""
     policy = self.state.trainable['policy']
-    if self._first:
+    if self.course.first:
       self.state = self._rl.begin(policy)
     if self._rl.estimator.needs.reference:
       # A copy: updates reuse the memory of the parameters they change.
       self._rl.reference = jax.tree.map(jnp.copy, policy)
-      self._reference.save(self._first, self._rl.reference, {})
+      self._reference.save(self.course.first, self._rl.reference, {})
       self._reference.wait()
     difference = self._rl.log_prob_difference(self.state, 0)
     limit = self._config.rollout.log_prob_tolerance
@@ -217,12 +191,13 @@ class Run:
     self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
     self._score = None
     metrics = dict(metrics)
-    if self._evaluation_is_due():
+    due = self._config.evaluation
+    if self.course.evaluation_is_due(due.every, due.every_tokens):
       start = time.perf_counter()
       answers = held_out.answer(
         self._held_out,
         self.state.trainable['policy'],
-        self.step,
+        self.course.step,
         self._rl.reference,
         self._stop,
       )
@@ -232,14 +207,14 @@ class Run:
       self._samples.write(answers.samples[:limit:samples])
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics['eval/reward']
-    metrics['num_tokens'] = self.tokens
-    self._metrics.write(self.step, metrics, timings)
+    metrics['num_tokens'] = self.course.tokens
+    self._metrics.write(self.course.step, metrics, timings)
     self._pending = None
     shown = ('warm_start/loss', 'reward', 'eval/reward')
     if self._config.tokens:
       shown += ('num_tokens',)
     self._progress.update(
-      self.step, **{k: metrics[k] for k in shown if k in metrics}
+      self.course.step, **{k: metrics[k] for k in shown if k in metrics}
     )
 
   def _before_after(self):
@@ -248,17 +223,18 @@ class Run:
     kept = [sample for sample in samples if sample.advantage is None]
     return tuple(
       [sample for sample in kept if sample.step == step]
-      for step in (self._first, self.step)
+      for step in (self.course.first, self.course.step)
     )
 
   def _initial_state(self, params) -> training.TrainState:
-    if not self._first:
+    if not self.course.first:
       return self._rl.begin(params)
     return build.init_state(params, self._warm.optimizer, self._rl.estimator)
 
   def _template(self, params, step: int) -> dict:
     """Shapes of what a checkpoint holds: two states need not fit in memory."""
-    if step > self._first or not self._first:
+    first = self.course.first
+    if step > first or not first:
       state = self._rl.shapes(params)
     else:
       state = jax.eval_shape(self._initial_state, params)
@@ -274,7 +250,7 @@ class Run:
   def _fingerprint(self) -> dict:
     held = prompts_lib.PromptSource(self._held_out.encoded, 1, 0)
     sources = {'rl': self._rl.source, 'held-out': held}
-    if self._first:
+    if self.course.first:
       sources['warm_start'] = self._warm.source
     return {name: source.fingerprint() for name, source in sources.items()}
 
@@ -282,11 +258,11 @@ class Run:
     self._metrics.sync()
     self._samples.sync()
     self._keep.save(
-      self.step,
+      self.course.step,
       self._tree(self.state),
       {
-        'tokens': self.tokens,
-        'tokens_before': self._tokens_before,
+        'tokens': self.course.tokens,
+        'tokens_before': self.course.tokens_before,
         'rescore': self._rl.rescore,
         'prompts': self._fingerprint(),
         'pending': self._pending,
@@ -301,13 +277,14 @@ class Run:
       self.state = self._initial_state(params)
       return False
     template = functools.partial(self._template, params)
-    self.step, tree, metadata = self._keep.restore(template)
+    course = self.course
+    course.step, tree, metadata = self._keep.restore(template)
     stored, now = metadata['prompts'], self._fingerprint()
     if stored != now:
       phase = next(name for name in now if stored.get(name) != now[name])
       differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
       raise UserError(
-        f'the {phase} prompts are not those of step {self.step}: '
+        f'the {phase} prompts are not those of step {course.step}: '
         f'{", ".join(differ)} changed\nrestore the data and the tokenizer, or '
         'start in another --workdir'
       )
@@ -319,22 +296,20 @@ class Run:
     self._held_out = self._held_out._replace(
       key=jax.random.fold_in(self._key, 3)
     )
-    self.tokens = metadata['tokens']
-    self._tokens_before = metadata['tokens_before']
+    course.tokens = metadata['tokens']
+    course.tokens_before = metadata['tokens_before']
     self._pending = metadata['pending']
     self._score = metadata['score']
     # A run evaluates where it ends: what has no score went on from there.
-    beyond = self._pending is None and self._score is None
-    beyond |= self.step > self._total
-    beyond |= 0 < self._config.tokens <= self._tokens_before
-    if self._ended() and beyond:
+    unscored = self._pending is None and self._score is None
+    if course.ended and (unscored or course.overran):
       raise UserError(
-        f'the run has done {self.step - self._first} steps of RL and generated '
-        f'{self.tokens} tokens: more than the configuration asks for\nraise '
-        'config.steps or config.tokens, whichever is below'
+        f'the run has done {course.step - course.first} steps of RL and '
+        f'generated {course.tokens} tokens: more than the configuration asks '
+        'for\nraise config.steps or config.tokens, whichever is below'
       )
     self._rl.rescore = metadata['rescore']
-    if self.step > self._first and self._rl.estimator.needs.reference:
+    if course.step > course.first and self._rl.estimator.needs.reference:
       found = self._reference.restore(self.state.trainable['policy'])
       if found is None:
         raise UserError(
@@ -361,7 +336,7 @@ class Run:
     if self._rl.critic is not None:
       lines.append(critics.describe(self._config))
     if restored:
-      lines.append(f'resumed at step {self.step} of {self._total}')
+      lines.append(f'resumed at step {self.course.step} of {self.course.total}')
     elif self._resuming:
       lines.append('no checkpoint yet: the run starts from its beginning')
     self._progress.print(*lines)
@@ -442,7 +417,7 @@ def _train(config, workdir, resume, files: contextlib.ExitStack) -> int:
     run.train()
   except StopRequested as request:
     print(
-      f'stopped by {request} after step {run.step}; '
+      f'stopped by {request} after step {run.course.step}; '
       'everything is saved: continue with --resume',
       file=sys.stderr,
     )

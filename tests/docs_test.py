@@ -36,6 +36,7 @@ def row(name):
   return found[0]
 
 
+@pytest.mark.slow
 def test_the_page_is_fresh(capsys):
   status = MAKER.main(['--check'])
   assert status == 0, capsys.readouterr().out

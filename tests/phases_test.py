@@ -53,7 +53,15 @@ def begin(setting, algorithm, critic=None):
   return rl, rl.begin(params)
 
 
-@pytest.mark.parametrize('name', ALGORITHMS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('remax', 'reinforce_plus_plus')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in ALGORITHMS
+  ],
+)
 def test_a_step(setting, name):
   extra = ALGORITHMS[name]
   rl, state = begin(setting, dict(name=name))
@@ -143,6 +151,7 @@ def test_a_step_with_branches(setting):
   assert 0 < result.metrics['branches/utilization'] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'algorithm',
   [
@@ -169,7 +178,10 @@ WITH_CRITIC = {
 }
 
 
-@pytest.fixture(scope='module', params=WITH_CRITIC)
+@pytest.fixture(
+  scope='module',
+  params=['ppo', pytest.param('vapo', marks=pytest.mark.slow)],
+)
 def actor_critic(request, setting):
   """(name, phase, its first state on the host, three results)."""
   algorithm, section = WITH_CRITIC[request.param]

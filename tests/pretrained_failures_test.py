@@ -142,7 +142,9 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize('limit', [100, 2000])
+@pytest.mark.parametrize(
+  'limit', [100, pytest.param(2000, marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_said(folder, params, limit):
   result = subprocess.run(
     [sys.executable, '-c', FULL, folder, str(limit)],

@@ -6,7 +6,7 @@ import pytest
 import scripts
 
 BRANCHES = dict(count=2, samples=2)
-# Both kinds of state at once; each alone behind the marker.
+# Both kinds of state at once, then each alone.
 ALGORITHMS = {
   'critic and branches': dict(name='trepo_critic', **BRANCHES),
   'ppo': dict(name='ppo', kl=0.05),
@@ -14,10 +14,10 @@ ALGORITHMS = {
   'tree': dict(name='trepo_tree', **BRANCHES),
   'kept values': dict(name='trepo', kept=6, **BRANCHES),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 
 
-@pytest.mark.parametrize('name', ['critic and branches', *SLOW[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALGORITHMS)
 def test_kills_leave_the_same_records(name, tmp_path):
   text = scripts.CONFIG.replace(
     "dict(name='grpo', kl=0.04)", repr(ALGORITHMS[name])

@@ -78,6 +78,7 @@ def test_five_kills_leave_the_same_records(tmp_path):
   same_records(workdir)
 
 
+@pytest.mark.slow
 def test_stops_and_bad_rewards_leave_the_same_records(tmp_path):
   config = scripts.write_config(tmp_path / 'config')
   workdir = tmp_path / 'run'

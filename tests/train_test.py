@@ -147,6 +147,7 @@ def test_diverging_run_ends(config, tmp_path):
   assert os.listdir(workdir / 'checkpoints') == ['00000004']
 
 
+@pytest.mark.slow
 def test_tokens_end_a_run(config, tmp_path):
   """And where more are allowed, its records are those of one go."""
   flags = [*FLAGS, '--config.optimizer.decay=constant']
