@@ -2,8 +2,9 @@
 
     python -m benchmarks.branches --run=FOLDER --prompts=32 --samples=8
 
-Responses and branches of them are decoded in turns, so that whatever else the
-machine does slows both down alike.  Prints one JSON line:
+Responses and branches of them are sampled in turns, so that whatever else the
+machine does slows both down alike.  A response's time contains its share of the
+prompts' prefill, which branches do not have.  Prints one JSON line:
 
   rows: of the decode batch, one per response, the same for both.
   tokens, branch_tokens: generated per round.
@@ -65,8 +66,10 @@ def measure(
   for number in range(rounds + 1):
     keys = jax.random.split(jax.random.key(number), 3)
     (_, (responses, cache)), seconds = _time(lambda key=keys[0]: respond(key))
-    places = branches.fork_places(
-      wanted, responses.tokens, responses.mask, None, keys[1]
+    places = jax.block_until_ready(
+      branches.fork_places(
+        wanted, responses.tokens, responses.mask, None, keys[1]
+      )
     )
     (_, work), branch_seconds = _time(
       lambda given=(cache, responses, places, keys[2]): sampling.fork(

@@ -75,7 +75,7 @@ class Run:
     # The record of the step that `state` is of, while it is not yet written:
     # an evaluation may fail or be stopped after the update is made.
     self._pending = None if warm else {'metrics': {}, 'timings': {}}
-    self._score = None  # of the evaluation at `step`, if there was one
+    self._score = None  # of the evaluation at this step, if there was one
     restored = self._restore(model.params)
     at = written = self.course.step if restored else None
     if restored and self._pending is not None:

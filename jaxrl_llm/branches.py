@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import sampling
-from jaxrl_llm.estimators import (
-  Branches,
-)
+from jaxrl_llm.estimators import Branches
 from jaxrl_llm.estimators.positions import mark
 from jaxrl_llm.kept import KeptValues, digests, none_kept
 from jaxrl_llm.models.config import ModelConfig
@@ -78,7 +76,8 @@ class Branched(NamedTuple):
     branches/forks: states that branches were drawn from.
     branches/shared: share of the places whose state another place has, too.
     branches/utilization: useful tokens / (rows × steps) of the decoding.
-    branches/copied_bytes: of keys and values, by rows that changed place.
+    branches/copied_bytes: of keys and values, which every row copies once and
+      whenever it takes a response over.
     branches/kept: share of the places with a value of an earlier step.
     branches/staleness: mean age of these values, steps; 0 without any.
     """

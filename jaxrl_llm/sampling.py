@@ -1,7 +1,8 @@
 """Prefill, decode and fork: tokens and their log-probabilities from prompts.
 
-Shapes are static: one program per (P, G, S, T).  Decoding is a
-`lax.while_loop` on the device that ends when every row has ended.
+Shapes are static: one program per (P, G, S, T), and for branches per number of
+places, branches and rows.  Decoding is a `lax.while_loop` on the device that
+ends when every row has ended.
 """
 
 import functools
@@ -12,20 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import scheduling
+from jaxrl_llm.choice import choose
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import head, transformer
+from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig, check_length
 from jaxrl_llm.policy import (
   Decoding,
   Prompts,
-  adjust_logits,
   last_tokens,
   prefill_prompts,
 )
 
 Array = jax.Array
 
-_BLOCK = 128
+# Of the decode batch of branches, unless there are fewer branches.
+_FEWEST_ROWS = 16
 
 
 @chex.dataclass(frozen=True)
@@ -180,9 +182,11 @@ def fork(
 
   A branch goes on from the response's own keys and values and those of the
   prompt: nothing is computed again or tokenised anew, and what is copied is
-  copied per response, not per branch (`scheduling`).  Its budget is what the
-  response had left there.  A branch's tokens depend on its place in the
-  result, on the key and on the model, and not on how the rows were used.
+  copied when a row takes a response over, not per branch (`scheduling`).  Its
+  budget is what the response had left there.  A branch's tokens depend on its
+  place in the result, on the key and on the model, and not on how the rows were
+  used, up to the rounding of the logits.  It takes twice the memory of the
+  rows' keys and values.
 
   Args:
     config, params: the model that sampled.
@@ -195,23 +199,31 @@ def fork(
     branches: K.
     decoding, eos_ids, pad_id: as the responses were sampled.
     statistics: which of 'entropy' and 'score_norms' to keep.
-    rows: of the decode batch; None for as many as there are responses.
+    rows: of the decode batch; None for as many as there are responses, or 16
+      if there are fewer.
 
   Returns:
     `Samples` of the continuations, [P, G, M, K, T − 1], whose mask is False
     where there is no branch; and what they cost.
 
   Raises:
-    UserError: no branches, no rows, or no room for any: T is 1; statistics of
-      another name.
+    UserError: no branches, no rows, or no room for any: T is 1; a cache of
+      other responses; statistics of another name.
   """
   max_tokens = responses.tokens.shape[-1]
   if branches < 1 or max_tokens < 2:
     raise UserError(f'{branches=} must be ≥ 1 and {max_tokens=} ≥ 2')
   if rows is not None and rows < 1:
     raise UserError(f'{rows=} must be at least 1')
+  if cache.suffix.capacity != max_tokens:
+    raise UserError(
+      f'the cache has room for {cache.suffix.capacity} tokens, the responses '
+      f'have {max_tokens}: it is of others'
+    )
   _check_statistics(statistics)
-  rows = rows or positions[..., 0].size
+  if rows is None:
+    wide = max(positions[..., 0].size, _FEWEST_ROWS)
+    rows = min(wide, positions.size * branches)
   shape = (*positions.shape, branches, max_tokens - 1)
   at = jnp.repeat(positions, branches, axis=2)
   # One number per branch and token.
@@ -289,8 +301,9 @@ def _until_end(
   slot = jnp.arange(tokens.shape[-1])[None, None, None, None]
   inside = jnp.broadcast_to(slot < budget[..., None, None], tokens.shape)
   ends = inside & _is_end(tokens, eos_ids)
-  mask = inside & (jnp.cumsum(ends, axis=-1) - ends == 0)
-  finished = (ends & mask).any(axis=-1, keepdims=True)
+  finished = ends.any(axis=-1, keepdims=True)
+  end = jnp.argmax(ends, axis=-1, keepdims=True)
+  mask = inside & ((slot <= end) | ~finished)
   return Samples(mask=mask, finished=finished, **written)
 
 
@@ -373,66 +386,6 @@ def _samples(state: _State, shape: tuple[int, ...]) -> Samples:
     finished=shaped(state.done),
     **jax.tree.map(shaped, state.recorded),
   )
-
-
-def choose(
-  logits: Array, uniform: Array, decoding: Decoding
-) -> tuple[Array, head.TokenStatistics]:
-  """Draws one token per row, by inversion of the distribution function.
-
-  Args:
-    logits: [N, V] float32, not adjusted.
-    uniform: [N] float32 in [0, 1), which alone decides; not read by greedy
-      decoding.
-    decoding: temperature, top-k, top-p.
-
-  Returns:
-    Tokens [N] int32, and what `policy.score` finds of them.
-  """
-  adjusted = adjust_logits(logits, decoding)
-  if decoding.greedy:
-    token = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
-  else:
-    highest = adjusted.max(axis=-1, keepdims=True)
-    token = _inverse_cdf(jnp.exp(adjusted - highest), uniform[:, None])
-  chosen = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0]
-  log_probs = chosen - jax.nn.logsumexp(adjusted, axis=-1)
-  return token, head.statistics(adjusted, token).replace(log_probs=log_probs)
-
-
-def _inverse_cdf(weights: Array, uniform: Array) -> Array:
-  """Draws an index of each row in proportion to `weights`, [N, V].
-
-  One uniform number per row, [N, 1], first a block of 128 tokens, then a token
-  of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
-  token of weight 0 is never drawn.
-  """
-  rows, vocabulary = weights.shape
-  padding = -vocabulary % _BLOCK
-  blocks = jnp.pad(weights, ((0, 0), (0, padding)))
-  blocks = blocks.reshape(rows, -1, _BLOCK)
-  sums = blocks.sum(axis=-1)
-  target = uniform * sums.sum(axis=-1, keepdims=True)
-  block, below = _first_above(sums, target)
-  within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
-  index, _ = _first_above(within, target - below)
-  return (block * _BLOCK + index)[:, 0].astype(jnp.int32)
-
-
-def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
-  """Index [N, 1] where the cumulative sum first exceeds `target`; its start.
-
-  XLA adds long sums up as a tree: their rounding lets the cumulative sum fall,
-  or rise at a weight of 0.  So only positive weights count, and a target that
-  rounding has put past the end takes the last of them.
-  """
-  possible = weights > 0
-  cumulative = jnp.where(possible, jnp.cumsum(weights, axis=-1), 0.0)
-  highest = cumulative.max(axis=-1, keepdims=True)
-  target = jnp.clip(target, 0.0, highest * (1.0 - 2.0**-23))
-  index = jnp.argmax(cumulative > target, axis=-1, keepdims=True)
-  start = jnp.take_along_axis(cumulative - weights, index, axis=-1)
-  return index, start
 
 
 def _write(buffer: Array, column: Array, step: Array) -> Array:

@@ -5,7 +5,9 @@ after another, those that fork last first: what a branch writes lies behind all
 forks still to come, so that the next one costs no more than setting the row's
 index back.  A row whose response has no branch left takes over the response
 with most work left, whose keys and values are copied.  When what is left fits
-into half of the rows, the others are dropped, twice.
+into half of the rows, the others are dropped, and once more: a quarter stays to
+the end.  A prompt's keys and values are read by all its rows at once, for which
+there is room: for twice the rows of an even distribution.
 
 No model is called here, and no token drawn.
 """
@@ -15,15 +17,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
 # A prompt has room for this many times the rows of an even distribution.
 _CROWD = 2
-# Idle rows wait until they are this share of all before they take over others.
+# Rows wait until this share of all is idle before they take over others.
 _PATIENCE = 1 / 16
-# The shares of the rows that go on when what is left fits into them.
-_STAGES = 1, 2, 4
+# What the rows are divided by when what is left fits into so many, and the
+# fewest for which another program is worth compiling.
+_DIVISORS = 1, 2, 4
+_FEWEST = 16
 
 
 class Jobs(NamedTuple):
@@ -33,9 +38,9 @@ class Jobs(NamedTuple):
 
   Attributes:
     positions: [R, N] int32, how many tokens of the response it keeps.
-    branches: [R, N] int32, the branch's number among the R · N, not sorted.
+    branches: [R, N] int32, the branch's number among the caller's R · N.
     inputs: [R, N] int32, its first input: the last token that it keeps.
-    work: [R, N + 1] int32, tokens that branches n, n + 1, … write at most.
+    work: [R, N + 1] float32, tokens that branches n, n + 1, … write at most.
     count: [R] int32, how many branches exist.
     prompts: P, a Python int.
     length: T, the capacity of a row's suffix, a Python int.
@@ -54,7 +59,7 @@ class Jobs(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What each of B rows is at.
+  """What each of B rows is at, and what has been begun.
 
   Attributes:
     response: [B] int32, whose keys and values it holds.
@@ -62,7 +67,7 @@ class Rows(NamedTuple):
     start: [B] int32, tokens in its suffix when the branch began.
     index: [B] int32, tokens in its suffix now; T if it is idle.
     token: [B] int32, its next input.
-    begun: [R] int32, branches of each response that were begun.
+    begun: [R] int32, how many branches of each response have been begun.
   """
 
   response: Array
@@ -91,7 +96,7 @@ def make_jobs(tokens: Array, positions: Array, rows: int) -> Jobs:
   sort = lambda x: jnp.take_along_axis(x, order, axis=1).astype(jnp.int32)
   number = jnp.arange(positions.size).reshape(positions.shape)
   at = sort(positions)
-  most = jnp.where(at > 0, length - at, 0)
+  most = jnp.where(at > 0, length - at, 0).astype(jnp.float32)
   work = jnp.cumsum(most[:, ::-1], axis=1)[:, ::-1]
   return Jobs(
     positions=at,
@@ -122,14 +127,16 @@ def run(
   Returns:
     carry, rows times steps (float32), and rows that were copied (int32).
   """
-  rows = _start(jobs, count)
-  held = jax.tree.map(lambda x: x[:, rows.response], source)
+  rows, held = _start(jobs, count), source
+  if count != jobs.count.size:
+    held = jax.tree.map(lambda x: x[:, rows.response], source)
   copies, row_steps = jnp.int32(count), jnp.float32(0)
-  sizes = [count // share for share in _STAGES if count >= share]
-  for size, floor in zip(sizes, [*sizes[1:], 0], strict=True):
-    if size < count:
+  sizes = [count // by for by in _DIVISORS if by == 1 or count // by >= _FEWEST]
+  for i, size in enumerate(sizes):
+    if i:
       rows, held = _shrink(jobs, rows, held, size)
       copies += size
+    floor = sizes[i + 1] if i + 1 < len(sizes) else 0
     state = _State(rows, held, carry, jnp.int32(0), copies)
     state = _run_batch(jobs, source, step, floor, state)
     rows, held, carry, steps, copies = state
@@ -175,10 +182,10 @@ def _run_batch(jobs, source, step, floor: int, state: _State) -> _State:
 
 def _start(jobs: Jobs, rows: int) -> Rows:
   """All responses, or evenly chosen ones, are held and their branches begun."""
-  number = jnp.arange(rows, dtype=jnp.int32)
+  even = np.arange(rows, dtype=np.int64) * jobs.count.size // rows
   full = lambda x: jnp.full(rows, x, jnp.int32)
   idle = Rows(
-    response=number * jobs.count.size // rows,
+    response=jnp.asarray(even, jnp.int32),
     branch=full(jobs.branches.size),
     start=full(jobs.length),
     index=full(jobs.length),
@@ -217,28 +224,43 @@ def _deal(
     Rows, what they hold, and how many were copied.
   """
 
+  samples = jobs.count.size // jobs.prompts
+
   def more(state):
     rows, _, _ = state
     return _is_idle(jobs, rows).any() & (_work_left(jobs, rows) > 0).any()
 
   def take_over(state):
+    """One row at most for each prompt, whose response with most work left."""
     rows, held, copies = state
-    row = jnp.argmax(_is_idle(jobs, rows))
-    response = jnp.argmax(_work_left(jobs, rows)).astype(jnp.int32)
+    left = _work_left(jobs, rows).reshape(jobs.prompts, samples)
+    order = jnp.argsort(-left.max(axis=1))
+    turn = jnp.cumsum(_is_idle(jobs, rows)) - 1
+    takes = _is_idle(jobs, rows) & (turn < (left.max(axis=1) > 0).sum())
+    prompt = order.at[turn].get(mode='clip').astype(jnp.int32)
+    found = prompt * samples + left.argmax(axis=1).astype(jnp.int32)[prompt]
+    response = jnp.where(takes, found, rows.response)
+    rows = _begin(jobs, rows._replace(response=response), takes)
+    number = jnp.argsort(~takes, stable=True)
 
-    def copy(x, y):
-      y = jax.lax.dynamic_slice_in_dim(y, response, 1, axis=1)
-      return jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=1)
+    def copy_row(i, held):
+      row = number[i]
 
-    rows = rows._replace(response=rows.response.at[row].set(response))
-    rows = _begin(jobs, rows, jnp.arange(rows.branch.size) == row)
-    return rows, jax.tree.map(copy, held, source), copies + 1
+      def copy(x, y):
+        y = jax.lax.dynamic_slice_in_dim(y, response[row], 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=1)
+
+      return jax.tree.map(copy, held, source)
+
+    count = takes.sum(dtype=jnp.int32)
+    held = jax.lax.fori_loop(0, count, copy_row, held)
+    return rows, held, copies + count
 
   return jax.lax.while_loop(more, take_over, (rows, held, jnp.int32(0)))
 
 
 def _work_left(jobs: Jobs, rows: Rows) -> Array:
-  """[R] int32, tokens that branches not yet begun write at most.
+  """[R] float32, tokens that branches not yet begun write at most.
 
   0 for responses to prompts that have no room for another row.
   """
@@ -306,6 +328,10 @@ def _busy_rows(jobs: Jobs, rows: Rows) -> Array:
 
 
 def _rank(group: Array, member: Array) -> Array:
-  """[B] int32, members in front of each row that are of its group."""
-  same = (group[:, None] == group[None]) & member[None]
-  return jnp.tril(same, -1).sum(axis=1, dtype=jnp.int32)
+  """[B] int32, members in front of each member that are of its group."""
+  key = jnp.where(member, group, jnp.iinfo(jnp.int32).max)
+  order = jnp.argsort(key, stable=True)
+  grouped = key[order]
+  first = jnp.searchsorted(grouped, grouped)
+  rank = jnp.arange(group.size) - first
+  return jnp.zeros_like(group).at[order].set(rank.astype(jnp.int32))

@@ -11,14 +11,14 @@ import tiny_models
 import toys
 from scipy import stats
 
-from jaxrl_llm import policy, sampling
+from jaxrl_llm import choice, policy, sampling
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
 from jaxrl_llm.policy import Decoding, Prompts
 
 GREEDY = Decoding(temperature=0.0)
 KEY = jax.random.key(0)
-choose = jax.jit(sampling.choose, static_argnames='decoding')
+choose = jax.jit(choice.choose, static_argnames='decoding')
 score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
 
 

@@ -23,6 +23,29 @@ def optimizer(learning_rate: float, **changes) -> ConfigDict:
   )
 
 
+def method(
+  label: str,
+  title: str,
+  algorithm: dict,
+  prompts: int | None = None,
+  samples: int | None = None,
+  **changes,
+) -> dict:
+  """A line of a comparison (`experiments.compare`).
+
+  Args:
+    label: names its runs.
+    title: in table and figure.
+    algorithm: as `config.algorithm`.
+    prompts, samples: P and G, where they are not those of the base; both or
+      neither.
+    **changes: of other sections.
+  """
+  if prompts:
+    changes['rollout'] = dict(prompts=prompts, samples=samples)
+  return dict(label=label, title=title, algorithm=algorithm, **changes)
+
+
 def get_config() -> ConfigDict:
   return ConfigDict(
     dict(

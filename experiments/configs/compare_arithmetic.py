@@ -19,6 +19,7 @@ for every method on a seed of its own.  The whole table has not been run yet.
 from ml_collections import ConfigDict
 
 from experiments.configs import base
+from experiments.configs.base import method
 from jaxrl_llm import estimators as est
 from jaxrl_llm.tasks import arithmetic
 
@@ -102,36 +103,36 @@ def methods() -> tuple[dict, ...]:
   branched = dict(count=2, samples=4)
   uncertain = dict(name='entropy_sum', nats=0.5)
   return (
-    _method('reinforce', 'REINFORCE', dict(name='reinforce')),
-    _method('remax', 'ReMax', dict(name='remax'), 128, 1),
-    _method('rloo', 'RLOO', dict(name='rloo')),
-    _method('grpo', 'GRPO', dict(name='grpo', kl=0.0)),
-    _method('dr_grpo', 'Dr. GRPO', dict(name='dr_grpo', max_length=22)),
-    _method(
+    method('reinforce', 'REINFORCE', dict(name='reinforce')),
+    method('remax', 'ReMax', dict(name='remax'), 128, 1),
+    method('rloo', 'RLOO', dict(name='rloo')),
+    method('grpo', 'GRPO', dict(name='grpo', kl=0.0)),
+    method('dr_grpo', 'Dr. GRPO', dict(name='dr_grpo', max_length=22)),
+    method(
       'ppo',
       'PPO',
       dict(name='ppo'),
       critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5),
     ),
-    _method(
+    method(
       'trepo_published',
       'TRePO, as published',
       dict(name=f'{_FILE}:trepo_published', count=4, samples=4),
       10,
       4,
     ),
-    _method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 16, 4),
-    _method(
+    method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 16, 4),
+    method(
       'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 16, 4
     ),
-    _method(
+    method(
       'trepo_uncertain',
       'TRePO, where uncertain',
       dict(name='trepo', positions=uncertain, **branched),
       32,
       4,
     ),
-    _method(
+    method(
       'trepo_critic',
       'TRePO, critic of branches',
       dict(name='trepo_critic', count=1, samples=4),
@@ -139,29 +140,12 @@ def methods() -> tuple[dict, ...]:
       4,
       critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5),
     ),
-    _method(
+    method(
       'vine_ppo',
       'VinePPO',
       dict(name='vine_ppo', delimiters=(_EQUALS,), count=3, kl=0.0),
       15,
       4,
     ),
-    _method('obl_reinforce', 'score-weighted RLOO', dict(name='obl_reinforce')),
-  )
-
-
-def _method(
-  label: str,
-  title: str,
-  algorithm: dict,
-  prompts: int = 32,
-  samples: int = 8,
-  **changes,
-) -> dict:
-  return dict(
-    label=label,
-    title=title,
-    algorithm=algorithm,
-    rollout=dict(prompts=prompts, samples=samples),
-    **changes,
+    method('obl_reinforce', 'score-weighted RLOO', dict(name='obl_reinforce')),
   )

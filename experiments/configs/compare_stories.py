@@ -17,6 +17,7 @@ tuned, and the comparison has not been run yet.
 from ml_collections import ConfigDict
 
 from experiments.configs import base, stories_sentiment
+from experiments.configs.base import method
 
 _KL = 0.02  # units of the reward per nat
 
@@ -60,28 +61,11 @@ def methods() -> tuple[dict, ...]:
   """One line per method, in the order of table and figure."""
   branched = dict(count=2, samples=4, kl=_KL)
   return (
-    _method('rloo', 'RLOO', dict(name='rloo', kl=_KL)),
-    _method('grpo', 'GRPO', dict(name='grpo', kl=0.33)),
-    _method('ppo', 'PPO', dict(name='ppo', kl=_KL)),
-    _method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 6, 4),
-    _method(
+    method('rloo', 'RLOO', dict(name='rloo', kl=_KL)),
+    method('grpo', 'GRPO', dict(name='grpo', kl=0.33)),
+    method('ppo', 'PPO', dict(name='ppo', kl=_KL)),
+    method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 6, 4),
+    method(
       'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 6, 4
     ),
-  )
-
-
-def _method(
-  label: str,
-  title: str,
-  algorithm: dict,
-  prompts: int = 16,
-  samples: int = 8,
-  **changes,
-) -> dict:
-  return dict(
-    label=label,
-    title=title,
-    algorithm=algorithm,
-    rollout=dict(prompts=prompts, samples=samples),
-    **changes,
   )

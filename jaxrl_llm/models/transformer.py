@@ -152,6 +152,11 @@ def _check(config, tokens, cache):
   if cache is None:
     return
   for i, prefix in enumerate(cache.prefixes):
+    if prefix.readers is not None and len(prefix.readers) != prefix.rows:
+      raise UserError(
+        f'Prefix {i} has {prefix.rows} rows and readers of '
+        f'{len(prefix.readers)}.'
+      )
     if prefix.readers is None and batch % prefix.rows:
       raise UserError(
         f'{batch} rows cannot share the {prefix.rows} rows of prefix {i}; the '

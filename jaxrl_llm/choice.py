@@ -1,0 +1,71 @@
+"""One token of a distribution, drawn by one uniform number."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.models import head
+from jaxrl_llm.policy import Decoding, adjust_logits
+
+Array = jax.Array
+
+_BLOCK = 128
+
+
+def choose(
+  logits: Array, uniform: Array, decoding: Decoding
+) -> tuple[Array, head.TokenStatistics]:
+  """Draws one token per row, by inversion of the distribution function.
+
+  Args:
+    logits: [N, V] float32, not adjusted.
+    uniform: [N] float32 in [0, 1), which alone decides; not read by greedy
+      decoding.
+    decoding: temperature, top-k, top-p.
+
+  Returns:
+    Tokens [N] int32, and what `policy.score` finds of them.
+  """
+  adjusted = adjust_logits(logits, decoding)
+  if decoding.greedy:
+    token = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+  else:
+    highest = adjusted.max(axis=-1, keepdims=True)
+    token = _inverse_cdf(jnp.exp(adjusted - highest), uniform[:, None])
+  chosen = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0]
+  log_probs = chosen - jax.nn.logsumexp(adjusted, axis=-1)
+  return token, head.statistics(adjusted, token).replace(log_probs=log_probs)
+
+
+def _inverse_cdf(weights: Array, uniform: Array) -> Array:
+  """Draws an index of each row in proportion to `weights`, [N, V].
+
+  One uniform number per row, [N, 1], first a block of 128 tokens, then a token
+  of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
+  token of weight 0 is never drawn.
+  """
+  rows, vocabulary = weights.shape
+  padding = -vocabulary % _BLOCK
+  blocks = jnp.pad(weights, ((0, 0), (0, padding)))
+  blocks = blocks.reshape(rows, -1, _BLOCK)
+  sums = blocks.sum(axis=-1)
+  target = uniform * sums.sum(axis=-1, keepdims=True)
+  block, below = _first_above(sums, target)
+  within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
+  index, _ = _first_above(within, target - below)
+  return (block * _BLOCK + index)[:, 0].astype(jnp.int32)
+
+
+def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
+  """Index [N, 1] where the cumulative sum first exceeds `target`; its start.
+
+  XLA adds long sums up as a tree: their rounding lets the cumulative sum fall,
+  or rise at a weight of 0.  So only positive weights count, and a target that
+  rounding has put past the end takes the last of them.
+  """
+  possible = weights > 0
+  cumulative = jnp.where(possible, jnp.cumsum(weights, axis=-1), 0.0)
+  highest = cumulative.max(axis=-1, keepdims=True)
+  target = jnp.clip(target, 0.0, highest * (1.0 - 2.0**-23))
+  index = jnp.argmax(cumulative > target, axis=-1, keepdims=True)
+  start = jnp.take_along_axis(cumulative - weights, index, axis=-1)
+  return index, start
