@@ -71,7 +71,7 @@ def measure(
   data = build.dataset(config, model.tokenizer)
   # The key of the evaluations during training: with equal settings the numbers
   # of the run's record come out again.
-  key = jax.random.fold_in(jax.random.key(config.seed), 3)
+  key = jax.random.fold_in(jax.random.key(config.seed), 4)
   held = held_out.build_held_out(
     config, model, data.held_out, rewards, key, **changes
   )

@@ -105,7 +105,13 @@ def call(
   ]
   if missing:
     raise UserError(f'{field}: {name} needs {", ".join(missing)}')
-  return function(**arguments)
+  several = [
+    key
+    for key, parameter in parameters.items()
+    if parameter.kind is parameter.VAR_POSITIONAL and key in arguments
+  ]
+  positional = [value for key in several for value in arguments.pop(key)]
+  return function(*positional, **arguments)
 
 
 def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:

@@ -1,7 +1,9 @@
 """The two phases of a run: a supervised warm start, then online RL.
 
 Each phase gives the state after one step and what is to be recorded of it.  A
-step depends on nothing but the state, the step's number and the configuration.
+step depends on the state, the step's number and the configuration, and in RL on
+the reference, on whose log-probabilities count (`rescore`), and on the values
+kept from earlier steps, to which `collect` adds.
 """
 
 import functools
@@ -224,16 +226,19 @@ class Reinforcement:
     if needs.greedy:
       baseline = respond(generation=rollouts.greedy(self.generation))
     branched = self._branch(state, responses, step) if needs.branches else None
+    # The keys and values have served.
+    responses = responses._replace(cache=None)
     times.append(time.perf_counter())
     if stop is not None:
       stop.check()
     complete = functools.partial(self._complete, state)
-    own = data = complete(responses, needs, baseline)
-    # The keys and values have served.
-    responses = responses._replace(cache=None)
+    own = data = complete(responses, needs, baseline, rescore=self.rescore)
     extra, record = 0, {}
     if branched is not None:
-      rows = complete(branched.responses, branch_values.row_needs(needs))
+      asked = branch_values.row_needs(needs)
+      # Of branches that are values alone only a KL reads log-probabilities.
+      reads = needs.branches.trained or asked.reference
+      rows = complete(branched.responses, asked, rescore=self.rescore and reads)
       if needs.branches.trained:
         data = branch_values.add_rows(data, rows, branched.forks)
       else:
@@ -251,7 +256,7 @@ class Reinforcement:
     times = {'rollout_time': times[1] - times[0]}
     return Collected(responses, data, times, extra, record, own)
 
-  def _complete(self, state, responses, needs, baseline=None):
+  def _complete(self, state, responses, needs, baseline=None, rescore=False):
     """Rollouts of responses: adds what has to be computed of them."""
     values = None
     if needs.critic:
@@ -272,7 +277,7 @@ class Reinforcement:
       needs,
       self._micro_prompts,
       self._config.training.chunk,
-      self.rescore,
+      rescore,
       baseline,
       state.running,
       values,

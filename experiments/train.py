@@ -58,7 +58,7 @@ class Run:
       self._model,
       data.held_out,
       self._rl.rewards,
-      jax.random.fold_in(self._key, 3),
+      jax.random.fold_in(self._key, 4),
     )
     warm = config.warm_start.steps
     self.course = Course(warm, warm + config.steps, config.tokens)
@@ -294,7 +294,7 @@ class Run:
     self._key = jax.random.wrap_key_data(tree['key'])
     self._rl.key = self._key
     self._held_out = self._held_out._replace(
-      key=jax.random.fold_in(self._key, 3)
+      key=jax.random.fold_in(self._key, 4)
     )
     course.tokens = metadata['tokens']
     course.tokens_before = metadata['tokens_before']

@@ -74,7 +74,7 @@ class Branched(NamedTuple):
     """Numbers of the sampling, for the record.
 
     branches/forks: states that branches were drawn from.
-    branches/shared: share of the places whose state another place has, too.
+    branches/shared: share of the places that another place's branches serve.
     branches/utilization: useful tokens / (rows × steps) of the decoding.
     branches/copied_bytes: of keys and values, which every row copies once and
       whenever it takes a response over.
@@ -83,11 +83,12 @@ class Branched(NamedTuple):
     """
     places, owners = jax.device_get((self.forks.places, self.forks.owners))
     kept, wanted = self.ages >= 0, places > 0
-    forks = int((wanted & (owners == _slots(places.shape))).sum())
+    own = owners == _slots(places.shape)
+    forks, shared = int((wanted & own).sum()), int((~own).sum())
     share = lambda part, of: float(part) / max(float(of), 1.0)
     return {
       'branches/forks': forks,
-      'branches/shared': share(wanted.sum() - forks, wanted.sum()),
+      'branches/shared': share(shared, forks + shared),
       'branches/utilization': share(self.work.tokens, self.work.row_steps),
       'branches/copied_bytes': float(self.work.copied),
       'branches/kept': share(kept.sum(), kept.sum() + wanted.sum()),
@@ -124,7 +125,7 @@ def branch(
     step: the present one, for the values' age.
 
   Raises:
-    UserError: as `judge`.
+    UserError: as `judge` and `sampling.fork`.
   """
   samples = responses.samples
   rule_key, sample_key = jax.random.split(key)

@@ -34,7 +34,7 @@ class KeptValues:
 
   Args:
     longest: how many steps a value may be old.
-    slots: how many are kept at most; the oldest make room.
+    slots: how many are kept at most; the ones kept longest ago make room.
   """
 
   def __init__(self, longest: int, slots: int = _SLOTS):
@@ -64,7 +64,7 @@ class KeptValues:
       if slot is None:
         continue
       age = step - int(self._tree['steps'][slot])
-      if age <= self._longest:
+      if 0 <= age <= self._longest:
         found.values[place] = self._tree['values'][slot]
         found.ages[place] = age
     return found
@@ -74,11 +74,10 @@ class KeptValues:
   ) -> None:
     """Keeps values, [P, G, M], of the places that `keys` names."""
     for place, key in keys:
-      slot = self._places.get(key)
-      if slot is None:
-        slot = self._free()
-        self._places[key] = slot
-        self._tree['keys'][slot] = np.frombuffer(key, np.uint32)
+      if key in self._places:  # it moves to the end of the queue
+        self._tree['steps'][self._places.pop(key)] = -1
+      slot = self._places[key] = self._free()
+      self._tree['keys'][slot] = np.frombuffer(key, np.uint32)
       self._tree['values'][slot] = values[place]
       self._tree['steps'][slot] = step
 

@@ -201,6 +201,40 @@ def test_the_clipped_ratio_is_the_one_reported(config):
   assert metric(outputs, batch).tolist() == [[[False, True]]]
 
 
+@pytest.mark.parametrize(
+  'algorithm',
+  [
+    dict(name='trepo', kept=6),
+    dict(name='trepo', score_weighted=True, kl=0.1),
+    dict(name='trepo', positions=dict(name='fixed', positions=(1, 3))),
+    dict(name='trepo', positions=dict(name='delimiter', token_ids=(1, 3))),
+    dict(name='trepo', positions=dict(name='entropy_above', threshold=0.5)),
+    dict(name='trepo', positions=dict(name='entropy_sum', nats=0.5)),
+    dict(
+      name='trepo',
+      positions=dict(name='pairs', positions=dict(name='uniform')),
+    ),
+    dict(name='trepo_tree'),
+    dict(name='trepo_critic'),
+    dict(name='vine_ppo', delimiters=(3,)),
+    dict(
+      name='ppo',
+      kl=dict(name='adaptive_kl', initial=0.1, target=1.0, horizon=9),
+    ),
+  ],
+)
+def test_every_use_of_branches_can_be_named(config, algorithm):
+  config.algorithm = ConfigDict(algorithm)
+  assert build.estimator(config).needs.samples >= 1
+
+
+def test_a_count_that_does_not_suit_the_rule(config):
+  pairs = dict(name='pairs', positions=dict(name='uniform'))
+  config.algorithm = dict(name='trepo', count=3, positions=pairs)
+  with pytest.raises(UserError, match='even count'):
+    build.estimator(config)
+
+
 def test_what_an_estimator_refuses_is_the_users_mistake(config):
   with config.unlocked():
     config.algorithm = dict(name='p3o')

@@ -269,15 +269,15 @@ def test_branches_against_a_critic():
 
 
 def test_lambda_reaches_over_what_is_a_baseline_alone():
-  """A = δ + λ A of the next fresh state, whatever lies between."""
+  """A = δ + λ A of the next fresh state, against its value and no other."""
   values = random_of(1)[:3]
   data = branched([2, 4], values=values)
   got = credit(data, values=CRITIC, lam=0.7)[0]
-  last = 5 - values[0, 4]
-  middle = 40 - values[0, 2] + 0.7 * last
-  np.testing.assert_allclose(got[4], last)
+  last = 5 - 40
+  middle = 40 - 20 + 0.7 * last
+  np.testing.assert_allclose(got[4], 5 - values[0, 4])
   np.testing.assert_allclose(got[3], 40 - values[0, 3] + 0.7 * last)
-  np.testing.assert_allclose(got[2], middle)
+  np.testing.assert_allclose(got[2], 40 - values[0, 2] + 0.7 * last)
   np.testing.assert_allclose(got[0], 20 - values[0, 0] + 0.7 * middle)
 
 

@@ -62,6 +62,21 @@ STOPPING_TIMES = {
     trepo(positions.delimiter(1), score_weighted=True),
     TOY,
   ),
+  'λ between 0 and 1, score-weighted': (
+    est.estimator(
+      est.chain(
+        est.at_last_token(),
+        est.gae(
+          1.0,
+          0.6,
+          est.branches(1, 2, positions.fixed(1), score_weighted=True),
+        ),
+      ),
+      est.score_function(),
+      est.sequence_sum(),
+    ),
+    LONG,
+  ),
   'λ between 0 and 1': (
     est.estimator(
       est.chain(

@@ -137,6 +137,18 @@ def test_token_rewards_are_a_part_of_what_branches_earn():
 # name: (estimator, toy, options of `examine`)
 ANY_CRITIC = {
   'fixed': (est.trepo_critic(2, 1, positions.fixed(1, 2)), TOY, {}),
+  'λ between 0 and 1': (
+    est.estimator(
+      est.chain(
+        est.at_last_token(),
+        est.gae(1.0, 0.6, est.branches_with_critic(1, 1, positions.fixed(1))),
+      ),
+      est.score_function(),
+      est.sequence_sum(),
+    ),
+    TOY,
+    {},
+  ),
   'uniform, with KL': (
     est.trepo_critic(1, 2, positions.uniform(), kl=KL),
     LONG,

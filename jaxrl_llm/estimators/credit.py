@@ -126,6 +126,8 @@ def gae(
   With a value at every token these are the textbook formulas, λ γ per token.
   Segments end where a value replaces the rewards to go; where there is only a
   baseline, an advantage is taken against it that reaches over to the next one.
+  λ hands on advantages against values, also where a state's own is against
+  another baseline: their mean, given the prefix, is 0.
 
   Level: token, [P, G, T] → [P, G, T].
   Bias: as good as the values; none at γ = 1 with `hold` where they are
@@ -187,7 +189,8 @@ def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
 def monte_carlo_return(values: Values) -> AdvantageTransform:
   """What a critic should predict where branches say more than one response.
 
-    targetₜ = V of the first state with branches at or after t, else R to go
+    targetₜ = V of the first state with branches at or after t, else R to go,
+      and the rewards of the tokens before that state
 
   Its mean is the state's value: nothing is bootstrapped from the critic.
 
@@ -351,7 +354,9 @@ def _scan(
     advantage = gamma * advantage
     here = to_go - baseline + lam * advantage
     fresh = fresh & inside
-    carry = (jnp.where(fresh, value, to_go), jnp.where(fresh, here, advantage))
+    # What earlier tokens take over has mean 0, whatever the baseline.
+    over = to_go - value + lam * advantage
+    carry = (jnp.where(fresh, value, to_go), jnp.where(fresh, over, advantage))
     return carry, jnp.where(where & inside, here, to_go)
 
   by_time = lambda x: jnp.moveaxis(x, 2, 0)

@@ -67,6 +67,18 @@ class Branches(NamedTuple):
   kept: int = 0
 
 
+def check_branches(
+  name: str, count: int, samples: int, positions: Positions
+) -> None:
+  """Raises ValueError for branches that cannot be drawn."""
+  if count < 1 or samples < 1:
+    raise ValueError(f'{name}: {count=} and {samples=} have to be ≥ 1')
+  if not isinstance(positions, Positions):
+    raise ValueError(f'{name}: {positions=} is no rule, such as uniform()')
+  # A count that does not suit the rule is refused here, not in training.
+  jax.eval_shape(lambda: positions.init(jax.random.key(0), count, 2))
+
+
 def fixed(*positions: int) -> Positions:
   """After the given numbers of tokens, each at least 1."""
   if not positions or min(positions) < 1:

@@ -14,7 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.estimators.positions import Branches, Positions
+from jaxrl_llm.estimators.positions import (
+  Branches,
+  Positions,
+  check_branches,
+)
 from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Array,
@@ -50,10 +54,7 @@ def tree(count: int, samples: int, positions: Positions) -> AdvantageTransform:
     samples: K, branches per position, at least 1.
     positions: a rule of `positions`.
   """
-  if count < 1 or samples < 1:
-    raise ValueError(f'tree: {count=} and {samples=} have to be ≥ 1')
-  if not isinstance(positions, Positions):
-    raise ValueError(f'tree: {positions=} is no rule, such as uniform()')
+  check_branches('tree', count, samples, positions)
 
   def apply(rewards: Array, rollouts: Rollouts) -> Array:
     if rewards.shape == rollouts.mask.shape:

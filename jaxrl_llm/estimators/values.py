@@ -14,7 +14,11 @@ from jaxrl_llm.estimators.baselines import (
   subtract_leave_one_out_mean,
   subtract_weighted_leave_one_out_mean,
 )
-from jaxrl_llm.estimators.positions import Branches, Positions
+from jaxrl_llm.estimators.positions import (
+  Branches,
+  Positions,
+  check_branches,
+)
 from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Array,
@@ -92,7 +96,7 @@ def branches(
       be that of the present policy; what came before is credited with what the
       next fresh branches, or the response, earn.  0 keeps none.
   """
-  _check('branches', count, samples, positions)
+  check_branches('branches', count, samples, positions)
   if kept < 0:
     raise ValueError(f'branches: {kept=} has to be ≥ 0')
   others = subtract_leave_one_out_mean()
@@ -139,7 +143,7 @@ def branches_with_critic(
   Args:
     count, samples, positions: as in `branches`.
   """
-  _check('branches_with_critic', count, samples, positions)
+  check_branches('branches_with_critic', count, samples, positions)
 
   def apply(rewards: Array, rollouts: Rollouts) -> Known:
     everywhere = jnp.ones_like(rollouts.mask)
@@ -150,13 +154,6 @@ def branches_with_critic(
   rule = Branches(count, samples, positions)
   needs = Needs(critic=True, branches=rule, entropy=positions.reads_entropy)
   return Values(apply, needs)
-
-
-def _check(name: str, count: int, samples: int, positions: Positions) -> None:
-  if count < 1 or samples < 1:
-    raise ValueError(f'{name}: {count=} and {samples=} have to be ≥ 1')
-  if not isinstance(positions, Positions):
-    raise ValueError(f'{name}: {positions=} is no rule, such as uniform()')
 
 
 def _earned(rewards: Array, rollouts: Rollouts) -> Array:
