@@ -81,7 +81,9 @@ def of_run(folder: str, step: str, prompts: int) -> Subject:
   if rl.needs.reference and number > config.warm_start.steps:
     with Checkpoints(path / 'reference', read_only=True) as checkpoints:
       found = checkpoints.restore(model.params)
-    reference = None if found is None else found[1]
+    if found is None:
+      raise UserError(f'{path / "reference"} has no reference policy')
+    reference = found[1]
   return Subject(
     config,
     model,
@@ -132,8 +134,11 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
   built.rollout.prompts = len(subject.rows)
   changes = spec.get('rollout', {})
   try:
-    if 'prompts' in changes:
-      raise UserError('rollout.prompts: the prompts are the same for all')
+    if other := sorted(set(changes) - {'samples'}):
+      raise UserError(
+        f'rollout.{other[0]}: prompts and policy are the same for all\nonly '
+        'rollout.samples may differ'
+      )
     built.lock()
     built.rollout.update(ConfigDict(changes))
     needs = build.estimator(built).needs
@@ -266,11 +271,12 @@ def draw(
 
 
 def equal_rewards(rollouts: estimators.Rollouts) -> jax.Array:
-  """[P, 1, 1] bool, whether all valid responses to a prompt earned the same."""
+  """[P, 1, 1] bool, whether two or more valid responses all earned the same."""
   valid = estimators.valid_responses(rollouts)
+  several = valid.sum(axis=1, keepdims=True) > 1
   low = jnp.where(valid, rollouts.rewards, jnp.inf).min(axis=1, keepdims=True)
   high = jnp.where(valid, rollouts.rewards, -jnp.inf)
-  return low >= high.max(axis=1, keepdims=True)
+  return several & (low >= high.max(axis=1, keepdims=True))
 
 
 def token_weights(

@@ -55,9 +55,9 @@ def add_estimator(
   numbers = {
     name: value._asdict() if isinstance(value, audit.Estimate) else value
     for name, value in report._asdict().items()
-    if name != 'reference_error'
   }
   result['estimators'][label] = {
+    'samples': spec.get('rollout', {}).get('samples', result['samples']),
     'spec': as_json(spec, f'algorithm of {label}'),
     'bias': interval_of_root(report.squared_bias),
     'tilt': interval_of_root(report.squared_tilt),
@@ -104,7 +104,9 @@ def to_markdown(result: dict[str, Any]) -> str:
     f'mean of {reference["draws"]} gradients of '
     f'{reference["spec"]["algorithm"]["name"]} '
     f'({reference["tokens"]:,.0f} tokens); its standard error is '
-    f'{reference["relative_error"]:.1%} of its norm.',
+    f'{reference["relative_error"]:.1%} of its norm.  The prompts are the same '
+    'in all draws: the noise is that of responses and branches, not of which '
+    'prompts a step has.',
     '',
     *_table(_COLUMNS, result['estimators']),
     '',

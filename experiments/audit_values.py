@@ -115,6 +115,11 @@ def measure(
   # A state needs two scored branches, or its noise is not known.
   chosen = (forked > 0) & (np.isfinite(returns).sum(axis=-1) >= 2)
   prompt, response, _ = np.nonzero(chosen)
+  if len(np.unique(prompt)) < 2:
+    raise UserError(
+      f'responses to fewer than 2 prompts are longer than {at[0]} tokens: '
+      'there are no states to value\nset --branches=0'
+    )
   siblings = config.rollout.samples - 1
   predictions = {
     f'mean of {k} other responses': np.nanmean(others[:, :k], axis=1)[prompt]

@@ -265,13 +265,22 @@ def code_files(config) -> list[str]:
   One that cannot be read is left to what loads it and can name the field.
   """
   specs = [config.task, config.algorithm, *config.rewards.values()]
-  names = [spec.get('name') for spec in specs if isinstance(spec, ConfigDict)]
-  files = [naming.file_of(name) for name in names if isinstance(name, str)]
+  names = [name for spec in specs for name in _names(spec)]
+  files = [naming.file_of(name) for name in names]
   return [
     file
     for file in dict.fromkeys(files)
     if file and os.path.isfile(file) and os.access(file, os.R_OK)
   ]
+
+
+def _names(spec) -> list[str]:
+  """The functions that a specification names, also for its arguments."""
+  if not isinstance(spec, ConfigDict):
+    return []
+  own = spec.get('name')
+  inner = [name for value in spec.values() for name in _names(value)]
+  return [own, *inner] if isinstance(own, str) else inner
 
 
 def optimizer(config, total_updates: int):

@@ -23,20 +23,27 @@ for schedulers that bring their own.
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import resource
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import checks, cli, compare_report, memory, train
+from experiments import (
+  build,
+  checks,
+  cli,
+  compare_report,
+  memory,
+  processes,
+  train,
+)
+from jaxrl_llm import logging
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json, write_atomically
 from jaxrl_llm.run_folder import StopSignal
@@ -54,6 +61,8 @@ _FIELDS = {
 _METRIC = {'name', 'title', 'scale', 'digits'}
 _METHOD = {'label', 'title', 'algorithm'}
 _INIT = 'init'
+# Set by the comparison: section and field.
+_SET = (('tokens', None), ('evaluation', 'every_tokens'))
 
 
 class Job(NamedTuple):
@@ -104,13 +113,38 @@ def check(config: ConfigDict) -> None:
       if missing := sorted(least - set(entry)):
         raise UserError(f'config.{name}: {entry} has no {missing[0]!r}')
   labels = [method['label'] for method in config.methods]
-  for name, values in (('seeds', config.seeds), ('methods', labels)):
+  titles = [method['title'] for method in config.methods]
+  for name, values in (
+    ('seeds', config.seeds),
+    ('methods', labels),
+    ('methods', titles),
+  ):
     if not values or len(set(values)) < len(values):
       raise UserError(f'config.{name} is empty or repeats itself: {values}')
+  for name, entry in (
+    ('base', config.base),
+    *zip(labels, config.methods, strict=True),
+  ):
+    if given := _given(entry):
+      raise UserError(
+        f'{name} sets {given}, which a comparison sets itself\n'
+        'config.tokens, config.seeds and config.evaluations say it for all'
+      )
   if _INIT in labels or not all(label.isidentifier() for label in labels):
     raise UserError(
       f"labels of methods are names such as 'grpo', not {_INIT!r}: {labels}"
     )
+
+
+def _given(entry) -> str | None:
+  """What a method's changes, or the base, set that they may not."""
+  for section, field in _SET:
+    found = entry.get(section)
+    if field is not None:
+      found = (found or {}).get(field)
+    if found:
+      return section if field is None else f'{section}.{field}'
+  return None
 
 
 def jobs(config: ConfigDict, workdir: pathlib.Path) -> list[Job]:
@@ -179,7 +213,10 @@ def check_runs(everything: Sequence[Job]) -> None:
 
 
 def _digest(*configs: ConfigDict) -> str:
+  """Of configurations and of the user's code that they name."""
   values = [as_json(config.to_dict(), 'configuration') for config in configs]
+  files = [file for config in configs for file in build.code_files(config)]
+  values += [pathlib.Path(file).read_text(encoding='utf-8') for file in files]
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -190,6 +227,7 @@ def train_run(job: Job) -> int:
   Beside what the training leaves, `finished.json` gets what it cost.
   """
   start = time.perf_counter()
+  _claim(job)
   code = train.train(job.config, job.folder, resume=True)
   if code:
     return code
@@ -197,119 +235,42 @@ def train_run(job: Job) -> int:
     'digest': job.digest,
     'peak_rss': _peak_rss(),
     'seconds': time.perf_counter() - start,
-    'cores': len(_cores()),
+    'cores': len(processes.own_cores()),
     'update_bytes': memory.measure(job.config).peak,
   }
+  records = logging.read_metrics(job.folder / 'metrics.jsonl')
+  if records[-1]['num_tokens'] < job.config.tokens:
+    raise UserError(
+      f'{job.name} has ended with {records[-1]["num_tokens"]:,} of '
+      f'{job.config.tokens:,} tokens\nraise config.base.steps: the budget of '
+      'tokens is to end a run'
+    )
   write_atomically(job.folder / 'finished.json', json.dumps(cost) + '\n')
   return 0
+
+
+def _claim(job: Job) -> None:
+  """Marks the run's folder as the job's.
+
+  Raises:
+    UserError: it holds a run of other settings, code or initial model.
+  """
+  path = job.folder / 'digest'
+  if path.exists():
+    if path.read_text() != job.digest:
+      raise UserError(
+        f'{job.folder} holds a run of other settings, code or initial model\n'
+        'remove it, or name another --workdir'
+      )
+    return
+  job.folder.mkdir(parents=True, exist_ok=True)
+  write_atomically(path, job.digest)
 
 
 def _peak_rss() -> int:
   """The largest resident set that this process has had, bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else 1024 * peak
-
-
-def _cores() -> set[int]:
-  """The cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return os.sched_getaffinity(0)
-  return set(range(os.cpu_count()))  # macOS cannot pin
-
-
-def slots(count: int) -> list[set[int]]:
-  """Cores for each of `count` processes at a time, shared out evenly.
-
-  Raises:
-    UserError: there are fewer cores.
-  """
-  cores = sorted(_cores())
-  if not 1 <= count <= len(cores):
-    raise UserError(
-      f'--jobs is {count}, but there are {len(cores)} cores: times would not '
-      'be comparable'
-    )
-  bounds = [i * len(cores) // count for i in range(count + 1)]
-  return [set(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def launch(
-  waiting: Sequence[Job],
-  workdir: pathlib.Path,
-  places: Sequence[set[int]],
-  command: Sequence[str],
-  stop: StopSignal,
-) -> Iterator[tuple[Job, int, float]]:
-  """Runs jobs, one process per place, in order.
-
-  Args:
-    waiting: what to run.
-    workdir: of the comparison; logs and compiled programs go there.
-    places: cores of each process that runs at a time.
-    command: trains the run that `--run` at its end names.
-    stop: when it is requested, running jobs are asked to save and to end, and
-      no further one begins.
-
-  Yields:
-    (job, exit status, seconds) as jobs end.
-  """
-  waiting, running = list(waiting), {}
-  asked = False
-  while running or (waiting and not asked):
-    for place, cores in enumerate(places):
-      if place not in running and waiting and not asked:
-        job = waiting.pop(0)
-        process = _start(job, workdir, cores, place, command)
-        running[place] = job, process, time.perf_counter()
-    if stop.requested and not asked:
-      asked = True
-      for _, process, _ in running.values():
-        process.send_signal(signal.SIGTERM)
-    for place, (job, process, start) in list(running.items()):
-      if process.poll() is not None:
-        del running[place]
-        yield job, process.returncode, time.perf_counter() - start
-    time.sleep(0.05)
-
-
-def _start(job, workdir, cores, place, command) -> subprocess.Popen:
-  (workdir / 'logs').mkdir(exist_ok=True)
-  # A run's programs are compiled once per place, not once per seed; two
-  # processes never write one cache.
-  environment = os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(workdir / 'cache' / str(place)),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-  }
-  own = _cores()
-  with open(_log(workdir, job), 'a', encoding='utf-8') as log:
-    # The child inherits them, before it has any thread.
-    if hasattr(os, 'sched_setaffinity'):
-      os.sched_setaffinity(0, cores)
-    try:
-      return subprocess.Popen(
-        [*command, f'--run={job.name}'],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-      )
-    finally:
-      if hasattr(os, 'sched_setaffinity'):
-        os.sched_setaffinity(0, own)
-
-
-def _log(workdir: pathlib.Path, job: Job) -> pathlib.Path:
-  return workdir / 'logs' / f'{job.name}.log'
-
-
-def _why(workdir: pathlib.Path, job: Job, code: int) -> str:
-  """One line for what a run said last."""
-  if code < 0:
-    return f'killed by {signal.Signals(-code).name}'
-  lines = _log(workdir, job).read_text(encoding='utf-8').splitlines()
-  errors = [line for line in lines if line.startswith('error: ')]
-  said = errors or [line for line in lines if line.strip()] or ['no word']
-  return f'{said[-1].removeprefix("error: ")} (status {code})'
 
 
 def compare(
@@ -345,10 +306,12 @@ def compare(
     for phase, where in zip(phases, (together, places), strict=True):
       if failures or stop.requested:
         break
-      for job, code, seconds in launch(phase, workdir, where, command, stop):
+      for job, code, seconds in processes.launch(
+        phase, workdir, where, command, stop
+      ):
         done += 1
         if code and not stop.requested:
-          failures[job.name] = _why(workdir, job, code)
+          failures[job.name] = processes.why(workdir, job, code)
         told = failures.get(job.name, 'stopped' if code else 'done')
         print(
           f'[{done}/{len(todo)}] {job.name}: {told}, {seconds:.0f} s',
@@ -414,7 +377,7 @@ def main() -> int:
   if values.report:
     chosen = []
   command = [sys.executable, '-m', 'experiments.compare', *sys.argv[1:]]
-  return compare(config, workdir, chosen, slots(values.jobs), command)
+  return compare(config, workdir, chosen, processes.slots(values.jobs), command)
 
 
 if __name__ == '__main__':

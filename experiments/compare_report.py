@@ -69,8 +69,8 @@ def collect(
     failures: name of a run → why it failed now.
 
   Returns:
-    {'runs': {name: numbers}, 'failures': {name: why}}, of the present
-    configuration alone: an earlier result of another one is left out.
+    {'runs': {name: numbers}, 'failures': {name: {'why', 'digest'}}}, of the
+    present configuration alone: an earlier result of another one is left out.
   """
   earlier = {'runs': {}, 'failures': {}}
   path = workdir / 'results.json'
@@ -89,8 +89,10 @@ def collect(
       found['runs'][job.name] = run | read_run(job.folder, job.config)
     elif before.get('digest') == job.digest:
       found['runs'][job.name] = before
-    elif why := failures.get(job.name, earlier['failures'].get(job.name)):
-      found['failures'][job.name] = why
+    elif why := failures.get(job.name):
+      found['failures'][job.name] = {'why': why, 'digest': job.digest}
+    elif earlier['failures'].get(job.name, {}).get('digest') == job.digest:
+      found['failures'][job.name] = earlier['failures'][job.name]
   return found
 
 
@@ -140,15 +142,19 @@ def table(config: ConfigDict, results: dict) -> str:
   header = ['method', 'seeds', first['title'], 'at half the tokens']
   header += [metric['title'] for metric in others]
   header += ['tokens / update', 'updates', 's / update', 'of it sampling']
-  header += ['process, MiB', 'update, MiB']
+  header += ['update, MiB']
   rows = [_initial(config, methods)] if methods else []
   for title, runs in methods.items():
     ends = [_cell(runs, metric, -1) for metric in config.metrics]
     half = _cell(runs, first, config.tokens / 2)
     medians = {
       name: float(np.median([run[name] for run in runs]))
-      for name in ('seconds_per_update', 'rollout_share', 'updates')
-      + ('peak_rss', 'update_bytes')
+      for name in (
+        'seconds_per_update',
+        'rollout_share',
+        'updates',
+        'update_bytes',
+      )
     }
     tokens = np.mean([run['tokens'] / run['updates'] for run in runs])
     rows.append(
@@ -156,14 +162,13 @@ def table(config: ConfigDict, results: dict) -> str:
       + [f'{tokens:,.0f}', f'{medians["updates"]:,.0f}']
       + [f'{medians["seconds_per_update"]:.3f}']
       + [f'{100 * medians["rollout_share"]:.0f} %']
-      + [
-        f'{medians[name] / _MIB:,.1f}' for name in ('peak_rss', 'update_bytes')
-      ]
+      + [f'{medians["update_bytes"] / _MIB:,.1f}']
     )
   lines = [header, ['---'] * len(header), *rows]
   text = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
   failed = ''.join(
-    f'\nfailed: {name}: {why}\n' for name, why in results['failures'].items()
+    f'\nfailed: {name}: {failure["why"]}\n'
+    for name, failure in results['failures'].items()
   )
   return f'{text}\n\n{_notes(config, methods)}\n{failed}'
 
@@ -177,9 +182,9 @@ def _notes(config: ConfigDict, methods: dict[str, list[dict]]) -> str:
     'at half of them its curve is interpolated. In brackets: 95 % bootstrap '
     'intervals over seeds, widened for their small number '
     '(`evaluation.bootstrap_few`). Seconds: medians over updates, so without '
-    f'compilation, each run alone on {count} core(s). Process: peak resident '
-    'set of the whole run; update: peak bytes of the compiled update '
-    '(`experiments.memory`).'
+    f'compilation, each run on {count} core(s) of its own. Update: peak bytes '
+    'of the compiled update (`experiments.memory`) of as many responses as the '
+    'method trains on at one time.'
   )
 
 
@@ -194,7 +199,7 @@ def _initial(config: ConfigDict, methods: dict[str, list[dict]]) -> list[str]:
     # Of one seed all methods evaluate the same model with the same key.
     starts = [_at(runs[0], metric, 0) for runs in seeds.values()]
     cells.append(_interval(starts, metric['digits']))
-  return [config.init, '', cells[0], '', *cells[1:], *[''] * 6]
+  return [config.init, '', cells[0], '', *cells[1:], *[''] * 5]
 
 
 def _cell(runs: list[dict], metric: dict, where: float) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -9,26 +10,17 @@ import signal
 import sys
 import time
 
-import jax
 import pytest
 import scripts
 from ml_collections import ConfigDict
 
-from experiments import build, checks, compare, memory, runs
+from experiments import build, checks, compare, memory, processes, runs
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging import read_metrics
 from jaxrl_llm.run_folder import StopSignal
 
 TOKENS = 400
 CONFIGS = pathlib.Path(compare.__file__).parent / 'configs'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """Compiling takes most of the time of models as small as these."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')
@@ -126,6 +118,26 @@ def test_a_digest_is_of_what_the_result_depends_on(config, tmp_path):
     }
 
 
+def test_a_digest_is_of_the_users_code_too(config, tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'def symbols(completions):\n  return [0.0] * len(completions)'
+  )
+  config.base.rewards.symbols.name = f'{file}:symbols'
+  before = [job.digest for job in compare.jobs(config, tmp_path)]
+  file.write_text(file.read_text().replace('0.0', '1.0'))
+  after = [job.digest for job in compare.jobs(config, tmp_path)]
+  assert not set(before) & set(after)
+
+
+def test_a_folder_of_another_run_is_refused(config, tmp_path):
+  job = compare.jobs(config, tmp_path)[1]
+  job.folder.mkdir(parents=True)
+  (job.folder / 'digest').write_text('of other settings')
+  with pytest.raises(UserError, match='rloo-0 holds a run of other settings'):
+    compare.train_run(job)
+
+
 def test_without_a_warm_start_the_given_model_is_the_first(config, tmp_path):
   config.base.warm_start.steps = 0
   with pytest.raises(UserError, match='nothing to begin with'):
@@ -142,6 +154,28 @@ def test_without_a_warm_start_the_given_model_is_the_first(config, tmp_path):
     (dict(tokens=0), 'config.tokens is 0'),
     (dict(seeds=()), 'config.seeds is empty or repeats'),
     (dict(seeds=(1, 1)), 'config.seeds is empty or repeats'),
+    (
+      dict(
+        methods=tuple(
+          dict(label=label, title='RLOO', algorithm=dict(name='rloo'))
+          for label in ('rloo', 'again')
+        )
+      ),
+      'config.methods is empty or repeats',
+    ),
+    (
+      dict(
+        methods=(
+          dict(
+            label='long',
+            title='RLOO',
+            algorithm=dict(name='rloo'),
+            tokens=10**9,
+          ),
+        )
+      ),
+      'long sets tokens',
+    ),
     (dict(metrics=(dict(name='x'),)), "has no 'digits'"),
     (dict(methods=(dict(label='a', title='A'),)), "has no 'algorithm'"),
     (
@@ -190,13 +224,13 @@ def test_choice(config, tmp_path):
 
 
 def test_cores_are_shared_out(monkeypatch):
-  monkeypatch.setattr(compare, '_cores', lambda: {0, 2, 3, 5, 8})
-  assert compare.slots(1) == [{0, 2, 3, 5, 8}]
-  assert compare.slots(2) == [{0, 2}, {3, 5, 8}]
-  assert len(compare.slots(5)) == 5
+  monkeypatch.setattr(processes, 'own_cores', lambda: {0, 2, 3, 5, 8})
+  assert processes.slots(1) == [{0, 2, 3, 5, 8}]
+  assert processes.slots(2) == [{0, 2}, {3, 5, 8}]
+  assert len(processes.slots(5)) == 5
   for count in (0, 6):
     with pytest.raises(UserError, match='5 cores'):
-      compare.slots(count)
+      processes.slots(count)
 
 
 # In place of a training: says where it runs, and takes orders by its name.
@@ -221,7 +255,7 @@ def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
   command = [sys.executable, '-c', STAND_IN]
   codes, start = {}, time.monotonic()
   with StopSignal() as stop:
-    for job, code, seconds in compare.launch(
+    for job, code, seconds in processes.launch(
       waiting, tmp_path, places, command, stop
     ):
       codes[job.name] = code
@@ -233,13 +267,29 @@ def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
   assert codes == {
     'init': 0, 'rloo-0': 0, 'grpo-0': 1, 'grpo-1': 1, 'rloo-1': 143
   }  # fmt: skip
-  said = [path.read_text().split('\n')[0] for path in tmp_path.glob('logs/*')]
+  said = [path.read_text().split('\n')[1] for path in tmp_path.glob('logs/*')]
   for i, place in enumerate(places):
     assert f'{sorted(place)} {tmp_path}/cache/{i}' in said
   assert {line.split()[0] for line in said} <= {str([c]) for c in own}
   job = next(job for job in waiting if job.name == 'grpo-0')
-  assert compare._why(tmp_path, job, 1) == 'too bad (status 1)'
-  assert compare._why(tmp_path, job, -9) == 'killed by SIGKILL'
+  assert processes.why(tmp_path, job, 1) == 'too bad (status 1)'
+  assert processes.why(tmp_path, job, -9) == 'killed by SIGKILL'
+  # Of two attempts the last one counts.
+  worse = [sys.executable, '-c', "raise SystemExit('Traceback: worse')"]
+  with StopSignal() as stop:
+    list(processes.launch([job], tmp_path, places, worse, stop))
+  assert processes.why(tmp_path, job, 1) == 'Traceback: worse (status 1)'
+
+
+def test_no_run_outlives_its_comparison(config, tmp_path):
+  waiting = [j for j in compare.jobs(config, tmp_path) if j.seed == 1]
+  places = [{core} for core in sorted(os.sched_getaffinity(0))[:2]]
+  command = [sys.executable, '-c', STAND_IN]
+  start = time.monotonic()
+  with StopSignal() as stop, pytest.raises(ZeroDivisionError):
+    for _ in processes.launch(waiting, tmp_path, places, command, stop):
+      raise ZeroDivisionError  # while rloo-1 would go on for 30 s
+  assert time.monotonic() - start < 20
 
 
 @pytest.fixture
@@ -279,7 +329,9 @@ def test_a_run_ends_at_the_budget_and_is_done_once(
   cells = [cell.strip() for cell in row.split('|')[1:-1]]
   end = 100 * records[-1]['eval/rewards/symbols']
   assert cells[:3] == ['RLOO', '1 of 2', f'{end:.1f}']
-  assert cells[-1] == '5.0' and float(cells[-2].replace(',', '')) > 100
+  assert cells[-1] == '5.0'
+  (run,) = json.loads((workdir / 'results.json').read_text())['runs'].values()
+  assert run['peak_rss'] > 100 * 2**20
   assert (workdir / 'figure.png').read_bytes().startswith(b'\x89PNG')
 
   # results.json outlives the runs.

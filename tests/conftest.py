@@ -7,8 +7,19 @@ import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_platforms', 'cpu')
+# Compiling takes most of the time of models as small as the tests'.  What is
+# measured as users run it asks for `optimized`.
+jax.config.update('jax_disable_most_optimizations', True)
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
+
+
+@pytest.fixture(scope='module')
+def optimized():
+  """Programs as XLA compiles them by default."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')

@@ -14,6 +14,9 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.policy import Decoding, Prompts
 
+# As users run it.
+pytestmark = pytest.mark.usefixtures('optimized')
+
 KEY, T, SAMPLES, BRANCHES = jax.random.key(0), 6, 3, 4
 EOS, PAD = (4, 7), 0
 STATISTICS = 'entropy', 'score_norms'

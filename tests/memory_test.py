@@ -40,14 +40,6 @@ def count(config) -> int:
   return vocabulary * d + shape.num_layers * layer + d
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """The bytes are the same, and most of the time goes into optimising."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def measured():
   return memory.measure_all(get_config(), ['grpo:kl=0.0', 'trepo', 'ppo'])

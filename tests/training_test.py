@@ -14,6 +14,9 @@ from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 
+# As users run it.
+pytestmark = pytest.mark.usefixtures('optimized')
+
 WORDS = 9
 
 

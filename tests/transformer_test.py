@@ -13,6 +13,9 @@ from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.cache import Cache, Segment
 from jaxrl_llm.models.config import ModelConfig
 
+# As users run it.
+pytestmark = pytest.mark.usefixtures('optimized')
+
 TOLERANCE = dict(rtol=0, atol=1e-4)
 apply = jax.jit(transformer.apply, static_argnums=0)
 prefill = jax.jit(transformer.prefill, static_argnums=0)
