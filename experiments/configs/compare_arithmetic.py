@@ -10,11 +10,11 @@ as if products did not come first.  RL sees only whether the last number is
 right; where in a solution it went wrong is each method's to find out.
 
 Each update sees about 5,000 generated tokens, whatever they are spent on: 256
-responses, or fewer with branches; less where branches fork by uncertainty, which
-falls.  One update per batch, one learning rate for all, no KL.  The rate was
-tried on RLOO and GRPO only; `compare_arithmetic_rates.py` tries three rates for
-every method on a seed of its own, and has not been run.  What came out, in 44
-minutes on 2 cores, is in `docs/comparison.md`.
+responses, or fewer with branches; less where branches fork by uncertainty,
+which falls.  One update per batch, one learning rate for all, no KL.  The rate
+was tried on RLOO and GRPO only; `compare_arithmetic_rates.py` tries three rates
+for every method on a seed of its own, and has not been run.  What came out, in
+44 minutes on 2 cores, is in `docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict
