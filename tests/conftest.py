@@ -14,7 +14,7 @@ jax.config.update('jax_disable_most_optimizations', True)
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def optimized():
   """Programs as XLA compiles them by default."""
   jax.config.update('jax_disable_most_optimizations', False)

@@ -143,6 +143,7 @@ def test_gradient_adds_up_in_float32():
   np.testing.assert_allclose(many, 4096 * one, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures('optimized')
 def test_memory_does_not_grow_with_all_logits():
   """Doubling V costs < 10 % of one [B·T, V] array, plus the head itself."""
   positions, vocabulary, width = 16_384, 32_000, 16

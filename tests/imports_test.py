@@ -58,6 +58,11 @@ def test_the_walk_sees_the_package():
   assert len(FILES) > 40
 
 
+SAMPLER = tuple(
+  f'jaxrl_llm.{name}' for name in ('policy', 'choice', 'scheduling', 'sampling')
+)
+
+
 @pytest.mark.parametrize('name', [n for n in FILES if within(n, 'jaxrl_llm')])
 def test_arrows(name):
   allowed = ('jaxrl_llm',)
@@ -69,8 +74,10 @@ def test_arrows(name):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.sharding'
   elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
     allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
-  elif name in ('jaxrl_llm.policy', 'jaxrl_llm.sampling'):
-    allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.policy'
+  elif name == 'jaxrl_llm.scheduling':
+    allowed = ()
+  elif within(name, *SAMPLER):
+    allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', *SAMPLER
   else:
     allowed = ('jaxrl_llm',)
   assert all(within(other, *allowed) for other in own(name)), own(name)

@@ -47,6 +47,7 @@ def test_is_stored_without_outputs(name):
     assert not cell.get('outputs') and cell.get('execution_count') is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', notebooks())
 def test_runs(name, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')

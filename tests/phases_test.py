@@ -57,7 +57,7 @@ def begin(setting, algorithm, critic=None):
   'name',
   [
     name
-    if name in ('remax', 'reinforce_plus_plus')
+    if name == 'reinforce_plus_plus'
     else pytest.param(name, marks=pytest.mark.slow)
     for name in ALGORITHMS
   ],

@@ -82,6 +82,7 @@ def begin_save(folder, how):
   return process
 
 
+@pytest.mark.slow
 def test_what_a_killed_save_left_is_removed_by_the_next(folder, params):
   assert begin_save(folder, 'die').wait() < 0
   [left] = [path for path in folder.parent.iterdir() if path != folder]

@@ -13,9 +13,6 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained, tensors, transformer
 from jaxrl_llm.models.config import ModelConfig
 
-# As users run it.
-pytestmark = pytest.mark.usefixtures('optimized')
-
 FAMILIES = (
   'llama_yarn',
   'mistral',

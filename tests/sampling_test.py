@@ -16,9 +16,6 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
 from jaxrl_llm.policy import Decoding, Prompts
 
-# As users run it.
-pytestmark = pytest.mark.usefixtures('optimized')
-
 GREEDY = Decoding(temperature=0.0)
 KEY = jax.random.key(0)
 choose = jax.jit(choice.choose, static_argnames='decoding')

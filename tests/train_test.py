@@ -74,6 +74,7 @@ def test_records(whole):
   assert records[1]['kl'] < 1e-3 < records[-1]['kl']
 
 
+@pytest.mark.slow
 def test_stop_before_the_first_update(config, whole, tmp_path):
   workdir = tmp_path / 'run'
   # Before the first evaluation has begun, then in the first rollout.

@@ -14,9 +14,6 @@ from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 
-# As users run it.
-pytestmark = pytest.mark.usefixtures('optimized')
-
 WORDS = 9
 
 
@@ -436,6 +433,7 @@ def temporary_bytes(vocab_size):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures('optimized')
 def test_memory_does_not_grow_with_all_logits():
   """Doubling V costs < 10 % of one [B, T, V] float32 array.
 

@@ -13,9 +13,6 @@ from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.cache import Cache, Segment
 from jaxrl_llm.models.config import ModelConfig
 
-# As users run it.
-pytestmark = pytest.mark.usefixtures('optimized')
-
 TOLERANCE = dict(rtol=0, atol=1e-4)
 apply = jax.jit(transformer.apply, static_argnums=0)
 prefill = jax.jit(transformer.prefill, static_argnums=0)
@@ -169,6 +166,7 @@ def test_gradient_through_a_shared_prompt(params):
   )
 
 
+@pytest.mark.usefixtures('optimized')
 def test_remat_needs_less_memory():
   def temporary(remat):
     config = make_config(num_layers=8, remat=remat)
@@ -213,6 +211,7 @@ def generation_memory(prompt_length, length, rows=32):
   return compiled.memory_analysis().temp_size_in_bytes, per_token
 
 
+@pytest.mark.usefixtures('optimized')
 def test_decoding_writes_the_cache_in_place():
   """Room for 512 more tokens costs one cache, not a copy in each step."""
   small, per_token = generation_memory(16, 512)
@@ -220,6 +219,7 @@ def test_decoding_writes_the_cache_in_place():
   assert large - small < 1.5 * 512 * 32 * per_token
 
 
+@pytest.mark.usefixtures('optimized')
 def test_samples_share_the_prompt():
   """512 more prompt tokens cost far less than a copy for each of 32 rows."""
   small, per_token = generation_memory(512, 16)

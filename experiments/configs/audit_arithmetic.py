@@ -36,10 +36,14 @@ def get_estimators() -> dict[str, dict]:
     )
     for method in compare_arithmetic.methods()
   }
+  # The run's critic is PPO's, fitted to its own targets.
+  found["TRePO, PPO's critic"] = found.pop('TRePO, critic of branches')
   branched = dict(name='trepo', count=2, samples=4)
   more = {
     'TRePO, hold, score-weighted': dict(branched, score_weighted=True),
-    'TRePO, hold, kept for 8 steps': dict(branched, kept=8),
+    # The audit's prompts are the same in all draws, so nearly every state is
+    # one that was kept: in training few come back while the policy is the same.
+    'TRePO, hold, values all kept': dict(branched, kept=8),
   }
   samples = found['TRePO, hold']['rollout']
   return found | {
