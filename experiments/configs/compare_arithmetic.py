@@ -25,18 +25,22 @@ from jaxrl_llm import estimators as est
 from jaxrl_llm.tasks import arithmetic
 
 _EQUALS = 3 + arithmetic.ALPHABET.index('=')  # after three special tokens
-_FILE = 'experiments/configs/compare_arithmetic.py'
+FILE = 'experiments/configs/compare_arithmetic.py'
 
 
-def trepo_published(count: int, samples: int, clip: float = 0.2):
+def trepo_published(
+  count: int, samples: int, clip: float = 0.2, kl: float = 0.0
+):
   """TRePO as its authors' words are read most literally.
 
   Args:
     count: positions per response: two for each token whose advantage is known.
     samples: K.
     clip: ε.
+    kl: β, in the reward.
   """
-  return est.trepo(count, samples, fill=est.interpolate_advantages, clip=clip)
+  fill = est.interpolate_advantages
+  return est.trepo(count, samples, fill=fill, clip=clip, kl=kl)
 
 
 def get_config() -> ConfigDict:
@@ -118,7 +122,7 @@ def methods() -> tuple[dict, ...]:
     method(
       'trepo_published',
       'TRePO, as published',
-      dict(name=f'{_FILE}:trepo_published', count=4, samples=4),
+      dict(name=f'{FILE}:trepo_published', count=4, samples=4),
       10,
       4,
     ),

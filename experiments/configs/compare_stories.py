@@ -16,7 +16,7 @@ tuned, and the comparison has not been run yet.
 
 from ml_collections import ConfigDict
 
-from experiments.configs import base, stories_sentiment
+from experiments.configs import base, compare_arithmetic, stories_sentiment
 from experiments.configs.base import method
 
 _KL = 0.02  # units of the reward per nat
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     dict(
       base=base_config(),
       init='original model',
-      tokens=600_000,
+      tokens=400_000,
       evaluations=6,
       seeds=(0, 1, 2),
       metrics=tuple(
@@ -63,7 +63,24 @@ def methods() -> tuple[dict, ...]:
   return (
     method('rloo', 'RLOO', dict(name='rloo', kl=_KL)),
     method('grpo', 'GRPO', dict(name='grpo', kl=0.33)),
-    method('ppo', 'PPO', dict(name='ppo', kl=_KL)),
+    method(
+      'ppo',
+      'PPO',
+      dict(name='ppo', kl=_KL),
+      critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5),
+    ),
+    method(
+      'trepo_published',
+      'TRePO, as published',
+      dict(
+        name=f'{compare_arithmetic.FILE}:trepo_published',
+        count=4,
+        samples=4,
+        kl=_KL,
+      ),
+      4,
+      4,
+    ),
     method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 6, 4),
     method(
       'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 6, 4
