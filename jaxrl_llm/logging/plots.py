@@ -201,7 +201,9 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
     if panel.log and (value > 0).any():
       edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
       axes.set_xlim(*edges)
-      axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+      narrow = edges[1] < 50 * edges[0]  # labels of many decades would overlap
+      subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
+      axes.xaxis.set_major_locator(LogLocator(subs=subs))
       axes.xaxis.set_major_formatter('{x:g}')
       axes.xaxis.set_minor_formatter(NullFormatter())
     if panel.line is not None:
