@@ -19,6 +19,7 @@ process holds, such as a reference policy.
 """
 
 import ast
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import build, checks, cli, learner
+from experiments.configs import base
 from jaxrl_llm import policy
 from jaxrl_llm.errors import UserError
 
@@ -101,6 +103,8 @@ def with_algorithm(config: ConfigDict, spec: dict[str, Any]) -> ConfigDict:
   """A copy of a configuration with another algorithm, checked."""
   changed = config.copy_and_resolve_references().unlock()
   changed.algorithm = ConfigDict(spec)
+  if not build.named_estimator(changed.algorithm).needs.critic:
+    changed.critic = base.get_config().critic
   changed.lock()
   checks.check(changed)
   return changed
@@ -112,7 +116,7 @@ def parse(text: str) -> dict[str, Any]:
   Raises:
     UserError: an argument is no `name=value` with a Python literal.
   """
-  name, *arguments = text.split(':')
+  name, *arguments = re.split(r':(?=\w+=)', text)  # not in file.py:function
   spec = {'name': name}
   for argument in arguments:
     key, _, value = argument.partition('=')

@@ -109,10 +109,19 @@ def test_a_folder_is_measured_by_its_config_alone(tmp_path):
     ('grpo', dict(name='grpo')),
     ('ppo:lam=0.9:kl=0', dict(name='ppo', lam=0.9, kl=0)),
     ('vine_ppo:delimiters=[16]', dict(name='vine_ppo', delimiters=[16])),
+    ('mine.py:best:clip=0.1', dict(name='mine.py:best', clip=0.1)),
   ],
 )
 def test_algorithms_of_the_command_line(text, spec):
   assert memory.parse(text) == spec
+
+
+def test_an_algorithm_without_a_critic_beside_one_with():
+  config = get_config()
+  config.algorithm = dict(name='ppo')
+  config.critic.warmup = 3
+  assert memory.with_algorithm(config, dict(name='grpo')).critic.warmup == 0
+  assert memory.with_algorithm(config, dict(name='vapo')).critic.warmup == 3
 
 
 def test_mistakes_are_told():

@@ -3,8 +3,8 @@
     python -m experiments.train --workdir=runs/half_way \\
       --config=experiments/configs/audit_arithmetic.py
     python -m experiments.audit --workdir=runs/audit_arithmetic \\
-      --run=runs/half_way --tokens=200_000 --reference_tokens=1_200_000 \\
-      --estimators=experiments/configs/audit_arithmetic.py
+      --run=runs/half_way --tokens=100_000 --reference_tokens=800_000 \\
+      --branches=64 --estimators=experiments/configs/audit_arithmetic.py
 
 The run gives the policy and the critic.  Beside the table's methods stand forms
 that it leaves out: `docs/audit.md` holds what came out.
