@@ -238,7 +238,12 @@ class Reinforcement:
       asked = branch_values.row_needs(needs)
       # Of branches that are values alone only a KL reads log-probabilities.
       reads = needs.branches.trained or asked.reference
-      rows = complete(branched.responses, asked, rescore=self.rescore and reads)
+      rows = complete(
+        branched.responses,
+        asked,
+        rescore=self.rescore and reads,
+        at_once=self.generation.samples,
+      )
       if needs.branches.trained:
         data = branch_values.add_rows(data, rows, branched.forks)
       else:
@@ -256,7 +261,9 @@ class Reinforcement:
     times = {'rollout_time': times[1] - times[0]}
     return Collected(responses, data, times, extra, record, own)
 
-  def _complete(self, state, responses, needs, baseline=None, rescore=False):
+  def _complete(
+    self, state, responses, needs, baseline=None, rescore=False, at_once=None
+  ):
     """Rollouts of responses: adds what has to be computed of them."""
     values = None
     if needs.critic:
@@ -281,6 +288,7 @@ class Reinforcement:
       baseline,
       state.running,
       values,
+      at_once,
     )
 
   def _branch(self, state: training.TrainState, responses, step: int):

@@ -205,6 +205,7 @@ def to_rollouts(
   baseline: Responses | None = None,
   running: dict[str, Array] | None = None,
   values: Array | None = None,
+  at_once: int | None = None,
 ) -> Rollouts:
   """Adds to responses what an estimator needs.
 
@@ -222,6 +223,7 @@ def to_rollouts(
       a reward (None) one counts 0, which as a baseline biases nothing.
     running: numbers that outlive a batch.
     values: [P, G, T] of a critic; read if needed.
+    at_once: responses to a prompt scored at one time; None for all.
 
   Raises:
     UserError: it needs a critic's values and there are none, or rewards of
@@ -241,6 +243,7 @@ def to_rollouts(
     decoding=generation.decoding,
     micro_prompts=micro_prompts,
     chunk=chunk,
+    at_once=at_once,
   )
   own = samples
   unknown = needs.entropy and samples.entropy is None
@@ -268,7 +271,8 @@ def to_rollouts(
 
 
 @functools.partial(
-  jax.jit, static_argnames=('config', 'decoding', 'micro_prompts', 'chunk')
+  jax.jit,
+  static_argnames=('config', 'decoding', 'micro_prompts', 'chunk', 'at_once'),
 )
 def score_tokens(
   config: ModelConfig,
@@ -278,14 +282,32 @@ def score_tokens(
   decoding: policy.Decoding,
   micro_prompts: int,
   chunk: int = 256,
+  at_once: int | None = None,
 ) -> TokenStatistics:
-  """`policy.score`, `micro_prompts` prompts at a time."""
+  """`policy.score` in parts, so that memory does not grow with the batch.
+
+  Args:
+    config, params: the model.
+    prompts: P prompts.
+    tokens: [P, G, T] int32.
+    decoding, chunk: as for `policy.score`.
+    micro_prompts: prompts at one time.
+    at_once: responses to a prompt at one time, which read it each time anew;
+      None for all.  It divides G.
+
+  Returns:
+    `TokenStatistics` with arrays [P, G, T].
+  """
 
   def part(inputs):
     return policy.score(config, params, *inputs, decoding, chunk)
 
+  shape = tokens.shape
+  if at_once is not None:
+    times = shape[1] // at_once
+    prompts = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), prompts)
+    tokens = tokens.reshape(-1, at_once, shape[2])
   parts = split_prompts((prompts, tokens), micro_prompts)
   return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(tokens.shape),
-    jax.lax.map(part, parts),
+    lambda x: x.swapaxes(0, 1).reshape(shape), jax.lax.map(part, parts)
   )

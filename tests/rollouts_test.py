@@ -155,17 +155,18 @@ def test_greedy_responses_give_the_baseline(model, seen):
 
 
 def test_parts_are_scored_as_the_whole(model):
-  """Two of four prompts at a time or all: the rows come back in their order."""
+  """Two of four prompts at a time or all, and two of four responses."""
   prompts = toys.make_prompts([3, 1, 2, 3])
-  tokens = np.random.default_rng(0).integers(0, 13, (4, 2, 5)).astype(np.int32)
+  tokens = np.random.default_rng(0).integers(0, 13, (4, 4, 5)).astype(np.int32)
   scores = [
     rollouts.score_tokens(
-      *model, prompts, tokens, GENERATION.decoding, micro_prompts, 7
+      *model, prompts, tokens, GENERATION.decoding, micro_prompts, 7, at_once
     ).log_probs
-    for micro_prompts in (2, 4)
+    for micro_prompts, at_once in ((4, None), (2, None), (2, 2), (8, 1))
   ]
-  assert np.ptp(scores[1], axis=0).min() > 1e-3
-  np.testing.assert_allclose(*scores, atol=5e-6)
+  assert np.ptp(scores[0], axis=0).min() > 1e-3
+  for score in scores[1:]:
+    np.testing.assert_allclose(score, scores[0], atol=5e-6)
 
 
 @pytest.mark.parametrize('name', ['critic', 'token_rewards'])
