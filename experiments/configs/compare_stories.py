@@ -11,7 +11,7 @@ unlike those of arithmetic.  Every method pays for its KL to the original model
 in the reward, exactly and at the same rate, so that reward, KL and distinct
 bigrams together say what a method is worth; for GRPO as published the KL is in
 the loss, where its gradient is another.  The rates of KL and learning are not
-tuned, and the comparison has not been run yet.
+tuned.  What came out, in 30 minutes on 2 cores, is in `docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict
