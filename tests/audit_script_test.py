@@ -165,6 +165,7 @@ def test_what_does_not_fit_is_refused(subject, tmp_path):
       audit.read_estimators(str(tmp_path / 'file.py'))
 
 
+@pytest.mark.slow
 def test_a_whole_audit_and_again(subject, tmp_path, capsys):
   run = functools.partial(
     audit.audit,

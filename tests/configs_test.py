@@ -179,6 +179,7 @@ def qwen2_folder(folder, lines) -> None:
   model.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_gsm8k_runs_on_a_tiny_qwen2(shared, tmp_path):
   folder, workdir = tmp_path / 'model', tmp_path / 'run'
   for split in ('train', 'test'):

@@ -216,6 +216,7 @@ def test_nothing_is_prefilled(monkeypatch):
   assert read == [(12, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('optimized')
 def test_the_cache_is_written_in_place():
   """Room for 256 more tokens costs the rows' caches, not a copy in each step.
@@ -266,6 +267,7 @@ def test_a_branch_has_what_the_response_had_left():
   assert forked.finished.any() and not forked.finished.all()
 
 
+@pytest.mark.slow
 def test_frequencies_of_the_next_token():
   """5,000 branches of each of two states: their first tokens."""
   count = 5_000

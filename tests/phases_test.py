@@ -53,15 +53,8 @@ def begin(setting, algorithm, critic=None):
   return rl, rl.begin(params)
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name
-    if name == 'reinforce_plus_plus'
-    else pytest.param(name, marks=pytest.mark.slow)
-    for name in ALGORITHMS
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALGORITHMS)
 def test_a_step(setting, name):
   extra = ALGORITHMS[name]
   rl, state = begin(setting, dict(name=name))

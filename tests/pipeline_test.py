@@ -298,6 +298,7 @@ def measure(estimator, reward, monkeypatch, batches):
   return *distance(gradients, exact), exact @ exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['hold, uniform', 'tree, nested forks'])
 def test_the_mean_gradient_is_exact(name, monkeypatch):
   off, bound, norm = measure(*EXACT[name], monkeypatch, batches=3)

@@ -143,6 +143,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'limit', [100, pytest.param(2000, marks=pytest.mark.slow)]
 )

@@ -119,6 +119,7 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
     assert run.resuming
 
 
+@pytest.mark.slow
 def test_an_impatient_user_sees_no_traceback(config, whole, tmp_path):
   workdir = tmp_path / 'run'
   script = start(workdir, config, *FLAGS)
@@ -136,6 +137,7 @@ def test_an_impatient_user_sees_no_traceback(config, whole, tmp_path):
     assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_diverging_run_ends(config, tmp_path):
   workdir = tmp_path / 'run'
   rate = '--config.warm_start.optimizer.learning_rate=1e38'

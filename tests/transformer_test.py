@@ -166,6 +166,7 @@ def test_gradient_through_a_shared_prompt(params):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('optimized')
 def test_remat_needs_less_memory():
   def temporary(remat):
