@@ -84,7 +84,7 @@ class KeptValues:
   def _free(self) -> int:
     tree = self._tree
     slot = int(tree['next'])
-    tree['next'] = np.int32((slot + 1) % len(tree['steps']))
+    tree['next'][...] = (slot + 1) % len(tree['steps'])
     if tree['steps'][slot] >= 0:
       del self._places[tree['keys'][slot].tobytes()]
     return slot
