@@ -331,7 +331,7 @@ def _rank(group: Array, member: Array) -> Array:
   """[B] int32, members in front of each member that are of its group."""
   key = jnp.where(member, group, jnp.iinfo(jnp.int32).max)
   order = jnp.argsort(key, stable=True)
-  grouped = key[order]
-  first = jnp.searchsorted(grouped, grouped)
-  rank = jnp.arange(group.size) - first
-  return jnp.zeros_like(group).at[order].set(rank.astype(jnp.int32))
+  grouped, place = key[order], jnp.arange(group.size, dtype=jnp.int32)
+  begins = jnp.append(True, grouped[1:] != grouped[:-1])
+  rank = place - jax.lax.cummax(jnp.where(begins, place, 0))
+  return jnp.zeros_like(group).at[order].set(rank)

@@ -10,11 +10,10 @@ as if products did not come first.  RL sees only whether the last number is
 right; where in a solution it went wrong is each method's to find out.
 
 Each update sees about 5,000 generated tokens, whatever they are spent on: 256
-responses, or fewer with branches; less where branches fork by uncertainty,
-which falls.  One update per batch, one learning rate for all, no KL.  The rate
-was tried on RLOO and GRPO only; `compare_arithmetic_rates.py` tries three rates
-for every method on a seed of its own, and has not been run.  What came out, in
-44 minutes on 2 cores, is in `docs/comparison.md`.
+responses, or fewer with branches; where branches fork by uncertainty, which
+falls, at first more than that and later less.  One update per batch, one
+learning rate for all, no KL; `compare_arithmetic_rates.py` tries half and twice
+the rate.  What came out, in 44 minutes on 2 cores, is in `docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict
@@ -134,7 +133,7 @@ def methods() -> tuple[dict, ...]:
       'trepo_uncertain',
       'TRePO, where uncertain',
       dict(name='trepo', positions=uncertain, **branched),
-      32,
+      42,
       4,
     ),
     method(

@@ -18,8 +18,41 @@ from ml_collections import ConfigDict
 
 from experiments.configs import base, compare_arithmetic, stories_sentiment
 from experiments.configs.base import method
+from jaxrl_llm import estimators as est
 
 _KL = 0.02  # units of the reward per nat
+_SENTENCE_ENDS = (426, 443, 450)  # . ! ? in the vocabulary of stories260k
+_FILE = 'experiments/configs/compare_stories.py'
+
+
+def reinforce(kl: float):
+  """REINFORCE, charged for its KL in the reward."""
+  return _charged(kl, est.identity())
+
+
+def remax(kl: float):
+  """ReMax, charged for its KL in the reward, unlike its greedy response."""
+  return _charged(kl, est.subtract_greedy_reward())
+
+
+def dr_grpo(kl: float, max_length: int, clip: float = 0.2):
+  """Dr. GRPO, charged for its KL in the reward."""
+  return est.estimator(
+    est.chain(est.subtract_response_kl(kl), est.subtract_group_mean()),
+    est.clipped(clip),
+    est.constant_length(max_length),
+  )
+
+
+def score_weighted(kl: float):
+  """RLOO with the score-weighted baseline, charged for its KL."""
+  baseline = est.subtract_weighted_leave_one_out_mean(est.score_norm())
+  return _charged(kl, baseline)
+
+
+def _charged(kl: float, baseline: est.AdvantageTransform):
+  advantages = est.chain(est.subtract_response_kl(kl), baseline)
+  return est.estimator(advantages, est.score_function(), est.sequence_sum())
 
 
 def get_config() -> ConfigDict:
@@ -60,15 +93,19 @@ def base_config() -> ConfigDict:
 def methods() -> tuple[dict, ...]:
   """One line per method, in the order of table and figure."""
   branched = dict(count=2, samples=4, kl=_KL)
+  uncertain = dict(name='entropy_sum', nats=25.0)
+  critic = dict(optimizer=dict(learning_rate=1e-3), warmup=5)
   return (
+    method('reinforce', 'REINFORCE', dict(name=f'{_FILE}:reinforce', kl=_KL)),
+    method('remax', 'ReMax', dict(name=f'{_FILE}:remax', kl=_KL), 64, 1),
     method('rloo', 'RLOO', dict(name='rloo', kl=_KL)),
     method('grpo', 'GRPO', dict(name='grpo', kl=0.33)),
     method(
-      'ppo',
-      'PPO',
-      dict(name='ppo', kl=_KL),
-      critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5),
+      'dr_grpo',
+      'Dr. GRPO',
+      dict(name=f'{_FILE}:dr_grpo', kl=_KL, max_length=64),
     ),
+    method('ppo', 'PPO', dict(name='ppo', kl=_KL), critic=critic),
     method(
       'trepo_published',
       'TRePO, as published',
@@ -84,5 +121,32 @@ def methods() -> tuple[dict, ...]:
     method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 6, 4),
     method(
       'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 6, 4
+    ),
+    method(
+      'trepo_uncertain',
+      'TRePO, where uncertain',
+      dict(name='trepo', positions=uncertain, **branched),
+      6,
+      4,
+    ),
+    method(
+      'trepo_critic',
+      'TRePO, critic of branches',
+      dict(name='trepo_critic', count=1, samples=4, kl=_KL),
+      10,
+      4,
+      critic=critic,
+    ),
+    method(
+      'vine_ppo',
+      'VinePPO',
+      dict(name='vine_ppo', delimiters=_SENTENCE_ENDS, count=3, kl=0.33),
+      5,
+      4,
+    ),
+    method(
+      'score_weighted',
+      'score-weighted RLOO',
+      dict(name=f'{_FILE}:score_weighted', kl=_KL),
     ),
   )
