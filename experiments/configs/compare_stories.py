@@ -9,9 +9,10 @@ Model, data and reward are those of `stories_sentiment.py`; the reward is a
 number in [−1, 1] of the whole text, so that groups of equal rewards are rare,
 unlike those of arithmetic.  Every method pays for its KL to the original model
 in the reward, exactly and at the same rate, so that reward, KL and distinct
-bigrams together say what a method is worth; for GRPO as published the KL is in
-the loss, where its gradient is another.  The rates of KL and learning are not
-tuned.  What came out, in 30 minutes on 2 cores, is in `docs/comparison.md`.
+bigrams together say what a method is worth; for GRPO and VinePPO as published
+the KL is in the loss, where its gradient is another.  The rates of KL and
+learning are not tuned.  What came out, in about 70 minutes on 2 cores, is in
+`docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict
@@ -141,7 +142,7 @@ def methods() -> tuple[dict, ...]:
       'vine_ppo',
       'VinePPO',
       dict(name='vine_ppo', delimiters=_SENTENCE_ENDS, count=3, kl=0.33),
-      5,
+      2,
       4,
     ),
     method(
