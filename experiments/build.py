@@ -20,7 +20,7 @@ from jaxrl_llm.estimators import (
 )
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.rewards import RewardPart, loading
+from jaxrl_llm.rewards import RewardPart, Workers, loading
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import vocabulary
 
@@ -28,6 +28,9 @@ from jaxrl_llm.tasks import vocabulary
 # that its arguments may.
 ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
+
+# What a reward in worker processes is given, besides what its factory takes.
+_LIMITS = ('workers', 'timeout', 'memory')
 
 
 class Model(NamedTuple):
@@ -308,8 +311,13 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
       f"{field} has no 'name'\n"
       "name a function of jaxrl_llm.rewards.functions, or 'file.py:function'"
     )
-  function = loading.load(spec.pop('name'), spec, field)
-  return RewardPart(name, function, weight)
+  chosen = spec.pop('name')
+  if 'workers' in spec:
+    limits = {key: spec.pop(key) for key in _LIMITS if key in spec}
+    return RewardPart(
+      name, Workers(chosen, spec, field=field, **limits), weight
+    )
+  return RewardPart(name, loading.load(chosen, spec, field), weight)
 
 
 def _settings(config) -> dict[str, Any]:

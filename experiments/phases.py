@@ -42,6 +42,7 @@ class Result(NamedTuple):
     tokens: generated tokens.
     responses, advantages: what was sampled, and [P, G] advantages; None in
       the warm start.
+    messages: what the user should be told once.
   """
 
   state: training.TrainState
@@ -50,6 +51,7 @@ class Result(NamedTuple):
   tokens: int = 0
   responses: rollouts.Responses | None = None
   advantages: np.ndarray | None = None
+  messages: tuple[str, ...] = ()
 
 
 class Collected(NamedTuple):
@@ -182,6 +184,7 @@ class Reinforcement:
       temperature=rollout.temperature,
     )
     self.rewards = build.reward_parts(config)
+    self._told = set()
     learner = self._learner = Learner(config, model)
     self.estimator, self.critic = learner.estimator, learner.critic
     self.optimizer = learner.optimizer
@@ -358,7 +361,21 @@ class Reinforcement:
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)
     tokens = int(mask.sum()) + extra
-    return Result(state, metrics, timings, tokens, responses, shown)
+    messages = self._new_failures(responses.scores.failures, step)
+    return Result(state, metrics, timings, tokens, responses, shown, messages)
+
+  def _new_failures(self, failures, step: int) -> tuple[str, ...]:
+    """A line for each kind of failure that no earlier step had."""
+    lines = []
+    for name, found in failures.items():
+      for kind, message in found.messages.items():
+        if (name, kind) not in self._told:
+          self._told.add((name, kind))
+          lines.append(
+            f'rewards/{name}: {found.counts[kind]} without a score at RL step '
+            f'{step} by {kind}: {message}'
+          )
+    return tuple(lines)
 
 
 def reward_metrics(
@@ -371,6 +388,8 @@ def reward_metrics(
     metrics[f'rewards/{name}/mean'] = known.mean() if known.size else np.nan
     metrics[f'rewards/{name}/std'] = known.std() if known.size else np.nan
     metrics[f'rewards/{name}/none'] = int(np.isnan(scores).sum())
+  for name, failures in responses.scores.failures.items():
+    metrics[f'rewards/{name}/failed'] = sum(failures.counts.values())
   return metrics
 
 

@@ -2,5 +2,13 @@
 
 from jaxrl_llm.rewards import functions
 from jaxrl_llm.rewards.scoring import RewardPart, Scores, score
+from jaxrl_llm.rewards.workers import Workers, isolated
 
-__all__ = ['RewardPart', 'Scores', 'functions', 'score']
+__all__ = [
+  'RewardPart',
+  'Scores',
+  'Workers',
+  'functions',
+  'isolated',
+  'score',
+]

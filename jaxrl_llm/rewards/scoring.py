@@ -11,7 +11,8 @@ error.  Nothing becomes 0 and nothing is broadcast silently.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.arguments import parameters, select
 from jaxrl_llm.rewards.results import as_float, as_list, shortened
+from jaxrl_llm.rewards.workers import Failures, Workers
 
 
 class RewardPart(NamedTuple):
@@ -36,11 +38,13 @@ class Scores(NamedTuple):
     total: float64 [N], Σ weight · score; 0 where not valid.
     valid: bool [N], False where any part gave None.
     parts: float64 [N] per part, unweighted; NaN where it gave None.
+    failures: of each part that runs in worker processes.
   """
 
   total: np.ndarray
   valid: np.ndarray
   parts: dict[str, np.ndarray]
+  failures: Mapping[str, Failures] = types.MappingProxyType({})
 
 
 def score(
@@ -50,6 +54,8 @@ def score(
   columns: dict[str, Sequence[Any]],
 ) -> Scores:
   """Scores N responses with every part and adds them up.
+
+  Parts in worker processes work while the others are called one by one.
 
   Args:
     parts: at least one, with distinct names and finite weights.
@@ -64,10 +70,22 @@ def score(
   """
   arguments = {'prompts': prompts, 'completions': completions}
   _check(parts, arguments, columns)
-  # Copies, so that a function that changes its arguments changes only its own.
-  scores = {
-    part.name: _part_scores(part, {**arguments, **columns}) for part in parts
+  pending = {
+    part.name: part.function.submit(prompts, completions, columns)
+    for part in parts
+    if isinstance(part.function, Workers)
   }
+  here = {
+    part.name: _part_scores(part, {**arguments, **columns})
+    for part in parts
+    if part.name not in pending
+  }
+  there = {
+    # Where there is None, float64 has NaN.
+    name: np.asarray(scores.result(), np.float64)
+    for name, scores in pending.items()
+  }
+  scores = {part.name: (here | there)[part.name] for part in parts}
   stacked = np.stack(list(scores.values()))
   weights = np.asarray([part.weight for part in parts], np.float64)
   valid = ~np.isnan(stacked).any(axis=0)
@@ -78,7 +96,8 @@ def score(
       'the weighted sum of rewards overflows at sample '
       f'{int(np.argmin(np.isfinite(total)))}.'
     )
-  return Scores(total, valid, scores)
+  failures = {name: scores.failures() for name, scores in pending.items()}
+  return Scores(total, valid, scores, failures)
 
 
 def _check(parts, arguments, columns):
@@ -105,6 +124,7 @@ def _check(parts, arguments, columns):
 
 def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
+  # Copies, so that a function that changes its arguments changes only its own.
   accepted = select(part.name, parameters(part.function), arguments)
   try:
     result = part.function(**_copies(accepted))
