@@ -8,6 +8,7 @@ kept from earlier steps, to which `collect` adds.
 
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from jaxrl_llm import (
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.kept import KeptValues
+from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -51,7 +53,7 @@ class Result(NamedTuple):
   tokens: int = 0
   responses: rollouts.Responses | None = None
   advantages: np.ndarray | None = None
-  messages: tuple[str, ...] = ()
+  messages: Sequence[str] = ()
 
 
 class Collected(NamedTuple):
@@ -361,21 +363,30 @@ class Reinforcement:
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)
     tokens = int(mask.sum()) + extra
-    messages = self._new_failures(responses.scores.failures, step)
+    messages = failure_messages(responses.scores.failures, step, self._told)
     return Result(state, metrics, timings, tokens, responses, shown, messages)
 
-  def _new_failures(self, failures, step: int) -> tuple[str, ...]:
-    """A line for each kind of failure that no earlier step had."""
-    lines = []
-    for name, found in failures.items():
-      for kind, message in found.messages.items():
-        if (name, kind) not in self._told:
-          self._told.add((name, kind))
-          lines.append(
-            f'rewards/{name}: {found.counts[kind]} without a score at RL step '
-            f'{step} by {kind}: {message}'
-          )
-    return tuple(lines)
+
+def failure_messages(
+  failures: Mapping[str, Failures], step: int, told: set[tuple[str, str]]
+) -> list[str]:
+  """A line for each kind of failure that was not told before.
+
+  Args:
+    failures: of a step's rewards in worker processes, by name.
+    step: of RL.
+    told: (name, kind) of what was told; what is now is added.
+  """
+  lines = []
+  for name, (counts, messages) in failures.items():
+    for kind, message in messages.items():
+      if (name, kind) not in told:
+        told.add((name, kind))
+        lines.append(
+          f'rewards/{name}: {counts[kind]} at RL step {step} without a score '
+          f'by {kind}: {message}'
+        )
+  return lines
 
 
 def reward_metrics(

@@ -166,12 +166,16 @@ def _lead(function: Callable[[], int]) -> int:
 
 def _supervise(child: int, signals: int) -> int | None:
   """Waits for the child; None if it is to be ended before it ends by itself."""
+  parent = os.getppid()
   poll = select.poll()
   poll.register(0, 0)  # Of a pipe this reports that its writers are gone.
   poll.register(signals, select.POLLIN)
   while True:
-    ready = [descriptor for descriptor, _ in poll.poll()]
-    if 0 in ready or signal.SIGTERM in os.read(signals, 64):
+    # Now and then, as other children of the parent may hold the pipe, too.
+    ready = [descriptor for descriptor, _ in poll.poll(1000)]
+    if 0 in ready or os.getppid() != parent:
+      return None
+    if signals in ready and signal.SIGTERM in os.read(signals, 64):
       return None
     for pid, status in _ended():
       if pid == child:

@@ -4,8 +4,6 @@ import math
 import numbers
 from typing import Any
 
-import numpy as np
-
 from jaxrl_llm.errors import UserError
 
 
@@ -21,6 +19,8 @@ def as_list(name: str, result: Any, count: int) -> list:
     UserError: it is something else, or of another length.
   """
   if hasattr(result, '__array__'):
+    import numpy as np  # Late: worker processes start faster without it.
+
     result = np.asarray(result)
     kind = f'an array of shape {result.shape}'
     values = result.tolist() if result.ndim == 1 else None

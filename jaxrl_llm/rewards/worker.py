@@ -104,7 +104,7 @@ def _score(name: str, function: Callable, given: dict) -> tuple[str, Any]:
 
 def _said(error: BaseException) -> str:
   """Type and message of an exception, in a line."""
-  return shortened(f'{type(error).__name__}: {error}', 200)
+  return shortened(f'{type(error).__name__}: {error}'.removesuffix(': '), 200)
 
 
 def _take_channel() -> tuple[int, int]:

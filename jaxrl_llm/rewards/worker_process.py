@@ -171,16 +171,20 @@ class WorkerProcess:
       EOFError: the process has ended.
       ValueError: something else came.
     """
-    deadline = time.monotonic() + seconds
     poll = select.poll()
     poll.register(self._replies, select.POLLIN)
     if unsent:
+      unsent = unsent[self._send(unsent) :]
+    if unsent:
       poll.register(self._requests, select.POLLOUT)
+    deadline = time.monotonic() + seconds
     while b'\n' not in self._received:
       left = deadline - time.monotonic()
-      if left <= 0:
+      ready = poll.poll(math.ceil(max(left, 0.0) * 1000))
+      # What came in time counts, even if this thread was kept from seeing it.
+      if left <= 0 and not ready:
         raise TimeoutError
-      for descriptor, _ in poll.poll(math.ceil(left * 1000)):
+      for descriptor, _ in ready:
         if descriptor == self._replies:
           self._receive()
           continue

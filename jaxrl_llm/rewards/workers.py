@@ -29,7 +29,7 @@ _FATAL = ('timeout', 'crash', 'memory')
 
 # Seconds that a thread has to end; its process has ended well before.
 _JOIN_SECONDS = 15.0
-# Bytes.  Python and NumPy write to about 50 MB before any function is loaded.
+# Bytes.  The interpreter alone takes 10 MB.
 _LEAST_MEMORY = 1 << 26
 
 
@@ -68,8 +68,9 @@ class Workers:
     settings: arguments of a factory, JSON values.
     workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
-    memory: bytes that a process may write to, libraries and Python included
-      (about 50 MB).  Each process that the function starts may have as many.
+    memory: bytes that a process may write to, the interpreter's own 10 MB and
+      what libraries take included.  Processes that the function starts may have
+      as many each.
     containment: a kind of `containment.KINDS`; the strongest by default.
     load_timeout: seconds that a process may take to load the function.
     field: what messages about name and settings begin with.
@@ -131,14 +132,15 @@ class Workers:
 
     Raises:
       UserError: the function needs a column that there is not, or one holds
-        what JSON has no form for.
+        what JSON has no form for, or the workers are closed.
     """
     given = {'prompts': prompts, 'completions': completions, **columns}
     given = select(self.name, self.parameters, given)
     samples = _encoded(self.name, given, len(completions))
     pending = Pending(self.name, completions, self._pool)
-    for index, arguments in enumerate(samples):
-      self._pool.jobs.put(_Job(pending, index, arguments))
+    self._pool.put(
+      [_Job(pending, index, given) for index, given in enumerate(samples)]
+    )
     return pending
 
   def __call__(
@@ -216,6 +218,10 @@ class Pending:
       if not self._left:
         self._done.set()
 
+  def done(self) -> bool:
+    """Whether `result` would return, or raise, at once."""
+    return self._done.is_set()
+
   def result(self) -> list[float | None]:
     """Waits for the N scores; None where there is none.
 
@@ -269,12 +275,11 @@ class _Pool:
   Holds no reference to the `Workers`, whose end closes it.
 
   Attributes:
-    jobs: what waits; None ends a thread.
     worked: whether the function has ever given a score.
   """
 
   def __init__(self, spec: dict[str, Any], load_timeout: float):
-    self.jobs = queue.SimpleQueue()
+    self._jobs = queue.SimpleQueue()
     self.worked = False
     self._spec = spec
     self._load_timeout = load_timeout
@@ -304,15 +309,22 @@ class _Pool:
     self._threads.append(thread)
     thread.start()
 
+  def put(self, jobs: Sequence[_Job]) -> None:
+    """Has samples scored when their turn comes."""
+    with self._lock:
+      self._check_open()
+      for job in jobs:
+        self._jobs.put(job)
+
   def close(self) -> None:
     """Ends processes and threads; samples that wait are settled as failed."""
     with self._lock:
       self._open = False
       processes = list(self._processes)
+      for _ in self._threads:
+        self._jobs.put(None)
     for process in processes:
       process.terminate()
-    for _ in self._threads:
-      self.jobs.put(None)
     for thread in self._threads:
       if thread is not threading.current_thread():
         thread.join(_JOIN_SECONDS)
@@ -326,7 +338,7 @@ class _Pool:
           process, _ = self.launch()
         except Exception as error:
           problem = error
-      job = self.jobs.get()
+      job = self._jobs.get()
       if job is None:
         break
       reply = problem

@@ -1,0 +1,156 @@
+"""A reward function that does what its completion says, good or bad.
+
+Run by `rewards_workers_test` in worker processes alone.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+_SLEEP = [sys.executable, '-S', '-c', 'import time; time.sleep(1000)']
+
+
+def _sleep():
+  time.sleep(1000)
+
+
+def _hold_the_lock():
+  return [float(sum(range(10**12)))]  # One call of C code.
+
+
+def _backtrack():
+  return [float(re.match('(a+)+$', 'a' * 50 + 'b') is None)]
+
+
+def _detach_and_sleep():
+  subprocess.Popen(_SLEEP, start_new_session=True)
+  if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+      time.sleep(1000)
+    os._exit(0)
+  time.sleep(1000)
+
+
+def _detach():
+  subprocess.Popen(_SLEEP, start_new_session=True)
+  return [1.0]
+
+
+def _allocate():
+  return [float(len(bytearray(4 << 30)))]
+
+
+def _print():
+  for _ in range(20):
+    print('[1, "score", 1.0]\n' * 1000, flush=True)
+    os.write(1, b'\x00\xff' * 10_000)
+    os.write(2, b'flood\n' * 10_000)
+  return [1.0]
+
+
+def _close_output():
+  os.close(1)
+  return [1.0]
+
+
+def _write_to_every_descriptor():
+  for descriptor in range(3, 100):
+    with contextlib.suppress(OSError):
+      os.write(descriptor, b'[999, "score", 1.0]\n')
+  return [1.0]
+
+
+def _write_without_end():
+  while True:
+    for descriptor in range(3, 100):
+      with contextlib.suppress(OSError):
+        os.write(descriptor, b'[' * 4096)
+
+
+def _close_everything():
+  os.closerange(0, 100)
+  return [1.0]
+
+
+def _raise(error):
+  raise error
+
+
+def _recurse():
+  return _recurse()
+
+
+def _kill_group():
+  os.killpg(0, signal.SIGKILL)
+
+
+def _return_twice():
+  os.fork()
+  return [1.0]
+
+
+def _leave_an_alarm():
+  signal.setitimer(signal.ITIMER_REAL, 0.2)
+  return [1.0]
+
+
+def _outlast_the_alarm():
+  time.sleep(0.4)
+  return [1.0]
+
+
+def _leak():
+  _leak.kept = bytearray(100 << 20)
+  return [1.0]
+
+
+def _need_memory():
+  return [float(len(bytearray(100 << 20)) > 0)]
+
+
+ACTIONS = {
+  'sleep': _sleep,
+  'hold the lock': _hold_the_lock,
+  'backtrack': _backtrack,
+  'detach and sleep': _detach_and_sleep,
+  'detach': _detach,
+  'allocate': _allocate,
+  'print': _print,
+  'close output': _close_output,
+  'write to every descriptor': _write_to_every_descriptor,
+  'write without end': _write_without_end,
+  'close everything': _close_everything,
+  'recurse': _recurse,
+  'kill group': _kill_group,
+  'return twice': _return_twice,
+  'leave an alarm': _leave_an_alarm,
+  'outlast the alarm': _outlast_the_alarm,
+  'leak': _leak,
+  'need memory': _need_memory,
+  'exit': lambda: os._exit(0),
+  'fault': lambda: os.kill(os.getpid(), signal.SIGSEGV),
+  'raise': lambda: _raise(ValueError('no\nanswer')),
+  'SystemExit': lambda: _raise(SystemExit(3)),
+  'KeyboardInterrupt': lambda: _raise(KeyboardInterrupt()),
+  'nan': lambda: [float('nan')],
+  'text': lambda: ['1.0'],
+  'too many': lambda: [1.0, 2.0],
+  'too few': lambda: [],
+  'no list': lambda: 1.0,
+  'none': lambda: [None],
+  'jax': lambda: [float('jax' in sys.modules)],
+  'process': lambda: [float(os.getpid())],
+}
+
+
+def score(completions, **columns):
+  """Reward: the number that a completion is, or what its action gives."""
+  (completion,) = completions
+  if completion in ACTIONS:
+    return ACTIONS[completion]()
+  return [float(completion)]
