@@ -1,6 +1,6 @@
 """A reward function that does what its completion says, good or bad.
 
-Run by `rewards_workers_test` in worker processes alone.
+Run in worker processes alone.  Imports nothing that takes time.
 """
 
 import contextlib
@@ -10,6 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+
+# Of the reward function, for `Workers`.
+NAME = f'{__file__}:score'
+
+# Tells one process that has loaded this file from another.
+_BORN = float(time.monotonic_ns())
 
 _SLEEP = [sys.executable, '-S', '-c', 'import time; time.sleep(1000)']
 
@@ -58,18 +64,25 @@ def _close_output():
   return [1.0]
 
 
-def _write_to_every_descriptor():
+def _write(line):
   for descriptor in range(3, 100):
     with contextlib.suppress(OSError):
-      os.write(descriptor, b'[999, "score", 1.0]\n')
+      os.write(descriptor, line)
+
+
+def _forge():
+  _write(b'[1, "score", 9.0]\n')  # As the reply to the first sample would be.
   return [1.0]
+
+
+def _forge_badly_and_sleep():
+  _write(b'[999, "score", 9.0]\n')
+  time.sleep(1000)
 
 
 def _write_without_end():
   while True:
-    for descriptor in range(3, 100):
-      with contextlib.suppress(OSError):
-        os.write(descriptor, b'[' * 4096)
+    _write(b'[' * 4096)
 
 
 def _close_everything():
@@ -122,7 +135,8 @@ ACTIONS = {
   'allocate': _allocate,
   'print': _print,
   'close output': _close_output,
-  'write to every descriptor': _write_to_every_descriptor,
+  'forge': _forge,
+  'forge badly and sleep': _forge_badly_and_sleep,
   'write without end': _write_without_end,
   'close everything': _close_everything,
   'recurse': _recurse,
@@ -143,8 +157,8 @@ ACTIONS = {
   'too few': lambda: [],
   'no list': lambda: 1.0,
   'none': lambda: [None],
-  'jax': lambda: [float('jax' in sys.modules)],
-  'process': lambda: [float(os.getpid())],
+  'heavy imports': lambda: [len({'jax', 'numpy'} & set(sys.modules))],
+  'born': lambda: [_BORN],
 }
 
 
@@ -154,3 +168,16 @@ def score(completions, **columns):
   if completion in ACTIONS:
     return ACTIONS[completion]()
   return [float(completion)]
+
+
+def begin(workers, completions):
+  """Has completions scored, without prompts and columns."""
+  return workers.submit([''] * len(completions), completions, {})
+
+
+def until(condition, seconds=30.0):
+  """Whether the condition comes true in time."""
+  end = time.monotonic() + seconds
+  while not condition() and time.monotonic() < end:
+    time.sleep(0.02)
+  return condition()

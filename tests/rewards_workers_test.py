@@ -1,13 +1,8 @@
 """Worker processes against functions that hang, crash, lie and leave things."""
 
 import math
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 import time
-import uuid
 
 import hostile
 import numpy as np
@@ -21,16 +16,10 @@ from jaxrl_llm.rewards import (
   isolated,
   score,
 )
-from jaxrl_llm.rewards import containment as containment_lib
 
-HOSTILE = f'{hostile.__file__}:score'
+HOSTILE = hostile.NAME
 # Seconds: enough for a healthy sample on a machine that is busy otherwise.
 TIMEOUT = 1.0
-
-linux = pytest.mark.skipif(
-  not pathlib.Path('/proc/self/environ').exists(),
-  reason='finds processes by /proc',
-)
 
 # What a sample does → the kind it is counted as.
 FAILING = {
@@ -41,7 +30,8 @@ FAILING = {
   'exit': 'crash',
   'fault': 'crash',
   'kill group': 'crash',
-  'write to every descriptor': 'crash',
+  'forge': 'crash',
+  'forge badly and sleep': 'crash',
   'write without end': 'crash',
   'close everything': 'crash',
   'allocate': 'memory',
@@ -64,50 +54,10 @@ HARMLESS = {
 }
 
 
-@pytest.fixture
-def marked(monkeypatch):
-  """Numbers of the processes that come of this test, as a function."""
-  mark = f'JAXRL_TEST={uuid.uuid4()}'
-  monkeypatch.setenv(*mark.split('='))
-
-  def find():
-    found = []
-    for entry in pathlib.Path('/proc').iterdir():
-      try:
-        if mark.encode() in (entry / 'environ').read_bytes().split(b'\0'):
-          found.append(int(entry.name))
-      except (OSError, ValueError):
-        pass
-    return found
-
-  yield find
-  for pid in find():
-    os.kill(pid, signal.SIGKILL)
-
-
-def allowed(kind):
-  """Skips where the kernel does not allow a kind of containment."""
-  order = containment_lib.KINDS
-  if order.index(kind) < order.index(containment_lib.strongest()):
-    pytest.skip(f'the kernel allows no containment of the kind {kind!r}')
-
-
-def begin(workers, completions):
-  return workers.submit([''] * len(completions), completions, {})
-
-
-def until(condition, seconds=30.0):
-  """Whether the condition comes true in time."""
-  end = time.monotonic() + seconds
-  while not condition() and time.monotonic() < end:
-    time.sleep(0.02)
-  return condition()
-
-
-@linux
 @pytest.mark.parametrize('kind', ['namespace', 'subreaper'])
-def test_hostile_samples_cost_nobody_else_a_score(kind, marked):
-  allowed(kind)
+def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
+  if kind not in allowed_kinds:
+    pytest.skip(f'the kernel allows no {kind}')
   bad = [*FAILING, *HARMLESS]
   healthy = [str(i) for i in range(64 - len(bad))]
   with Workers(
@@ -115,7 +65,7 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked):
   ) as workers:
     assert workers.containment == kind and workers.memory_limited
     start = time.monotonic()
-    pending = begin(workers, bad + healthy)
+    pending = hostile.begin(workers, bad + healthy)
     assert time.monotonic() - start < TIMEOUT / 2
     scores = pending.result()
     hangs = list(FAILING.values()).count('timeout')
@@ -140,123 +90,33 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked):
       if b'time.sleep' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()
     ]
     assert len(left) <= 1
-    assert begin(workers, healthy).result() == [float(t) for t in healthy]
+    again = hostile.begin(workers, healthy).result()
+    assert again == [float(text) for text in healthy]
   assert not marked()
-
-
-@linux
-def test_a_process_group_alone_leaves_what_left_the_group(marked):
-  """As its docstring says; and shows that `marked` would find a survivor."""
-  with Workers(
-    HOSTILE, workers=1, timeout=TIMEOUT, containment='group'
-  ) as workers:
-    assert begin(workers, ['1', 'detach']).result() == [1.0, 1.0]
-  assert len(marked()) == 1
 
 
 def test_one_that_hangs_holds_up_one_worker_alone():
   with Workers(HOSTILE, timeout=1000) as workers:
-    first, second = begin(workers, ['sleep']), begin(workers, ['2'] * 200)
+    first = hostile.begin(workers, ['sleep'])
+    second = hostile.begin(workers, ['2'] * 200)
     assert second.result() == [2.0] * 200 and second.done()
     assert not first.done()
 
 
-@linux
-@pytest.mark.parametrize('kind', containment_lib.KINDS)
-def test_workers_end_with_a_parent_that_is_killed(kind, marked):
-  """Also while a sample holds the interpreter's lock in C code."""
-  allowed(kind)
-  detach = ['detach'] if kind != 'group' else []
-  code = f"""
-from jaxrl_llm.rewards import Workers
-workers = Workers({HOSTILE!r}, timeout=1000, containment={kind!r})
-samples = {detach} + ['hold the lock', 'hold the lock']
-workers.submit([''] * len(samples), samples, dict())
-print('begun', flush=True)
-import time; time.sleep(1000)
-"""
-  parent = subprocess.Popen(
-    [sys.executable, '-c', code], stdout=subprocess.PIPE
-  )
-  assert parent.stdout.readline() == b'begun\n'
-  assert until(lambda: len(marked()) >= 5 + len(detach))
-  parent.kill()
-  parent.wait()
-  assert until(lambda: not marked()), marked()
-  parent.stdout.close()
+def test_a_process_serves_until_it_has_to_be_replaced():
+  given = ['born', 'return twice', 'raise', 'born', 'forge', 'born', 'none']
+  with Workers(HOSTILE, workers=1) as workers:
+    found = workers(prompts=given, completions=given)
+  first, *between, again, forged, fresh, nothing = found
+  assert between == [1.0, None] and forged is None and nothing is None
+  assert first == again != fresh
 
 
-@linux
-def test_workers_end_with_a_parent_that_returns(marked):
-  code = f"""
-from jaxrl_llm.rewards import Workers
-workers = Workers({HOSTILE!r}, timeout=1000)
-pending = workers.submit([''] * 5, ['sleep'] * 5, dict())
-"""
-  done = subprocess.run([sys.executable, '-c', code], timeout=60)
-  assert done.returncode == 0 and not marked()
-
-
-@linux
-def test_workers_end_with_a_parent_whose_pipes_are_held_by_others(marked):
-  """By a child that it forked after it had started them."""
-  code = f"""
-import os, signal, time
-from jaxrl_llm.rewards import Workers
-workers = Workers({HOSTILE!r}, workers=1, timeout=1000)
-workers.submit([''], ['sleep'], dict())
-if os.fork():
-  os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(1000)
-"""
-  subprocess.run([sys.executable, '-c', code], timeout=60)
-  assert until(lambda: len(marked()) == 1), marked()
-
-
-def test_workers_survive_what_the_terminal_sends_and_know_no_jax():
-  code = f"""
-import os, signal, sys, time
-from jaxrl_llm.rewards import Workers
-signal.signal(signal.SIGINT, lambda *_: None)
-with Workers({HOSTILE!r}, workers=1) as workers:
-  ask = lambda what: workers(prompts=[''], completions=[what])
-  before = ask('process')
-  os.killpg(0, signal.SIGINT)
-  time.sleep(0.1)
-  assert ask('process') == before
-  assert ask('jax') == [0.0]
-print(sys.path[0] in os.environ.get('PYTHONPATH', ''), 'jax' in sys.modules)
-"""
-  done = subprocess.run(
-    [sys.executable, '-c', code],
-    capture_output=True,
-    text=True,
-    start_new_session=True,
-  )
-  assert (done.returncode, done.stderr) == (0, '')
-  assert done.stdout.endswith(' False\n')
-
-
-@linux
-@pytest.mark.slow
-def test_a_worker_ends_itself_while_its_parent_is_stopped(marked):
-  code = f"""
-from jaxrl_llm.rewards import Workers
-workers = Workers({HOSTILE!r}, workers=1, timeout=1)
-pending = workers.submit([''], ['hold the lock'], dict())
-print('begun', flush=True)
-print(pending.result(), pending.failures().counts['timeout'])
-"""
-  parent = subprocess.Popen(
-    [sys.executable, '-c', code], stdout=subprocess.PIPE, text=True
-  )
-  assert parent.stdout.readline() == 'begun\n'
-  parent.send_signal(signal.SIGSTOP)
-  # What is left is the parent: the supervisor, which it has not collected,
-  # is no longer there to be found.
-  assert until(lambda: marked() == [parent.pid], 120.0)
-  parent.send_signal(signal.SIGCONT)
-  assert parent.communicate(timeout=30)[0] == '[None] 1\n'
+def test_a_forged_reply_is_no_score():
+  with Workers(HOSTILE, workers=1) as workers:
+    pending = hostile.begin(workers, ['forge'])
+    assert pending.result() == [None]
+    assert 'wrote to the channel' in pending.failures().messages['crash']
 
 
 @pytest.mark.parametrize(
@@ -267,7 +127,7 @@ def test_what_an_earlier_sample_broke_is_not_held_against_a_later_one(
   before, sample
 ):
   with Workers(HOSTILE, workers=1, timeout=5, memory=160 << 20) as workers:
-    pending = begin(workers, [before, sample])
+    pending = hostile.begin(workers, [before, sample])
     assert pending.result() == [1.0, 1.0]
     assert not any(pending.failures().counts.values())
 
@@ -440,33 +300,46 @@ def test_what_cannot_be_loaded_is_refused(name, changes, text, tmp_path):
   assert len(message.splitlines()) <= 3
 
 
-def test_a_function_that_can_no_longer_be_loaded_is_said_so(tmp_path):
+def test_a_file_that_vanishes_or_changes_is_not_loaded_again(tmp_path):
   path = tmp_path / 'mine.py'
-  path.write_text(
+  code = (
     'import os\n'
     'def mine(completions):\n'
     '  return os._exit(1) if completions[0] == "exit" else [1.0]\n'
   )
+  path.write_text(code)
   with Workers(f'{path}:mine', workers=1) as workers:
-    assert workers(completions=['1'], prompts=['']) == [1.0]
+    ask = lambda what: workers(prompts=[''], completions=[what])
+    assert ask('1') == [1.0]
     path.unlink()
     with pytest.raises(UserError, match='no such Python file'):
-      workers(completions=['exit'], prompts=[''])
-    path.write_text('def mine(completions): return [2.0]')
-    assert until(lambda: _tried(workers) == [2.0])
+      ask('exit')
+    path.write_text(code + '# Another.')
+    with pytest.raises(UserError, match='mine.py:mine has changed\n') as caught:
+      ask('1')
+    assert len(str(caught.value).splitlines()) <= 3
+    path.write_text(code)
+    assert ask('1') == [1.0]
 
 
-def _tried(workers):
-  try:
-    return workers(completions=['1'], prompts=[''])
-  except UserError:
-    return None
+def test_paths_mean_what_they_meant_at_first(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'sibling.py').write_text('VALUE = 3.0')
+  (tmp_path / 'mine.py').write_text(
+    'import os, sibling\n'
+    'def mine(completions):\n'
+    '  return os._exit(1) if completions[0] == "exit" else [sibling.VALUE]\n'
+  )
+  (tmp_path / 'elsewhere').mkdir()
+  with Workers('mine.py:mine', workers=1) as workers:
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    given = ['1', 'exit', '1']
+    assert workers(prompts=given, completions=given) == [3.0, None, 3.0]
 
 
-@linux
 def test_closing_ends_what_is_under_way(marked):
   workers = Workers(HOSTILE, timeout=1000)
-  pending = begin(workers, ['sleep'] * 5)
+  pending = hostile.begin(workers, ['sleep'] * 5)
   start = time.monotonic()
   workers.close()
   assert time.monotonic() - start < 10 and not marked()
@@ -474,12 +347,11 @@ def test_closing_ends_what_is_under_way(marked):
     pending.result()
   workers.close()
   with pytest.raises(UserError, match='its workers are closed'):
-    begin(workers, ['1'])
+    hostile.begin(workers, ['1'])
 
 
-@linux
 def test_workers_that_nobody_refers_to_end(marked):
   workers = Workers(HOSTILE)
-  assert begin(workers, ['1']).result() == [1.0] and marked()
+  assert hostile.begin(workers, ['1']).result() == [1.0] and marked()
   del workers
-  assert until(lambda: not marked())
+  assert hostile.until(lambda: not marked())

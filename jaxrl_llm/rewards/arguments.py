@@ -1,7 +1,8 @@
-"""Which arguments a reward function takes, and which it is given."""
+"""Which arguments a reward function takes, and how they are given to it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
@@ -64,3 +65,48 @@ def select(
   if taken.rest:
     return dict(arguments)
   return {k: v for k, v in arguments.items() if k in taken.named}
+
+
+def encode_each(
+  name: str, arguments: Mapping[str, Sequence[Any]], count: int
+) -> list[bytes]:
+  """The arguments of `count` calls with one sample each, as JSON objects.
+
+  Args:
+    name: of the function, for the message.
+    arguments: `count` values each.
+    count: of the completions.
+
+  Raises:
+    UserError: there are more or fewer values, or one is no JSON value.
+  """
+  for column, values in arguments.items():
+    if len(values) != count:
+      raise UserError(
+        f'there are {count} completions to score but {len(values)} entries in '
+        f'{column!r}.'
+      )
+    for i, value in enumerate(values):
+      if not is_json(value):
+        raise UserError(
+          f'the column {column!r} holds a {type(value).__name__} at sample {i}.'
+          f'\nWorker processes, in which {name!r} runs, are sent JSON values: '
+          'text, numbers,\nbooleans, None, lists, and dictionaries with texts '
+          'as keys.'
+        )
+  return [
+    json.dumps({key: [values[i]] for key, values in arguments.items()}).encode()
+    for i in range(count)
+  ]
+
+
+def is_json(value: Any) -> bool:
+  """Whether the value comes back from JSON as it is: no tuple, no array."""
+  kind = type(value)
+  if kind is list:
+    return all(map(is_json, value))
+  if kind is dict:
+    return all(type(key) is str for key in value) and all(
+      map(is_json, value.values())
+    )
+  return value is None or kind in (str, int, float, bool)

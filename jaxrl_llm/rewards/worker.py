@@ -12,7 +12,7 @@ Requests come on descriptor 0 and replies go out on descriptor 1, a line of JSON
 each.  The first line out is
 
   ["failed", message]   nothing follows
-  ["ready", {"containment": …, "memory_limited": …, "parameters": …}]
+  ["ready", {…}]         the fields of `worker_process.Ready`
 
 and then, for every request [number, arguments], one reply [number, kind, x]:
 
@@ -24,6 +24,7 @@ and then, for every request [number, arguments], one reply [number, kind, x]:
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import mmap
@@ -35,6 +36,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment, loading
 from jaxrl_llm.rewards.arguments import parameters
@@ -70,6 +72,7 @@ def _work(spec: dict[str, Any], kind: str) -> int:
     'containment': kind,
     'memory_limited': limited,
     'parameters': parameters(function),
+    'source': _digest(naming.file_of(spec['name'])),
   }
   _send(replies, ['ready', ready])
   own = os.getpid()
@@ -134,6 +137,12 @@ def _restore_path(value: str | None) -> None:
   os.environ.pop('PYTHONPATH', None)
   if value is not None:
     os.environ['PYTHONPATH'] = value
+
+
+def _digest(file: str | None) -> str | None:
+  if file is None or not os.path.isfile(file):
+    return None
+  return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
 def _limit(memory: int) -> bool:

@@ -36,11 +36,13 @@ class Ready(NamedTuple):
     containment: a kind of `containment.KINDS`.
     memory_limited: whether the system enforces the limit.
     parameters: what the function takes.
+    source: sha256 of its file; None where it is named by its module.
   """
 
   containment: str
   memory_limited: bool
   parameters: Parameters
+  source: str | None
 
 
 class Reply(NamedTuple):
@@ -65,6 +67,7 @@ class WorkerProcess:
 
   Args:
     spec: as `worker` reads it, but for 'pythonpath', which is added.
+    folder: in which it works.
 
   Attributes:
     asked: samples it has been given.
@@ -73,12 +76,12 @@ class WorkerProcess:
     UserError: the system starts no process.
   """
 
-  def __init__(self, spec: Mapping[str, Any]):
+  def __init__(self, spec: Mapping[str, Any], folder: str):
     self.asked = 0
     self._spec = spec
     self._received = b''
     # What can be imported here can be imported there.
-    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    path = os.pathsep.join(entry or folder for entry in sys.path)
     own = {'pythonpath': os.environ.get('PYTHONPATH')}
     command = [sys.executable, '-m', 'jaxrl_llm.rewards.worker']
     try:
@@ -87,6 +90,7 @@ class WorkerProcess:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
+        cwd=folder,
         env=os.environ | _ENVIRONMENT | {'PYTHONPATH': path},
         start_new_session=True,  # Ctrl-C is for the parent to decide on.
       )

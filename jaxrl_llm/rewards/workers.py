@@ -7,8 +7,9 @@ not answer is killed with all it has started (`containment` says how, and what
 is left where); a new process takes its place while the others go on.
 """
 
-import json
+import contextlib
 import math
+import os
 import queue
 import threading
 import weakref
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
-from jaxrl_llm.rewards.arguments import select
+from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.results import shortened
-from jaxrl_llm.rewards.worker_process import Reply, WorkerProcess
+from jaxrl_llm.rewards.worker_process import Ready, Reply, WorkerProcess
 
 # Why a sample has no score.
 FAILURES = ('timeout', 'crash', 'error', 'memory')
@@ -68,9 +69,9 @@ class Workers:
     settings: arguments of a factory, JSON values.
     workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
-    memory: bytes that a process may write to, the interpreter's own 10 MB and
-      what libraries take included.  Processes that the function starts may have
-      as many each.
+    memory: bytes of its own that a process may write to, the interpreter's
+      10 MB and what libraries take included.  Processes that the function
+      starts may have as many each.
     containment: a kind of `containment.KINDS`; the strongest by default.
     load_timeout: seconds that a process may take to load the function.
     field: what messages about name and settings begin with.
@@ -110,9 +111,10 @@ class Workers:
     self._pool = _Pool(spec, load_timeout)
     self._finalizer = weakref.finalize(self, self._pool.close)
     first, ready = self._pool.launch()
-    self.containment, self.memory_limited, self.parameters = ready
+    self.parameters = ready.parameters
+    self.memory_limited = ready.memory_limited
     # The others need not find out again what works here.
-    spec['containment'] = ready.containment
+    self.containment = spec['containment'] = ready.containment
     self._pool.serve(first)
     for _ in range(workers - 1):
       self._pool.serve(None)
@@ -136,7 +138,7 @@ class Workers:
     """
     given = {'prompts': prompts, 'completions': completions, **columns}
     given = select(self.name, self.parameters, given)
-    samples = _encoded(self.name, given, len(completions))
+    samples = encode_each(self.name, given, len(completions))
     pending = Pending(self.name, completions, self._pool)
     self._pool.put(
       [_Job(pending, index, given) for index, given in enumerate(samples)]
@@ -226,9 +228,10 @@ class Pending:
     """Waits for the N scores; None where there is none.
 
     Raises:
-      UserError: the function raised one; or every sample of the first batch
-        failed with an error, so that the function is at fault and not the
-        responses; or the workers were closed or cannot be started any more.
+      UserError: the function raised one; or every sample failed with an error
+        before there was any score, so that the function is at fault and not
+        the responses; or the workers were closed, or cannot be started any
+        more, or the function's file has changed when one was replaced.
     """
     self._done.wait()
     for index, reply in enumerate(self._replies):
@@ -283,23 +286,29 @@ class _Pool:
     self.worked = False
     self._spec = spec
     self._load_timeout = load_timeout
+    # Paths mean what they meant when the first process loaded the function.
+    self._folder = os.getcwd()
+    self._source = None
+    self._owner = os.getpid()
     self._open = True
     self._processes = set()
     self._threads = []
     # Reentrant: a garbage collection within may close the pool.
     self._lock = threading.RLock()
 
-  def launch(self):
+  def launch(self) -> tuple[WorkerProcess, Ready]:
     """A process that has loaded the function, and what it says of itself."""
     with self._lock:
       self._check_open()
-      process = WorkerProcess(self._spec)
+      process = WorkerProcess(self._spec, self._folder)
       self._processes.add(process)
     try:
-      return process, process.wait_ready(self._load_timeout)
+      ready = process.wait_ready(self._load_timeout)
+      self._check_source(ready.source)
     except BaseException:
       self._end(process)
       raise
+    return process, ready
 
   def serve(self, process: WorkerProcess | None) -> None:
     """Starts a thread that has samples scored, at first by this process."""
@@ -318,6 +327,8 @@ class _Pool:
 
   def close(self) -> None:
     """Ends processes and threads; samples that wait are settled as failed."""
+    if os.getpid() != self._owner:
+      return  # A forked copy of the process that started them.
     with self._lock:
       self._open = False
       processes = list(self._processes)
@@ -331,30 +342,28 @@ class _Pool:
 
   def _work(self, process: WorkerProcess | None) -> None:
     """Has samples scored one after another until the pool is closed."""
-    problem = None
     while True:
       if process is None:
-        try:
+        # Ahead of the next sample, for which it is tried again if need be.
+        with contextlib.suppress(Exception):
           process, _ = self.launch()
-        except Exception as error:
-          problem = error
       job = self._jobs.get()
       if job is None:
         break
-      reply = problem
-      if process is not None:
-        process, reply = self._score(process, job.arguments)
+      process, reply = self._score(process, job.arguments)
       job.pending.settle(job.index, reply)
     if process is not None:
       self._end(process)
 
   def _score(
-    self, process: WorkerProcess, arguments: bytes
+    self, process: WorkerProcess | None, arguments: bytes
   ) -> tuple[WorkerProcess | None, Reply | Exception]:
     """What came of a sample, and the process if it can go on."""
-    fresh = not process.asked
     try:
       self._check_open()
+      if process is None:
+        process, _ = self.launch()
+      fresh = not process.asked
       reply = process.ask(arguments, self._spec['timeout'])
       self._check_open()
       if reply.kind not in _FATAL:
@@ -363,12 +372,12 @@ class _Pool:
       self._end(process)
       if fresh or reply.kind == 'timeout':
         return None, reply
-      # What earlier samples did to the process may be the reason.
-      process, _ = self.launch()
     except Exception as error:
-      self._end(process)
+      if process is not None:
+        self._end(process)
       return None, error
-    return self._score(process, arguments)
+    # What earlier samples did to the process may be the reason.
+    return self._score(None, arguments)
 
   def _end(self, process: WorkerProcess) -> None:
     process.close()
@@ -378,6 +387,16 @@ class _Pool:
   def _check_open(self) -> None:
     if not self._open:
       raise UserError(f'reward {self._spec["name"]!r}: its workers are closed')
+
+  def _check_source(self, source: str | None) -> None:
+    """Refuses a file that is no longer the one that was loaded first."""
+    self._source = self._source or source
+    if source != self._source:
+      raise UserError(
+        f'{self._spec["field"]}: the file of {self._spec["name"]} has changed\n'
+        'a worker that takes the place of another would score by other rules: '
+        'put the file\nback, or begin anew'
+      )
 
 
 def _check(spec: Mapping[str, Any], workers: int) -> None:
@@ -403,46 +422,8 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
       f'choose one of {", ".join(kinds)}'
     )
   for key, value in spec['settings'].items():
-    if not _is_json(value):
+    if not is_json(value):
       raise UserError(
         f'{field}: {key} is {value!r}, which is no JSON value\n'
         'it is sent to worker processes; write a list for a tuple'
       )
-
-
-def _encoded(
-  name: str, given: Mapping[str, Sequence[Any]], count: int
-) -> list[bytes]:
-  """Arguments of `count` calls with one sample each."""
-  for column, values in given.items():
-    if len(values) != count:
-      raise UserError(
-        f'there are {count} completions to score but {len(values)} entries in '
-        f'{column!r}.'
-      )
-    for i, value in enumerate(values):
-      if not _is_json(value):
-        raise UserError(
-          f'the column {column!r} holds a {type(value).__name__} at sample {i}.'
-          f'\nWorker processes, in which {name!r} runs, are sent JSON values: '
-          'text, numbers,\nbooleans, None, lists, and dictionaries with texts '
-          'as keys.'
-        )
-  return [
-    json.dumps(
-      {column: [values[i]] for column, values in given.items()}
-    ).encode()
-    for i in range(count)
-  ]
-
-
-def _is_json(value: Any) -> bool:
-  """Whether the value comes back from JSON as it is."""
-  kind = type(value)
-  if kind is list:
-    return all(map(_is_json, value))
-  if kind is dict:
-    return all(type(key) is str for key in value) and all(
-      map(_is_json, value.values())
-    )
-  return value is None or kind in (str, int, float, bool)
