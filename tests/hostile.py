@@ -71,7 +71,8 @@ def _write(line):
 
 
 def _forge():
-  _write(b'[1, "score", 9.0]\n')  # As the reply to the first sample would be.
+  for number in range(100):
+    _write(b'[%d, "score", 9.0]\n["%d", "score", 9.0]\n' % (number, number))
   return [1.0]
 
 

@@ -14,7 +14,7 @@ each.  The first line out is
   ["failed", message]   nothing follows
   ["ready", {…}]         the fields of `worker_process.Ready`
 
-and then, for every request [number, arguments], one reply [number, kind, x]:
+and then, for every request [token, arguments], one reply [token, kind, x]:
 
   "score"   x is a finite number or null
   "error"   x is a message: the function raised, or gave what is no score
@@ -78,12 +78,12 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   own = os.getpid()
   with open(requests, 'rb') as lines:
     for line in lines:
-      number, given = json.loads(line)
+      token, given = json.loads(line)
       _limit_cpu(spec['timeout'])
       reply = _score(spec['name'], function, given)
       if os.getpid() != own:
         return 1  # The function has forked and come back twice.
-      _send(replies, [number, *reply])
+      _send(replies, [token, *reply])
   return 0
 
 
