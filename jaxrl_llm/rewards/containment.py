@@ -12,15 +12,17 @@ How it finds what the child has started, the strongest first:
                make namespaces of their own): the child lives in a pid namespace
                (a third process, number 1 of the namespace, stands between).
                When that ends the kernel kills all within.  Nothing is left, and
-               from within no process outside can be signalled.
+               from within no process outside can be signalled.  Process numbers
+               are the namespace's own, but /proc shows those outside.
   'subreaper'  any Linux: what the child leaves behind, also with setsid,
                becomes the supervisor's child and is killed by it.  Left is what
-               forks faster than it is killed, and what the child kills the
-               supervisor for.
+               forks faster than it is killed, and all that had left the group
+               should the child kill the supervisor.
   'group'      elsewhere: the child's process group is killed.  What left the
                group (setsid) is left.
 
-None is a sandbox: files and network are those of the user.
+None is a sandbox: files and network are those of the user, and but for a
+namespace so is the right to signal all other processes of the user's.
 
 References:
   pid_namespaces(7), PR_SET_CHILD_SUBREAPER in prctl(2)

@@ -55,7 +55,8 @@ def score(
 ) -> Scores:
   """Scores N responses with every part and adds them up.
 
-  Parts in worker processes work while the others are called one by one.
+  Parts in worker processes (`Workers`) work while the others are called one by
+  one.  A sample that fails there has no score and is counted in `failures`.
 
   Args:
     parts: at least one, with distinct names and finite weights.

@@ -42,6 +42,9 @@ from jaxrl_llm.rewards import containment, loading
 from jaxrl_llm.rewards.arguments import parameters
 from jaxrl_llm.rewards.results import as_float, as_list, shortened
 
+# Characters of a UserError, whose lines are kept.
+_MAX_MESSAGE = 2000
+
 
 def main() -> int:
   """Supervises the process that scores; gives its exit status."""
@@ -62,7 +65,7 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   try:
     function = loading.load(spec['name'], spec['settings'], spec['field'])
   except UserError as error:
-    _send(replies, ['failed', str(error)])
+    _send(replies, ['failed', str(error)[:_MAX_MESSAGE]])
     return 1
   except BaseException as error:
     message = f'{spec["field"]}: {spec["name"]} does not load\n{_said(error)}'
@@ -93,7 +96,7 @@ def _score(name: str, function: Callable, given: dict) -> tuple[str, Any]:
     try:
       result = function(**given)
     except UserError as error:
-      return 'user', str(error)
+      return 'user', str(error)[:_MAX_MESSAGE]
     try:
       score = as_float(as_list(name, result, 1)[0])
     except ValueError:

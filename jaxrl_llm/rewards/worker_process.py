@@ -118,7 +118,8 @@ class WorkerProcess:
     except (EOFError, ValueError) as error:
       raise UserError(
         f'{field}: the process that loads {name} {self._ending().message}\n'
-        'run the command that starts it by hand to see why, or raise its memory'
+        'either the function ends it when it is imported, or it needs more '
+        f'memory than {self._spec["memory"]} bytes'
       ) from error
     if kind == 'failed':
       raise UserError(content)
