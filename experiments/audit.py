@@ -31,7 +31,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import audit_draws, audit_report, audit_values, cli, naming
+from experiments import audit_draws, audit_report, audit_values, cli
+from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
 
 _REFERENCE = 'reference'

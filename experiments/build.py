@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from experiments import data, naming
-from jaxrl_llm import estimators, policy, rollouts, training
+from experiments import data
+from jaxrl_llm import estimators, naming, policy, rollouts, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import (
   actor_critic,
@@ -20,7 +20,7 @@ from jaxrl_llm.estimators import (
 )
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.rewards import RewardPart, functions
+from jaxrl_llm.rewards import RewardPart, Workers, loading
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import vocabulary
 
@@ -29,8 +29,8 @@ from jaxrl_llm.tasks import vocabulary
 ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
 
-# Parameters that tell a reward function from a factory of one.
-_RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
+# What a reward in worker processes is given, besides what its factory takes.
+_LIMITS = ('workers', 'timeout', 'memory')
 
 
 class Model(NamedTuple):
@@ -311,19 +311,13 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
       f"{field} has no 'name'\n"
       "name a function of jaxrl_llm.rewards.functions, or 'file.py:function'"
     )
-  function = naming.find(functions, spec['name'], field)
-  # A factory takes settings and returns the function; a function takes the
-  # responses themselves.
-  taken = inspect.signature(function).parameters.values()
-  if not any(
-    parameter.kind is parameter.VAR_KEYWORD or parameter.name in _RESPONSES
-    for parameter in taken
-  ):
-    return RewardPart(name, naming.call(functions, spec, field), weight)
-  unknown = set(spec) - {'name'}
-  if unknown:
-    raise UserError(f'{field}: {spec["name"]} has no setting {unknown.pop()!r}')
-  return RewardPart(name, function, weight)
+  chosen = spec.pop('name')
+  if 'workers' in spec:
+    limits = {key: spec.pop(key) for key in _LIMITS if key in spec}
+    return RewardPart(
+      name, Workers(chosen, spec, field=field, **limits), weight
+    )
+  return RewardPart(name, loading.load(chosen, spec, field), weight)
 
 
 def _settings(config) -> dict[str, Any]:

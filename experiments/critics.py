@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import jax
 
-from experiments import build, naming
+from experiments import build
 from jaxrl_llm import critic as critic_lib
-from jaxrl_llm import estimators, training
+from jaxrl_llm import estimators, naming, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import pretrained, transformer

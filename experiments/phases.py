@@ -8,6 +8,7 @@ kept from earlier steps, to which `collect` adds.
 
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from jaxrl_llm import (
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.kept import KeptValues
+from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -42,6 +44,7 @@ class Result(NamedTuple):
     tokens: generated tokens.
     responses, advantages: what was sampled, and [P, G] advantages; None in
       the warm start.
+    messages: what the user should be told once.
   """
 
   state: training.TrainState
@@ -50,6 +53,7 @@ class Result(NamedTuple):
   tokens: int = 0
   responses: rollouts.Responses | None = None
   advantages: np.ndarray | None = None
+  messages: Sequence[str] = ()
 
 
 class Collected(NamedTuple):
@@ -182,6 +186,7 @@ class Reinforcement:
       temperature=rollout.temperature,
     )
     self.rewards = build.reward_parts(config)
+    self._told = set()
     learner = self._learner = Learner(config, model)
     self.estimator, self.critic = learner.estimator, learner.critic
     self.optimizer = learner.optimizer
@@ -358,7 +363,30 @@ class Reinforcement:
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)
     tokens = int(mask.sum()) + extra
-    return Result(state, metrics, timings, tokens, responses, shown)
+    messages = failure_messages(responses.scores.failures, step, self._told)
+    return Result(state, metrics, timings, tokens, responses, shown, messages)
+
+
+def failure_messages(
+  failures: Mapping[str, Failures], step: int, told: set[tuple[str, str]]
+) -> list[str]:
+  """A line for each kind of failure that was not told before.
+
+  Args:
+    failures: of a step's rewards in worker processes, by name.
+    step: of RL.
+    told: (name, kind) of what was told; what is now is added.
+  """
+  lines = []
+  for name, (counts, messages) in failures.items():
+    for kind, message in messages.items():
+      if (name, kind) not in told:
+        told.add((name, kind))
+        lines.append(
+          f'rewards/{name}: {counts[kind]} at RL step {step} without a score '
+          f'by {kind}: {message}'
+        )
+  return lines
 
 
 def reward_metrics(
@@ -371,6 +399,8 @@ def reward_metrics(
     metrics[f'rewards/{name}/mean'] = known.mean() if known.size else np.nan
     metrics[f'rewards/{name}/std'] = known.std() if known.size else np.nan
     metrics[f'rewards/{name}/none'] = int(np.isnan(scores).sum())
+  for name, failures in responses.scores.failures.items():
+    metrics[f'rewards/{name}/failed'] = sum(failures.counts.values())
   return metrics
 
 

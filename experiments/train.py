@@ -131,6 +131,8 @@ class Run:
         self._begin_rl()
       result = self._rl.step(self.state, number, self._stop)
     self.state = result.state
+    if result.messages:
+      self._progress.print(*result.messages)
     course.advance(result.tokens)
     shown = []
     if result.responses is not None:

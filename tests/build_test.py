@@ -11,6 +11,7 @@ from experiments.configs import base
 from jaxrl_llm import estimators as est
 from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import Workers
 
 REWARDS = """
 from __future__ import annotations
@@ -59,6 +60,21 @@ def test_reward_from_a_users_file(config, tmp_path):
   assert parts['match'].function(**given) == [0.0, 1.0]
 
 
+def test_reward_in_worker_processes(config):
+  with config.unlocked():
+    config.rewards = dict(
+      form=dict(
+        name='format_match', pattern='a+', workers=1, timeout=60, weight=0.5
+      )
+    )
+  (part,) = build.reward_parts(config)
+  assert (part.name, part.weight) == ('form', 0.5)
+  with part.function as workers:
+    assert isinstance(workers, Workers)
+    given = dict(prompts=['', ''], completions=['aa', 'b'])
+    assert workers(**given) == [1.0, 0.0]
+
+
 def test_code_files_are_those_that_are_executed(config, tmp_path):
   mine, other = tmp_path / 'mine.py', tmp_path / 'other.py'
   for path in (mine, other):
@@ -89,6 +105,9 @@ def test_code_files_are_those_that_are_executed(config, tmp_path):
     (dict(name='mine.txt:f'), 'no such Python file: mine.txt'),
     (dict(name='FILE:shout'), "no function 'shout' in .*\nit has shouts"),
     (dict(name='FILE:shouts', limit=3), "has no setting 'limit'"),
+    (dict(name='FILE:shouts', limit=3, workers=1), "has no setting 'limit'"),
+    (dict(name='FILE:shouts', timeout=3.0), "has no setting 'timeout'"),
+    (dict(name='FILE:shouts', workers=0), 'workers is 0'),
   ],
 )
 def test_rewards_refused(spec, text, config, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import scripts
 from ml_collections import ConfigDict
 
-from experiments import build, checks, data, naming
+from experiments import build, checks, data
 from experiments.configs import base
+from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
 
 FOLDER = pathlib.Path(base.__file__).parent

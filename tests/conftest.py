@@ -1,9 +1,14 @@
 """What every test shares: strict JAX settings and the optional real data."""
 
+import os
 import pathlib
+import signal
+import uuid
 
 import jax
 import pytest
+
+from jaxrl_llm.rewards import Workers, containment
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_platforms', 'cpu')
@@ -28,3 +33,37 @@ def shared():
   if not SHARED.is_dir():
     pytest.skip('needs the folder ../shared with real checkpoints and data')
   return SHARED
+
+
+@pytest.fixture
+def marked(monkeypatch):
+  """Gives the numbers of the processes that come of this test and still run.
+
+  Those that are left at its end are killed.
+  """
+  if not pathlib.Path('/proc/self/environ').exists():
+    pytest.skip('finds processes by their environment in /proc')
+  mark = f'JAXRL_TEST={uuid.uuid4()}'
+  monkeypatch.setenv(*mark.split('='))
+
+  def find() -> list[int]:
+    found = []
+    for entry in pathlib.Path('/proc').iterdir():
+      try:
+        if mark.encode() in (entry / 'environ').read_bytes().split(b'\0'):
+          found.append(int(entry.name))
+      except (OSError, ValueError):
+        pass  # It has ended, or is no process.
+    return found
+
+  yield find
+  for pid in find():
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope='session')
+def allowed_kinds():
+  """Kinds of containment that work here."""
+  with Workers('exact_match', workers=1) as workers:
+    strongest = containment.KINDS.index(workers.containment)
+  return containment.KINDS[strongest:]

@@ -74,6 +74,8 @@ def test_arrows(name):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.sharding'
   elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
     allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
+    if within(name, 'jaxrl_llm.rewards'):
+      allowed = *allowed, 'jaxrl_llm.naming'
   elif name == 'jaxrl_llm.scheduling':
     allowed = ()
   elif within(name, *SAMPLER):

@@ -1,10 +1,11 @@
 """Functions named by a configuration."""
 
+import json
 import types
 
 import pytest
 
-from experiments import naming
+from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
 
 module = types.ModuleType('shapes')
@@ -55,6 +56,24 @@ def test_extra_goes_to_functions_that_take_it():
   )
   spec = dict(name='square', side=1)
   assert naming.call(module, spec, 'f', tokenizer='t') == (1, 'red')
+
+
+def test_a_function_of_a_module_that_can_be_imported():
+  assert naming.find(module, 'json.decoder:JSONDecoder', 'f') is (
+    json.decoder.JSONDecoder
+  )
+  with pytest.raises(UserError, match="f: no function 'dmps' in json\nit has"):
+    naming.find(module, 'json:dmps', 'f')
+  for absent in ('jsn', 'json.decodr', 'json.decodr.deeper'):
+    with pytest.raises(UserError, match=f'no such Python file: {absent}\n'):
+      naming.find(module, f'{absent}:dumps', 'f')
+
+
+def test_a_module_whose_own_imports_fail_says_which(tmp_path, monkeypatch):
+  (tmp_path / 'needy_module.py').write_text('import not_installed_here')
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(UserError, match='does not load\n.*not_installed_here'):
+    naming.find(module, 'needy_module:f', 'f')
 
 
 @pytest.mark.parametrize(

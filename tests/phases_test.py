@@ -10,7 +10,8 @@ import pytest
 from experiments import build, checks, phases, runs
 from experiments.configs import quickstart
 from jaxrl_llm.checkpoints import Checkpoints
-from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rewards import RewardPart, Workers
+from jaxrl_llm.rewards.workers import Failures
 
 CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
 # One for each thing that an estimator may need, and what its record holds
@@ -71,6 +72,45 @@ def test_a_step(setting, name):
     jax.device_get(result.state.trainable),
   )
   assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_each_kind_of_failure_is_told_once():
+  told = set()
+  some = Failures(dict(timeout=0, crash=2), dict(crash='ended with status 0'))
+  more = Failures(dict(timeout=1, crash=3), dict(timeout='5 s', crash='again'))
+  (line,) = phases.failure_messages({'proof': some}, 7, told)
+  for text in ('rewards/proof', '2 at RL step 7', 'crash: ended with status 0'):
+    assert text in line
+  (line,) = phases.failure_messages({'proof': more}, 8, told)
+  assert '1 at RL step 8' in line and 'timeout: 5 s' in line
+  assert len(phases.failure_messages({'code': more}, 8, told)) == 2
+  assert phases.failure_messages({'proof': more, 'code': more}, 9, told) == []
+
+
+@pytest.mark.slow
+def test_failures_in_workers_are_recorded(setting, tmp_path):
+  (tmp_path / 'odd.py').write_text(
+    'def odd(completions):\n'
+    '  if len(completions[0]) % 2 == 0: raise ValueError("even")\n'
+    '  return [1.0]\n'
+  )
+  rl, state = begin(setting, dict(name='rloo'))
+  with Workers(f'{tmp_path}/odd.py:odd', workers=1, timeout=60) as workers:
+    rl.rewards = [RewardPart('odd', workers), *rl.rewards]
+    first = rl.step(state, 0)
+    second = rl.step(first.state, 1)
+  for result in (first, second):
+    even = [len(text) % 2 == 0 for text in result.responses.completions]
+    assert 0 < sum(even) < len(even)
+    assert result.metrics['rewards/odd/failed'] == sum(even)
+    assert result.metrics['rewards/odd/none'] == sum(even)
+    assert 'rewards/ones/failed' not in result.metrics
+    np.testing.assert_array_equal(
+      result.responses.scores.valid, ~np.array(even)
+    )
+  (message,) = first.messages
+  assert 'rewards/odd' in message and 'ValueError: even' in message
+  assert second.messages == []
 
 
 def test_running_numbers_move_once_per_batch(setting):

@@ -73,7 +73,10 @@ def get_config() -> ConfigDict:
         system_prompt='',
       ),
       # name → dict(name=function of jaxrl_llm.rewards.functions or
-      # 'file.py:function', weight=1.0, other arguments of a factory)
+      # 'file.py:function' or 'module:function', weight=1.0, other arguments of
+      # a factory).  With workers=2 samples are scored one by one in 2 processes
+      # that can be killed: timeout=5.0, seconds per sample, and memory=2 << 30,
+      # bytes per process.
       rewards=ConfigDict(),
       algorithm=ConfigDict(dict(name='')),  # of jaxrl_llm.estimators.algorithms
       rollout=dict(

@@ -10,15 +10,17 @@ keyword, and a function without `**kwargs` gets only those it names.  None means
 error.  Nothing becomes 0 and nothing is broadcast silently.
 """
 
-import inspect
 import math
-import numbers
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.arguments import parameters, select
+from jaxrl_llm.rewards.results import as_float, as_list, shortened
+from jaxrl_llm.rewards.workers import Failures, Workers
 
 
 class RewardPart(NamedTuple):
@@ -36,11 +38,13 @@ class Scores(NamedTuple):
     total: float64 [N], Σ weight · score; 0 where not valid.
     valid: bool [N], False where any part gave None.
     parts: float64 [N] per part, unweighted; NaN where it gave None.
+    failures: of each part that runs in worker processes.
   """
 
   total: np.ndarray
   valid: np.ndarray
   parts: dict[str, np.ndarray]
+  failures: Mapping[str, Failures] = types.MappingProxyType({})
 
 
 def score(
@@ -50,6 +54,9 @@ def score(
   columns: dict[str, Sequence[Any]],
 ) -> Scores:
   """Scores N responses with every part and adds them up.
+
+  Parts in worker processes (`Workers`) work while the others are called one by
+  one.  A sample that fails there has no score and is counted in `failures`.
 
   Args:
     parts: at least one, with distinct names and finite weights.
@@ -64,10 +71,22 @@ def score(
   """
   arguments = {'prompts': prompts, 'completions': completions}
   _check(parts, arguments, columns)
-  # Copies, so that a function that changes its arguments changes only its own.
-  scores = {
-    part.name: _part_scores(part, {**arguments, **columns}) for part in parts
+  pending = {
+    part.name: part.function.submit(prompts, completions, columns)
+    for part in parts
+    if isinstance(part.function, Workers)
   }
+  here = {
+    part.name: _part_scores(part, {**arguments, **columns})
+    for part in parts
+    if part.name not in pending
+  }
+  there = {
+    # Where there is None, float64 has NaN.
+    name: np.asarray(scores.result(), np.float64)
+    for name, scores in pending.items()
+  }
+  scores = {part.name: (here | there)[part.name] for part in parts}
   stacked = np.stack(list(scores.values()))
   weights = np.asarray([part.weight for part in parts], np.float64)
   valid = ~np.isnan(stacked).any(axis=0)
@@ -78,7 +97,8 @@ def score(
       'the weighted sum of rewards overflows at sample '
       f'{int(np.argmin(np.isfinite(total)))}.'
     )
-  return Scores(total, valid, scores)
+  failures = {name: scores.failures() for name, scores in pending.items()}
+  return Scores(total, valid, scores, failures)
 
 
 def _check(parts, arguments, columns):
@@ -105,7 +125,8 @@ def _check(parts, arguments, columns):
 
 def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
-  accepted = _accepted(part, arguments)
+  # Copies, so that a function that changes its arguments changes only its own.
+  accepted = select(part.name, parameters(part.function), arguments)
   try:
     result = part.function(**_copies(accepted))
   except UserError:
@@ -113,10 +134,10 @@ def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
   except Exception as error:
     raise UserError(
       f'reward {part.name!r} raised {type(error).__name__}: '
-      f'{_shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
+      f'{shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
     ) from error
   completions = arguments['completions']
-  values = _as_list(part.name, result, len(completions))
+  values = as_list(part.name, result, len(completions))
   return np.asarray(
     [
       _number(part.name, value, i, completions[i])
@@ -124,34 +145,6 @@ def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
     ],
     np.float64,
   )
-
-
-def _accepted(part: RewardPart, arguments: dict) -> dict:
-  """The arguments that the function can take."""
-  try:
-    parameters = inspect.signature(part.function).parameters.values()
-  except (TypeError, ValueError):
-    return arguments  # No signature to read: give it all, as to **kwargs.
-  keyword = (
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.KEYWORD_ONLY,
-  )
-  for parameter in parameters:
-    required = parameter.default is parameter.empty and (
-      parameter.kind in keyword
-      or parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-    )
-    if required and (
-      parameter.name not in arguments or parameter.kind not in keyword
-    ):
-      raise UserError(
-        f'reward {part.name!r} needs an argument {parameter.name!r}.\n'
-        f'Arguments are passed by name; there are {sorted(arguments)}.'
-      )
-  if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-    return arguments
-  named = {p.name for p in parameters if p.kind in keyword}
-  return {k: v for k, v in arguments.items() if k in named}
 
 
 def _copies(arguments: dict) -> dict:
@@ -164,54 +157,17 @@ def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
     try:
       part.function(**{name: [v[i]] for name, v in accepted.items()})
     except Exception:
-      return f'at sample {i}, completion {_shortened(completion)!r}.'
+      return f'at sample {i}, completion {shortened(completion)!r}.'
   return 'on the whole batch; no sample alone makes it fail.'
-
-
-def _as_list(name: str, result: Any, count: int) -> list:
-  """A function's result as a list of `count` values."""
-  if hasattr(result, '__array__'):
-    result = np.asarray(result)
-    kind = f'an array of shape {result.shape}'
-    values = result.tolist() if result.ndim == 1 else None
-  else:
-    kind = f'{type(result).__name__} {_shortened(repr(result))}'
-    values = list(result) if isinstance(result, (list, tuple)) else None
-  if values is None:
-    raise UserError(
-      f'reward {name!r} returned {kind}.\n'
-      f'It must return a list of {count} numbers, one per completion.'
-    )
-  if len(values) != count:
-    raise UserError(
-      f'reward {name!r} returned {len(values)} values for {count} completions.'
-      '\nIt must return one per completion.'
-    )
-  return values
 
 
 def _number(name: str, value: Any, index: int, completion: str) -> float:
   """One value as a finite float, or NaN for None."""
-  if value is None:
-    return math.nan
-  if getattr(value, 'shape', None) == () and hasattr(value, 'item'):
-    value = value.item()  # A scalar of NumPy or JAX.
-  number = math.nan
-  if isinstance(value, numbers.Real):
-    try:
-      number = float(value)
-    except OverflowError:
-      number = math.inf
-  if not math.isfinite(number):
+  try:
+    return as_float(value)
+  except ValueError as error:
     raise UserError(
-      f'reward {name!r} returned {_shortened(repr(value))} for sample {index}, '
-      f'completion {_shortened(completion)!r}.\n'
+      f'reward {name!r} returned {shortened(repr(value))} for sample {index}, '
+      f'completion {shortened(completion)!r}.\n'
       'A score must be a finite number, or None for no score.'
-    )
-  return number
-
-
-def _shortened(text: str, length: int = 60) -> str:
-  """One line of at most `length` characters and an ellipsis."""
-  line = ' '.join(text.split())
-  return line if len(line) <= length else line[:length] + '…'
+    ) from error

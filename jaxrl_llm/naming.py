@@ -1,10 +1,11 @@
 """`dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`, wrong keys refused.
 
 A name is that of a public function of the library's module, or
-'file.py:function' for a user's own.
+'file.py:function' or 'package.module:function' for a user's own.
 """
 
 import difflib
+import importlib
 import importlib.util
 import inspect
 import pathlib
@@ -20,11 +21,11 @@ Modules = ModuleType | Sequence[ModuleType]
 
 
 def find(modules: Modules, name: str, field: str) -> Callable:
-  """The public function `name` of `modules`, or 'file.py:function'.
+  """The public function `name` of `modules`, or of a file or module named.
 
   Args:
     modules: where the functions live.
-    name: the function's name.
+    name: the function's name, 'file.py:function' or 'module:function'.
     field: the configuration field, for the message.
 
   Raises:
@@ -123,25 +124,17 @@ def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:
 
 
 def file_of(name: str) -> str | None:
-  """The file of 'file.py:function'; None for a function of the library."""
+  """What stands before the ':'; None for a function of the library."""
   return name.rpartition(':')[0] or None
 
 
-def _load(name: str, field: str):
-  """'file.py:function' → the function."""
+def _load(name: str, field: str) -> Callable:
+  """'file.py:function' or 'module:function' → the function."""
   path, _, attribute = name.rpartition(':')
-  file = pathlib.Path(path)
-  if file.suffix != '.py' or not file.is_file():
-    raise UserError(
-      f'{field}: no such Python file: {path}\n'
-      f"it is looked for from {pathlib.Path.cwd()}; write 'file.py:function'"
-    )
-  # By this name pickle and dataclasses find the module again.
-  spec = importlib.util.spec_from_file_location(f'user_{file.stem}', path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
   try:
-    spec.loader.exec_module(module)
+    module = _module(path, field)
+  except UserError:
+    raise
   except Exception as error:
     reason = ' '.join(str(error).split())
     raise UserError(
@@ -152,10 +145,35 @@ def _load(name: str, field: str):
     functions = [
       key
       for key, value in vars(module).items()
-      if inspect.isfunction(value) and value.__module__ == spec.name
+      if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
     raise UserError(
       f'{field}: no function {attribute!r} in {path}\n'
       f'it has {", ".join(functions) or "none"}'
     )
   return function
+
+
+def _module(path: str, field: str) -> ModuleType:
+  """A file ending in .py, executed, or a module, imported."""
+  file = pathlib.Path(path)
+  if file.suffix == '.py' and file.is_file():
+    # By this name pickle and dataclasses find the module again.
+    spec = importlib.util.spec_from_file_location(f'user_{file.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+  names = path.split('.')
+  if file.suffix != '.py' and all(name.isidentifier() for name in names):
+    try:
+      return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+      # What the module itself imports may be missing: that is another mistake.
+      if not f'{path}.'.startswith(f'{error.name}.'):
+        raise
+  raise UserError(
+    f'{field}: no such Python file: {path}\n'
+    f"it is looked for from {pathlib.Path.cwd()}; write 'file.py:function' or "
+    "'module:function'"
+  )

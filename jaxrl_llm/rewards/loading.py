@@ -1,0 +1,37 @@
+"""From the name of a reward function to the function."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrl_llm import naming
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import functions
+
+# Parameters that tell a reward function from a factory of one.
+_RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
+
+
+def load(name: str, settings: Mapping[str, Any], field: str) -> Callable:
+  """The reward function that `name` stands for.
+
+  Args:
+    name: of a function or a factory of `jaxrl_llm.rewards.functions`, or
+      'file.py:function', or 'module:function'.  What takes neither `**kwargs`
+      nor responses is a factory: it is called, and gives the function.
+    settings: arguments of the factory; of a function there are none.
+    field: what the messages begin with.
+
+  Raises:
+    UserError: no such function, or settings that it does not take.
+  """
+  function = naming.find(functions, name, field)
+  taken = inspect.signature(function).parameters.values()
+  if not any(
+    parameter.kind is parameter.VAR_KEYWORD or parameter.name in _RESPONSES
+    for parameter in taken
+  ):
+    return naming.call(functions, {**settings, 'name': name}, field)
+  if settings:
+    raise UserError(f'{field}: {name} has no setting {next(iter(settings))!r}')
+  return function

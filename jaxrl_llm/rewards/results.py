@@ -1,0 +1,67 @@
+"""What a reward function returned, as numbers or not at all."""
+
+import math
+import numbers
+from typing import Any
+
+from jaxrl_llm.errors import UserError
+
+
+def as_list(name: str, result: Any, count: int) -> list:
+  """A function's result as a list of `count` values.
+
+  Args:
+    name: of the function, for the message.
+    result: what it returned; lists, tuples and arrays [count] will do.
+    count: of the completions.
+
+  Raises:
+    UserError: it is something else, or of another length.
+  """
+  if hasattr(result, '__array__'):
+    import numpy as np  # Late: worker processes start faster without it.
+
+    result = np.asarray(result)
+    kind = f'an array of shape {result.shape}'
+    values = result.tolist() if result.ndim == 1 else None
+  else:
+    kind = f'{type(result).__name__} {shortened(repr(result))}'
+    values = list(result) if isinstance(result, (list, tuple)) else None
+  if values is None:
+    raise UserError(
+      f'reward {name!r} returned {kind}.\n'
+      f'It must return a list of {count} numbers, one per completion.'
+    )
+  if len(values) != count:
+    raise UserError(
+      f'reward {name!r} returned {len(values)} values for {count} completions.'
+      '\nIt must return one per completion.'
+    )
+  return values
+
+
+def as_float(value: Any) -> float:
+  """One value as a finite float, NaN for None.
+
+  Raises:
+    ValueError: it is no real number, or not a finite one.
+  """
+  if value is None:
+    return math.nan
+  if getattr(value, 'shape', None) == () and hasattr(value, 'item'):
+    value = value.item()  # A scalar of NumPy or JAX.
+  number = math.nan
+  if isinstance(value, numbers.Real):
+    try:
+      number = float(value)
+    except OverflowError:
+      number = math.inf
+  if not math.isfinite(number):
+    raise ValueError(f'{shortened(repr(value))} is no finite number')
+  return number
+
+
+def shortened(text: str, length: int = 60) -> str:
+  """One line of at most `length` characters and an ellipsis."""
+  line = ' '.join(text.split())
+  return line if len(line) <= length else line[:length] + '…'

@@ -1,0 +1,187 @@
+"""A reward worker's process: `python -m jaxrl_llm.rewards.worker SPEC`.
+
+Started by `workers.Workers` alone.  SPEC is JSON:
+
+  name, settings, field   as `loading.load` takes them
+  containment             a kind of `containment.KINDS`; null for the strongest
+  memory                  bytes
+  timeout                 seconds
+  pythonpath              value of PYTHONPATH for the function; null for none
+
+Requests come on descriptor 0 and replies go out on descriptor 1, a line of JSON
+each.  The first line out is
+
+  ["failed", message]   nothing follows
+  ["ready", {…}]         the fields of `worker_process.Ready`
+
+and then, for every request [token, arguments], one reply [token, kind, x]:
+
+  "score"   x is a finite number or null
+  "error"   x is a message: the function raised, or gave what is no score
+  "memory"  x is a message: the function asked for too much
+  "user"    x is the message of a UserError
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import mmap
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxrl_llm import naming
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import containment, loading
+from jaxrl_llm.rewards.arguments import parameters
+from jaxrl_llm.rewards.results import as_float, as_list, shortened
+
+# Characters of a UserError, whose lines are kept.
+_MAX_MESSAGE = 2000
+
+
+def main() -> int:
+  """Supervises the process that scores; gives its exit status."""
+  spec = json.loads(sys.argv[1])
+  kind = spec['containment'] or containment.strongest()
+  try:
+    return containment.run(functools.partial(_work, spec, kind), kind)
+  except OSError as error:
+    _send(1, ['failed', f'containment {kind!r} does not work here: {error}'])
+    return 1
+
+
+def _work(spec: dict[str, Any], kind: str) -> int:
+  """Loads the function and answers requests until there are no more."""
+  requests, replies = _take_channel()
+  _restore_path(spec['pythonpath'])
+  limited = _limit(spec['memory'])
+  try:
+    function = loading.load(spec['name'], spec['settings'], spec['field'])
+  except UserError as error:
+    _send(replies, ['failed', str(error)[:_MAX_MESSAGE]])
+    return 1
+  except BaseException as error:
+    message = f'{spec["field"]}: {spec["name"]} does not load\n{_said(error)}'
+    _send(replies, ['failed', message])
+    return 1
+  ready = {
+    'containment': kind,
+    'memory_limited': limited,
+    'parameters': parameters(function),
+    'source': _digest(naming.file_of(spec['name'])),
+  }
+  _send(replies, ['ready', ready])
+  own = os.getpid()
+  with open(requests, 'rb') as lines:
+    for line in lines:
+      token, given = json.loads(line)
+      _limit_cpu(spec['timeout'])
+      reply = _score(spec['name'], function, given)
+      if os.getpid() != own:
+        return 1  # The function has forked and come back twice.
+      _send(replies, [token, *reply])
+  return 0
+
+
+def _score(name: str, function: Callable, given: dict) -> tuple[str, Any]:
+  """Calls the function on one sample, whatever it does."""
+  try:
+    try:
+      result = function(**given)
+    except UserError as error:
+      return 'user', str(error)[:_MAX_MESSAGE]
+    try:
+      score = as_float(as_list(name, result, 1)[0])
+    except ValueError:
+      return 'error', f'returned {shortened(repr(result))}'
+  except MemoryError as error:
+    return 'memory', _said(error)
+  except BaseException as error:
+    return 'error', _said(error)
+  return 'score', None if math.isnan(score) else score
+
+
+def _said(error: BaseException) -> str:
+  """Type and message of an exception, in a line."""
+  return shortened(f'{type(error).__name__}: {error}'.removesuffix(': '), 200)
+
+
+def _take_channel() -> tuple[int, int]:
+  """Moves the channel away from where a function reads and prints.
+
+  What it prints is discarded: no amount of it can block, or be read as a reply.
+  """
+  requests, replies = os.dup(0), os.dup(1)
+  nothing = os.open(os.devnull, os.O_RDWR)
+  for descriptor in (0, 1, 2):
+    os.dup2(nothing, descriptor)
+  os.close(nothing)
+  return requests, replies
+
+
+def _send(descriptor: int, message: Any) -> None:
+  line = json.dumps(message).encode() + b'\n'
+  while line:
+    line = line[os.write(descriptor, line) :]
+
+
+def _restore_path(value: str | None) -> None:
+  """Undoes the PYTHONPATH that this process was started with.
+
+  It is that of the parent's interpreter, which the function may not start.
+  """
+  os.environ.pop('PYTHONPATH', None)
+  if value is not None:
+    os.environ['PYTHONPATH'] = value
+
+
+def _digest(file: str | None) -> str | None:
+  if file is None or not os.path.isfile(file):
+    return None
+  return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+
+
+def _limit(memory: int) -> bool:
+  """Bounds memory, in bytes; False where the system does not enforce it."""
+  # No crash is worth a core file, and should the machine run out of memory all
+  # the same, this process is to be killed before others.
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  with contextlib.suppress(OSError):
+    pathlib.Path('/proc/self/oom_score_adj').write_text('1000')
+  # RLIMIT_DATA counts only what can be written, not files and libraries that
+  # are mapped, but some systems do not enforce it.
+  for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+    _, hard = resource.getrlimit(kind)
+    bound = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+    try:
+      resource.setrlimit(kind, (bound, bound))
+    except (OSError, ValueError):
+      continue
+    try:
+      mmap.mmap(-1, bound, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON).close()
+    except OSError:
+      return True
+  return False
+
+
+def _limit_cpu(timeout: float) -> None:
+  """Ends this process by itself should the parent be unable to.
+
+  All cores at work for the whole of the time-out are within the limit.
+  """
+  _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+  seconds = time.process_time() + timeout * (os.cpu_count() or 1)
+  soft = math.ceil(seconds) + 1
+  if hard == resource.RLIM_INFINITY or soft < hard:
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+if __name__ == '__main__':
+  os._exit(main())

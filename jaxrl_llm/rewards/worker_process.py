@@ -1,0 +1,249 @@
+"""One worker, seen from the process that started it."""
+
+import contextlib
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards.arguments import Parameters
+
+# Bytes of a line that a worker may send; anything longer is no reply.
+_MAX_LINE = 1 << 16
+# Seconds that a supervisor has to end with all that it watches.
+_GRACE = 5.0
+
+# A worker computes on one core and leaves accelerators alone.
+_ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  'MKL_NUM_THREADS': '1',
+  'OMP_NUM_THREADS': '1',
+  'OPENBLAS_NUM_THREADS': '1',
+}
+
+
+class Ready(NamedTuple):
+  """What a worker says of itself when it has loaded the function.
+
+  Attributes:
+    containment: a kind of `containment.KINDS`.
+    memory_limited: whether the system enforces the limit.
+    parameters: what the function takes.
+    source: sha256 of its file; None where it is named by its module.
+  """
+
+  containment: str
+  memory_limited: bool
+  parameters: Parameters
+  source: str | None
+
+
+class Reply(NamedTuple):
+  """What came of one sample.
+
+  Attributes:
+    kind: 'score', 'user' for a UserError of the function, or one of
+      `workers.FAILURES`.
+    score: where there is one; None also if the function gave None.
+    message: why there is none.
+  """
+
+  kind: str
+  score: float | None = None
+  message: str = ''
+
+
+class WorkerProcess:
+  """A process that loads a reward function and scores sample by sample.
+
+  Used by one thread at a time, except for `terminate`.
+
+  Args:
+    spec: as `worker` reads it, but for 'pythonpath', which is added.
+    folder: in which it works.
+
+  Attributes:
+    asked: samples it has been given.
+
+  Raises:
+    UserError: the system starts no process.
+  """
+
+  def __init__(self, spec: Mapping[str, Any], folder: str):
+    self.asked = 0
+    self._spec = spec
+    self._received = b''
+    # What can be imported here can be imported there.
+    path = os.pathsep.join(entry or folder for entry in sys.path)
+    own = {'pythonpath': os.environ.get('PYTHONPATH')}
+    command = [sys.executable, '-m', 'jaxrl_llm.rewards.worker']
+    try:
+      self._process = subprocess.Popen(
+        [*command, json.dumps({**spec, **own})],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        cwd=folder,
+        env=os.environ | _ENVIRONMENT | {'PYTHONPATH': path},
+        start_new_session=True,  # Ctrl-C is for the parent to decide on.
+      )
+    except OSError as error:
+      raise UserError(
+        f'{spec["field"]}: no worker process can be started: {error}'
+      ) from error
+    self._requests = self._process.stdin.fileno()
+    self._replies = self._process.stdout.fileno()
+    os.set_blocking(self._requests, False)
+
+  def wait_ready(self, seconds: float) -> Ready:
+    """Waits until the function is loaded.
+
+    Raises:
+      UserError: it cannot be, or not in time.
+    """
+    field, name = self._spec['field'], self._spec['name']
+    try:
+      kind, content = json.loads(self._exchange(b'', seconds))
+    except TimeoutError as error:
+      raise UserError(
+        f'{field}: {name} does not load within {seconds:g} s'
+      ) from error
+    except (EOFError, ValueError) as error:
+      raise UserError(
+        f'{field}: the process that loads {name} {self._ending().message}\n'
+        'either the function ends it when it is imported, or it needs more '
+        f'memory than {self._spec["memory"]} bytes'
+      ) from error
+    if kind == 'failed':
+      raise UserError(content)
+    named, required, rest = content.pop('parameters')
+    taken = Parameters(tuple(named), tuple(required), rest)
+    return Ready(**content, parameters=taken)
+
+  def ask(self, arguments: bytes, seconds: float) -> Reply:
+    """Has one sample scored.
+
+    Args:
+      arguments: a JSON object.
+      seconds: of wall time that it may take.
+
+    Returns:
+      A reply.  Of the kinds 'timeout', 'crash' and 'memory' it was the last
+      of this process, which is then to be closed.
+    """
+    self.asked += 1
+    # Not to be guessed: what a function writes to the channel is no reply.
+    token = os.urandom(8).hex()
+    line = b'["%s", %s]\n' % (token.encode(), arguments)
+    try:
+      received = self._exchange(line, seconds)
+    except TimeoutError:
+      return Reply('timeout', message=f'no answer in {seconds:g} s')
+    except EOFError:
+      return self._ending()
+    except ValueError as error:
+      return Reply('crash', message=str(error))
+    return _parsed(received, token)
+
+  def terminate(self) -> None:
+    """Asks the process to end, with all that it has started, and returns."""
+    self._process.terminate()
+
+  def close(self) -> None:
+    """Ends the process and waits until it and all it has started are gone."""
+    self._process.stdin.close()
+    self._process.terminate()
+    try:
+      self._process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+      # The supervisor is stuck; the kernel ends its children with it.
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self._process.pid, signal.SIGKILL)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        self._process.wait(_GRACE)
+    self._process.stdout.close()
+
+  def _exchange(self, unsent: bytes, seconds: float) -> bytes:
+    """Sends a line, if any, and gives the one that comes back.
+
+    Raises:
+      TimeoutError: it did not come in time.
+      EOFError: the process has ended.
+      ValueError: something else came.
+    """
+    poll = select.poll()
+    poll.register(self._replies, select.POLLIN)
+    if unsent:
+      unsent = unsent[self._send(unsent) :]
+    if unsent:
+      poll.register(self._requests, select.POLLOUT)
+    deadline = time.monotonic() + seconds
+    while b'\n' not in self._received:
+      left = deadline - time.monotonic()
+      ready = poll.poll(math.ceil(max(left, 0.0) * 1000))
+      # What came in time counts, even if this thread was kept from seeing it.
+      if left <= 0 and not ready:
+        raise TimeoutError
+      for descriptor, _ in ready:
+        if descriptor == self._replies:
+          self._receive()
+          continue
+        unsent = unsent[self._send(unsent) :]
+        if not unsent:
+          poll.unregister(self._requests)
+    # What may follow is no reply to the next request: its token is another.
+    line, _, self._received = self._received.partition(b'\n')
+    return line
+
+  def _receive(self) -> None:
+    received = os.read(self._replies, _MAX_LINE)
+    if not received:
+      raise EOFError
+    self._received += received
+    if len(self._received) > _MAX_LINE:
+      raise ValueError('wrote to the channel of its worker')
+
+  def _send(self, unsent: bytes) -> int:
+    """Number of bytes sent."""
+    try:
+      return os.write(self._requests, unsent)
+    except BlockingIOError:
+      return 0
+    except BrokenPipeError as error:
+      raise EOFError from error
+
+  def _ending(self) -> Reply:
+    """How the process has ended."""
+    try:
+      status = self._process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+      return Reply('crash', message='closed its channel')
+    number = status - 128 if status > 128 else -status
+    if number == signal.SIGXCPU:
+      return Reply('timeout', message='used up its CPU time')
+    if number <= 0 or number not in set(signal.Signals):
+      return Reply('crash', message=f'ended with status {status}')
+    return Reply(
+      'crash', message=f'was killed by {signal.Signals(number).name}'
+    )
+
+
+def _parsed(line: bytes, token: str) -> Reply:
+  """A reply, if the line is one to the request with this token."""
+  try:
+    answered, kind, content = json.loads(line)
+    if answered == token:
+      if kind == 'score' and (content is None or math.isfinite(content)):
+        return Reply('score', score=content)
+      if kind in ('error', 'memory', 'user') and isinstance(content, str):
+        return Reply(kind, message=content)
+  except (TypeError, ValueError, RecursionError, OverflowError):
+    pass
+  return Reply('crash', message='wrote to the channel of its worker')

@@ -1,0 +1,429 @@
+"""Reward functions in worker processes that can be killed.
+
+Math parsers hang in C code and generated programs do what they like.  A
+time-out by signal fails in threads, and a pool's `future.result(timeout)` does
+not free the worker.  So a process scores one sample at a time, and what does
+not answer is killed with all it has started (`containment` says how, and what
+is left where); a new process takes its place while the others go on.
+"""
+
+import contextlib
+import math
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import containment as containment_lib
+from jaxrl_llm.rewards.arguments import encode_each, is_json, select
+from jaxrl_llm.rewards.results import shortened
+from jaxrl_llm.rewards.worker_process import Ready, Reply, WorkerProcess
+
+# Why a sample has no score.
+FAILURES = ('timeout', 'crash', 'error', 'memory')
+
+# After these the process is of no use.
+_FATAL = ('timeout', 'crash', 'memory')
+
+# Seconds that a thread has to end; its process has ended well before.
+_JOIN_SECONDS = 15.0
+# Bytes.  The interpreter alone takes 10 MB.
+_LEAST_MEMORY = 1 << 26
+
+
+class Workers:
+  """A reward function that runs in processes of its own, sample by sample.
+
+    with Workers('mine.py:verify', workers=4, timeout=2.0) as workers:
+      pending = workers.submit(prompts, completions, {'answer': answers})
+      ...  # The device computes meanwhile.
+      scores = pending.result()
+
+  It is itself a reward function, `workers(prompts=, completions=, **columns)`,
+  and fits a `RewardPart`.
+
+  Every sample is a call of its own with lists of length 1.  A function that
+  compares samples with each other cannot be run in this way.  A process serves
+  one sample after another, so that what the function keeps (caches, an open
+  program) stays, and what a sample breaks may break later ones in the same
+  process; a process that crashes or runs out of memory at a sample after it has
+  served others is therefore replaced and the sample tried once more.
+
+  A sample without an answer after `timeout` seconds has no score, and neither
+  has one that crashes its process, asks for more memory, raises an exception or
+  returns anything but a finite number: None, counted by kind in
+  `Pending.failures`.  h samples that hang delay a batch by ⌈h / workers⌉
+  time-outs.  Scores that hang on a time-out are not reproducible.
+
+  What the function prints is discarded.  Its process has the user's files and
+  network: it is killable, not a sandbox.  Processes survive Ctrl-C and end with
+  `close`, when the last reference is gone, and when this process ends, however
+  it does.
+
+  Args:
+    name: of a function or a factory of `jaxrl_llm.rewards.functions`, or
+      'file.py:function', or 'module:function'.  Loaded in the workers alone.
+    settings: arguments of a factory, JSON values.
+    workers: number of processes.
+    timeout: seconds of wall time per sample, from when a process takes it.
+    memory: bytes of its own that a process may write to, the interpreter's
+      10 MB and what libraries take included.  Processes that the function
+      starts may have as many each.
+    containment: a kind of `containment.KINDS`; the strongest by default.
+    load_timeout: seconds that a process may take to load the function.
+    field: what messages about name and settings begin with.
+
+  Attributes:
+    name: as given.
+    parameters: what the function takes.
+    containment: the kind that is in use.
+    memory_limited: whether the system enforces `memory`; macOS does not.
+
+  Raises:
+    UserError: the function cannot be loaded, or an argument makes no sense.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    workers: int = 2,
+    timeout: float = 5.0,
+    memory: int = 2 << 30,
+    containment: str | None = None,
+    load_timeout: float = 120.0,
+    field: str | None = None,
+  ):
+    self.name = name
+    spec = {
+      'name': name,
+      'settings': dict(settings or {}),
+      'field': field or f'reward {name!r}',
+      'containment': containment,
+      'memory': memory,
+      'timeout': timeout,
+    }
+    _check(spec, workers)
+    self._pool = _Pool(spec, load_timeout)
+    self._finalizer = weakref.finalize(self, self._pool.close)
+    first, ready = self._pool.launch()
+    self.parameters = ready.parameters
+    self.memory_limited = ready.memory_limited
+    # The others need not find out again what works here.
+    self.containment = spec['containment'] = ready.containment
+    self._pool.serve(first)
+    for _ in range(workers - 1):
+      self._pool.serve(None)
+
+  def submit(
+    self,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+  ) -> 'Pending':
+    """Begins to score N responses and returns at once.
+
+    Args:
+      prompts, completions: N strings each.
+      columns: N JSON values each; those that the function does not name are
+        not sent.
+
+    Raises:
+      UserError: the function needs a column that there is not, or one holds
+        what JSON has no form for, or the workers are closed.
+    """
+    given = {'prompts': prompts, 'completions': completions, **columns}
+    given = select(self.name, self.parameters, given)
+    samples = encode_each(self.name, given, len(completions))
+    pending = Pending(self.name, completions, self._pool)
+    self._pool.put(
+      [_Job(pending, index, given) for index, given in enumerate(samples)]
+    )
+    return pending
+
+  def __call__(
+    self, prompts: Sequence[str], completions: Sequence[str], **columns
+  ) -> list[float | None]:
+    """Scores N responses; raises as `submit` and `Pending.result` do."""
+    return self.submit(prompts, completions, columns).result()
+
+  def close(self) -> None:
+    """Ends the processes.  What is pending then raises UserError."""
+    self._finalizer()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+
+def isolated(
+  name: str,
+  workers: int = 2,
+  timeout: float = 5.0,
+  memory: int = 2 << 30,
+  **settings: Any,
+) -> Workers:
+  """A reward function in worker processes, as `Workers` describes them.
+
+    RewardPart('correct', isolated('gsm8k_answer', workers=4, timeout=2.0))
+
+  Args:
+    name: of a function or factory.
+    workers: number of processes.
+    timeout: seconds per sample.
+    memory: bytes per process.
+    **settings: arguments of a factory.
+  """
+  return Workers(
+    name, settings, workers=workers, timeout=timeout, memory=memory
+  )
+
+
+class Failures(NamedTuple):
+  """Samples of a batch that have no score because scoring them failed.
+
+  Attributes:
+    counts: their number by kind, for all of `FAILURES`.
+    messages: by each kind that occurred, of its first sample: what happened,
+      which sample, and its completion.
+  """
+
+  counts: dict[str, int]
+  messages: dict[str, str]
+
+
+class Pending:
+  """Scores that workers are about to find."""
+
+  def __init__(self, name: str, completions: Sequence[str], pool: '_Pool'):
+    self._name = name
+    self._completions = list(completions)
+    self._pool = pool
+    self._replies = [None] * len(completions)
+    self._left = len(completions)
+    self._lock = threading.Lock()
+    self._done = threading.Event()
+    if not self._left:
+      self._done.set()
+
+  def settle(self, index: int, reply: Reply | Exception) -> None:
+    """Notes what came of a sample; for the workers to call, once for each."""
+    with self._lock:
+      self._replies[index] = reply
+      self._left -= 1
+      if not self._left:
+        self._done.set()
+
+  def done(self) -> bool:
+    """Whether `result` would return, or raise, at once."""
+    return self._done.is_set()
+
+  def result(self) -> list[float | None]:
+    """Waits for the N scores; None where there is none.
+
+    Raises:
+      UserError: the function raised one; or every sample failed with an error
+        before there was any score, so that the function is at fault and not
+        the responses; or the workers were closed, or cannot be started any
+        more, or the function's file has changed when one was replaced.
+    """
+    self._done.wait()
+    for index, reply in enumerate(self._replies):
+      if isinstance(reply, Exception):
+        raise reply
+      if reply.kind == 'user':
+        raise UserError(
+          f'reward {self._name!r}, given sample {index} alone: {reply.message}'
+        )
+    failures, count = self.failures(), len(self._replies)
+    if not self._pool.worked and 0 < failures.counts['error'] == count:
+      raise UserError(
+        f'reward {self._name!r} fails on every sample of the first batch:\n'
+        f'{failures.messages["error"]}'
+      )
+    return [reply.score for reply in self._replies]
+
+  def failures(self) -> Failures:
+    """Waits, and tells how many samples failed, and why."""
+    self._done.wait()
+    counts, messages = dict.fromkeys(FAILURES, 0), {}
+    for index, reply in enumerate(self._replies):
+      kind = getattr(reply, 'kind', None)
+      if kind not in counts:
+        continue
+      counts[kind] += 1
+      completion = shortened(self._completions[index])
+      found = f'{reply.message} (sample {index}, completion {completion!r})'
+      messages.setdefault(kind, found)
+    return Failures(counts, messages)
+
+
+class _Job(NamedTuple):
+  """One sample: the batch it is of, its place there, and JSON arguments."""
+
+  pending: Pending
+  index: int
+  arguments: bytes
+
+
+class _Pool:
+  """Processes, a thread for each, and the samples that wait for them.
+
+  Holds no reference to the `Workers`, whose end closes it.
+
+  Attributes:
+    worked: whether the function has ever given a score.
+  """
+
+  def __init__(self, spec: dict[str, Any], load_timeout: float):
+    self._jobs = queue.SimpleQueue()
+    self.worked = False
+    self._spec = spec
+    self._load_timeout = load_timeout
+    # Paths mean what they meant when the first process loaded the function.
+    self._folder = os.getcwd()
+    self._source = None
+    self._owner = os.getpid()
+    self._open = True
+    self._processes = set()
+    self._threads = []
+    # Reentrant: a garbage collection within may close the pool.
+    self._lock = threading.RLock()
+
+  def launch(self) -> tuple[WorkerProcess, Ready]:
+    """A process that has loaded the function, and what it says of itself."""
+    with self._lock:
+      self._check_open()
+      process = WorkerProcess(self._spec, self._folder)
+      self._processes.add(process)
+    try:
+      ready = process.wait_ready(self._load_timeout)
+      self._check_source(ready.source)
+    except BaseException:
+      self._end(process)
+      raise
+    return process, ready
+
+  def serve(self, process: WorkerProcess | None) -> None:
+    """Starts a thread that has samples scored, at first by this process."""
+    thread = threading.Thread(
+      target=self._work, args=(process,), name='reward worker', daemon=True
+    )
+    self._threads.append(thread)
+    thread.start()
+
+  def put(self, jobs: Sequence[_Job]) -> None:
+    """Has samples scored when their turn comes."""
+    with self._lock:
+      self._check_open()
+      for job in jobs:
+        self._jobs.put(job)
+
+  def close(self) -> None:
+    """Ends processes and threads; samples that wait are settled as failed."""
+    if os.getpid() != self._owner:
+      return  # A forked copy of the process that started them.
+    with self._lock:
+      self._open = False
+      processes = list(self._processes)
+      for _ in self._threads:
+        self._jobs.put(None)
+    for process in processes:
+      process.terminate()
+    for thread in self._threads:
+      if thread is not threading.current_thread():
+        thread.join(_JOIN_SECONDS)
+
+  def _work(self, process: WorkerProcess | None) -> None:
+    """Has samples scored one after another until the pool is closed."""
+    while True:
+      if process is None:
+        # Ahead of the next sample, for which it is tried again if need be.
+        with contextlib.suppress(Exception):
+          process, _ = self.launch()
+      job = self._jobs.get()
+      if job is None:
+        break
+      process, reply = self._score(process, job.arguments)
+      job.pending.settle(job.index, reply)
+    if process is not None:
+      self._end(process)
+
+  def _score(
+    self, process: WorkerProcess | None, arguments: bytes
+  ) -> tuple[WorkerProcess | None, Reply | Exception]:
+    """What came of a sample, and the process if it can go on."""
+    try:
+      self._check_open()
+      if process is None:
+        process, _ = self.launch()
+      fresh = not process.asked
+      reply = process.ask(arguments, self._spec['timeout'])
+      self._check_open()
+      if reply.kind not in _FATAL:
+        self.worked = self.worked or reply.kind == 'score'
+        return process, reply
+      self._end(process)
+      if fresh or reply.kind == 'timeout':
+        return None, reply
+    except Exception as error:
+      if process is not None:
+        self._end(process)
+      return None, error
+    # What earlier samples did to the process may be the reason.
+    return self._score(None, arguments)
+
+  def _end(self, process: WorkerProcess) -> None:
+    process.close()
+    with self._lock:
+      self._processes.discard(process)
+
+  def _check_open(self) -> None:
+    if not self._open:
+      raise UserError(f'reward {self._spec["name"]!r}: its workers are closed')
+
+  def _check_source(self, source: str | None) -> None:
+    """Refuses a file that is no longer the one that was loaded first."""
+    self._source = self._source or source
+    if source != self._source:
+      raise UserError(
+        f'{self._spec["field"]}: the file of {self._spec["name"]} has changed\n'
+        'a worker that takes the place of another would score by other rules: '
+        'put the file\nback, or begin anew'
+      )
+
+
+def _check(spec: Mapping[str, Any], workers: int) -> None:
+  """Raises UserError for an argument that makes no sense."""
+
+  def is_number(value, kinds):
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+  field, timeout, memory = spec['field'], spec['timeout'], spec['memory']
+  if not is_number(workers, int) or workers < 1:
+    raise UserError(f'{field}: workers is {workers!r}, not a positive integer')
+  if not is_number(timeout, (int, float)) or not 0 < timeout < math.inf:
+    raise UserError(f'{field}: timeout is {timeout!r}, not a number of seconds')
+  if not is_number(memory, int) or memory < _LEAST_MEMORY:
+    raise UserError(
+      f'{field}: memory is {memory!r}\n'
+      f'it is a number of bytes, at least {_LEAST_MEMORY}'
+    )
+  kinds = containment_lib.KINDS
+  if spec['containment'] not in (None, *kinds):
+    raise UserError(
+      f'{field}: containment is {spec["containment"]!r}\n'
+      f'choose one of {", ".join(kinds)}'
+    )
+  for key, value in spec['settings'].items():
+    if not is_json(value):
+      raise UserError(
+        f'{field}: {key} is {value!r}, which is no JSON value\n'
+        'it is sent to worker processes; write a list for a tuple'
+      )
