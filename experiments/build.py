@@ -20,7 +20,7 @@ from jaxrl_llm.estimators import (
 )
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.rewards import RewardPart, functions
+from jaxrl_llm.rewards import RewardPart, code, functions, grades
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import vocabulary
 
@@ -28,6 +28,8 @@ from jaxrl_llm.tasks import vocabulary
 # that its arguments may.
 ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
+# Those for `config.rewards`.
+REWARDS = (functions, code)
 
 # Parameters that tell a reward function from a factory of one.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
@@ -311,7 +313,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
       f"{field} has no 'name'\n"
       "name a function of jaxrl_llm.rewards.functions, or 'file.py:function'"
     )
-  function = naming.find(functions, spec['name'], field)
+  function = naming.find(REWARDS, spec['name'], field)
   # A factory takes settings and returns the function; a function takes the
   # responses themselves.
   taken = inspect.signature(function).parameters.values()
@@ -319,7 +321,10 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
     parameter.kind is parameter.VAR_KEYWORD or parameter.name in _RESPONSES
     for parameter in taken
   ):
-    return RewardPart(name, naming.call(functions, spec, field), weight)
+    # What a mapping means to a user's own function is the user's affair.
+    parts = () if naming.file_of(spec['name']) else grades
+    call = naming.call(REWARDS, spec, field, parts)
+    return RewardPart(name, call, weight)
   unknown = set(spec) - {'name'}
   if unknown:
     raise UserError(f'{field}: {spec["name"]} has no setting {unknown.pop()!r}')

@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
         chat_template='auto',  # where the tokenizer has one; '' never
         system_prompt='',
       ),
-      # name → dict(name=function of jaxrl_llm.rewards.functions or
+      # name → dict(name=function of jaxrl_llm.rewards.functions or .code, or
       # 'file.py:function', weight=1.0, other arguments of a factory)
       rewards=ConfigDict(),
       algorithm=ConfigDict(dict(name='')),  # of jaxrl_llm.estimators.algorithms
