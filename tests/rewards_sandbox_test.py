@@ -120,6 +120,13 @@ def test_threads_that_never_end_do_not_matter():
   assert run(threads + WRONG, TESTS).outcome is Outcome.FAILED
 
 
+WRITE = """
+import os
+for n in range(3, 64):
+  try: os.write(n, b'{}')
+  except OSError: pass
+os._exit(0)"""
+
 # Each would pass a sandbox that only looks at how the process ends, or at what
 # it prints, or runs tests with whatever the program has left.
 FORGERIES = {
@@ -130,12 +137,11 @@ FORGERIES = {
   'exit replaced': 'import os, sys\nos._exit = sys.exit = lambda *a: None\n'
   + WRONG,
   'printed': 'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
-  'written': """
-import os
-for n in range(3, 64):
-  try: os.write(n, b'loaded\\n' + b'0' * 32 + b'passed 11 \\npassed 11 \\n')
-  except OSError: pass
-os._exit(0)""",
+  'written': WRITE.format(r'passed 11 \n'),
+  'written as if loaded': WRITE.format(r'loaded\npassed 11 \n'),
+  'written with a guess': WRITE.format(
+    r'loaded\n' + '0' * 32 + r'passed 11 \n'
+  ),
   'flood': """
 import os
 for n in range(3, 64):
@@ -145,7 +151,8 @@ for n in range(3, 64):
   'descriptors closed': 'import os\nos.closerange(3, 64)\n' + WRONG,
   'atexit': 'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
   'builtins': 'import builtins\nbuiltins.abs = lambda x: 0\n'
-  'builtins.AssertionError = builtins.exec = None\ndef add(a, b): return 4',
+  'def add(a, b): return 4',
+  'exec': 'import builtins\nbuiltins.exec = lambda *a: 0\n' + WRONG,
   'own abs': 'def abs(x): return 0\ndef add(a, b): return 4',
   'main': 'import __main__, sys\n__main__.test = lambda *a: None\n'
   'sys.modules.clear()\n' + WRONG,

@@ -26,7 +26,9 @@ supervisor, which kills them all in the end; a program that first kills the
 supervisor (only one without Landlock and user of its own can) leaves them
 alive.  The number of processes is then limited by adding to those that the user
 has.  Elsewhere (macOS) the process group is killed, a process that leaves it
-lives on, and neither memory nor the number of processes is limited.
+lives on, and neither memory nor the number of processes is limited.  Where the
+caller itself is killed, its programs end by their time limit and leave their
+directories.
 
 This is no security boundary.  The program runs on the same kernel, reads what
 this user reads (with a user of its own: what everyone reads), and can fill the
@@ -63,8 +65,8 @@ from jaxrl_llm.errors import UserError
 _log = logging.getLogger(__name__)
 _CHILD = pathlib.Path(__file__).with_name('sandbox_child.py')
 _NOBODY = 65534
-# Seconds beyond the time limit: an interpreter starts on a loaded machine.
-_GRACE = 20.0
+# Seconds beyond the time limit: an interpreter starts, on a loaded machine.
+_GRACE = 60.0
 # Seconds from a verdict until all processes have ended by themselves.
 _END = 2.0
 _LEAST_MEMORY = 2**26
@@ -152,7 +154,12 @@ def isolation(interpreter: str = sys.executable) -> Isolation:
     tries = [Isolation()]
   for found in tries:
     try:
-      result = run('import random', isolated=found, interpreter=interpreter)
+      result = run(
+        'import random',  # Modules in Python and in C.
+        timeout=_GRACE,
+        isolated=found,
+        interpreter=interpreter,
+      )
     except UserError as error:
       obstacle = error
       continue
@@ -309,6 +316,7 @@ def _execute(isolated, interpreter, limits, texts, keep):
       return _listen(process, report, seconds, keep)
     finally:
       _kill(process)
+      process.stdout.close()
   finally:
     os.close(report)
     if report_end is not None:
