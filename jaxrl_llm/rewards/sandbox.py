@@ -68,7 +68,7 @@ _NOBODY = 65534
 # Seconds beyond the time limit: an interpreter starts, on a loaded machine.
 _GRACE = 60.0
 # Seconds from a verdict until all processes have ended by themselves.
-_END = 2.0
+_END = 10.0
 _LEAST_MEMORY = 2**26
 
 
@@ -212,7 +212,7 @@ def run(
     files: open at a time, in each process.
     file_size: bytes of each file.
     output: bytes to keep of what it prints; the rest is dropped.
-    interpreter: path of a Python.
+    interpreter: path of a Python, 3.11 or later.
     isolated: None for the best that works here.
 
   Raises:

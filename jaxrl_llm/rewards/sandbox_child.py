@@ -20,7 +20,7 @@ import sys
 import time
 
 # Seconds for the worker to put limits on itself.
-_START = 15.0
+_START = 45.0
 # How often to look whether the worker still lives, in seconds.
 _PERIOD = 0.1
 # A worker that says more than this, in bytes, is not one of ours.
