@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import arithmetic as arithmetic_lib
-from jaxrl_llm.tasks import files, splits
+from jaxrl_llm.tasks import code, files, splits
 from jaxrl_llm.tasks import text as text_lib
 
 
@@ -75,6 +75,34 @@ def gsm8k(path: str = '', held_out: int = 0) -> Data:
   """
   train = files.gsm8k(path or None, 'train')
   test = files.gsm8k(path or None, 'test')
+  return Data(train, test[: held_out or None], train)
+
+
+def human_eval(path: str = '', held_out: int = 64, seed: int = 0) -> Data:
+  """The problems of HumanEval, divided at random: it has no training split.
+
+  A model that has been trained on some of them is no longer measured by it.
+
+  Args:
+    path: HumanEval.jsonl.gz or its folder; '' for the hub.
+    held_out: problems kept for evaluation, fewer than all 164.
+    seed: of their choice.
+  """
+  rest, held = splits.split(code.human_eval(path or None), held_out, seed)
+  return Data(rest, held, rest)
+
+
+def mbpp(path: str = '', held_out: int = 0, shown_tests: int = 3) -> Data:
+  """Basic Python problems: MBPP's training split, and its test split held out.
+
+  Args:
+    path: mbpp.jsonl or its folder; '' for the hub.
+    held_out: the first so many test problems; 0 for all.
+    shown_tests: tests of a problem that its prompt shows, of usually three.
+  """
+  train, test = (
+    code.mbpp(path or None, split, shown_tests) for split in ('train', 'test')
+  )
   return Data(train, test[: held_out or None], train)
 
 

@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
         chat_template='auto',  # where the tokenizer has one; '' never
         system_prompt='',
       ),
-      # name → dict(name=function of jaxrl_llm.rewards.functions or
+      # name → dict(name=function of jaxrl_llm.rewards.functions or .code, or
       # 'file.py:function' or 'module:function', weight=1.0, other arguments of
       # a factory).  With workers=2 samples are scored one by one in 2 processes
       # that can be killed: timeout=5.0, seconds per sample, and memory=2 << 30,

@@ -6,7 +6,10 @@ from typing import Any
 
 from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import functions
+from jaxrl_llm.rewards import code, functions, grades
+
+# Modules with the functions that may be named by themselves.
+_MODULES = (functions, code)
 
 # Parameters that tell a reward function from a factory of one.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
@@ -16,7 +19,7 @@ def load(name: str, settings: Mapping[str, Any], field: str) -> Callable:
   """The reward function that `name` stands for.
 
   Args:
-    name: of a function or a factory of `jaxrl_llm.rewards.functions`, or
+    name: of a function or a factory of `jaxrl_llm.rewards`, or
       'file.py:function', or 'module:function'.  What takes neither `**kwargs`
       nor responses is a factory: it is called, and gives the function.
     settings: arguments of the factory; of a function there are none.
@@ -25,13 +28,15 @@ def load(name: str, settings: Mapping[str, Any], field: str) -> Callable:
   Raises:
     UserError: no such function, or settings that it does not take.
   """
-  function = naming.find(functions, name, field)
+  function = naming.find(_MODULES, name, field)
   taken = inspect.signature(function).parameters.values()
   if not any(
     parameter.kind is parameter.VAR_KEYWORD or parameter.name in _RESPONSES
     for parameter in taken
   ):
-    return naming.call(functions, {**settings, 'name': name}, field)
+    # What a mapping means to a user's own function is the user's affair.
+    parts = () if ':' in name else grades
+    return naming.call(_MODULES, {**settings, 'name': name}, field, parts)
   if settings:
     raise UserError(f'{field}: {name} has no setting {next(iter(settings))!r}')
   return function

@@ -1,0 +1,508 @@
+"""Hostile programs: none passes, none survives, none reaches anything."""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import sandbox
+from jaxrl_llm.rewards.sandbox import Isolation, Outcome
+
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+
+# With and without namespaces; the rest as this machine allows.
+BOTH = pytest.mark.parametrize('namespaces', [True, False])
+
+RIGHT = 'def add(a, b):\n  return a + b\n'
+WRONG = 'def add(a, b):\n  return a * b\n'
+TESTS = ('assert add(2, 2) == 4', 'assert abs(add(2, 3) - 5) < 1e-6, "a sum"')
+
+
+def run(program, tests=(), **settings):
+  # Long enough for a loaded machine; what shall time out says so itself.
+  return sandbox.run(program, tests, **dict(timeout=60.0) | settings)
+
+
+def isolated(namespaces):
+  found = sandbox.isolation()
+  if namespaces and not found.namespaces:
+    pytest.skip('this machine allows no namespaces (`unshare`)')
+  return (
+    found if namespaces else found._replace(namespaces=False, own_proc=False)
+  )
+
+
+def needs(what):
+  if what in sandbox.isolation().missing:
+    pytest.skip(f'on this machine a program can {what}')
+
+
+def test_each_test_has_its_verdict():
+  assert run(RIGHT, TESTS) == (Outcome.PASSED, (True, True), '', '')
+  result = run(WRONG, TESTS)
+  assert result == (
+    *(Outcome.FAILED, (True, False)),
+    *('AssertionError: a sum', ''),
+  )
+  assert run(RIGHT) == (Outcome.PASSED, (), '', '')
+
+
+def test_setup_runs_once_between_program_and_tests():
+  result = run(
+    'seen = []\nclass Node:\n  pass\ndef see(x):\n  seen.append(x)\n  return x',
+    ['assert see(node) is node', 'assert seen == [1, node]'],
+    setup='node = Node(); see(1); print("set up")',
+  )
+  assert result == (Outcome.PASSED, (True, True), '', 'set up\n')
+  assert run(RIGHT, TESTS, setup='1 / 0').passed == (False, False)
+
+
+@pytest.mark.parametrize(
+  'program, outcome, error',
+  [
+    ('def f(:', 'failed', 'SyntaxError: .*line 1'),
+    ('x = "\ud800"', 'failed', 'UnicodeEncodeError'),
+    ('\0', 'failed', 'SyntaxError|ValueError'),
+    ('raise KeyError("k\\nk")', 'failed', "KeyError: 'k"),
+    ('raise ValueError("v" * 10**6)', 'failed', 'ValueError: v{280,300}$'),
+    ('def f():\n  f()\nf()', 'failed', 'RecursionError'),
+    ('input()', 'failed', 'EOFError'),
+    ('import numpy', 'failed', 'ModuleNotFoundError'),
+    ('open("f", "wb").write(bytes(10**7))', 'failed', 'OSError.*too large'),
+    ('bytearray(4 * 2**30)', 'out_of_memory', 'MemoryError'),
+    ('x = []\nwhile 1: x.append(bytes(10**6))', 'out_of_memory', 'MemoryErr'),
+    ('import ctypes; ctypes.string_at(0)', 'crashed', 'signal 11'),
+    ('import os; os.abort()', 'crashed', 'signal 6'),
+    ('import os; os.kill(0, 9)', 'crashed', 'signal 9'),
+  ],
+)
+def test_how_programs_end(program, outcome, error):
+  result = run(program, TESTS, memory=2**28, file_size=10**6)
+  assert result.outcome.value == outcome
+  assert re.search(error, result.error) and '\n' not in result.error
+  assert result.passed == (False, False)
+
+
+@pytest.mark.parametrize(
+  'program, namespaces',
+  [
+    ('while True: pass', True),
+    ('while True:\n  try: time.sleep(9)\n  except BaseException: 0', True),
+    ('def add(a, b):\n  10 ** 10 ** 10', True),
+    ('os.fork()\nwhile True: pass', True),
+    ('os.fork()\nwhile True: pass', False),
+  ],
+)
+def test_time_is_limited(program, namespaces):
+  start = time.monotonic()
+  result = run(
+    'import os, time\n' + program,
+    TESTS,
+    timeout=0.4,
+    isolated=isolated(namespaces),
+  )
+  assert result[:2] == (Outcome.TIMED_OUT, (False, False))
+  assert time.monotonic() - start < 20
+
+
+def test_threads_that_never_end_do_not_matter():
+  threads = 'import threading, time\nfor _ in range(3):\n  threading.Thread('
+  threads += 'target=lambda: time.sleep(10**6)).start()\n'
+  assert run(threads + RIGHT, TESTS).outcome is Outcome.PASSED
+  assert run(threads + WRONG, TESTS).outcome is Outcome.FAILED
+
+
+WRITE = """
+import os
+for n in range(3, 64):
+  try: os.write(n, b'{}')
+  except OSError: pass
+os._exit(0)"""
+
+# Each would pass a sandbox that only looks at how the process ends, or at what
+# it prints, or runs tests with whatever the program has left.
+FORGERIES = {
+  'exit': 'import os; os._exit(0)',
+  'exit later': 'import os\ndef add(a, b): os._exit(0)',
+  'sys.exit': 'import sys; sys.exit(0)',
+  'SystemExit later': 'def add(a, b): raise SystemExit(0)',
+  'exit replaced': 'import os, sys\nos._exit = sys.exit = lambda *a: None\n'
+  + WRONG,
+  'printed': 'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
+  'written': WRITE.format(r'passed 11 \n'),
+  'written as if loaded': WRITE.format(r'loaded\npassed 11 \n'),
+  'written with a guess': WRITE.format(
+    r'loaded\n' + '0' * 32 + r'passed 11 \n'
+  ),
+  'flood': """
+import os
+for n in range(3, 64):
+  try:
+    while True: os.write(n, bytes(2**16))
+  except OSError: pass""",
+  'descriptors closed': 'import os\nos.closerange(3, 64)\n' + WRONG,
+  'atexit': 'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
+  'builtins': 'import builtins\nbuiltins.abs = lambda x: 0\n'
+  'def add(a, b): return 4',
+  'exec': 'import builtins\nbuiltins.exec = lambda *a: 0\n' + WRONG,
+  'own abs': 'def abs(x): return 0\ndef add(a, b): return 4',
+  'main': 'import __main__, sys\n__main__.test = lambda *a: None\n'
+  'sys.modules.clear()\n' + WRONG,
+  'excepthook': 'import sys\nsys.excepthook = lambda *a: None\n' + WRONG,
+  'equal to all': 'class A:\n  def __eq__(self, other): return True\n'
+  '  def __sub__(self, other): return 0\ndef add(a, b): return A()',
+  'equal within': 'class A(int):\n  __eq__ = lambda a, b: True\n'
+  '  __sub__ = lambda a, b: 0\nadd = lambda a, b: A()',
+  'by metaclass': 'class M(type):\n  __eq__ = lambda a, b: True\n'
+  '  __sub__ = lambda a, b: 0\nclass A(metaclass=M): pass\n'
+  'add = lambda a, b: A',
+  'fork': 'import os\nif os.fork(): os._exit(0)\n' + WRONG,
+  'trace': 'import sys\nsys.settrace(lambda *a: sys.exit(0))\n' + WRONG,
+}
+
+
+@pytest.mark.parametrize('name', FORGERIES)
+def test_forged_verdicts_fail(name):
+  result = run(FORGERIES[name], TESTS, entry_point='add')
+  assert result.outcome is not Outcome.PASSED
+  assert not all(result.passed)
+
+
+@pytest.mark.parametrize(
+  'value, expected',
+  [
+    ('namedtuple("P", "x y")(1, [2])', '(1, [2])'),
+    ('Counter("aab")', '{"a": 2, "b": 1}'),
+    (
+      '[defaultdict(list, {1: deque([Fraction(1, 2)])})]',
+      '[{1: deque([0.5])}]',
+    ),
+    ('datetime.date(2020, 1, 1)', 'datetime.date(2020, 1, 1)'),
+    ('type("S", (str,), {"shout": str.upper})("a")', '"a"'),
+    ('re.match("a", "ab").span()', '(0, 1)'),
+  ],
+)
+def test_honest_classes_are_results(value, expected):
+  modules = 'import datetime, re\nfrom collections import *\n'
+  modules += 'from fractions import Fraction\n'
+  result = run(
+    f'{modules}def f(): return {value}', [f'assert f() == {expected}']
+  )
+  assert result == (Outcome.PASSED, (True,), '', '')
+
+
+def test_output_is_bounded():
+  flood = 'for i in range(800):\n  print("x" * 2**16)\n'
+  result = run(flood + RIGHT, TESTS, output=1000)
+  assert result.outcome is Outcome.PASSED
+  assert result.output == 'x' * 1000
+  both = 'import os\nprint("out")\nos.write(2, b"err \\xff")'
+  assert sorted(run(both).output.split()) == ['err', 'out', '\ufffd'] or (
+    run(both).output == 'err \ufffdout\n'
+  )
+
+
+def test_the_directory_is_empty_and_removed():
+  program = """
+import os, shutil
+assert os.listdir('.') == [] == os.listdir(os.environ['TMPDIR'])
+print(os.getcwd(), end='')
+os.mkdir('locked'); open('locked/file', 'w').close(); os.chmod('locked', 0)
+open('gone', 'w').close(); os.remove('gone')
+"""
+  result = run(program)
+  assert result.outcome is Outcome.PASSED
+  assert 'sandbox-' in result.output
+  assert not os.path.lexists(result.output)
+  gone = run(
+    'import os, shutil; print(os.getcwd(), end="")\nos.rmdir(os.getcwd())'
+  )
+  assert not os.path.lexists(gone.output)
+
+
+@pytest.mark.slow
+def test_a_directory_too_deep_for_recursion_is_removed():
+  program = """
+import os
+print(os.getcwd(), end='')
+for _ in range(1500):
+  os.mkdir('deep'); os.chdir('deep')
+"""
+  result = run(program)
+  assert result.outcome is Outcome.PASSED
+  assert not os.path.lexists(result.output)
+
+
+def test_environment_is_scrubbed(monkeypatch):
+  monkeypatch.setenv('SECRET_TOKEN', 'hunter2')
+  monkeypatch.setenv('PYTHONPATH', '/nowhere')
+  result = run('import os, sys\nprint(dict(os.environ), sys.path, sys.argv)')
+  assert "'HOME'" in result.output and 'hunter2' not in result.output
+  assert '/nowhere' not in result.output
+  assert str(pathlib.Path(sandbox.__file__).parent) not in result.output
+
+
+@linux
+@BOTH
+def test_environment_of_other_processes_cannot_be_read(namespaces):
+  needs('look into other processes')
+  search = """
+import glob
+for path in glob.glob('/proc/[0-9]*/environ'):
+  try: text = open(path, 'rb').read()
+  except OSError: continue
+  if b'SECRET_TOKEN=hunter2' in text: print('found')
+"""
+  victim = subprocess.Popen(
+    [sys.executable, '-c', f'{search}\nprint(flush=True)\ninput()'],
+    env={'SECRET_TOKEN': 'hunter2'},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
+  with victim:
+    # It finds itself, so the search works.
+    assert victim.stdout.readline() == b'found\n'
+    result = run(search, isolated=isolated(namespaces))
+    victim.stdin.close()
+  assert result == (Outcome.PASSED, (), '', '')
+
+
+@pytest.mark.parametrize('landlock', [True, False])
+def test_the_network_is_out_of_reach(landlock):
+  needs('reach the network')
+  found = sandbox.isolation()
+  with socket.create_server(('127.0.0.1', 0)) as listener:
+    listener.settimeout(10)
+    address = listener.getsockname()
+    connect = f'import socket; socket.create_connection({address}, 10)'
+    # The listener does listen.
+    subprocess.run([sys.executable, '-c', connect], check=True)
+    listener.accept()[0].close()
+    result = run(
+      connect, isolated=found if landlock else found._replace(landlock=0)
+    )
+    assert result.outcome is Outcome.FAILED
+    assert re.match(r'\w+Error: \[Errno', result.error)
+    listener.settimeout(0)
+    with pytest.raises(BlockingIOError):
+      listener.accept()
+
+
+@BOTH
+def test_files_elsewhere_cannot_be_changed(tmp_path, namespaces):
+  needs('change files of this user')
+  path = tmp_path / 'mine'
+  path.write_text('precious')
+  program = f"""
+import os, pathlib
+path = pathlib.Path({str(path)!r})
+for change in (
+  lambda: path.write_text(''),
+  lambda: os.truncate(path, 0),
+  lambda: os.remove(path),
+  lambda: os.rename(path, 'taken'),
+  lambda: (path.parent / 'new').mkdir(),
+  lambda: open('/tmp/sandbox_test_wrote_this', 'w'),
+):
+  try: change()
+  except OSError: pass
+  else: print('changed')
+open('own', 'w').write('x'); os.rename('own', 'other')
+"""
+  result = run(program, isolated=isolated(namespaces))
+  assert result == (Outcome.PASSED, (), '', '')
+  assert path.read_text() == 'precious'
+  assert os.listdir(tmp_path) == ['mine']
+
+
+@BOTH
+@pytest.mark.parametrize('start', ['os.fork()', 'thread()'])
+def test_processes_and_threads_are_limited(namespaces, start):
+  needs('start any number of processes')
+  # Were there no limit, it would end with 100 that sleep, not with a bomb.
+  program = f"""
+import os, threading, time
+def thread():
+  threading.Thread(target=time.sleep, args=(100,)).start()
+  return True
+started = 0
+try:
+  while started < 100:
+    if not {start}:
+      time.sleep(100)
+      os._exit(0)
+    started += 1
+finally:
+  print(started)
+"""
+  result = run(program, processes=8, isolated=isolated(namespaces))
+  assert result.outcome is Outcome.FAILED
+  assert re.match("BlockingIOError|RuntimeError: can't start", result.error)
+  # Without namespaces what else the user starts and ends makes a difference.
+  assert 1 <= int(result.output) <= (7 if namespaces else 50)
+
+
+@BOTH
+def test_a_fork_bomb_goes_out(namespaces):
+  needs('start any number of processes')
+  seconds = f'{10**6 + time.time_ns() % 10**6}'
+  # 2⁷ processes, were there no limit.
+  bomb = f"""
+import os
+for _ in range(7):
+  try:
+    if not os.fork(): os.setsid()
+  except OSError: pass
+os.execvp('sleep', ['sleep', '{seconds}'])
+"""
+  result = run(bomb, timeout=1.0, isolated=isolated(namespaces))
+  assert result.outcome is Outcome.TIMED_OUT
+  assert not running(f'sleep {seconds}')
+
+
+def running(text):
+  """Numbers of processes with a text in their command, once they have ended."""
+  deadline = time.monotonic() + 10
+  while True:
+    found = []
+    for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+      with contextlib.suppress(OSError):
+        if text in path.read_bytes().replace(b'\0', b' ').decode():
+          found.append(path.parent.name)
+    if not found or time.monotonic() > deadline:
+      return found
+    time.sleep(0.05)
+
+
+@linux
+@BOTH
+@pytest.mark.parametrize(
+  'ending, outcome',
+  [(RIGHT, Outcome.PASSED), ('while True: pass', Outcome.TIMED_OUT)],
+)
+def test_no_process_is_left(namespaces, ending, outcome):
+  seconds = f'{10**6 + time.time_ns() % 10**6}'
+  program = f"""
+import os, subprocess, sys
+sleep = subprocess.Popen(['sleep', '{seconds}'], start_new_session=True)
+if not os.fork():
+  os.setsid()
+  if not os.fork():
+    os.execvp('sleep', ['sleep', '{seconds}'])
+  os._exit(0)
+print('alive' if sleep.poll() is None else 'dead', flush=True)
+{ending}
+"""
+  result = run(program, TESTS, timeout=1.0, isolated=isolated(namespaces))
+  assert result.outcome is outcome
+  assert result.output == 'alive\n'
+  assert not running(f'sleep {seconds}')
+
+
+@linux
+@BOTH
+def test_signals_reach_nobody_else(namespaces):
+  found = isolated(namespaces)
+  if found.landlock < 6 and not found.own_user:
+    pytest.skip('needs Landlock of Linux 6.12, or root')
+  with subprocess.Popen(['sleep', '1000']) as other:
+    program = f"""
+import os, signal
+for number in os.getppid(), {os.getpid()}, {other.pid}:
+  for sent in signal.SIGKILL, signal.SIGINT, signal.SIGSTOP:
+    try: os.kill(number, sent)
+    except OSError: pass
+"""
+    result = run(program + RIGHT, TESTS, isolated=found)
+    assert other.poll() is None
+    other.kill()
+  assert result.outcome is Outcome.PASSED
+
+
+def test_runs_repeat():
+  # Sets of strings have one order.
+  program = 'print(set("abcdefgh"), hash("a"))'
+  first, second = (run(program).output for _ in range(2))
+  assert first == second != ''
+
+
+def test_many_at_a_time():
+  programs = [RIGHT, WRONG, 'import os; os._exit(0)', 'x = '] * 4
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    results = list(pool.map(lambda program: run(program, TESTS), programs))
+  passed = [result.outcome is Outcome.PASSED for result in results]
+  assert passed == [True, False, False, False] * 4
+
+
+def error_of(*args, **settings):
+  with pytest.raises(UserError) as caught:
+    run(*args, **settings)
+  text = str(caught.value)
+  assert text.startswith('sandbox: ') and len(text.splitlines()) <= 3
+  return text
+
+
+@pytest.mark.parametrize('namespaces', [True, False])
+def test_what_is_no_fault_of_the_program_is_an_error(namespaces, monkeypatch):
+  bare = Isolation(namespaces=isolated(namespaces).namespaces)
+  assert '/no/python' in error_of('', interpreter='/no/python', isolated=bare)
+  assert '1' in error_of('', interpreter='/bin/false', isolated=bare)
+  with pytest.raises(UserError, match='sandbox'):
+    sandbox.isolation('/bin/false')
+
+  def full(*args, **kwargs):
+    raise BlockingIOError(11, 'Resource temporarily unavailable')
+
+  monkeypatch.setattr(subprocess, 'Popen', full)
+  assert 'temporarily unavailable' in error_of(RIGHT, isolated=bare)
+
+
+@linux
+def test_limits_that_cannot_be_set_are_an_error():
+  if os.geteuid() == 0:
+    pytest.skip('root may become another user')
+  error_of(RIGHT, isolated=Isolation(own_user=True))
+
+
+@pytest.mark.parametrize(
+  'setting',
+  [dict(timeout=0), dict(memory=2**20), dict(processes=0), dict(files=-1)],
+)
+def test_senseless_limits_are_refused(setting):
+  (name,) = setting
+  assert name in error_of(RIGHT, **setting)
+
+
+@linux
+def test_missing_isolation_is_said_once(monkeypatch, caplog):
+  monkeypatch.setattr(os, 'defpath', '/nowhere')  # No `unshare`.
+  sandbox.isolation.cache_clear()
+  try:
+    for _ in range(2):
+      found = sandbox.isolation()
+    assert not found.namespaces
+    assert [record.message for record in caplog.records].count(
+      'a program that is run as a reward can reach the network'
+    ) == 1
+    assert run(RIGHT, TESTS).outcome is Outcome.PASSED
+    assert run(WRONG, TESTS).outcome is Outcome.FAILED
+  finally:
+    sandbox.isolation.cache_clear()
+
+
+def test_nothing_is_missing_or_it_is_named():
+  nothing = Isolation().missing
+  assert 'reach the network' in nothing
+  assert set(sandbox.isolation().missing) <= set(nothing)
+  full = Isolation(True, True, os.geteuid() == 0, 6)
+  if sys.platform == 'linux':
+    assert full.missing == ()
+    assert 'change files of this user' in nothing
