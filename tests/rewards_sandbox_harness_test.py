@@ -1,0 +1,100 @@
+"""What passes tests without solving them fails; honest results pass."""
+
+import pytest
+
+from jaxrl_llm.rewards import sandbox
+from jaxrl_llm.rewards.sandbox import Outcome
+
+RIGHT = 'def add(a, b):\n  return a + b\n'
+WRONG = 'def add(a, b):\n  return a * b\n'
+TESTS = ('assert add(2, 2) == 4', 'assert abs(add(2, 3) - 5) < 1e-6, "a sum"')
+
+
+def run(program, tests, **settings):
+  # Long enough for a loaded machine.
+  return sandbox.run(program, tests, timeout=60.0, **settings)
+
+
+def test_the_tests_tell_right_from_wrong():
+  for name in ('', 'add'):
+    assert run(RIGHT, TESTS, entry_point=name).passed == (True, True)
+    assert run(WRONG, TESTS, entry_point=name).passed == (True, False)
+
+
+WRITE = """
+import os
+for n in range(3, 64):
+  try: os.write(n, b'{}')
+  except OSError: pass
+os._exit(0)"""
+
+# Each would pass a sandbox that only looks at how the process ends, or at what
+# it prints, or runs tests with whatever the program has left.
+FORGERIES = {
+  'exit': 'import os; os._exit(0)',
+  'exit later': 'import os\ndef add(a, b): os._exit(0)',
+  'sys.exit': 'import sys; sys.exit(0)',
+  'SystemExit later': 'def add(a, b): raise SystemExit(0)',
+  'exit replaced': 'import os, sys\nos._exit = sys.exit = lambda *a: None\n'
+  + WRONG,
+  'printed': 'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
+  'written': WRITE.format(r'passed 11 \n'),
+  'written as if loaded': WRITE.format(r'loaded\npassed 11 \n'),
+  'written with a guess': WRITE.format(
+    r'loaded\n' + '0' * 32 + r'passed 11 \n'
+  ),
+  'flood': """
+import os
+for n in range(3, 64):
+  try:
+    while True: os.write(n, bytes(2**16))
+  except OSError: pass""",
+  'descriptors closed': 'import os\nos.closerange(3, 64)\n' + WRONG,
+  'atexit': 'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
+  'builtins': 'import builtins\nbuiltins.abs = lambda x: 0\n'
+  'def add(a, b): return 4',
+  'exec': 'import builtins\nbuiltins.exec = lambda *a: 0\n' + WRONG,
+  'own abs': 'def abs(x): return 0\ndef add(a, b): return 4',
+  'main': 'import __main__, sys\n__main__.test = lambda *a: None\n'
+  'sys.modules.clear()\n' + WRONG,
+  'excepthook': 'import sys\nsys.excepthook = lambda *a: None\n' + WRONG,
+  'equal to all': 'class A:\n  def __eq__(self, other): return True\n'
+  '  def __sub__(self, other): return 0\ndef add(a, b): return A()',
+  'equal within': 'class A(int):\n  __eq__ = lambda a, b: True\n'
+  '  __sub__ = lambda a, b: 0\nadd = lambda a, b: A()',
+  'by metaclass': 'class M(type):\n  __eq__ = lambda a, b: True\n'
+  '  __sub__ = lambda a, b: 0\nclass A(metaclass=M): pass\n'
+  'add = lambda a, b: A',
+  'fork': 'import os\nif os.fork(): os._exit(0)\n' + WRONG,
+  'trace': 'import sys\nsys.settrace(lambda *a: sys.exit(0))\n' + WRONG,
+}
+
+
+@pytest.mark.parametrize('name', FORGERIES)
+def test_forged_verdicts_fail(name):
+  result = run(FORGERIES[name], TESTS, entry_point='add')
+  assert result.outcome is not Outcome.PASSED
+  assert not all(result.passed)
+
+
+@pytest.mark.parametrize(
+  'value, expected',
+  [
+    ('namedtuple("P", "x y")(1, [2])', '(1, [2])'),
+    ('Counter("aab")', '{"a": 2, "b": 1}'),
+    (
+      '[defaultdict(list, {1: deque([Fraction(1, 2)])})]',
+      '[{1: deque([0.5])}]',
+    ),
+    ('datetime.date(2020, 1, 1)', 'datetime.date(2020, 1, 1)'),
+    ('type("S", (str,), {"shout": str.upper})("a")', '"a"'),
+    ('re.match("a", "ab").span()', '(0, 1)'),
+  ],
+)
+def test_honest_classes_are_results(value, expected):
+  modules = 'import datetime, re\nfrom collections import *\n'
+  modules += 'from fractions import Fraction\n'
+  result = run(
+    f'{modules}def f(): return {value}', [f'assert f() == {expected}']
+  )
+  assert result == (Outcome.PASSED, (True,), '', '')
