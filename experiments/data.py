@@ -78,6 +78,30 @@ def gsm8k(path: str = '', held_out: int = 0) -> Data:
   return Data(train, test[: held_out or None], train)
 
 
+def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
+  """Competition mathematics: its training split, and one of its test splits.
+
+  Problems without an answer, and training problems that are held out too, are
+  left out.
+
+  Args:
+    path: folder with train.json, test.jsonl and math500.jsonl; '' for the hub.
+    split: 'math500' or 'test', of which problems are held out.
+    held_out: the first so many of them; 0 for all.
+  """
+  rows = files.math(path or None, 'train')
+  held = files.math(path or None, split)[: held_out or None]
+  known = {''.join(row['prompt'].split()) for row in held}
+  answered = [row for row in rows if row['answer']]
+  train = [r for r in answered if ''.join(r['prompt'].split()) not in known]
+  notes = (
+    f'MATH: left out {len(rows) - len(answered)} training problems without an '
+    f'answer, {len(answered) - len(train)} that are held out too',
+  )
+  shown = [row for row in train if 'solution' in row]
+  return Data(train, [row for row in held if row['answer']], shown, notes)
+
+
 def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:
   """Two files of JSON lines with a prompt (or question) and other columns.
 
