@@ -90,16 +90,18 @@ def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
     held_out: the first so many of them; 0 for all.
   """
   rows = files.math(path or None, 'train')
-  held = files.math(path or None, split)[: held_out or None]
-  known = {''.join(row['prompt'].split()) for row in held}
-  answered = [row for row in rows if row['answer']]
-  train = [r for r in answered if ''.join(r['prompt'].split()) not in known]
-  notes = (
-    f'MATH: left out {len(rows) - len(answered)} training problems without an '
-    f'answer, {len(answered) - len(train)} that are held out too',
+  tests = files.math(path or None, split)[: held_out or None]
+  shown, held = (
+    [row for row in part if row['answer'] is not None] for part in (rows, tests)
   )
-  shown = [row for row in train if 'solution' in row]
-  return Data(train, [row for row in held if row['answer']], shown, notes)
+  known = {''.join(row['prompt'].split()) for row in held}
+  train = [r for r in shown if ''.join(r['prompt'].split()) not in known]
+  unanswered = len(rows) + len(tests) - len(shown) - len(held)
+  note = (
+    f'MATH: left out {unanswered} problems without an answer, '
+    f'{len(shown) - len(train)} training problems that are held out too'
+  )
+  return Data(train, held, [r for r in train if 'solution' in r], (note,))
 
 
 def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:

@@ -8,7 +8,7 @@ only in
 * the order of terms and factors, and how numbers are written,
 * square roots of numbers, as `\sqrt{12}` and `2\sqrt{3}`, and roots below a
   fraction line,
-* brackets without letters in them, or with no other factor but a number.
+* brackets without letters in them, or with no other factor but numbers.
 
 Other products of sums are not expanded: an answer that should be factored does
 not equal the question.  Arithmetic is exact and bounded, and nothing is
@@ -111,24 +111,28 @@ class _Reader:
     return total
 
   def sign(self) -> int:
-    """1 or −1, and 0 where no sign stands."""
-    sign = {'+': 1, '-': -1}.get(self.next(), 0)
-    self.at += abs(sign)
+    """1 or −1, the product of several as in 2 + -3; 0 where none stands."""
+    sign = 0
+    while (mark := self.next()) and mark in '+-':
+      self.at += 1
+      sign = (sign or 1) * (1 if mark == '+' else -1)
     return sign
 
   def product(self) -> surds.Sum:
-    value = self.factor()
-    while mark := self.next():
-      if mark in '*/':
+    # Numbers apart from the rest, so that the order does not matter.
+    parts, mark = {False: surds.number(1), True: surds.number(1)}, '*'
+    while True:
+      factor = self.factor()
+      kind = surds.has_symbols(factor)
+      join = self.arithmetic.over if mark == '/' else self.arithmetic.times
+      parts[kind] = join(parts[kind], factor)
+      mark = self.next()
+      if mark and mark in '*/':
         self.at += 1
-        sign = self.sign() or 1  # as in 2*-3
-        join = self.arithmetic.times if mark == '*' else self.arithmetic.over
-        value = surds.scale(join(value, self.factor()), Fraction(sign))
-      elif mark.isalpha() or mark in '\\({[':
-        value = self.arithmetic.times(value, self.factor())
-      else:
-        break
-    return value
+        if self.sign() < 0:  # as in 2*-3
+          parts[False] = surds.scale(parts[False], Fraction(-1))
+      elif not mark or not (mark.isalpha() or mark in '\\({['):
+        return self.arithmetic.times(parts[False], parts[True])
 
   def factor(self) -> surds.Sum:
     value = self.base()

@@ -17,6 +17,7 @@ from jaxrl_llm.rewards import answers, expressions
 
 _MAX_CHARACTERS = 300
 _DEEPEST = 6  # brackets of tuples, sets and matrices within each other
+_MOST_PARTS = 32  # of a list; longer ones are text
 _MAX_MARKS = 20
 
 # One character for a command, and what is nothing but layout left out.
@@ -137,7 +138,7 @@ def _meaning(match: re.Match) -> str:
 def _read_list(text: str, depth: int) -> Hashable | None:
   """One value, or several in any order; None for nothing."""
   pieces = _split(text, ',;')
-  if pieces is None or depth > _DEEPEST:
+  if not pieces or depth > _DEEPEST or len(pieces) > 2 * _MOST_PARTS:
     return 'text', _compact(text)
   elements = [
     element

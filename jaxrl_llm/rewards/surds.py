@@ -47,6 +47,11 @@ def rational(a: Sum) -> Fraction | None:
   return a[_UNIT] if a.keys() == {_UNIT} else None
 
 
+def has_symbols(a: Sum) -> bool:
+  """Whether there is more in it than numbers, their square roots, π and i."""
+  return any(atom not in ('i', '\\pi') for _, powers in a for atom, _ in powers)
+
+
 def canonical(a: Sum) -> Hashable:
   """A Fraction for a rational number; equal for equal sums."""
   value = rational(a)
@@ -88,16 +93,12 @@ class Arithmetic:
 
   def opaque(self, *parts: Hashable) -> Sum:
     """What stands for itself; `parts` name its kind and what it is made of."""
-    self._spend(15)  # so that what is nested stays shallow
+    self._spend(25)  # so that what is nested stays shallow
     return symbol(parts)
 
   def times(self, a: Sum, b: Sum) -> Sum:
-    """The product; sums with symbols stay in brackets beside other factors."""
-    for one, other in ((a, b), (b, a)):
-      factor = rational(one)
-      if factor is not None:
-        return scale(other, factor)
-    if _has_symbols(a) or _has_symbols(b):
+    """The product; of two sums with symbols it keeps the brackets."""
+    if has_symbols(a) and has_symbols(b):
       (f, *one), (g, *other) = _single(a), _single(b)
       return _without_bracket(self._multiply(*one, *other), f * g)
     total = {}
@@ -110,7 +111,7 @@ class Arithmetic:
     """The quotient; roots and i leave denominators of up to two terms."""
     if not b:
       raise UnreadableError
-    if len(b) == 2 and not _has_symbols(b):
+    if len(b) == 2 and not has_symbols(b):
       # (u + v)(u − v) is rational where u and v are numbers times roots or i.
       (u, c), (v, d) = b.items()
       conjugate = {u: c, v: -d}
@@ -138,7 +139,7 @@ class Arithmetic:
       raise UnreadableError
     if n == 0:
       return number(1)
-    if len(base) > 1 and 0 < n <= 8 and not _has_symbols(base):
+    if len(base) > 1 and 0 < n <= 8 and not has_symbols(base):
       return functools.reduce(self.times, [base] * n)
     factor, (radicand, powers), c = _single(base)
     size = max(_bits(c * factor), radicand.bit_length())
@@ -211,11 +212,6 @@ def _bounded(value: Fraction) -> Fraction:
 
 def _bits(value: Fraction) -> int:
   return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def _has_symbols(a: Sum) -> bool:
-  """Whether there is more in it than numbers, their square roots, π and i."""
-  return any(atom not in ('i', '\\pi') for _, powers in a for atom, _ in powers)
 
 
 def _single(a: Sum) -> tuple[Fraction, Term, Fraction]:

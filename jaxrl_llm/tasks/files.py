@@ -159,7 +159,9 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
     if 'answer' not in row and 'solution' not in row:
       raise UserError(f'{source}: row {i} has neither answer nor solution.')
     kept = {'solution': row['solution']} if 'solution' in row else {}
-    answer = row.get('answer') or answers.last_boxed(kept.get('solution', ''))
+    answer = row.get('answer')
+    if answer in (None, ''):
+      answer = answers.last_boxed(str(kept.get('solution')))
     result.append({'prompt': row['prompt'], 'answer': answer, **kept})
   return result
 
