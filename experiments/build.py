@@ -309,7 +309,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
   if not isinstance(spec.get('name'), str):
     raise UserError(
       f"{field} has no 'name'\n"
-      "name a function of jaxrl_llm.rewards.functions, or 'file.py:function'"
+      "name a function of jaxrl_llm.rewards, or 'file.py:function'"
     )
   chosen = spec.pop('name')
   if 'workers' in spec:

@@ -106,6 +106,32 @@ def mbpp(path: str = '', held_out: int = 0, shown_tests: int = 3) -> Data:
   return Data(train, test[: held_out or None], train)
 
 
+def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
+  """Competition mathematics: its training split, and one of its test splits.
+
+  Problems without an answer, and training problems that are held out too, are
+  left out.
+
+  Args:
+    path: folder with train.json, test.jsonl and math500.jsonl; '' for the hub.
+    split: 'math500' or 'test', of which problems are held out.
+    held_out: the first so many of them; 0 for all.
+  """
+  rows = files.math(path or None, 'train')
+  tests = files.math(path or None, split)[: held_out or None]
+  shown, held = (
+    [row for row in part if row['answer'] is not None] for part in (rows, tests)
+  )
+  known = {''.join(row['prompt'].split()) for row in held}
+  train = [r for r in shown if ''.join(r['prompt'].split()) not in known]
+  unanswered = len(rows) + len(tests) - len(shown) - len(held)
+  note = (
+    f'MATH: left out {unanswered} problems without an answer, '
+    f'{len(shown) - len(train)} training problems that are held out too'
+  )
+  return Data(train, held, [r for r in train if 'solution' in r], (note,))
+
+
 def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:
   """Two files of JSON lines with a prompt (or question) and other columns.
 

@@ -1,8 +1,8 @@
-"""Accuracy and pass@k of a run, or of any Hugging Face folder.
+"""Accuracy, pass@k and maj@k of a run, or of any Hugging Face folder.
 
     python -m experiments.evaluate --workdir=runs/quickstart
     python -m experiments.evaluate --workdir=runs/quickstart --step=best \\
-      --samples=16 --temperature=1 --k=1,4,16
+      --samples=16 --temperature=1 --k=1,4,16 --maj=1,4,16
     python -m experiments.evaluate --model=FOLDER --config=FILE.py
 
 A run is evaluated on its held-out prompts with the settings of its own
@@ -10,13 +10,18 @@ configuration, which its folder holds; flags go over them.  It may still be
 going on: nothing in its folder is changed.  A Hugging Face folder needs a
 configuration for the task and the rewards.
 
+--maj counts the votes of answers, not of texts.  What the answer of a response
+is, the reward that says what is right tells, if it is one of
+`jaxrl_llm.rewards.functions.READERS`; else name one of these, or a function of
+your own from a text to its answer: --answer=mine.py:read_answer.
+
 A reward, estimator or task that the configuration names as file.py:function is
 executed, with all that its file does: evaluate only runs whose code you trust.
 """
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +29,10 @@ import numpy as np
 from absl import flags
 
 from experiments import build, checks, cli, held_out, runs
-from jaxrl_llm import evaluation
+from jaxrl_llm import evaluation, naming
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import write_atomically
+from jaxrl_llm.rewards import functions
 
 
 def measure(
@@ -34,6 +40,8 @@ def measure(
   model: build.Model,
   *,
   ks: Sequence[int] = (),
+  majs: Sequence[int] = (),
+  answer: str | None = None,
   metric: str | None = None,
   threshold: float = 1.0,
   **changes: Any,
@@ -42,12 +50,15 @@ def measure(
 
   A response is right if the reward function `metric` gives it at least
   `threshold`.  A prompt with a response that the function does not score is
-  left out of accuracy and pass@k, and counted.
+  left out of accuracy, pass@k and maj@k, and counted.
 
   Args:
     config: task, prompts, rewards, response length and seed.
     model: the model.
     ks: the k of pass@k; pass@1 is the accuracy.
+    majs: the k of maj@k.
+    answer: how the answers to vote on are read: as by this reward of
+      `functions.READERS`, or by 'file.py:function'; None for as by `metric`.
     metric: name in `config.rewards`; None for that of greatest weight (a
       ConfigDict does not keep the order in which they were written).
     threshold: the least score of a right response.
@@ -55,8 +66,8 @@ def measure(
       `config.evaluation`.
 
   Returns:
-    JSON values: the settings, the means, and accuracy and pass@k each with the
-    bounds of their 95 % bootstrap interval over prompts.
+    JSON values: the settings, the means, and accuracy, pass@k and maj@k each
+    with the bounds of their 95 % bootstrap interval over prompts.
 
   Raises:
     UserError: settings that do not fit each other.
@@ -68,6 +79,7 @@ def measure(
     raise UserError(
       f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
     )
+  reader = _reader(answer, config.rewards[metric].name) if majs else None
   data = build.dataset(config, model.tokenizer)
   # The key of the evaluations during training: with equal settings the numbers
   # of the run's record come out again.
@@ -76,11 +88,12 @@ def measure(
     config, model, data.held_out, rewards, key, **changes
   )
   settings = held.generation
-  if settings.samples < max(ks, default=1):
-    raise UserError(
-      f'pass@{max(ks)} needs {max(ks)} samples per prompt; --samples is '
-      f'{settings.samples}'
-    )
+  for kind, wanted in (('pass', ks), ('maj', majs)):
+    if settings.samples < max(wanted, default=1):
+      raise UserError(
+        f'{kind}@{max(wanted)} needs {max(wanted)} samples per prompt; '
+        f'--samples is {settings.samples}'
+      )
   if settings.samples > 1 and settings.decoding.temperature == 0:
     raise UserError(
       f'at temperature 0 all {settings.samples} samples of a prompt are equal\n'
@@ -93,6 +106,14 @@ def measure(
     raise UserError(f'{metric} scores no prompt: choose another --metric')
   right = scores[scored] >= threshold
   means = held_out.summary(answers)
+  estimates = {'accuracy': right.mean(axis=1)}
+  estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
+  if majs:
+    votes = _votes(answers, scored, reader)
+    means['answered'] = float((votes >= 0).mean())
+    estimates |= {
+      f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
+    }
   return {
     'prompts': len(scores),
     'over_budget': held.encoded.dropped,
@@ -102,14 +123,31 @@ def measure(
     'metric': metric,
     'threshold': threshold,
     **{name.removeprefix('eval/'): value for name, value in means.items()},
-    'accuracy': evaluation.bootstrap(right.mean(axis=1))._asdict(),
     **{
-      f'pass@{k}': evaluation.bootstrap(
-        evaluation.pass_at_k(right, k)
-      )._asdict()
-      for k in ks
+      name: evaluation.bootstrap(values)._asdict()
+      for name, values in estimates.items()
     },
   }
+
+
+def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
+  """The function that reads an answer out of a response, or a UserError."""
+  if answer is not None and ':' in answer:
+    return naming.find(functions, answer, '--answer')
+  readers = functions.READERS
+  if (answer or reward) in readers:
+    return readers[answer or reward]
+  problem = f'--answer is {answer!r}' if answer else f'{reward} reads no answer'
+  raise UserError(
+    f'--maj: {problem}\n'
+    f'set --answer to file.py:function or one of {", ".join(readers)}'
+  )
+
+
+def _votes(answers: held_out.Answers, scored: np.ndarray, reader) -> np.ndarray:
+  """[P, n] numbers of the answers to the prompts that are scored."""
+  texts = np.array([sample.response for sample in answers.samples], object)
+  return evaluation.votes(texts.reshape(len(scored), -1)[scored], reader)
 
 
 def table(title: str, result: dict[str, Any]):
@@ -138,6 +176,8 @@ def define_flags() -> None:
   flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
   flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
+  flags.DEFINE_list('maj', [], 'The k of maj@k, as 1,4,16.')
+  flags.DEFINE_string('answer', None, 'What reads answers, for --maj.')
   flags.DEFINE_integer('prompts', None, 'Held-out prompts; 0 for all.', 0)
   flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
   flags.DEFINE_string('metric', None, 'Reward that says what is right.')
@@ -155,7 +195,9 @@ def main() -> None:
     raise UserError(
       'name either a run with --workdir or a Hugging Face folder with --model'
     )
-  ks = _ks(values.k)
+  ks, majs = _ks('k', values.k), _ks('maj', values.maj)
+  if values.answer is not None and not majs:
+    raise UserError('--answer is given but no --maj, which alone reads it')
   changes = {
     name: values[name].value
     for name in ('samples', 'temperature', 'prompts', 'batch')
@@ -174,11 +216,13 @@ def main() -> None:
     checks.check(config)
     model = build.model(config.model, config.seed)
     title = values.model
-  changes.setdefault('samples', max([config.evaluation.samples, *ks]))
+  changes.setdefault('samples', max([config.evaluation.samples, *ks, *majs]))
   result = measure(
     config,
     model,
     ks=ks,
+    majs=majs,
+    answer=values.answer,
     metric=values.metric,
     threshold=values.threshold,
     **changes,
@@ -188,9 +232,11 @@ def main() -> None:
     _write(values.output, {'model': title, **result})
 
 
-def _ks(texts: Sequence[str]) -> list[int]:
-  if not all(text.isdigit() and int(text) for text in texts):
-    raise UserError(f'--k is {",".join(texts)!r}: give numbers, as --k=1,4,16')
+def _ks(flag: str, texts: Sequence[str]) -> list[int]:
+  if not all(text.isdecimal() and int(text) for text in texts):
+    raise UserError(
+      f'--{flag} is {",".join(texts)!r}: give numbers, as --{flag}=1,4,16'
+    )
   return sorted({int(text) for text in texts})
 
 

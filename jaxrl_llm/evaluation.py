@@ -1,6 +1,12 @@
-"""Numbers about many responses: pass@k with intervals, distinct n-grams."""
+"""Numbers about many responses: pass@k, maj@k, best-of-n, intervals, n-grams.
 
-from collections.abc import Sequence
+Of n responses to each of P prompts, pass@k, maj@k and best-of-k are the means
+over all subsets of k: for independent responses the unbiased estimates of
+least variance.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,13 +45,125 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     <https://arxiv.org/abs/2107.03374>`_, 2021
   """
   samples = correct.shape[1]
-  if not 1 <= k <= samples:
-    raise UserError(f'pass@{k} needs at least {k} samples; there are {samples}')
-  wrong = samples - correct.sum(axis=1)
-  # C(n−c, k) / C(n, k) = Π_{i<k} (n−c−i) / (n−i), which reaches 0 by itself.
-  tries = np.arange(k)[None]
-  ratios = (wrong[:, None] - tries) / (samples - tries)
-  return 1.0 - ratios.prod(axis=1)
+  _check_subset(f'pass@{k}', k, samples)
+  total = math.comb(samples, k)
+  # Integers divide to the nearest float, however large they are.
+  chances = [
+    (total - math.comb(wrong, k)) / total for wrong in range(samples + 1)
+  ]
+  return np.array(chances)[samples - correct.sum(axis=1)]
+
+
+def votes(
+  responses: Sequence[Sequence[str]],
+  extract: Callable[[str], Hashable | None],
+) -> np.ndarray:
+  """Numbers the answers that responses give, for `maj_at_k`.
+
+  Args:
+    responses: n texts per prompt.
+    extract: the answer that a text gives, None without one.  Answers are one
+      if they are equal: exact numbers are, however they were written.
+
+  Returns:
+    [P, n] int, equal within a prompt where answers are, −1 without an answer.
+
+  Raises:
+    UserError: `extract` fails, or gives what cannot be hashed, such as a list.
+  """
+  rows = []
+  for texts in responses:
+    numbers, row = {None: -1}, []
+    for text in texts:
+      try:
+        row.append(numbers.setdefault(extract(text), len(numbers) - 1))
+      except Exception as error:
+        raise UserError(
+          f'the answer to vote on cannot be read: {type(error).__name__}: '
+          f'{error}\nof the response {text[:60]!r}\nThe function must return a '
+          'text, a number, a tuple of such, or None.'
+        ) from error
+    rows.append(row)
+  return np.array(rows, int)
+
+
+def maj_at_k(votes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
+  """The unbiased estimate of E[the majority of k responses is right].
+
+  The answer with the most votes wins; among several with as many, each wins
+  equally often.  A response without an answer does not vote, and where none of
+  the k does, the result is wrong.  The mean over all subsets of k is exact, not
+  sampled: answers are drawn with binomial counts of mean k in all, and then
+  conditioned on k, which takes a polynomial product for each number of votes to
+  win with.
+
+  Args:
+    votes: [P, n] int, from `votes`.
+    correct: [P, n] bool, or a score.  Where responses with one answer differ,
+      their mean counts.
+    k: at most n.
+
+  Returns:
+    [P] float64, one estimate per prompt.  It takes up to 5 ms per prompt at
+    n = 16, up to 0.1 s at n = 64.
+
+  Raises:
+    UserError: k > n or k < 1.
+
+  References:
+    Wang et al., `Self-Consistency <https://arxiv.org/abs/2203.11171>`_, 2022
+  """
+  samples = votes.shape[1]
+  _check_subset(f'maj@{k}', k, samples)
+  known, results = {}, []
+  for row, values in zip(votes, np.asarray(correct, np.float64), strict=True):
+    silent = int((row < 0).sum())
+    groups = [values[row == answer] for answer in np.unique(row[row >= 0])]
+    case = silent, *sorted((len(group), group.mean()) for group in groups)
+    if case not in known:
+      known[case] = _majority(case[1:], silent, k, samples)
+    results.append(known[case])
+  return np.array(results, np.float64)
+
+
+def best_of_n(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
+  """The unbiased estimate of E[gold score of the best-scored of n responses].
+
+    Σᵢ goldᵢ · P(i is chosen),
+    P(the choice is among the r lowest) = C(r, n) / C(N, n)
+
+  for N sampled; among equal scores each is chosen equally often.
+
+  Args:
+    scores: [P, N] float, of what chooses, such as a reward model.
+    gold: [P, N] float or bool, what the chosen one is worth.
+    n: at most N.
+
+  Returns:
+    [P] float64, one estimate per prompt.
+
+  Raises:
+    UserError: n > N or n < 1, or a score that is no number.
+
+  References:
+    Nakano et al., `WebGPT <https://arxiv.org/abs/2112.09332>`_, 2021, on
+    estimating best-of-n
+  """
+  samples = scores.shape[1]
+  _check_subset(f'best-of-{n}', n, samples)
+  if np.isnan(scores).any():
+    prompt = int(np.isnan(scores).any(axis=1).argmax())
+    raise UserError(f'best-of-{n}: prompt {prompt} has a score of NaN')
+  total = math.comb(samples, n)
+  below = np.array([math.comb(r, n) / total for r in range(samples + 1)])
+  ranks = np.sort(scores, axis=1)
+  results = []
+  for ordered, row, worth in zip(ranks, scores, gold, strict=True):
+    low = np.searchsorted(ordered, row, 'left')
+    high = np.searchsorted(ordered, row, 'right')
+    chosen = (below[high] - below[low]) / (high - low)
+    results.append(chosen @ np.asarray(worth, np.float64))
+  return np.array(results, np.float64)
 
 
 def bootstrap(
@@ -137,3 +255,66 @@ def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 2) -> float:
     for i in range(len(sequence) - n + 1)
   ]
   return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _check_subset(name: str, k: int, samples: int) -> None:
+  if not 1 <= k <= samples:
+    raise UserError(f'{name} needs at least {k} samples; there are {samples}')
+
+
+def _majority(groups, silent: int, k: int, samples: int) -> float:
+  """Mean value of the winner over subsets of k.
+
+  Args:
+    groups: (number of responses, value) of each answer.
+    silent: responses without an answer.
+    k: votes cast, those of silent responses included.
+    samples: responses in all.
+  """
+  share = k / samples
+  chances = [(_binomial(count, share), value) for count, value in groups]
+  start = _binomial(silent, share)[: k + 1]
+  most = max((count for count, _ in groups), default=0)
+  expected = 0.0
+  for needed in range(1, min(k, most) + 1):
+    # ways[t, s]: chance that s responses were drawn and t answers have as many
+    # votes as are needed, none more.  gains: the sum of those t values, times
+    # the chance.
+    ways = np.zeros((min(len(groups), k // needed) + 1, k + 1))
+    ways[0, : len(start)] = start
+    gains = np.zeros_like(ways)
+    for chance, value in chances:
+      tied = chance[needed] if needed < len(chance) else 0.0
+      ways, gains = (
+        _shifted(ways, chance[:needed]) + _tie(ways, needed, tied),
+        _shifted(gains, chance[:needed])
+        + _tie(gains + value * ways, needed, tied),
+      )
+    expected += (gains[1:, k] / np.arange(1, len(gains))).sum()
+  return float(expected / _binomial(samples, share)[k])
+
+
+def _shifted(table: np.ndarray, chance: np.ndarray) -> np.ndarray:
+  """The table after drawing s more responses with chance[s], no tie more."""
+  width = table.shape[1]
+  result = np.zeros_like(table)
+  for s in np.flatnonzero(chance[:width]):
+    result[:, s:] += chance[s] * table[:, : width - s]
+  return result
+
+
+def _tie(table: np.ndarray, drawn: int, chance: float) -> np.ndarray:
+  """The table after one tie more, of `drawn` responses."""
+  result = np.zeros_like(table)
+  result[1:, drawn:] = chance * table[:-1, :-drawn]
+  return result
+
+
+def _binomial(count: int, share: float) -> np.ndarray:
+  """Chances of 0 … count of `count` responses, each drawn with `share`."""
+  drawn = np.arange(count + 1)
+  ways = special.gammaln(count + 1) - special.gammaln(
+    np.stack([drawn, count - drawn]) + 1
+  ).sum(axis=0)
+  rest = special.xlog1py(count - drawn, -share)
+  return np.exp(ways + special.xlogy(drawn, share) + rest)

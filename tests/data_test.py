@@ -7,6 +7,7 @@ import pytest
 from experiments import data
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
+from jaxrl_llm.rewards import mathematics
 
 
 def prompts(rows):
@@ -41,6 +42,22 @@ def test_gsm8k_holds_its_test_split_out(shared):
   assert first['answer'].endswith(f'#### {found.held_out[0]["answer"]}')
   assert len(data.gsm8k(str(folder)).held_out) == 1319
   assert not set(prompts(found.train)) & set(prompts(found.held_out))
+
+
+def test_math_leaves_out_what_cannot_be_judged_or_is_held_out(shared):
+  folder = str(shared / 'data' / 'math')
+  found = data.math(folder)
+  assert (len(found.train), len(found.held_out)) == (7470, 500)
+  assert '4 problems without an answer, 0 training' in found.notes[0]
+  found = data.math(folder, split='test', held_out=0)
+  assert (len(found.train), len(found.held_out)) == (7468, 5000)
+  assert '4 problems without an answer, 2 training' in found.notes[0]
+  bare = lambda rows: {''.join(row['prompt'].split()) for row in rows}
+  assert not bare(found.train) & bare(found.held_out)
+  for row in found.train + found.held_out:
+    assert mathematics.read_answer(row['answer']) is not None, row
+  assert len(data.math(folder, held_out=10).held_out) == 10
+  assert found.demonstrations == []
 
 
 def test_jsonl_leaves_known_prompts_out(tmp_path):

@@ -64,12 +64,52 @@ def test_pass_at_k_counts_subsets(trained, tmp_path):
   assert result['samples'] == 4 and result['temperature'] == 1.0
 
 
+def test_maj_at_k_counts_subsets(trained, tmp_path):
+  """Votes are for the first symbol; an answer of '1' or '2' is right."""
+  code = tmp_path / 'mine.py'
+  code.write_text(
+    'calls = []\n\n\n'
+    'def first(text):\n'
+    '  return text[:1] or None\n\n\n'
+    'def small(completions, **kwargs):\n'
+    '  calls.extend(completions)\n'
+    "  return [float(first(text) in ('1', '2')) for text in completions]\n"
+  )
+  config = trained.config.copy_and_resolve_references().unlock()
+  config.rewards = {'small': {'name': f'{code}:small'}}
+  changes = dict(samples=4, temperature=1.5, prompts=6, batch=4)
+  rewards = build.reward_parts(config)
+  texts = sys.modules['user_mine'].calls
+  result = evaluate.measure(
+    config, trained.model, majs=(1, 3), answer=f'{code}:first', **changes
+  )
+  assert len(texts) == 24 and rewards
+  firsts = [[text[:1] for text in texts[i : i + 4]] for i in range(0, 24, 4)]
+  for k in (1, 3):
+    values = []
+    for row in firsts:
+      for draw in itertools.combinations(row, k):
+        counts = {answer: draw.count(answer) for answer in draw if answer}
+        most = max(counts.values(), default=0)
+        tied = [answer for answer in counts if counts[answer] == most]
+        values.append(np.mean([x in '12' for x in tied]) if tied else 0.0)
+    interval = result[f'maj@{k}']
+    np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
+    assert interval['low'] <= interval['mean'] <= interval['high']
+  assert result['maj@1'] != result['maj@3']
+  assert result['answered'] == np.mean([[x != '' for x in r] for r in firsts])
+
+
 @pytest.mark.parametrize(
   'arguments, text',
   [
     (dict(metric='exact'), "--metric is 'exact'"),
     (dict(samples=3), 'at temperature 0 all 3 samples'),
     (dict(samples=2, temperature=1.0, ks=(4,)), 'pass@4 needs 4 samples'),
+    (dict(samples=2, temperature=1.0, majs=(4,)), 'maj@4 needs 4 samples'),
+    (dict(majs=(1,), metric='symbols'), 'reads no answer'),
+    (dict(majs=(1,), answer='exact'), "--answer is 'exact'"),
+    (dict(majs=(1,), answer='/no/file.py:f'), 'no such Python file'),
   ],
 )
 def test_refusals(arguments, text, trained):
@@ -120,7 +160,11 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
   'flags, shown',
   [
     ([], ['accuracy', 'step']),
-    (['--samples=8', '--temperature=1.0', '--k=1,8'], ['pass@1', 'pass@8']),
+    (['--maj=1'], ['maj@1', 'answered']),
+    (
+      ['--samples=8', '--temperature=1.0', '--k=1,8', '--maj=4'],
+      ['pass@1', 'pass@8', 'maj@4'],
+    ),
   ],
 )
 def test_script_as_it_is_usually_called(flags, shown):
@@ -131,7 +175,8 @@ def test_script_as_it_is_usually_called(flags, shown):
   assert ended.code == 0, ended.err
   for text in shown:
     assert text in ended.out
-  assert ('pass@' in ended.out) == bool(flags)
+  assert ('pass@' in ended.out) == any('--k' in flag for flag in flags)
+  assert ('maj@' in ended.out) == any('--maj' in flag for flag in flags)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +188,8 @@ def test_script_as_it_is_usually_called(flags, shown):
     (['--workdir=RUN', '--step=last'], "--step is 'last'"),
     (['--workdir=RUN', '--config=CONFIG'], 'leave out --config'),
     (['--workdir=RUN', '--k=0'], "--k is '0'"),
+    (['--workdir=RUN', '--maj=a'], "--maj is 'a'"),
+    (['--workdir=RUN', '--answer=exact_match'], 'no --maj'),
     (['--workdir=RUN', '--samples=0'], '--samples=0'),
     (['--model=/no/model', '--config=CONFIG'], 'no model folder /no/model'),
     (['--model=RUN'], '--config is missing'),

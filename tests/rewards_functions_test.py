@@ -1,5 +1,6 @@
 """Reward functions against hand-made cases, real answers, and the scorer."""
 
+import importlib.util
 import inspect
 import random
 import sys
@@ -8,12 +9,17 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import RewardPart, functions, score
+from jaxrl_llm.rewards import RewardPart, functions, score, symbolic
 from jaxrl_llm.tasks import arithmetic, files
 
 SETTINGS = {
   'format_match': dict(pattern='a+'),
   'length_penalty': dict(limit=8, buffer=4),
+  'repetition_penalty': dict(n=2),
+}
+PACKAGES = {
+  'math_verify_answer': 'math_verify',
+  'sentiment': 'vaderSentiment',
 }
 
 
@@ -35,8 +41,8 @@ def test_every_public_name_is_a_reward_or_a_factory_of_one():
     assert function.__doc__.startswith(kind)
     if name in SETTINGS:
       function = function(**SETTINGS[name])
-    if name == 'sentiment':
-      pytest.importorskip('vaderSentiment')
+    if name in PACKAGES and not importlib.util.find_spec(PACKAGES[name]):
+      continue
     scores = score(
       [RewardPart(name, function)], ['p', 'q'], ['#### 1', 'a'], columns
     )
@@ -121,6 +127,47 @@ def test_a_gold_answer_without_a_number_is_the_data_sets_mistake():
   assert len(str(caught.value).splitlines()) <= 3
 
 
+def test_math_answer_compares_marked_answers():
+  texts = ['so \\boxed{\\frac{2}{4}}', '#### x=0.5', 'The answer is $1/2$.']
+  assert functions.math_answer(texts, ['\\frac12'] * 3) == [1, 1, 1]
+  assert functions.math_answer(texts, ['so $\\boxed{.5}$.'] * 3) == [1, 1, 1]
+  assert functions.math_answer(texts, [0.5, '1', '2']) == [1, 0, 0]
+  texts = ['1/2', '', '\\boxed{}', '\\boxed{1/2', '\\boxed{2} \\boxed{1/2}']
+  assert functions.math_answer(texts, ['1/2'] * 5) == [0, 0, 0, 0, 1]
+  for bad in ('', 'a' * 400, '\\boxed{}', None):
+    with pytest.raises(UserError, match='sample 1') as caught:
+      functions.math_answer(['\\boxed{1}'] * 2, ['1', bad])
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_math_verify_without_its_package_names_the_extra(monkeypatch):
+  symbolic._math_verify.cache_clear()
+  symbolic._parsed.cache_clear()
+  monkeypatch.setitem(sys.modules, 'math_verify', None)
+  assert functions.math_answer(['\\boxed{2}'], ['3']) == [0]
+  part = RewardPart('symbolic', functions.math_verify_answer)
+  with pytest.raises(UserError, match=r'pip install .jaxrl_llm\[math\]'):
+    score([part], ['p'], ['\\boxed{2}'], {'answer': ['3']})
+  symbolic._math_verify.cache_clear()
+
+
+def test_readers_read_what_their_rewards_judge():
+  answers = {
+    'exact_match': [' 12 ', '12'],
+    'arithmetic_answer': ['5+7=12', '12'],
+    'gsm8k_answer': ['#### 12', '\\boxed{12.0}'],
+    'gsm8k_answer_or_last_number': ['#### 12', 'it is 12.'],
+    'math_answer': ['\\boxed{x=12}', '#### \\frac{24}{2}'],
+    'math_verify_answer': ['\\boxed{x=12}', '#### \\frac{24}{2}'],
+  }
+  assert answers.keys() == functions.READERS.keys() <= set(functions.__all__)
+  for name, texts in answers.items():
+    reader = functions.READERS[name]
+    assert getattr(functions, name)(texts, ['12'] * 2) == [1, 1]
+    assert reader(texts[0]) == reader(texts[1]) is not None
+    assert reader(texts[0]) != reader(texts[1].replace('2', '3'))
+
+
 def test_format_match_is_about_the_whole_completion():
   hashes = functions.format_match(r'.*#### -?[\d.,]+')
   texts = ['a\nb\n#### 1,200\n', '#### -3', '#### 3 apples', 'a', '']
@@ -143,6 +190,16 @@ def test_lengths_are_tokens_not_characters():
   assert penalty(ids) == [0, 0, -0.25, -0.5, -1, -1]
   with pytest.raises(UserError, match='buffer=9'):
     functions.length_penalty(limit=8, buffer=9)
+
+
+def test_repetition_is_the_share_of_ngrams_that_occurred_before():
+  # Of 1 2, 2 1, 1 2, 2 1, 1 2 three repeat; of 1 2 1, 2 1 2, … two of four.
+  ids = [[1, 2, 1, 2, 1, 2], [1, 2, 3, 4], [7] * 11, [1], []]
+  assert functions.repetition_penalty(2)(ids) == [-0.6, 0, -0.9, 0, 0]
+  assert functions.repetition_penalty(3)(ids[:1]) == [-0.5]
+  assert functions.repetition_penalty()([[5, 6, 7]]) == [0]
+  with pytest.raises(UserError, match='n=0'):
+    functions.repetition_penalty(0)
 
 
 def test_sentiment_is_vaders_compound_score():

@@ -137,3 +137,45 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
   assert 'nowhere/none' in text and 'ConnectionError' in text
   monkeypatch.setitem(sys.modules, 'datasets', None)
   assert 'jaxrl_llm[data]' in error_of(files.read_hub, 'a/b', 'train')
+
+
+def test_math_gives_problem_and_answer(tmp_path):
+  train = [
+    {'problem': 'p', 'answer': '\\frac12', 'level': 'Level 1'},
+    {'problem': 'q', 'answer': None},
+    {'problem': 'r', 'answer': ''},
+  ]
+  write(tmp_path / 'train.json', json.dumps(train))
+  solution = 'As \\boxed{1}, it is $\\boxed{\\frac{1}{2}}$.'
+  write(
+    tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'solution': solution})
+  )
+  assert files.math(tmp_path, 'train') == [
+    {'prompt': 'p', 'answer': '\\frac12'},
+    {'prompt': 'q', 'answer': None},
+    {'prompt': 'r', 'answer': None},
+  ]
+  assert files.math(tmp_path, 'test') == [
+    {'prompt': 'p', 'answer': '\\frac{1}{2}', 'solution': solution}
+  ]
+  assert 'math500.jsonl' in error_of(files.math, tmp_path, 'math500')
+  assert "'dev'" in error_of(files.math, tmp_path, 'dev')
+  write(tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'level': 5}))
+  assert 'row 0' in error_of(files.math, tmp_path, 'test')
+
+
+def test_math_from_the_hub(monkeypatch):
+  asked = []
+
+  def load_dataset(name, config, split):
+    asked.append((name, split))
+    return [{'problem': 'p', 'solution': 'so \\boxed{7}'}]
+
+  module = types.SimpleNamespace(load_dataset=load_dataset)
+  monkeypatch.setitem(sys.modules, 'datasets', module)
+  for split in ('train', 'math500'):
+    assert files.math(None, split)[0]['answer'] == '7'
+  assert asked == [
+    ('DigitalLearningGmbH/MATH-lighteval', 'train'),
+    ('HuggingFaceH4/MATH-500', 'test'),
+  ]

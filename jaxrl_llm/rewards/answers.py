@@ -10,6 +10,8 @@ from fractions import Fraction
 
 # More characters than this are no answer, and arithmetic on them would be slow.
 _MAX_CHARACTERS = 100
+_MAX_BOX = 1000  # characters
+_MAX_MARKS = 20  # the last so many are tried
 
 _DIGITS = r'(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)'
 _DECIMAL = rf'(?:{_DIGITS}(?:\.\d*)?|\.\d+)'
@@ -24,7 +26,7 @@ _IN_TEXT = re.compile(
   r'(?:(?<![\w)\]])-)?\$?(?:\d+ (?=\d+/\d))?'
   rf'(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?'
 )
-_BRACE = re.compile(r'\\boxed\{|\\?[{}]')
+_BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
 _LATEX_TEXT = re.compile(r'\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}')
 
 # Words after a number that change it: "2 million" is not 2.
@@ -33,6 +35,8 @@ _CHANGING_WORDS = frozenset(
   + ('k', 'pi', 'squared', 'cubed', 'and', 'or', 'to', 'plus', 'minus')
   + ('times', 'over', 'by')
 )
+# Of all other letters one alone is a variable.
+_UNIT_LETTERS = frozenset('dghlms')
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -40,8 +44,8 @@ def parse_number(text: str) -> Fraction | None:
 
   Allowed around it: spaces, a sign, `$`, `%`, emphasis, a final full stop, and
   up to four words after it as a unit, unless one of them changes the number
-  (`2 million`).  Within it: thousands commas, decimals, powers of ten up to two
-  digits (`1.5e3`), `a/b`, `\frac{a}{b}`, mixed numbers (`1 1/2`).
+  (`2 million`, `3 x`).  Within it: thousands commas, decimals, powers of ten
+  up to two digits (`1.5e3`), `a/b`, `\frac{a}{b}`, mixed numbers (`1 1/2`).
   """
   text = text.strip()
   if len(text) > _MAX_CHARACTERS:
@@ -56,7 +60,7 @@ def parse_number(text: str) -> Fraction | None:
   if match is None:
     return None
   sign, whole, numerator, exponent, denominator, unit = match.groups()
-  if _CHANGING_WORDS & set(unit.lower().split()):
+  if unit and not is_unit(unit):
     return None
   value = _fraction(numerator) * Fraction(10) ** int(exponent or 0)
   if denominator is not None:
@@ -67,18 +71,47 @@ def parse_number(text: str) -> Fraction | None:
   return -value if sign == '-' else value
 
 
+def is_unit(text: str) -> bool:
+  """Whether words behind a number leave it what it is, as "miles" do.
+
+  A lone letter is a variable rather than a unit, but for d, g, h, l, m, s.
+  """
+  words = text.lower().split()
+  if len(words) == 1 and len(words[0]) == 1:
+    return words[0] in _UNIT_LETTERS
+  return not _CHANGING_WORDS & set(words)
+
+
 def marked_number(text: str) -> Fraction | None:
   r"""The number that `text` gives as its answer, or None.
 
   The last line that has `####` and a number after it; failing that, the last
   `\boxed{…}`, which must hold a number and nothing else.
   """
-  for piece in reversed(text.split('####')[1:]):
+  for piece in reversed(text.rsplit('####', _MAX_MARKS)[1:]):
     number = parse_number(piece.partition('\n')[0])
     if number is not None:
       return number
-  content = _last_boxed(text)
+  content = last_boxed(text)
   return None if content is None else parse_number(content)
+
+
+def last_boxed(text: str) -> str | None:
+  r"""What stands between the braces of the last closed `\boxed{…}`, or None.
+
+  Closed is one that ends within 1000 characters; the last 20 are looked at.
+  """
+  end = len(text)
+  for _ in range(_MAX_MARKS):
+    end = text.rfind('\\boxed{', 0, end)
+    if end < 0:
+      return None
+    start, depth = end + len('\\boxed{'), 1
+    for match in _BRACE.finditer(text, start, start + _MAX_BOX):
+      depth += {'{': 1, '}': -1}.get(match[0], 0)
+      if not depth:
+        return text[start : match.start()]
+  return None
 
 
 def last_number(text: str) -> Fraction | None:
@@ -92,18 +125,3 @@ def last_number(text: str) -> Fraction | None:
 
 def _fraction(decimal: str) -> Fraction:
   return Fraction(decimal.replace(',', '').removesuffix('.'))
-
-
-def _last_boxed(text: str) -> str | None:
-  r"""What stands between the braces of the last closed `\boxed{…}`."""
-  open_braces, last = [], None
-  for match in _BRACE.finditer(text):
-    if match[0] in ('\\{', '\\}'):
-      continue
-    if match[0] != '}':
-      open_braces.append(match)
-    elif open_braces:
-      opening = open_braces.pop()
-      if opening[0] != '{' and (last is None or opening.end() > last[0]):
-        last = opening.end(), match.start()
-  return None if last is None else text[slice(*last)]

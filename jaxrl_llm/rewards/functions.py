@@ -11,10 +11,11 @@ with N strings each; completions do not contain the end token.
 import functools
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import answers
+from jaxrl_llm.rewards import answers, mathematics, symbolic
 
 __all__ = [
   'arithmetic_answer',
@@ -24,7 +25,10 @@ __all__ = [
   'gsm8k_answer_or_last_number',
   'length_in_tokens',
   'length_penalty',
+  'math_answer',
+  'math_verify_answer',
   'prefix_match',
+  'repetition_penalty',
   'sentiment',
 ]
 
@@ -49,7 +53,7 @@ def arithmetic_answer(
   had ended: one that the length limit cuts off at the right digits scores 1.
   Fits `tasks.arithmetic`.
   """
-  return exact_match([text.rpartition('=')[2] for text in completions], answer)
+  return exact_match([_result(text) for text in completions], answer)
 
 
 def prefix_match(
@@ -102,12 +106,52 @@ def gsm8k_answer_or_last_number(
 
   More lenient: a response that never commits to an answer can score.
   """
+  return _equal_numbers(completions, answer, _marked_or_last_number)
 
-  def number(text):
-    marked = answers.marked_number(text)
-    return answers.last_number(text) if marked is None else marked
 
-  return _equal_numbers(completions, answer, number)
+def math_answer(
+  completions: Sequence[str], answer: Sequence[Any], **kwargs
+) -> list[float]:
+  r"""Reward: 1 where the marked answer is the right one, as MATH has them.
+
+  The completion's answer is what its last `\boxed{…}` holds, else what follows
+  its last `####`, else what follows its last "answer is".  Compared are
+  canonical forms: exact numbers, expressions up to the order of terms and
+  factors and the writing of roots and fractions, lists, tuples, intervals,
+  sets, matrices, words; see `jaxrl_llm.rewards.mathematics`.  Nothing is
+  evaluated: it is as safe as a comparison of texts.  The answer is in LaTeX, or
+  a solution text with one marked in the same way.
+
+  Of the answers of MATH, in LaTeX of their own and rewritten in other ways,
+  this misses some and confuses none: the figures are in
+  `tests/rewards_mathematics_test.py`.  `x^2-1` is not `(x-1)(x+1)`, and
+  functions such as `\sin` are compared as text.
+
+  References:
+    Hendrycks et al., `Measuring Mathematical Problem Solving With the MATH
+    Dataset <https://arxiv.org/abs/2103.03874>`_, 2021
+  """
+  return _right_answers(completions, answer, _same_form)
+
+
+def math_verify_answer(
+  completions: Sequence[str], answer: Sequence[Any], **kwargs
+) -> list[float]:
+  r"""Reward: `math_answer`, and 1 too where SymPy finds the answer equal.
+
+  For what is equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`.  It
+  needs the package math-verify (`pip install 'jaxrl_llm[math]'`), and it may
+  hang or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`: run it in
+  a worker process that a time-out can kill.  It never uses signals.
+
+  References:
+    https://github.com/huggingface/Math-Verify
+  """
+  return _right_answers(
+    completions,
+    answer,
+    lambda text, gold: _same_form(text, gold) or symbolic.equal(text, gold),
+  )
 
 
 def format_match(pattern: str) -> Callable[..., list[float]]:
@@ -167,6 +211,37 @@ def length_penalty(limit: int, buffer: int) -> Callable[..., list[float]]:
   return penalizes_length
 
 
+def repetition_penalty(n: int = 4) -> Callable[..., list[float]]:
+  """Factory: minus the share of n-grams of tokens that repeat earlier ones.
+
+    r = −(1 − |distinct n-grams| / |n-grams|)
+
+  Between −1 and 0; 0 for a response of less than n tokens.  Tokens are counted,
+  the end token included, so that it means the same in every language.
+
+  Args:
+    n: tokens of an n-gram.
+
+  References:
+    Welleck et al., `Neural Text Generation with Unlikelihood Training
+    <https://arxiv.org/abs/1908.04319>`_, 2020, "seq-rep-n"; as a reward in Yeo
+    et al., `Demystifying Long Chain-of-Thought Reasoning in LLMs
+    <https://arxiv.org/abs/2502.03373>`_, 2025
+  """
+  if n < 1:
+    raise UserError(f'repetition_penalty: n={n} must be at least 1.')
+
+  def penalizes_repetition(completion_ids, **kwargs):
+    scores = []
+    for ids in completion_ids:
+      ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+      repeated = len(ngrams) - len(set(ngrams))
+      scores.append(-repeated / len(ngrams) if repeated else 0.0)
+    return scores
+
+  return penalizes_repetition
+
+
 def sentiment(completions: Sequence[str], **kwargs) -> list[float]:
   """Reward: VADER's compound score of the completion, from −1 to 1.
 
@@ -188,6 +263,27 @@ def _vader():
       "Install it with: pip install 'jaxrl_llm[sentiment]'"
     ) from error
   return vaderSentiment.SentimentIntensityAnalyzer()
+
+
+def _result(text: str) -> str:
+  return text.rpartition('=')[2].strip()
+
+
+def _marked_or_last_number(text: str) -> Fraction | None:
+  marked = answers.marked_number(text)
+  return answers.last_number(text) if marked is None else marked
+
+
+# How the rewards that judge an answer read it out of a completion: what a
+# majority is counted over.  None where there is no answer.
+READERS = {
+  'exact_match': str.strip,
+  'arithmetic_answer': _result,
+  'gsm8k_answer': answers.marked_number,
+  'gsm8k_answer_or_last_number': _marked_or_last_number,
+  'math_answer': mathematics.marked_answer,
+  'math_verify_answer': mathematics.marked_answer,
+}
 
 
 def _texts(answer: Sequence[Any]) -> list[str]:
@@ -217,3 +313,25 @@ def _equal_numbers(completions, answer, number) -> list[float]:
       )
     scores.append(float(number(text) == truth))
   return scores
+
+
+def _right_answers(completions, answer, same) -> list[float]:
+  """1 where same(completion's marked answer, gold answer), else 0."""
+  scores = []
+  for i, (text, gold) in enumerate(
+    zip(completions, _texts(answer), strict=True)
+  ):
+    marked = '\\boxed{' in gold or '####' in gold
+    truth = mathematics.marked_text(gold) if marked else gold
+    if truth is None or mathematics.read_answer(truth) is None:
+      raise UserError(
+        f'the answer of sample {i} cannot be read: {gold[-60:]!r}.\n'
+        'It must be an answer in LaTeX, or a solution with one in \\boxed{…}.'
+      )
+    found = mathematics.marked_text(text)
+    scores.append(float(found is not None and same(found, truth)))
+  return scores
+
+
+def _same_form(text: str, gold: str) -> bool:
+  return mathematics.read_answer(text) == mathematics.read_answer(gold)

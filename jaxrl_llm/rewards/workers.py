@@ -64,7 +64,7 @@ class Workers:
   it does.
 
   Args:
-    name: of a function or a factory of `jaxrl_llm.rewards.functions`, or
+    name: of a function or a factory of `rewards.functions` or `.code`, or
       'file.py:function', or 'module:function'.  Loaded in the workers alone.
     settings: arguments of a factory, JSON values.
     workers: number of processes.

@@ -12,9 +12,17 @@ import zlib
 from collections.abc import Iterator
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import answers
 
 # Names under which published data sets keep their prompts, best first.
 PROMPT_COLUMNS = ('prompt', 'question', 'problem')
+
+# Of MATH: the file, and the data set of the hub with its split.
+_MATH = {
+  'train': ('train.json', 'DigitalLearningGmbH/MATH-lighteval', 'train'),
+  'test': ('test.jsonl', 'DigitalLearningGmbH/MATH-lighteval', 'test'),
+  'math500': ('math500.jsonl', 'HuggingFaceH4/MATH-500', 'test'),
+}
 
 
 def read_rows(
@@ -121,6 +129,40 @@ def gsm8k(path: str | pathlib.Path | None, split: str) -> list[dict]:
         'solution': solution,
       }
     )
+  return result
+
+
+def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
+  r"""Competition mathematics (Hendrycks et al., 2021) with its final answers.
+
+  Args:
+    path: folder with train.json, test.jsonl and math500.jsonl; None for the
+      hub.
+    split: 'train', 'test', or 'math500', the 500 problems of 'test' that
+      Lightman et al., 2023, held out.
+
+  Returns:
+    Rows of prompt (the problem), answer (its LaTeX; None where there is none,
+    as in four rows of one published train.json) and, where the source has it,
+    solution (the whole text, with the answer in `\boxed{…}`).
+  """
+  if split not in _MATH:
+    raise UserError(f'MATH has the splits {", ".join(_MATH)}, not {split!r}.')
+  name, source, hub_split = _MATH[split]
+  if path is None:
+    rows = read_hub(source, hub_split)
+  else:
+    source = pathlib.Path(path) / name
+    rows = read_rows(source)
+  result = []
+  for i, row in enumerate(rows):
+    if 'answer' not in row and 'solution' not in row:
+      raise UserError(f'{source}: row {i} has neither answer nor solution.')
+    kept = {'solution': row['solution']} if 'solution' in row else {}
+    answer = row.get('answer')
+    if answer in (None, ''):
+      answer = answers.last_boxed(str(kept.get('solution')))
+    result.append({'prompt': row['prompt'], 'answer': answer, **kept})
   return result
 
 

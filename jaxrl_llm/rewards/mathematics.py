@@ -1,0 +1,263 @@
+r"""Canonical forms of mathematical answers: numbers, lists, intervals, words.
+
+  `0.5` is `\frac{1}{2}`          `5` is `x = 5`        `(E)` is `\text{E}`
+  `2, 1` is `\{1, 2\}`            `1 \pm \sqrt2` is `1-\sqrt2, 1+\sqrt2`
+  `(3,\pi/2]` is `\left( 3, \frac\pi2 \right]`          `x^2+1` is `1+x^2`
+
+Forms can be compared and hashed, so that majorities can be counted.  Sets, and
+lists without brackets, are in any order; tuples are not.  Units, degree and
+per-cent signs do not count.  What is not understood is compared as text without
+spaces.  Nothing is evaluated and every size is bounded, as in `expressions`.
+"""
+
+import re
+from collections.abc import Hashable
+
+from jaxrl_llm.rewards import answers, expressions
+
+_MAX_CHARACTERS = 300
+_DEEPEST = 6  # brackets of tuples, sets and matrices within each other
+_MOST_PARTS = 32  # of a list; longer ones are text
+_MAX_MARKS = 20
+
+# One character for a command, and what is nothing but layout left out.
+_MEANINGS = {
+  **dict.fromkeys(['dfrac', 'tfrac', 'cfrac'], '\\frac'),
+  **dict.fromkeys(['left', 'right', 'big', 'Big', 'displaystyle'], ''),
+  **dict.fromkeys(['quad', 'qquad'], ' '),
+  **dict.fromkeys(['le', 'leq', 'leqslant'], '≤'),
+  **dict.fromkeys(['ge', 'geq', 'geqslant'], '≥'),
+  **dict.fromkeys(['ne', 'neq'], '≠'),
+  **dict.fromkeys(['cdot', 'times'], '*'),
+  **dict.fromkeys(['circ', 'degree'], '°'),
+  **dict(div='/', lt='<', gt='>', cup='∪', pm='±', approx='≈'),
+  **{'in': '∈', 'lbrace': '⦃', 'rbrace': '⦄', '{': '⦃', '}': '⦄', '\\': '⏎'},
+}
+_CHARACTERS = str.maketrans(
+  {'−': '-', '–': '-', '×': '*', '·': '*', '÷': '/', '\u00a0': ' ', '~': ' '}
+  | {'π': '\\pi ', '∞': '\\infty ', '√': '\\sqrt '}
+)
+_COMMAND = re.compile(r'\\([A-Za-z]+|.)', re.DOTALL)
+_WORDS_IN_LATEX = re.compile(
+  r'\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|operatorname)\s*'
+  r'\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?'
+)
+_MATRIX = re.compile(r'\\(begin|end)\s*\{[pb]?matrix\}')
+_LAYOUT = re.compile(r'\s*\\!\s*|\\?[$%]|\\phantom\s*(?:\{[^{}]*\}|.)')
+_DEGREE = re.compile(r'\^\s*\{?\s*°\s*\}?|°')
+_PLAIN_COMMAND = re.compile(r'(?<![\\A-Za-z])(pi|sqrt|infty)(?![A-Za-z])')
+_CONJUNCTION = re.compile(r'\b(?:and|or)\b')
+_THOUSANDS = re.compile(r'(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])')
+# Not xy, which is a product.
+_WORDS = re.compile(r'(?=.*(?:[A-Za-z]{3}|[A-Z]{2}))[A-Za-z]+(?: +[A-Za-z]+)*')
+_UNIT = re.compile(
+  r'(?<=[\w})\]])((?:\s+(?:[A-Za-z]{3,}|cm|mm|km|ft|kg|sq)\.?){1,4})'
+  r'(?:\s*\^\s*\{?\d\}?)?$'
+)
+_NAME = re.compile(r'(?:\\?[A-Za-z]+|[A-Za-z]\([A-Za-z]\))(?:_\{?\w+\}?)?\'*|')
+_IN_MATH = re.compile(r'(?:\$+|\\\()(.*?)(?:\$+|\\\))')
+_SENTENCE_END = re.compile(r'\.(?:\s|$)')
+_CLOSING = dict(zip('([{⦃⟦', ')]}⦄⟧', strict=True))
+_RELATIONS = '=<>≤≥≠∈≈'
+_REVERSED = {'>': '<', '≥': '≤'}
+
+
+def read_answer(text: str) -> Hashable | None:
+  """The canonical form of an answer, without marks around it.
+
+  A Fraction for a rational number.  None for nothing at all, and for more than
+  300 characters.
+  """
+  text = text.strip()
+  if len(text) > _MAX_CHARACTERS:
+    return None
+  number = answers.parse_number(text)
+  return _read_list(_cleaned(text), 0) if number is None else number
+
+
+def marked_answer(text: str) -> Hashable | None:
+  """The canonical form of `marked_text`, or None."""
+  marked = marked_text(text)
+  return None if marked is None else read_answer(marked)
+
+
+def marked_text(text: str) -> str | None:
+  r"""What `text` gives as its answer, as it stands there, or None.
+
+  The last `\boxed{…}`; failing that, the last line behind `####`; failing
+  that, what follows the last "answer is" in its sentence or its `$…$`.
+  """
+  content = answers.last_boxed(text)
+  if content is not None:
+    return content
+  for piece in reversed(text.rsplit('####', _MAX_MARKS)[1:]):
+    line = piece.partition('\n')[0]
+    if line.strip():
+      return line
+  start = max(text.rfind('answer is'), text.rfind('Answer is'))
+  if start < 0:
+    return None
+  rest = text[start + len('answer is') :][: 2 * _MAX_CHARACTERS]
+  line = rest.lstrip(' :').partition('\n')[0]
+  formula = _IN_MATH.match(line)
+  return formula[1] if formula else _SENTENCE_END.split(line)[0]
+
+
+def _cleaned(text: str) -> str:
+  """The text with one notation for what has several."""
+  text = _LAYOUT.sub('', text.translate(_CHARACTERS))
+  text = _MATRIX.sub(lambda m: '⟦' if m[1] == 'begin' else '⟧', text)
+  text = _WORDS_IN_LATEX.sub(_words, text)
+  text = _COMMAND.sub(_meaning, text)
+  text = _DEGREE.sub('', text)
+  text = _CONJUNCTION.sub(',', text)
+  text = _PLAIN_COMMAND.sub(r'\\\1', text)
+  if not any(mark in text for mark in '([⦃⟦'):
+    text = _THOUSANDS.sub(lambda m: m[0].replace(',', ''), text)
+  return text.strip(' \t\n*`:;,').rstrip('.;, ')
+
+
+def _words(match: re.Match) -> str:
+  r"""What `\text{…}` stands for: nothing where it is a unit."""
+  words, before = match[1].strip(), match.string[: match.start()].rstrip()
+  after_value = before[-1:].isalnum() or before[-1:] in tuple('})]')
+  if after_value and re.fullmatch(r'[A-Za-z/. ]+', words):
+    halves = words.lower().replace('.', '') in ('am', 'pm')
+    if not halves and answers.is_unit(words) and words not in ('and', 'or'):
+      return ' '
+  return f' {words} {match[2] or ""}'
+
+
+def _meaning(match: re.Match) -> str:
+  name = match[1]
+  if name in _MEANINGS:
+    return _MEANINGS[name]
+  return match[0] if name.isalpha() else ''
+
+
+def _read_list(text: str, depth: int) -> Hashable | None:
+  """One value, or several in any order; None for nothing."""
+  pieces = _split(text, ',;')
+  if not pieces or depth > _DEEPEST or len(pieces) > 2 * _MOST_PARTS:
+    return 'text', _compact(text)
+  elements = [
+    element
+    for piece in pieces[::2]
+    if piece.strip()
+    for element in _read_element(piece, depth)
+  ]
+  # x = 1, x = 2 are two numbers; a = 1, b = 2 are not.
+  several = len({name for name, _ in elements} - {''}) > 1
+  values = [
+    ('=', name, value) if several else value for name, value in elements
+  ]
+  if len(values) < 2:
+    return values[0] if values else None
+  return 'in any order', tuple(sorted(values, key=repr))
+
+
+def _read_element(text: str, depth: int) -> list[tuple[str, Hashable]]:
+  """[(name, value)] of `name = value`; two of them where ± stands."""
+  sides = _split(text, _RELATIONS)
+  sides, signs = sides[::2], sides[1::2]
+  name = ''.join(sides[0].split())
+  if len(sides) == 2 and signs[0] in '=∈≈' and _NAME.fullmatch(name):
+    return [(name, value) for value in _read_values(sides[1], depth)]
+  if not signs:
+    return [('', value) for value in _read_values(text, depth)]
+  if signs == ['=']:
+    equation = expressions.read_equation(*sides)
+    if equation is not None:
+      return [('', equation)]
+  values = [_read_value(side, depth) for side in sides]
+  if all(sign in _REVERSED for sign in signs):
+    signs = [_REVERSED[sign] for sign in reversed(signs)]
+    values.reverse()
+  return [('', ('relation', tuple(signs), tuple(values)))]
+
+
+def _read_values(text: str, depth: int) -> list[Hashable]:
+  if text.count('±') != 1 or text.strip()[0] == '⦃':
+    return [_read_value(text, depth)]
+  return [_read_value(text.replace('±', sign), depth) for sign in '+-']
+
+
+def _read_value(text: str, depth: int) -> Hashable:
+  """A union, a tuple, an interval, a set, a matrix, or what has no parts."""
+  text = text.strip()
+  parts = _split(text, '∪')[::2]
+  if len(parts) > 1:
+    values = [_read_value(part, depth) for part in parts]
+    return '∪', tuple(sorted(_flat(values), key=repr))
+  if not _in_one_bracket(text):
+    return _read_leaf(text)
+  kind, inner = text[0] + text[-1], text[1:-1]
+  read = lambda part: _read_list(part, depth + 1)
+  if kind == '⟦⟧':
+    rows = [row for row in _split(inner, '⏎')[::2] if row.strip()]
+    cells = [tuple(map(read, _split(row, '&')[::2])) for row in rows]
+    return 'matrix', tuple(cells)
+  if kind == '⦃⦄':
+    return read(inner) or ('text', '⦃⦄')
+  parts = _split(inner, ',;')[::2]
+  if len(parts) > 1:
+    return kind, tuple(map(read, parts))
+  alone = kind == '()' or inner.strip().startswith('⟦')
+  return read(inner) if alone else _read_leaf(text)
+
+
+def _flat(values: list[Hashable]) -> list[Hashable]:
+  """A union's members, those of unions within it among them."""
+  return [
+    member
+    for value in values
+    for member in (
+      value[1] if isinstance(value, tuple) and value[0] == '∪' else (value,)
+    )
+  ]
+
+
+def _read_leaf(text: str) -> Hashable:
+  """A number, words, an expression, or text."""
+  number = answers.parse_number(text)
+  if number is not None:
+    return number
+  if _WORDS.fullmatch(text):
+    return 'words', ' '.join(text.casefold().split())
+  unit = _UNIT.search(text)
+  if unit and answers.is_unit(unit[1]):
+    text = text[: unit.start()]
+  expression = expressions.read_expression(text)
+  return ('text', _compact(text)) if expression is None else expression
+
+
+def _compact(text: str) -> str:
+  return re.sub(r'\{(.)\}', r'\1', ''.join(text.split()))
+
+
+def _split(text: str, separators: str) -> list[str] | None:
+  """[piece, separator, piece, …] outside all brackets; None if unbalanced."""
+  parts, depth, start = [], 0, 0
+  for i, character in enumerate(text):
+    if character in _CLOSING:
+      depth += 1
+    elif character in ')]}⦄⟧':
+      depth -= 1
+      if depth < 0:
+        return None
+    elif not depth and character in separators:
+      parts += [text[start:i], character]
+      start = i + 1
+  return None if depth else [*parts, text[start:]]
+
+
+def _in_one_bracket(text: str) -> bool:
+  """Whether the first bracket is no group of LaTeX and closes at the end."""
+  if text[:1] not in tuple('([⦃⟦'):
+    return False
+  depth = 0
+  for i, character in enumerate(text):
+    depth += (character in _CLOSING) - (character in ')]}⦄⟧')
+    if not depth:
+      return i == len(text) - 1
+  return False
