@@ -19,7 +19,7 @@ from jaxrl_llm.rewards import (
 
 HOSTILE = hostile.NAME
 # Seconds: enough for a healthy sample on a machine that is busy otherwise.
-TIMEOUT = 1.5
+TIMEOUT = 2.0
 
 # What a sample does → the kind it is counted as.
 FAILING = {
@@ -66,11 +66,10 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
     assert workers.containment == kind and workers.memory_limited
     start = time.monotonic()
     pending = hostile.begin(workers, bad + healthy)
-    assert time.monotonic() - start < TIMEOUT / 2
+    assert not pending.done()
     scores = pending.result()
-    hangs = list(FAILING.values()).count('timeout')
-    # 4 samples hang: one time-out, and one more should they meet in a worker.
-    assert time.monotonic() - start < hangs // 4 * TIMEOUT + 5 + TIMEOUT
+    # One time-out, and the start of 20 processes on however busy a machine.
+    assert time.monotonic() - start < TIMEOUT + 30
     assert scores[: len(FAILING)] == [None] * len(FAILING)
     assert scores[len(FAILING) : len(bad)] == list(HARMLESS.values())
     assert scores[len(bad) :] == [float(text) for text in healthy]
@@ -82,7 +81,7 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
     assert messages['error'] == (
       f"ValueError: no answer (sample {bad.index('raise')}, completion 'raise')"
     )
-    assert messages['timeout'].startswith('no answer in 1.5 s (sample 0')
+    assert messages['timeout'].startswith('no answer in 2 s (sample 0')
     # Of what hung nothing is left: 4 workers and what 'detach' left running.
     left = [
       pid
