@@ -65,39 +65,40 @@ def test_pass_at_k_counts_subsets(trained, tmp_path):
 
 
 def test_maj_at_k_counts_subsets(trained, tmp_path):
-  """Votes are for the first symbol; an answer of '1' or '2' is right."""
-  code = tmp_path / 'mine.py'
-  code.write_text(
+  """The answer is the first symbol's number modulo 3, and 1 is right."""
+  reader, reward = tmp_path / 'reader.py', tmp_path / 'mine.py'
+  reader.write_text(
+    'def first(text):\n  return ord(text[0]) % 3 if text else None\n'
+  )
+  reward.write_text(
     'calls = []\n\n\n'
-    'def first(text):\n'
-    '  return text[:1] or None\n\n\n'
-    'def small(completions, **kwargs):\n'
+    'def one(completions, **kwargs):\n'
     '  calls.extend(completions)\n'
-    "  return [float(first(text) in ('1', '2')) for text in completions]\n"
+    "  return [float(ord((text or ' ')[0]) % 3 == 1) for text in completions]\n"
   )
   config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'small': {'name': f'{code}:small'}}
-  changes = dict(samples=4, temperature=1.5, prompts=6, batch=4)
-  rewards = build.reward_parts(config)
-  texts = sys.modules['user_mine'].calls
+  config.rewards = {'one': {'name': f'{reward}:one'}}
+  changes = dict(samples=4, temperature=3.0, prompts=6, batch=4)
   result = evaluate.measure(
-    config, trained.model, majs=(1, 3), answer=f'{code}:first', **changes
+    config, trained.model, majs=(1, 3), answer=f'{reader}:first', **changes
   )
-  assert len(texts) == 24 and rewards
-  firsts = [[text[:1] for text in texts[i : i + 4]] for i in range(0, 24, 4)]
+  texts = sys.modules['user_mine'].calls
+  assert len(texts) == 24
+  answers = np.array([ord(text[0]) % 3 if text else -1 for text in texts])
+  answers = answers.reshape(6, 4).tolist()
   for k in (1, 3):
     values = []
-    for row in firsts:
+    for row in answers:
       for draw in itertools.combinations(row, k):
-        counts = {answer: draw.count(answer) for answer in draw if answer}
+        counts = {answer: draw.count(answer) for answer in draw if answer >= 0}
         most = max(counts.values(), default=0)
         tied = [answer for answer in counts if counts[answer] == most]
-        values.append(np.mean([x in '12' for x in tied]) if tied else 0.0)
+        values.append(tied.count(1) / len(tied) if tied else 0.0)
     interval = result[f'maj@{k}']
     np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
     assert interval['low'] <= interval['mean'] <= interval['high']
   assert result['maj@1'] != result['maj@3']
-  assert result['answered'] == np.mean([[x != '' for x in r] for r in firsts])
+  assert result['answered'] == np.mean(np.array(answers) >= 0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,10 @@ def test_maj_at_k_counts_subsets(trained, tmp_path):
     (dict(metric='exact'), "--metric is 'exact'"),
     (dict(samples=3), 'at temperature 0 all 3 samples'),
     (dict(samples=2, temperature=1.0, ks=(4,)), 'pass@4 needs 4 samples'),
-    (dict(samples=2, temperature=1.0, majs=(4,)), 'maj@4 needs 4 samples'),
+    (
+      dict(samples=2, temperature=1.0, majs=(4,), metric='correct'),
+      'maj@4 needs 4 samples',
+    ),
     (dict(majs=(1,), metric='symbols'), 'reads no answer'),
     (dict(majs=(1,), answer='exact'), "--answer is 'exact'"),
     (dict(majs=(1,), answer='/no/file.py:f'), 'no such Python file'),
@@ -160,9 +164,10 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
   'flags, shown',
   [
     ([], ['accuracy', 'step']),
-    (['--maj=1'], ['maj@1', 'answered']),
+    (['--maj=1', '--metric=correct'], ['maj@1', 'answered']),
     (
-      ['--samples=8', '--temperature=1.0', '--k=1,8', '--maj=4'],
+      ['--samples=8', '--temperature=1.0', '--k=1,8']
+      + ['--maj=4', '--answer=exact_match'],
       ['pass@1', 'pass@8', 'maj@4'],
     ),
   ],

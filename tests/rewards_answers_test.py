@@ -45,6 +45,8 @@ from jaxrl_llm.rewards import answers
     ('18 dollars.', 18),
     ('5 miles per hour', 5),
     ('5.4\\text{ cents}', '5.4'),
+    ('5 m', 5),
+    ('5 miles a day', 5),
   ],
 )
 def test_numbers(text, value):
@@ -55,7 +57,19 @@ def test_numbers(text, value):
   'text',
   ['', '-', '.', '18 19', '12,34', '1/0', '\\frac{1}{0}', '10:30', '1e999']
   + ['2 million', '3 dozen', '2\\pi', '2 pi', '2^{10}', '\\sqrt{2}', 'x=5']
-  + ['3 or 4', '1/2/3', '1_000', '0x10', 'inf', 'nan', '--7', '1 1.5/2', '5x']
+  + [
+    '3 or 4',
+    '1/2/3',
+    '1_000',
+    '0x10',
+    '5 x',
+    '5 i',
+    'inf',
+    'nan',
+    '--7',
+    '1 1.5/2',
+    '5x',
+  ]
   + ['9' * 101, '1' + ',000' * 50, 'eighteen', '(3,4)', '1\\frac{-1}{2}'],
 )
 def test_what_is_no_single_number(text):

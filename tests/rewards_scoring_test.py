@@ -200,9 +200,9 @@ def test_functions_in_the_shape_of_trl_work_unchanged():
     RewardPart('boxed', reward_boxed, 2.0),
   ]
   scores = score(parts, prompts, completions, columns)
-  np.testing.assert_array_equal(scores.parts['letters'], [9, 6, 2])
+  np.testing.assert_array_equal(scores.parts['letters'], [9, 5, 2])
   np.testing.assert_allclose(scores.parts['boxed'], [1, -0.3, np.nan])
-  np.testing.assert_allclose(scores.total, [11, 5.4, 0])
+  np.testing.assert_allclose(scores.total, [11, 4.4, 0])
   assert scores.valid.tolist() == [True, True, False]
   # What the data set does not have is named.
   del columns['ground_truth']

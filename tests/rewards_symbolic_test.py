@@ -1,8 +1,4 @@
-"""math-verify behind a reward: what it adds, and what it gets wrong.
-
-The figures that the slow test prints, for all 5,000 answers of MATH's test
-problems, are in its docstring.
-"""
+"""math-verify behind a reward: what it adds, and what it gets wrong."""
 
 import random
 import threading

@@ -88,12 +88,18 @@ def marked_number(text: str) -> Fraction | None:
   The last line that has `####` and a number after it; failing that, the last
   `\boxed{…}`, which must hold a number and nothing else.
   """
-  for piece in reversed(text.rsplit('####', _MAX_MARKS)[1:]):
-    number = parse_number(piece.partition('\n')[0])
+  for line in hash_lines(text):
+    number = parse_number(line)
     if number is not None:
       return number
   content = last_boxed(text)
   return None if content is None else parse_number(content)
+
+
+def hash_lines(text: str) -> list[str]:
+  """What follows `####` in its line, the last 20 times, the last first."""
+  pieces = text.rsplit('####', _MAX_MARKS)[1:]
+  return [piece.partition('\n')[0] for piece in reversed(pieces)]
 
 
 def last_boxed(text: str) -> str | None:

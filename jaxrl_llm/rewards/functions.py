@@ -122,10 +122,10 @@ def math_answer(
   evaluated: it is as safe as a comparison of texts.  The answer is in LaTeX, or
   a solution text with one marked in the same way.
 
-  Of the answers of MATH, in LaTeX of their own and rewritten in other ways,
-  this misses some and confuses none: the figures are in
-  `tests/rewards_mathematics_test.py`.  `x^2-1` is not `(x-1)(x+1)`, and
-  functions such as `\sin` are compared as text.
+  Of 142,405 right answers, made of all 12,470 of MATH by rewriting them, none
+  was missed, and of 69,754 wrong ones none taken for right (`pytest -m slow
+  tests/rewards_mathematics_test.py`).  Missed is what only algebra shows, as
+  that `x^2-1` is `(x-1)(x+1)`, and a line's `2x-y+3=0` for `y=2x+3`.
 
   References:
     Hendrycks et al., `Measuring Mathematical Problem Solving With the MATH
@@ -139,7 +139,8 @@ def math_verify_answer(
 ) -> list[float]:
   r"""Reward: `math_answer`, and 1 too where SymPy finds the answer equal.
 
-  For what is equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`.  It
+  For what is equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`; an
+  answer that copies the question's expression then counts as its factors.  It
   needs the package math-verify (`pip install 'jaxrl_llm[math]'`), and it may
   hang or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`: run it in
   a worker process that a time-out can kill.  It never uses signals.

@@ -18,7 +18,6 @@ from jaxrl_llm.rewards import answers, expressions
 _MAX_CHARACTERS = 300
 _DEEPEST = 6  # brackets of tuples, sets and matrices within each other
 _MOST_PARTS = 32  # of a list; longer ones are text
-_MAX_MARKS = 20
 
 # One character for a command, and what is nothing but layout left out.
 _MEANINGS = {
@@ -54,7 +53,12 @@ _UNIT = re.compile(
   r'(?<=[\w})\]])((?:\s+(?:[A-Za-z]{3,}|cm|mm|km|ft|kg|sq)\.?){1,4})'
   r'(?:\s*\^\s*\{?\d\}?)?$'
 )
-_NAME = re.compile(r'(?:\\?[A-Za-z]+|[A-Za-z]\([A-Za-z]\))(?:_\{?\w+\}?)?\'*|')
+# What may stand before "=" without being a part of the answer: a letter, a
+# word, f(x), (x,y); not xy, which is a product.
+_NAME = re.compile(
+  r'(?:\\[A-Za-z]+|[A-Za-z]|[A-Z]{2}|[A-Za-z]{3,})(?:_\{?\w+\}?)?\'*'
+  r'|[A-Za-z]?\([A-Za-z](?:,[A-Za-z])*\)|'
+)
 _IN_MATH = re.compile(r'(?:\$+|\\\()(.*?)(?:\$+|\\\))')
 _SENTENCE_END = re.compile(r'\.(?:\s|$)')
 _CLOSING = dict(zip('([{⦃⟦', ')]}⦄⟧', strict=True))
@@ -90,8 +94,7 @@ def marked_text(text: str) -> str | None:
   content = answers.last_boxed(text)
   if content is not None:
     return content
-  for piece in reversed(text.rsplit('####', _MAX_MARKS)[1:]):
-    line = piece.partition('\n')[0]
+  for line in answers.hash_lines(text):
     if line.strip():
       return line
   start = max(text.rfind('answer is'), text.rfind('Answer is'))
@@ -122,8 +125,8 @@ def _words(match: re.Match) -> str:
   words, before = match[1].strip(), match.string[: match.start()].rstrip()
   after_value = before[-1:].isalnum() or before[-1:] in tuple('})]')
   if after_value and re.fullmatch(r'[A-Za-z/. ]+', words):
-    halves = words.lower().replace('.', '') in ('am', 'pm')
-    if not halves and answers.is_unit(words) and words not in ('and', 'or'):
+    clock = words.lower().replace('.', '') in ('am', 'pm')
+    if answers.is_unit(words) and not clock:
       return ' '
   return f' {words} {match[2] or ""}'
 
@@ -198,7 +201,8 @@ def _read_value(text: str, depth: int) -> Hashable:
     cells = [tuple(map(read, _split(row, '&')[::2])) for row in rows]
     return 'matrix', tuple(cells)
   if kind == '⦃⦄':
-    return read(inner) or ('text', '⦃⦄')
+    value = read(inner)
+    return ('text', kind) if value is None else value
   parts = _split(inner, ',;')[::2]
   if len(parts) > 1:
     return kind, tuple(map(read, parts))

@@ -5,9 +5,9 @@ A sum is a dictionary,
   {(radicand, ((atom, exponent), …)): coefficient}
 
 from terms to Fractions: `2√3 x²` is {(3, (('x', 2),)): 2}.  The radicand has no
-square factor; atoms stand in the order of their repr; 'i' occurs with the
-exponent 1 only.  An atom is the name of a symbol, or a tuple for what stands
-for itself: a root of a sum, a factorial, a sum in brackets.
+factor that is a square of 2 … 1000; atoms stand in the order of their repr; 'i'
+occurs with the exponent 1 only.  An atom is the name of a symbol, or a tuple
+for what stands for itself: a root of a sum, a factorial, a sum in brackets.
 
 Every number is bounded, and so is the work of one `Arithmetic`: what exceeds
 the bounds raises `UnreadableError`.
