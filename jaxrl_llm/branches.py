@@ -156,9 +156,9 @@ def branch(
     statistics=generation.statistics,
   )
   whole, parents, forked_at = _as_rows(samples, forked, jnp.asarray(own))
-  completions, scores = _judge_rows(responses, whole, tokenizer, rewards)
+  completions, scoring = _judge_rows(responses, whole, tokenizer, rewards)
   rows = Responses(
-    responses.prompts, responses.rows, whole, completions, scores
+    responses.prompts, responses.rows, whole, completions, scoring
   )
   forks = Forks(
     places,
@@ -286,7 +286,10 @@ def _as_rows(samples, forked, places):
 
 
 def _judge_rows(responses, whole, tokenizer, rewards):
-  """Texts and scores of the rows [P, R] that are branches; '' and no score."""
+  """Texts and scores of the rows [P, R] that are branches; '' and no score.
+
+  As `judge`.
+  """
   tokens, mask, finished = jax.device_get(
     (whole.tokens, whole.mask, whole.finished)
   )
@@ -294,20 +297,28 @@ def _judge_rows(responses, whole, tokenizer, rewards):
   present = [tuple(i) for i in np.argwhere(mask.any(axis=2))]
   flat = np.array([p * rows + r for p, r in present], int)
   texts = [''] * (num_prompts * rows)
-  total = np.zeros(len(texts))
-  valid = np.zeros(len(texts), bool)
-  parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
+  scoring = None
   if present:
-    completions, scores = judge(
+    completions, scoring = judge(
       tokenizer,
       rewards,
       [responses.rows[p] for p, _ in present],
       [tokens[i][mask[i]].tolist() for i in present],
       [bool(finished[i][0]) for i in present],
     )
+    for i, text in zip(flat, completions, strict=True):
+      texts[i] = text
+
+  @functools.cache
+  def finish() -> Scores:
+    total, valid = np.zeros(len(texts)), np.zeros(len(texts), bool)
+    parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
+    if scoring is None:
+      return Scores(total, valid, parts)
+    scores = scoring()
     total[flat], valid[flat] = scores.total, scores.valid
     for name, values in scores.parts.items():
       parts[name][flat] = values
-    for i, text in zip(flat, completions, strict=True):
-      texts[i] = text
-  return texts, Scores(total, valid, parts)
+    return Scores(total, valid, parts, scores.failures)
+
+  return texts, finish

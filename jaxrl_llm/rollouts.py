@@ -17,7 +17,7 @@ from jaxrl_llm.models.cache import Cache
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
-from jaxrl_llm.rewards import score as score_rewards
+from jaxrl_llm.rewards import start as start_scoring
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
 
 Array = jax.Array
@@ -53,7 +53,8 @@ class Responses(NamedTuple):
     rows: P dataset rows.
     samples: tokens, mask and log-probabilities, [P, G, T].
     completions: P·G texts, special tokens left out.
-    scores: rewards of the P·G responses, total and by part.
+    scoring: called for the rewards of the P·G responses, which workers may
+      still be at.
     cache: keys and values that branches fork, where they were kept.
   """
 
@@ -61,8 +62,17 @@ class Responses(NamedTuple):
   rows: Sequence[dict[str, Any]]
   samples: sampling.Samples
   completions: list[str]
-  scores: Scores
+  scoring: Callable[[], Scores]
   cache: Cache | None = None
+
+  @property
+  def scores(self) -> Scores:
+    """Rewards of the P·G responses, total and by part.
+
+    Raises:
+      UserError: a reward function fails or gives something that is no reward.
+    """
+    return self.scoring()
 
 
 def to_prompts(batch: PromptBatch) -> policy.Prompts:
@@ -111,7 +121,7 @@ def respond(
   key: Array,
   keep_cache: bool = False,
 ) -> Responses:
-  """Samples responses and scores them.
+  """Samples responses and begins to score them.
 
   Args:
     config, params: the model.
@@ -121,9 +131,6 @@ def respond(
     rewards: reward functions.
     key: PRNG key.
     keep_cache: keeps the responses' keys and values, for branches.
-
-  Raises:
-    UserError: a reward function fails or gives something that is no reward.
   """
   cache = None
   if keep_cache:
@@ -141,8 +148,8 @@ def respond(
   ]
   rows = [row for row in batch.rows for _ in range(generation.samples)]
   finished = host.finished.reshape(-1).tolist()
-  completions, scores = judge(tokenizer, rewards, rows, ids, finished)
-  return Responses(prompts, batch.rows, samples, completions, scores, cache)
+  completions, scoring = judge(tokenizer, rewards, rows, ids, finished)
+  return Responses(prompts, batch.rows, samples, completions, scoring, cache)
 
 
 def judge(
@@ -151,8 +158,8 @@ def judge(
   rows: Sequence[dict[str, Any]],
   ids: Sequence[list[int]],
   finished: Sequence[bool],
-) -> tuple[list[str], Scores]:
-  """Decodes and scores N whole responses.
+) -> tuple[list[str], Callable[[], Scores]]:
+  """Decodes N whole responses and begins to score them.
 
   Reward functions get the prompts' and responses' texts, every column of the
   dataset, `completion_ids` (tokens, EOS included) and `finished` (whether the
@@ -166,17 +173,15 @@ def judge(
     finished: N.
 
   Returns:
-    Texts, special tokens left out, and scores.
-
-  Raises:
-    UserError: a reward function fails or gives something that is no reward.
+    Texts, special tokens left out, and what to call for the scores; see
+    `rewards.start`.
   """
   completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
   given = columns(rows)
   given['completion_ids'] = list(ids)
   given['finished'] = list(finished)
   prompts = [row['prompt'] for row in rows]
-  return completions, score_rewards(rewards, prompts, completions, given)
+  return completions, start_scoring(rewards, prompts, completions, given)
 
 
 def with_statistics(generation: Generation, needs: Needs) -> Generation:
@@ -233,7 +238,7 @@ def to_rollouts(
     raise UserError('rollouts cannot supply token rewards to the estimator yet')
   if needs.critic and values is None:
     raise UserError('the estimator needs a critic, whose values are missing')
-  samples, scores = responses.samples, responses.scores
+  samples = responses.samples
   shape = samples.finished.shape
   score = functools.partial(
     score_tokens,
@@ -250,7 +255,9 @@ def to_rollouts(
   unknown |= needs.score_norms and samples.score_norms is None
   if rescore or unknown:
     own = score(params)
-  greedy_rewards = None
+  ref_log_probs = score(reference).log_probs if needs.reference else None
+  # Scores last: until here the device was only told what to do.
+  scores, greedy_rewards = responses.scores, None
   if needs.greedy:
     found = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
     greedy_rewards = jnp.asarray(found.reshape(-1, 1, 1), jnp.float32)
@@ -262,7 +269,7 @@ def to_rollouts(
     rewards=jnp.asarray(scores.total.reshape(shape), jnp.float32),
     valid=jnp.asarray(scores.valid.reshape(shape)),
     greedy_rewards=greedy_rewards,
-    ref_log_probs=score(reference).log_probs if needs.reference else None,
+    ref_log_probs=ref_log_probs,
     entropy=own.entropy if needs.entropy else None,
     score_norms=own.score_norms if needs.score_norms else None,
     values=values if needs.critic else None,

@@ -3,12 +3,13 @@
 import fractions
 import re
 
+import hostile
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import RewardPart, score
+from jaxrl_llm.rewards import RewardPart, isolated, score, start
 
 PROMPTS = ['p0', 'p1', 'p2']
 COMPLETIONS = ['short', 'a bit longer', 'the third completion ' * 10]
@@ -208,3 +209,26 @@ def test_functions_in_the_shape_of_trl_work_unchanged():
   del columns['ground_truth']
   with pytest.raises(UserError, match="needs an argument 'ground_truth'"):
     score(parts, prompts, completions, columns)
+
+
+def test_workers_begin_at_once_and_what_is_in_this_process_when_asked():
+  calls = []
+
+  def here(completions):
+    calls.append(completions)
+    return [1.0] * len(completions)
+
+  with isolated(hostile.NAME, workers=1) as there:
+    parts = [RewardPart('here', here), RewardPart('there', there, 2.0)]
+    scoring = start(parts, ['p'] * 2, ['1', '2'], {})
+    # The worker takes samples in turn: these two are behind it.
+    there.submit(['p'], ['3'], {}).result()
+    assert not calls
+    scores = scoring()
+    assert scores.total.tolist() == [3.0, 5.0]
+    assert scoring() is scores and len(calls) == 1
+
+
+def test_what_does_not_fit_is_said_at_once():
+  with pytest.raises(UserError, match='distinct names'):
+    start([], ['p'], ['1'], {})

@@ -47,6 +47,8 @@ def seen(model):
   responses = rollouts.respond(
     *model, BATCH, GENERATION, TOKENIZER, [RewardPart('r', reward)], KEY
   )
+  assert not given  # A reward in this process is called for the scores.
+  assert responses.scores is responses.scores and given
   return responses, given
 
 
@@ -180,5 +182,36 @@ def test_a_failing_reward_is_named(model):
     return [float('nan')] * len(completions)
 
   parts = [RewardPart('broken', broken)]
+  responses = rollouts.respond(
+    *model, BATCH, GENERATION, TOKENIZER, parts, KEY
+  )
   with pytest.raises(UserError, match='broken'):
-    rollouts.respond(*model, BATCH, GENERATION, TOKENIZER, parts, KEY)
+    _ = responses.scores
+
+
+def test_the_device_is_told_all_before_scores_are_waited_for(
+  model, seen, monkeypatch
+):
+  """So that workers score while it computes."""
+  responses, _ = seen
+  events, real = [], rollouts.score_tokens
+
+  def score_tokens(*arguments, **keywords):
+    events.append('device')
+    return real(*arguments, **keywords)
+
+  def scoring():
+    events.append('scores')
+    return responses.scores
+
+  monkeypatch.setattr(rollouts, 'score_tokens', score_tokens)
+  rollouts.to_rollouts(
+    *model,
+    model[1],
+    responses._replace(scoring=scoring),
+    GENERATION,
+    Needs(reference=True),
+    micro_prompts=2,
+    rescore=True,
+  )
+  assert events == ['device', 'device', 'scores']

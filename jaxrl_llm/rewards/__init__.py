@@ -11,6 +11,7 @@ __all__ = [
   'functions',
   'isolated',
   'score',
+  'start',
 ]
 
 _MODULES = {
@@ -19,6 +20,7 @@ _MODULES = {
   'Workers': 'workers',
   'isolated': 'workers',
   'score': 'scoring',
+  'start': 'scoring',
 }
 
 

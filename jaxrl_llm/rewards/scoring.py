@@ -10,6 +10,7 @@ keyword, and a function without `**kwargs` gets only those it names.  None means
 error.  Nothing becomes 0 and nothing is broadcast silently.
 """
 
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -53,10 +54,22 @@ def score(
   completions: Sequence[str],
   columns: dict[str, Sequence[Any]],
 ) -> Scores:
-  """Scores N responses with every part and adds them up.
+  """Scores N responses with every part and adds them up; as `start`."""
+  return start(parts, prompts, completions, columns)()
 
-  Parts in worker processes (`Workers`) work while the others are called one by
-  one.  A sample that fails there has no score and is counted in `failures`.
+
+def start(
+  parts: Sequence[RewardPart],
+  prompts: Sequence[str],
+  completions: Sequence[str],
+  columns: dict[str, Sequence[Any]],
+) -> Callable[[], Scores]:
+  """Begins to score N responses; the result is called for the scores.
+
+  Parts in worker processes (`Workers`) begin at once, and work while this
+  process and the device do something else.  The others are called one by one
+  when the scores are asked for, the first time.  A sample that fails in a
+  worker has no score and is counted in `failures`.
 
   Args:
     parts: at least one, with distinct names and finite weights.
@@ -66,8 +79,9 @@ def score(
       int, the end token included) and `finished` (bool: ended by itself).
 
   Raises:
-    UserError: naming the function, the sample and its completion, when a
-      function fails or returns anything but N finite numbers or Nones.
+    UserError: here, for parts or arguments that do not fit; by the result,
+      naming the function, the sample and its completion, when a function fails
+      or returns anything but N finite numbers or Nones.
   """
   arguments = {'prompts': prompts, 'completions': completions}
   _check(parts, arguments, columns)
@@ -76,17 +90,32 @@ def score(
     for part in parts
     if isinstance(part.function, Workers)
   }
-  here = {
-    part.name: _part_scores(part, {**arguments, **columns})
-    for part in parts
-    if part.name not in pending
-  }
-  there = {
-    # Where there is None, float64 has NaN.
-    name: np.asarray(scores.result(), np.float64)
-    for name, scores in pending.items()
-  }
-  scores = {part.name: (here | there)[part.name] for part in parts}
+
+  @functools.cache
+  def finish() -> Scores:
+    here = {
+      part.name: _part_scores(part, {**arguments, **columns})
+      for part in parts
+      if part.name not in pending
+    }
+    there = {
+      # Where there is None, float64 has NaN.
+      name: np.asarray(scores.result(), np.float64)
+      for name, scores in pending.items()
+    }
+    failures = {name: scores.failures() for name, scores in pending.items()}
+    found = here | there
+    return _total(parts, {p.name: found[p.name] for p in parts}, failures)
+
+  return finish
+
+
+def _total(
+  parts: Sequence[RewardPart],
+  scores: dict[str, np.ndarray],
+  failures: Mapping[str, Failures],
+) -> Scores:
+  """The weighted sum of the parts' scores."""
   stacked = np.stack(list(scores.values()))
   weights = np.asarray([part.weight for part in parts], np.float64)
   valid = ~np.isnan(stacked).any(axis=0)
@@ -97,7 +126,6 @@ def score(
       'the weighted sum of rewards overflows at sample '
       f'{int(np.argmin(np.isfinite(total)))}.'
     )
-  failures = {name: scores.failures() for name, scores in pending.items()}
   return Scores(total, valid, scores, failures)
 
 
