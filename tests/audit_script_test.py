@@ -92,6 +92,7 @@ def test_equal_groups_by_hand(step):
   assert again[0, 0, 0] == (len(set(rewards[0, 1:].tolist())) == 1)
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_gradient_of_training(step, subject):
   rl, state, found = step
   params, prompts = state.trainable['policy'], found.responses.prompts

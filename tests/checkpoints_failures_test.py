@@ -220,6 +220,7 @@ with (
 """
 
 
+@pytest.mark.slow
 def test_a_killed_loop_writes_the_same_records(tmp_path):
   assert run_script(LOOP, tmp_path / 'whole').returncode == 0
   rng = random.Random(0)

@@ -3,10 +3,12 @@
 import os
 import pathlib
 import signal
+import tempfile
 import uuid
 
 import jax
 import pytest
+import scripts
 
 from jaxrl_llm.rewards import Workers, containment
 
@@ -17,6 +19,14 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_disable_most_optimizations', True)
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
+
+
+def pytest_configure(config):
+  """Makes the session's folder, unless this is a worker, which inherits it."""
+  if not hasattr(config, 'workerinput'):
+    folder = tempfile.TemporaryDirectory(prefix='jaxrl_llm_tests_')
+    config.add_cleanup(folder.cleanup)
+    os.environ[scripts.FOLDER] = folder.name
 
 
 @pytest.fixture

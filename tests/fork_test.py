@@ -86,7 +86,7 @@ def joined(responses, positions, forked):
   'name, samples',
   [
     ('llama', SAMPLES),
-    ('llama', 1),
+    pytest.param('llama', 1, marks=pytest.mark.slow),
     ('gemma', SAMPLES),
     pytest.param('gpt2', SAMPLES, marks=pytest.mark.slow),
   ],
@@ -114,7 +114,10 @@ def test_statistics_are_those_of_the_whole_response(name, samples):
   assert (tokens != own)[mask].mean() > 0.2
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize(
+  'name',
+  ['llama', 'gemma', pytest.param('gpt2', marks=pytest.mark.slow)],
+)
 def test_greedy_branches_are_those_of_a_full_prefill(name):
   config, params, prompts, responses, positions, *_ = rollout(
     name, MODELS[name]
@@ -174,7 +177,7 @@ def test_greedy_branches_are_those_of_a_full_prefill(name):
     )
 
 
-@pytest.mark.parametrize('rows', [1, 40])
+@pytest.mark.parametrize('rows', [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_tokens_do_not_depend_on_the_rows(rows):
   """Fewer rows than responses or more, which take over others' keys."""
   *_, expected, _ = rollout('gemma', MODELS['gemma'])

@@ -63,7 +63,7 @@ def reference(params):
   return jax.tree.map(lambda x: 0.9 * x, params)
 
 
-@pytest.mark.parametrize('batch', [5, 3])
+@pytest.mark.parametrize('batch', [pytest.param(5, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize('micro_prompts', [1, 2, 5, 99])
 def test_kl_is_scored_in_parts(micro_prompts, batch, monkeypatch):
   _, params = toys.make_policy('llama')

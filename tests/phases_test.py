@@ -113,6 +113,7 @@ def test_failures_in_workers_are_recorded(setting, tmp_path):
   assert second.messages == []
 
 
+@pytest.mark.slow
 def test_running_numbers_move_once_per_batch(setting):
   rl, state = begin(setting, dict(name='reinforce_baseline', decay=0.5))
   assert float(state.running['reward_mean']) == 0.0

@@ -305,6 +305,7 @@ def test_the_mean_gradient_is_exact(name, monkeypatch):
   assert off < bound < 0.02 * norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', TILTED)
 def test_interpolation_is_biased(name, monkeypatch):
   off, bound, norm = measure(TILTED[name], 'plain', monkeypatch, batches=3)

@@ -182,9 +182,7 @@ def test_a_failing_reward_is_named(model):
     return [float('nan')] * len(completions)
 
   parts = [RewardPart('broken', broken)]
-  responses = rollouts.respond(
-    *model, BATCH, GENERATION, TOKENIZER, parts, KEY
-  )
+  responses = rollouts.respond(*model, BATCH, GENERATION, TOKENIZER, parts, KEY)
   with pytest.raises(UserError, match='broken'):
     _ = responses.scores
 

@@ -6,6 +6,7 @@ other, which can be killed.
 """
 
 import contextlib
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -29,6 +30,9 @@ _context.set_forkserver_preload(
     'transformers.models.llama.configuration_llama',
   ]
 )
+
+# The variable that names the session's folder; `conftest` sets it.
+FOLDER = 'JAXRL_LLM_TESTS_FOLDER'
 
 # Steps of supervised learning, of both phases, and between checkpoints.
 WARM, TOTAL, EVERY = 8, 28, 5
@@ -179,27 +183,28 @@ def wait_until(condition, script: Script, seconds: float = 120) -> None:
     time.sleep(0.001)
 
 
-@functools.cache
 def shared_folder() -> pathlib.Path:
-  """A folder that lives as long as the test session."""
-  keep = tempfile.TemporaryDirectory(prefix='jaxrl_llm_tests_')
-  shared_folder.keep = keep  # Removed when the interpreter ends.
-  return pathlib.Path(keep.name)
+  """A folder that lives as long as the test session, for all its workers."""
+  return pathlib.Path(os.environ[FOLDER])
 
 
 @functools.cache
 def undisturbed() -> pathlib.Path:
   """The folder of the tiny run, done in one go, everything compiled for it."""
-  workdir = shared_folder() / 'undisturbed'
-  config = write_config(shared_folder() / 'config')
-  ended = run('train', f'--config={config}', f'--workdir={workdir}')
-  assert ended.code == 0, ended.err
+  workdir, done = shared_folder() / 'undisturbed', shared_folder() / 'done'
+  with open(shared_folder() / 'lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not done.exists():
+      config = write_config(shared_folder() / 'config')
+      ended = run('train', f'--config={config}', f'--workdir={workdir}')
+      assert ended.code == 0, ended.err
+      done.touch()
   return workdir
 
 
 def cache() -> pathlib.Path:
-  """Where the other runs of the tests keep what they compile."""
-  return shared_folder() / 'cache'
+  """Where the other runs of this worker's tests keep what they compile."""
+  return shared_folder() / os.environ.get('PYTEST_XDIST_WORKER', 'cache')
 
 
 def _main(name, arguments, folder, cache):

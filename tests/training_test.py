@@ -433,6 +433,7 @@ def temporary_bytes(vocab_size):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('optimized')
 def test_memory_does_not_grow_with_all_logits():
   """Doubling V costs < 10 % of one [B, T, V] float32 array.
