@@ -124,8 +124,19 @@ def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:
 
 
 def file_of(name: str) -> str | None:
-  """What stands before the ':'; None for a function of the library."""
-  return name.rpartition(':')[0] or None
+  """The user's file that a name means; None for a function of the library.
+
+  Of a module the source, for which the packages around it are imported.  What
+  cannot be found is named as it stands: who loads it says so.
+  """
+  path = name.rpartition(':')[0]
+  if not path or path.endswith('.py'):
+    return path or None
+  try:
+    found = importlib.util.find_spec(path)
+  except (ImportError, ValueError):
+    return path
+  return found.origin if found is not None and found.has_location else path
 
 
 def _load(name: str, field: str) -> Callable:

@@ -69,6 +69,17 @@ def test_a_function_of_a_module_that_can_be_imported():
       naming.find(module, f'{absent}:dumps', 'f')
 
 
+def test_the_file_of_a_name(tmp_path, monkeypatch):
+  (tmp_path / 'my_rewards.py').write_text('')
+  monkeypatch.syspath_prepend(tmp_path)
+  assert naming.file_of('square') is None
+  assert naming.file_of('no/such.py:f') == 'no/such.py'
+  assert naming.file_of('my_rewards:f') == str(tmp_path / 'my_rewards.py')
+  assert naming.file_of('json.decoder:f') == json.decoder.__file__
+  for absent in ('jsn', 'json.decodr.deeper', 'a/b'):
+    assert naming.file_of(f'{absent}:f') == absent
+
+
 def test_a_module_whose_own_imports_fail_says_which(tmp_path, monkeypatch):
   (tmp_path / 'needy_module.py').write_text('import not_installed_here')
   monkeypatch.syspath_prepend(tmp_path)

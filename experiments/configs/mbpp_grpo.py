@@ -13,7 +13,7 @@ security boundary: read the head of jaxrl_llm/rewards/sandbox.py, and heed what
 the log says is missing here.
 
 Hardware: one accelerator, as for gsm8k_grpo.py, and cores that run programs: a
-step's 256 take about 8 s of one core in all, but 256 · 5 s / cores if none of
+step's 256 take about 10 s of one core in all, but 256 · 5 s / cores if none of
 them ends.  It has been run on a CPU only, for two steps of a tiny random
 Qwen2, as a test of the path from file to update; no accuracy after training
 has been measured.

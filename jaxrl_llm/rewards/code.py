@@ -30,9 +30,10 @@ def code_tests(
   how the program is found.  One that fails, crashes, or exceeds time or memory
   scores 0; that a program cannot be run at all is an error.
 
-  Programs run in parallel, equal ones once.  A batch of N takes up to
-  N · timeout / parallel seconds.  Scores of programs that use chance, the clock
-  or nearly all of their time need not repeat.
+  It needs no worker processes (`workers`), whose time-out would leave a program
+  that never ends without a score.  Programs run in parallel, equal ones once.
+  A batch of N takes up to N · timeout / parallel seconds.  Scores of programs
+  that use chance, the clock or nearly all of their time need not repeat.
 
   Args:
     score: what passed tests are worth, of `grades`; `all_passed()` if None.

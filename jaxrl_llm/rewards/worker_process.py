@@ -36,7 +36,7 @@ class Ready(NamedTuple):
     containment: a kind of `containment.KINDS`.
     memory_limited: whether the system enforces the limit.
     parameters: what the function takes.
-    source: sha256 of its file; None where it is named by its module.
+    source: sha256 of the user's file that it is of; None without one.
   """
 
   containment: str
