@@ -8,14 +8,14 @@ products did not come first; where that matters their answer is wrong.
 Supervised training copies both kinds.  RL sees only whether the last number is
 right.
 
-On 2 CPU cores: 56 s in all, of which 22 s warm start and 19 s RL.  Greedy
-exact match on 512 held-out problems:
+On 2 slow CPU cores: 58 s of warm start and 45 s of RL.  Greedy exact
+match on 512 held-out problems:
 
-  after the warm start (400 steps)               65.2 %
-  after RL (80 steps of GRPO, 19 s)              99.6 %
-  after 400 more supervised steps (24 s), by
+  after the warm start (400 steps)               67.0 %
+  after RL (80 steps of GRPO, 45 s)              99.4 %
+  after 400 more supervised steps, by
     --config.warm_start.steps=800 --config.steps=0
-    in another --workdir                         79.3 %
+    in another --workdir                         84.2 %
 """
 
 from experiments.configs import base
