@@ -6,6 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import data
@@ -102,6 +103,27 @@ def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
     system_prompt=config.prompts.system_prompt or None,
     suffix=config.prompts.suffix,
     overlong=config.prompts.overlong,
+  )
+
+
+def encode_responses(
+  config, rows, built: Model, column: str
+) -> list[np.ndarray]:
+  """Ids of the texts in a column, each with the end token.
+
+  Raises:
+    UserError: a text is missing, too long or not expressible, or there is no
+      end token to teach.
+  """
+  if not built.eos_ids:
+    raise UserError('the tokenizer has no end token to teach')
+  own = built.tokenizer.eos_token_id
+  return prompts_lib.encode_responses(
+    rows,
+    built.tokenizer,
+    config.rollout.max_tokens,
+    own if own in built.eos_ids else built.eos_ids[0],
+    column,
   )
 
 

@@ -1,43 +1,68 @@
 """How far a run is, and what is due there."""
 
 import dataclasses
+from typing import NamedTuple
+
+
+class Round(NamedTuple):
+  """What the main phase of a run repeats.
+
+  Online RL samples and learns in every step.  Other methods sample for some
+  steps, and learn from that for some more.
+
+  Attributes:
+    sampling: steps that only sample, at the beginning.
+    learning: steps after them, at least 1.
+  """
+
+  sampling: int = 0
+  learning: int = 1
+
+  @property
+  def steps(self) -> int:
+    """Of both kinds."""
+    return self.sampling + self.learning
 
 
 @dataclasses.dataclass
 class Course:
-  """Steps of a run, supervised ones first, and the tokens that RL generated.
+  """Steps of a run, the warm start's first, and the tokens it generated.
 
   Attributes:
-    first: steps of the warm start; RL begins after them.
+    first: steps of the warm start; the main phase begins after them.
     total: steps of both.
-    budget: generated tokens after which no step begins; 0 for any number.
+    budget: generated tokens after which no round begins; 0 for any number.
+    round: of the main phase.
     step: steps done.
     tokens: generated so far; evaluations do not count.
-    tokens_before: `tokens` before the last step.
+    tokens_before: `tokens` before the last round.
   """
 
   first: int
   total: int
   budget: int
+  round: Round = Round()
   step: int = 0
   tokens: int = 0
   tokens_before: int = 0
 
   def advance(self, tokens: int) -> None:
     """A step is done, which generated so many tokens."""
+    if self._place(self.step) == 0:
+      self.tokens_before = self.tokens
     self.step += 1
-    self.tokens_before = self.tokens
     self.tokens += tokens
 
   @property
   def in_warm_start(self) -> bool:
-    """Whether the next step is a supervised one."""
+    """Whether the next step is one of the warm start."""
     return self.step < self.first
 
   @property
   def ended(self) -> bool:
     """Whether the last step was the last, by steps or by tokens."""
-    return self.step >= self.total or 0 < self.budget <= self.tokens
+    spent = 0 < self.budget <= self.tokens and self._place(self.step) == 0
+    return self.step >= self.total or spent
 
   @property
   def overran(self) -> bool:
@@ -45,15 +70,22 @@ class Course:
     return self.step > self.total or 0 < self.budget <= self.tokens_before
 
   def evaluation_is_due(self, every: int, every_tokens: int) -> bool:
-    """Where RL begins and ends, and in between by steps and by tokens.
+    """Where the main phase begins and ends, and in between by steps and tokens.
+
+    Rounds that begin with sampling are evaluated at their ends, and while they
+    learn.
 
     Args:
-      every: steps of RL.
+      every: steps of the main phase.
       every_tokens: tokens; 0 for never.
     """
     since = self.step - self.first
     if since <= 0 or self.ended:
       return since >= 0
+    if self.round.sampling:
+      place = self._place(self.step)
+      if place <= self.round.sampling:
+        return place == 0
     if every_tokens:
       before, now = self.tokens_before, self.tokens
       if before // every_tokens < now // every_tokens:
@@ -66,3 +98,7 @@ class Course:
       return True
     since = self.step - self.first if self.step > self.first else self.step
     return since % every == 0
+
+  def _place(self, step: int) -> int:
+    """How many steps of its round are done after so many of the run."""
+    return max(step - self.first, 0) % self.round.steps

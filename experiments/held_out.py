@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from experiments import build
+from experiments.phase import Evaluation
 from jaxrl_llm import evaluation, rollouts
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.rewards import RewardPart
@@ -35,6 +36,10 @@ class HeldOut(NamedTuple):
   micro_prompts: int
   key: Any
   chunk: int
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What must be equal for the numbers to be of the same prompts."""
+    return prompts_lib.PromptSource(self.encoded, 1, 0).fingerprint()
 
 
 def build_held_out(
@@ -150,6 +155,21 @@ def answer(
     samples=samples,
     kl=None if reference is None else kl_sum / max(lengths.sum(), 1),
   )
+
+
+def evaluate(
+  held_out: HeldOut, params, step: int, table: int, reference=None, stop=None
+) -> Evaluation:
+  """Answers the whole set; gives its numbers and rows for a sample table.
+
+  Args:
+    held_out, params, step, reference, stop: as for `answer`.
+    table: prompts whose first response is shown.
+  """
+  answers = answer(held_out, params, step, reference, stop)
+  per_prompt = held_out.generation.samples
+  shown = answers.samples[: table * per_prompt : per_prompt]
+  return Evaluation(summary(answers), shown)
 
 
 def summary(answers: Answers) -> dict[str, float]:

@@ -1,14 +1,13 @@
-"""The two phases of a run: a supervised warm start, then online RL.
+"""Online RL: what one step samples, learns and records.
 
-Each phase gives the state after one step and what is to be recorded of it.  A
-step depends on the state, the step's number and the configuration, and in RL on
-the reference, on whose log-probabilities count (`rescore`), and on the values
-kept from earlier steps, to which `collect` adds.
+A step depends on the state, the step's number and the configuration, on the
+reference, on whose log-probabilities count (`rescore`), and on the values kept
+from earlier steps, to which `collect` adds.
 """
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,43 +16,20 @@ import numpy as np
 
 from experiments import build, critics
 from experiments.learner import Learner
+from experiments.phase import Result
 from jaxrl_llm import (
   batches,
   branch_values,
   branches,
   critic,
   estimators,
-  policy,
   rollouts,
   training,
 )
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.kept import KeptValues
 from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.tasks import prompts as prompts_lib
-
-
-class Result(NamedTuple):
-  """What a step leaves: state, records, and responses for the sample table.
-
-  Attributes:
-    state: the new `TrainState`.
-    metrics: numbers that depend on the computation only.
-    timings: seconds.
-    tokens: generated tokens.
-    responses, advantages: what was sampled, and [P, G] advantages; None in
-      the warm start.
-    messages: what the user should be told once.
-  """
-
-  state: training.TrainState
-  metrics: dict[str, float]
-  timings: dict[str, float]
-  tokens: int = 0
-  responses: rollouts.Responses | None = None
-  advantages: np.ndarray | None = None
-  messages: Sequence[str] = ()
 
 
 class Collected(NamedTuple):
@@ -74,80 +50,6 @@ class Collected(NamedTuple):
   tokens: int
   record: dict[str, float]
   own: estimators.Rollouts
-
-
-class WarmStart:
-  """Maximum likelihood of the task's worked solutions.
-
-  Args:
-    config: the whole configuration.
-    model: the model to train.
-    rows: demonstrations, with a 'solution'.
-  """
-
-  def __init__(self, config, model: build.Model, rows: list[dict]):
-    if config.warm_start.steps and not rows:
-      raise UserError(
-        f'config.warm_start.steps is {config.warm_start.steps}, but the task '
-        'has no demonstrations\nset it to 0, or give rows a solution'
-      )
-    self.steps = config.warm_start.steps
-    self.optimizer, self._schedule = build.optimizer(
-      config.warm_start.optimizer, self.steps
-    )
-    if not self.steps:
-      return
-    encoded = build.encode(config, rows, model.tokenizer)
-    if not model.eos_ids:
-      raise UserError('the tokenizer has no end token to teach')
-    own = model.tokenizer.eos_token_id
-    self._solutions = prompts_lib.encode_solutions(
-      encoded.rows,
-      model.tokenizer,
-      config.rollout.max_tokens,
-      own if own in model.eos_ids else model.eos_ids[0],
-    )
-    self._width = max(map(len, self._solutions))
-    self._pad_id = encoded.pad_id
-    self.source = prompts_lib.PromptSource(
-      encoded, config.warm_start.batch, config.seed
-    )
-    self._estimator = estimators.sft()
-    forward = training.policy_forward(
-      model.config,
-      policy.Decoding(num_tokens=build.known_tokens(model)),
-      config.training.chunk,
-    )
-    self._update = training.make_update(
-      forward, self._estimator, self.optimizer, config.warm_start.batch
-    )
-
-  def step(self, state: training.TrainState, step: int) -> Result:
-    """One supervised update."""
-    start = time.perf_counter()
-    batch = self.source.batch(step)
-    chosen = [self._solutions[i] for i in self.source.indices(step)]
-    tokens, lengths = prompts_lib.padded(chosen, self._pad_id, self._width)
-    mask = np.arange(self._width)[None] < lengths[:, None]
-    given = self._estimator.prepare(
-      estimators.Rollouts(
-        tokens=jnp.asarray(tokens[:, None]),
-        mask=jnp.asarray(mask[:, None]),
-        log_probs=jnp.zeros(mask[:, None].shape),
-        rewards=jnp.ones((len(chosen), 1, 1)),
-      )
-    )
-    rate = float(self._schedule(int(state.updates)))
-    prompts = rollouts.to_prompts(batch)
-    state, metrics = self._update(state, None, prompts, given)
-    metrics = jax.device_get(metrics)
-    record = {
-      'warm_start/loss': metrics['loss'],
-      'warm_start/grad_norm': metrics['grad_norm'],
-      'warm_start/learning_rate': rate,
-      'skipped': metrics['skipped'],
-    }
-    return Result(state, record, {'step_time': time.perf_counter() - start})
 
 
 class Reinforcement:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ def export(model: build.Model, path) -> None:
 
 def changes(records: list[dict]) -> list[str]:
   """A line for each number of the last evaluation, beside the first."""
-  evaluated = [r for r in records if 'eval/reward' in r]
+  evaluated = [r for r in records if any(n.startswith('eval/') for n in r)]
   first, last = evaluated[0], evaluated[-1]
   lines = []
   for name in last:
@@ -136,8 +137,17 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
   )
 
 
-def plot(path, records: list[dict], first: int) -> None:
-  """Draws reward and held-out reward against the step."""
+def plot(
+  path, records: list[dict], curves: Mapping[str, str], first: int
+) -> None:
+  """Draws the training reward and held-out numbers against the step.
+
+  Args:
+    path: of the figure.
+    records: of the run.
+    curves: of the main phase, metric → label.
+    first: steps of the warm start.
+  """
   series = {}
   rewards = [(r['step'], r['reward']) for r in records if 'reward' in r]
   if rewards:
@@ -147,15 +157,16 @@ def plot(path, records: list[dict], first: int) -> None:
     smooth = np.convolve(values, kernel, mode='valid')
     label = f'training reward (mean of {width} steps)'
     series[label] = (steps[width - 1 :], smooth)
-  held = [(r['step'], r['eval/reward']) for r in records if 'eval/reward' in r]
-  series['held-out reward'] = tuple(zip(*held, strict=True))
+  for name, label in curves.items():
+    held = [(r['step'], r[name]) for r in records if name in r]
+    series[label] = tuple(zip(*held, strict=True))
   logging.plot_curve(
     path,
     series,
     xlabel='step',
     ylabel='mean reward per response',
     title=path.parent.name,
-    marks={'RL begins': first} if first else None,
+    marks={'the warm start ends': first} if first else None,
   )
 
 

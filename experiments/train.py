@@ -6,175 +6,66 @@ A run writes everything into one folder, `--workdir` (default: runs/ and the
 configuration's name), and `--resume` continues it, bit for bit.
 """
 
-import contextlib
-import functools
-import pathlib
-import signal
-import sys
-import time
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from experiments import build, checks, cli, critics, held_out, phases, runs
-from experiments.course import Course
-from jaxrl_llm import logging, training
-from jaxrl_llm.checkpoints import Checkpoints
+from experiments import build, checks, cli, critics, held_out, run, runs
+from experiments.course import Round
+from experiments.phase import Evaluation, Script
+from experiments.phases import Reinforcement
+from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.samples import read_samples
-from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
-from jaxrl_llm.tasks import prompts as prompts_lib
-
-# What may differ when a run is resumed.
-_MUTABLE = frozenset({'steps', 'tokens', 'checkpoints', 'log.samples'})
-_RECORDS = ('checkpoints', 'metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
-_MAX_SKIPPED = 3
 
 
-class Run:
-  """One run: what it is made of, how far it is, and what it has said.
+class Online:
+  """Online RL as the main phase of a run; see `phase.Phase`.
 
-  Attributes:
-    course: how far it is.
-    state: the `TrainState` there.
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    data: of the task.
+    key: PRNG key of the run.
+    folder: of the run.
   """
 
-  def __init__(self, config, folder, stop, files):
-    self._config = config
-    self._folder = folder.path
-    self._resuming = folder.resuming
-    self._stop = stop
-    self._key = jax.random.key(config.seed)
-    model = build.model(config.model, config.seed)
-    # The parameters live in the state alone.
-    self._model = model._replace(params=None)
-    data = build.dataset(config, self._model.tokenizer)
-    self._warm = phases.WarmStart(config, self._model, data.demonstrations)
-    self._rl = phases.Reinforcement(config, self._model, data.train, self._key)
+  round = Round()
+  curves = types.MappingProxyType({'eval/reward': 'held-out reward'})
+
+  def __init__(self, config, model: build.Model, data, key, folder):
+    del folder
+    self._config, self._model = config, model
+    self._rl = Reinforcement(config, model, data.train, key)
+    self._prompts = len(data.train)
     self._held_out = held_out.build_held_out(
-      config,
-      self._model,
-      data.held_out,
-      self._rl.rewards,
-      jax.random.fold_in(self._key, 4),
+      config, model, data.held_out, self._rl.rewards, _held_out_key(key)
     )
-    warm = config.warm_start.steps
-    self.course = Course(warm, warm + config.steps, config.tokens)
-    self._keep = files.enter_context(
-      Checkpoints(
-        self._folder / 'checkpoints',
-        config.checkpoints.keep_latest,
-        config.checkpoints.keep_best,
-      )
-    )
-    self._reference = files.enter_context(
-      Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
-    )
-    # The record of the step that `state` is of, while it is not yet written:
-    # an evaluation may fail or be stopped after the update is made.
-    self._pending = None if warm else {'metrics': {}, 'timings': {}}
-    self._score = None  # of the evaluation at this step, if there was one
-    restored = self._restore(model.params)
-    at = written = self.course.step if restored else None
-    if restored and self._pending is not None:
-      written = at - 1 if at else None
-    self._metrics = files.enter_context(
-      logging.MetricsWriter(self._folder, written)
-    )
-    self._samples = files.enter_context(logging.SampleLog(self._folder, at))
-    self._progress = files.enter_context(
-      logging.Progress(self.course.total, self.course.step)
-    )
-    self._describe(data, restored)
+    self.estimator = self._rl.estimator
+    self.keeps_reference = self.estimator.needs.reference
+    self.begin, self.shapes = self._rl.begin, self._rl.shapes
+    self.step = self._rl.step
 
-  def train(self) -> None:
-    """Runs what is left of the run; saves also when it is cut short."""
-    try:
-      if self._pending is not None:
-        self._record(**self._pending)
-        if self.course.step:
-          self._save()
-      while not self.course.ended:
-        self._stop.check()
-        self._one_step()
-        if self.course.checkpoint_is_due(self._config.checkpoints.every):
-          self._save()
-        self._keep.poll()
-    except (UserError, StopRequested):
-      self._save()
-      self._keep.wait()
-      raise
-    self._keep.wait()
+  @property
+  def key(self):
+    return self._rl.key
 
-  def finish(self) -> None:
-    """Exports the model; shows and writes what the run came to."""
-    trained = self._model._replace(params=self.state.trainable['policy'])
-    runs.export(trained, self._folder / 'hf')
-    records = logging.read_metrics(self._folder / 'metrics.jsonl')
-    runs.plot(self._folder / 'curve.png', records, self.course.first)
-    before, after = self._before_after()
-    self._samples.write_html(self._folder.name, before, after)
-    self._progress.print(logging.before_after_table(before, after))
-    print('\n'.join(runs.changes(records)))
-    print(f'{self._folder}: curve.png, samples.html, hf/ (for transformers)')
+  @key.setter
+  def key(self, key):
+    self._rl.key = key
+    self._held_out = self._held_out._replace(key=_held_out_key(key))
 
-  def _one_step(self) -> None:
-    """One step of the phase that the run is in, and its record."""
-    course = self.course
-    if course.in_warm_start:
-      result = self._warm.step(self.state, course.step)
-    else:
-      number = course.step - course.first
-      if not number:
-        self._begin_rl()
-      result = self._rl.step(self.state, number, self._stop)
-    self.state = result.state
-    if result.messages:
-      self._progress.print(*result.messages)
-    course.advance(result.tokens)
-    shown = []
-    if result.responses is not None:
-      shown = held_out.to_samples(
-        result.responses,
-        course.step,
-        result.advantages,
-        self._config.log.samples,
-      )
-      self._samples.write(shown)
-    self._record(result.metrics, result.timings)
-    if shown and self._score is not None:
-      title = f'Step {course.step}'
-      self._progress.print(logging.sample_table(shown, title=title))
-      self._samples.write_html(self._folder.name)
-    if result.metrics['skipped'] >= _MAX_SKIPPED:
-      self._abort(result)
+  @property
+  def reference(self):
+    return self._rl.reference
 
-  def _abort(self, result: phases.Result) -> None:
-    """Ends a run whose updates stay non-finite; keeps the last batch."""
-    kept = 'look at the demonstrations'
-    if result.responses is not None:
-      path = self._folder / 'nonfinite_batch.npz'
-      runs.write_batch(path, result.responses, result.advantages)
-      kept = f'look at the batch in {path}'
-    raise UserError(
-      f'{result.metrics["skipped"]} updates in a row were not finite, up to '
-      f'step {self.course.step}; parameters are those before\n'
-      f'lower the learning rate, or {kept}'
-    )
+  @reference.setter
+  def reference(self, params):
+    self._rl.reference = params
 
-  def _begin_rl(self) -> None:
-    """Fixes what RL starts from: optimiser, critic, reference, precision."""
-    policy = self.state.trainable['policy']
-    if self.course.first:
-      self.state = self._rl.begin(policy)
-    if self._rl.estimator.needs.reference:
-      # A copy: updates reuse the memory of the parameters they change.
-      self._rl.reference = jax.tree.map(jnp.copy, policy)
-      self._reference.save(self.course.first, self._rl.reference, {})
-      self._reference.wait()
-    difference = self._rl.log_prob_difference(self.state, 0)
+  def start(self, state: training.TrainState) -> list[str]:
+    """Decides whose log-probabilities count."""
+    difference = self._rl.log_prob_difference(state, 0)
     limit = self._config.rollout.log_prob_tolerance
     if not np.isfinite(difference):
       raise UserError(
@@ -182,264 +73,68 @@ class Run:
         "the model's parameters give no finite log-probabilities"
       )
     self._rl.rescore = difference > limit
-    if self._rl.rescore:
-      self._progress.print(
-        f'sampler and trainer differ by {difference:.2g} nats, more than '
-        f'{limit:.2g}: the trainer recomputes log-probabilities'
-      )
+    if not self._rl.rescore:
+      return []
+    return [
+      f'sampler and trainer differ by {difference:.2g} nats, more than '
+      f'{limit:.2g}: the trainer recomputes log-probabilities'
+    ]
 
-  def _record(self, metrics: dict, timings: dict) -> None:
-    """Adds the evaluation where one is due, and writes the step's record."""
-    self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
-    self._score = None
-    metrics = dict(metrics)
-    due = self._config.evaluation
-    if self.course.evaluation_is_due(due.every, due.every_tokens):
-      start = time.perf_counter()
-      answers = held_out.answer(
-        self._held_out,
-        self.state.trainable['policy'],
-        self.course.step,
-        self._rl.reference,
-        self._stop,
-      )
-      metrics |= held_out.summary(answers)
-      samples = self._held_out.generation.samples
-      limit = self._config.log.table * samples
-      self._samples.write(answers.samples[:limit:samples])
-      timings = timings | {'evaluation_time': time.perf_counter() - start}
-      self._score = metrics['eval/reward']
-    metrics['num_tokens'] = self.course.tokens
-    self._metrics.write(self.course.step, metrics, timings)
-    self._pending = None
-    shown = ('warm_start/loss', 'reward', 'eval/reward')
-    if self._config.tokens:
-      shown += ('num_tokens',)
-    self._progress.update(
-      self.course.step, **{k: metrics[k] for k in shown if k in metrics}
-    )
-
-  def _before_after(self):
-    """Held-out samples of the start and of the end of RL."""
-    samples = read_samples(self._folder / 'samples.jsonl')
-    kept = [sample for sample in samples if sample.advantage is None]
-    return tuple(
-      [sample for sample in kept if sample.step == step]
-      for step in (self.course.first, self.course.step)
-    )
-
-  def _initial_state(self, params) -> training.TrainState:
-    if not self.course.first:
-      return self._rl.begin(params)
-    return build.init_state(params, self._warm.optimizer, self._rl.estimator)
-
-  def _template(self, params, step: int) -> dict:
-    """Shapes of what a checkpoint holds: two states need not fit in memory."""
-    first = self.course.first
-    if step > first or not first:
-      state = self._rl.shapes(params)
-    else:
-      state = jax.eval_shape(self._initial_state, params)
-    return self._tree(state)
-
-  def _tree(self, state) -> dict:
-    """What a checkpoint holds, for a state or the shapes of one."""
-    tree = {'state': state, 'key': jax.random.key_data(self._key)}
+  def save(self):
+    arrays = {}
     if self._rl.kept is not None:
-      tree['kept'] = self._rl.kept.tree
-    return tree
+      arrays['kept'] = self._rl.kept.tree
+    return arrays, {'rescore': self._rl.rescore}
 
-  def _fingerprint(self) -> dict:
-    held = prompts_lib.PromptSource(self._held_out.encoded, 1, 0)
-    sources = {'rl': self._rl.source, 'held-out': held}
-    if self.course.first:
-      sources['warm_start'] = self._warm.source
-    return {name: source.fingerprint() for name, source in sources.items()}
-
-  def _save(self) -> None:
-    self._metrics.sync()
-    self._samples.sync()
-    self._keep.save(
-      self.course.step,
-      self._tree(self.state),
-      {
-        'tokens': self.course.tokens,
-        'tokens_before': self.course.tokens_before,
-        'rescore': self._rl.rescore,
-        'prompts': self._fingerprint(),
-        'pending': self._pending,
-        'score': self._score,
-      },
-      self._score,
-    )
-
-  def _restore(self, params) -> bool:
-    """Takes up the newest checkpoint that verifies, or starts afresh."""
-    if not self._keep.steps():
-      self.state = self._initial_state(params)
-      return False
-    template = functools.partial(self._template, params)
-    course = self.course
-    course.step, tree, metadata = self._keep.restore(template)
-    stored, now = metadata['prompts'], self._fingerprint()
-    if stored != now:
-      phase = next(name for name in now if stored.get(name) != now[name])
-      differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
-      raise UserError(
-        f'the {phase} prompts are not those of step {course.step}: '
-        f'{", ".join(differ)} changed\nrestore the data and the tokenizer, or '
-        'start in another --workdir'
-      )
-    self.state = tree['state']
+  def load(self, arrays, values, steps: int) -> None:
+    del steps
     if self._rl.kept is not None:
-      self._rl.kept.load(tree['kept'])
-    self._key = jax.random.wrap_key_data(tree['key'])
-    self._rl.key = self._key
-    self._held_out = self._held_out._replace(
-      key=jax.random.fold_in(self._key, 4)
-    )
-    course.tokens = metadata['tokens']
-    course.tokens_before = metadata['tokens_before']
-    self._pending = metadata['pending']
-    self._score = metadata['score']
-    # A run evaluates where it ends: what has no score went on from there.
-    unscored = self._pending is None and self._score is None
-    if course.ended and (unscored or course.overran):
-      raise UserError(
-        f'the run has done {course.step - course.first} steps of RL and '
-        f'generated {course.tokens} tokens: more than the configuration asks '
-        'for\nraise config.steps or config.tokens, whichever is below'
-      )
-    self._rl.rescore = metadata['rescore']
-    if course.step > course.first and self._rl.estimator.needs.reference:
-      found = self._reference.restore(self.state.trainable['policy'])
-      if found is None:
-        raise UserError(
-          f'{self._reference.folder} has no reference policy\n'
-          'restore the folder from a copy, or start in another --workdir'
-        )
-      self._rl.reference = found[1]
-    return True
+      self._rl.kept.load(arrays['kept'])
+    self._rl.rescore = values['rescore']
 
-  def _describe(self, data, restored: bool) -> None:
-    """Says what the run is, a line each."""
-    policy = self.state.trainable['policy']
-    size = sum(leaf.size for leaf in jax.tree.leaves(policy))
-    tokenizer = len(self._model.tokenizer)
+  def fingerprint(self):
+    return {
+      'rl': self._rl.source.fingerprint(),
+      'held-out': self._held_out.fingerprint(),
+    }
+
+  def evaluate(self, trainable, step: int, stop) -> Evaluation:
+    return held_out.evaluate(
+      self._held_out,
+      trainable['policy'],
+      step,
+      self._config.log.table,
+      self._rl.reference,
+      stop,
+    )
+
+  def export(self, trainable, path) -> None:
+    runs.export(self._model._replace(params=trainable['policy']), path)
+
+  def describe(self) -> list[str]:
+    held = self._held_out.encoded
     lines = [
-      f'{self._model.config.family} model, {size:,} parameters, '
-      f'{tokenizer} tokens; {jax.device_count()} {jax.default_backend()} '
-      'device(s)',
-      f'{len(data.train) - self._rl.dropped:,} training and '
-      f'{len(self._held_out.encoded.rows):,} held-out prompts; dropped as over '
-      f'budget: {self._rl.dropped:,} and {self._held_out.encoded.dropped:,}',
-      *data.notes,
+      f'{self._prompts - self._rl.dropped:,} training and '
+      f'{len(held.rows):,} held-out prompts; dropped as over '
+      f'budget: {self._rl.dropped:,} and {held.dropped:,}'
     ]
     if self._rl.critic is not None:
       lines.append(critics.describe(self._config))
-    if restored:
-      lines.append(f'resumed at step {self.course.step} of {self.course.total}')
-    elif self._resuming:
-      lines.append('no checkpoint yet: the run starts from its beginning')
-    self._progress.print(*lines)
+    return lines
 
 
-def _mutable(config) -> frozenset[str]:
-  """Fields that may differ on resume; a decay depends on the last step."""
-  decays = {config.optimizer.decay, config.critic.optimizer.decay}
-  return _MUTABLE if decays == {'constant'} else _MUTABLE - {'steps'}
+def _held_out_key(key):
+  return jax.random.fold_in(key, 4)
 
 
-def _plain(numbers: dict) -> dict:
-  """Scalars of NumPy and JAX as numbers of Python, exactly."""
-  return {name: np.asarray(value).item() for name, value in numbers.items()}
+SCRIPT = Script(checks.check, Online)
 
 
 def train(config, workdir, resume: bool = False) -> int:
-  """Trains in a folder.
-
-  Args:
-    config: as `configs.base` has it.
-    workdir: the run's folder.
-    resume: continue the run that the folder holds.
-
-  Returns:
-    The exit status: 0, or 128 + the number of the signal that stopped it.
-
-  Raises:
-    UserError: for everything that the user can mend.
-  """
-  jax.config.update('jax_numpy_rank_promotion', 'raise')
-  checks.check(config)
-  try:
-    with contextlib.ExitStack() as files:
-      return _train(config, workdir, resume, files)
-  except KeyboardInterrupt:
-    print(
-      'interrupted at once: --resume continues from the last checkpoint',
-      file=sys.stderr,
-    )
-    return 128 + signal.SIGINT
-
-
-def _train(config, workdir, resume, files: contextlib.ExitStack) -> int:
-  folder = files.enter_context(
-    open_run(
-      workdir,
-      resume,
-      config.to_dict(),
-      _mutable(config),
-      build.code_files(config),
-    )
-  )
-  if folder.changed:
-    print(
-      'warning: changed since this run last began: '
-      f'{", ".join(folder.changed)}\n'
-      'the records so far are of the old code, what follows is of the new\n'
-      'put the old file back if they are to be one run',
-      file=sys.stderr,
-    )
-  found = [name for name in _RECORDS if (folder.path / name).exists()]
-  if found and not folder.resuming:
-    (folder.path / 'config.json').unlink()
-    raise UserError(
-      f'{folder.path} holds {", ".join(found)} but no config.json\n'
-      'name another --workdir, or restore config.json and --resume'
-    )
-  stop = files.enter_context(StopSignal())
-  try:
-    run = Run(config, folder, stop, files)
-  except UserError:
-    # Nothing has begun: leave the folder to the corrected configuration.
-    if not folder.resuming:
-      (folder.path / 'config.json').unlink()
-    raise
-  try:
-    run.train()
-  except StopRequested as request:
-    print(
-      f'stopped by {request} after step {run.course.step}; '
-      'everything is saved: continue with --resume',
-      file=sys.stderr,
-    )
-    return 128 + signal.Signals[str(request)]
-  run.finish()
-  return 0
-
-
-def main() -> int:
-  """Reads the flags and trains."""
-  config = cli.config()
-  workdir = flags.FLAGS.workdir
-  if workdir is None:
-    name = flags.FLAGS['config'].config_filename
-    workdir = pathlib.Path('runs') / pathlib.Path(name).stem
-  return train(config, workdir, flags.FLAGS.resume)
+  """Trains in a folder; see `run.train`."""
+  return run.train(SCRIPT, config, workdir, resume)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Folder of the run.')
-  flags.DEFINE_bool('resume', False, 'Continue the run that the folder holds.')
-  cli.define_config_flag()
-  cli.run(main)
+  run.define_flags()
+  cli.run(lambda: run.main(SCRIPT))

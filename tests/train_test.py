@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scripts
 
-from experiments import train
+from experiments import run, train
 from jaxrl_llm.logging import read_metrics
 from jaxrl_llm.run_folder import open_run
 
@@ -107,7 +107,7 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
 
   for name in ('__init__', 'train', 'finish'):
     ended = interrupted if name == moment else lambda self, *arguments: None
-    monkeypatch.setattr(train.Run, name, ended)
+    monkeypatch.setattr(run.Run, name, ended)
   config = importlib.import_module('experiments.configs.quickstart')
   code = train.train(config.get_config().lock(), tmp_path / 'run')
   assert code == 128 + signal.SIGINT
@@ -115,8 +115,8 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
     'interrupted at once: --resume continues from the last checkpoint\n'
   )
   # The folder is free, and resumes as after a kill.
-  with open_run(tmp_path / 'run', True, config.get_config().to_dict()) as run:
-    assert run.resuming
+  with open_run(tmp_path / 'run', True, config.get_config().to_dict()) as folder:
+    assert folder.resuming
 
 
 @pytest.mark.slow

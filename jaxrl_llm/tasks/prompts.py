@@ -141,43 +141,49 @@ def encode_prompts(
   )
 
 
-def encode_solutions(
-  rows: Sequence[dict], tokenizer, max_tokens: int, eos_id: int
+def encode_responses(
+  rows: Sequence[dict],
+  tokenizer,
+  max_tokens: int | None,
+  eos_id: int,
+  column: str = 'solution',
 ) -> list[np.ndarray]:
-  """Ids of each row's 'solution' and the end token, for supervised training.
+  """Ids of each row's response in a column, and the end token, for training.
 
-  The solution is tokenised apart from its prompt, without special tokens, so
-  that prompt ids + solution ids is what sampling could have produced.
+  The text is tokenised apart from its prompt, without special tokens, so that
+  prompt ids + response ids is what sampling could have produced.
 
   Args:
-    rows: dictionaries with a 'solution' of type str.
+    rows: dictionaries with a text in the column.
     tokenizer: of `transformers`.
-    max_tokens: greatest length, the end token included.
+    max_tokens: greatest length, the end token included; None for any.
     eos_id: the end token.
+    column: where the texts are, such as 'solution' or 'chosen'.
 
   Returns:
     One int32 array per row.
 
   Raises:
-    UserError: for a solution that is missing, over budget or not expressible.
+    UserError: for a text that is missing, over budget or not expressible.
   """
   encoded = []
   for i, row in enumerate(rows):
-    text = row.get('solution')
+    text = row.get(column)
     if not isinstance(text, str):
       raise UserError(
-        f'row {i} has no text in its column solution, which supervised '
+        f'row {i} has no text in its column {column}, which supervised '
         f'training needs; its columns are {sorted(row)}.'
       )
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
-    _check_known(f'the solution of row {i}', text, ids, tokenizer)
+    _check_known(f'the {column} of row {i}', text, ids, tokenizer)
     encoded.append(np.asarray([*ids, eos_id], np.int32))
-  long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
+  budget = np.inf if max_tokens is None else max_tokens
+  long = [i for i, ids in enumerate(encoded) if len(ids) > budget]
   if long:
     raise UserError(
-      f'{len(long)} of {len(rows)} solutions exceed {max_tokens} tokens with '
+      f'{len(long)} of {len(rows)} {column}s exceed {max_tokens} tokens with '
       f'their end token; the longest has {max(map(len, encoded))}, the first '
-      f'is row {long[0]}.\nRaise the response budget, or shorten the solutions.'
+      f'is row {long[0]}.\nRaise the response budget, or shorten them.'
     )
   return encoded
 

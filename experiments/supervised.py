@@ -1,0 +1,125 @@
+"""Updates on responses that are there: a warm start, and what others build on.
+
+A batch is drawn from a pool by `PromptSource`: a function of the seed and the
+update's number.
+"""
+
+import time
+from typing import Any
+
+import jax
+
+from experiments import build
+from experiments.phase import Result
+from jaxrl_llm import estimators, policy, pools, rollouts, training
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+def decoding(model: build.Model) -> policy.Decoding:
+  """The model's own distribution, of which likelihoods are maximised."""
+  return policy.Decoding(num_tokens=build.known_tokens(model))
+
+
+def take_update(
+  update: training.Update,
+  estimator: estimators.Estimator,
+  state: training.TrainState,
+  pool: pools.Pool,
+  source: prompts_lib.PromptSource,
+  number: int,
+) -> tuple[training.TrainState, dict[str, Any]]:
+  """One update on the groups that a source over a pool's prompts chooses.
+
+  Args:
+    update: of `training.make_update`.
+    estimator: of the same.
+    state: before it.
+    pool: what is trained on.
+    source: over the prompts of the pool's groups, in their order.
+    number: of the batch, from 0.
+
+  Returns:
+    The new state, and the metrics on the host.
+  """
+  chosen = pools.take(pool, source.indices(number))
+  batch = estimator.prepare(pools.to_rollouts(chosen))
+  prompts = rollouts.to_prompts(source.batch(number))
+  state, metrics = update(state, None, prompts, batch)
+  return state, jax.device_get(metrics)
+
+
+def demonstrations(
+  config, model: build.Model, rows: list[dict]
+) -> tuple[prompts_lib.EncodedPrompts, pools.Pool]:
+  """Prompts and worked solutions as token ids.
+
+  Args:
+    config: the whole configuration.
+    model: tokenizer and end tokens.
+    rows: with a 'solution'.
+
+  Raises:
+    UserError: a solution is missing, too long or not expressible, or the
+      tokenizer has no end token.
+  """
+  encoded = build.encode(config, rows, model.tokenizer)
+  solutions = build.encode_responses(config, encoded.rows, model, 'solution')
+  count = len(solutions)
+  pool = pools.given(
+    range(count),
+    [[ids] for ids in solutions],
+    [[1.0]] * count,
+    encoded.pad_id,
+  )
+  return encoded, pool
+
+
+class WarmStart:
+  """Maximum likelihood of the task's worked solutions.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    rows: demonstrations, with a 'solution'.
+  """
+
+  def __init__(self, config, model: build.Model, rows: list[dict]):
+    settings = config.warm_start
+    if settings.steps and not rows:
+      raise UserError(
+        f'config.warm_start.steps is {settings.steps}, but the task '
+        'has no demonstrations\nset it to 0, or give rows a solution'
+      )
+    self.steps = settings.steps
+    self.optimizer, self._schedule = build.optimizer(
+      settings.optimizer, self.steps
+    )
+    if not self.steps:
+      return
+    encoded, self._pool = demonstrations(config, model, rows)
+    self.source = prompts_lib.PromptSource(encoded, settings.batch, config.seed)
+    self._estimator = estimators.sft()
+    self._update = training.make_update(
+      training.policy_forward(
+        model.config, decoding(model), config.training.chunk
+      ),
+      self._estimator,
+      self.optimizer,
+      settings.batch,
+    )
+
+  def step(self, state: training.TrainState, step: int) -> Result:
+    """One supervised update."""
+    start = time.perf_counter()
+    rate = float(self._schedule(int(state.updates)))
+    state, metrics = take_update(
+      self._update, self._estimator, state, self._pool, self.source, step
+    )
+    record = {
+      'warm_start/loss': metrics['loss'],
+      'warm_start/grad_norm': metrics['grad_norm'],
+      'warm_start/learning_rate': rate,
+      'skipped': metrics['skipped'],
+    }
+    return Result(state, record, {'step_time': time.perf_counter() - start})
