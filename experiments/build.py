@@ -18,6 +18,7 @@ from jaxrl_llm.estimators import (
   algorithms,
   diagnostics,
   positions,
+  references,
 )
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
@@ -107,9 +108,16 @@ def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
 
 
 def encode_responses(
-  config, rows, built: Model, column: str
+  config, rows, built: Model, column: str, limited: bool = True
 ) -> list[np.ndarray]:
   """Ids of the texts in a column, each with the end token.
+
+  Args:
+    config: the whole configuration.
+    rows: with the column.
+    built: tokenizer and end tokens.
+    column: of the texts.
+    limited: refuse those of more than `config.rollout.max_tokens`.
 
   Raises:
     UserError: a text is missing, too long or not expressible, or there is no
@@ -121,7 +129,7 @@ def encode_responses(
   return prompts_lib.encode_responses(
     rows,
     built.tokenizer,
-    config.rollout.max_tokens,
+    config.rollout.max_tokens if limited else None,
     own if own in built.eos_ids else built.eos_ids[0],
     column,
   )
@@ -187,6 +195,17 @@ def named_estimator(spec) -> estimators.Estimator:
   """The estimator of a `config.algorithm`, unchecked."""
   try:
     return naming.call(ALGORITHMS, spec, 'config.algorithm', PARTS)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
+
+
+def reference(config) -> estimators.Estimator:
+  """The recipe of `jaxrl_llm.estimators.references` that is named."""
+  spec = config.algorithm.to_dict()
+  try:
+    return naming.call(references, spec, 'config.algorithm')
   except UserError:
     raise
   except ValueError as error:

@@ -27,6 +27,10 @@ _LEAST = {
   'training.minibatches': 1,
   'training.micro_prompts': 0,
   'training.chunk': 1,
+  'rounds.sampling': 0,
+  'rounds.learning': 0,
+  'rounds.batch': 1,
+  'rounds.per_prompt': 1,
   'critic.warmup': 0,
   'warm_start.steps': 0,
   'warm_start.batch': 1,
@@ -44,11 +48,12 @@ _LEAST = {
 
 
 def check(config: ConfigDict) -> None:
-  """Raises UserError for what can be told from the configuration alone.
+  """Raises UserError for what `train` cannot do, told from settings alone.
 
   An algorithm that is named as file.py:function is loaded.
   """
   check_fields(config)
+  check_default(config, 'rounds', 'learns from what it samples in every step')
   needs = build.estimator(config).needs
   _check_critic(config, needs.critic)
   _check_schedules(config, needs.critic)
@@ -140,17 +145,44 @@ def _check_numbers(config: ConfigDict) -> None:
       )
 
 
+def check_default(
+  config: ConfigDict, section: str, why: str, do: str = 'remove it'
+) -> None:
+  """Raises UserError if a section that nothing reads is not the default.
+
+  Args:
+    config: the whole configuration.
+    section: its name.
+    why: what the algorithm does, or lacks.
+    do: what the user may do.
+  """
+  defaults = dict(leaves(base.get_config()[section]))
+  for name, value in leaves(config[section]):
+    if value != defaults[name]:
+      raise UserError(
+        f'config.{section}.{name} is {value!r}, but {config.algorithm.name} '
+        f'{why}\n{do}'
+      )
+
+
+def check_schedule(field: str, settings: ConfigDict, updates: int) -> None:
+  """Raises UserError if an optimiser's schedule does not fit its updates."""
+  try:
+    build.optimizer(settings, updates)
+  except UserError as error:
+    raise UserError(f'config.{field}: {error}') from error
+
+
 def _check_critic(config: ConfigDict, wanted: bool) -> None:
   """Refuses what a critic cannot be, and settings of one that there is not."""
   section = config.critic
   if not wanted:
-    defaults = dict(leaves(base.get_config().critic))
-    for name, value in leaves(section):
-      if value != defaults[name]:
-        raise UserError(
-          f'config.critic.{name} is {value!r}, but {config.algorithm.name} has '
-          'no critic\nremove it, or use an algorithm with one, such as ppo'
-        )
+    check_default(
+      config,
+      'critic',
+      'has no critic',
+      'remove it, or use an algorithm with one, such as ppo',
+    )
     return
   if section.trunk not in critics.TRUNKS:
     raise UserError(
@@ -189,10 +221,7 @@ def _check_schedules(config: ConfigDict, with_critic: bool) -> None:
         'and config.steps'
       )
   for section, (settings, updates) in phases.items():
-    try:
-      build.optimizer(settings, updates)
-    except UserError as error:
-      raise UserError(f'config.{section}: {error}') from error
+    check_schedule(section, settings, updates)
 
 
 def _check_on_policy(config: ConfigDict, needs: Needs) -> None:

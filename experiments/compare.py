@@ -6,9 +6,10 @@
 
 First the common initial model is made, by the base configuration's supervised
 warm start.  From it every method is trained with every seed until it has
-generated the budget of tokens: each run is `experiments.train` in a process of
-its own, and with --jobs=N so many at a time, each pinned to its own cores.  The
-same command continues: what is complete is skipped, what was cut short resumes,
+generated the budget of tokens: each run is `experiments.train`, or the script
+that the method names, in a process of its own, and with --jobs=N so many at a
+time, each pinned to its own cores.  A method that generates nothing, `sft`, ends
+after `steps` of its own.  The same command continues: what is complete is skipped, what was cut short resumes,
 what failed is tried again.  --only and --seeds choose what is trained now;
 --report trains nothing.  --run=METHOD-SEED trains that one run in this process,
 for schedulers that bring their own.
@@ -36,11 +37,14 @@ from ml_collections import ConfigDict
 
 from experiments import (
   build,
-  checks,
   cli,
   compare_report,
   memory,
+  preference,
   processes,
+  rest_em,
+  run,
+  sft,
   train,
 )
 from jaxrl_llm import logging
@@ -60,21 +64,29 @@ _FIELDS = {
 }
 _METRIC = {'name', 'title', 'scale', 'digits'}
 _METHOD = {'label', 'title', 'algorithm'}
+# What a method's 'script' may be; without one it is `experiments.train`.
+_SCRIPTS = {
+  'train': train.SCRIPT,
+  'sft': sft.SCRIPT,
+  'preference': preference.SCRIPT,
+  'rest_em': rest_em.SCRIPT,
+}
 _INIT = 'init'
 # Set by the comparison: section and field.
 _SET = (('tokens', None), ('evaluation', 'every_tokens'))
 
 
 class Job(NamedTuple):
-  """A run of `experiments.train`.
+  """A run of `experiments.train` or of another script.
 
   Attributes:
     name: METHOD-SEED, or 'init'.
     label: of its method; 'init' for the initial model.
     seed: of the run.
-    config: of `experiments.train`.
+    config: of the script.
     folder: the run's folder.
     digest: of everything that its result depends on.
+    script: its name.
   """
 
   name: str
@@ -83,6 +95,12 @@ class Job(NamedTuple):
   config: ConfigDict
   folder: pathlib.Path
   digest: str
+  script: str = 'train'
+
+  @property
+  def generates(self) -> bool:
+    """Whether it samples responses, and so ends by tokens."""
+    return _generates(self.script, self.config)
 
   @property
   def complete(self) -> bool:
@@ -130,6 +148,13 @@ def check(config: ConfigDict) -> None:
         f'{name} sets {given}, which a comparison sets itself\n'
         'config.tokens, config.seeds and config.evaluations say it for all'
       )
+  for method in config.methods:
+    script = method.get('script', 'train')
+    if script not in _SCRIPTS:
+      raise UserError(
+        f'{method["label"]}: there is no script {script!r}\n'
+        f'choose one of {", ".join(_SCRIPTS)}'
+      )
   if _INIT in labels or not all(label.isidentifier() for label in labels):
     raise UserError(
       f"labels of methods are names such as 'grpo', not {_INIT!r}: {labels}"
@@ -176,7 +201,8 @@ def jobs(config: ConfigDict, workdir: pathlib.Path) -> list[Job]:
       moved.model.path = ''
       folder = workdir / 'runs' / name
       digest = _digest(moved, initial)
-      found.append(Job(name, method['label'], seed, built, folder, digest))
+      label, script = method['label'], method.get('script', 'train')
+      found.append(Job(name, label, seed, built, folder, digest, script))
   return found
 
 
@@ -187,7 +213,8 @@ def _run_config(
   built = config.base.copy_and_resolve_references().unlock()
   built.algorithm = ConfigDict(method['algorithm'])
   built.lock()
-  changes = {k: v for k, v in method.items() if k not in _METHOD}
+  left = {*_METHOD, 'script'}
+  changes = {k: v for k, v in method.items() if k not in left}
   try:
     built.update(ConfigDict(changes))
   except (KeyError, TypeError) as error:
@@ -196,18 +223,23 @@ def _run_config(
       f'the changes of method {method["label"]} do not fit config.base\n'
       f'{reason}'
     ) from error
-  built.update(seed=seed, tokens=config.tokens)
+  generates = _generates(method.get('script', 'train'), built)
+  built.update(seed=seed, tokens=config.tokens if generates else 0)
   built.model.path = path
   built.warm_start.steps = 0
   built.evaluation.every_tokens = max(config.tokens // config.evaluations, 1)
   return built
 
 
+def _generates(script: str, config: ConfigDict) -> bool:
+  return script == 'train' or config.rounds.sampling > 0
+
+
 def check_runs(everything: Sequence[Job]) -> None:
   """Raises UserError if a run would not begin; names its method."""
   for job in {job.label: job for job in everything}.values():
     try:
-      checks.check(job.config)
+      _SCRIPTS[job.script].check(job.config)
     except UserError as error:
       raise UserError(f'{job.label}: {error}') from error
 
@@ -228,18 +260,20 @@ def train_run(job: Job) -> int:
   """
   start = time.perf_counter()
   _claim(job)
-  code = train.train(job.config, job.folder, resume=True)
+  code = run.train(_SCRIPTS[job.script], job.config, job.folder, resume=True)
   if code:
     return code
+  online = job.script == 'train'
+  measure = memory.measure if online else memory.measure_offline
   cost = {
     'digest': job.digest,
     'peak_rss': _peak_rss(),
     'seconds': time.perf_counter() - start,
     'cores': len(processes.own_cores()),
-    'update_bytes': memory.measure(job.config).peak,
+    'update_bytes': measure(job.config).peak,
   }
   records = logging.read_metrics(job.folder / 'metrics.jsonl')
-  if records[-1]['num_tokens'] < job.config.tokens:
+  if job.generates and records[-1]['num_tokens'] < job.config.tokens:
     raise UserError(
       f'{job.name} has ended with {records[-1]["num_tokens"]:,} of '
       f'{job.config.tokens:,} tokens\nraise config.base.steps: the budget of '

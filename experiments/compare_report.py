@@ -24,7 +24,7 @@ def read_run(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
 
   Returns:
     JSON values: the cost as `finished.json` has it (bytes, seconds),
-    `tokens` and `updates` in all, `seconds_per_update` (the median, so that
+    `tokens` and `updates` in all, `seconds_per_update` (of medians, so that
     steps in which programs were compiled do not count) and `rollout_share`,
     the sampling's part of it, and `curve`: lists of `tokens`, `updates` and
     of each number of the evaluations, from the start of RL on.
@@ -32,11 +32,16 @@ def read_run(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   records = logging.read_metrics(folder / 'metrics.jsonl')
   timings = logging.read_metrics(folder / 'timings.jsonl')
   per_step = config.training.epochs * config.training.minibatches
+  # Some steps of some methods only sample.
+  learning = [record for record in records if 'loss' in record]
+  learned = np.array([record['step'] for record in learning])
   evaluated = [record for record in records if 'eval/reward' in record]
   names = {n for r in evaluated for n in r if n.startswith('eval/')}
   curve = {
     'tokens': [record['num_tokens'] for record in evaluated],
-    'updates': [record['step'] * per_step for record in evaluated],
+    'updates': [
+      int((learned <= record['step']).sum()) * per_step for record in evaluated
+    ],
     **{
       # The KL to the reference is not measured where they are the same.
       name: [
@@ -45,17 +50,34 @@ def read_run(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
       for name in sorted(names)
     },
   }
-  steps = [t for t in timings if 'step_time' in t]
-  seconds = float(np.median([t['step_time'] for t in steps]))
-  sampling = float(np.median([t['rollout_time'] for t in steps]))
+  updates = len(learning) * per_step
+  seconds = sampling = 0.0
+  for steps in _kinds(timings, set(learned.tolist())):
+    seconds += len(steps) * _median(steps, 'step_time')
+    sampling += len(steps) * _median(steps, 'rollout_time')
   return {
     **json.loads((folder / 'finished.json').read_text(encoding='utf-8')),
     'tokens': records[-1]['num_tokens'],
-    'updates': records[-1]['step'] * per_step,
-    'seconds_per_update': seconds / per_step,
+    'updates': updates,
+    'seconds_per_update': seconds / updates,
     'rollout_share': sampling / seconds,
     'curve': curve,
   }
+
+
+def _kinds(timings: list[dict], learned: set[int]) -> list[list[dict]]:
+  """Timings of steps that learn, and of those that only sample."""
+  steps = [record for record in timings if 'step_time' in record]
+  kinds = (
+    [record for record in steps if (record['step'] in learned) == learns]
+    for learns in (True, False)
+  )
+  return [kind for kind in kinds if kind]
+
+
+def _median(steps: list[dict], name: str) -> float:
+  """Of a time that all of the steps have, or none."""
+  return float(np.median([step.get(name, 0.0) for step in steps]))
 
 
 def collect(
@@ -145,7 +167,7 @@ def table(config: ConfigDict, results: dict) -> str:
   header += ['update, MiB']
   rows = [_initial(config, methods)] if methods else []
   for title, runs in methods.items():
-    ends = [_cell(runs, metric, -1) for metric in config.metrics]
+    ends = [_cell(runs, metric, None) for metric in config.metrics]
     half = _cell(runs, first, config.tokens / 2)
     medians = {
       name: float(np.median([run[name] for run in runs]))
@@ -197,13 +219,18 @@ def _initial(config: ConfigDict, methods: dict[str, list[dict]]) -> list[str]:
   cells = []
   for metric in config.metrics:
     # Of one seed all methods evaluate the same model with the same key.
-    starts = [_at(runs[0], metric, 0) for runs in seeds.values()]
+    starts = [_first(runs[0], metric) for runs in seeds.values()]
     cells.append(_interval(starts, metric['digits']))
   return [config.init, '', cells[0], '', *cells[1:], *[''] * 5]
 
 
-def _cell(runs: list[dict], metric: dict, where: float) -> str:
-  return _interval([_at(run, metric, where) for run in runs], metric['digits'])
+def _cell(runs: list[dict], metric: dict, tokens: float | None) -> str:
+  """A metric after so many tokens, None for the end."""
+  values = [
+    _last(run, metric) if tokens is None else _at(run, metric, tokens)
+    for run in runs
+  ]
+  return _interval(values, metric['digits'])
 
 
 def _interval(values: Sequence[float], digits: int) -> str:
@@ -216,15 +243,23 @@ def _interval(values: Sequence[float], digits: int) -> str:
   return f'{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
 
 
+def _first(run: dict, metric: dict) -> float:
+  """A run's metric where it begins; NaN without it."""
+  return metric['scale'] * run['curve'].get(metric['name'], [np.nan])[0]
+
+
+def _last(run: dict, metric: dict) -> float:
+  """A run's metric where it ends; NaN without it."""
+  return metric['scale'] * run['curve'].get(metric['name'], [np.nan])[-1]
+
+
 def _at(run: dict, metric: dict, tokens: float) -> float:
-  """A run's metric after so many tokens, −1 for its end; NaN without it."""
+  """A run's metric after so many tokens; NaN where it is not known."""
   values = run['curve'].get(metric['name'])
-  if values is None:
+  if values is None or not run['tokens']:
     return np.nan
-  scale = metric['scale']
-  if tokens < 0:
-    return scale * values[-1]
-  return scale * float(np.interp(tokens, run['curve']['tokens'], values))
+  at = np.interp(tokens, run['curve']['tokens'], values)
+  return metric['scale'] * float(at)
 
 
 def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
@@ -238,6 +273,7 @@ def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
       {
         title: _band(runs, metric, axis, config.evaluations, scale)
         for title, runs in methods.items()
+        if min(run['curve'][axis][-1] for run in runs)
       }
       for axis, scale in (('tokens', 1e-3), ('updates', 1.0))
     ],

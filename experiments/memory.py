@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, learner
+from experiments import build, checks, cli, learner, offline, supervised
 from experiments.configs import base
 from jaxrl_llm import policy
 from jaxrl_llm.errors import UserError
@@ -57,41 +57,75 @@ class Memory(NamedTuple):
 
 
 def measure(config: ConfigDict) -> Memory:
-  """Compiles a configuration's update and reads off what it takes.
+  """Compiles the update of `experiments.train` and reads off what it takes.
 
   Args:
-    config: of `experiments.train`.
+    config: of that script.
 
   Raises:
     UserError: the configuration is wrong, or the backend keeps no account.
   """
   model = build.outline(config.model)
   built = learner.Learner(config, model)
-  state = built.shapes(model.params)
   prompts = config.rollout.prompts // config.training.minibatches
   rollouts = build.abstract_rollouts(config, built.estimator.needs, prompts)
   batch = jax.eval_shape(built.estimator.prepare, rollouts)
+  return account(config, built.update, built.shapes(model.params), batch)
+
+
+def measure_offline(config: ConfigDict) -> Memory:
+  """`measure` for a script that learns from responses that are there."""
+  model = build.outline(config.model)
+  estimator = build.reference(config)
+  updates = offline.rounds(config).learning
+  optimizer, _ = build.optimizer(config.optimizer, updates)
+  update = supervised.make_update(config, model, estimator, optimizer)
+  state = jax.eval_shape(
+    lambda params: build.init_state(params, optimizer, estimator), model.params
+  )
+  group = config.copy_and_resolve_references()
+  group.rollout.samples = estimator.needs.samples
+  rollouts = build.abstract_rollouts(
+    group, estimator.needs, config.rounds.batch
+  )
+  batch = jax.eval_shape(estimator.prepare, rollouts)
+  return account(config, update, state, batch)
+
+
+def account(config: ConfigDict, update, state, batch) -> Memory:
+  """What the compiled update of a state and a batch, given as shapes, takes.
+
+  Args:
+    config: whose prompts may have so many tokens.
+    update: of `training.make_update`.
+    state: shapes of its state.
+    batch: shapes of its batch.
+
+  Raises:
+    UserError: the backend keeps no account.
+  """
+  prompts = batch.tokens.shape[0]
   array = jax.ShapeDtypeStruct
   given = policy.Prompts(
     tokens=array((prompts, config.prompts.max_tokens), jnp.int32),
     lengths=array((prompts,), jnp.int32),
   )
-  compiled = built.update.lower(state, None, given, batch).compile()
-  account = compiled.memory_analysis()
-  if account is None:
+  compiled = update.lower(state, None, given, batch).compile()
+  told = compiled.memory_analysis()
+  if told is None:
     raise UserError(
       f'the {jax.default_backend()} backend gives no account of memory'
     )
-  arguments = account.argument_size_in_bytes
-  rest = account.output_size_in_bytes + account.temp_size_in_bytes
+  arguments = told.argument_size_in_bytes
+  rest = told.output_size_in_bytes + told.temp_size_in_bytes
   return Memory(
     parameters=_bytes(state.trainable),
     optimizer=_bytes(state.opt_state),
     batch=_bytes((given, batch)),
-    outputs=account.output_size_in_bytes,
-    temporary=account.temp_size_in_bytes,
-    aliased=account.alias_size_in_bytes,
-    peak=arguments + rest - account.alias_size_in_bytes,
+    outputs=told.output_size_in_bytes,
+    temporary=told.temp_size_in_bytes,
+    aliased=told.alias_size_in_bytes,
+    peak=arguments + rest - told.alias_size_in_bytes,
   )
 
 

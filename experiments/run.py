@@ -147,7 +147,7 @@ class Run:
       title = f'Step {course.step}'
       self._progress.print(logging.sample_table(shown, title=title))
       self._samples.write_html(self._folder.name)
-    if result.metrics['skipped'] >= _MAX_SKIPPED:
+    if result.metrics.get('skipped', 0) >= _MAX_SKIPPED:
       self._abort(result)
 
   def _abort(self, result: Result) -> None:

@@ -8,17 +8,76 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from experiments import build
 from experiments.phase import Result
 from jaxrl_llm import estimators, policy, pools, rollouts, training
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
 def decoding(model: build.Model) -> policy.Decoding:
   """The model's own distribution, of which likelihoods are maximised."""
   return policy.Decoding(num_tokens=build.known_tokens(model))
+
+
+def make_update(
+  config, model: build.Model, estimator: estimators.Estimator, optimizer
+) -> training.Update:
+  """The update of `config.rounds.batch` groups at a time."""
+  preferences = estimator.needs.samples > 1
+  return training.make_update(
+    training.policy_forward(
+      model.config, decoding(model), config.training.chunk
+    ),
+    estimator,
+    optimizer,
+    config.training.micro_prompts or config.rounds.batch,
+    {'entropy': lambda outputs, batch: outputs.entropy},
+    diagnostics.preference_statistics() if preferences else None,
+  )
+
+
+def score_pool(
+  config,
+  model: build.Model,
+  params,
+  pool: pools.Pool,
+  encoded: prompts_lib.EncodedPrompts,
+) -> np.ndarray:
+  """[N, g, T] log-probabilities of a pool's tokens, nats; 0 behind the ends.
+
+  Args:
+    config: the whole configuration.
+    model: outline of the policy.
+    params: of the policy.
+    pool: N groups.
+    encoded: what the pool's prompts are positions in.
+  """
+  count = len(pool.prompts)
+  size = config.training.micro_prompts or config.rounds.batch
+  scored = []
+  for start in range(0, count, size):
+    # The last part is filled up, so that one shape is compiled.
+    part = [min(i, count - 1) for i in range(start, start + size)]
+    groups = pools.take(pool, part)
+    found = rollouts.score_tokens(
+      model.config,
+      params,
+      rollouts.to_prompts(prompts_lib.gather(encoded, groups.prompts)),
+      jnp.asarray(groups.tokens),
+      decoding(model),
+      size,
+      config.training.chunk,
+    )
+    mask = np.arange(groups.tokens.shape[2]) < groups.lengths[..., None]
+    scored.append(np.where(mask, np.asarray(found.log_probs), 0.0))
+  if not scored:
+    return np.zeros(pool.tokens.shape, np.float32)
+  return np.concatenate(scored)[:count].astype(np.float32)
 
 
 def take_update(

@@ -244,6 +244,7 @@ def make_update(
   optimizer: optax.GradientTransformation,
   micro_prompts: int,
   per_token: Mapping[str, diagnostics.Diagnostic] | None = None,
+  per_response: Mapping[str, diagnostics.Diagnostic] | None = None,
 ) -> Update:
   """Builds the jitted update.
 
@@ -256,14 +257,16 @@ def make_update(
     optimizer: optax transformation of `trainable`.
     micro_prompts: prompts, each with all its responses, per micro-batch.
     per_token: metrics to average over the minibatch's tokens.
+    per_response: metrics, [P, G, 1], to average over its valid responses.
 
   Returns:
     update(state, frozen, prompts, batch) → (state, metrics).  `state` is
     donated.  metrics holds scalars: `loss`, `skipped`, the policy's
     `grad_norm` (and another part's, as `critic/grad_norm`), the means of
-    `per_token`, and the mean and maximum of `log_prob_difference`.
+    `per_token` and `per_response`, and the mean and maximum of
+    `log_prob_difference`.
   """
-  per_token = dict(per_token or {})
+  per_token, per_response = dict(per_token or {}), dict(per_response or {})
   per_token['log_prob_difference/mean'] = diagnostics.log_prob_difference
 
   def loss_fn(trainable, frozen, prompts, batch):
@@ -272,6 +275,10 @@ def make_update(
     sums = {
       name: jnp.where(mask, metric(outputs, batch), 0.0).sum()
       for name, metric in per_token.items()
+    }
+    sums |= {
+      name: jnp.where(batch.valid, metric(outputs, batch), 0.0).sum()
+      for name, metric in per_response.items()
     }
     difference = diagnostics.log_prob_difference(outputs, batch)
     highest = jnp.where(mask, difference, 0.0).max()
@@ -296,7 +303,11 @@ def make_update(
       lambda gradient, x: gradient.astype(x.dtype), gradients, state.trainable
     )
     tokens = jnp.maximum((batch.mask & batch.valid).sum(), 1)
-    metrics = {name: value.sum() / tokens for name, value in sums.items()}
+    responses = jnp.maximum(batch.valid.sum(), 1)
+    metrics = {
+      name: value.sum() / (responses if name in per_response else tokens)
+      for name, value in sums.items()
+    }
     metrics['log_prob_difference/max'] = highest.max()
     metrics['loss'] = losses.sum()
     for part, gradient in gradients.items():

@@ -115,7 +115,9 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
     'interrupted at once: --resume continues from the last checkpoint\n'
   )
   # The folder is free, and resumes as after a kill.
-  with open_run(tmp_path / 'run', True, config.get_config().to_dict()) as folder:
+  with open_run(
+    tmp_path / 'run', True, config.get_config().to_dict()
+  ) as folder:
     assert folder.resuming
 
 

@@ -96,6 +96,16 @@ def get_config() -> ConfigDict:
         micro_prompts=0,  # prompts per micro-batch; 0 for all of a minibatch
         chunk=256,  # positions whose logits exist at one time
       ),
+      # What sft, preference, rest_em and reward_model learn from; `train`
+      # learns from every step's samples and reads none of it.
+      rounds=dict(
+        # Steps of sampling that begin a round; 0 learns from the
+        # demonstrations, or the pairs, that the task's rows bring.
+        sampling=0,
+        learning=0,  # updates that follow, where there is sampling
+        batch=64,  # demonstrations, responses or pairs per update
+        per_prompt=4,  # responses or pairs of one prompt in a round, at most
+      ),
       optimizer=optimizer(1e-5),
       critic=dict(  # of an algorithm that has one
         trunk='separate',  # or 'shared': a value head on the policy's

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaxrl_llm.estimators.baselines import group_mean, varies
+from jaxrl_llm.estimators.baselines import group_mean, partner, varies
+from jaxrl_llm.estimators.preferences import sequence_log_ratio
 from jaxrl_llm.estimators.ratios import token_ratio
 from jaxrl_llm.estimators.token_losses import k1, k3, value_error
 from jaxrl_llm.estimators.types import (
@@ -55,6 +56,39 @@ def per_token(
       (ratio(outputs, batch) > 1.0 + high) & (batch.advantages > 0)
     )
   return diagnostics
+
+
+def preference_statistics() -> dict[str, Diagnostic]:
+  """Diagnostics of pairs, [P, G, 1], to be averaged over the responses.
+
+  preference/margin: h, the log-ratios' difference within the pair, nats.
+  preference/accuracy: whether it is above 0; at 0, where training begins
+    with the reference, a half.
+  preference/chosen, preference/rejected: log π/π_ref of the preferred and of
+    the other response, nats.
+  """
+
+  def of_pair(preferred: bool) -> Diagnostic:
+    def ratio(outputs: Outputs, batch: Batch) -> Array:
+      own = sequence_log_ratio(outputs, batch)
+      mine = (batch.advantages > 0) == preferred
+      return jnp.where(mine, own, partner(own))
+
+    return ratio
+
+  chosen, rejected = of_pair(True), of_pair(False)
+
+  def margin(outputs: Outputs, batch: Batch) -> Array:
+    return chosen(outputs, batch) - rejected(outputs, batch)
+
+  return {
+    'preference/margin': margin,
+    'preference/accuracy': lambda outputs, batch: (
+      0.5 * (1.0 + jnp.sign(margin(outputs, batch)))
+    ),
+    'preference/chosen': chosen,
+    'preference/rejected': rejected,
+  }
 
 
 def critic_per_token(clip: float | None = None) -> dict[str, Diagnostic]:

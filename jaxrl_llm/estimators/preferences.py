@@ -68,7 +68,7 @@ def logistic_preference(beta: float, floor: float = 0.0) -> TokenLoss:
     raise ValueError(f'{beta=} has to be above 0')
 
   def apply(outputs: Outputs, batch: Batch) -> Array:
-    ratio = _log_ratio(outputs, batch)
+    ratio = sequence_log_ratio(outputs, batch)
     preferred = jnp.where(batch.advantages > 0, ratio, partner(ratio))
     margin = _margin(ratio, batch)
     if floor:
@@ -100,14 +100,14 @@ def squared_preference(beta: float) -> TokenLoss:
     raise ValueError(f'{beta=} has to be above 0')
 
   def apply(outputs: Outputs, batch: Batch) -> Array:
-    margin = _margin(_log_ratio(outputs, batch), batch)
+    margin = _margin(sequence_log_ratio(outputs, batch), batch)
     error = jnp.square(margin - 0.5 / beta)
     return jnp.broadcast_to(error, batch.mask.shape)
 
   return TokenLoss(apply, Needs(samples=2, reference=True))
 
 
-def _log_ratio(outputs: Outputs, batch: Batch) -> Array:
+def sequence_log_ratio(outputs: Outputs, batch: Batch) -> Array:
   """log π(y)/π_ref(y) of whole responses, [P, G, 1] nats."""
   ratio = outputs.log_probs - batch.ref_log_probs
   return jnp.where(batch.mask, ratio, 0.0).sum(axis=2, keepdims=True)

@@ -208,6 +208,14 @@ def padded(
   return tokens, lengths
 
 
+def take(encoded: EncodedPrompts, indices: Sequence[int]) -> EncodedPrompts:
+  """The prompts at `indices`, in that order, as a set of their own."""
+  return encoded._replace(
+    tokens=[encoded.tokens[i] for i in indices],
+    rows=[encoded.rows[i] for i in indices],
+  )
+
+
 def gather(
   encoded: EncodedPrompts, indices: Sequence[int], *, bucket: int = 32
 ) -> PromptBatch:

@@ -1,0 +1,17 @@
+"""DPO-Positive on arithmetic, on pairs of right and wrong samples.
+
+    python -m experiments.preference \\
+      --config=experiments/configs/arithmetic_dpop.py
+
+Task, model and warm start are those of `quickstart.py`.
+"""
+
+from experiments.configs import quickstart
+
+
+def get_config():
+  config = quickstart.get_config()
+  config.algorithm = dict(name='dpop')
+  config.steps = 180
+  config.rounds.update(sampling=20, learning=40, batch=128, per_prompt=4)
+  return config

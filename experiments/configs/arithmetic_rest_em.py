@@ -1,0 +1,17 @@
+"""RestEM on arithmetic: three rounds of sampling, filtering and training.
+
+    python -m experiments.rest_em \\
+      --config=experiments/configs/arithmetic_rest_em.py
+
+Task, model and warm start are those of `quickstart.py`.
+"""
+
+from experiments.configs import quickstart
+
+
+def get_config():
+  config = quickstart.get_config()
+  config.algorithm = dict(name='rest_em')
+  config.steps = 180
+  config.rounds.update(sampling=20, learning=40, batch=256, per_prompt=4)
+  return config

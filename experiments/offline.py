@@ -1,0 +1,337 @@
+"""Learning from responses that are there, as the main phase of a run.
+
+Either the task gives the responses, and all steps learn from them; or a run
+goes in rounds: some steps sample and score responses and choose what to keep,
+then others learn from that.  What was chosen is written to the run's folder,
+`rounds/STEP.npz`; a resumed round reads it there.
+"""
+
+import pathlib
+import time
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import build, held_out, phases, runs, supervised
+from experiments.course import Round
+from experiments.phase import Evaluation, Result
+from jaxrl_llm import estimators, pools, rollouts, training
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+class Given(NamedTuple):
+  """What a task gives to learn from.
+
+  Attributes:
+    encoded: prompts of the groups, in their order.
+    pool: the groups.
+    notes: what was left out, a line each.
+  """
+
+  encoded: prompts_lib.EncodedPrompts
+  pool: pools.Pool
+  notes: tuple[str, ...] = ()
+
+
+class Method(NamedTuple):
+  """How a script learns from responses.
+
+  Attributes:
+    given: (configuration, model, rows) → what the rows give to learn from.
+    choose: (valid, rewards), [P, G] each, → groups of a step's responses, as
+      `pools.singles` gives them; `valid` is False for those without a reward
+      and those that the estimator does not keep.
+    restarts: whether every round begins with the policy that the first began
+      with, or with the one that sampled.
+  """
+
+  given: Callable[[Any, build.Model, list[dict]], Given]
+  choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
+  restarts: bool = False
+
+
+def rounds(config) -> Round:
+  """The rounds that a configuration describes; one for what the task gives."""
+  settings = config.rounds
+  if not settings.sampling:
+    return Round(0, config.steps or 1)
+  return Round(settings.sampling, settings.learning)
+
+
+class Offline:
+  """A likelihood or a preference loss as the main phase; see `phase.Phase`.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    data: of the task.
+    key: PRNG key of the run.
+    folder: of the run.
+    method: of the script.
+  """
+
+  reference = None
+  curves = types.MappingProxyType({'eval/reward': 'held-out reward'})
+
+  def __init__(self, config, model, data, key, folder, method: Method):
+    self._config, self._model, self._method = config, model, method
+    self.key = key
+    self.round = rounds(config)
+    self.estimator = build.reference(config)
+    self.keeps_reference = method.restarts
+    self._folder = pathlib.Path(folder) / 'rounds'
+    self.rewards = build.reward_parts(config)
+    self._told = set()
+    self._given = None
+    if self.round.sampling:
+      self._encoded = build.encode(config, data.train, model.tokenizer)
+      self._sampling = prompts_lib.PromptSource(
+        self._encoded, config.rollout.prompts, config.seed
+      )
+      self._generation = build.generation(
+        config,
+        model,
+        self._encoded.pad_id,
+        samples=config.rollout.samples,
+        temperature=config.rollout.temperature,
+      )
+    else:
+      self._given = method.given(config, model, data.train)
+      self._encoded = self._given.encoded
+    self._pairs = None  # held-out ones, where the task gives pairs
+    if self._given is not None and self.estimator.needs.reference:
+      self._pairs = method.given(config, model, data.held_out)
+    self._learned = None  # (round, pool, source) that is learned from
+    self._optimizer, self._schedule = build.optimizer(
+      config.optimizer, self.round.learning
+    )
+    self._update = supervised.make_update(
+      config, model, self.estimator, self._optimizer
+    )
+    self._held_out = held_out.build_held_out(
+      config, model, data.held_out, self.rewards, None
+    )
+
+  def begin(self, policy_params) -> training.TrainState:
+    return build.init_state(policy_params, self._optimizer, self.estimator)
+
+  def shapes(self, policy_params) -> training.TrainState:
+    return jax.eval_shape(self.begin, policy_params)
+
+  def start(self, state: training.TrainState) -> list[str]:
+    """Writes down what the reference says of given pairs."""
+    if self._pairs is not None:
+      for name, given in (('given', self._given), ('held_out', self._pairs)):
+        found = self._scored(state.trainable['policy'], given)
+        pools.save(self._folder / f'{name}.npz', found)
+    return []
+
+  def step(self, state: training.TrainState, number: int, stop) -> Result:
+    turn, place = divmod(number, self.round.steps)
+    if place < self.round.sampling:
+      return self._sample(state, number, turn, stop)
+    start = time.perf_counter()
+    if place == self.round.sampling:
+      params = state.trainable['policy']
+      if self._method.restarts:
+        params = jax.tree.map(jax.numpy.copy, self.reference)
+      state = self.begin(params)
+    if self._learned is None or self._learned[0] != turn:
+      self._learned = (turn, *self._open(turn))
+    _, pool, source = self._learned
+    update = place - self.round.sampling
+    rate = float(self._schedule(int(state.updates)))
+    state, metrics = supervised.take_update(
+      self._update, self.estimator, state, pool, source, update
+    )
+    # Nothing of the pool was sampled by the policy that is trained.
+    metrics = {
+      name: float(value)
+      for name, value in metrics.items()
+      if not name.startswith('log_prob_difference/')
+    }
+    metrics |= {
+      'learning_rate': rate,
+      'rounds/round': turn,
+      'rounds/groups': len(pool.prompts),
+      'rounds/epoch': (update + 1)
+      * self._config.rounds.batch
+      / len(pool.prompts),
+    }
+    return Result(state, metrics, {'step_time': time.perf_counter() - start})
+
+  def save(self):
+    return {}, {}
+
+  def load(self, arrays, values, steps: int) -> None:
+    del arrays, values, steps  # a round's files are read when it is learned
+
+  def fingerprint(self):
+    prompts = prompts_lib.PromptSource(self._encoded, 1, self._config.seed)
+    return {
+      'training': prompts.fingerprint(),
+      'held-out': self._held_out.fingerprint(),
+    }
+
+  def evaluate(self, trainable, step: int, stop) -> Evaluation:
+    held = self._held_out._replace(key=jax.random.fold_in(self.key, 4))
+    policy = trainable['policy']
+    found = held_out.evaluate(
+      held, policy, step, self._config.log.table, stop=stop
+    )
+    # Before the first step the policy is the reference: all margins are 0.
+    if self._pairs is None or step <= self._config.warm_start.steps:
+      return found
+    margins = self._margins(policy)
+    return found._replace(
+      metrics=found.metrics
+      | {
+        'eval/preference/accuracy': float(np.mean((np.sign(margins) + 1) / 2)),
+        'eval/preference/margin': float(margins.mean()),
+      }
+    )
+
+  def export(self, trainable, path) -> None:
+    runs.export(self._model._replace(params=trainable['policy']), path)
+
+  def describe(self) -> list[str]:
+    held, settings = self._held_out.encoded, self._config.rounds
+    lines = [
+      f'{len(self._encoded.rows):,} training and {len(held.rows):,} held-out '
+      f'prompts; dropped as over budget: {self._encoded.dropped:,} and '
+      f'{held.dropped:,}'
+    ]
+    if self._given is None:
+      lines.append(
+        f'rounds of {self.round.sampling} steps of sampling and '
+        f'{self.round.learning} updates of {settings.batch}; '
+        + (
+          'each begins with the initial model'
+          if self._method.restarts
+          else 'each goes on from the last'
+        )
+      )
+      return lines
+    return [*lines, *self._given.notes]
+
+  def _sample(self, state, number: int, turn: int, stop) -> Result:
+    """Samples and scores one batch, and writes what of it is to be learned."""
+    start = time.perf_counter()
+    at = turn * self.round.sampling + number - turn * self.round.steps
+    params = state.trainable['policy']
+    responses = rollouts.respond(
+      self._model.config,
+      params,
+      self._sampling.batch(at),
+      self._generation,
+      self._model.tokenizer,
+      self.rewards,
+      jax.random.fold_in(jax.random.fold_in(self.key, 1), number),
+    )
+    sampled = time.perf_counter()
+    if stop is not None:
+      stop.check()
+    data = rollouts.to_rollouts(
+      self._model.config,
+      params,
+      None,
+      responses,
+      self._generation,
+      estimators.Needs(),
+      self._config.rollout.prompts,
+    )
+    mask, valid, rewards = (
+      np.asarray(x) for x in (data.mask, data.valid, data.rewards)
+    )
+    groups = self._method.choose(
+      valid[..., 0] & self._kept(data), rewards[..., 0]
+    )
+    pool = pools.choose(
+      self._sampling.indices(at),
+      groups,
+      np.asarray(data.tokens),
+      mask.sum(axis=2),
+      rewards[..., 0],
+    )
+    if self.estimator.needs.reference:
+      pool = self._scored(params, Given(self._encoded, pool))
+    pools.save(self._file(number), pool)
+    metrics = phases.reward_metrics(responses, data)
+    metrics['rounds/chosen'] = len(groups)
+    messages = phases.failure_messages(
+      responses.scores.failures, number, self._told
+    )
+    timings = {
+      'rollout_time': sampled - start,
+      'step_time': time.perf_counter() - start,
+    }
+    tokens = int(mask.sum())
+    shown = _signs(groups, rewards.shape[:2])
+    return Result(state, metrics, timings, tokens, responses, shown, messages)
+
+  def _kept(self, data: estimators.Rollouts) -> np.ndarray:
+    """[P, G] which responses the estimator would train on one by one."""
+    if self.estimator.needs.samples > 1:
+      return np.ones(data.mask.shape[:2], bool)
+    return np.asarray(self.estimator.prepare(data).valid)[..., 0]
+
+  def _open(self, turn: int) -> tuple[pools.Pool, prompts_lib.PromptSource]:
+    """What a round learns from, and the order of it."""
+    pool, encoded = self._pool(turn)
+    source = prompts_lib.PromptSource(
+      prompts_lib.take(encoded, pool.prompts),
+      self._config.rounds.batch,
+      self._config.seed + turn,
+    )
+    return pools.narrowed(pool), source
+
+  def _pool(self, turn: int):
+    if self._given is not None:
+      pool = self._given.pool
+      if self.estimator.needs.reference:
+        pool = pools.load(self._folder / 'given.npz')
+      return pool, self._encoded
+    first = turn * self.round.steps
+    pool = pools.join(
+      [
+        pools.load(self._file(number))
+        for number in range(first, first + self.round.sampling)
+      ]
+    )
+    if not len(pool.prompts):
+      raise UserError(
+        f'round {turn} has nothing to learn from: of its responses none, or no '
+        f'pair, is what {self._config.algorithm.name} keeps\n'
+        'sample more (config.rounds.sampling), or begin with a better model'
+      )
+    return pools.limit(pool, self._config.rounds.per_prompt), self._encoded
+
+  def _scored(self, params, given: Given) -> pools.Pool:
+    """The pool with log-probabilities of a policy as the reference's."""
+    scored = supervised.score_pool(
+      self._config, self._model, params, given.pool, given.encoded
+    )
+    return given.pool._replace(ref_log_probs=scored)
+
+  def _margins(self, params) -> np.ndarray:
+    """[N] margins h of the held-out pairs, nats."""
+    before = pools.load(self._folder / 'held_out.npz').ref_log_probs
+    now = self._scored(params, self._pairs).ref_log_probs
+    ratios = (now - before).sum(axis=2)
+    return ratios[:, 0] - ratios[:, 1]
+
+  def _file(self, number: int) -> pathlib.Path:
+    return self._folder / f'{number:08d}.npz'
+
+
+def _signs(groups: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """[P, G] for the sample table: 1 for what is learned, −1 for rejected."""
+  signs = np.zeros(shape)
+  signs[groups[:, 0], groups[:, 1]] = 1.0
+  if groups.shape[1] == 3:
+    signs[groups[:, 0], groups[:, 2]] = -1.0
+  return signs

@@ -1,0 +1,99 @@
+"""What a configuration must be to learn from responses that are there."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from experiments import build, checks, offline
+from jaxrl_llm.batches import check_divides
+from jaxrl_llm.errors import UserError
+
+
+def check(
+  config: ConfigDict, *, names: Sequence[str], sampled: bool | None = None
+) -> None:
+  """Raises UserError for what can be told from the configuration alone.
+
+  Args:
+    config: as `configs.base` has it.
+    names: of algorithms that the script knows.
+    sampled: whether responses have to be sampled, or given; None for both.
+  """
+  checks.check_fields(config)
+  name = config.algorithm.get('name')
+  if name not in names:
+    raise UserError(
+      f'config.algorithm.name is {name!r}: this script learns by '
+      f'{" or ".join(names)}\n'
+      'set one of them, or use the script of that algorithm'
+    )
+  estimator = build.reference(config)
+  checks.check_default(config, 'critic', 'has no critic')
+  _check_rounds(config, sampled)
+  if config.rounds.sampling:
+    _check_sampling(config, estimator.needs.samples)
+  for field in ('epochs', 'minibatches'):
+    if config.training[field] != 1:
+      raise UserError(
+        f'config.training.{field} is {config.training[field]}, but a step of '
+        f'{name} is one update\nset it to 1'
+      )
+  batch = config.rounds.batch
+  micro = config.training.micro_prompts or batch
+  check_divides(micro, batch, 'config.training.micro_prompts')
+  updates = offline.rounds(config).learning
+  checks.check_schedule('optimizer', config.optimizer, updates)
+  checks.check_schedule(
+    'warm_start.optimizer', config.warm_start.optimizer, config.warm_start.steps
+  )
+
+
+def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
+  """Steps, rounds and tokens have to fit each other."""
+  settings, name = config.rounds, config.algorithm.name
+  if sampled and not settings.sampling:
+    raise UserError(
+      f'config.rounds.sampling is 0, but {name} learns from its own samples\n'
+      'set it to the steps of sampling that begin a round'
+    )
+  if sampled is False and settings.sampling:
+    raise UserError(
+      f'config.rounds.sampling is {settings.sampling}, but {name} learns from '
+      'what the task gives\nset it to 0'
+    )
+  if not settings.sampling:
+    for field, value in (
+      ('rounds.learning', settings.learning),
+      ('tokens', config.tokens),
+    ):
+      if value:
+        raise UserError(
+          f'config.{field} is {value}, but nothing is sampled: there is one '
+          'round of config.steps updates\nset it to 0'
+        )
+    return
+  if not settings.learning:
+    raise UserError(
+      'config.rounds.learning is 0: a round would learn nothing\n'
+      'set it to the updates that follow the sampling'
+    )
+  steps = offline.rounds(config).steps
+  if config.steps % steps and not config.tokens:
+    raise UserError(
+      f'config.steps is {config.steps}, which ends in the middle of a round of '
+      f'{steps} steps\nset it to {config.steps - config.steps % steps} or '
+      f'{config.steps - config.steps % steps + steps}'
+    )
+
+
+def _check_sampling(config: ConfigDict, needed: int) -> None:
+  if config.rollout.samples < needed:
+    raise UserError(
+      f'config.rollout.samples is {config.rollout.samples}; '
+      f'{config.algorithm.name} needs at least {needed} per prompt'
+    )
+  if config.rollout.samples > 1 and config.rollout.temperature == 0:
+    raise UserError(
+      'config.rollout.temperature is 0: all samples would be equal\n'
+      'set a temperature above 0'
+    )

@@ -1,0 +1,73 @@
+"""DPO, DPO-Positive and IPO, on pairs that are given or sampled.
+
+    python -m experiments.preference \\
+      --config=experiments/configs/arithmetic_dpop.py
+
+With `config.rounds.sampling` at 0 the task's rows bring the pairs, in the
+columns prompt, chosen and rejected, and every step is an update on `batch` of
+them; the reference is the model that the run begins with.  Otherwise a run goes
+in rounds: `sampling` steps sample and score responses as `experiments.train`
+does; of every prompt the best response is paired with the worst, the second
+best with the second worst, and so on while their rewards differ, at most
+`per_prompt` pairs; and `learning` updates follow.  The reference of a round is
+the policy that sampled it.  What the reference says is computed once, when
+pairs are made: its parameters are not kept in memory.
+
+Everything else is as in `experiments.train`: --workdir, --resume, evaluation.
+"""
+
+import functools
+
+from experiments import build, cli, offline, offline_checks, run
+from experiments.phase import Script
+from jaxrl_llm import pools
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+def given(config, model, rows) -> offline.Given:
+  """The pairs of a task's rows, after the length policy of prompts.
+
+  Raises:
+    UserError: a row has no pair, or none is within budget.
+  """
+  encoded = build.encode(config, rows, model.tokenizer)
+  sides = [
+    build.encode_responses(config, encoded.rows, model, column, limited=False)
+    for column in ('chosen', 'rejected')
+  ]
+  pairs = list(zip(*sides, strict=True))
+  budget = config.rollout.max_tokens
+  kept = [i for i, pair in enumerate(pairs) if max(map(len, pair)) <= budget]
+  longest = max(len(ids) for pair in pairs for ids in pair)
+  long = len(pairs) - len(kept)
+  if long and (config.prompts.overlong == 'error' or not kept):
+    raise UserError(
+      f'{long} of {len(pairs)} pairs have a response of more than '
+      f'config.rollout.max_tokens, {budget}; the longest has {longest}\n'
+      "raise it, or leave them out with config.prompts.overlong='drop'"
+    )
+  pool = pools.given(
+    range(len(kept)),
+    [pairs[i] for i in kept],
+    [[1.0, 0.0]] * len(kept),
+    encoded.pad_id,
+  )
+  encoded = prompts_lib.take(encoded, kept)
+  note = f'{len(kept):,} pairs; left out as over budget: {encoded.dropped:,} '
+  note += f'with their prompt, {long:,} with a response'
+  return offline.Given(encoded, pool, (note,))
+
+
+METHOD = offline.Method(
+  given, lambda valid, rewards: pools.ranked_pairs(rewards, valid)
+)
+SCRIPT = Script(
+  functools.partial(offline_checks.check, names=('dpo', 'dpop', 'ipo')),
+  functools.partial(offline.Offline, method=METHOD),
+)
+
+
+if __name__ == '__main__':
+  run.define_flags()
+  cli.run(lambda: run.main(SCRIPT))
