@@ -8,11 +8,11 @@ First the common initial model is made, by the base configuration's supervised
 warm start.  From it every method is trained with every seed until it has
 generated the budget of tokens: each run is `experiments.train`, or the script
 that the method names, in a process of its own, and with --jobs=N so many at a
-time, each pinned to its own cores.  A method that generates nothing, `sft`, ends
-after `steps` of its own.  The same command continues: what is complete is skipped, what was cut short resumes,
-what failed is tried again.  --only and --seeds choose what is trained now;
---report trains nothing.  --run=METHOD-SEED trains that one run in this process,
-for schedulers that bring their own.
+time, each pinned to its own cores.  A method that generates nothing, `sft`,
+ends after `steps` of its own.  The same command continues: what is complete is
+skipped, what was cut short resumes, what failed is tried again.  --only and
+--seeds choose what is trained now; --report trains nothing.  --run=METHOD-SEED
+trains that one run in this process, for schedulers that bring their own.
 
   init/             the initial model's run
   runs/METHOD-SEED  a run's folder, as `experiments.train` leaves it

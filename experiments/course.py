@@ -72,8 +72,8 @@ class Course:
   def evaluation_is_due(self, every: int, every_tokens: int) -> bool:
     """Where the main phase begins and ends, and in between by steps and tokens.
 
-    Rounds that begin with sampling are evaluated at their ends, and while they
-    learn.
+    Rounds that begin with sampling are evaluated after it, for what the tokens
+    have not yet changed, while they learn, and at their ends.
 
     Args:
       every: steps of the main phase.
@@ -85,7 +85,7 @@ class Course:
     if self.round.sampling:
       place = self._place(self.step)
       if place <= self.round.sampling:
-        return place == 0
+        return place in (0, self.round.sampling)
     if every_tokens:
       before, now = self.tokens_before, self.tokens
       if before // every_tokens < now // every_tokens:

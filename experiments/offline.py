@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments import build, held_out, phases, runs, supervised
 from experiments.course import Round
+from experiments.data import Data
 from experiments.phase import Evaluation, Result
 from jaxrl_llm import estimators, pools, rollouts, training
 from jaxrl_llm.errors import UserError
@@ -41,7 +42,8 @@ class Method(NamedTuple):
   """How a script learns from responses.
 
   Attributes:
-    given: (configuration, model, rows) → what the rows give to learn from.
+    given: (configuration, model, data) → what the task's data gives to learn
+      from.
     choose: (valid, rewards), [P, G] each, → groups of a step's responses, as
       `pools.singles` gives them; `valid` is False for those without a reward
       and those that the estimator does not keep.
@@ -49,7 +51,7 @@ class Method(NamedTuple):
       with, or with the one that sampled.
   """
 
-  given: Callable[[Any, build.Model, list[dict]], Given]
+  given: Callable[[Any, build.Model, Data], Given]
   choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
   restarts: bool = False
 
@@ -100,11 +102,12 @@ class Offline:
         temperature=config.rollout.temperature,
       )
     else:
-      self._given = method.given(config, model, data.train)
+      self._given = method.given(config, model, data)
       self._encoded = self._given.encoded
     self._pairs = None  # held-out ones, where the task gives pairs
     if self._given is not None and self.estimator.needs.reference:
-      self._pairs = method.given(config, model, data.held_out)
+      held = data._replace(train=data.held_out)
+      self._pairs = method.given(config, model, held)
     self._learned = None  # (round, pool, source) that is learned from
     self._optimizer, self._schedule = build.optimizer(
       config.optimizer, self.round.learning

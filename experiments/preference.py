@@ -25,13 +25,13 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
-def given(config, model, rows) -> offline.Given:
-  """The pairs of a task's rows, after the length policy of prompts.
+def given(config, model, data) -> offline.Given:
+  """The pairs of a task's training rows, after the length policy of prompts.
 
   Raises:
     UserError: a row has no pair, or none is within budget.
   """
-  encoded = build.encode(config, rows, model.tokenizer)
+  encoded = build.encode(config, data.train, model.tokenizer)
   sides = [
     build.encode_responses(config, encoded.rows, model, column, limited=False)
     for column in ('chosen', 'rejected')

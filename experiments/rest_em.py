@@ -22,9 +22,9 @@ from jaxrl_llm import pools
 from jaxrl_llm.errors import UserError
 
 
-def given(config, model, rows) -> offline.Given:
+def given(config, model, data) -> offline.Given:
   """RestEM has no data but its samples."""
-  del config, model, rows
+  del config, model, data
   raise UserError('config.rounds.sampling is 0: RestEM learns from its samples')
 
 

@@ -15,19 +15,16 @@ from jaxrl_llm import pools
 from jaxrl_llm.errors import UserError
 
 
-def given(config, model, rows) -> offline.Given:
-  """The worked solutions of a task's rows; others are left out and counted."""
-  shown = [row for row in rows if row.get('solution') is not None]
-  if not shown:
+def given(config, model, data) -> offline.Given:
+  """The task's worked solutions."""
+  rows = data.demonstrations
+  if not rows:
     raise UserError(
-      'no training row of config.task has a solution to learn from\n'
-      'name a task with worked solutions, or give the rows a column solution'
+      'config.task has no demonstrations to learn from\n'
+      'name a task with worked solutions, or give its rows a column solution'
     )
-  encoded, pool = supervised.demonstrations(config, model, shown)
-  note = f'{len(pool.prompts):,} demonstrations'
-  if len(shown) < len(rows):
-    note += f'; {len(rows) - len(shown):,} rows without a solution left out'
-  return offline.Given(encoded, pool, (note,))
+  encoded, pool = supervised.demonstrations(config, model, rows)
+  return offline.Given(encoded, pool, (f'{len(rows):,} demonstrations',))
 
 
 METHOD = offline.Method(given, lambda valid, rewards: pools.singles(valid))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.course import Course
+from experiments.course import Course, Round
 
 
 def follow(course, tokens, every=100, every_tokens=0, save=100):
@@ -37,3 +37,21 @@ def test_tokens_end_a_run_at_the_step_that_reaches_them():
 def test_lower_limits_than_the_run_has_reached(budget, total, overran):
   course = Course(2, total, budget, step=12, tokens=100, tokens_before=90)
   assert course.ended and course.overran == overran
+
+
+def test_rounds_are_evaluated_at_their_seams_and_while_they_learn():
+  # 3 steps sample, 4 learn: evaluations after 3 and 7 steps of each round, and
+  # at every fourth step that learns.
+  course = Course(2, 16, 0, Round(3, 4))
+  found = follow(course, 10, every=4, save=100)
+  assert found == ([2, 5, 6, 9, 12, 14, 16], [2, 16], 16)
+
+
+def test_tokens_end_a_run_only_where_a_round_ends():
+  course = Course(2, 1000, 35, Round(3, 4))
+  while not course.ended:
+    sampling = course.step >= 2 and (course.step - 2) % 7 < 3
+    course.advance(10 if sampling else 0)
+  # 30 tokens are short of the budget, so a second round is begun and ended.
+  assert (course.step, course.tokens, course.tokens_before) == (16, 60, 30)
+  assert not course.overran
