@@ -152,4 +152,34 @@ def methods() -> tuple[dict, ...]:
       4,
     ),
     method('obl_reinforce', 'score-weighted RLOO', dict(name='obl_reinforce')),
+    *references(),
+  )
+
+
+def references() -> tuple[dict, ...]:
+  """What is not RL: on as many tokens, or on as many demonstrations."""
+  rounds = dict(sampling=20, learning=60, batch=64)
+  return (
+    method(
+      'rest_em',
+      'RestEM',
+      dict(name='rest_em'),
+      script='rest_em',
+      rounds=dict(per_prompt=4, **rounds),
+    ),
+    method(
+      'dpop',
+      'DPO-Positive',
+      dict(name='dpop'),
+      script='preference',
+      rounds=dict(per_prompt=4, **rounds),
+    ),
+    method(
+      'sft',
+      'SFT, more of the same',
+      dict(name='sft'),
+      script='sft',
+      steps=59,
+      rounds=dict(batch=256),
+    ),
   )
