@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments import build, checks, cli, critics, held_out, phases, runs
 from experiments.course import Course
+from experiments.failures import failure_messages
 from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -46,6 +47,7 @@ class Run:
     self._folder = folder.path
     self._resuming = folder.resuming
     self._stop = stop
+    self._told = set()
     self._key = jax.random.key(config.seed)
     model = build.model(config.model, config.seed)
     # The parameters live in the state alone.
@@ -204,6 +206,9 @@ class Run:
         self._stop,
       )
       metrics |= held_out.summary(answers)
+      when = f'at step {self.course.step}'
+      told = failure_messages(answers.failures, when, self._told)
+      self._progress.print(*told)
       samples = self._held_out.generation.samples
       limit = self._config.log.table * samples
       self._samples.write(answers.samples[:limit:samples])

@@ -50,7 +50,7 @@ class Reply(NamedTuple):
 
   Attributes:
     kind: 'score', 'user' for a UserError of the function, or one of
-      `workers.FAILURES`.
+      `failures.FAILURES`.
     score: where there is one; None also if the function gave None.
     message: why there is none.
   """

@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
+from jaxrl_llm.rewards.failures import FAILURES, Failures
 from jaxrl_llm.rewards.results import shortened
 from jaxrl_llm.rewards.worker_process import Ready, Reply, WorkerProcess
-
-# Why a sample has no score.
-FAILURES = ('timeout', 'crash', 'error', 'memory')
 
 # After these the process is of no use.
 _FATAL = ('timeout', 'crash', 'memory')
@@ -183,19 +181,6 @@ def isolated(
   return Workers(
     name, settings, workers=workers, timeout=timeout, memory=memory
   )
-
-
-class Failures(NamedTuple):
-  """Samples of a batch that have no score because scoring them failed.
-
-  Attributes:
-    counts: their number by kind, for all of `FAILURES`.
-    messages: by each kind that occurred, of its first sample: what happened,
-      which sample, and its completion.
-  """
-
-  counts: dict[str, int]
-  messages: dict[str, str]
 
 
 class Pending:
