@@ -37,13 +37,13 @@ def failure_counts(failures: Mapping[str, Failures]) -> dict[str, int]:
 
 
 def failure_messages(
-  failures: Mapping[str, Failures], when: str, told: set[tuple[str, str]]
+  failures: Mapping[str, Failures], where: str, told: set[tuple[str, str]]
 ) -> list[str]:
   """A line for each kind of failure that was not told before.
 
   Args:
     failures: by name in the record.
-    when: such as 'at step 7'.
+    where: such as 'at step 7'.
     told: (name, kind) of what was told; what is now is added.
   """
   lines = []
@@ -52,7 +52,7 @@ def failure_messages(
       if (name, kind) not in told:
         told.add((name, kind))
         lines.append(
-          f'{name}: {found.counts[kind]} {when} without a score by {kind}: '
+          f'{name}: {found.counts[kind]} {where} without a score by {kind}: '
           f'{message}'
         )
   return lines
