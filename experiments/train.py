@@ -25,6 +25,7 @@ from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
+from jaxrl_llm.rewards import waiting
 from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
 from jaxrl_llm.tasks import prompts as prompts_lib
 
@@ -413,6 +414,7 @@ def _train(config, workdir, resume, files: contextlib.ExitStack) -> int:
       'name another --workdir, or restore config.json and --resume'
     )
   stop = files.enter_context(StopSignal())
+  files.enter_context(waiting.checked(stop.check))
   try:
     run = Run(config, folder, stop, files)
   except UserError:
