@@ -124,7 +124,11 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('records', [0, 1])
 def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
   """In the first evaluation, and in the first step of RL."""
-  hang = f'  time.sleep(1000 if calls > {records * scripts.HELD_OUT} else 0)\n'
+  hang = (
+    f'  if calls > {records * scripts.HELD_OUT}:\n'
+    '    open(__file__ + ".hangs", "w").close()\n'
+    '    time.sleep(1000)\n'
+  )
   body = scripts.REWARD.replace('  # BREAK\n', hang)
   text = scripts.CONFIG.replace(
     "symbols=dict(name='REWARD:symbols')",
@@ -138,15 +142,9 @@ def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
     return [p for p in found if str(reward).encode() in contents(p)]
 
   script = start(workdir, config, *FLAGS)
-  scripts.wait_until(
-    lambda: (
-      (workdir / 'timings.jsonl').exists()
-      and scripts.steps_written(workdir) == records
-      and len(processes()) >= 2
-    ),
-    script,
-  )
-  time.sleep(5.0)  # It samples, and waits for the rewards.
+  scripts.wait_until(reward.with_name('reward.py.hangs').exists, script)
+  assert processes()
+  time.sleep(5.0)  # The device is told all it has to do.
   began = time.monotonic()
   script.signal(signal.SIGTERM)
   ended = script.wait()
