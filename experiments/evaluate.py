@@ -114,25 +114,25 @@ def measure(
   _check_samples(settings, asked, greedy)
   answers = held_out.answer(held, model.params, step=0)
   right, scored = _right(answers, metric, threshold)
-  means = held_out.summary(answers)
+  numbers = held_out.summary(answers)
   _tell_failures(answers, 'held-out responses', tell)
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
     votes = _votes(answers, scored, reader)
-    means['answered'] = float((votes >= 0).mean())
+    numbers['answered'] = float((votes >= 0).mean())
     estimates |= {
       f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
     }
   if best_of:
-    means['unjudged'], chosen = _best_of(
+    numbers['unjudged'], chosen = _best_of(
       answers, scored, right, metric, judge, best_of
     )
     estimates |= chosen
   if greedy:
     once = held._replace(generation=rollouts.greedy(settings))
     counted, accuracy = _greedy(once, model, metric, threshold, tell)
-    means |= counted
+    numbers |= counted
     estimates['greedy/accuracy'] = accuracy
   return {
     'prompts': len(scored),
@@ -143,7 +143,7 @@ def measure(
     'metric': metric,
     'threshold': threshold,
     **({'judge': judge} if judge else {}),
-    **{name.removeprefix('eval/'): value for name, value in means.items()},
+    **{name.removeprefix('eval/'): value for name, value in numbers.items()},
     **{
       name: evaluation.bootstrap(values)._asdict()
       for name, values in estimates.items()

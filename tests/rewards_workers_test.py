@@ -385,6 +385,19 @@ def test_closing_ends_what_is_under_way(marked):
     hostile.begin(workers, ['1'])
 
 
+def test_closing_ends_spares_too(marked):
+  workers = Workers(HOSTILE, workers=1, timeout=4.0)
+  assert hostile.begin(workers, ['1']).result() == [1.0]
+  before = len(marked())
+  pending = hostile.begin(workers, ['sleep'] * 5)
+  assert hostile.until(lambda: len(marked()) > before)
+  start = time.monotonic()
+  workers.close()
+  assert time.monotonic() - start < 10 and not marked()
+  with pytest.raises(UserError, match='its workers are closed'):
+    pending.result()
+
+
 def test_workers_that_nobody_refers_to_end(marked):
   workers = Workers(HOSTILE)
   assert hostile.begin(workers, ['1']).result() == [1.0] and marked()

@@ -171,6 +171,8 @@ class Pool:
 
   def _reinforce(self) -> None:
     """Adds the threads that there may be and that samples wait for."""
+    if not self._open:
+      return  # What waits are the threads' ends.
     # Where the system starts no more, those that there are go on.
     with contextlib.suppress(RuntimeError):
       for _ in range(min(-self._excess(), self._jobs.qsize())):
