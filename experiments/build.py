@@ -32,7 +32,7 @@ ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
 
 # What a reward in worker processes is given, besides what its factory takes.
-_LIMITS = ('workers', 'timeout', 'memory')
+_LIMITS = ('workers', 'timeout', 'memory', 'spares')
 
 
 class Model(NamedTuple):

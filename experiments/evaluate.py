@@ -1,8 +1,10 @@
-"""Accuracy, pass@k and maj@k of a run, or of any Hugging Face folder.
+"""Accuracy, pass@k, maj@k, best of k: of a run or a Hugging Face folder.
 
     python -m experiments.evaluate --workdir=runs/quickstart
     python -m experiments.evaluate --workdir=runs/quickstart --step=best \\
-      --samples=16 --temperature=1 --k=1,4,16 --maj=1,4,16
+      --samples=16 --temperature=1 --greedy --k=1,4,16 --maj=1,4,16
+    python -m experiments.evaluate --workdir=runs/mine --temperature=1 \\
+      --best_of=1,4,16 --judge=preference --metric=correct
     python -m experiments.evaluate --model=FOLDER --config=FILE.py
 
 A run is evaluated on its held-out prompts with the settings of its own
@@ -14,6 +16,13 @@ configuration for the task and the rewards.
 is, the reward that says what is right tells, if it is one of
 `jaxrl_llm.rewards.functions.READERS`; else name one of these, or a function of
 your own from a text to its answer: --answer=mine.py:read_answer.
+
+--best_of lets one reward, the --judge, choose among k responses, and another,
+the --metric, say what the choice is worth.  A judge that is not to be trained
+on is a reward of weight 0.
+
+Greedy decoding needs no samples: --greedy adds its accuracy to the numbers of
+sampling, at the cost of one response more per prompt.
 
 A reward, estimator or task that the configuration names as file.py:function is
 executed, with all that its file does: evaluate only runs whose code you trust.
@@ -29,10 +38,11 @@ import numpy as np
 from absl import flags
 
 from experiments import build, checks, cli, held_out, runs
-from jaxrl_llm import evaluation, naming
+from experiments.failures import failure_counts, failure_messages
+from jaxrl_llm import evaluation, naming, rollouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import write_atomically
-from jaxrl_llm.rewards import functions
+from jaxrl_llm.rewards import RewardPart, functions
 
 
 def measure(
@@ -41,44 +51,56 @@ def measure(
   *,
   ks: Sequence[int] = (),
   majs: Sequence[int] = (),
+  best_of: Sequence[int] = (),
+  judge: str | None = None,
+  greedy: bool = False,
   answer: str | None = None,
   metric: str | None = None,
   threshold: float = 1.0,
+  tell: Callable[[str], Any] = print,
   **changes: Any,
 ) -> dict[str, Any]:
   """Numbers of a model on a configuration's held-out prompts.
 
   A response is right if the reward function `metric` gives it at least
   `threshold`.  A prompt with a response that the function does not score is
-  left out of accuracy, pass@k and maj@k, and counted.
+  left out of accuracy, pass@k, maj@k and best_of@k, and counted as `unscored`.
+
+  Best of k: the response of k that the reward function `judge` scores highest.
+  best_of@k is the chance that it is right, metric_best_of@k and judge_best_of@k
+  are the means of what the two functions give it.  Where the judge's rises with
+  k and the metric's does not, the judge is over-optimised.  A prompt with a
+  response that the judge alone does not score is left out, and counted as
+  `unjudged`.
 
   Args:
     config: task, prompts, rewards, response length and seed.
     model: the model.
     ks: the k of pass@k; pass@1 is the accuracy.
     majs: the k of maj@k.
+    best_of: the k of best_of@k.
+    judge: name in `config.rewards`, of any weight, 0 included.
+    greedy: also decodes greedily, once per prompt, for greedy/accuracy.
     answer: how the answers to vote on are read: as by this reward of
       `functions.READERS`, or by 'file.py:function'; None for as by `metric`.
     metric: name in `config.rewards`; None for that of greatest weight (a
       ConfigDict does not keep the order in which they were written).
     threshold: the least score of a right response.
+    tell: gets a line for each kind of failure of rewards in worker processes.
     **changes: samples, temperature, prompts or batch in place of those of
       `config.evaluation`.
 
   Returns:
-    JSON values: the settings, the means, and accuracy, pass@k and maj@k each
-    with the bounds of their 95 % bootstrap interval over prompts.
+    JSON values: the settings, the means, and accuracy, pass@k, maj@k, best_of@k
+    and greedy/accuracy each with the bounds of their 95 % bootstrap interval
+    over prompts.
 
   Raises:
     UserError: settings that do not fit each other.
   """
   rewards = build.reward_parts(config)
-  weights = {part.name: part.weight for part in rewards}
-  metric = max(weights, key=weights.get) if metric is None else metric
-  if metric not in weights:
-    raise UserError(
-      f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
-    )
+  metric = _metric(rewards, metric)
+  _check_judge(rewards, metric, judge, best_of)
   reader = _reader(answer, config.rewards[metric].name) if majs else None
   data = build.dataset(config, model.tokenizer)
   # The key of the evaluations during training: with equal settings the numbers
@@ -88,46 +110,167 @@ def measure(
     config, model, data.held_out, rewards, key, **changes
   )
   settings = held.generation
-  for kind, wanted in (('pass', ks), ('maj', majs)):
-    if settings.samples < max(wanted, default=1):
-      raise UserError(
-        f'{kind}@{max(wanted)} needs {max(wanted)} samples per prompt; '
-        f'--samples is {settings.samples}'
-      )
-  if settings.samples > 1 and settings.decoding.temperature == 0:
-    raise UserError(
-      f'at temperature 0 all {settings.samples} samples of a prompt are equal\n'
-      'set --temperature above 0, or --samples=1'
-    )
+  asked = {'pass': ks, 'maj': majs, 'best_of': best_of}
+  _check_samples(settings, asked, greedy)
   answers = held_out.answer(held, model.params, step=0)
-  scores = answers.parts[metric]
-  scored = ~np.isnan(scores).any(axis=1)
-  if not scored.any():
-    raise UserError(f'{metric} scores no prompt: choose another --metric')
-  right = scores[scored] >= threshold
-  means = held_out.summary(answers)
+  right, scored = _right(answers, metric, threshold)
+  numbers = held_out.summary(answers)
+  _tell_failures(answers, 'held-out responses', tell)
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
     votes = _votes(answers, scored, reader)
-    means['answered'] = float((votes >= 0).mean())
+    numbers['answered'] = float((votes >= 0).mean())
     estimates |= {
       f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
     }
+  if best_of:
+    numbers['unjudged'], chosen = _best_of(
+      answers, scored, right, metric, judge, best_of
+    )
+    estimates |= chosen
+  if greedy:
+    once = held._replace(generation=rollouts.greedy(settings))
+    counted, accuracy = _greedy(once, model, metric, threshold, tell)
+    numbers |= counted
+    estimates['greedy/accuracy'] = accuracy
   return {
-    'prompts': len(scores),
+    'prompts': len(scored),
     'over_budget': held.encoded.dropped,
     'unscored': int((~scored).sum()),
     'samples': settings.samples,
     'temperature': float(settings.decoding.temperature),
     'metric': metric,
     'threshold': threshold,
-    **{name.removeprefix('eval/'): value for name, value in means.items()},
+    **({'judge': judge} if judge else {}),
+    **{name.removeprefix('eval/'): value for name, value in numbers.items()},
     **{
       name: evaluation.bootstrap(values)._asdict()
       for name, values in estimates.items()
     },
   }
+
+
+def _metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
+  """The reward that says what is right, or a UserError."""
+  weights = {part.name: part.weight for part in rewards}
+  metric = max(weights, key=weights.get) if metric is None else metric
+  if metric not in weights:
+    raise UserError(
+      f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
+    )
+  return metric
+
+
+def _check_judge(
+  rewards: Sequence[RewardPart],
+  metric: str,
+  judge: str | None,
+  best_of: Sequence[int],
+) -> None:
+  """Raises UserError unless a judge is named where one is needed."""
+  names = ', '.join(part.name for part in rewards)
+  if (judge is None) == bool(best_of):
+    given, missing = 'best_of', 'judge'
+    if judge is not None:
+      given, missing = missing, given
+    raise UserError(
+      f'--{given} is given but no --{missing}\n'
+      f'--best_of=1,4 --judge=NAME ranks responses by a reward of: {names}'
+    )
+  if judge is not None and judge not in {part.name for part in rewards}:
+    raise UserError(f'--judge is {judge!r}\nthe rewards are {names}')
+  if judge == metric:
+    raise UserError(
+      f'{judge} is --judge and --metric: nothing else says what its choice is '
+      f'worth\nset --metric to another of the rewards {names}'
+    )
+
+
+def _check_samples(
+  settings: rollouts.Generation,
+  asked: dict[str, Sequence[int]],
+  greedy: bool,
+) -> None:
+  """Raises UserError unless samples and temperature suit what is asked for."""
+  for kind, wanted in asked.items():
+    if settings.samples < max(wanted, default=1):
+      raise UserError(
+        f'{kind}@{max(wanted)} needs {max(wanted)} samples per prompt; '
+        f'--samples is {settings.samples}'
+      )
+  if not settings.decoding.greedy:
+    return
+  if settings.samples > 1:
+    raise UserError(
+      f'at temperature 0 all {settings.samples} samples of a prompt are equal\n'
+      'set --temperature above 0, or --samples=1'
+    )
+  if greedy:
+    raise UserError(
+      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
+      'set --temperature above 0, or leave out --greedy'
+    )
+
+
+def _right(
+  answers: held_out.Answers, metric: str, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """[P', n] whether responses are right, and [P] which P' prompts are scored.
+
+  Raises:
+    UserError: none is.
+  """
+  scores = answers.parts[metric]
+  scored = ~np.isnan(scores).any(axis=1)
+  if not scored.any():
+    raise UserError(f'{metric} scores no prompt: choose another --metric')
+  return scores[scored] >= threshold, scored
+
+
+def _best_of(
+  answers: held_out.Answers,
+  scored: np.ndarray,
+  right: np.ndarray,
+  metric: str,
+  judge: str,
+  best_of: Sequence[int],
+) -> tuple[int, dict[str, np.ndarray]]:
+  """The number of prompts not judged, and estimates over those that are."""
+  proxy = answers.parts[judge][scored]
+  judged = ~np.isnan(proxy).any(axis=1)
+  if not judged.any():
+    raise UserError(
+      f'{judge} scores no prompt that {metric} scores: choose another --judge'
+    )
+  worth = {
+    'best_of': right,
+    'metric_best_of': answers.parts[metric][scored],
+    'judge_best_of': proxy,
+  }
+  return int((~judged).sum()), {
+    f'{name}@{k}': evaluation.best_of_n(proxy[judged], gold[judged], k)
+    for k in best_of
+    for name, gold in worth.items()
+  }
+
+
+def _greedy(
+  held: held_out.HeldOut, model: build.Model, metric: str, threshold, tell
+) -> tuple[dict[str, int], np.ndarray]:
+  """Counts, and whether the greedy responses to scored prompts are right."""
+  answers = held_out.answer(held, model.params, step=0)
+  _tell_failures(answers, 'greedy responses', tell)
+  right, scored = _right(answers, metric, threshold)
+  counts = {'greedy/unscored': int((~scored).sum())}
+  for name, count in failure_counts(answers.failures).items():
+    counts[name.replace('eval/', 'greedy/', 1)] = count
+  return counts, right[:, 0]
+
+
+def _tell_failures(answers: held_out.Answers, of: str, tell) -> None:
+  for line in failure_messages(answers.failures, f'of the {of}', set()):
+    tell(line.removeprefix('eval/'))
 
 
 def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
@@ -178,6 +321,9 @@ def define_flags() -> None:
   flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
   flags.DEFINE_list('maj', [], 'The k of maj@k, as 1,4,16.')
   flags.DEFINE_string('answer', None, 'What reads answers, for --maj.')
+  flags.DEFINE_list('best_of', [], 'The k of best_of@k, as 1,4,16.')
+  flags.DEFINE_string('judge', None, 'Reward that chooses, for --best_of.')
+  flags.DEFINE_bool('greedy', False, 'Greedy accuracy beside that of samples.')
   flags.DEFINE_integer('prompts', None, 'Held-out prompts; 0 for all.', 0)
   flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
   flags.DEFINE_string('metric', None, 'Reward that says what is right.')
@@ -196,6 +342,7 @@ def main() -> None:
       'name either a run with --workdir or a Hugging Face folder with --model'
     )
   ks, majs = _ks('k', values.k), _ks('maj', values.maj)
+  best_of = _ks('best_of', values.best_of)
   if values.answer is not None and not majs:
     raise UserError('--answer is given but no --maj, which alone reads it')
   changes = {
@@ -216,12 +363,16 @@ def main() -> None:
     checks.check(config)
     model = build.model(config.model, config.seed)
     title = values.model
-  changes.setdefault('samples', max([config.evaluation.samples, *ks, *majs]))
+  least = max([config.evaluation.samples, *ks, *majs, *best_of])
+  changes.setdefault('samples', least)
   result = measure(
     config,
     model,
     ks=ks,
     majs=majs,
+    best_of=best_of,
+    judge=values.judge,
+    greedy=values.greedy,
     answer=values.answer,
     metric=values.metric,
     threshold=values.threshold,

@@ -1,16 +1,18 @@
 """Scores a model on held-out prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import build
+from experiments.failures import failure_counts
 from experiments.phase import Evaluation
 from jaxrl_llm import evaluation, rollouts
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rewards.failures import Failures, merge
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -82,6 +84,7 @@ class Answers(NamedTuple):
     tokens: N·n lists of token ids.
     samples: N·n rows for a sample table.
     kl: mean of log π − log π_ref over the tokens, nats; None without.
+    failures: of rewards in worker processes, by name in the record.
   """
 
   rewards: np.ndarray
@@ -91,6 +94,7 @@ class Answers(NamedTuple):
   tokens: list[list[int]]
   samples: list[Sample]
   kl: float | None
+  failures: Mapping[str, Failures]
 
 
 def answer(
@@ -146,6 +150,7 @@ def answer(
     ).reshape(shape)
     for part in held_out.rewards
   }
+  failed = merge(piece.scores.failures for piece in pieces)
   return Answers(
     rewards=np.concatenate(rewards).reshape(shape),
     parts=parts,
@@ -154,6 +159,7 @@ def answer(
     tokens=tokens,
     samples=samples,
     kl=None if reference is None else kl_sum / max(lengths.sum(), 1),
+    failures={f'eval/rewards/{name}': each for name, each in failed.items()},
   )
 
 
@@ -169,14 +175,19 @@ def evaluate(
   answers = answer(held_out, params, step, reference, stop)
   per_prompt = held_out.generation.samples
   shown = answers.samples[: table * per_prompt : per_prompt]
-  return Evaluation(summary(answers), shown)
+  return Evaluation(summary(answers), shown, answers.failures)
 
 
 def summary(answers: Answers) -> dict[str, float]:
-  """Means over the held-out responses, named for the training record."""
+  """Means over the held-out responses, named for the training record.
+
+  eval/rewards/NAME/failed is no mean: it counts the responses that a reward in
+  worker processes failed on.
+  """
   metrics = {'eval/reward': mean(answers.rewards)}
   for name, scores in answers.parts.items():
     metrics[f'eval/rewards/{name}'] = mean(scores)
+  metrics |= failure_counts(answers.failures)
   metrics['eval/completions/mean_length'] = answers.lengths.mean()
   metrics['eval/completions/clipped_ratio'] = 1.0 - answers.finished.mean()
   metrics['eval/distinct_bigrams'] = evaluation.distinct_ngrams(answers.tokens)

@@ -18,6 +18,7 @@ import numpy as np
 from experiments import build, held_out, phases, runs, supervised
 from experiments.course import Round
 from experiments.data import Data
+from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.phase import Evaluation, Result
 from jaxrl_llm import estimators, pools, rollouts, training
 from jaxrl_llm.errors import UserError
@@ -265,9 +266,9 @@ class Offline:
     pools.save(self._file(number), pool)
     metrics = phases.reward_metrics(responses, data)
     metrics['rounds/chosen'] = len(groups)
-    messages = phases.failure_messages(
-      responses.scores.failures, number, self._told
-    )
+    failures = of_step(responses)
+    metrics |= failure_counts(failures)
+    messages = failure_messages(failures, f'at step {number}', self._told)
     timings = {
       'rollout_time': sampled - start,
       'step_time': time.perf_counter() - start,

@@ -1,6 +1,7 @@
 """What the phases of a run give, and what `run.Run` asks of the main one."""
 
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from experiments import build, data
 from experiments.course import Round
 from jaxrl_llm import rollouts, training
 from jaxrl_llm.logging import Sample
+from jaxrl_llm.rewards.failures import Failures
 from jaxrl_llm.run_folder import StopSignal
 
 
@@ -42,10 +44,12 @@ class Evaluation(NamedTuple):
   Attributes:
     metrics: by name, 'eval/…'.
     samples: rows for the sample table; empty where nothing was sampled.
+    failures: of rewards in worker processes, by name in the record.
   """
 
   metrics: dict[str, float]
   samples: Sequence[Sample] = ()
+  failures: Mapping[str, Failures] = types.MappingProxyType({})
 
 
 class Phase(Protocol):

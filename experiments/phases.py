@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, critics
+from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.learner import Learner
 from experiments.phase import Result
 from jaxrl_llm import (
@@ -28,7 +29,7 @@ from jaxrl_llm import (
 )
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.kept import KeptValues
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.failures import Failures
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -42,6 +43,7 @@ class Collected(NamedTuple):
     tokens: generated beside the responses: greedy ones, branches.
     record: numbers of the branches.
     own: the rollouts' rows that are responses, without branches.
+    failures: of rewards in worker processes, by name in the record.
   """
 
   responses: rollouts.Responses
@@ -50,6 +52,7 @@ class Collected(NamedTuple):
   tokens: int
   record: dict[str, float]
   own: estimators.Rollouts
+  failures: Mapping[str, Failures]
 
 
 class Reinforcement:
@@ -166,7 +169,8 @@ class Reinforcement:
     if baseline is not None:
       extra += int(np.asarray(baseline.samples.mask).sum())
     times = {'rollout_time': times[1] - times[0]}
-    return Collected(responses, data, times, extra, record, own)
+    failures = of_step(responses, baseline, branched and branched.responses)
+    return Collected(responses, data, times, extra, record, own, failures)
 
   def _complete(
     self, state, responses, needs, baseline=None, rescore=False, at_once=None
@@ -237,7 +241,7 @@ class Reinforcement:
   def step(self, state: training.TrainState, step: int, stop=None) -> Result:
     """Samples, scores, and takes the step's updates."""
     start = time.perf_counter()
-    responses, data, timings, extra, record, own = self.collect(
+    responses, data, timings, extra, record, own, failures = self.collect(
       state, step, stop
     )
     whole = (responses.prompts, self._prepare(data))
@@ -259,36 +263,15 @@ class Reinforcement:
     timings['step_time'] = time.perf_counter() - start
     mask = np.asarray(responses.samples.mask)
     metrics = reward_metrics(responses, own) | update_metrics(records)
-    metrics |= jax.device_get(record) | rates
+    metrics |= jax.device_get(record) | rates | failure_counts(failures)
     advantages = np.asarray(whole[1].advantages)[:, : mask.shape[1]]
     # A per-token advantage is shown by its mean over the response.
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)
     tokens = int(mask.sum()) + extra
-    messages = failure_messages(responses.scores.failures, step, self._told)
+    when = f'at RL step {step}'
+    messages = failure_messages(failures, when, self._told)
     return Result(state, metrics, timings, tokens, responses, shown, messages)
-
-
-def failure_messages(
-  failures: Mapping[str, Failures], step: int, told: set[tuple[str, str]]
-) -> list[str]:
-  """A line for each kind of failure that was not told before.
-
-  Args:
-    failures: of a step's rewards in worker processes, by name.
-    step: of RL.
-    told: (name, kind) of what was told; what is now is added.
-  """
-  lines = []
-  for name, (counts, messages) in failures.items():
-    for kind, message in messages.items():
-      if (name, kind) not in told:
-        told.add((name, kind))
-        lines.append(
-          f'rewards/{name}: {counts[kind]} at RL step {step} without a score '
-          f'by {kind}: {message}'
-        )
-  return lines
 
 
 def reward_metrics(
@@ -301,8 +284,6 @@ def reward_metrics(
     metrics[f'rewards/{name}/mean'] = known.mean() if known.size else np.nan
     metrics[f'rewards/{name}/std'] = known.std() if known.size else np.nan
     metrics[f'rewards/{name}/none'] = int(np.isnan(scores).sum())
-  for name, failures in responses.scores.failures.items():
-    metrics[f'rewards/{name}/failed'] = sum(failures.counts.values())
   return metrics
 
 

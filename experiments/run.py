@@ -18,6 +18,7 @@ from absl import flags
 
 from experiments import build, cli, data, runs
 from experiments.course import Course
+from experiments.failures import failure_messages
 from experiments.held_out import to_samples
 from experiments.phase import MakePhase, Result, Script
 from experiments.supervised import WarmStart
@@ -25,6 +26,7 @@ from jaxrl_llm import logging, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
+from jaxrl_llm.rewards import waiting
 from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
 
 # What may differ when a run is resumed.
@@ -46,6 +48,7 @@ class Run:
     self._folder = folder.path
     self._resuming = folder.resuming
     self._stop = stop
+    self._told = set()
     self._key = jax.random.key(config.seed)
     model = build.model(config.model, config.seed)
     # The parameters live in the state alone.
@@ -187,6 +190,9 @@ class Run:
         self.state.trainable, self.course.step, self._stop
       )
       metrics |= found.metrics
+      when = f'at step {self.course.step}'
+      told = failure_messages(found.failures, when, self._told)
+      self._progress.print(*told)
       self._samples.write(found.samples)
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
@@ -381,6 +387,7 @@ def _train(
       'name another --workdir, or restore config.json and --resume'
     )
   stop = files.enter_context(StopSignal())
+  files.enter_context(waiting.checked(stop.check))
   try:
     run = Run(config, folder, stop, files, script.phase)
   except UserError:

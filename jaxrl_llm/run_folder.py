@@ -327,5 +327,9 @@ def _in_gc_callback(frame):
   return frame is not None
 
 
-class StopRequested(Exception):
-  """A signal asked the run to stop; the message is the signal's name."""
+class StopRequested(BaseException):
+  """A signal asked the run to stop; the message is the signal's name.
+
+  No `Exception`, as KeyboardInterrupt is none: a function that is interrupted
+  has not failed, and what handles failures must not swallow it.
+  """

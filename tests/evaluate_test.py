@@ -101,10 +101,126 @@ def test_maj_at_k_counts_subsets(trained, tmp_path):
   assert result['answered'] == np.mean(np.array(answers) >= 0)
 
 
+GRADED = """
+import json
+
+
+def note(name, scores):
+  with open(__file__ + '.log', 'a') as log:
+    log.write(json.dumps([name, scores]) + '\\n')
+
+
+def gold(completion_ids, prompts, **kwargs):
+  scores = [sum(ids) % 3 / 2 for ids in completion_ids]
+  note('gold', scores)
+  return [None if p[0] in '01' else s for p, s in zip(prompts, scores)]
+
+
+def rank(completion_ids, prompts, **kwargs):
+  scores = [float(ids[0] % 4) for ids in completion_ids]
+  note('rank', scores)
+  return [None if p[0] in '23' else s for p, s in zip(prompts, scores)]
+"""
+
+
+def test_best_of_k_counts_subsets(trained, tmp_path):
+  """Of equal scores of the judge each is chosen as often."""
+  file = tmp_path / 'graded.py'
+  file.write_text(GRADED)
+  config = trained.config.copy_and_resolve_references().unlock()
+  config.rewards = {
+    'gold': {'name': f'{file}:gold'},
+    'rank': {'name': f'{file}:rank', 'weight': 0.0},
+  }
+  data = build.dataset(config, trained.model.tokenizer)
+  first = [row['prompt'][0] for row in data.held_out]
+  changes = dict(samples=4, temperature=3.0, prompts=len(first), batch=4)
+  result = evaluate.measure(
+    config, trained.model, best_of=(1, 2, 4), judge='rank', **changes
+  )
+  seen = {'gold': [], 'rank': []}
+  log = (tmp_path / 'graded.py.log').read_text().splitlines()
+  for name, scores in map(json.loads, log):
+    seen[name] += scores
+  gold, rank = (np.array(seen[name]).reshape(-1, 4) for name in seen)
+  assert result['unscored'] == sum(text in '01' for text in first) > 0
+  assert result['unjudged'] == sum(text in '23' for text in first) > 0
+  assert result['metric'] == 'gold' and result['judge'] == 'rank'
+  known = np.array([text not in '0123' for text in first])
+  for k in (1, 2, 4):
+    picks = {'best_of': [], 'metric_best_of': [], 'judge_best_of': []}
+    for g, r in zip(gold[known], rank[known], strict=True):
+      for subset in map(list, itertools.combinations(range(4), k)):
+        best = [i for i in subset if r[i] == r[subset].max()]
+        picks['best_of'].append(np.mean(g[best] >= 1.0))
+        picks['metric_best_of'].append(np.mean(g[best]))
+        picks['judge_best_of'].append(r[subset].max())
+    for name, values in picks.items():
+      interval = result[f'{name}@{k}']
+      np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
+      assert interval['low'] <= interval['mean'] <= interval['high']
+  means = [result[f'judge_best_of@{k}']['mean'] for k in (1, 2, 4)]
+  assert means == sorted(means) and means[0] < means[-1]
+
+
+def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
+  given = dict(metric='correct', samples=2, temperature=2.0)
+  result = evaluate.measure(trained.config, trained.model, greedy=True, **given)
+  # The run evaluates greedily.
+  expected = last_record()['eval/rewards/correct']
+  assert result['greedy/accuracy']['mean'] == expected
+  assert result['greedy/unscored'] == 0
+  without = evaluate.measure(trained.config, trained.model, **given)
+  assert without == {k: v for k, v in result.items() if 'greedy' not in k}
+
+
+def test_failures_in_workers_are_counted_and_told(trained, tmp_path):
+  file = tmp_path / 'even.py'
+  file.write_text(
+    'def even(prompts, completions):\n'
+    '  if int(prompts[0][0]) % 2: raise ValueError("odd")\n'
+    '  return [1.0]\n'
+  )
+  config = trained.config.copy_and_resolve_references().unlock()
+  config.rewards = {'even': {'name': f'{file}:even', 'workers': 1}}
+  data = build.dataset(config, trained.model.tokenizer)
+  odd = sum(int(row['prompt'][0]) % 2 for row in data.held_out)
+  lines = []
+  result = evaluate.measure(
+    config,
+    trained.model,
+    samples=2,
+    temperature=1.0,
+    greedy=True,
+    batch=4,
+    tell=lines.append,
+  )
+  assert 0 < odd < scripts.HELD_OUT
+  assert result['rewards/even/failed'] == 2 * odd
+  assert result['greedy/rewards/even/failed'] == odd
+  assert result['unscored'] == result['greedy/unscored'] == odd
+  sampled, greedy = lines
+  assert sampled.startswith(f'rewards/even: {2 * odd} of the held-out')
+  assert greedy.startswith(f'rewards/even: {odd} of the greedy')
+  assert 'by error: ValueError: odd' in sampled
+
+
 @pytest.mark.parametrize(
   'arguments, text',
   [
     (dict(metric='exact'), "--metric is 'exact'"),
+    (dict(best_of=(1,)), '--best_of is given but no --judge'),
+    (dict(judge='symbols'), '--judge is given but no --best_of'),
+    (dict(best_of=(1,), judge='exact'), "--judge is 'exact'"),
+    (
+      dict(best_of=(1,), judge='correct', metric='correct'),
+      'correct is --judge and --metric',
+    ),
+    (
+      dict(samples=2, temperature=1.0, best_of=(2, 4), judge='correct'),
+      'best_of@4 needs 4 samples',
+    ),
+    (dict(greedy=True), 'leave out --greedy'),
     (dict(samples=3), 'at temperature 0 all 3 samples'),
     (dict(samples=2, temperature=1.0, ks=(4,)), 'pass@4 needs 4 samples'),
     (
@@ -117,8 +233,9 @@ def test_maj_at_k_counts_subsets(trained, tmp_path):
   ],
 )
 def test_refusals(arguments, text, trained):
-  with pytest.raises(UserError, match=text):
+  with pytest.raises(UserError, match=text) as caught:
     evaluate.measure(trained.config, trained.model, **arguments)
+  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_unscored_prompts_are_counted(trained, tmp_path):
@@ -167,8 +284,9 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
     (['--maj=1', '--metric=correct'], ['maj@1', 'answered']),
     (
       ['--samples=8', '--temperature=1.0', '--k=1,8']
-      + ['--maj=4', '--answer=exact_match'],
-      ['pass@1', 'pass@8', 'maj@4'],
+      + ['--maj=4', '--answer=exact_match', '--greedy']
+      + ['--best_of=1,4', '--judge=symbols', '--metric=correct'],
+      ['pass@1', 'pass@8', 'maj@4', 'greedy/accuracy', 'judge_best_of@4'],
     ),
   ],
 )
@@ -196,6 +314,7 @@ def test_script_as_it_is_usually_called(flags, shown):
     (['--workdir=RUN', '--maj=a'], "--maj is 'a'"),
     (['--workdir=RUN', '--answer=exact_match'], 'no --maj'),
     (['--workdir=RUN', '--samples=0'], '--samples=0'),
+    (['--workdir=RUN', '--best_of=0'], "--best_of is '0'"),
     (['--model=/no/model', '--config=CONFIG'], 'no model folder /no/model'),
     (['--model=RUN'], '--config is missing'),
   ],

@@ -8,7 +8,7 @@ import toys
 from experiments import build, held_out
 from experiments.configs import base
 from jaxrl_llm import policy, rollouts
-from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rewards import RewardPart, Workers
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks.vocabulary import character_tokenizer
 
@@ -97,3 +97,24 @@ def test_as_many_responses_as_in_training(samples, micro_prompts, expected):
     config, model, ROWS, [], jax.random.key(0), samples=samples, temperature=1.0
   )
   assert found.micro_prompts == expected
+
+
+def test_failures_of_all_batches_are_counted(tmp_path):
+  (tmp_path / 'odd.py').write_text(
+    'def odd(completions):\n'
+    '  if len(completions[0]) % 2 == 0: raise ValueError("even")\n'
+    '  return [1.0]\n'
+  )
+  _, params = toys.make_policy('llama')
+  with Workers(f'{tmp_path}/odd.py:odd', workers=1, timeout=60) as workers:
+    held = make(1, batch=2)
+    held = held._replace(rewards=[RewardPart('odd', workers), *held.rewards])
+    answers = held_out.answer(held, params, 0)
+  even = [len(sample.response) % 2 == 0 for sample in answers.samples]
+  per_batch = [sum(even[i : i + 4]) for i in range(0, 10, 4)]
+  assert sum(count > 0 for count in per_batch) > 1, 'the test needs other rows'
+  summary = held_out.summary(answers)
+  assert summary['eval/rewards/odd/failed'] == sum(even) < len(even)
+  assert summary['eval/rewards/odd'] == 1.0
+  assert 'eval/rewards/length/failed' not in summary
+  assert np.isnan(answers.rewards).sum() == sum(even)

@@ -11,7 +11,6 @@ from experiments import build, checks, phases, runs
 from experiments.configs import quickstart
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.rewards import RewardPart, Workers
-from jaxrl_llm.rewards.workers import Failures
 
 CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
 # One for each thing that an estimator may need, and what its record holds
@@ -74,30 +73,24 @@ def test_a_step(setting, name):
   assert max(jax.tree.leaves(moved)) > 0
 
 
-def test_each_kind_of_failure_is_told_once():
-  told = set()
-  some = Failures(dict(timeout=0, crash=2), dict(crash='ended with status 0'))
-  more = Failures(dict(timeout=1, crash=3), dict(timeout='5 s', crash='again'))
-  (line,) = phases.failure_messages({'proof': some}, 7, told)
-  for text in ('rewards/proof', '2 at RL step 7', 'crash: ended with status 0'):
-    assert text in line
-  (line,) = phases.failure_messages({'proof': more}, 8, told)
-  assert '1 at RL step 8' in line and 'timeout: 5 s' in line
-  assert len(phases.failure_messages({'code': more}, 8, told)) == 2
-  assert phases.failure_messages({'proof': more, 'code': more}, 9, told) == []
-
-
 @pytest.mark.slow
-def test_failures_in_workers_are_recorded(setting, tmp_path):
+@pytest.mark.parametrize(
+  'name, prefix', [('rloo', None), ('remax', 'greedy/'), ('trepo', 'branches/')]
+)
+def test_failures_in_workers_are_recorded(setting, name, prefix, tmp_path):
+  log = tmp_path / 'log'
   (tmp_path / 'odd.py').write_text(
     'def odd(completions):\n'
-    '  if len(completions[0]) % 2 == 0: raise ValueError("even")\n'
+    '  if len(completions[0]) % 2 == 0:\n'
+    f'    with open({str(log)!r}, "a") as file: file.write("1\\n")\n'
+    '    raise ValueError("even")\n'
     '  return [1.0]\n'
   )
-  rl, state = begin(setting, dict(name='rloo'))
+  rl, state = begin(setting, dict(name=name))
   with Workers(f'{tmp_path}/odd.py:odd', workers=1, timeout=60) as workers:
     rl.rewards = [RewardPart('odd', workers), *rl.rewards]
     first = rl.step(state, 0)
+    raised = len(log.read_text().splitlines())
     second = rl.step(first.state, 1)
   for result in (first, second):
     even = [len(text) % 2 == 0 for text in result.responses.completions]
@@ -108,8 +101,14 @@ def test_failures_in_workers_are_recorded(setting, tmp_path):
     np.testing.assert_array_equal(
       result.responses.scores.valid, ~np.array(even)
     )
-  (message,) = first.messages
-  assert 'rewards/odd' in message and 'ValueError: even' in message
+  # Every exception is counted under one of the names.
+  failed = {k: v for k, v in first.metrics.items() if k.endswith('/failed')}
+  others = {f'{prefix}rewards/odd/failed'} if prefix else set()
+  assert set(failed) == {'rewards/odd/failed'} | others
+  assert sum(failed.values()) == raised
+  assert len(first.messages) == len(failed)
+  for message in first.messages:
+    assert 'rewards/odd' in message and 'ValueError: even' in message
   assert second.messages == []
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import random
+import re
 import sys
 
 import numpy as np
@@ -16,6 +17,7 @@ SETTINGS = {
   'format_match': dict(pattern='a+'),
   'length_penalty': dict(limit=8, buffer=4),
   'repetition_penalty': dict(n=2),
+  'script_share': dict(scripts=['LATIN']),
 }
 PACKAGES = {
   'math_verify_answer': 'math_verify',
@@ -200,6 +202,56 @@ def test_repetition_is_the_share_of_ngrams_that_occurred_before():
   assert functions.repetition_penalty()([[5, 6, 7]]) == [0]
   with pytest.raises(UserError, match='n=0'):
     functions.repetition_penalty(0)
+
+
+def test_script_share_counts_letters():
+  latin = functions.script_share(['LATIN'])
+  texts = [
+    'So 3 + 4 = 7.',
+    'ab вг',
+    '12 + 34',
+    '',
+    'é',
+    'xπ',
+    '漢字 ok',
+    'ｆｘ 𝑓',
+  ]
+  assert latin(texts) == [1, 0.5, 1, 1, 1, 0.5, 0.5, 1]
+  japanese = functions.script_share(['CJK', 'HIRAGANA', 'KATAKANA'])
+  assert japanese(['時々カタカナとー、ok']) == [6 / 8]
+  for scripts, text in (
+    ('LATIN', 'must be a list'),
+    ([], 'must be a list'),
+    (['Latin'], "'Latin' is the script of no letter"),
+    ([None], 'None is the script of no letter'),
+  ):
+    with pytest.raises(UserError, match=text):
+      functions.script_share(scripts)
+
+
+def test_script_share_agrees_with_unicodes_blocks():
+  """All characters of a block are letters of its script."""
+  blocks = {
+    'GREEK': '\u03b1-\u03c9',
+    'CYRILLIC': '\u0400-\u0481',
+    'HEBREW': '\u05d0-\u05ea',
+    'HIRAGANA': '\u3041-\u3096',
+    'CJK': '\u4e00-\u9fff',
+    'HANGUL': '\uac00-\ud7a3',
+    'LATIN': 'a-zA-Z',
+  }
+  rng = random.Random(0)
+  pools = {
+    script: re.findall(f'[{block}]', ''.join(map(chr, range(0xD800))))
+    for script, block in blocks.items()
+  }
+  for script, other in zip(blocks, [*list(blocks)[1:], 'GREEK'], strict=True):
+    right, wrong = rng.choices(range(1, 40), k=2)
+    text = rng.choices(pools[script], k=right) + rng.choices('0 .%', k=5)
+    text += rng.choices(pools[other], k=wrong)
+    rng.shuffle(text)
+    share = functions.script_share([script])([''.join(text)])
+    assert share == [right / (right + wrong)]
 
 
 def test_sentiment_is_vaders_compound_score():

@@ -1,6 +1,8 @@
 """Worker processes against functions that hang, crash, lie and leave things."""
 
+import contextlib
 import math
+import os
 import pathlib
 import time
 
@@ -102,9 +104,41 @@ def test_one_that_hangs_holds_up_one_worker_alone():
     assert not first.done()
 
 
+def test_a_spare_process_serves_while_a_sample_hangs():
+  with Workers(HOSTILE, workers=1, timeout=8.0) as workers:
+    first = hostile.begin(workers, ['sleep'])
+    assert hostile.begin(workers, ['2'] * 3).result() == [2.0] * 3
+    assert not first.done()
+  with Workers(HOSTILE, workers=1, timeout=1.0, spares=0) as workers:
+    first = hostile.begin(workers, ['sleep'])
+    assert hostile.begin(workers, ['2']).result() == [2.0]
+    assert first.done()
+
+
+def test_spares_are_no_more_than_said_and_end(marked):
+  def processes():
+    """Those that this one has started itself: one for each worker."""
+    parents = []
+    for pid in marked():
+      with contextlib.suppress(OSError):  # It has ended.
+        stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
+        parents.append(stat.rpartition(')')[2].split()[1])
+    return parents.count(str(os.getpid()))
+
+  with Workers(HOSTILE, workers=2, timeout=TIMEOUT, spares=1) as workers:
+    pending = hostile.begin(workers, ['sleep'] * 4 + ['1'] * 8)
+    found = set()
+    while not pending.done():
+      found.add(processes())
+      time.sleep(0.02)
+    assert pending.result() == [None] * 4 + [1.0] * 8
+    assert max(found) == 3
+    assert hostile.until(lambda: processes() == 2)
+
+
 def test_a_process_serves_until_it_has_to_be_replaced():
   given = ['born', 'return twice', 'raise', 'born', 'forge', 'born', 'none']
-  with Workers(HOSTILE, workers=1) as workers:
+  with Workers(HOSTILE, workers=1, timeout=60.0) as workers:
     found = workers(prompts=given, completions=given)
   first, *between, again, forged, fresh, nothing = found
   assert between == [1.0, None] and forged is None and nothing is None
@@ -275,6 +309,8 @@ def test_a_function_that_never_works_is_the_users_mistake():
     ('exact_match', dict(settings=dict(x=1)), "no setting 'x'"),
     ('exact_match', dict(workers=0), 'workers is 0'),
     ('exact_match', dict(workers=True), 'workers is True'),
+    ('exact_match', dict(spares=-1), 'spares is -1'),
+    ('exact_match', dict(spares=1.0), 'spares is 1.0'),
     ('exact_match', dict(timeout=0), 'timeout is 0'),
     ('exact_match', dict(timeout=math.inf), 'timeout is inf'),
     ('exact_match', dict(timeout='1'), "timeout is '1'"),
@@ -347,6 +383,19 @@ def test_closing_ends_what_is_under_way(marked):
   workers.close()
   with pytest.raises(UserError, match='its workers are closed'):
     hostile.begin(workers, ['1'])
+
+
+def test_closing_ends_spares_too(marked):
+  workers = Workers(HOSTILE, workers=1, timeout=4.0)
+  assert hostile.begin(workers, ['1']).result() == [1.0]
+  before = len(marked())
+  pending = hostile.begin(workers, ['sleep'] * 5)
+  assert hostile.until(lambda: len(marked()) > before)
+  start = time.monotonic()
+  workers.close()
+  assert time.monotonic() - start < 10 and not marked()
+  with pytest.raises(UserError, match='its workers are closed'):
+    pending.result()
 
 
 def test_workers_that_nobody_refers_to_end(marked):

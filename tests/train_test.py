@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pathlib
 import signal
 import time
 
@@ -119,6 +120,50 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
     tmp_path / 'run', True, config.get_config().to_dict()
   ) as folder:
     assert folder.resuming
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('records', [0, 1])
+def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
+  """In the first evaluation, and in the first step of RL."""
+  hang = (
+    f'  if calls > {records * scripts.HELD_OUT}:\n'
+    '    open(__file__ + ".hangs", "w").close()\n'
+    '    time.sleep(1000)\n'
+  )
+  body = scripts.REWARD.replace('  # BREAK\n', hang)
+  text = scripts.CONFIG.replace(
+    "symbols=dict(name='REWARD:symbols')",
+    "symbols=dict(name='REWARD:symbols', workers=1, timeout=2000.0)",
+  )
+  config = scripts.write_config(tmp_path / 'config', text, body)
+  workdir, reward = tmp_path / 'run', config.with_name('reward.py')
+
+  def processes():
+    found = [path / 'cmdline' for path in pathlib.Path('/proc').glob('[0-9]*')]
+    return [p for p in found if str(reward).encode() in contents(p)]
+
+  script = start(workdir, config, *FLAGS)
+  scripts.wait_until(reward.with_name('reward.py.hangs').exists, script)
+  assert processes()
+  time.sleep(5.0)  # The device is told all it has to do.
+  began = time.monotonic()
+  script.signal(signal.SIGTERM)
+  ended = script.wait()
+  assert ended.code == 128 + signal.SIGTERM, ended
+  assert 'after step 0' in ended.err and 'Traceback' not in ended.err
+  # Saving takes most of it.
+  assert time.monotonic() - began < 20.0
+  assert scripts.steps_written(workdir) == records
+  assert os.listdir(workdir / 'checkpoints') == ['00000000']
+  assert not processes()
+
+
+def contents(path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError:
+    return b''  # The process has ended.
 
 
 @pytest.mark.slow

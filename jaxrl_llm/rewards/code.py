@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import grades, programs, sandbox
+from jaxrl_llm.rewards import grades, programs, sandbox, waiting
 
 __all__ = ['code_tests']
 
@@ -32,8 +32,10 @@ def code_tests(
 
   It needs no worker processes (`workers`), whose time-out would leave a program
   that never ends without a score.  Programs run in parallel, equal ones once.
-  A batch of N takes up to N · timeout / parallel seconds.  Scores of programs
-  that use chance, the clock or nearly all of their time need not repeat.
+  A batch of N takes up to N · timeout / parallel seconds; where it is given up
+  (`waiting.checked`), programs that are running end by their own limits.
+  Scores of programs that use chance, the clock or nearly all of their time need
+  not repeat.
 
   Args:
     score: what passed tests are worth, of `grades`; `all_passed()` if None.
@@ -86,11 +88,22 @@ def code_tests(
       jobs.append((program, name, tests))
     different = list(dict.fromkeys(jobs))
     sandbox.isolation()  # Tried once, not by every thread.
-    with concurrent.futures.ThreadPoolExecutor(parallel or _cores()) as pool:
-      results = dict(zip(different, pool.map(run, different), strict=True))
+    results = _results(run, different, parallel or _cores())
     return [grade(results[job].passed) for job in jobs]
 
   return passes_tests
+
+
+def _results(run, jobs: list, parallel: int) -> dict:
+  """What each of the jobs gives; those that wait are dropped on an error."""
+  pool = concurrent.futures.ThreadPoolExecutor(parallel)
+  try:
+    futures = {job: pool.submit(run, job) for job in jobs}
+    left = lambda s: concurrent.futures.wait(futures.values(), s).not_done
+    waiting.wait(lambda seconds: not left(seconds))
+    return {job: future.result() for job, future in futures.items()}
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _tests(index, prompt, test, entry_point, test_list, setup):

@@ -10,6 +10,7 @@ with N strings each; completions do not contain the end token.
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
   'math_verify_answer',
   'prefix_match',
   'repetition_penalty',
+  'script_share',
   'sentiment',
 ]
 
@@ -241,6 +243,61 @@ def repetition_penalty(n: int = 4) -> Callable[..., list[float]]:
     return scores
 
   return penalizes_repetition
+
+
+def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
+  """Factory: the share of the completion's letters that are of some scripts.
+
+    r = |letters of `scripts`| / |letters|,   1 where there is no letter
+
+  Against answers that drift into another language, as far as its script tells:
+  French is as good as English.  A letter's script is the first word of its name
+  in Unicode, after compatible forms are made one (NFKC: a full-width or a
+  mathematical A is LATIN).  Digits, signs and marks count for nothing, but a π
+  is GREEK.
+
+  Args:
+    scripts: such as LATIN, GREEK, CYRILLIC, ARABIC, DEVANAGARI, CJK, HIRAGANA,
+      KATAKANA, HANGUL.
+
+  References:
+    DeepSeek-AI, `DeepSeek-R1 <https://arxiv.org/abs/2501.12948>`_, 2025, whose
+    language consistency reward is the share of words of the right language
+  """
+  if isinstance(scripts, str) or not scripts:
+    raise UserError(
+      f'script_share: scripts={scripts!r} must be a list of names.'
+    )
+  for name in scripts:
+    if not isinstance(name, str) or name not in _known_scripts():
+      raise UserError(
+        f'script_share: {name!r} is the script of no letter.\n'
+        'Names are those of Unicode in capitals, such as LATIN, CYRILLIC, CJK.'
+      )
+
+  def shares_script(completions, **kwargs):
+    scores = []
+    for text in completions:
+      found = [_script(c) for c in unicodedata.normalize('NFKC', text)]
+      letters = [script for script in found if script is not None]
+      right = sum(script in scripts for script in letters)
+      scores.append(right / len(letters) if letters else 1.0)
+    return scores
+
+  return shares_script
+
+
+@functools.cache
+def _known_scripts() -> set[str | None]:
+  # Farther up there are only more letters of CJK.
+  return {_script(chr(i)) for i in range(0x20000)} - {None}
+
+
+def _script(character: str) -> str | None:
+  """The first word of a letter's name; None for what is no letter."""
+  if unicodedata.category(character) not in ('Lu', 'Ll', 'Lt', 'Lo'):
+    return None
+  return unicodedata.name(character, '').partition(' ')[0]
 
 
 def sentiment(completions: Sequence[str], **kwargs) -> list[float]:

@@ -20,8 +20,9 @@ import numpy as np
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.arguments import parameters, select
+from jaxrl_llm.rewards.failures import Failures
 from jaxrl_llm.rewards.results import as_float, as_list, shortened
-from jaxrl_llm.rewards.workers import Failures, Workers
+from jaxrl_llm.rewards.workers import Workers
 
 
 class RewardPart(NamedTuple):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
@@ -17,6 +17,8 @@ from jaxrl_llm.rewards.arguments import Parameters
 
 # Bytes of a line that a worker may send; anything longer is no reply.
 _MAX_LINE = 1 << 16
+# Share of its time after which a sample is late.
+_LATE = 0.25
 # Seconds that a supervisor has to end with all that it watches.
 _GRACE = 5.0
 
@@ -50,7 +52,7 @@ class Reply(NamedTuple):
 
   Attributes:
     kind: 'score', 'user' for a UserError of the function, or one of
-      `workers.FAILURES`.
+      `failures.FAILURES`.
     score: where there is one; None also if the function gave None.
     message: why there is none.
   """
@@ -79,7 +81,7 @@ class WorkerProcess:
   def __init__(self, spec: Mapping[str, Any], folder: str):
     self.asked = 0
     self._spec = spec
-    self._received = b''
+    self._unsent = self._received = b''
     # What can be imported here can be imported there.
     path = os.pathsep.join(entry or folder for entry in sys.path)
     own = {'pythonpath': os.environ.get('PYTHONPATH')}
@@ -127,12 +129,15 @@ class WorkerProcess:
     taken = Parameters(tuple(named), tuple(required), rest)
     return Ready(**content, parameters=taken)
 
-  def ask(self, arguments: bytes, seconds: float) -> Reply:
+  def ask(
+    self, arguments: bytes, seconds: float, late: Callable[[], None]
+  ) -> Reply:
     """Has one sample scored.
 
     Args:
       arguments: a JSON object.
       seconds: of wall time that it may take.
+      late: called when a quarter of them has passed without an answer.
 
     Returns:
       A reply.  Of the kinds 'timeout', 'crash' and 'memory' it was the last
@@ -143,7 +148,11 @@ class WorkerProcess:
     token = os.urandom(8).hex()
     line = b'["%s", %s]\n' % (token.encode(), arguments)
     try:
-      received = self._exchange(line, seconds)
+      try:
+        received = self._exchange(line, _LATE * seconds)
+      except TimeoutError:
+        late()
+        received = self._exchange(b'', (1.0 - _LATE) * seconds)
     except TimeoutError:
       return Reply('timeout', message=f'no answer in {seconds:g} s')
     except EOFError:
@@ -170,19 +179,19 @@ class WorkerProcess:
         self._process.wait(_GRACE)
     self._process.stdout.close()
 
-  def _exchange(self, unsent: bytes, seconds: float) -> bytes:
+  def _exchange(self, request: bytes, seconds: float) -> bytes:
     """Sends a line, if any, and gives the one that comes back.
 
     Raises:
-      TimeoutError: it did not come in time.
+      TimeoutError: it did not come in time; the next call goes on from here.
       EOFError: the process has ended.
       ValueError: something else came.
     """
     poll = select.poll()
     poll.register(self._replies, select.POLLIN)
-    if unsent:
-      unsent = unsent[self._send(unsent) :]
-    if unsent:
+    self._unsent += request
+    self._send()
+    if self._unsent:
       poll.register(self._requests, select.POLLOUT)
     deadline = time.monotonic() + seconds
     while b'\n' not in self._received:
@@ -195,8 +204,8 @@ class WorkerProcess:
         if descriptor == self._replies:
           self._receive()
           continue
-        unsent = unsent[self._send(unsent) :]
-        if not unsent:
+        self._send()
+        if not self._unsent:
           poll.unregister(self._requests)
     # What may follow is no reply to the next request: its token is another.
     line, _, self._received = self._received.partition(b'\n')
@@ -210,12 +219,15 @@ class WorkerProcess:
     if len(self._received) > _MAX_LINE:
       raise ValueError('wrote to the channel of its worker')
 
-  def _send(self, unsent: bytes) -> int:
-    """Number of bytes sent."""
+  def _send(self) -> None:
+    """Sends what the channel takes."""
+    if not self._unsent:
+      return
     try:
-      return os.write(self._requests, unsent)
+      sent = os.write(self._requests, self._unsent)
+      self._unsent = self._unsent[sent:]
     except BlockingIOError:
-      return 0
+      pass
     except BrokenPipeError as error:
       raise EOFError from error
 

@@ -4,32 +4,26 @@ Math parsers hang in C code and generated programs do what they like.  A
 time-out by signal fails in threads, and a pool's `future.result(timeout)` does
 not free the worker.  So a process scores one sample at a time, and what does
 not answer is killed with all it has started (`containment` says how, and what
-is left where); a new process takes its place while the others go on.
+is left where); a new process takes its place while the others go on.  A sample
+that hangs until then does no useful work: a spare process does it meanwhile.
 """
 
-import contextlib
+import functools
 import math
-import os
-import queue
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
+from jaxrl_llm.rewards import waiting
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
+from jaxrl_llm.rewards.failures import FAILURES, Failures
+from jaxrl_llm.rewards.pool import Job, Pool
 from jaxrl_llm.rewards.results import shortened
-from jaxrl_llm.rewards.worker_process import Ready, Reply, WorkerProcess
+from jaxrl_llm.rewards.worker_process import Reply
 
-# Why a sample has no score.
-FAILURES = ('timeout', 'crash', 'error', 'memory')
-
-# After these the process is of no use.
-_FATAL = ('timeout', 'crash', 'memory')
-
-# Seconds that a thread has to end; its process has ended well before.
-_JOIN_SECONDS = 15.0
 # Bytes.  The interpreter alone takes 10 MB.
 _LEAST_MEMORY = 1 << 26
 
@@ -55,8 +49,10 @@ class Workers:
   A sample without an answer after `timeout` seconds has no score, and neither
   has one that crashes its process, asks for more memory, raises an exception or
   returns anything but a finite number: None, counted by kind in
-  `Pending.failures`.  h samples that hang delay a batch by ⌈h / workers⌉
-  time-outs.  Scores that hang on a time-out are not reproducible.
+  `Pending.failures`.  While a sample is late, a quarter of its time gone, and
+  others wait, one process more than `workers` is at work, up to `spares` more.
+  So h samples that hang delay a batch by ⌈h / (workers + spares)⌉ time-outs and
+  a quarter.  Scores that hang on a time-out are not reproducible.
 
   What the function prints is discarded.  Its process has the user's files and
   network: it is killable, not a sandbox.  Processes survive Ctrl-C and end with
@@ -67,11 +63,13 @@ class Workers:
     name: of a function or a factory of `rewards.functions` or `.code`, or
       'file.py:function', or 'module:function'.  Loaded in the workers alone.
     settings: arguments of a factory, JSON values.
-    workers: number of processes.
+    workers: number of processes, but for `spares`.
     timeout: seconds of wall time per sample, from when a process takes it.
     memory: bytes of its own that a process may write to, the interpreter's
       10 MB and what libraries take included.  Processes that the function
       starts may have as many each.
+    spares: processes more at the most, one for each sample that is late; as
+      many as `workers` by default.  All may take `memory` at one time.
     containment: a kind of `containment.KINDS`; the strongest by default.
     load_timeout: seconds that a process may take to load the function.
     field: what messages about name and settings begin with.
@@ -94,6 +92,7 @@ class Workers:
     workers: int = 2,
     timeout: float = 5.0,
     memory: int = 2 << 30,
+    spares: int | None = None,
     containment: str | None = None,
     load_timeout: float = 120.0,
     field: str | None = None,
@@ -107,8 +106,9 @@ class Workers:
       'memory': memory,
       'timeout': timeout,
     }
-    _check(spec, workers)
-    self._pool = _Pool(spec, load_timeout)
+    spares = workers if spares is None else spares
+    _check(spec, workers, spares)
+    self._pool = Pool(spec, load_timeout, workers, spares)
     self._finalizer = weakref.finalize(self, self._pool.close)
     first, ready = self._pool.launch()
     self.parameters = ready.parameters
@@ -141,7 +141,10 @@ class Workers:
     samples = encode_each(self.name, given, len(completions))
     pending = Pending(self.name, completions, self._pool)
     self._pool.put(
-      [_Job(pending, index, given) for index, given in enumerate(samples)]
+      [
+        Job(functools.partial(pending.settle, index), given)
+        for index, given in enumerate(samples)
+      ]
     )
     return pending
 
@@ -185,23 +188,10 @@ def isolated(
   )
 
 
-class Failures(NamedTuple):
-  """Samples of a batch that have no score because scoring them failed.
-
-  Attributes:
-    counts: their number by kind, for all of `FAILURES`.
-    messages: by each kind that occurred, of its first sample: what happened,
-      which sample, and its completion.
-  """
-
-  counts: dict[str, int]
-  messages: dict[str, str]
-
-
 class Pending:
   """Scores that workers are about to find."""
 
-  def __init__(self, name: str, completions: Sequence[str], pool: '_Pool'):
+  def __init__(self, name: str, completions: Sequence[str], pool: Pool):
     self._name = name
     self._completions = list(completions)
     self._pool = pool
@@ -227,13 +217,16 @@ class Pending:
   def result(self) -> list[float | None]:
     """Waits for the N scores; None where there is none.
 
+    What `waiting.checked` was given may end the wait.  The samples stay with
+    the workers.
+
     Raises:
       UserError: the function raised one; or every sample failed with an error
         before there was any score, so that the function is at fault and not
         the responses; or the workers were closed, or cannot be started any
         more, or the function's file has changed when one was replaced.
     """
-    self._done.wait()
+    waiting.wait(self._done.wait)
     for index, reply in enumerate(self._replies):
       if isinstance(reply, Exception):
         raise reply
@@ -251,7 +244,7 @@ class Pending:
 
   def failures(self) -> Failures:
     """Waits, and tells how many samples failed, and why."""
-    self._done.wait()
+    waiting.wait(self._done.wait)
     counts, messages = dict.fromkeys(FAILURES, 0), {}
     for index, reply in enumerate(self._replies):
       kind = getattr(reply, 'kind', None)
@@ -264,142 +257,7 @@ class Pending:
     return Failures(counts, messages)
 
 
-class _Job(NamedTuple):
-  """One sample: the batch it is of, its place there, and JSON arguments."""
-
-  pending: Pending
-  index: int
-  arguments: bytes
-
-
-class _Pool:
-  """Processes, a thread for each, and the samples that wait for them.
-
-  Holds no reference to the `Workers`, whose end closes it.
-
-  Attributes:
-    worked: whether the function has ever given a score.
-  """
-
-  def __init__(self, spec: dict[str, Any], load_timeout: float):
-    self._jobs = queue.SimpleQueue()
-    self.worked = False
-    self._spec = spec
-    self._load_timeout = load_timeout
-    # Paths mean what they meant when the first process loaded the function.
-    self._folder = os.getcwd()
-    self._source = None
-    self._owner = os.getpid()
-    self._open = True
-    self._processes = set()
-    self._threads = []
-    # Reentrant: a garbage collection within may close the pool.
-    self._lock = threading.RLock()
-
-  def launch(self) -> tuple[WorkerProcess, Ready]:
-    """A process that has loaded the function, and what it says of itself."""
-    with self._lock:
-      self._check_open()
-      process = WorkerProcess(self._spec, self._folder)
-      self._processes.add(process)
-    try:
-      ready = process.wait_ready(self._load_timeout)
-      self._check_source(ready.source)
-    except BaseException:
-      self._end(process)
-      raise
-    return process, ready
-
-  def serve(self, process: WorkerProcess | None) -> None:
-    """Starts a thread that has samples scored, at first by this process."""
-    thread = threading.Thread(
-      target=self._work, args=(process,), name='reward worker', daemon=True
-    )
-    self._threads.append(thread)
-    thread.start()
-
-  def put(self, jobs: Sequence[_Job]) -> None:
-    """Has samples scored when their turn comes."""
-    with self._lock:
-      self._check_open()
-      for job in jobs:
-        self._jobs.put(job)
-
-  def close(self) -> None:
-    """Ends processes and threads; samples that wait are settled as failed."""
-    if os.getpid() != self._owner:
-      return  # A forked copy of the process that started them.
-    with self._lock:
-      self._open = False
-      processes = list(self._processes)
-      for _ in self._threads:
-        self._jobs.put(None)
-    for process in processes:
-      process.terminate()
-    for thread in self._threads:
-      if thread is not threading.current_thread():
-        thread.join(_JOIN_SECONDS)
-
-  def _work(self, process: WorkerProcess | None) -> None:
-    """Has samples scored one after another until the pool is closed."""
-    while True:
-      if process is None:
-        # Ahead of the next sample, for which it is tried again if need be.
-        with contextlib.suppress(Exception):
-          process, _ = self.launch()
-      job = self._jobs.get()
-      if job is None:
-        break
-      process, reply = self._score(process, job.arguments)
-      job.pending.settle(job.index, reply)
-    if process is not None:
-      self._end(process)
-
-  def _score(
-    self, process: WorkerProcess | None, arguments: bytes
-  ) -> tuple[WorkerProcess | None, Reply | Exception]:
-    """What came of a sample, and the process if it can go on."""
-    try:
-      self._check_open()
-      if process is None:
-        process, _ = self.launch()
-      fresh = not process.asked
-      reply = process.ask(arguments, self._spec['timeout'])
-      self._check_open()
-      if reply.kind not in _FATAL:
-        self.worked = self.worked or reply.kind == 'score'
-        return process, reply
-      self._end(process)
-      if fresh or reply.kind == 'timeout':
-        return None, reply
-    except Exception as error:
-      if process is not None:
-        self._end(process)
-      return None, error
-    # What earlier samples did to the process may be the reason.
-    return self._score(None, arguments)
-
-  def _end(self, process: WorkerProcess) -> None:
-    process.close()
-    with self._lock:
-      self._processes.discard(process)
-
-  def _check_open(self) -> None:
-    if not self._open:
-      raise UserError(f'reward {self._spec["name"]!r}: its workers are closed')
-
-  def _check_source(self, source: str | None) -> None:
-    """Refuses a file that is no longer the one that was loaded first."""
-    self._source = self._source or source
-    if source != self._source:
-      raise UserError(
-        f'{self._spec["field"]}: the file of {self._spec["name"]} has changed\n'
-        'a worker that takes the place of another would score by other rules: '
-        'put the file\nback, or begin anew'
-      )
-
-
-def _check(spec: Mapping[str, Any], workers: int) -> None:
+def _check(spec: Mapping[str, Any], workers: int, spares: int) -> None:
   """Raises UserError for an argument that makes no sense."""
 
   def is_number(value, kinds):
@@ -408,6 +266,8 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
   field, timeout, memory = spec['field'], spec['timeout'], spec['memory']
   if not is_number(workers, int) or workers < 1:
     raise UserError(f'{field}: workers is {workers!r}, not a positive integer')
+  if not is_number(spares, int) or spares < 0:
+    raise UserError(f'{field}: spares is {spares!r}, not an integer from 0 on')
   if not is_number(timeout, (int, float)) or not 0 < timeout < math.inf:
     raise UserError(f'{field}: timeout is {timeout!r}, not a number of seconds')
   if not is_number(memory, int) or memory < _LEAST_MEMORY:
