@@ -62,7 +62,7 @@ MATCHED = {
   or e.needs.critic
   or (e.needs.branches and not e.needs.branches.trained)
 }
-PAIRED = {'p3o', 'p3o by pair', 'dpo', 'dpop', 'ipo'}
+PAIRED = {'p3o', 'p3o by pair', 'dpo', 'dpop', 'ipo', 'reward_model'}
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +362,7 @@ def with_equal_fractions():
       recipe = RECIPES[name]
       batch = recipe.prepare(rows_for(recipe, rollouts))
       loss = lambda x, name=name, batch=batch: RECIPES[name].loss(
-        est.Outputs(log_probs=x), batch
+        est.Outputs(log_probs=x, values=x), batch
       )
       gradient = jax.grad(loss)(rollouts.log_probs)
       results[name] = batch.advantages, gradient
