@@ -57,7 +57,7 @@ def separate(config: ModelConfig) -> Critic:
   def values(params, prompts, responses, hidden):
     del hidden
     own = policy.read(trunk, params['trunk'], prompts, responses)
-    return _apply_head(params['value'], own)
+    return apply_head(params['value'], own)
 
   return Critic(trunk, init, values)
 
@@ -77,7 +77,7 @@ def shared(config: ModelConfig) -> Critic:
 
   def values(params, prompts, responses, hidden):
     del prompts, responses
-    return _apply_head(params['value'], hidden)
+    return apply_head(params['value'], hidden)
 
   return Critic(config, init, values)
 
@@ -95,7 +95,7 @@ def _init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
   return {'kernel': kernel, 'bias': jnp.zeros(1, jnp.float32)}
 
 
-def _apply_head(params: dict[str, Array], hidden: Array) -> Array:
+def apply_head(params: dict[str, Array], hidden: Array) -> Array:
   """[P, G, T, D] → [P, G, T] float32, also where the trunk is bfloat16."""
   values = jnp.einsum(
     'pgtd,d->pgt',
