@@ -52,7 +52,7 @@ def separate(config: ModelConfig) -> Critic:
   def init(params, score: Array | None = None):
     own = {name: leaf for name, leaf in params.items() if name != 'head'}
     own = jax.tree.map(jnp.copy, own)
-    return {'trunk': own, 'value': _init_head(config, score)}
+    return {'trunk': own, 'value': init_head(config, score)}
 
   def values(params, prompts, responses, hidden):
     del hidden
@@ -73,7 +73,7 @@ def shared(config: ModelConfig) -> Critic:
 
   def init(params, score: Array | None = None):
     del params
-    return {'value': _init_head(config, score)}
+    return {'value': init_head(config, score)}
 
   def values(params, prompts, responses, hidden):
     del prompts, responses
@@ -82,8 +82,8 @@ def shared(config: ModelConfig) -> Critic:
   return Critic(config, init, values)
 
 
-def _init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
-  """That of a reward model, or zeros.
+def init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
+  """Parameters of a head: that of a reward model, [1, D], or zeros.
 
   Random weights would give every state a value of the rewards' size that means
   nothing; zeros begin at a value of 0, which is no baseline, and turn to what

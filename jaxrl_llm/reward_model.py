@@ -11,18 +11,25 @@ state after token T is there too, and no batch needs a column for it.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm import critic, policy
 from jaxrl_llm.batches import split_prompts
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Batch, Outputs
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models import pretrained
+from jaxrl_llm.models.config import ModelConfig, check_length
+from jaxrl_llm.tasks.prompts import padded
 from jaxrl_llm.training import Forward
 
 Array = jax.Array
+# Tokens of the least width that `score_texts` compiles a program for.
+_NARROWEST = 32
 
 
 def forward(config: ModelConfig) -> Forward:
@@ -80,6 +87,72 @@ def score(
   parts = split_prompts((prompts, responses, lengths), micro_prompts)
   scores = jax.lax.map(part, parts)
   return scores.swapaxes(0, 1).reshape(lengths.shape)
+
+
+def load(path, dtype='float32', param_dtype='float32'):
+  """Reads a reward model: a folder as `pretrained.save_trunk` writes it.
+
+  Args:
+    path: a folder or hub name, *ForSequenceClassification with one label.
+    dtype: of the computation.
+    param_dtype: of the trunk's parameters; the head's are float32.
+
+  Returns:
+    (ModelConfig of the trunk, parameters).
+
+  Raises:
+    UserError: as `pretrained.load_trunk_config`, or it is a language model.
+  """
+  config = pretrained.load_trunk_config(path, dtype=dtype)
+  trunk, head = pretrained.load_trunk(path, config, param_dtype)
+  if head is None:
+    raise UserError(
+      f'{path} is a language model, which gives no score.\n'
+      'Name a reward model: *ForSequenceClassification with num_labels=1.'
+    )
+  return config, {'trunk': trunk, 'value': critic.init_head(config, head)}
+
+
+def score_texts(
+  config: ModelConfig,
+  params: Any,
+  texts: Sequence[Sequence[int]],
+  batch_size: int,
+) -> np.ndarray:
+  """Scores of whole texts of any length, the longest ones together.
+
+  A batch is as wide as the power of two that holds its longest text, so that
+  few programs are compiled.
+
+  Args:
+    config, params: the reward model.
+    texts: N lists of at least one and at most `config.max_length` tokens.
+    batch_size: texts read at one time; the last batch is filled up.
+
+  Returns:
+    [N] float32, as of `score`.
+
+  Raises:
+    UserError: a text is too long.
+  """
+  order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+  pending = []
+  for start in range(0, len(order), batch_size):
+    rows = [texts[i] for i in order[start : start + batch_size]]
+    longest = len(rows[-1])
+    check_length(config, longest)
+    width = max(1 << (longest - 1).bit_length(), _NARROWEST)
+    rows += [[0]] * (batch_size - len(rows))
+    tokens, lengths = padded(rows, 0, min(width, config.max_length))
+    prompts = policy.Prompts(tokens=tokens, lengths=lengths)
+    nothing = np.zeros((batch_size, 1, 0), np.int32)
+    none = np.zeros((batch_size, 1), np.int32)
+    pending.append(score(config, params, prompts, nothing, none, batch_size))
+  found = np.zeros(len(texts), np.float32)
+  if pending:
+    scores = np.concatenate(jax.device_get(pending))[:, 0]
+    found[order] = scores[: len(order)]
+  return found
 
 
 def _values(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
+from jaxrl_llm.rewards import learned
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.results import shortened
 from jaxrl_llm.rewards.worker_process import Ready, Reply, WorkerProcess
@@ -414,6 +415,11 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
     raise UserError(
       f'{field}: memory is {memory!r}\n'
       f'it is a number of bytes, at least {_LEAST_MEMORY}'
+    )
+  if spec['name'] in learned.__all__:
+    raise UserError(
+      f"{field}: {spec['name']} computes on this process's devices\n"
+      'leave out workers'
     )
   kinds = containment_lib.KINDS
   if spec['containment'] not in (None, *kinds):
