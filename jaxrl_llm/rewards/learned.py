@@ -34,7 +34,7 @@ def reward_model(
 
   Args:
     path: a folder or hub name with the layout *ForSequenceClassification and
-      one label, such as `reward_model.py` writes.
+      one label, such as `pretrained.save_trunk` writes.
     chat_template, system_prompt, suffix: as in `tasks.prompts.encode_prompts`;
       '' is as good as None.
     end_token: whether, without a chat template, the end token follows a
@@ -54,7 +54,8 @@ def reward_model(
   """
   from jaxrl_llm import reward_model as model
   from jaxrl_llm.models import pretrained
-  from jaxrl_llm.tasks import pairs, prompts
+  from jaxrl_llm.tasks.pairs import encode_responses
+  from jaxrl_llm.tasks.prompts import template_text
 
   field = 'reward_model'
   if overlong not in ('error', 'none'):
@@ -80,9 +81,7 @@ def reward_model(
     end_token=end_token,
   )
   # Refused here, not at the first batch.
-  prompts.template_text(
-    tokenizer, settings['chat_template'], settings['system_prompt']
-  )
+  template_text(tokenizer, chat_template or None, system_prompt or None)
 
   def scores_texts(
     prompts: Sequence[str],
@@ -92,7 +91,7 @@ def reward_model(
     ended = [True] * len(completions) if finished is None else finished
     texts = [
       _unpadded(ids, padding)
-      for ids in pairs.encode_responses(
+      for ids in encode_responses(
         prompts, completions, ended, tokenizer, **settings
       )
     ]
