@@ -101,7 +101,8 @@ gradient ∇J is known. g is the gradient that one batch gives.
 | column | meaning |
 |---|---|
 | bias | ‖E[g] − ∇J‖ / ‖∇J‖; a mere scale counts, which a learning rate \
-undoes; — where the objective is another |
+undoes; — where the objective is another, and no figures where no policy is \
+trained |
 | cosine | of the angle between E[g] and ∇J; 1 where only the scale is off |
 | signal | 1000 / tokens of one batch · ‖E[g]‖² / (E‖g‖² − ‖E[g]‖²): signal to \
 noise per 1,000 generated tokens, branches and greedy responses included |
@@ -241,6 +242,8 @@ def figures(
     draws=DRAWS,
   )
   mean = np.concatenate([x.ravel() for x in jax.tree.leaves(report.gradient)])
+  if not mean.any():  # A reward model is trained, and no policy.
+    return '—', '—', '—'
   signal = 1000 / report.tokens * mean @ mean / report.variance
   if other:
     bias = '—'

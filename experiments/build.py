@@ -107,7 +107,7 @@ def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
   )
 
 
-def encode_responses(
+def encode_targets(
   config, rows, built: Model, column: str, limited: bool = True
 ) -> list[np.ndarray]:
   """Ids of the texts in a column, each with the end token.
@@ -126,7 +126,7 @@ def encode_responses(
   if not built.eos_ids:
     raise UserError('the tokenizer has no end token to teach')
   own = built.tokenizer.eos_token_id
-  return prompts_lib.encode_responses(
+  return prompts_lib.encode_targets(
     rows,
     built.tokenizer,
     config.rollout.max_tokens if limited else None,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import arithmetic as arithmetic_lib
-from jaxrl_llm.tasks import code, files, splits
+from jaxrl_llm.tasks import code, files, pairs, splits
 from jaxrl_llm.tasks import text as text_lib
 
 
@@ -130,6 +130,25 @@ def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
     f'{len(shown) - len(train)} training problems that are held out too'
   )
   return Data(train, held, [r for r in train if 'solution' in r], (note,))
+
+
+def hh_rlhf(path: str = '', held_out: int = 256, seed: int = 0) -> Data:
+  """Dialogues with a chosen and a rejected last response, divided at random.
+
+  Args:
+    path: a file of HH-RLHF such as harmless-base/train.jsonl.gz, or its folder;
+      '' for the hub's.
+    held_out: prompts kept for evaluation, with their pairs.
+    seed: of their choice.
+  """
+  found = pairs.hh_rlhf(path or None)
+  rest, held = splits.split(found.rows, held_out, seed)
+  note = (
+    f'HH-RLHF: {len(found.rows)} pairs; left out {found.apart} that differ '
+    f'before the last response, {found.equal} equal, {found.empty} with an '
+    'empty response'
+  )
+  return Data(rest, held, [], (note,))
 
 
 def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:

@@ -33,7 +33,7 @@ def given(config, model, data) -> offline.Given:
   """
   encoded = build.encode(config, data.train, model.tokenizer)
   sides = [
-    build.encode_responses(config, encoded.rows, model, column, limited=False)
+    build.encode_targets(config, encoded.rows, model, column, limited=False)
     for column in ('chosen', 'rejected')
   ]
   pairs = list(zip(*sides, strict=True))

@@ -123,7 +123,7 @@ def demonstrations(
       tokenizer has no end token.
   """
   encoded = build.encode(config, rows, model.tokenizer)
-  solutions = build.encode_responses(config, encoded.rows, model, 'solution')
+  solutions = build.encode_targets(config, encoded.rows, model, 'solution')
   count = len(solutions)
   pool = pools.given(
     range(count),

@@ -52,12 +52,12 @@ def separate(config: ModelConfig) -> Critic:
   def init(params, score: Array | None = None):
     own = {name: leaf for name, leaf in params.items() if name != 'head'}
     own = jax.tree.map(jnp.copy, own)
-    return {'trunk': own, 'value': _init_head(config, score)}
+    return {'trunk': own, 'value': init_head(config, score)}
 
   def values(params, prompts, responses, hidden):
     del hidden
     own = policy.read(trunk, params['trunk'], prompts, responses)
-    return _apply_head(params['value'], own)
+    return apply_head(params['value'], own)
 
   return Critic(trunk, init, values)
 
@@ -73,17 +73,17 @@ def shared(config: ModelConfig) -> Critic:
 
   def init(params, score: Array | None = None):
     del params
-    return {'value': _init_head(config, score)}
+    return {'value': init_head(config, score)}
 
   def values(params, prompts, responses, hidden):
     del prompts, responses
-    return _apply_head(params['value'], hidden)
+    return apply_head(params['value'], hidden)
 
   return Critic(config, init, values)
 
 
-def _init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
-  """That of a reward model, or zeros.
+def init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
+  """Parameters of a head: that of a reward model, [1, D], or zeros.
 
   Random weights would give every state a value of the rewards' size that means
   nothing; zeros begin at a value of 0, which is no baseline, and turn to what
@@ -95,7 +95,7 @@ def _init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
   return {'kernel': kernel, 'bias': jnp.zeros(1, jnp.float32)}
 
 
-def _apply_head(params: dict[str, Array], hidden: Array) -> Array:
+def apply_head(params: dict[str, Array], hidden: Array) -> Array:
   """[P, G, T, D] → [P, G, T] float32, also where the trunk is bfloat16."""
   values = jnp.einsum(
     'pgtd,d->pgt',

@@ -190,20 +190,40 @@ def read(
     UserError: S + T exceeds the model's positions (true lengths are not known
       under jit: the padded width counts).
   """
+  check_length(config, prompts.tokens.shape[1] + responses.shape[2])
+  return read_through(config, params, prompts, responses[:, :, :-1])
+
+
+def read_through(
+  config: ModelConfig, params, prompts: Prompts, responses: Array
+) -> Array:
+  """Hidden states of responses, and the one *after* their last token.
+
+  Args:
+    config, params: the model.
+    prompts: P prompts.
+    responses: [P, G, T] int32; T may be 0.
+
+  Returns:
+    [P, G, T + 1, D], otherwise as `read`.
+
+  Raises:
+    UserError: as `read`.
+  """
   num_prompts, samples, length = responses.shape
   check_length(config, prompts.tokens.shape[1] + length)
   segment = prefill_prompts(config, params, prompts)
   first = jnp.broadcast_to(
     last_tokens(prompts)[:, None, None], (num_prompts, samples, 1)
   )
-  inputs = jnp.concatenate([first, responses[:, :, :-1]], axis=2)
+  inputs = jnp.concatenate([first, responses], axis=2)
   cache = transformer.Cache(
     prefixes=(segment,), suffix=None, index=jnp.int32(0)
   )
   hidden, _ = transformer.apply(
-    config, params, inputs.reshape(num_prompts * samples, length), cache
+    config, params, inputs.reshape(num_prompts * samples, length + 1), cache
   )
-  return hidden.reshape(num_prompts, samples, length, -1)
+  return hidden.reshape(num_prompts, samples, length + 1, -1)
 
 
 def token_statistics(

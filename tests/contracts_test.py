@@ -62,7 +62,7 @@ MATCHED = {
   or e.needs.critic
   or (e.needs.branches and not e.needs.branches.trained)
 }
-PAIRED = {'p3o', 'p3o by pair', 'dpo', 'dpop', 'ipo'}
+PAIRED = {'p3o', 'p3o by pair', 'dpo', 'dpop', 'ipo', 'reward_model'}
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +362,7 @@ def with_equal_fractions():
       recipe = RECIPES[name]
       batch = recipe.prepare(rows_for(recipe, rollouts))
       loss = lambda x, name=name, batch=batch: RECIPES[name].loss(
-        est.Outputs(log_probs=x), batch
+        est.Outputs(log_probs=x, values=x), batch
       )
       gradient = jax.grad(loss)(rollouts.log_probs)
       results[name] = batch.advantages, gradient
@@ -448,7 +448,9 @@ def evaluate_sharded(path):
     )
     arrays = {}
     for name, result in LOSSES(outputs, PREPARE(rollouts)).items():
-      assert result[1].log_probs.sharding.is_equivalent_to(rows, 3)
+      slopes = result[1].log_probs, result[1].values
+      trained = slopes[name == 'reward_model']
+      assert trained.sharding.is_equivalent_to(rows, 3)
       for i, leaf in enumerate(jax.tree.leaves(result)):
         arrays[f'{name}/{i}'] = np.asarray(leaf)
   np.savez(path, **arrays)

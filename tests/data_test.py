@@ -91,3 +91,24 @@ def test_text_prompts_have_one_length(shared):
     assert len(tokenizer(row['prompt'])['input_ids']) == 8
     assert any(story.startswith(row['prompt']) for story in stories)
   assert '8 tokens' in found.notes[0]
+
+
+def test_hh_rlhf_keeps_held_out_prompts_apart(shared):
+  path = shared / 'data' / 'hh_rlhf' / 'harmless-base-test.jsonl.gz'
+  found = data.hh_rlhf(str(path), held_out=100, seed=1)
+  assert len(set(prompts(found.held_out))) == 100
+  assert len(found.train) + len(found.held_out) == 2303
+  assert not set(prompts(found.train)) & set(prompts(found.held_out))
+  assert set(found.train[0]) == {'prompt', 'chosen', 'rejected'}
+  assert found.demonstrations == []
+  assert '2303 pairs; left out 5 that differ' in found.notes[0]
+
+
+def test_jsonl_carries_preferences(tmp_path):
+  for name in ('train', 'held'):
+    row = {'prompt': name, 'chosen': 'a', 'rejected': 'b'}
+    (tmp_path / f'{name}.jsonl').write_text(json.dumps(row))
+  files = (str(tmp_path / f'{name}.jsonl') for name in ('train', 'held'))
+  found = data.jsonl(*files)
+  assert found.train == [{'prompt': 'train', 'chosen': 'a', 'rejected': 'b'}]
+  assert found.held_out == [{'prompt': 'held', 'chosen': 'a', 'rejected': 'b'}]

@@ -76,6 +76,8 @@ def test_arrows(name):
     allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
     if within(name, 'jaxrl_llm.rewards'):
       allowed = *allowed, 'jaxrl_llm.naming'
+    if name == 'jaxrl_llm.rewards.learned':
+      allowed = *allowed, 'jaxrl_llm.reward_model', 'jaxrl_llm.models'
   elif name == 'jaxrl_llm.scheduling':
     allowed = ()
   elif within(name, *SAMPLER):
@@ -199,6 +201,20 @@ print(json.dumps(dict(
 )))
 """
   assert run(code) == {'calls': [], 'backends': False, 'torch': False}
+
+
+def test_worker_processes_start_without_jax():
+  """Although they can name rewards that a model gives."""
+  code = """
+import json, sys
+from jaxrl_llm.rewards import worker
+heavy = ['jax', 'numpy', 'transformers', 'safetensors']
+print(json.dumps(dict(
+  known='jaxrl_llm.rewards.learned' in sys.modules,
+  loaded=[name for name in heavy if name in sys.modules],
+)))
+"""
+  assert run(code) == {'known': True, 'loaded': []}
 
 
 def test_estimators_need_jax_and_chex_alone():

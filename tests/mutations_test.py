@@ -203,6 +203,12 @@ MUTATIONS = {
     'preferred = jnp.where(batch.advantages < 0,',
     'preferences_test.py',
   ),
+  'a score before the last token': Mutation(
+    'preferences.py',
+    'numbers = jnp.arange(1, mask.shape[2] + 1)[None, None]',
+    'numbers = jnp.arange(mask.shape[2], 0, -1)[None, None]',
+    'preferences_test.py',
+  ),
   'DAPO with one clip': Mutation(
     'algorithms.py',
     '    clipped(clip, clip_high),\n    token_mean(),\n    keep',

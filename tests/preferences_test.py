@@ -41,7 +41,7 @@ def test_pairs_that_teach():
 
 def test_odd_groups_are_refused():
   data = make_rollouts([1.0, 2.0, 3.0], [3] * 3)
-  for recipe in (est.dpo(), est.dpop(), est.ipo()):
+  for recipe in (est.dpo(), est.dpop(), est.ipo(), est.reward_model()):
     with pytest.raises(ValueError, match='3 per prompt is odd'):
       recipe.prepare(data)
 
@@ -93,3 +93,73 @@ def test_the_loss_is_a_mean_over_pairs_whatever_their_lengths():
   for estimator, value in ((est.dpo(), np.log(2)), (est.ipo(0.5), 1.0)):
     loss, _ = loops.evaluate(estimator, data, outputs)
     assert float(loss) == pytest.approx(value, rel=1e-6)
+
+
+def scored(*rows):
+  """Outputs of a reward model: its scores after each token."""
+  values = jnp.asarray(rows, jnp.float32)[None]
+  return est.Outputs(log_probs=jnp.zeros(values.shape), values=values)
+
+
+def test_a_score_is_that_after_the_last_token():
+  """Against torch: lengths 3 and 1, 1 and 2, 2 and 2; NaN behind the ends."""
+  torch = pytest.importorskip('torch')
+  nan = np.nan
+  data = make_rollouts([1, 0, -1, 0.5, 3, 2], [3, 1, 1, 2, 2, 2])
+  outputs = scored(
+    [9.0, -9.0, 0.7],
+    [1.1, nan, nan],
+    [-2.0, nan, nan],
+    [5.0, 0.25, nan],
+    [8.0, 40.0, nan],
+    [8.0, -40.0, nan],
+  )
+  loss, gradient = loops.evaluate(est.reward_model(), data, outputs)
+  better = torch.tensor([0.7, 0.25, 40.0], requires_grad=True)
+  worse = torch.tensor([1.1, -2.0, -40.0], requires_grad=True)
+  expected = -torch.nn.functional.logsigmoid(better - worse).mean()
+  expected.backward()
+  assert float(loss) == pytest.approx(expected.item(), rel=1e-6)
+  slopes = np.zeros((6, 3))
+  slopes[[0, 3, 4], [2, 1, 1]] = better.grad
+  slopes[[1, 2, 5], [0, 0, 1]] = worse.grad
+  np.testing.assert_allclose(gradient.values[0], slopes, rtol=1e-6, atol=1e-30)
+  np.testing.assert_array_equal(gradient.log_probs, 0.0)
+
+
+def test_pairs_without_a_preference_train_no_reward_model():
+  """A tie, an invalid response and an empty one, beside a pair that counts."""
+  data = make_rollouts(
+    [1, 0, 2, 2, 1, 0, 1, 0],
+    [1, 2, 3, 3, 3, 3, 3, 0],
+    [True] * 5 + [False] + [True] * 2,
+  )
+  random = np.random.default_rng(0)
+  outputs = scored(*random.normal(size=(8, 3)))
+  loss, gradient = loops.evaluate(est.reward_model(), data, outputs)
+  margin = float(outputs.values[0, 0, 0] - outputs.values[0, 1, 1])
+  assert float(loss) == pytest.approx(np.log1p(np.exp(-margin)), rel=1e-6)
+  assert np.count_nonzero(gradient.values) == 2
+  assert not np.any(gradient.values[0, 2:])
+
+
+def test_no_constant_and_no_extreme_score_disturbs():
+  data = make_rollouts([1, 0], [2, 3])
+  outputs = scored([0.0, 0.5, 0.0], [0.0, 0.0, -0.25])
+  loss, gradient = loops.evaluate(est.reward_model(), data, outputs)
+  shifted = outputs.replace(values=outputs.values + 64.0)
+  again, slope = loops.evaluate(est.reward_model(), data, shifted)
+  assert float(loss) == float(again)
+  np.testing.assert_array_equal(gradient.values, slope.values)
+  assert float(gradient.values.sum()) == 0.0
+  for extreme in (1e4, -1e4):
+    far = scored([0.0, extreme, 0.0], [0.0, 0.0, -extreme])
+    loss, gradient = loops.evaluate(est.reward_model(), data, far)
+    assert float(loss) == pytest.approx(max(0.0, -2 * extreme), rel=1e-6)
+    assert np.isfinite(gradient.values).all()
+
+
+def test_without_scores_there_is_no_margin():
+  data = make_rollouts([1, 0], [2, 3])
+  with pytest.raises(ValueError, match='needs `values` in the outputs'):
+    loops.evaluate(est.reward_model(), data, case(0.1, 0.2)[1])

@@ -73,12 +73,21 @@ def ipo(groups, running):
   return sum(losses) / len(losses)
 
 
+def reward_model(groups, running):
+  losses = []
+  for better, worse in preferences(groups):
+    margin = better.new_values[-1] - worse.new_values[-1]
+    losses.append((1 + (-margin).exp()).log())
+  return sum(losses) / len(losses)
+
+
 FORMULAS = {
   'sft': sft,
   'rest_em': rest_em,
   'dpo': logistic(0.0),
   'dpop': logistic(FLOOR),
   'ipo': ipo,
+  'reward_model': reward_model,
 }
 PROGRAM = make_program({name: RECIPES[name] for name in FORMULAS})
 
@@ -92,7 +101,8 @@ def evaluate_all(seed):
 @pytest.mark.parametrize('name', FORMULAS)
 def test_recipe_is_its_formula(name, seed):
   got = evaluate_all(seed)[name]
-  assert_is_formula(got, FORMULAS[name], *make_data(seed))
+  trained = 'values' if name == 'reward_model' else 'log_probs'
+  assert_is_formula(got, FORMULAS[name], *make_data(seed), trained)
 
 
 def test_every_recipe_is_in_the_table():
@@ -121,6 +131,7 @@ def test_needs():
   assert est.sft().needs == est.rest_em().needs == est.Needs()
   for recipe in (est.dpo, est.dpop, est.ipo):
     assert recipe().needs == est.Needs(samples=2, reference=True)
+  assert est.reward_model().needs == est.Needs(samples=2)
 
 
 def test_at_the_reference_the_logistic_loss_is_log_two():

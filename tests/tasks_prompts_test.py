@@ -176,15 +176,15 @@ def test_characters_outside_the_vocabulary_are_named():
 
 def test_solutions_end_with_the_end_token(stories):
   rows = [{'solution': '12'}, {'solution': ''}]
-  ids = prompts.encode_responses(rows, digits(), 3, eos_id=1)
+  ids = prompts.encode_targets(rows, digits(), 3, eos_id=1)
   assert [i.tolist() for i in ids] == [[4, 5, 1], [1]]
   with pytest.raises(UserError, match='1 of 2 .* has 3, the first is row 0'):
-    prompts.encode_responses(rows, digits(), 2, eos_id=1)
+    prompts.encode_targets(rows, digits(), 2, eos_id=1)
   with pytest.raises(UserError, match='row 0 .*solution'):
-    prompts.encode_responses([{'prompt': ''}], digits(), 2, eos_id=1)
+    prompts.encode_targets([{'prompt': ''}], digits(), 2, eos_id=1)
   with pytest.raises(UserError, match="'x'"):
-    prompts.encode_responses([{'solution': 'x'}], digits(), 9, eos_id=1)
-  [story] = prompts.encode_responses([{'solution': 'The end.'}], stories, 9, 1)
+    prompts.encode_targets([{'solution': 'x'}], digits(), 9, eos_id=1)
+  [story] = prompts.encode_targets([{'solution': 'The end.'}], stories, 9, 1)
   assert story.tolist().count(1) == 1 and story[-1] == 1
 
 

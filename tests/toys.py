@@ -72,6 +72,7 @@ RECIPES = {
   'dpop': est.dpop(BETA, FLOOR),
   'ipo': est.ipo(BETA),
   'rest_em': est.rest_em(THRESHOLD),
+  'reward_model': est.reward_model(),
   'sft': est.sft(),
 }
 GROUP_BASED = [name for name, e in RECIPES.items() if e.needs.samples > 1]

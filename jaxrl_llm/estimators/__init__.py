@@ -82,6 +82,7 @@ from jaxrl_llm.estimators.positions import (
   Positions,
 )
 from jaxrl_llm.estimators.preferences import (
+  bradley_terry,
   distinct_pairs,
   logistic_preference,
   preference_sign,
@@ -104,6 +105,7 @@ from jaxrl_llm.estimators.references import (
   dpop,
   ipo,
   rest_em,
+  reward_model,
   sft,
 )
 from jaxrl_llm.estimators.token_losses import (
@@ -174,6 +176,7 @@ __all__ = [
   'add_token_rewards',
   'at_every_token',
   'at_last_token',
+  'bradley_terry',
   'branch_returns',
   'branches',
   'branches_with_critic',
@@ -232,6 +235,7 @@ __all__ = [
   'remax',
   'rest_em',
   'reward_above',
+  'reward_model',
   'reward_to_go',
   'rl_zvp',
   'rloo',

@@ -5,6 +5,8 @@ preferred.  A pair's loss stands at every token of both its responses, so
 `sequence_mean` averages over pairs.  h is the implicit reward's margin,
 
     h = log π(y⁺)/π_ref(y⁺) − log π(y⁻)/π_ref(y⁻)   (sums over tokens, nats)
+
+and of a reward model's margin, s(y⁺) − s(y⁻).
 """
 
 import jax
@@ -107,12 +109,48 @@ def squared_preference(beta: float) -> TokenLoss:
   return TokenLoss(apply, Needs(samples=2, reference=True))
 
 
+def bradley_terry() -> TokenLoss:
+  """The logistic loss of a reward model's margin.
+
+    ℓ = − log σ(s⁺ − s⁻)
+
+  s is the score of a whole response: `Outputs.values` at its last token, which
+  a reward model gives for the state *after* each token, unlike a critic.  A
+  constant in s cancels: no data can tell it.
+
+  Returns:
+    A loss that raises ValueError where the outputs have no values.
+
+  References:
+    Bradley and Terry, `Rank Analysis of Incomplete Block Designs
+    <https://doi.org/10.2307/2334029>`_, 1952
+    Christiano et al., `Deep Reinforcement Learning from Human Preferences
+    <https://arxiv.org/abs/1706.03741>`_, 2017
+  """
+
+  def apply(outputs: Outputs, batch: Batch) -> Array:
+    if outputs.values is None:
+      raise ValueError('bradley_terry needs `values` in the outputs')
+    margin = _margin(_last(outputs.values, batch.mask), batch)
+    return jnp.broadcast_to(-jax.nn.log_sigmoid(margin), batch.mask.shape)
+
+  return TokenLoss(apply, Needs(samples=2))
+
+
+def _last(values: Array, mask: Array) -> Array:
+  """The values at the responses' last tokens, [P, G, 1]; 0 without any."""
+  numbers = jnp.arange(1, mask.shape[2] + 1)[None, None]
+  numbers = jnp.where(mask, numbers, 0)
+  last = mask & (numbers == numbers.max(axis=2, keepdims=True))
+  return jnp.where(last, values, 0.0).sum(axis=2, keepdims=True)
+
+
 def sequence_log_ratio(outputs: Outputs, batch: Batch) -> Array:
   """log π(y)/π_ref(y) of whole responses, [P, G, 1] nats."""
   ratio = outputs.log_probs - batch.ref_log_probs
   return jnp.where(batch.mask, ratio, 0.0).sum(axis=2, keepdims=True)
 
 
-def _margin(ratio: Array, batch: Batch) -> Array:
-  """h, the same for both of a pair."""
-  return batch.advantages * (ratio - partner(ratio))
+def _margin(x: Array, batch: Batch) -> Array:
+  """The preferred one's `x` less the other's, the same for both of a pair."""
+  return batch.advantages * (x - partner(x))

@@ -1,8 +1,9 @@
-"""Non-RL references: likelihood and preference losses in the same algebra."""
+"""Non-RL references: likelihoods and preferences in the same algebra."""
 
 from jaxrl_llm.estimators.advantages import ones
 from jaxrl_llm.estimators.compose import Estimator, estimator
 from jaxrl_llm.estimators.preferences import (
+  bradley_terry,
   distinct_pairs,
   logistic_preference,
   preference_sign,
@@ -118,6 +119,29 @@ def ipo(beta: float = 0.1) -> Estimator:
   return estimator(
     preference_sign(),
     squared_preference(beta),
+    sequence_mean(),
+    keep=distinct_pairs,
+  )
+
+
+def reward_model() -> Estimator:
+  """Maximum likelihood of preferences under the Bradley-Terry model.
+
+    L = − 1/pairs Σ log σ(s(y⁺) − s(y⁻))
+
+  Responses pair up along G as in `dpo`.  s is the score of a whole response,
+  in nats of the odds that it is preferred; see `jaxrl_llm.reward_model` for
+  the model that gives it.  No policy is trained.
+
+  Bias: another objective.
+
+  References:
+    Christiano et al., `Deep Reinforcement Learning from Human Preferences
+    <https://arxiv.org/abs/1706.03741>`_, 2017
+  """
+  return estimator(
+    preference_sign(),
+    bradley_terry(),
     sequence_mean(),
     keep=distinct_pairs,
   )

@@ -111,7 +111,8 @@ class Outputs:
   Attributes:
     log_probs: [P, G, T] of the batch's tokens, nats.
     entropy: [P, G, T] of the next-token distributions, nats.
-    values: [P, G, T] of the critic.
+    values: [P, G, T] of the critic; of a reward model, whose index t is the
+      score of the state *after* token t.
   """
 
   log_probs: Array

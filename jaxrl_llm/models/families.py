@@ -16,6 +16,16 @@ ARCHITECTURES = {
   'gemma3_text': 'Gemma3ForCausalLM',
   'gpt2': 'GPT2LMHeadModel',
 }
+# With one score of a whole text in the place of logits.
+SCORING_ARCHITECTURES = {
+  'llama': 'LlamaForSequenceClassification',
+  'mistral': 'MistralForSequenceClassification',
+  'qwen2': 'Qwen2ForSequenceClassification',
+  'qwen3': 'Qwen3ForSequenceClassification',
+  'gemma2': 'Gemma2ForSequenceClassification',
+  'gemma3_text': 'Gemma3TextForSequenceClassification',
+  'gpt2': 'GPT2ForSequenceClassification',
+}
 ACTIVATIONS = {
   'silu': 'silu',
   'swish': 'silu',

@@ -4,6 +4,8 @@ Only safetensors are read, never pickle, and no code of a checkpoint runs.
 """
 
 import contextlib
+import copy
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,6 +15,7 @@ import shutil
 import tempfile
 
 import jax
+import numpy as np
 import safetensors
 
 from jaxrl_llm.errors import UserError
@@ -183,6 +186,11 @@ def eos_token_ids(path=None, tokenizer=None) -> tuple[int, ...]:
   return tuple(dict.fromkeys(ids))
 
 
+def pad_token_id(path) -> int | None:
+  """The id of config.json that pads a folder's texts; None without one."""
+  return _read_json(resolve(path) / CONFIG).get('pad_token_id')
+
+
 def save(
   path, config: ModelConfig, params, tokenizer=None, source=None
 ) -> None:
@@ -208,8 +216,83 @@ def save(
       folder holds something else; the disk is full or does not hold what was
       written.
   """
-  target = pathlib.Path(path)
   source = resolve(source) if source is not None else None
+  with _new_folder(path) as folder:
+    tensors.write(config, folder, params)
+    raw = _fields(config, tokenizer, source)
+    raw['architectures'] = [families.ARCHITECTURES[config.family]]
+    _write_config(folder, raw, params)
+    _write_generation(folder, tokenizer, source)
+    _write_tokenizer(folder, config, tokenizer, source)
+
+
+def save_trunk(
+  path, config: ModelConfig, params, head, tokenizer=None, source=None
+) -> None:
+  """Writes a reward model in the layout *ForSequenceClassification.
+
+  The folder is made as by `save`; `load_trunk` reads it back, and
+  `transformers` opens it with num_labels=1.  There the score is read at the
+  last token that is not padding, so the padding token must end no text: it is
+  the tokenizer's own, if that is not its end token, else the one that begins
+  texts.
+
+  Args:
+    path: the folder to make.
+    config: of the trunk.
+    params: of the trunk, without a language model's head.
+    head: {'kernel': [D, 1], 'bias': [1]} of a critic.
+    tokenizer: to write beside them; None takes the source's.
+    source: as in `save`.  Without it and a tokenizer there is no padding token,
+      and `transformers` takes one text at a time.
+
+  Raises:
+    UserError: as `save`; the head has a bias, for which the layout has no
+      place; the tokenizer has no token to pad with.
+  """
+  config = dataclasses.replace(config, tied=True)
+  source = resolve(source) if source is not None else None
+  bias = float(np.asarray(head['bias'])[0])
+  if bias:
+    raise UserError(
+      f'The head has a bias of {bias:g}, for which a folder of the layout '
+      '*ForSequenceClassification has no place.\nSet it to 0 if only '
+      'differences of scores matter, as they do in preferences.'
+    )
+  if tokenizer is None and source is not None:
+    tokenizer = load_tokenizer(source)
+  if tokenizer is not None:
+    tokenizer = _with_padding(tokenizer)
+  score = np.asarray(head['kernel']).T
+  with _new_folder(path) as folder:
+    tensors.write(config, folder, params, score)
+    raw = _fields(config, tokenizer, source)
+    raw['architectures'] = [families.SCORING_ARCHITECTURES[config.family]]
+    raw |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
+    raw['pad_token_id'] = getattr(tokenizer, 'pad_token_id', None)
+    _write_config(folder, raw, (params, score))
+    _write_tokenizer(folder, config, tokenizer, None)
+
+
+def _with_padding(tokenizer):
+  """A copy of the tokenizer whose padding token ends no text."""
+  tokens = tokenizer.pad_token, tokenizer.bos_token
+  usable = [t for t in tokens if t not in (None, tokenizer.eos_token)]
+  if not usable:
+    raise UserError(
+      'The tokenizer has no padding token besides its end token, at which '
+      'transformers\nwould not read the score: set tokenizer.pad_token to a '
+      'token that ends no text.'
+    )
+  tokenizer = copy.deepcopy(tokenizer)
+  tokenizer.pad_token = usable[0]
+  return tokenizer
+
+
+@contextlib.contextmanager
+def _new_folder(path):
+  """An empty folder, which takes the place of `path` when it is filled."""
+  target = pathlib.Path(path)
   if target.exists() and not target.is_dir():
     raise UserError(f'{target} is a file; name a folder to write.')
   try:
@@ -217,9 +300,7 @@ def save(
     _put_back(target)
     _remove_stale(target)
     with _workspace(target) as folder:
-      tensors.write(config, folder, params)
-      _write_configs(folder, config, params, tokenizer, source)
-      _write_tokenizer(folder, config, tokenizer, source)
+      yield folder
       _move(folder, target)
   except (OSError, safetensors.SafetensorError) as error:
     reason = getattr(error, 'strerror', None) or error
@@ -242,34 +323,40 @@ def _write_tokenizer(folder, config, tokenizer, source):
         shutil.copyfile(source / name, folder / name)
 
 
-def _write_configs(folder, config, params, tokenizer, source):
-  """config.json and generation_config.json."""
+def _fields(config, tokenizer, source) -> dict:
+  """Of config.json: the source's, or those that `config` says."""
   if source is None:
-    raw = families.write(config)
     ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
-    raw |= ids
-    generation = {name: i for name, i in ids.items() if i is not None}
-  else:
-    # Untying is a choice of the run (`load(..., tied=False)`).
-    raw = {**_read_json(source / CONFIG), 'tie_word_embeddings': config.tied}
-    differing = families.differences(config, raw)
-    if differing:
-      raise UserError(
-        f'{source / CONFIG} describes another model: it differs in '
-        f'{", ".join(differing)}.'
-      )
-    generation = None
-    if (source / GENERATION).is_file():
-      generation = _read_json(source / GENERATION)
+    return families.write(config) | ids
+  # Untying is a choice of the run (`load(..., tied=False)`).
+  raw = {**_read_json(source / CONFIG), 'tie_word_embeddings': config.tied}
+  differing = families.differences(config, raw)
+  if differing:
+    raise UserError(
+      f'{source / CONFIG} describes another model: it differs in '
+      f'{", ".join(differing)}.'
+    )
+  return raw
+
+
+def _write_config(folder, raw, params):
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   raw.pop('torch_dtype', None)
   raw['dtype'] = dtypes.pop() if len(dtypes) == 1 else 'float32'
-  raw['architectures'] = [families.ARCHITECTURES[config.family]]
-  contents = {CONFIG: raw, GENERATION: generation}
-  for name, values in contents.items():
-    if values is not None:
-      text = json.dumps(values, indent=2)
-      (folder / name).write_text(text + '\n')
+  _write_json(folder / CONFIG, raw)
+
+
+def _write_generation(folder, tokenizer, source):
+  if source is None:
+    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
+    known = {name: i for name, i in ids.items() if i is not None}
+    _write_json(folder / GENERATION, known)
+  elif (source / GENERATION).is_file():
+    _write_json(folder / GENERATION, _read_json(source / GENERATION))
+
+
+def _write_json(path, contents):
+  path.write_text(json.dumps(contents, indent=2) + '\n')
 
 
 @contextlib.contextmanager

@@ -347,9 +347,9 @@ def _some(noun: str, names: list[str]) -> str:
   return f'{noun}{"s" if len(names) > 1 else ""} {shown}{more}'
 
 
-def check_tree(config: ModelConfig, params) -> None:
-  """Raises UserError unless `params` are the parameters of `config`."""
-  wanted = {entry.path: entry.shape for entry in entries(config)}
+def _check_tree(table: list[Entry], params) -> None:
+  """Raises UserError unless `params` are the leaves of `table`."""
+  wanted = {entry.path: entry.shape for entry in table}
   found = {
     tuple(key.key for key in path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -362,16 +362,29 @@ def check_tree(config: ModelConfig, params) -> None:
       )
 
 
-def write(config: ModelConfig, folder: pathlib.Path, params) -> None:
+def write(
+  config: ModelConfig, folder: pathlib.Path, params, score=None
+) -> None:
   """Writes one file, or shards of up to `SHARD_BYTES` and their index.
 
   Each file is read back and compared, bit by bit.
 
+  Args:
+    config: of the parameters.
+    folder: where to.
+    params: as of `transformer.init`.
+    score: [1, D], the head of a reward model.
+
   Raises:
     UserError: `params` are not those of `config`; the read-back differs.
   """
-  check_tree(config, params)
-  plan = _plan(config, params)
+  table = entries(config)
+  if score is not None:
+    shape = (1, config.hidden_size)
+    table.append(Entry(('score',), shape, SCORE, False, part=0, parts=1))
+    params = {**params, 'score': score}
+  _check_tree(table, params)
+  plan = _plan(config, table, params)
   if len(plan) == 1:
     _write_file(folder / SINGLE, plan[0], params)
     return
@@ -384,10 +397,10 @@ def write(config: ModelConfig, folder: pathlib.Path, params) -> None:
   (folder / INDEX).write_text(json.dumps(index, indent=2) + '\n')
 
 
-def _plan(config, params) -> list[list[tuple]]:
+def _plan(config, table, params) -> list[list[tuple]]:
   """(tensor name, layer, its entries) for each tensor of each shard."""
   fused = {}
-  for entry in entries(config):
+  for entry in table:
     fused.setdefault(entry.name, []).append(entry)
   shards, room = [[]], SHARD_BYTES
   for name, parts in fused.items():

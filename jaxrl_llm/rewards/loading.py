@@ -6,10 +6,10 @@ from typing import Any
 
 from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import code, functions, grades
+from jaxrl_llm.rewards import code, functions, grades, learned
 
 # Modules with the functions that may be named by themselves.
-_MODULES = (functions, code)
+_MODULES = (functions, code, learned)
 
 # Parameters that tell a reward function from a factory of one.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})

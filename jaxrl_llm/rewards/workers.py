@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
-from jaxrl_llm.rewards import waiting
+from jaxrl_llm.rewards import learned, waiting
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.failures import FAILURES, Failures
 from jaxrl_llm.rewards.pool import Job, Pool
@@ -274,6 +274,11 @@ def _check(spec: Mapping[str, Any], workers: int, spares: int) -> None:
     raise UserError(
       f'{field}: memory is {memory!r}\n'
       f'it is a number of bytes, at least {_LEAST_MEMORY}'
+    )
+  if spec['name'] in learned.__all__:
+    raise UserError(
+      f"{field}: {spec['name']} computes on this process's devices\n"
+      'leave out workers'
     )
   kinds = containment_lib.KINDS
   if spec['containment'] not in (None, *kinds):

@@ -109,7 +109,7 @@ def encode_prompts(
     raise UserError(f'the prompt budget must be positive, not {max_tokens}.')
   if not rows:
     raise UserError('the data set has no rows: nothing to prompt with.')
-  template = _template(tokenizer, chat_template, system_prompt)
+  template = template_text(tokenizer, chat_template, system_prompt)
   encoded = [
     _encode_prompt(i, row, tokenizer, template, system_prompt, suffix)
     for i, row in enumerate(rows)
@@ -141,7 +141,7 @@ def encode_prompts(
   )
 
 
-def encode_responses(
+def encode_targets(
   rows: Sequence[dict],
   tokenizer,
   max_tokens: int | None,
@@ -175,7 +175,7 @@ def encode_responses(
         f'training needs; its columns are {sorted(row)}.'
       )
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
-    _check_known(f'the {column} of row {i}', text, ids, tokenizer)
+    check_known(f'the {column} of row {i}', text, ids, tokenizer)
     encoded.append(np.asarray([*ids, eos_id], np.int32))
   budget = np.inf if max_tokens is None else max_tokens
   long = [i for i, ids in enumerate(encoded) if len(ids) > budget]
@@ -331,8 +331,14 @@ class PromptSource:
     return np.argsort(bits.random_raw(len(self._encoded.rows)), kind='stable')
 
 
-def _template(tokenizer, chat_template, system_prompt) -> str | None:
-  """The chat template to use, as text."""
+def template_text(
+  tokenizer, chat_template: str | None, system_prompt: str | None
+) -> str | None:
+  """The chat template that `encode_prompts` uses, as text; None for none.
+
+  Raises:
+    UserError: the tokenizer has several, or a system prompt has no place.
+  """
   template = chat_template
   if chat_template == 'auto':
     template = tokenizer.chat_template
@@ -366,7 +372,7 @@ def _encode_prompt(
     messages = [{'role': 'user', 'content': text}]
     if system_prompt is not None:
       messages.insert(0, {'role': 'system', 'content': system_prompt})
-    text = _rendered(tokenizer, template, messages)
+    text = render(tokenizer, template, messages, add_generation_prompt=True)
     # The template has written the special tokens; adding them again would
     # double the BOS.
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
@@ -375,17 +381,19 @@ def _encode_prompt(
       f'the prompt of row {index} is empty, and the tokenizer has no BOS token '
       'to start from.\nRemove the row, or give every prompt a suffix.'
     )
-  _check_known(f'the prompt of row {index}', text, ids, tokenizer)
+  check_known(f'the prompt of row {index}', text, ids, tokenizer)
   return ids
 
 
-def _rendered(tokenizer, template, messages) -> str:
+def render(tokenizer, template: str, messages: list[dict], **settings) -> str:
+  """Messages as the template writes them; `settings` of `transformers`.
+
+  Raises:
+    UserError: the template fails on them.
+  """
   try:
     return tokenizer.apply_chat_template(
-      messages,
-      chat_template=template,
-      tokenize=False,
-      add_generation_prompt=True,
+      messages, chat_template=template, tokenize=False, **settings
     )
   except Exception as error:  # A template can raise what it likes.
     roles = [message['role'] for message in messages]
@@ -395,7 +403,7 @@ def _rendered(tokenizer, template, messages) -> str:
     ) from error
 
 
-def _check_known(where, text, ids, tokenizer):
+def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
   """Raises UserError where the vocabulary cannot express the text."""
   unk = tokenizer.unk_token_id
   # Some tokenizers use one id for everything special; then it means nothing.

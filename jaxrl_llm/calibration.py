@@ -1,0 +1,183 @@
+"""How far a reward model's margins can be believed, on held-out pairs.
+
+A margin d = s⁺ − s⁻ is what the model gives the preferred response more than
+the other one, in nats.  Under the Bradley-Terry model it says that the first is
+preferred with probability σ(d).  Which of a pair comes first means nothing, so
+pairs are folded: the model is right where d > 0, and its confidence is σ(|d|),
+between 1/2 and 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.evaluation import Interval, bootstrap
+
+
+class Bin(NamedTuple):
+  """Pairs of like confidence; NaNs where there is none.
+
+  Attributes:
+    low, high: the confidences that it holds, [low, high).
+    count: of pairs.
+    confidence: their mean.
+    accuracy: the share that is right; ties count half.
+  """
+
+  low: float
+  high: float
+  count: int
+  confidence: float
+  accuracy: float
+
+
+class Calibration(NamedTuple):
+  """What `examine` finds.
+
+  Attributes:
+    count: of pairs.
+    accuracy: the share of right ones, ties half, and its interval.
+    log_loss: − log σ(d), nats, its mean and interval; log 2 knows nothing.
+    error: the expected calibration error, as a probability.
+    temperature: by which margins are to be divided; see `temperature`.
+    bins: of the reliability diagram.
+  """
+
+  count: int
+  accuracy: Interval
+  log_loss: Interval
+  error: float
+  temperature: float
+  bins: tuple[Bin, ...]
+
+
+def examine(
+  margins: np.ndarray,
+  bins: int = 10,
+  level: float = 0.95,
+  resamples: int = 2000,
+  seed: int = 0,
+) -> Calibration:
+  """All numbers about held-out pairs.
+
+  Args:
+    margins: [N] nats.
+    bins: of confidence, as in `reliability`.
+    level, resamples, seed: of the intervals, over pairs.
+
+  Raises:
+    UserError: there are no margins, or one is not finite.
+  """
+  margins = _checked(margins)
+  arguments = level, resamples, seed
+  table = reliability(margins, bins)
+  return Calibration(
+    count=len(margins),
+    accuracy=bootstrap(correct(margins), *arguments),
+    log_loss=bootstrap(log_loss(margins), *arguments),
+    error=expected_error(table),
+    temperature=temperature(margins),
+    bins=table,
+  )
+
+
+def correct(margins: np.ndarray) -> np.ndarray:
+  """[N] float64: 1 where the preferred one scores higher, 1/2 for a tie."""
+  return 0.5 * (1.0 + np.sign(_checked(margins)))
+
+
+def log_loss(margins: np.ndarray) -> np.ndarray:
+  """[N] float64: − log σ(d) of each pair, nats."""
+  return np.logaddexp(0.0, -_checked(margins))
+
+
+def reliability(margins: np.ndarray, bins: int = 10) -> tuple[Bin, ...]:
+  """The reliability diagram: how often the model is right, by confidence.
+
+  Args:
+    margins: [N] nats.
+    bins: of equal width between 1/2 and 1; the last one holds 1 too.
+
+  Raises:
+    UserError: as `examine`, or `bins` is below 1.
+
+  References:
+    Guo et al., `On Calibration of Modern Neural Networks
+    <https://arxiv.org/abs/1706.04599>`_, 2017
+  """
+  if bins < 1:
+    raise UserError(f'bins is {bins}; there must be at least 1')
+  margins = _checked(margins)
+  confidence, right = special.expit(np.abs(margins)), correct(margins)
+  edges = np.linspace(0.5, 1.0, bins + 1)
+  places = np.searchsorted(edges, confidence, side='right') - 1
+  places = np.minimum(places, bins - 1)
+  table = []
+  for i in range(bins):
+    here = places == i
+    count = int(here.sum())
+    means = [
+      float(x[here].mean()) if count else np.nan for x in (confidence, right)
+    ]
+    table.append(Bin(float(edges[i]), float(edges[i + 1]), count, *means))
+  return tuple(table)
+
+
+def expected_error(table: tuple[Bin, ...]) -> float:
+  """The expected calibration error: mean |accuracy − confidence| over pairs.
+
+  Noise in the bins' accuracies adds to it: of N pairs that are calibrated
+  perfectly about √(bins / N) · 0.3 is found.
+
+  Args:
+    table: of `reliability`, with at least one pair.
+  """
+  filled = [one for one in table if one.count]
+  gaps = [one.count * abs(one.accuracy - one.confidence) for one in filled]
+  return float(sum(gaps) / sum(one.count for one in filled))
+
+
+def temperature(margins: np.ndarray) -> float:
+  """The τ for which margins d/τ have the least log-loss.
+
+  Above 1 the model is too sure of itself, below 1 not sure enough.  0 where
+  every pair is right: no margin is wide enough then.  Infinity where the
+  margins tell nothing, their mean being 0 or less.
+
+  Args:
+    margins: [N] nats.
+
+  References:
+    Guo et al., `On Calibration of Modern Neural Networks
+    <https://arxiv.org/abs/1706.04599>`_, 2017
+  """
+  margins = _checked(margins)
+  largest = np.abs(margins).max()
+  if margins.mean() <= 0:
+    return float('inf')
+  if margins.min() >= 0:
+    return 0.0
+  # With β = 1/τ the slope of the log-loss, − mean d σ(−β d), grows with β.
+  scaled = margins / largest
+  slope = lambda beta: -(scaled * special.expit(-beta * scaled)).mean()
+  low, high = 0.0, 1.0
+  while slope(high) < 0:
+    low, high = high, 2.0 * high
+  for _ in range(100):
+    middle = 0.5 * (low + high)
+    low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+  return float(largest / high)
+
+
+def _checked(margins: np.ndarray) -> np.ndarray:
+  margins = np.asarray(margins, np.float64)
+  if margins.ndim != 1 or not margins.size:
+    raise UserError(
+      f'margins have the shape {margins.shape}; give one number per pair'
+    )
+  if not np.isfinite(margins).all():
+    where = int(np.argmin(np.isfinite(margins)))
+    raise UserError(f'the margin of pair {where} is {margins[where]}')
+  return margins

@@ -1,0 +1,120 @@
+"""Rewards that a model gives.
+
+Worker processes know these names too, and start without JAX: what computes is
+imported where a model is loaded.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from jaxrl_llm.errors import UserError
+
+__all__ = ['reward_model']
+
+
+def reward_model(
+  path: str,
+  chat_template: str | None = 'auto',
+  system_prompt: str | None = None,
+  suffix: str = '',
+  end_token: bool = True,
+  max_tokens: int | None = None,
+  overlong: str = 'error',
+  batch_size: int = 16,
+  dtype: str = 'float32',
+  mean: float = 0.0,
+  std: float = 1.0,
+) -> Callable[..., list[float | None]]:
+  """Factory: (s − mean) / std, s a reward model's score of the whole text.
+
+  It reads prompt and response with its own tokenizer and chat template, and
+  the score where `transformers` does: at the last token that is not the padding
+  token of its config.json.  It computes on this process's devices: not in
+  workers.
+
+  Args:
+    path: a folder or hub name with the layout *ForSequenceClassification and
+      one label, such as `pretrained.save_trunk` writes.
+    chat_template, system_prompt, suffix: as in `tasks.prompts.encode_prompts`;
+      '' is as good as None.
+    end_token: whether, without a chat template, the end token follows a
+      response that has `finished`; as the model was trained.  A template ends
+      finished responses its own way.
+    max_tokens: of prompt and response together; all that the model can read if
+      None.
+    overlong: what a longer text is: 'error', or 'none' for no score.
+    batch_size: texts at one time.
+    dtype: of parameters and computation.
+    mean: subtracted from a score, nats.
+    std: by which it is divided, nats.
+
+  Raises:
+    UserError: no such model, one that gives no single score, or a setting that
+      makes no sense.
+  """
+  from jaxrl_llm import reward_model as model
+  from jaxrl_llm.models import pretrained
+  from jaxrl_llm.tasks.pairs import encode_responses
+  from jaxrl_llm.tasks.prompts import template_text
+
+  field = 'reward_model'
+  if overlong not in ('error', 'none'):
+    raise UserError(f"{field}: overlong={overlong!r} must be 'error' or 'none'")
+  if batch_size < 1:
+    raise UserError(f'{field}: batch_size is {batch_size}, not at least 1')
+  if not (0 < std < math.inf and math.isfinite(mean)):
+    raise UserError(f'{field}: {mean=} and {std=}; std has to be above 0')
+  config, params = model.load(path, dtype=dtype, param_dtype=dtype)
+  most = config.max_length if max_tokens is None else max_tokens
+  if not 1 <= most <= config.max_length:
+    raise UserError(
+      f'{field}: max_tokens is {max_tokens}; {path} reads 1 to '
+      f'{config.max_length} tokens'
+    )
+  tokenizer = pretrained.load_tokenizer(path)
+  pretrained.check_vocabulary(config, tokenizer)
+  padding = pretrained.pad_token_id(path)
+  settings = dict(
+    chat_template=chat_template or None,
+    system_prompt=system_prompt or None,
+    suffix=suffix,
+    end_token=end_token,
+  )
+  # Refused here, not at the first batch.
+  template_text(tokenizer, chat_template or None, system_prompt or None)
+
+  def scores_texts(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    finished: Sequence[bool] | None = None,
+  ) -> list[float | None]:
+    ended = [True] * len(completions) if finished is None else finished
+    texts = [
+      _unpadded(ids, padding)
+      for ids in encode_responses(
+        prompts, completions, ended, tokenizer, **settings
+      )
+    ]
+    long = [i for i, ids in enumerate(texts) if len(ids) > most]
+    if long and overlong == 'error':
+      raise UserError(
+        f'{field}: {len(long)} of {len(texts)} texts exceed {most} tokens of '
+        f'{path}; the longest has {max(map(len, texts))}.\nShorten prompts or '
+        "responses, raise max_tokens, or give them no score: overlong='none'."
+      )
+    fitting = [ids for ids in texts if len(ids) <= most]
+    found = iter(model.score_texts(config, params, fitting, batch_size))
+    return [
+      (float(next(found)) - mean) / std if len(ids) <= most else None
+      for ids in texts
+    ]
+
+  return scores_texts
+
+
+def _unpadded(ids: list[int], padding: int | None) -> list[int]:
+  """The ids up to the last one that is not padding, at least one."""
+  end = len(ids)
+  while end > 1 and ids[end - 1] == padding:
+    end -= 1
+  return ids[:end]

@@ -1,0 +1,231 @@
+"""Preferences: of two responses to a prompt, one is chosen, one rejected.
+
+A row is {'prompt': …, 'chosen': …, 'rejected': …}, the column names of TRL.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import files, prompts
+
+# What a response of HH-RLHF follows, and what no response of it holds.
+_ANSWER, _QUESTION = '\n\nAssistant:', '\n\nHuman:'
+
+
+class Pairs(NamedTuple):
+  """Rows of a data set of preferences, and what was left out of it.
+
+  Attributes:
+    rows: with a prompt, and a chosen and a rejected response, not equal.
+    apart: rows whose dialogues differ before the last response.
+    equal: rows whose responses are equal.
+    empty: rows with a response without text.
+  """
+
+  rows: list[dict]
+  apart: int
+  equal: int
+  empty: int
+
+
+class Pair(NamedTuple):
+  """Token ids of two texts that begin alike: of prompt and responses."""
+
+  prompt: list[int]
+  chosen: list[int]
+  rejected: list[int]
+
+
+def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
+  """Anthropic's dialogues in which people preferred one of two last responses.
+
+  A prompt is the dialogue up to and with the last "Assistant:"; prompt and
+  response together are the dialogue as it was.
+
+  Args:
+    path: a file such as harmless-base/train.jsonl.gz, or its folder; None for
+      Anthropic/hh-rlhf of the hub.
+    split: 'train' or 'test', of the hub or of a folder; a file has only one.
+
+  Raises:
+    UserError: as `files.read_rows`; a row is no pair of such dialogues, or all
+      are left out.
+
+  References:
+    Bai et al., `Training a Helpful and Harmless Assistant
+    <https://arxiv.org/abs/2204.05862>`_, 2022
+  """
+  if split not in ('train', 'test'):
+    raise UserError(f"HH-RLHF has the splits 'train' and 'test', not {split!r}")
+  if path is None:
+    source = 'Anthropic/hh-rlhf'
+    found = files.read_hub(source, split, prompt_column='chosen')
+  else:
+    source = _file(pathlib.Path(path), split)
+    found = files.read_rows(source, prompt_column='chosen')
+  rows, left_out = [], {'apart': 0, 'equal': 0, 'empty': 0}
+  for i, row in enumerate(found):
+    where = f'{source}: row {i}'
+    # The reader has called the first column 'prompt'.
+    prompt, chosen = _divided(where, 'chosen', row['prompt'])
+    other, rejected = _divided(where, 'rejected', row.get('rejected'))
+    if prompt != other or _QUESTION in chosen + rejected:
+      left_out['apart'] += 1
+    elif chosen == rejected:
+      left_out['equal'] += 1
+    elif not chosen.strip() or not rejected.strip():
+      left_out['empty'] += 1
+    else:
+      rows.append({'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
+  if not rows:
+    raise UserError(f'{source}: no row is a pair with one prompt: {left_out}')
+  return Pairs(rows, **left_out)
+
+
+def encode_responses(
+  given: Sequence[str],
+  responses: Sequence[str],
+  finished: Sequence[bool],
+  tokenizer,
+  *,
+  chat_template: str | None = 'auto',
+  system_prompt: str | None = None,
+  suffix: str = '',
+  end_token: bool = True,
+) -> list[list[int]]:
+  """Ids of prompts, each with its response, as a reward model reads them.
+
+  Prompt and response are one text before it is tokenised.  With a chat template
+  they are a user's and an assistant's message, and a finished response has the
+  end that the template gives it; without one the end token may follow.
+
+  Args:
+    given: N prompts.
+    responses: N texts, without the end token.
+    finished: N; False for a response that was cut off, which has no end.
+    tokenizer: of `transformers`.
+    chat_template, system_prompt, suffix: as in `prompts.encode_prompts`.
+    end_token: whether, without a template, the tokenizer's end token follows a
+      finished response.
+
+  Raises:
+    UserError: a text is empty or not expressible in the vocabulary, the
+      template fails, or there is no end token to append.
+  """
+  template = prompts.template_text(tokenizer, chat_template, system_prompt)
+  if template is None and end_token and tokenizer.eos_token_id is None:
+    raise UserError(
+      'the tokenizer has no end token to put behind a response.\n'
+      'Set end_token=False, or use another tokenizer.'
+    )
+  encoded = []
+  for i, (prompt, response, ended) in enumerate(
+    zip(given, responses, finished, strict=True)
+  ):
+    if template is None:
+      text = prompt + suffix + response
+      ids = prompts.encode_text(text, tokenizer)
+      ids = [*ids, tokenizer.eos_token_id] if ended and end_token else ids
+    else:
+      messages = [
+        {'role': 'user', 'content': prompt + suffix},
+        {'role': 'assistant', 'content': response},
+      ]
+      if system_prompt is not None:
+        messages.insert(0, {'role': 'system', 'content': system_prompt})
+      text = prompts.render(
+        tokenizer, template, messages, continue_final_message=not ended
+      )
+      ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if not ids:
+      raise UserError(f'prompt and response {i} are empty, and so is their sum')
+    prompts.check_known(f'prompt and response {i}', text, ids, tokenizer)
+    encoded.append(ids)
+  return encoded
+
+
+def encode_pairs(
+  rows: Sequence[dict], tokenizer, max_tokens: int, **settings
+) -> list[Pair]:
+  """Ids of preferences: what both texts begin with, and how each goes on.
+
+  Where a prompt ends says its tokens, not its text: a score does not depend on
+  it, and so the ids are those of `encode_responses`, bit for bit.
+
+  Args:
+    rows: with a prompt, chosen and rejected.
+    tokenizer: of `transformers`.
+    max_tokens: greatest length of prompt and response together.
+    **settings: of `encode_responses`.
+
+  Raises:
+    UserError: as `encode_responses`; a column is no text; two texts are one in
+      tokens, or have no token in common; one is over budget.
+  """
+  for i, row in enumerate(rows):
+    for name in ('prompt', 'chosen', 'rejected'):
+      if not isinstance(row.get(name), str):
+        raise UserError(
+          f'row {i} has no text in its column {name}, which preferences need; '
+          f'its columns are {sorted(row)}.'
+        )
+  shown, whole = [row['prompt'] for row in rows], [True] * len(rows)
+  both = [
+    encode_responses(
+      shown, [row[name] for row in rows], whole, tokenizer, **settings
+    )
+    for name in ('chosen', 'rejected')
+  ]
+  lengths = [max(len(one), len(two)) for one, two in zip(*both, strict=True)]
+  long = [i for i, length in enumerate(lengths) if length > max_tokens]
+  if long:
+    raise UserError(
+      f'{len(long)} of {len(rows)} pairs exceed {max_tokens} tokens; the '
+      f'longest has {max(lengths)}, the first is row {long[0]}.\n'
+      'Raise the budget, or leave them out.'
+    )
+  return [_cut(i, *pair) for i, pair in enumerate(zip(*both, strict=True))]
+
+
+def _cut(index: int, chosen: list[int], rejected: list[int]) -> Pair:
+  if chosen == rejected:
+    raise UserError(
+      f'the responses of row {index} are the same tokens.\nRemove the row.'
+    )
+  # Each response keeps a token, also where one goes on where the other ends.
+  most = min(len(chosen), len(rejected)) - 1
+  common = 0
+  while common < most and chosen[common] == rejected[common]:
+    common += 1
+  if not common:
+    raise UserError(
+      f'the two texts of row {index} have no token in common to start from.\n'
+      'Give every prompt a text, or use a tokenizer with a BOS token.'
+    )
+  return Pair(chosen[:common], chosen[common:], rejected[common:])
+
+
+def _divided(where: str, name: str, dialogue) -> tuple[str, str]:
+  """A dialogue up to and with its last "Assistant:", and what follows."""
+  if not isinstance(dialogue, str) or _ANSWER not in dialogue:
+    raise UserError(
+      f'{where}: {name} is no dialogue of "Human:" and "Assistant:": '
+      f'{dialogue!r:.60}.'
+    )
+  end = dialogue.rindex(_ANSWER) + len(_ANSWER)
+  return dialogue[:end], dialogue[end:]
+
+
+def _file(path: pathlib.Path, split: str) -> pathlib.Path:
+  """A file, given by itself or by its folder."""
+  if not path.is_dir():
+    return path
+  names = [f'{split}.jsonl.gz', f'{split}.jsonl']
+  found = [path / name for name in names if (path / name).exists()]
+  if not found:
+    raise UserError(
+      f'{path}: the folder holds no {" or ".join(names)}; name a file.'
+    )
+  return found[0]
