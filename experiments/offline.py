@@ -199,8 +199,10 @@ class Offline:
       }
     )
 
-  def export(self, trainable, path) -> None:
-    runs.export(self._model._replace(params=trainable['policy']), path)
+  def finish(self, trainable, folder) -> list[str]:
+    trained = self._model._replace(params=trainable['policy'])
+    runs.export(trained, folder / 'hf')
+    return ['hf/ (for transformers)']
 
   def describe(self) -> list[str]:
     held, settings = self._held_out.encoded, self._config.rounds

@@ -100,8 +100,8 @@ class Phase(Protocol):
   def evaluate(self, trainable: Any, step: int, stop: StopSignal) -> Evaluation:
     """Numbers on held-out data after so many steps of the run."""
 
-  def export(self, trainable: Any, path: pathlib.Path) -> None:
-    """Writes a folder that `transformers` opens."""
+  def finish(self, trainable: Any, folder: pathlib.Path) -> Sequence[str]:
+    """Writes `hf/`, which `transformers` opens, and more; gives their names."""
 
   def describe(self) -> Sequence[str]:
     """Lines about data and parts."""

@@ -108,13 +108,13 @@ class Run:
 
   def finish(self) -> None:
     """Exports the model; shows and writes what the run came to."""
-    self._main.export(self.state.trainable, self._folder / 'hf')
+    left = self._main.finish(self.state.trainable, self._folder)
     records = logging.read_metrics(self._folder / 'metrics.jsonl')
     runs.plot(
       self._folder / 'curve.png', records, self._main.curves, self.course.first
     )
     before, after = self._before_after()
-    written = ['curve.png', 'hf/ (for transformers)']
+    written = ['curve.png', *left]
     if after:
       self._samples.write_html(self._folder.name, before, after)
       self._progress.print(logging.before_after_table(before, after))

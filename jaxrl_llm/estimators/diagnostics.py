@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxrl_llm.estimators.baselines import group_mean, partner, varies
-from jaxrl_llm.estimators.preferences import sequence_log_ratio
+from jaxrl_llm.estimators.preferences import last_value, sequence_log_ratio
 from jaxrl_llm.estimators.ratios import token_ratio
 from jaxrl_llm.estimators.token_losses import k1, k3, value_error
 from jaxrl_llm.estimators.types import (
@@ -88,6 +88,25 @@ def preference_statistics() -> dict[str, Diagnostic]:
     ),
     'preference/chosen': chosen,
     'preference/rejected': rejected,
+  }
+
+
+def score_statistics() -> dict[str, Diagnostic]:
+  """Diagnostics of a reward model's pairs, [P, G, 1], as for preferences.
+
+  score/margin: s⁺ − s⁻, nats.
+  score/accuracy: whether it is above 0; a half where it is 0.
+  """
+
+  def margin(outputs: Outputs, batch: Batch) -> Array:
+    own = last_value(outputs.values, batch.mask)
+    return batch.advantages * (own - partner(own))
+
+  return {
+    'score/margin': margin,
+    'score/accuracy': lambda outputs, batch: (
+      0.5 * (1.0 + jnp.sign(margin(outputs, batch)))
+    ),
   }
 
 

@@ -131,13 +131,13 @@ def bradley_terry() -> TokenLoss:
   def apply(outputs: Outputs, batch: Batch) -> Array:
     if outputs.values is None:
       raise ValueError('bradley_terry needs `values` in the outputs')
-    margin = _margin(_last(outputs.values, batch.mask), batch)
+    margin = _margin(last_value(outputs.values, batch.mask), batch)
     return jnp.broadcast_to(-jax.nn.log_sigmoid(margin), batch.mask.shape)
 
   return TokenLoss(apply, Needs(samples=2))
 
 
-def _last(values: Array, mask: Array) -> Array:
+def last_value(values: Array, mask: Array) -> Array:
   """The values at the responses' last tokens, [P, G, 1]; 0 without any."""
   numbers = jnp.arange(1, mask.shape[2] + 1)[None, None]
   numbers = jnp.where(mask, numbers, 0)

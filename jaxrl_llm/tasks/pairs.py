@@ -3,6 +3,7 @@
 A row is {'prompt': …, 'chosen': …, 'rejected': …}, the column names of TRL.
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -147,7 +148,7 @@ def encode_responses(
 
 
 def encode_pairs(
-  rows: Sequence[dict], tokenizer, max_tokens: int, **settings
+  rows: Sequence[dict], tokenizer, max_tokens: int | None, **settings
 ) -> list[Pair]:
   """Ids of preferences: what both texts begin with, and how each goes on.
 
@@ -157,7 +158,7 @@ def encode_pairs(
   Args:
     rows: with a prompt, chosen and rejected.
     tokenizer: of `transformers`.
-    max_tokens: greatest length of prompt and response together.
+    max_tokens: greatest length of prompt and response together; None for any.
     **settings: of `encode_responses`.
 
   Raises:
@@ -179,7 +180,8 @@ def encode_pairs(
     for name in ('chosen', 'rejected')
   ]
   lengths = [max(len(one), len(two)) for one, two in zip(*both, strict=True)]
-  long = [i for i, length in enumerate(lengths) if length > max_tokens]
+  budget = math.inf if max_tokens is None else max_tokens
+  long = [i for i, length in enumerate(lengths) if length > budget]
   if long:
     raise UserError(
       f'{len(long)} of {len(rows)} pairs exceed {max_tokens} tokens; the '

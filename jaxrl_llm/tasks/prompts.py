@@ -128,16 +128,36 @@ def encode_prompts(
     )
   out = set(long)
   kept = [i for i in range(len(rows)) if i not in out]
-  return EncodedPrompts(
-    tokens=[np.asarray(encoded[i], np.int32) for i in kept],
-    rows=[rows[i] for i in kept],
+  found = from_ids(
+    [encoded[i] for i in kept], [rows[i] for i in kept], tokenizer, max_tokens
+  )
+  return found._replace(
     dropped=len(long),
-    max_tokens=max_tokens,
-    pad_id=_pad_id(tokenizer),
-    tokenizer_hash=_tokenizer_hash(tokenizer),
     template_hash=None
     if template is None
     else _sha256(json.dumps([template, system_prompt])),
+  )
+
+
+def from_ids(
+  ids: Sequence[Sequence[int]], rows: Sequence[dict], tokenizer, max_tokens: int
+) -> EncodedPrompts:
+  """Prompts whose token ids are there already; none is left out.
+
+  Args:
+    ids: N lists of 1 to `max_tokens` ids.
+    rows: N.
+    tokenizer: that gave the ids.
+    max_tokens: the budget.
+  """
+  return EncodedPrompts(
+    tokens=[np.asarray(each, np.int32) for each in ids],
+    rows=list(rows),
+    dropped=0,
+    max_tokens=max_tokens,
+    pad_id=_pad_id(tokenizer),
+    tokenizer_hash=_tokenizer_hash(tokenizer),
+    template_hash=None,
   )
 
 

@@ -1,0 +1,285 @@
+"""A reward model, trained on pairs of which one response was preferred.
+
+    python -m experiments.reward_model \\
+      --config=experiments/configs/hh_rlhf_reward_model.py
+
+The rows of the task bring pairs, in the columns prompt, chosen and rejected;
+`experiments.make_pairs` makes such rows of a model's samples and of any reward
+function.  The trunk begins as the language model that `config.model` names.
+`config.steps` counts updates on `config.rounds.batch` pairs each; the loss is
+Bradley and Terry's.  Held-out pairs tell accuracy and calibration.  --workdir
+and --resume are as in `experiments.train`.
+
+The run leaves `hf/`, a folder that `transformers` opens as
+AutoModelForSequenceClassification.  As a reward and as what a critic begins
+with:
+
+    config.rewards = dict(
+      proxy=dict(name='reward_model', path='runs/NAME/hf'),
+      gold=dict(name='sentiment', weight=0.0),  # logged only
+    )
+    config.critic.path = 'runs/NAME/hf'
+
+  hf/               trunk, head and tokenizer
+  calibration.json  of the held-out pairs: accuracy, log-loss, reliability
+  calibration.png
+"""
+
+import json
+import pathlib
+import time
+import types
+
+import jax
+import numpy as np
+
+from experiments import build, cli, offline_checks, run, supervised
+from experiments.course import Round
+from experiments.phase import Evaluation, Result, Script
+from jaxrl_llm import calibration, critic, logging, pools, training
+from jaxrl_llm import reward_model as reward_model_lib
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import diagnostics
+from jaxrl_llm.files import write_atomically
+from jaxrl_llm.models import pretrained
+from jaxrl_llm.rollouts import to_prompts
+from jaxrl_llm.tasks import pairs as pairs_lib
+from jaxrl_llm.tasks import prompts as prompts_lib
+
+
+def check(config) -> None:
+  """Raises UserError for what can be told from the configuration alone."""
+  offline_checks.check(config, names=('reward_model',), sampled=False)
+  if config.rewards:
+    raise UserError(
+      'config.rewards is set, but a reward model learns from pairs alone\n'
+      'remove it; `experiments.make_pairs` makes pairs of rewards'
+    )
+  if config.warm_start.steps:
+    raise UserError(
+      f'config.warm_start.steps is {config.warm_start.steps}, but a reward '
+      'model writes nothing\nset it to 0'
+    )
+
+
+def encode(config, model: build.Model, rows: list[dict]):
+  """Pairs as prompts and a pool; what is over budget is an error or left out.
+
+  Returns:
+    (EncodedPrompts, Pool); a prompt is what both texts of a pair begin with.
+
+  Raises:
+    UserError: a row is no pair, or too long.
+  """
+  budget = config.prompts.max_tokens + config.rollout.max_tokens
+  found = pairs_lib.encode_pairs(
+    rows,
+    model.tokenizer,
+    max_tokens=None,
+    chat_template=config.prompts.chat_template or None,
+    system_prompt=config.prompts.system_prompt or None,
+    suffix=config.prompts.suffix,
+  )
+  lengths = [
+    len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+    for pair in found
+  ]
+  kept = [i for i, length in enumerate(lengths) if length <= budget]
+  long = len(rows) - len(kept)
+  if long and (config.prompts.overlong == 'error' or not kept):
+    raise UserError(
+      f'{long} of {len(rows)} pairs exceed config.prompts.max_tokens + '
+      f'config.rollout.max_tokens, {budget}; the longest has {max(lengths)}\n'
+      "raise them, or leave such pairs out with config.prompts.overlong='drop'"
+    )
+  encoded = prompts_lib.from_ids(
+    [found[i].prompt for i in kept],
+    [rows[i] for i in kept],
+    model.tokenizer,
+    budget,
+  )._replace(dropped=long)
+  pool = pools.given(
+    range(len(kept)),
+    [[found[i].chosen, found[i].rejected] for i in kept],
+    [[1.0, 0.0]] * len(kept),
+    encoded.pad_id,
+  )
+  return encoded, pools.narrowed(pool)
+
+
+class RewardModeling:
+  """Bradley-Terry training as the main phase of a run; see `phase.Phase`.
+
+  Args:
+    config: the whole configuration.
+    model: the language model that the trunk begins as.
+    data: of the task.
+    key: PRNG key of the run, of which nothing is drawn.
+    folder: of the run.
+  """
+
+  keeps_reference = False
+  reference = None
+  curves = types.MappingProxyType({'eval/accuracy': 'held-out accuracy'})
+
+  def __init__(self, config, model: build.Model, data, key, folder):
+    self._config, self._model, self._folder = config, model, folder
+    self.key = key
+    self.round = Round(0, config.steps or 1)
+    self.estimator = build.reference(config)
+    self._critic = critic.separate(model.config)
+    self._encoded, self._pool = encode(config, model, data.train)
+    limit = config.evaluation.prompts or None
+    self._held_out = encode(config, model, data.held_out[:limit])
+    self._source = prompts_lib.PromptSource(
+      self._encoded, config.rounds.batch, config.seed
+    )
+    self._optimizer, self._schedule = build.optimizer(
+      config.optimizer, self.round.learning
+    )
+    self._micro = config.training.micro_prompts or config.rounds.batch
+    self._update = training.make_update(
+      reward_model_lib.forward(model.config),
+      self.estimator,
+      self._optimizer,
+      self._micro,
+      per_response=diagnostics.score_statistics(),
+    )
+
+  def begin(self, policy_params) -> training.TrainState:
+    return training.init_state(
+      {'critic': self._critic.init(policy_params)}, self._optimizer
+    )
+
+  def shapes(self, policy_params) -> training.TrainState:
+    return jax.eval_shape(self.begin, policy_params)
+
+  def start(self, state) -> list[str]:
+    del state
+    return []
+
+  def step(self, state, number: int, stop) -> Result:
+    del stop
+    start = time.perf_counter()
+    rate = float(self._schedule(int(state.updates)))
+    state, metrics = supervised.take_update(
+      self._update, self.estimator, state, self._pool, self._source, number
+    )
+    record = {
+      'loss': metrics['loss'],
+      'grad_norm': metrics['critic/grad_norm'],
+      'learning_rate': rate,
+      'skipped': metrics['skipped'],
+      'rounds/epoch': (number + 1)
+      * self._config.rounds.batch
+      / len(self._encoded.rows),
+      **{name: metrics[name] for name in diagnostics.score_statistics()},
+    }
+    return Result(state, record, {'step_time': time.perf_counter() - start})
+
+  def save(self):
+    return {}, {}
+
+  def load(self, arrays, values, steps: int) -> None:
+    del arrays, values, steps
+
+  def fingerprint(self):
+    held, _ = self._held_out
+    return {
+      'training': self._source.fingerprint(),
+      'held-out': prompts_lib.PromptSource(held, 1, 0).fingerprint(),
+    }
+
+  def evaluate(self, trainable, step: int, stop) -> Evaluation:
+    del step
+    found = calibration.examine(self._margins(trainable, stop))
+    return Evaluation(
+      {
+        'eval/accuracy': found.accuracy.mean,
+        'eval/log_loss': found.log_loss.mean,
+        'eval/calibration_error': found.error,
+        'eval/temperature': found.temperature,
+      }
+    )
+
+  def finish(self, trainable, folder: pathlib.Path) -> list[str]:
+    params = trainable['critic']
+    pretrained.save_trunk(
+      folder / 'hf',
+      self._critic.config,
+      params['trunk'],
+      params['value'],
+      tokenizer=self._model.tokenizer,
+      source=self._model.source,
+    )
+    found = calibration.examine(self._margins(trainable))
+    text = json.dumps(_plain(found), indent=1) + '\n'
+    write_atomically(folder / 'calibration.json', text)
+    _plot(folder / 'calibration.png', found)
+    return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
+
+  def describe(self) -> list[str]:
+    held, _ = self._held_out
+    return [
+      f'{len(self._encoded.rows):,} training and {len(held.rows):,} held-out '
+      f'pairs; left out as over budget: {self._encoded.dropped:,} and '
+      f'{held.dropped:,}'
+    ]
+
+  def _margins(self, trainable, stop=None) -> np.ndarray:
+    """[N] s⁺ − s⁻ of the held-out pairs, nats."""
+    encoded, pool = self._held_out
+    count, scores = len(pool.prompts), []
+    for start in range(0, count, self._micro):
+      if stop is not None:
+        stop.check()
+      # The last part is filled up, so that few shapes are compiled.
+      part = [min(i, count - 1) for i in range(start, start + self._micro)]
+      scores.append(
+        reward_model_lib.score(
+          self._model.config,
+          trainable['critic'],
+          to_prompts(prompts_lib.gather(encoded, part)),
+          pools.take(pool, part).tokens,
+          pools.take(pool, part).lengths,
+          self._micro,
+        )
+      )
+    found = np.concatenate(jax.device_get(scores))[:count].astype(np.float64)
+    return found[:, 0] - found[:, 1]
+
+
+def _plain(found: calibration.Calibration) -> dict:
+  """As JSON: NaN, of an empty bin, is null."""
+  values = found._asdict()
+  for name in ('accuracy', 'log_loss'):
+    values[name] = values[name]._asdict()
+  values['bins'] = [
+    {k: None if np.isnan(v) else v for k, v in one._asdict().items()}
+    for one in found.bins
+  ]
+  return values
+
+
+def _plot(path: pathlib.Path, found: calibration.Calibration) -> None:
+  """The reliability diagram."""
+  filled = [one for one in found.bins if one.count]
+  points = np.array([[one.confidence, one.accuracy] for one in filled]).T
+  logging.plot_curve(
+    path,
+    {
+      f'{found.count:,} held-out pairs': (points[0], points[1]),
+      'as sure as right': (np.array([0.5, 1.0]), np.array([0.5, 1.0])),
+    },
+    xlabel='confidence σ(|s⁺ − s⁻|), mean of a bin',
+    ylabel='share of pairs that are right',
+    title=f'calibration error {found.error:.3f}',
+  )
+
+
+SCRIPT = Script(check, RewardModeling)
+
+
+if __name__ == '__main__':
+  run.define_flags()
+  cli.run(lambda: run.main(SCRIPT))
