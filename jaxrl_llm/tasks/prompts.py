@@ -109,9 +109,9 @@ def encode_prompts(
     raise UserError(f'the prompt budget must be positive, not {max_tokens}.')
   if not rows:
     raise UserError('the data set has no rows: nothing to prompt with.')
-  template = _template(tokenizer, chat_template, system_prompt)
+  template = resolve_template(tokenizer, chat_template, system_prompt)
   encoded = [
-    _encode_prompt(i, row, tokenizer, template, system_prompt, suffix)
+    encode_prompt(f'row {i}', row, tokenizer, template, system_prompt, suffix)
     for i, row in enumerate(rows)
   ]
   long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
@@ -317,8 +317,12 @@ class PromptSource:
     return np.argsort(bits.random_raw(len(self._encoded.rows)), kind='stable')
 
 
-def _template(tokenizer, chat_template, system_prompt) -> str | None:
-  """The chat template to use, as text."""
+def resolve_template(tokenizer, chat_template, system_prompt) -> str | None:
+  """The chat template to use, as text; arguments as for `encode_prompts`.
+
+  Raises:
+    UserError: the tokenizer has several, or none for the system prompt.
+  """
   template = chat_template
   if chat_template == 'auto':
     template = tokenizer.chat_template
@@ -335,14 +339,24 @@ def _template(tokenizer, chat_template, system_prompt) -> str | None:
   return template
 
 
-def _encode_prompt(
-  index, row, tokenizer, template, system_prompt, suffix
+def encode_prompt(
+  where: str, row: dict, tokenizer, template, system_prompt=None, suffix=''
 ) -> list[int]:
-  """Ids of one row's prompt."""
+  """Ids of one row's prompt.
+
+  Args:
+    where: which row it is, for messages.
+    row: with a 'prompt'.
+    tokenizer, system_prompt, suffix: as for `encode_prompts`.
+    template: of `resolve_template`.
+
+  Raises:
+    UserError: the prompt is missing, empty, or not expressible.
+  """
   text = row.get('prompt')
   if not isinstance(text, str):
     raise UserError(
-      f'row {index} has no text in its column prompt; its columns are '
+      f'{where} has no text in its column prompt; its columns are '
       f'{sorted(row)}.'
     )
   text += suffix
@@ -358,10 +372,10 @@ def _encode_prompt(
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
   if not ids:
     raise UserError(
-      f'the prompt of row {index} is empty, and the tokenizer has no BOS token '
+      f'the prompt of {where} is empty, and the tokenizer has no BOS token '
       'to start from.\nRemove the row, or give every prompt a suffix.'
     )
-  _check_known(f'the prompt of row {index}', text, ids, tokenizer)
+  _check_known(f'the prompt of {where}', text, ids, tokenizer)
   return ids
 
 
@@ -398,6 +412,11 @@ def _check_known(where, text, ids, tokenizer):
     f'{where} holds characters that the tokenizer lacks: '
     f'{"".join(lost[:20])!r}.\nRemove them, or use another tokenizer.'
   )
+
+
+def derive_seed(seed: int, name: str) -> int:
+  """A seed for a stream of its own, told apart by its name."""
+  return int(_sha256(f'{seed} {name}')[:8], 16)
 
 
 def _pad_id(tokenizer) -> int:
