@@ -27,12 +27,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import build, checks, cli, held_out, runs
 from jaxrl_llm import evaluation, naming
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import write_atomically
-from jaxrl_llm.rewards import functions
+from jaxrl_llm.rewards import RewardPart, functions
 
 
 def measure(
@@ -73,14 +74,9 @@ def measure(
     UserError: settings that do not fit each other.
   """
   rewards = build.reward_parts(config)
-  weights = {part.name: part.weight for part in rewards}
-  metric = max(weights, key=weights.get) if metric is None else metric
-  if metric not in weights:
-    raise UserError(
-      f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
-    )
+  metric = choose_metric(rewards, metric)
   reader = _reader(answer, config.rewards[metric].name) if majs else None
-  data = build.dataset(config, model.tokenizer)
+  data = build.task(config, model.tokenizer)
   # The key of the evaluations during training: with equal settings the numbers
   # of the run's record come out again.
   key = jax.random.fold_in(jax.random.key(config.seed), 4)
@@ -130,6 +126,26 @@ def measure(
   }
 
 
+def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
+  """The reward function that says what is right: that of greatest weight.
+
+  Args:
+    rewards: of a configuration.
+    metric: the name of another; None for that of greatest weight.
+
+  Raises:
+    UserError: there is none of this name.
+  """
+  weights = {part.name: part.weight for part in rewards}
+  if metric is None:
+    return max(weights, key=weights.get)
+  if metric not in weights:
+    raise UserError(
+      f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
+    )
+  return metric
+
+
 def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
   """The function that reads an answer out of a response, or a UserError."""
   if answer is not None and ':' in answer:
@@ -168,22 +184,54 @@ def table(title: str, result: dict[str, Any]):
   return shown
 
 
-def define_flags() -> None:
-  """Defines the flags of this script."""
+def define_subject_flags() -> None:
+  """Defines the flags that `subject` reads, and those of sampling."""
   flags.DEFINE_string('workdir', None, 'Folder of a run.')
   flags.DEFINE_string('step', 'newest', "'newest', 'best' or a number.")
   flags.DEFINE_string('model', None, 'Hugging Face folder, with --config.')
-  flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
+  flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
+  flags.DEFINE_string('metric', None, 'Reward that says what is right.')
+  flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
+  cli.define_config_flag()
+
+
+def subject() -> tuple[ConfigDict, build.Model, str]:
+  """What --workdir or --model and --config name.
+
+  Returns:
+    Configuration, model, and what it is called.
+
+  Raises:
+    UserError: neither or both are named, or cannot be loaded.
+  """
+  values = flags.FLAGS
+  if (values.workdir is None) == (values.model is None):
+    raise UserError(
+      'name either a run with --workdir or a Hugging Face folder with --model'
+    )
+  if values.workdir is not None:
+    if values['config'].value is not None:
+      raise UserError(
+        "--workdir brings the run's own configuration: leave out --config"
+      )
+    config, model, step = runs.load(values.workdir, values.step)
+    return config, model, f'{values.workdir}, step {step}'
+  config = cli.config()
+  config.model.path = values.model
+  checks.check(config)
+  return config, build.model(config.model, config.seed), values.model
+
+
+def define_flags() -> None:
+  """Defines the flags of this script."""
+  define_subject_flags()
+  flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
   flags.DEFINE_list('maj', [], 'The k of maj@k, as 1,4,16.')
   flags.DEFINE_string('answer', None, 'What reads answers, for --maj.')
   flags.DEFINE_integer('prompts', None, 'Held-out prompts; 0 for all.', 0)
-  flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
-  flags.DEFINE_string('metric', None, 'Reward that says what is right.')
-  flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
   flags.DEFINE_string('output', None, 'JSON file for the numbers.')
-  cli.define_config_flag()
 
 
 def main() -> None:
@@ -191,10 +239,6 @@ def main() -> None:
   from rich.console import Console
 
   values = flags.FLAGS
-  if (values.workdir is None) == (values.model is None):
-    raise UserError(
-      'name either a run with --workdir or a Hugging Face folder with --model'
-    )
   ks, majs = _ks('k', values.k), _ks('maj', values.maj)
   if values.answer is not None and not majs:
     raise UserError('--answer is given but no --maj, which alone reads it')
@@ -203,19 +247,7 @@ def main() -> None:
     for name in ('samples', 'temperature', 'prompts', 'batch')
     if values[name].value is not None
   }
-  if values.workdir is not None:
-    if values['config'].value is not None:
-      raise UserError(
-        "--workdir brings the run's own configuration: leave out --config"
-      )
-    config, model, step = runs.load(values.workdir, values.step)
-    title = f'{values.workdir}, step {step}'
-  else:
-    config = cli.config()
-    config.model.path = values.model
-    checks.check(config)
-    model = build.model(config.model, config.seed)
-    title = values.model
+  config, model, title = subject()
   changes.setdefault('samples', max([config.evaluation.samples, *ks, *majs]))
   result = measure(
     config,
