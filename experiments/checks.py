@@ -264,14 +264,10 @@ def _check_hints(rollout: ConfigDict) -> None:
     return
   shares = list(rollout.hints)
   numbers = all(type(share) in (int, float) for share in shares)
-  if not numbers or not 0 < shares[0] <= shares[-1] <= 1:
+  if not numbers or shares != sorted({s for s in shares if 0 < s <= 1}):
     raise UserError(
-      f'config.rollout.hints is {rollout.hints!r}\n'
-      'give shares above 0 and at most 1, such as (0.25, 0.5, 0.75)'
-    )
-  if any(x >= y for x, y in zip(shares, shares[1:], strict=False)):
-    raise UserError(
-      f'config.rollout.hints is {rollout.hints!r}\neach must be above the last'
+      f'config.rollout.hints is {rollout.hints!r}\ngive shares above 0 and at '
+      'most 1, each above the last, such as (0.25, 0.5, 0.75)'
     )
   try:
     hints.check_template(rollout.hint_template)
