@@ -155,7 +155,14 @@ class Collection:
     return Drawn(joined._replace(rows=rows), batch, tokens, record)
 
   def _hint(self, groups: _Groups, respond, key, stop) -> dict[str, int]:
-    """Samples groups that fail again, with more and more of the solution."""
+    """Samples groups that fail again, with more and more of the solution.
+
+    hints/failed: groups that have a score and none above the threshold.
+    hints/no_solution, hints/over_budget: of them those without a solution, and
+      those whose prompt with a hint is too long.
+    hints/groups_0.25, …: groups sampled with this share.
+    hints/saved: groups in which a response succeeded with a hint.
+    """
     threshold = self._settings.hint_threshold
     first = groups.parts[0]
     scored = first.scores.valid.reshape(len(first.rows), -1).any(axis=1)
@@ -203,7 +210,13 @@ class Collection:
     return prompts_lib.gather(encoded, again)
 
   def _refill(self, groups: _Groups, respond, key, step, stop):
-    """Replaces groups without variance by groups of further prompts."""
+    """Replaces groups without variance by groups of further prompts.
+
+    refill/rounds: of sampling.
+    refill/replaced, refill/unfilled: groups without variance that were, and
+      were not, replaced.
+    refill/discarded: groups sampled that are not trained on.
+    """
     missing = np.flatnonzero(~groups.varying()).tolist()
     wanted, most = len(missing), self._settings.prompts
     good, drawn, rounds = most - wanted, most, 0

@@ -99,9 +99,14 @@ def test_the_update_reads_the_prompts_that_were_sampled_from(stepped):
     rtol=0,
     atol=1e-4,
   )
+
+
+@pytest.mark.slow
+def test_a_step_records_tools_and_tokens(stepped):
+  rl, begin, collected, _, _ = stepped
   result = rl.step(begin(), STEP)
   assert result.metrics['log_prob_difference/max'] < 1e-4
-  assert result.tokens == mask.sum() + collected.tokens
+  assert result.tokens == collected.rollouts.mask.sum() + collected.tokens
   for name, value in collected.record.items():
     assert result.metrics[name] == value
   assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
@@ -124,13 +129,16 @@ def test_rewards_and_greedy_responses_are_of_the_rows_own_prompts(stepped):
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_records_of_one_go(tmp_path):
-  config = scripts.write_config(tmp_path / 'config')
+  # The exact answer alone: most groups of the untrained model fail.
+  text = scripts.CONFIG.replace(
+    "REWARD:symbols'", "REWARD:symbols', weight=0.0"
+  )
+  config = scripts.write_config(tmp_path / 'config', text)
   flags = [
     f'--config={config}',
     '--resume',
     '--config.warm_start.steps=0',
     '--config.optimizer.decay=constant',
-    '--config.rewards.symbols.weight=0.0',
     '--config.rollout.refill=2',
     '--config.rollout.hints=(0.5,)',
     '--config.prompts.curriculum=operations',
