@@ -24,6 +24,7 @@ A reward or task that the configuration names as file.py:function is executed.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -36,9 +37,11 @@ import numpy as np
 from absl import flags
 
 from experiments import build, cli, evaluate, held_out
+from jaxrl_llm import digests
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import write_atomically
 from jaxrl_llm.logging.records import RecordFile
+from jaxrl_llm.tasks import prompts as prompts_lib
 
 
 def measure(
@@ -99,15 +102,10 @@ def measure(
     prompts=0,
     batch=batch or config.evaluation.batch,
   )
-  settings = {
+  settings = _settings(config, held, model.params) | {
     'model': title,
-    'samples': samples,
-    'temperature': temperature,
-    'max_tokens': config.rollout.max_tokens,
     'metric': metric,
     'threshold': threshold,
-    'seed': config.seed,
-    'batch': held.batch,
   }
   partial = pathlib.Path(f'{output}.partial')
   prompts = [row['prompt'] for row in held.encoded.rows]
@@ -127,6 +125,20 @@ def measure(
       records += found
   os.replace(partial, output)
   return records
+
+
+def _settings(config, held: held_out.HeldOut, params) -> dict[str, Any]:
+  """What must be equal for two measurements to give the same numbers."""
+  weights = digests.describe(digests.named_leaves(params))
+  source = prompts_lib.PromptSource(held.encoded, held.batch, config.seed)
+  return {
+    'samples': held.generation.samples,
+    'decoding': str(held.generation.decoding),
+    'max_tokens': held.generation.max_tokens,
+    'rewards': config.rewards.to_dict(),
+    'prompts': source.fingerprint(),
+    'parameters': hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
+  }
 
 
 def _rates(
@@ -176,7 +188,7 @@ def _begin(
       lines.pop()
     if lines and lines[0] != header:
       raise UserError(
-        f'{path} was begun with other settings\n'
+        f'{path} was begun with another model or other settings\n'
         'repeat its command to go on with it, or remove it'
       )
     whole = lines[1:][: len(prompts)]

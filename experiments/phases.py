@@ -239,7 +239,7 @@ class Reinforcement:
       baseline = respond(
         batch=drawn.batch,
         generation=rollouts.greedy(self.generation),
-        key=jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
+        key=self.key,  # not used
       )
     branched = self._branch(state, responses, step) if needs.branches else None
     # The keys and values have served.

@@ -102,8 +102,14 @@ def test_refusals(trained, whole, tmp_path):
   partial = tmp_path / 'rates.jsonl.partial'
   lines = path.read_bytes().splitlines(True)
   partial.write_bytes(b''.join(lines[:12]))
-  with pytest.raises(UserError, match='begun with other settings'):
-    pass_rates.measure(*trained, str(output), **SETTINGS | {'threshold': 1.0})
+  config, model = trained
+  other = jax.tree.map(lambda x: x + 1e-3, model.params)
+  for changed, changes in (
+    (model, {'threshold': 1.0}),
+    (model._replace(params=other), {}),
+  ):
+    with pytest.raises(UserError, match='begun with another model or other'):
+      pass_rates.measure(config, changed, str(output), **SETTINGS | changes)
   partial.write_bytes(b''.join([lines[0], *lines[2:13]]))
   with pytest.raises(UserError, match='of other prompts'):
     pass_rates.measure(*trained, str(output), **SETTINGS)
