@@ -124,6 +124,8 @@ def choose_prompts(config, model: build.Model, count: int) -> list[dict]:
 def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
   """The configuration of one estimator: on policy, all prompts in a batch.
 
+  Nothing chooses among prompts or groups: no hints, refilling or curriculum.
+
   Raises:
     UserError: the algorithm or the changes do not fit; names the label.
   """
@@ -132,6 +134,11 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
   built.steps, built.warm_start.steps = 0, 0
   built.training.update(epochs=1, minibatches=1)
   built.rollout.prompts = len(subject.rows)
+  plain = base.get_config()
+  for name in ('refill', 'hints', 'hint_threshold', 'hint_template'):
+    built.rollout[name] = plain.rollout[name]
+  for name in ('curriculum', 'curriculum_steps', 'curriculum_stages'):
+    built.prompts[name] = plain.prompts[name]
   changes = spec.get('rollout', {})
   try:
     if other := sorted(set(changes) - {'samples'}):

@@ -23,8 +23,8 @@ from jaxrl_llm.estimators import (
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, Workers, loading
+from jaxrl_llm.tasks import pass_rates, vocabulary
 from jaxrl_llm.tasks import prompts as prompts_lib
-from jaxrl_llm.tasks import vocabulary
 
 # Modules with the functions that `config.algorithm` may name, and with those
 # that its arguments may.
@@ -87,11 +87,32 @@ def outline(config) -> Model:
   return Model(shape, params, tokenizer, eos_ids, config.path or None)
 
 
-def dataset(config, tokenizer) -> data.Data:
-  """The data set that `config.task` names."""
+def task(config, tokenizer) -> data.Data:
+  """The data set that `config.task` names, whole."""
   return naming.call(
     data, config.task.to_dict(), 'config.task', tokenizer=tokenizer
   )
+
+
+def dataset(config, tokenizer) -> data.Data:
+  """The data set of a training: `task` with what `config.prompts` leaves.
+
+  Raises:
+    UserError: the file of pass rates lacks prompts, or leaves none.
+  """
+  whole, settings = task(config, tokenizer), config.prompts
+  if not settings.pass_rates:
+    return whole
+  low, high = settings.min_pass_rate, settings.max_pass_rate
+  rates = pass_rates.read(settings.pass_rates)
+  chosen = pass_rates.choose(whole.train, rates, low, high)
+  note = (
+    f'{settings.pass_rates}: {len(chosen.rows):,} of {len(whole.train):,} '
+    f'training prompts have a pass rate within [{low:g}, {high:g}]; left out '
+    f'{chosen.below:,} below, {chosen.above:,} above, {chosen.unrated:,} '
+    'without a rate'
+  )
+  return whole._replace(train=chosen.rows, notes=(*whole.notes, note))
 
 
 def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:

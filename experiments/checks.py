@@ -11,6 +11,7 @@ from experiments.configs import base
 from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs
+from jaxrl_llm.tasks import hints
 
 # Sections whose fields are arguments of the function that they name.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
@@ -20,9 +21,12 @@ _LEAST = {
   'steps': 0,
   'tokens': 0,
   'prompts.max_tokens': 1,
+  'prompts.curriculum_steps': 0,
+  'prompts.curriculum_stages': 2,
   'rollout.prompts': 1,
   'rollout.samples': 1,
   'rollout.max_tokens': 1,
+  'rollout.refill': 0,
   'training.epochs': 1,
   'training.minibatches': 1,
   'training.micro_prompts': 0,
@@ -58,6 +62,7 @@ def check(config: ConfigDict) -> None:
   _check_critic(config, needs.critic)
   _check_schedules(config, needs.critic)
   _check_on_policy(config, needs)
+  _check_regrouping(config, needs)
   prompts, settings = config.rollout.prompts, config.training
   check_divides(settings.minibatches, prompts, 'config.training.minibatches')
   minibatch = prompts // settings.minibatches
@@ -93,6 +98,8 @@ def check_fields(config: ConfigDict) -> None:
         f'config.{name} is {fields[name]}\nit must be at least {least}'
       )
   _check_numbers(config)
+  _check_prompts(config.prompts)
+  _check_hints(config.rollout)
 
 
 def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
@@ -104,6 +111,8 @@ def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
     int: (f'an integer, such as {default!r}', (int,)),
     float: (f'a number, such as {default!r}', (float, int)),
     str: (f'a text, such as {default!r}', (str,)),
+    # JSON has lists alone.
+    tuple: ('a tuple of numbers, such as (0.25, 0.5)', (tuple, list)),
   }
   return kinds[type(default)]
 
@@ -233,6 +242,80 @@ def _check_on_policy(config: ConfigDict, needs: Needs) -> None:
       f'{updates} updates\n'
       'set config.training.epochs and minibatches to 1, or use a clipped recipe'
     )
+
+
+def _check_regrouping(config: ConfigDict, needs: Needs) -> None:
+  """Refuses data tools that the estimator's rollouts leave no room for."""
+  rollout = config.rollout
+  name = 'refill' if rollout.refill else 'hints'
+  if not rollout[name]:
+    return
+  if needs.branches:
+    raise UserError(
+      f'config.rollout.{name} replaces groups of responses, but '
+      f'{config.algorithm.name} goes on from their keys and values\n'
+      f'remove {name}, or use an algorithm without branches'
+    )
+  if rollout.refill and rollout.samples < 2:
+    raise UserError(
+      'config.rollout.refill asks for groups whose rewards differ, but '
+      'config.rollout.samples is 1\nset samples to 2 or more, or refill to 0'
+    )
+
+
+def _check_prompts(settings: ConfigDict) -> None:
+  """Refuses filter and curriculum that cannot be, or that nothing reads."""
+  low, high = settings.min_pass_rate, settings.max_pass_rate
+  if not 0 <= low <= high <= 1:
+    raise UserError(
+      f'config.prompts.min_pass_rate is {low}, max_pass_rate {high}\n'
+      'they must be in order and from 0 to 1'
+    )
+  parts = {
+    'pass_rates': ('min_pass_rate', 'max_pass_rate'),
+    'curriculum': ('curriculum_steps', 'curriculum_stages'),
+  }
+  for name, others in parts.items():
+    if not settings[name]:
+      _check_unset('prompts', name, others, settings)
+  steps, stages = settings.curriculum_steps, settings.curriculum_stages
+  if settings.curriculum and stages > steps + 1:
+    raise UserError(
+      f'config.prompts.curriculum_steps is {steps}, too few for '
+      f'{stages} stages\nset it to {stages - 1} or more'
+    )
+
+
+def _check_hints(rollout: ConfigDict) -> None:
+  if not rollout.hints:
+    names = 'hint_threshold', 'hint_template'
+    _check_unset('rollout', 'hints', names, rollout)
+    return
+  shares = list(rollout.hints)
+  numbers = all(type(share) in (int, float) for share in shares)
+  if not numbers or shares != sorted({s for s in shares if 0 < s <= 1}):
+    raise UserError(
+      f'config.rollout.hints is {rollout.hints!r}\ngive shares above 0 and at '
+      'most 1, each above the last, such as (0.25, 0.5, 0.75)'
+    )
+  try:
+    hints.check_template(rollout.hint_template)
+  except UserError as error:
+    raise UserError(f'config.rollout.hint_template: {error}') from error
+
+
+def _check_unset(
+  section: str, name: str, others: tuple[str, ...], settings: ConfigDict
+) -> None:
+  """Refuses settings of a tool that is off."""
+  defaults = base.get_config()[section]
+  for other in others:
+    if settings[other] != defaults[other]:
+      raise UserError(
+        f'config.{section}.{other} is {settings[other]!r}, but '
+        f'config.{section}.{name} is not set, without which nothing reads it\n'
+        f'set {name}, or remove {other}'
+      )
 
 
 def leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:

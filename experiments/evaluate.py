@@ -36,6 +36,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import build, checks, cli, held_out, runs
 from experiments.failures import failure_counts, failure_messages
@@ -99,10 +100,10 @@ def measure(
     UserError: settings that do not fit each other.
   """
   rewards = build.reward_parts(config)
-  metric = _metric(rewards, metric)
+  metric = choose_metric(rewards, metric)
   _check_judge(rewards, metric, judge, best_of)
   reader = _reader(answer, config.rewards[metric].name) if majs else None
-  data = build.dataset(config, model.tokenizer)
+  data = build.task(config, model.tokenizer)
   # The key of the evaluations during training: with equal settings the numbers
   # of the run's record come out again.
   key = jax.random.fold_in(jax.random.key(config.seed), 4)
@@ -151,10 +152,19 @@ def measure(
   }
 
 
-def _metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
-  """The reward that says what is right, or a UserError."""
+def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
+  """The reward function that says what is right: that of greatest weight.
+
+  Args:
+    rewards: of a configuration.
+    metric: the name of another; None for that of greatest weight.
+
+  Raises:
+    UserError: there is none of this name.
+  """
   weights = {part.name: part.weight for part in rewards}
-  metric = max(weights, key=weights.get) if metric is None else metric
+  if metric is None:
+    return max(weights, key=weights.get)
   if metric not in weights:
     raise UserError(
       f'--metric is {metric!r}\nthe rewards are {", ".join(weights)}'
@@ -311,13 +321,49 @@ def table(title: str, result: dict[str, Any]):
   return shown
 
 
-def define_flags() -> None:
-  """Defines the flags of this script."""
+def define_subject_flags() -> None:
+  """Defines the flags that `subject` reads, and those of sampling."""
   flags.DEFINE_string('workdir', None, 'Folder of a run.')
   flags.DEFINE_string('step', 'newest', "'newest', 'best' or a number.")
   flags.DEFINE_string('model', None, 'Hugging Face folder, with --config.')
-  flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
+  flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
+  flags.DEFINE_string('metric', None, 'Reward that says what is right.')
+  flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
+  cli.define_config_flag()
+
+
+def subject() -> tuple[ConfigDict, build.Model, str]:
+  """What --workdir or --model and --config name.
+
+  Returns:
+    Configuration, model, and what it is called.
+
+  Raises:
+    UserError: neither or both are named, or cannot be loaded.
+  """
+  values = flags.FLAGS
+  if (values.workdir is None) == (values.model is None):
+    raise UserError(
+      'name either a run with --workdir or a Hugging Face folder with --model'
+    )
+  if values.workdir is not None:
+    if values['config'].value is not None:
+      raise UserError(
+        "--workdir brings the run's own configuration: leave out --config"
+      )
+    config, model, step = runs.load(values.workdir, values.step)
+    return config, model, f'{values.workdir}, step {step}'
+  config = cli.config()
+  config.model.path = values.model
+  checks.check(config)
+  return config, build.model(config.model, config.seed), values.model
+
+
+def define_flags() -> None:
+  """Defines the flags of this script."""
+  define_subject_flags()
+  flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
   flags.DEFINE_list('maj', [], 'The k of maj@k, as 1,4,16.')
   flags.DEFINE_string('answer', None, 'What reads answers, for --maj.')
@@ -325,11 +371,7 @@ def define_flags() -> None:
   flags.DEFINE_string('judge', None, 'Reward that chooses, for --best_of.')
   flags.DEFINE_bool('greedy', False, 'Greedy accuracy beside that of samples.')
   flags.DEFINE_integer('prompts', None, 'Held-out prompts; 0 for all.', 0)
-  flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
-  flags.DEFINE_string('metric', None, 'Reward that says what is right.')
-  flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
   flags.DEFINE_string('output', None, 'JSON file for the numbers.')
-  cli.define_config_flag()
 
 
 def main() -> None:
@@ -337,10 +379,6 @@ def main() -> None:
   from rich.console import Console
 
   values = flags.FLAGS
-  if (values.workdir is None) == (values.model is None):
-    raise UserError(
-      'name either a run with --workdir or a Hugging Face folder with --model'
-    )
   ks, majs = _ks('k', values.k), _ks('maj', values.maj)
   best_of = _ks('best_of', values.best_of)
   if values.answer is not None and not majs:
@@ -350,19 +388,7 @@ def main() -> None:
     for name in ('samples', 'temperature', 'prompts', 'batch')
     if values[name].value is not None
   }
-  if values.workdir is not None:
-    if values['config'].value is not None:
-      raise UserError(
-        "--workdir brings the run's own configuration: leave out --config"
-      )
-    config, model, step = runs.load(values.workdir, values.step)
-    title = f'{values.workdir}, step {step}'
-  else:
-    config = cli.config()
-    config.model.path = values.model
-    checks.check(config)
-    model = build.model(config.model, config.seed)
-    title = values.model
+  config, model, title = subject()
   least = max([config.evaluation.samples, *ks, *majs, *best_of])
   changes.setdefault('samples', least)
   result = measure(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, critics
+from experiments.collection import Collection
 from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.learner import Learner
 from experiments.phase import Result
@@ -30,7 +31,6 @@ from jaxrl_llm import (
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.kept import KeptValues
 from jaxrl_llm.rewards.failures import Failures
-from jaxrl_llm.tasks import prompts as prompts_lib
 
 
 class Collected(NamedTuple):
@@ -40,8 +40,9 @@ class Collected(NamedTuple):
     responses: to the step's prompts.
     rollouts: of them, with everything that the estimator needs.
     timings: seconds.
-    tokens: generated beside the responses: greedy ones, branches.
-    record: numbers of the branches.
+    tokens: generated beside the responses: greedy ones, branches, groups that
+      hints or refilling replaced.
+    record: numbers of data tools and branches.
     own: the rollouts' rows that are responses, without branches.
     failures: of rewards in worker processes, by name in the record.
   """
@@ -79,16 +80,14 @@ class Reinforcement:
     self.key = key
     encoded = build.encode(config, rows, model.tokenizer)
     self.dropped = encoded.dropped
-    rollout = config.rollout
-    self.source = prompts_lib.PromptSource(
-      encoded, rollout.prompts, config.seed
-    )
+    self._collection = Collection(config, encoded, model.tokenizer)
+    self.source = self._collection.source
     self.generation = build.generation(
       config,
       model,
       encoded.pad_id,
-      samples=rollout.samples,
-      temperature=rollout.temperature,
+      samples=config.rollout.samples,
+      temperature=config.rollout.temperature,
     )
     self.rewards = build.reward_parts(config)
     self._told = set()
@@ -123,18 +122,29 @@ class Reinforcement:
       rollouts.respond,
       self._model.config,
       state.trainable['policy'],
-      self.source.batch(step),
       tokenizer=self._model.tokenizer,
       rewards=self.rewards,
-      key=jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
     )
     needs = self.estimator.needs
-    responses = respond(
-      generation=self.generation, keep_cache=needs.branches is not None
+    drawn = self._collection.draw(
+      functools.partial(
+        respond,
+        generation=self.generation,
+        keep_cache=needs.branches is not None,
+      ),
+      self.key,
+      step,
+      stop,
     )
+    responses, extra, record = drawn.responses, drawn.tokens, drawn.record
     baseline = None
     if needs.greedy:
-      baseline = respond(generation=rollouts.greedy(self.generation))
+      # Of the prompts that are trained on, hints included.
+      baseline = respond(
+        batch=drawn.batch,
+        generation=rollouts.greedy(self.generation),
+        key=self.key,  # not used
+      )
     branched = self._branch(state, responses, step) if needs.branches else None
     # The keys and values have served.
     responses = responses._replace(cache=None)
@@ -143,7 +153,6 @@ class Reinforcement:
       stop.check()
     complete = functools.partial(self._complete, state)
     own = data = complete(responses, needs, baseline, rescore=self.rescore)
-    extra, record = 0, {}
     if branched is not None:
       asked = branch_values.row_needs(needs)
       # Of branches that are values alone only a KL reads log-probabilities.
@@ -165,7 +174,7 @@ class Reinforcement:
             self.kept, responses.prompts, data, branched.forks, step
           )
       extra += branched.tokens
-      record = branched.statistics
+      record = record | branched.statistics
     if baseline is not None:
       extra += int(np.asarray(baseline.samples.mask).sum())
     times = {'rollout_time': times[1] - times[0]}

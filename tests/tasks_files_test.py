@@ -142,8 +142,8 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
 def test_math_gives_problem_and_answer(tmp_path):
   train = [
     {'problem': 'p', 'answer': '\\frac12', 'level': 'Level 1'},
-    {'problem': 'q', 'answer': None},
-    {'problem': 'r', 'answer': ''},
+    {'problem': 'q', 'answer': None, 'difficulty': 4.0},
+    {'problem': 'r', 'answer': '', 'level': 'Level ?'},
   ]
   write(tmp_path / 'train.json', json.dumps(train))
   solution = 'As \\boxed{1}, it is $\\boxed{\\frac{1}{2}}$.'
@@ -151,8 +151,8 @@ def test_math_gives_problem_and_answer(tmp_path):
     tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'solution': solution})
   )
   assert files.math(tmp_path, 'train') == [
-    {'prompt': 'p', 'answer': '\\frac12'},
-    {'prompt': 'q', 'answer': None},
+    {'prompt': 'p', 'answer': '\\frac12', 'difficulty': 1},
+    {'prompt': 'q', 'answer': None, 'difficulty': 4},
     {'prompt': 'r', 'answer': None},
   ]
   assert files.math(tmp_path, 'test') == [

@@ -71,6 +71,18 @@ def get_config() -> ConfigDict:
         suffix='',
         chat_template='auto',  # where the tokenizer has one; '' never
         system_prompt='',
+        # Data tools (docs/data_tools.md), of the training prompts of RL.
+        # File of experiments.pass_rates: only prompts whose measured rate lies
+        # within the bounds stay, with it in the column pass_rate; '' keeps all.
+        pass_rates='',
+        min_pass_rate=0.0,
+        max_pass_rate=1.0,
+        # Easy prompts first: a column of numbers, least first ('-pass_rate':
+        # greatest first).  The share that is drawn from grows in equal stages,
+        # to all prompts from step curriculum_steps on.
+        curriculum='',
+        curriculum_steps=0,
+        curriculum_stages=10,
       ),
       # name → dict(name=function of jaxrl_llm.rewards.functions or .code, or
       # 'file.py:function' or 'module:function', weight=1.0, other arguments of
@@ -86,6 +98,17 @@ def get_config() -> ConfigDict:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        # Data tools (docs/data_tools.md).  Groups whose rewards are all equal
+        # are replaced by groups of further prompts (DAPO), which are sampled
+        # in at most so many more rounds; 0: never.
+        refill=0,
+        # A group whose rewards are all at most the threshold is sampled again
+        # with so much of its row's solution, of its tokens, until a response
+        # succeeds (GHPO), such as (0.25, 0.5, 0.75).  prompts.max_tokens is for
+        # prompt and hint.  '{prompt}' includes the suffix.
+        hints=(),
+        hint_threshold=0.0,
+        hint_template='{prompt}{hint}',
         # The trainer recomputes log-probabilities if the sampler's differ by
         # more at the start, in nats.
         log_prob_tolerance=1e-5,

@@ -143,8 +143,9 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
 
   Returns:
     Rows of prompt (the problem), answer (its LaTeX; None where there is none,
-    as in four rows of one published train.json) and, where the source has it,
-    solution (the whole text, with the answer in `\boxed{…}`).
+    as in four rows of one published train.json) and, where the source has
+    them, solution (the whole text, with the answer in `\boxed{…}`) and
+    difficulty (1, easy, to 5; of a few training problems 0).
   """
   if split not in _MATH:
     raise UserError(f'MATH has the splits {", ".join(_MATH)}, not {split!r}.')
@@ -159,6 +160,10 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
     if 'answer' not in row and 'solution' not in row:
       raise UserError(f'{source}: row {i} has neither answer nor solution.')
     kept = {'solution': row['solution']} if 'solution' in row else {}
+    # One published file has numbers, the others 'Level 5' or 5.
+    level = str(row.get('difficulty', row.get('level'))).removeprefix('Level ')
+    if level.removesuffix('.0').isdecimal():
+      kept['difficulty'] = int(level.removesuffix('.0'))
     answer = row.get('answer')
     if answer in (None, ''):
       answer = answers.last_boxed(str(kept.get('solution')))

@@ -111,7 +111,7 @@ def encode_prompts(
     raise UserError('the data set has no rows: nothing to prompt with.')
   template = template_text(tokenizer, chat_template, system_prompt)
   encoded = [
-    _encode_prompt(i, row, tokenizer, template, system_prompt, suffix)
+    encode_prompt(f'row {i}', row, tokenizer, template, system_prompt, suffix)
     for i, row in enumerate(rows)
   ]
   long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
@@ -375,14 +375,24 @@ def template_text(
   return template
 
 
-def _encode_prompt(
-  index, row, tokenizer, template, system_prompt, suffix
+def encode_prompt(
+  where: str, row: dict, tokenizer, template, system_prompt=None, suffix=''
 ) -> list[int]:
-  """Ids of one row's prompt."""
+  """Ids of one row's prompt.
+
+  Args:
+    where: which row it is, for messages.
+    row: with a 'prompt'.
+    tokenizer, system_prompt, suffix: as for `encode_prompts`.
+    template: of `template_text`.
+
+  Raises:
+    UserError: the prompt is missing, empty, or not expressible.
+  """
   text = row.get('prompt')
   if not isinstance(text, str):
     raise UserError(
-      f'row {index} has no text in its column prompt; its columns are '
+      f'{where} has no text in its column prompt; its columns are '
       f'{sorted(row)}.'
     )
   text += suffix
@@ -398,10 +408,10 @@ def _encode_prompt(
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
   if not ids:
     raise UserError(
-      f'the prompt of row {index} is empty, and the tokenizer has no BOS token '
+      f'the prompt of {where} is empty, and the tokenizer has no BOS token '
       'to start from.\nRemove the row, or give every prompt a suffix.'
     )
-  check_known(f'the prompt of row {index}', text, ids, tokenizer)
+  check_known(f'the prompt of {where}', text, ids, tokenizer)
   return ids
 
 
@@ -440,6 +450,11 @@ def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
     f'{where} holds characters that the tokenizer lacks: '
     f'{"".join(lost[:20])!r}.\nRemove them, or use another tokenizer.'
   )
+
+
+def derive_seed(seed: int, name: str) -> int:
+  """A seed for a stream of its own, told apart by its name."""
+  return int(_sha256(f'{seed} {name}')[:8], 16)
 
 
 def _pad_id(tokenizer) -> int:

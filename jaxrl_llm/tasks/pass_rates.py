@@ -1,0 +1,132 @@
+"""Prompts chosen by how often a model's responses to them were right.
+
+A file of rates has a JSON object per line:
+
+  {"prompt": "3+5*2-4=", "pass_rate": 0.625, "samples": 8}
+
+A rate is None (null) where nothing is known.  A line with "settings", which
+says how the rates were measured, is no prompt's.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import files
+
+COLUMN = 'pass_rate'
+
+
+class Chosen(NamedTuple):
+  """Rows within the bounds, and how many were not.
+
+  Attributes:
+    rows: as they were, with their rate in the column `pass_rate`.
+    below, above: number of rows with a lower, with a higher rate.
+    unrated: number of rows whose rate is None.
+  """
+
+  rows: list[dict]
+  below: int
+  above: int
+  unrated: int
+
+
+def read(path: str) -> dict[str, float | None]:
+  """Rates by prompt; a prompt's that occurs more than once are averaged.
+
+  Each counts as often as it has samples.
+
+  Raises:
+    UserError: the file is missing, or a line is no record; names the line.
+  """
+  sums = {}
+  # Not splitlines: JSON strings may hold U+2028, which it takes for a line end.
+  lines = files.read_text(pathlib.Path(path)).split('\n')
+  for number, line in enumerate(lines, 1):
+    record = _record(line, f'{path}, line {number}') if line.strip() else None
+    if record is None:
+      continue
+    prompt, rate, samples = record
+    total, count = sums.get(prompt, (0.0, 0))
+    if rate is not None:
+      total, count = total + rate * samples, count + samples
+    sums[prompt] = total, count
+  return {
+    prompt: total / count if count else None
+    for prompt, (total, count) in sums.items()
+  }
+
+
+def choose(
+  rows: Sequence[dict],
+  rates: Mapping[str, float | None],
+  low: float = 0.0,
+  high: float = 1.0,
+) -> Chosen:
+  """The rows whose rate lies within [low, high].
+
+  Raises:
+    UserError: a row's prompt has no record, a row has a column `pass_rate` of
+      its own, or no row is left.
+  """
+  missing = [row for row in rows if row['prompt'] not in rates]
+  if missing:
+    raise UserError(
+      f'{len(missing)} of {len(rows)} training prompts have no record of their '
+      f'pass rate; the first is {missing[0]["prompt"]!r:.60}\n'
+      'measure them with experiments.pass_rates'
+    )
+  own = sum(COLUMN in row for row in rows)
+  if own:
+    raise UserError(
+      f'{own} rows have a column {COLUMN!r} of their own\nrename it'
+    )
+  found = [rates[row['prompt']] for row in rows]
+  known = [rate for rate in found if rate is not None]
+  chosen = Chosen(
+    rows=[
+      row | {COLUMN: rate}
+      for row, rate in zip(rows, found, strict=True)
+      if rate is not None and low <= rate <= high
+    ],
+    below=sum(rate < low for rate in known),
+    above=sum(rate > high for rate in known),
+    unrated=len(found) - len(known),
+  )
+  if not chosen.rows:
+    raise UserError(
+      f'no training prompt has a pass rate within [{low:g}, {high:g}]: '
+      f'{chosen.below} are below, {chosen.above} above, {chosen.unrated} '
+      'without\nwiden the bounds'
+    )
+  return chosen
+
+
+def _record(line: str, where: str) -> tuple[str, float | None, int] | None:
+  """(prompt, rate, samples) of a line; None for settings."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{where}: this is not JSON: {error}.') from error
+  if isinstance(record, dict) and 'settings' in record:
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
+    raise UserError(f'{where}: this is no record with a prompt: {line:.60}')
+  rate, samples = record.get(COLUMN), record.get('samples')
+  if rate is None and COLUMN in record:
+    return record['prompt'], None, 0
+  if not _is_rate(rate) or type(samples) is not int or samples < 1:
+    raise UserError(
+      f'{where}: {COLUMN} is {rate!r} of {samples!r} samples\n'
+      'give a number from 0 to 1 and how many responses it is of'
+    )
+  return record['prompt'], float(rate), samples
+
+
+def _is_rate(rate) -> bool:
+  number = isinstance(rate, int | float) and not isinstance(rate, bool)
+  return number and math.isfinite(rate) and 0 <= rate <= 1
