@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, checks, critics, phases, runs
+from experiments import build, checks, critics, reinforcement, runs
 from experiments.configs import base
 from jaxrl_llm import audit, estimators, policy, rollouts, training
 from jaxrl_llm.batches import split_prompts
@@ -163,12 +163,12 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
 
 def begin(
   subject: Subject, config: ConfigDict, label: str
-) -> tuple[phases.Reinforcement, training.TrainState]:
+) -> tuple[reinforcement.Reinforcement, training.TrainState]:
   """The phase that trains with an estimator, and its first state."""
   key = jax.random.fold_in(
     jax.random.key(config.seed), zlib.crc32(label.encode())
   )
-  rl = phases.Reinforcement(config, subject.model, subject.rows, key)
+  rl = reinforcement.Reinforcement(config, subject.model, subject.rows, key)
   rl.reference = subject.reference
   if rl.reference is None:
     rl.reference = subject.model.params

@@ -21,6 +21,7 @@ from jaxrl_llm import regroup
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import Responses
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 from jaxrl_llm.tasks.curriculum import Curriculum
 from jaxrl_llm.tasks.hints import Hints, has_solution
 
@@ -94,7 +95,7 @@ class Collection:
       self._further = prompt_source(
         config,
         encoded,
-        prompts_lib.derive_seed(config.seed, 'refill'),
+        sources.derive_seed(config.seed, 'refill'),
         config.rollout.refill,
       )
     self._hints = None
@@ -249,7 +250,7 @@ def prompt_source(
   encoded: prompts_lib.EncodedPrompts,
   seed: int,
   batches_per_step: int = 1,
-) -> prompts_lib.PromptSource | Curriculum:
+) -> sources.PromptSource | Curriculum:
   """The order of prompts that `config.prompts` asks for.
 
   Args:
@@ -260,7 +261,7 @@ def prompt_source(
   """
   settings, count = config.prompts, config.rollout.prompts
   if not settings.curriculum:
-    return prompts_lib.PromptSource(encoded, count, seed)
+    return sources.PromptSource(encoded, count, seed)
   return Curriculum(
     encoded,
     settings.curriculum,

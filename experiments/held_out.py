@@ -14,6 +14,7 @@ from jaxrl_llm.logging import Sample
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.rewards.failures import Failures, merge
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 
 
 class HeldOut(NamedTuple):
@@ -41,7 +42,7 @@ class HeldOut(NamedTuple):
 
   def fingerprint(self) -> dict[str, Any]:
     """What must be equal for the numbers to be of the same prompts."""
-    return prompts_lib.PromptSource(self.encoded, 1, 0).fingerprint()
+    return sources.PromptSource(self.encoded, 1, 0).fingerprint()
 
 
 def build_held_out(

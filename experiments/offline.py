@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, held_out, phases, runs, supervised
+from experiments import build, held_out, reinforcement, runs, supervised
 from experiments.course import Round
 from experiments.data import Data
 from experiments.failures import failure_counts, failure_messages, of_step
@@ -23,6 +23,7 @@ from experiments.phase import Evaluation, Result
 from jaxrl_llm import estimators, pools, rollouts, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 
 
 class Given(NamedTuple):
@@ -92,7 +93,7 @@ class Offline:
     self._given = None
     if self.round.sampling:
       self._encoded = build.encode(config, data.train, model.tokenizer)
-      self._sampling = prompts_lib.PromptSource(
+      self._sampling = sources.PromptSource(
         self._encoded, config.rollout.prompts, config.seed
       )
       self._generation = build.generation(
@@ -175,7 +176,7 @@ class Offline:
     del arrays, values, steps  # a round's files are read when it is learned
 
   def fingerprint(self):
-    prompts = prompts_lib.PromptSource(self._encoded, 1, self._config.seed)
+    prompts = sources.PromptSource(self._encoded, 1, self._config.seed)
     return {
       'training': prompts.fingerprint(),
       'held-out': self._held_out.fingerprint(),
@@ -266,7 +267,7 @@ class Offline:
     if self.estimator.needs.reference:
       pool = self._scored(params, Given(self._encoded, pool))
     pools.save(self._file(number), pool)
-    metrics = phases.reward_metrics(responses, data)
+    metrics = reinforcement.reward_metrics(responses, data)
     metrics['rounds/chosen'] = len(groups)
     failures = of_step(responses)
     metrics |= failure_counts(failures)
@@ -285,10 +286,10 @@ class Offline:
       return np.ones(data.mask.shape[:2], bool)
     return np.asarray(self.estimator.prepare(data).valid)[..., 0]
 
-  def _open(self, turn: int) -> tuple[pools.Pool, prompts_lib.PromptSource]:
+  def _open(self, turn: int) -> tuple[pools.Pool, sources.PromptSource]:
     """What a round learns from, and the order of it."""
     pool, encoded = self._pool(turn)
-    source = prompts_lib.PromptSource(
+    source = sources.PromptSource(
       prompts_lib.take(encoded, pool.prompts),
       self._config.rounds.batch,
       self._config.seed + turn,

@@ -41,7 +41,7 @@ from jaxrl_llm import digests
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import write_atomically
 from jaxrl_llm.logging.records import RecordFile
-from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 
 
 def measure(
@@ -130,7 +130,7 @@ def measure(
 def _settings(config, held: held_out.HeldOut, params) -> dict[str, Any]:
   """What must be equal for two measurements to give the same numbers."""
   weights = digests.describe(digests.named_leaves(params))
-  source = prompts_lib.PromptSource(held.encoded, held.batch, config.seed)
+  source = sources.PromptSource(held.encoded, held.batch, config.seed)
   return {
     'samples': held.generation.samples,
     'decoding': str(held.generation.decoding),

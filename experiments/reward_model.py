@@ -45,6 +45,7 @@ from jaxrl_llm.models import pretrained
 from jaxrl_llm.rollouts import to_prompts
 from jaxrl_llm.tasks import pairs as pairs_lib
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 
 
 def check(config) -> None:
@@ -131,7 +132,7 @@ class RewardModeling:
     self._encoded, self._pool = encode(config, model, data.train)
     limit = config.evaluation.prompts or None
     self._held_out = encode(config, model, data.held_out[:limit])
-    self._source = prompts_lib.PromptSource(
+    self._source = sources.PromptSource(
       self._encoded, config.rounds.batch, config.seed
     )
     self._optimizer, self._schedule = build.optimizer(
@@ -187,7 +188,7 @@ class RewardModeling:
     held, _ = self._held_out
     return {
       'training': self._source.fingerprint(),
-      'held-out': prompts_lib.PromptSource(held, 1, 0).fingerprint(),
+      'held-out': sources.PromptSource(held, 1, 0).fingerprint(),
     }
 
   def evaluate(self, trainable, step: int, stop) -> Evaluation:

@@ -17,6 +17,7 @@ from jaxrl_llm import estimators, policy, pools, rollouts, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 
 
 def decoding(model: build.Model) -> policy.Decoding:
@@ -85,7 +86,7 @@ def take_update(
   estimator: estimators.Estimator,
   state: training.TrainState,
   pool: pools.Pool,
-  source: prompts_lib.PromptSource,
+  source: sources.PromptSource,
   number: int,
 ) -> tuple[training.TrainState, dict[str, Any]]:
   """One update on the groups that a source over a pool's prompts chooses.
@@ -157,7 +158,7 @@ class WarmStart:
     if not self.steps:
       return
     encoded, self._pool = demonstrations(config, model, rows)
-    self.source = prompts_lib.PromptSource(encoded, settings.batch, config.seed)
+    self.source = sources.PromptSource(encoded, settings.batch, config.seed)
     self._estimator = estimators.sft()
     self._update = training.make_update(
       training.policy_forward(

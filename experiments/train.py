@@ -14,7 +14,7 @@ import numpy as np
 from experiments import build, checks, cli, critics, held_out, run, runs
 from experiments.course import Round
 from experiments.phase import Evaluation, Script
-from experiments.phases import Reinforcement
+from experiments.reinforcement import Reinforcement
 from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
 

@@ -11,6 +11,7 @@ from jaxrl_llm import policy, rollouts, sampling
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
 from jaxrl_llm.tasks.vocabulary import character_tokenizer
 
 TOKENIZER = character_tokenizer('0123456789+=')
@@ -90,8 +91,8 @@ def varies(call, group):
 
 def oracle(recorder, encoded, most, step):
   """Chosen groups as (call, group), and places left without variance."""
-  seed = prompts_lib.derive_seed(base.get_config().seed, 'refill')
-  further = prompts_lib.PromptSource(encoded, PROMPTS, seed)
+  seed = sources.derive_seed(base.get_config().seed, 'refill')
+  further = sources.PromptSource(encoded, PROMPTS, seed)
   first, *rounds = recorder.calls
   chosen = [(0, group) for group in range(PROMPTS)]
   missing = [group for group in range(PROMPTS) if not varies(first, group)]

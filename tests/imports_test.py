@@ -52,7 +52,7 @@ def own(name):
 
 
 def test_the_walk_sees_the_package():
-  assert 'jaxrl_llm.estimators' in GRAPH['experiments.phases']
+  assert 'jaxrl_llm.estimators' in GRAPH['experiments.reinforcement']
   assert 'jaxrl_llm.policy' in GRAPH['jaxrl_llm.sampling']
   assert 'jax.numpy' in GRAPH['jaxrl_llm.estimators.weights']
   assert len(FILES) > 40

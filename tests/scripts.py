@@ -22,7 +22,7 @@ _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(
   [
     'experiments.runs',
-    'experiments.phases',
+    'experiments.reinforcement',
     'experiments.held_out',
     'matplotlib.pyplot',
     'tensorboardX',

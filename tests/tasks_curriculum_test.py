@@ -5,7 +5,7 @@ import collections
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import prompts
+from jaxrl_llm.tasks import prompts, sources
 from jaxrl_llm.tasks.curriculum import Curriculum
 from jaxrl_llm.tasks.vocabulary import character_tokenizer
 
@@ -55,7 +55,7 @@ def test_a_batch_is_a_function_of_seed_and_number():
   other = make(seed=4)
   assert found != [other.indices(n) for n in numbers]
   # Stages do not repeat each other's order, nor that of no curriculum.
-  plain = prompts.PromptSource(
+  plain = sources.PromptSource(
     prompts.encode_prompts(ROWS, character_tokenizer('0123456789'), 3), 4, 3
   )
   assert one.indices(30) != plain.indices(0)

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import prompts
+from jaxrl_llm.tasks import prompts, sources
 from jaxrl_llm.tasks.vocabulary import character_tokenizer
 
 # The shape of Qwen's template, with a leading BOS as Llama's has.
@@ -49,7 +49,7 @@ def rows_of(*texts):
 def source(count, size, seed=0, **kwargs):
   rows = rows_of(*(str(10**6 + i) for i in range(count)))
   encoded = prompts.encode_prompts(rows, digits(), 7)
-  return prompts.PromptSource(encoded, size, seed, **kwargs)
+  return sources.PromptSource(encoded, size, seed, **kwargs)
 
 
 def test_a_bos_that_the_tokenizer_prepends_occurs_once(stories):
@@ -244,7 +244,7 @@ def test_the_fingerprint_changes_with_whatever_changes_a_batch():
     encoded = prompts.encode_prompts(
       rows_of(*texts), character_tokenizer(alphabet), 99, **kwargs
     )
-    return json.dumps(prompts.PromptSource(encoded, size, seed).fingerprint())
+    return json.dumps(sources.PromptSource(encoded, size, seed).fingerprint())
 
   base = fingerprint()
   assert base == fingerprint()

@@ -7,12 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.prompts import (
-  EncodedPrompts,
-  PromptBatch,
-  PromptSource,
-  derive_seed,
-)
+from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch
+from jaxrl_llm.tasks.sources import PromptSource, derive_seed
 
 
 class Curriculum:

@@ -7,7 +7,7 @@ functions may ask for.  All lengths are in tokens.
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -276,81 +276,6 @@ def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
   }
 
 
-class PromptSource:
-  """An endless, seeded order over a data set that keeps no state.
-
-  Batch i is a pure function of (seed, i): a run that resumes at step i needs
-  nothing but the number.  Every epoch visits every row once, in a permutation
-  given by (seed, epoch); batches run across the ends of epochs, so nothing is
-  dropped or repeated within an epoch.
-  """
-
-  def __init__(
-    self,
-    encoded: EncodedPrompts,
-    prompts_per_step: int,
-    seed: int,
-    *,
-    bucket: int = 32,
-  ):
-    """Takes P = prompts_per_step rows at a time; P may exceed their number.
-
-    Args:
-      encoded: at least one row.
-      prompts_per_step: P.
-      seed: of the permutations, not negative.
-      bucket: batches are padded to a multiple of this many tokens.
-    """
-    for name, value, least in (
-      ('number of rows', len(encoded.rows), 1),
-      ('number of prompts per step', prompts_per_step, 1),
-      ('seed', seed, 0),
-      ('bucket', bucket, 1),
-    ):
-      if value < least:
-        raise UserError(f'the {name} must be at least {least}, not {value}.')
-    self._encoded = encoded
-    self._prompts_per_step = prompts_per_step
-    self._seed = seed
-    self._bucket = bucket
-
-  def indices(self, step: int) -> list[int]:
-    """Which rows batch `step` holds, as positions in the encoded prompts."""
-    if step < 0:
-      raise ValueError(f'there is no step {step}')
-    n, size = len(self._encoded.rows), self._prompts_per_step
-    first, last = step * size, (step + 1) * size - 1
-    orders = {e: self._order(e) for e in range(first // n, last // n + 1)}
-    return [int(orders[p // n][p % n]) for p in range(first, last + 1)]
-
-  def batch(self, step: int) -> PromptBatch:
-    """Batch `step`, counted from 0."""
-    return gather(self._encoded, self.indices(step), bucket=self._bucket)
-
-  def fingerprint(self) -> dict[str, Any]:
-    """What must be equal for a stored step number to mean the same prompts."""
-    digest = hashlib.sha256()
-    for ids in self._encoded.tokens:
-      digest.update(len(ids).to_bytes(8, 'little'))
-      digest.update(np.ascontiguousarray(ids, '<i4').tobytes())
-    rows = json.dumps(self._encoded.rows, sort_keys=True, default=repr)
-    return {
-      'seed': self._seed,
-      'rows': len(self._encoded.rows),
-      'prompts_per_step': self._prompts_per_step,
-      'tokens_sha256': digest.hexdigest(),
-      'rows_sha256': _sha256(rows),
-      'tokenizer_sha256': self._encoded.tokenizer_hash,
-      'template_sha256': self._encoded.template_hash,
-    }
-
-  def _order(self, epoch: int) -> np.ndarray:
-    # Sorting raw bits: NumPy keeps the streams of its bit generators for ever,
-    # but not what Generator.permutation makes of them.
-    bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-    return np.argsort(bits.random_raw(len(self._encoded.rows)), kind='stable')
-
-
 def template_text(
   tokenizer, chat_template: str | None, system_prompt: str | None
 ) -> str | None:
@@ -450,11 +375,6 @@ def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
     f'{where} holds characters that the tokenizer lacks: '
     f'{"".join(lost[:20])!r}.\nRemove them, or use another tokenizer.'
   )
-
-
-def derive_seed(seed: int, name: str) -> int:
-  """A seed for a stream of its own, told apart by its name."""
-  return int(_sha256(f'{seed} {name}')[:8], 16)
 
 
 def _pad_id(tokenizer) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, checks, phases, runs
+from experiments import build, checks, reinforcement, runs
 from experiments.configs import quickstart
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.rewards import RewardPart, Workers
@@ -46,7 +46,7 @@ def begin(setting, algorithm, critic=None):
   config.algorithm = algorithm
   config.critic.update(critic or {})
   checks.check(config)
-  rl = phases.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
   rl.reference = model.params
   rl.rewards = [RewardPart('ones', count_ones)]
   params = jax.tree.map(jnp.copy, model.params)
