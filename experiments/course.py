@@ -77,7 +77,7 @@ class Course:
 
     Args:
       every: steps of the main phase.
-      every_tokens: tokens, of rounds without sampling of their own; 0 for never.
+      every_tokens: tokens, where every step samples and learns; 0 for never.
     """
     since = self.step - self.first
     if since <= 0 or self.ended:
