@@ -158,7 +158,7 @@ def methods() -> tuple[dict, ...]:
 
 def references() -> tuple[dict, ...]:
   """What is not RL: on as many tokens, or on as many demonstrations."""
-  rounds = dict(sampling=20, learning=60, batch=64)
+  rounds = dict(sampling=5, learning=45, batch=64)
   return (
     method(
       'rest_em',
