@@ -1,7 +1,7 @@
 """What a configuration must be before anything is loaded or written."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,6 +12,16 @@ from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs
 from jaxrl_llm.tasks import hints
+
+# The scripts of the algorithms that `train` does not train by.
+_SCRIPTS = {
+  'sft': 'sft',
+  'dpo': 'preference',
+  'dpop': 'preference',
+  'ipo': 'preference',
+  'rest_em': 'rest_em',
+  'reward_model': 'reward_model',
+}
 
 # Sections whose fields are arguments of the function that they name.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
@@ -57,6 +67,12 @@ def check(config: ConfigDict) -> None:
   An algorithm that is named as file.py:function is loaded.
   """
   check_fields(config)
+  name = config.algorithm.get('name')
+  if name in _SCRIPTS:
+    raise UserError(
+      f'config.algorithm.name is {name!r}, which is no online RL\n'
+      f'{_script(name)}'
+    )
   check_default(config, 'rounds', 'learns from what it samples in every step')
   needs = build.estimator(config).needs
   _check_critic(config, needs.critic)
@@ -68,6 +84,28 @@ def check(config: ConfigDict) -> None:
   minibatch = prompts // settings.minibatches
   name = 'config.training.micro_prompts'
   check_divides(build.micro_prompts(config), minibatch, name)
+
+
+def check_name(config: ConfigDict, names: Sequence[str]) -> None:
+  """Raises UserError for an algorithm that a script does not train by.
+
+  Args:
+    config: the whole configuration.
+    names: of those that it does.
+  """
+  name = config.algorithm.get('name')
+  if name not in names:
+    *most, last = names
+    known = f'{", ".join(most)} or {last}' if most else last
+    hint = f', or {_script(name)}' if name else ''
+    raise UserError(
+      f'config.algorithm.name is {name!r}: this script trains by {known}\n'
+      f'set {known}{hint}'
+    )
+
+
+def _script(name: Any) -> str:
+  return f'train by it with experiments.{_SCRIPTS.get(name, "train")}'
 
 
 def check_fields(config: ConfigDict) -> None:

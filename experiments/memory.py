@@ -77,8 +77,7 @@ def measure_offline(config: ConfigDict) -> Memory:
   """`measure` for a script that learns from responses that are there."""
   model = build.outline(config.model)
   estimator = build.reference(config)
-  updates = offline.rounds(config).learning
-  optimizer, _ = build.optimizer(config.optimizer, updates)
+  optimizer, _ = build.optimizer(config.optimizer, offline.updates(config))
   update = supervised.make_update(config, model, estimator, optimizer)
   state = jax.eval_shape(
     lambda params: build.init_state(params, optimizer, estimator), model.params

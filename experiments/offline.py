@@ -3,7 +3,8 @@
 Either the task gives the responses, and all steps learn from them; or a run
 goes in rounds: some steps sample and score responses and choose what to keep,
 then others learn from that.  What was chosen is written to the run's folder,
-`rounds/STEP.npz`; a resumed round reads it there.
+`rounds/NUMBER.npz`, a file for each step that samples, by its number in the
+phase, from 0; a resumed round reads it there.
 """
 
 import pathlib
@@ -66,6 +67,11 @@ def rounds(config) -> Round:
   return Round(settings.sampling, settings.learning)
 
 
+def updates(config) -> int:
+  """How many of them a round takes; 0 where there is none."""
+  return rounds(config).learning if config.steps else 0
+
+
 class Offline:
   """A likelihood or a preference loss as the main phase; see `phase.Phase`.
 
@@ -108,11 +114,13 @@ class Offline:
       self._encoded = self._given.encoded
     self._pairs = None  # held-out ones, where the task gives pairs
     if self._given is not None and self.estimator.needs.reference:
-      held = data._replace(train=data.held_out)
+      # Those whose prompts are evaluated.
+      limit = config.evaluation.prompts or None
+      held = data._replace(train=data.held_out[:limit])
       self._pairs = method.given(config, model, held)
     self._learned = None  # (round, pool, source) that is learned from
     self._optimizer, self._schedule = build.optimizer(
-      config.optimizer, self.round.learning
+      config.optimizer, updates(config)
     )
     self._update = supervised.make_update(
       config, model, self.estimator, self._optimizer
@@ -128,17 +136,17 @@ class Offline:
     return jax.eval_shape(self.begin, policy_params)
 
   def start(self, state: training.TrainState) -> list[str]:
-    """Writes down what the reference says of given pairs."""
-    if self._pairs is not None:
-      for name, given in (('given', self._given), ('held_out', self._pairs)):
-        found = self._scored(state.trainable['policy'], given)
-        pools.save(self._folder / f'{name}.npz', found)
+    del state
     return []
 
   def step(self, state: training.TrainState, number: int, stop) -> Result:
     turn, place = divmod(number, self.round.steps)
     if place < self.round.sampling:
-      return self._sample(state, number, turn, stop)
+      return self._sample(
+        state, number, turn * self.round.sampling + place, stop
+      )
+    if not number and self._pairs is not None:
+      self._ask_reference(state.trainable['policy'], stop)
     start = time.perf_counter()
     if place == self.round.sampling:
       params = state.trainable['policy']
@@ -155,7 +163,7 @@ class Offline:
     )
     # Nothing of the pool was sampled by the policy that is trained.
     metrics = {
-      name: float(value)
+      name: value
       for name, value in metrics.items()
       if not name.startswith('log_prob_difference/')
     }
@@ -188,10 +196,12 @@ class Offline:
     found = held_out.evaluate(
       held, policy, step, self._config.log.table, stop=stop
     )
-    # Before the first step the policy is the reference: all margins are 0.
-    if self._pairs is None or step <= self._config.warm_start.steps:
+    if self._pairs is None:
       return found
-    margins = self._margins(policy)
+    # Before the first step the policy is the reference.
+    margins = np.zeros(len(self._pairs.pool.prompts))
+    if step > self._config.warm_start.steps:
+      margins = self._margins(policy, stop)
     return found._replace(
       metrics=found.metrics
       | {
@@ -225,10 +235,16 @@ class Offline:
       return lines
     return [*lines, *self._given.notes]
 
-  def _sample(self, state, number: int, turn: int, stop) -> Result:
-    """Samples and scores one batch, and writes what of it is to be learned."""
+  def _sample(self, state, number: int, at: int, stop) -> Result:
+    """Samples and scores one batch, and writes what of it is to be learned.
+
+    Args:
+      state: of the policy that samples.
+      number: of the step.
+      at: steps that sampled before it.
+      stop: polled.
+    """
     start = time.perf_counter()
-    at = turn * self.round.sampling + number - turn * self.round.steps
     params = state.trainable['policy']
     responses = rollouts.respond(
       self._model.config,
@@ -265,13 +281,14 @@ class Offline:
       rewards[..., 0],
     )
     if self.estimator.needs.reference:
-      pool = self._scored(params, Given(self._encoded, pool))
+      pool = self._scored(params, Given(self._encoded, pool), stop)
     pools.save(self._file(number), pool)
     metrics = reinforcement.reward_metrics(responses, data)
     metrics['rounds/chosen'] = len(groups)
     failures = of_step(responses)
     metrics |= failure_counts(failures)
-    messages = failure_messages(failures, f'at step {number}', self._told)
+    when = f'at step {self._config.warm_start.steps + number + 1}'
+    messages = failure_messages(failures, when, self._told)
     timings = {
       'rollout_time': sampled - start,
       'step_time': time.perf_counter() - start,
@@ -288,20 +305,19 @@ class Offline:
 
   def _open(self, turn: int) -> tuple[pools.Pool, sources.PromptSource]:
     """What a round learns from, and the order of it."""
-    pool, encoded = self._pool(turn)
+    pool = self._pool(turn)
     source = sources.PromptSource(
-      prompts_lib.take(encoded, pool.prompts),
+      prompts_lib.take(self._encoded, pool.prompts),
       self._config.rounds.batch,
       self._config.seed + turn,
     )
     return pools.narrowed(pool), source
 
-  def _pool(self, turn: int):
+  def _pool(self, turn: int) -> pools.Pool:
     if self._given is not None:
-      pool = self._given.pool
       if self.estimator.needs.reference:
-        pool = pools.load(self._folder / 'given.npz')
-      return pool, self._encoded
+        return pools.load(self._folder / 'given.npz')
+      return self._given.pool
     first = turn * self.round.steps
     pool = pools.join(
       [
@@ -315,19 +331,26 @@ class Offline:
         f'pair, is what {self._config.algorithm.name} keeps\n'
         'sample more (config.rounds.sampling), or begin with a better model'
       )
-    return pools.limit(pool, self._config.rounds.per_prompt), self._encoded
+    return pools.limit(pool, self._config.rounds.per_prompt)
 
-  def _scored(self, params, given: Given) -> pools.Pool:
+  def _ask_reference(self, params, stop) -> None:
+    """Writes down what the reference says of given pairs."""
+    for name, given in (('given', self._given), ('held_out', self._pairs)):
+      pools.save(
+        self._folder / f'{name}.npz', self._scored(params, given, stop)
+      )
+
+  def _scored(self, params, given: Given, stop) -> pools.Pool:
     """The pool with log-probabilities of a policy as the reference's."""
     scored = supervised.score_pool(
-      self._config, self._model, params, given.pool, given.encoded
+      self._config, self._model, params, given.pool, given.encoded, stop
     )
     return given.pool._replace(ref_log_probs=scored)
 
-  def _margins(self, params) -> np.ndarray:
+  def _margins(self, params, stop) -> np.ndarray:
     """[N] margins h of the held-out pairs, nats."""
     before = pools.load(self._folder / 'held_out.npz').ref_log_probs
-    now = self._scored(params, self._pairs).ref_log_probs
+    now = self._scored(params, self._pairs, stop).ref_log_probs
     ratios = (now - before).sum(axis=2)
     return ratios[:, 0] - ratios[:, 1]
 

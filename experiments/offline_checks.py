@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from experiments import build, checks, offline
+from experiments.configs import base
 from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 
@@ -20,15 +21,11 @@ def check(
     sampled: whether responses have to be sampled, or given; None for both.
   """
   checks.check_fields(config)
-  name = config.algorithm.get('name')
-  if name not in names:
-    raise UserError(
-      f'config.algorithm.name is {name!r}: this script learns by '
-      f'{" or ".join(names)}\n'
-      'set one of them, or use the script of that algorithm'
-    )
+  checks.check_name(config, names)
+  name = config.algorithm.name
   estimator = build.reference(config)
   checks.check_default(config, 'critic', 'has no critic')
+  _check_tools(config)
   _check_rounds(config, sampled)
   if config.rounds.sampling:
     _check_sampling(config, estimator.needs.samples)
@@ -41,11 +38,29 @@ def check(
   batch = config.rounds.batch
   micro = config.training.micro_prompts or batch
   check_divides(micro, batch, 'config.training.micro_prompts')
-  updates = offline.rounds(config).learning
-  checks.check_schedule('optimizer', config.optimizer, updates)
+  checks.check_schedule('optimizer', config.optimizer, offline.updates(config))
   checks.check_schedule(
     'warm_start.optimizer', config.warm_start.optimizer, config.warm_start.steps
   )
+
+
+def _check_tools(config: ConfigDict) -> None:
+  """Refuses what nothing reads: online RL alone has these tools."""
+  for section, field in (
+    ('prompts', 'curriculum'),
+    ('rollout', 'refill'),
+    ('rollout', 'hints'),
+  ):
+    if value := config[section][field]:
+      raise UserError(
+        f'config.{section}.{field} is {value!r}, but {config.algorithm.name} '
+        'does not read it: it is for experiments.train\nremove it'
+      )
+  if config.prompts.pass_rates and config.algorithm.name == 'sft':
+    raise UserError(
+      'config.prompts.pass_rates chooses among prompts to sample from, but sft '
+      'learns from demonstrations\nremove it'
+    )
 
 
 def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
@@ -62,14 +77,19 @@ def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
       'what the task gives\nset it to 0'
     )
   if not settings.sampling:
-    for field, value in (
-      ('rounds.learning', settings.learning),
-      ('tokens', config.tokens),
-    ):
-      if value:
+    unread = {
+      'rounds.learning': (settings.learning, 0),
+      'rounds.per_prompt': (
+        settings.per_prompt,
+        base.get_config().rounds.per_prompt,
+      ),
+      'tokens': (config.tokens, 0),
+    }
+    for field, (value, default) in unread.items():
+      if value != default:
         raise UserError(
           f'config.{field} is {value}, but nothing is sampled: there is one '
-          'round of config.steps updates\nset it to 0'
+          f'round of config.steps updates\nset it to {default}'
         )
     return
   if not settings.learning:
@@ -79,10 +99,11 @@ def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
     )
   steps = offline.rounds(config).steps
   if config.steps % steps and not config.tokens:
+    below = config.steps - config.steps % steps
+    choice = f'{below} or {below + steps}' if below else steps
     raise UserError(
       f'config.steps is {config.steps}, which ends in the middle of a round of '
-      f'{steps} steps\nset it to {config.steps - config.steps % steps} or '
-      f'{config.steps - config.steps % steps + steps}'
+      f'{steps} steps\nset it to {choice}'
     )
 
 

@@ -79,7 +79,11 @@ class Phase(Protocol):
     """Shapes of `begin`."""
 
   def start(self, state: training.TrainState) -> Sequence[str]:
-    """Called once, before the first step; gives what the user should know."""
+    """Called before the first step, again if that did not end.
+
+    Returns:
+      What the user should know.
+    """
 
   def step(
     self, state: training.TrainState, number: int, stop: StopSignal

@@ -19,6 +19,8 @@ Everything else is as in `experiments.train`: --workdir, --resume, evaluation.
 
 import functools
 
+import numpy as np
+
 from experiments import build, cli, offline, offline_checks, run
 from experiments.phase import Script
 from jaxrl_llm import pools
@@ -31,7 +33,8 @@ def given(config, model, data) -> offline.Given:
   """The pairs of a task's training rows, after the length policy of prompts.
 
   Raises:
-    UserError: a row has no pair, or none is within budget.
+    UserError: a row has no pair, or one of equal responses, or none is within
+      budget.
   """
   encoded = build.encode(config, data.train, model.tokenizer)
   sides = [
@@ -39,6 +42,12 @@ def given(config, model, data) -> offline.Given:
     for column in ('chosen', 'rejected')
   ]
   pairs = list(zip(*sides, strict=True))
+  equal = [i for i, pair in enumerate(pairs) if np.array_equal(*pair)]
+  if equal:
+    raise UserError(
+      f'{len(equal)} of {len(pairs)} pairs have equal responses; the first is '
+      f'of the prompt {encoded.rows[equal[0]]["prompt"]!r:.60}\nremove them'
+    )
   budget = config.rollout.max_tokens
   kept = [i for i, pair in enumerate(pairs) if max(map(len, pair)) <= budget]
   longest = max(len(ids) for pair in pairs for ids in pair)

@@ -74,6 +74,8 @@ class Run:
     # an evaluation may fail or be stopped after the update is made.
     self._pending = None if warm else {'metrics': {}, 'timings': {}}
     self._score = None  # of the evaluation at this step, if there was one
+    # Whether the newest checkpoint is of the state and the records as they are.
+    self._saved = False
     restored = self._restore(model.params)
     at = written = self.course.step if restored else None
     if restored and self._pending is not None:
@@ -101,7 +103,10 @@ class Run:
           self._save()
         self._keep.poll()
     except (UserError, StopRequested):
-      self._save()
+      # The main phase may have begun with a state of another kind, of which
+      # nothing is learned yet: the end of the warm start is what counts.
+      if not self._saved:
+        self._save()
       self._keep.wait()
       raise
     self._keep.wait()
@@ -132,7 +137,7 @@ class Run:
       if not number:
         self._begin_main()
       result = self._main.step(self.state, number, self._stop)
-    self.state = result.state
+    self.state, self._saved = result.state, False
     if result.messages:
       self._progress.print(*result.messages)
     course.advance(result.tokens)
@@ -155,14 +160,15 @@ class Run:
 
   def _abort(self, result: Result) -> None:
     """Ends a run whose updates stay non-finite; keeps the last batch."""
-    kept = 'look at the demonstrations'
+    kept = 'look at what is learned from'
     if result.responses is not None:
       path = self._folder / 'nonfinite_batch.npz'
       runs.write_batch(path, result.responses, result.advantages)
       kept = f'look at the batch in {path}'
+    skipped = int(result.metrics['skipped'])
     raise UserError(
-      f'{result.metrics["skipped"]} updates in a row were not finite, up to '
-      f'step {self.course.step}; parameters are those before\n'
+      f'{skipped} updates in a row were not finite, up to step '
+      f'{self.course.step}; parameters are those before\n'
       f'lower the learning rate, or {kept}'
     )
 
@@ -181,7 +187,7 @@ class Run:
   def _record(self, metrics: dict, timings: dict) -> None:
     """Adds the evaluation where one is due, and writes the step's record."""
     self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
-    self._score = None
+    self._score, self._saved = None, False
     metrics = dict(metrics)
     due = self._config.evaluation
     if self.course.evaluation_is_due(due.every, due.every_tokens):
@@ -256,6 +262,7 @@ class Run:
       },
       self._score,
     )
+    self._saved = True
 
   def _restore(self, params) -> bool:
     """Takes up the newest checkpoint that verifies, or starts afresh."""
@@ -299,6 +306,7 @@ class Run:
           'restore the folder from a copy, or start in another --workdir'
         )
       self._main.reference = found[1]
+    self._saved = True
     return True
 
   def _describe(self, found: data.Data, restored: bool) -> None:

@@ -48,6 +48,7 @@ def score_pool(
   params,
   pool: pools.Pool,
   encoded: prompts_lib.EncodedPrompts,
+  stop=None,
 ) -> np.ndarray:
   """[N, g, T] log-probabilities of a pool's tokens, nats; 0 behind the ends.
 
@@ -57,11 +58,14 @@ def score_pool(
     params: of the policy.
     pool: N groups.
     encoded: what the pool's prompts are positions in.
+    stop: polled between parts.
   """
   count = len(pool.prompts)
   size = config.training.micro_prompts or config.rounds.batch
   scored = []
   for start in range(0, count, size):
+    if stop is not None:
+      stop.check()
     # The last part is filled up, so that one shape is compiled.
     part = [min(i, count - 1) for i in range(start, start + size)]
     groups = pools.take(pool, part)

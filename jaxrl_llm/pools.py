@@ -6,7 +6,6 @@ It lives in host memory, and in files where it was sampled.
 
 import io
 import pathlib
-import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -242,7 +241,7 @@ def load(path: pathlib.Path) -> Pool:
   try:
     with np.load(path) as stored:
       return Pool(**{name: _array(stored, name) for name in Pool._fields})
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+  except Exception as error:  # A damaged file can raise what it likes.
     raise UserError(
       f'{path} cannot be read: {" ".join(str(error).split())[:200]}\n'
       'restore it from a copy, or start in another --workdir'
