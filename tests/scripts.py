@@ -145,7 +145,7 @@ class Script:
   def signal(self, number: int) -> None:
     os.kill(self.pid, number)
 
-  def wait(self, seconds: float = 120) -> Ended:
+  def wait(self, seconds: float = 600) -> Ended:
     """Waits for the end; kills what takes longer."""
     self._process.join(seconds)
     if self._process.is_alive():
@@ -174,7 +174,7 @@ def steps_written(workdir) -> int:
   return 0
 
 
-def wait_until(condition, script: Script, seconds: float = 120) -> None:
+def wait_until(condition, script: Script, seconds: float = 600) -> None:
   """Polls until `condition()` holds while a script runs."""
   end = time.monotonic() + seconds
   while not condition():
