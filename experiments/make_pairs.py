@@ -22,8 +22,8 @@ One line of the output is the prompt's row with more columns:
 
 `experiments.reward_model` and `experiments.preference` read it as a task of the
 name jsonl.  A response that has not finished was cut off at
-`config.rollout.max_tokens`; they put no end token behind it.  A response that
-another one to the same prompt equals, token by token, is in no pair.
+`config.rollout.max_tokens`; they put no end token behind it.  Of a prompt's
+responses with the same tokens only the first may be in a pair.
 
 A reward or task that the configuration names as file.py:function is executed.
 """

@@ -1,13 +1,21 @@
-"""A story model learns what a reward model of sentiment likes: too well.
+"""A story model learns what a poor reward model of sentiment likes: too well.
 
     python -m experiments.train --config=experiments/configs/stories_proxy.py \\
       --config.model.path=PATH/TO/stories260k \\
       --config.task.path=PATH/TO/tinystories_1000.json
 
-The reward is the score of the reward model that `stories_reward_model.py`
-trains, first; the lexicon's sentiment, by which its pairs were judged, is
-logged beside it at weight 0.  Model, data and sizes are those of
-`stories_sentiment.py`, but nothing holds the policy near the original model.
+The reward is the score of a reward model that `stories_reward_model.py` has
+trained on 124 pairs, by the commands in docs/reward_models.md; the lexicon's
+sentiment, by which those pairs were judged, is logged beside it at weight 0.
+Model, data and sizes are those of `stories_sentiment.py`, but nothing holds the
+policy near the original model.
+
+On 2 busy CPU cores 100 steps take 14 minutes.  On 128 held-out prompts, 4
+samples each at temperature 1, after 0, 60 and 100 steps:
+
+  proxy               −0.39   1.46   1.51
+  gold                 0.50   0.98   0.18
+  distinct bigrams    0.149  0.051  0.029
 """
 
 from experiments.configs import base, stories_sentiment
@@ -17,7 +25,9 @@ def get_config():
   config = stories_sentiment.get_config()
   config.rewards = dict(
     proxy=dict(
-      name='reward_model', path='runs/stories_reward_model/hf', batch_size=128
+      name='reward_model',
+      path='runs/stories_reward_model_few/hf',
+      batch_size=128,
     ),
     gold=dict(name='sentiment', weight=0.0),
   )
