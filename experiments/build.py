@@ -156,10 +156,8 @@ def encode_targets(
   )
 
 
-def generation(
-  config, built: Model, pad_id: int, *, samples: int, temperature: float
-) -> rollouts.Generation:
-  """Sampling settings of `config.rollout` with another G and temperature."""
+def check_room(config, built: Model) -> None:
+  """Raises UserError if a model cannot read prompt and response together."""
   longest = config.prompts.max_tokens + config.rollout.max_tokens
   if longest > built.config.max_length:
     raise UserError(
@@ -167,6 +165,13 @@ def generation(
       f"response tokens exceed the model's {built.config.max_length}\n"
       'lower config.prompts.max_tokens or config.rollout.max_tokens'
     )
+
+
+def generation(
+  config, built: Model, pad_id: int, *, samples: int, temperature: float
+) -> rollouts.Generation:
+  """Sampling settings of `config.rollout` with another G and temperature."""
+  check_room(config, built)
   return rollouts.Generation(
     samples=samples,
     max_tokens=config.rollout.max_tokens,

@@ -140,7 +140,7 @@ def write(
     write_atomically(workdir / 'table.md', text)
   except OSError as error:
     raise UserError(f'{workdir} cannot be written: {error.strerror}') from error
-  if by_method(config, results):
+  if drawn(config, results):
     figure(workdir / 'figure.png', config, results)
   return text
 
@@ -155,6 +155,16 @@ def by_method(config: ConfigDict, results: dict) -> dict[str, list[dict]]:
     for method in config.methods
   }
   return {title: runs for title, runs in found.items() if runs}
+
+
+def drawn(config: ConfigDict, results: dict) -> dict[str, list[dict]]:
+  """`by_method` without those that generate nothing."""
+  found = by_method(config, results)
+  return {
+    title: runs
+    for title, runs in found.items()
+    if all(run['tokens'] for run in runs)
+  }
 
 
 def table(config: ConfigDict, results: dict) -> str:
@@ -263,9 +273,12 @@ def _at(run: dict, metric: dict, tokens: float) -> float:
 
 
 def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
-  """Draws the first metric against tokens and against updates."""
+  """Draws the first metric against tokens and against updates.
+
+  A method that generates nothing has no place there and is left out.
+  """
   metric = config.metrics[0]
-  methods = by_method(config, results)
+  methods = drawn(config, results)
   seeds = sorted({len(runs) for runs in methods.values()})
   logging.plot_bands(
     path,
@@ -273,7 +286,6 @@ def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
       {
         title: _band(runs, metric, axis, config.evaluations, scale)
         for title, runs in methods.items()
-        if min(run['curve'][axis][-1] for run in runs)
       }
       for axis, scale in (('tokens', 1e-3), ('updates', 1.0))
     ],

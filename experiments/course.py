@@ -77,7 +77,7 @@ class Course:
 
     Args:
       every: steps of the main phase.
-      every_tokens: tokens; 0 for never.
+      every_tokens: tokens, where every step samples and learns; 0 for never.
     """
     since = self.step - self.first
     if since <= 0 or self.ended:
@@ -86,7 +86,7 @@ class Course:
       place = self._place(self.step)
       if place <= self.round.sampling:
         return place in (0, self.round.sampling)
-    if every_tokens:
+    elif every_tokens:
       before, now = self.tokens_before, self.tokens
       if before // every_tokens < now // every_tokens:
         return True

@@ -328,9 +328,13 @@ def define_subject_flags() -> None:
   flags.DEFINE_string('model', None, 'Hugging Face folder, with --config.')
   flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
   flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
+  cli.define_config_flag()
+
+
+def define_metric_flags() -> None:
+  """Defines the flags that say which responses are right."""
   flags.DEFINE_string('metric', None, 'Reward that says what is right.')
   flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
-  cli.define_config_flag()
 
 
 def subject() -> tuple[ConfigDict, build.Model, str]:
@@ -363,6 +367,7 @@ def subject() -> tuple[ConfigDict, build.Model, str]:
 def define_flags() -> None:
   """Defines the flags of this script."""
   define_subject_flags()
+  define_metric_flags()
   flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
   flags.DEFINE_list('maj', [], 'The k of maj@k, as 1,4,16.')

@@ -246,6 +246,7 @@ def main() -> None:
 
 if __name__ == '__main__':
   evaluate.define_subject_flags()
+  evaluate.define_metric_flags()
   flags.DEFINE_integer('samples', 8, 'Responses per prompt.', 1)
   flags.DEFINE_string('output', None, 'File of JSON lines to write.')
   cli.run(main)

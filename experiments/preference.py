@@ -5,13 +5,14 @@
 
 With `config.rounds.sampling` at 0 the task's rows bring the pairs, in the
 columns prompt, chosen and rejected, and every step is an update on `batch` of
-them; the reference is the model that the run begins with.  Otherwise a run goes
-in rounds: `sampling` steps sample and score responses as `experiments.train`
-does; of every prompt the best response is paired with the worst, the second
-best with the second worst, and so on while their rewards differ, at most
-`per_prompt` pairs; and `learning` updates follow.  The reference of a round is
-the policy that sampled it.  What the reference says is computed once, when
-pairs are made: its parameters are not kept in memory.
+them; the reference is the model that the run begins with.  An end token follows
+each response, unless chosen_finished or rejected_finished says false: it was
+cut off.  Otherwise a run goes in rounds: `sampling` steps sample and score
+responses as `experiments.train` does; of every prompt the best response is
+paired with the worst, the second best with the second worst, and so on while
+their rewards differ, at most `per_prompt` pairs; and `learning` updates follow.
+The reference of a round is the policy that sampled it.  What the reference says
+is computed once, when pairs are made: its parameters are not kept in memory.
 
 Everything else is as in `experiments.train`: --workdir, --resume, evaluation.
 """
@@ -24,6 +25,7 @@ from experiments import build, cli, offline, offline_checks, run
 from experiments.phase import Script
 from jaxrl_llm import pools
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import pairs as pairs_lib
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -36,7 +38,7 @@ def given(config, model, data) -> offline.Given:
   """
   encoded = build.encode(config, data.train, model.tokenizer)
   sides = [
-    build.encode_targets(config, encoded.rows, model, column, limited=False)
+    _encode_side(config, encoded.rows, model, column)
     for column in ('chosen', 'rejected')
   ]
   pairs = list(zip(*sides, strict=True))
@@ -66,6 +68,15 @@ def given(config, model, data) -> offline.Given:
   note = f'{len(kept):,} pairs; left out as over budget: {encoded.dropped:,} '
   note += f'with their prompt, {long:,} with a response'
   return offline.Given(encoded, pool, (note,))
+
+
+def _encode_side(config, rows, model, column: str) -> list:
+  """Ids of the responses in a column; those that were cut off have no end."""
+  ended = pairs_lib.finished(rows, column)
+  sides = build.encode_targets(config, rows, model, column, limited=False)
+  return [
+    ids if end else ids[:-1] for ids, end in zip(sides, ended, strict=True)
+  ]
 
 
 METHOD = offline.Method(

@@ -66,13 +66,18 @@ def check(config) -> None:
 def encode(config, model: build.Model, rows: list[dict]):
   """Pairs as prompts and a pool; what is over budget is an error or left out.
 
+  What both texts of a pair begin with is read once, as its prompt, up to
+  `config.prompts.max_tokens`; the rest belongs to the responses, which may have
+  `config.rollout.max_tokens` each.
+
   Returns:
-    (EncodedPrompts, Pool); a prompt is what both texts of a pair begin with.
+    (EncodedPrompts, Pool).
 
   Raises:
     UserError: a row is no pair, or too long.
   """
-  budget = config.prompts.max_tokens + config.rollout.max_tokens
+  shared, budget = config.prompts.max_tokens, config.rollout.max_tokens
+  build.check_room(config, model)
   found = pairs_lib.encode_pairs(
     rows,
     model.tokenizer,
@@ -81,27 +86,29 @@ def encode(config, model: build.Model, rows: list[dict]):
     system_prompt=config.prompts.system_prompt or None,
     suffix=config.prompts.suffix,
   )
-  lengths = [
-    len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+  responses = [
+    [pair.prompt[shared:] + ids for ids in (pair.chosen, pair.rejected)]
     for pair in found
   ]
+  lengths = [max(map(len, both)) for both in responses]
   kept = [i for i, length in enumerate(lengths) if length <= budget]
   long = len(rows) - len(kept)
   if long and (config.prompts.overlong == 'error' or not kept):
     raise UserError(
-      f'{long} of {len(rows)} pairs exceed config.prompts.max_tokens + '
-      f'config.rollout.max_tokens, {budget}; the longest has {max(lengths)}\n'
+      f'{long} of {len(rows)} pairs have a text of more than '
+      f'config.rollout.max_tokens, {budget}, behind the {shared} of '
+      f'config.prompts.max_tokens; the longest has {max(lengths)}\n'
       "raise them, or leave such pairs out with config.prompts.overlong='drop'"
     )
   encoded = prompts_lib.from_ids(
-    [found[i].prompt for i in kept],
+    [found[i].prompt[:shared] for i in kept],
     [rows[i] for i in kept],
     model.tokenizer,
-    budget,
+    shared,
   )._replace(dropped=long)
   pool = pools.given(
     range(len(kept)),
-    [[found[i].chosen, found[i].rejected] for i in kept],
+    [responses[i] for i in kept],
     [[1.0, 0.0]] * len(kept),
     encoded.pad_id,
   )

@@ -142,6 +142,9 @@ def plot(
 ) -> None:
   """Draws the training reward and held-out numbers against the step.
 
+  Of a sum of rewards each held-out part has a panel of its own, those of weight
+  0 too: there a proxy rises while what it stands for does not.
+
   Args:
     path: of the figure.
     records: of the run.
@@ -158,16 +161,30 @@ def plot(
     label = f'training reward (mean of {width} steps)'
     series[label] = (steps[width - 1 :], smooth)
   for name, label in curves.items():
-    held = [(r['step'], r[name]) for r in records if name in r]
-    series[label] = tuple(zip(*held, strict=True))
+    series[label] = _points(records, name)
+  parts = [
+    name
+    for name in dict.fromkeys(n for record in records for n in record)
+    if name.startswith('eval/rewards/') and name.count('/') == 2
+  ]
   logging.plot_curve(
     path,
     series,
     xlabel='step',
-    ylabel='mean reward per response',
+    ylabel='mean reward per response' if rewards else next(iter(series)),
     title=path.parent.name,
     marks={'the warm start ends': first} if first else None,
+    below={
+      f'held-out {name.rpartition("/")[2]}': _points(records, name)
+      for name in (parts if len(parts) > 1 else ())
+    },
   )
+
+
+def _points(records: list[dict], name: str) -> tuple[list, list]:
+  """Steps at which a number was recorded, and the numbers."""
+  held = [record for record in records if name in record]
+  return [r['step'] for r in held], [r[name] for r in held]
 
 
 def _step_number(checkpoints: Checkpoints, step: str) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Rollouts
@@ -98,6 +99,36 @@ def ranked_pairs(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
       if row[best] > row[worst]:
         pairs.append((p, best, worst))
   return np.array(pairs, np.int64).reshape(-1, 3)
+
+
+def noisy_pairs(
+  pairs: np.ndarray, rewards: np.ndarray, noise: float, seed: Sequence[int]
+) -> np.ndarray:
+  """Pairs of which one is preferred at random, as Bradley and Terry have it.
+
+    P(first preferred) = σ((r₁ − r₂) / noise)
+
+  Args:
+    pairs: [N, 3] int, as `ranked_pairs` gives them.
+    rewards: [P, G].
+    noise: in the rewards' units; 0 prefers the higher one, for sure.
+    seed: of the draws.
+
+  Returns:
+    [N, 3] int: prompt, preferred and rejected response, in the same order.
+
+  References:
+    Bradley and Terry, `Rank Analysis of Incomplete Block Designs
+    <https://doi.org/10.2307/2334029>`_, 1952
+  """
+  prompts, first, second = pairs.T
+  margins = rewards[prompts, first] - rewards[prompts, second]
+  if noise > 0:
+    draws = np.random.default_rng(seed).random(len(pairs))
+    swapped = draws >= special.expit(margins / noise)
+  else:
+    swapped = margins < 0
+  return np.where(swapped[:, None], pairs[:, [0, 2, 1]], pairs)
 
 
 def choose(

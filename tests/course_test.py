@@ -43,7 +43,7 @@ def test_rounds_are_evaluated_at_their_seams_and_while_they_learn():
   # 3 steps sample, 4 learn: evaluations after 3 and 7 steps of each round, and
   # at every fourth step that learns.
   course = Course(2, 16, 0, Round(3, 4))
-  found = follow(course, 10, every=4, save=100)
+  found = follow(course, 10, every=4, every_tokens=1, save=100)
   assert found == ([2, 5, 6, 9, 12, 14, 16], [2, 16], 16)
 
 

@@ -367,11 +367,11 @@ def changed(config: ConfigDict, **values):
 @pytest.mark.parametrize(
   'name, values, said',
   [
-    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script trains by"),
+    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script learns by"),
     ('rest_em', {'rounds.sampling': 0}, 'learns from its own samples'),
     ('rest_em', {'rounds.learning': 0}, 'a round would learn nothing'),
-    ('rest_em', {'steps': 61}, 'set it to 60 or 120'),
-    ('rest_em', {'steps': 30}, 'set it to 60$'),
+    ('rest_em', {'steps': 61}, 'set it to 60 or 80'),
+    ('rest_em', {'steps': 10}, 'set it to 20$'),
     ('rest_em', {'rollout.refill': 2}, 'refill is 2, but rest_em does not'),
     ('dpo', {'rollout.hints': (0.5,)}, 'for experiments.train'),
     (
@@ -385,7 +385,7 @@ def changed(config: ConfigDict, **values):
     ('rest_em', {'optimizer.warmup_updates': 40}, 'config.optimizer'),
     ('dpo', {'rollout.samples': 1}, 'needs at least 2 per prompt'),
     ('dpo', {'training.micro_prompts': 3}, 'does not divide'),
-    ('dpo', {'rounds.sampling': 0}, 'config.rounds.learning is 40'),
+    ('dpo', {'rounds.sampling': 0}, 'config.rounds.learning is 10'),
     ('sft', {}, 'learns from what the task gives'),
     ('sft', {'rounds.sampling': 0, 'rounds.learning': 0}, 'set it to 4'),
     ('sft', GIVEN | {'prompts.pass_rates': 'x'}, 'learns from demonstrations'),

@@ -1,6 +1,7 @@
 """Pools of responses: what is chosen, kept, stored and handed to a loss."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -33,6 +34,23 @@ def test_pairs_are_disjoint_and_as_far_apart_as_can_be(sampled):
   valid[2, 2] = False
   assert pools.ranked_pairs(rewards, valid)[2:].tolist() == [[2, 3, 1]]
   assert pools.ranked_pairs(rewards, np.zeros_like(valid)).shape == (0, 3)
+
+
+def test_noise_prefers_as_often_as_bradley_and_terry_say():
+  """The better one of a pair may come first or second."""
+  rewards = np.array([[0.0, 1.0, -2.0]])
+  pairs = np.array([[0, 1, 0], [0, 0, 1], [0, 1, 2]])
+  count = 20_000
+  drawn = pools.noisy_pairs(np.repeat(pairs, count, axis=0), rewards, 1.5, [7])
+  for i, (_, one, two) in enumerate(pairs):
+    margin = rewards[0, one] - rewards[0, two]
+    expected = 1 / (1 + math.exp(-margin / 1.5))
+    found = drawn[i * count : (i + 1) * count]
+    assert {tuple(row) for row in found} == {(0, one, two), (0, two, one)}
+    error = math.sqrt(expected * (1 - expected) / count)
+    assert abs((found[:, 1] == one).mean() - expected) < 4 * error
+  sure = pools.noisy_pairs(pairs, rewards, 0.0, [7])
+  assert sure.tolist() == [[0, 1, 0], [0, 1, 0], [0, 1, 2]]
 
 
 def test_singles_are_what_is_kept():

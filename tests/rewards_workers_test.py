@@ -96,6 +96,27 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
   assert not marked()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
+def test_fifteen_hostile_samples_of_64_cost_a_time_out_and_5_seconds(
+  count, marked
+):
+  """On a machine that does nothing else."""
+  bad = list(FAILING)[:15]
+  healthy = [str(i) for i in range(64 - len(bad))]
+  order = np.random.default_rng(0).permutation(64)
+  mixed = [(bad + healthy)[i] for i in order]
+  with Workers(HOSTILE, workers=count, timeout=5.0) as workers:
+    hostile.begin(workers, ['1']).result()
+    start = time.monotonic()
+    scores = hostile.begin(workers, mixed).result()
+    elapsed = time.monotonic() - start
+  for text, found in zip(mixed, scores, strict=True):
+    assert found == (None if text in FAILING else float(text))
+  assert not marked()
+  assert elapsed < 5.0 + 5.0, elapsed
+
+
 def test_one_that_hangs_holds_up_one_worker_alone():
   with Workers(HOSTILE, timeout=1000) as workers:
     first = hostile.begin(workers, ['sleep'])

@@ -116,6 +116,14 @@ def test_a_pair_is_cut_where_its_texts_part():
   assert turns == (ids_of('<u>ah<a>'), ids_of('b<>'), ids_of('c<>'))
 
 
+def test_a_response_that_was_cut_off_has_no_end():
+  row = dict(prompt='a', chosen='bc', rejected='bd', rejected_finished=False)
+  [found] = pairs.encode_pairs([row], CHARACTERS, 20)
+  assert found == (ids_of('ab'), [*ids_of('c'), EOS], ids_of('d'))
+  with pytest.raises(UserError, match="row 0 has 'no' in its column chosen_f"):
+    pairs.encode_pairs([row | {'chosen_finished': 'no'}], CHARACTERS, 20)
+
+
 def test_pairs_that_teach_nothing_or_do_not_fit_are_refused():
   for triple, words in (
     (('a', 'b', 'b'), 'row 0 are the same tokens'),

@@ -12,6 +12,6 @@ from experiments.configs import quickstart
 def get_config():
   config = quickstart.get_config()
   config.algorithm = dict(name='dpop')
-  config.steps = 180
-  config.rounds.update(sampling=20, learning=40, batch=128, per_prompt=4)
+  config.steps = 16 * (5 + 10)
+  config.rounds.update(sampling=5, learning=10, batch=64, per_prompt=4)
   return config

@@ -1,4 +1,4 @@
-"""RestEM on arithmetic: three rounds of sampling, filtering and training.
+"""RestEM on arithmetic: 16 rounds of sampling, filtering and training.
 
     python -m experiments.rest_em \\
       --config=experiments/configs/arithmetic_rest_em.py
@@ -12,6 +12,6 @@ from experiments.configs import quickstart
 def get_config():
   config = quickstart.get_config()
   config.algorithm = dict(name='rest_em')
-  config.steps = 180
-  config.rounds.update(sampling=20, learning=40, batch=256, per_prompt=4)
+  config.steps = 16 * (5 + 15)
+  config.rounds.update(sampling=5, learning=15, batch=128, per_prompt=4)
   return config

@@ -158,21 +158,21 @@ def methods() -> tuple[dict, ...]:
 
 def references() -> tuple[dict, ...]:
   """What is not RL: on as many tokens, or on as many demonstrations."""
-  rounds = dict(sampling=20, learning=60, batch=64)
+  rounds = dict(sampling=5, batch=64, per_prompt=4)
   return (
     method(
       'rest_em',
       'RestEM',
       dict(name='rest_em'),
       script='rest_em',
-      rounds=dict(per_prompt=4, **rounds),
+      rounds=dict(learning=45, **rounds),
     ),
     method(
       'dpop',
       'DPO-Positive',
       dict(name='dpop'),
       script='preference',
-      rounds=dict(per_prompt=4, **rounds),
+      rounds=dict(learning=15, **rounds),
     ),
     method(
       'sft',

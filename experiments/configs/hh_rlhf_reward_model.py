@@ -14,8 +14,8 @@ def get_config():
   config.model.path = 'HuggingFaceTB/SmolLM2-135M'
   config.task = dict(name='hh_rlhf', path='', held_out=256)
   config.algorithm = dict(name='reward_model')
-  config.prompts.update(max_tokens=384, overlong='drop', chat_template='')
-  config.rollout.max_tokens = 128
+  config.prompts.update(max_tokens=128, overlong='drop', chat_template='')
+  config.rollout.max_tokens = 384
   config.rounds.batch = 16
   config.steps = 250
   config.training.micro_prompts = 4

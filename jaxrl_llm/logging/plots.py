@@ -18,6 +18,7 @@ def plot_curve(
   ylabel: str,
   title: str,
   marks: dict | None = None,
+  below: dict | None = None,
 ) -> None:
   """Draws numbers against steps and saves a PNG.
 
@@ -28,6 +29,8 @@ def plot_curve(
     ylabel: with its unit.
     title: one line.
     marks: label -> x of a vertical line, such as the end of a warm start.
+    below: label -> (x, y) of more curves, of whatever scale: each has a panel
+      of its own under the main one.
 
   Raises:
     ValueError: a series' x and y differ in length.
@@ -37,16 +40,25 @@ def plot_curve(
   from matplotlib.figure import Figure
 
   # The object interface: no global state, no window, any thread.
-  figure = Figure(figsize=(7, 4.2), dpi=150, layout='constrained')
+  below = below or {}
+  figure = Figure(
+    figsize=(7, 4.2 + 1.7 * len(below)), dpi=150, layout='constrained'
+  )
   FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
-  for label, (x, y) in series.items():
-    if len(x) != len(y):
-      raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
-    marker = 'o' if len(x) <= 40 else None
-    axes.plot(x, y, label=label, linewidth=1.8, marker=marker, markersize=3.5)
+  axes, *others = figure.subplots(
+    1 + len(below),
+    sharex=True,
+    squeeze=False,
+    height_ratios=[2.4] + [1] * len(below),
+  )[:, 0]
+  for label, points in series.items():
+    _draw(axes, label, *points)
+  for panel, (label, points) in zip(others, below.items(), strict=True):
+    _draw(panel, label, *points)
+    panel.set_ylabel(label)
   for label, x in (marks or {}).items():
-    axes.axvline(x, color='0.45', linestyle='--', linewidth=1)
+    for panel in (axes, *others):
+      panel.axvline(x, color='0.45', linestyle='--', linewidth=1)
     axes.annotate(
       label,
       (x, 1),
@@ -57,12 +69,22 @@ def plot_curve(
       fontsize=8,
       color='0.35',
     )
-  axes.set(xlabel=xlabel, ylabel=ylabel)
+  axes.set_ylabel(ylabel)
   axes.set_title(title, loc='left', fontsize=11)
-  _style(axes)
+  (axes, *others)[-1].set_xlabel(xlabel)
+  for panel in (axes, *others):
+    _style(panel)
   if len(series) > 1:
     axes.legend(frameon=False, fontsize=9)
   save(figure, path)
+
+
+def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
+  """One curve, with points where there are few."""
+  if len(x) != len(y):
+    raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
+  marker = 'o' if len(x) <= 40 else None
+  axes.plot(x, y, label=label, linewidth=1.8, marker=marker, markersize=3.5)
 
 
 class Band(NamedTuple):

@@ -1,6 +1,8 @@
 """Preferences: of two responses to a prompt, one is chosen, one rejected.
 
 A row is {'prompt': …, 'chosen': …, 'rejected': …}, the column names of TRL.
+The columns chosen_finished and rejected_finished may say False: the response
+was cut off, and has no end.
 """
 
 import math
@@ -85,6 +87,27 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
   return Pairs(rows, **left_out)
 
 
+def finished(rows: Sequence[dict], name: str) -> list[bool]:
+  """Whether the responses of a column ended by themselves.
+
+  Args:
+    rows: of which those without a column NAME_finished did.
+    name: of the column, 'chosen' or 'rejected'.
+
+  Raises:
+    UserError: a row says neither True nor False.
+  """
+  column = f'{name}_finished'
+  found = [row.get(column, True) for row in rows]
+  for i, value in enumerate(found):
+    if not isinstance(value, bool):
+      raise UserError(
+        f'row {i} has {value!r:.40} in its column {column}\n'
+        'write true or false, or leave the column out'
+      )
+  return found
+
+
 def encode_responses(
   given: Sequence[str],
   responses: Sequence[str],
@@ -156,7 +179,7 @@ def encode_pairs(
   it, and so the ids are those of `encode_responses`, bit for bit.
 
   Args:
-    rows: with a prompt, chosen and rejected.
+    rows: with a prompt, chosen and rejected, and `finished` where not both are.
     tokenizer: of `transformers`.
     max_tokens: greatest length of prompt and response together; None for any.
     **settings: of `encode_responses`.
@@ -172,10 +195,14 @@ def encode_pairs(
           f'row {i} has no text in its column {name}, which preferences need; '
           f'its columns are {sorted(row)}.'
         )
-  shown, whole = [row['prompt'] for row in rows], [True] * len(rows)
+  shown = [row['prompt'] for row in rows]
   both = [
     encode_responses(
-      shown, [row[name] for row in rows], whole, tokenizer, **settings
+      shown,
+      [row[name] for row in rows],
+      finished(rows, name),
+      tokenizer,
+      **settings,
     )
     for name in ('chosen', 'rejected')
   ]
