@@ -305,13 +305,11 @@ class Offline:
 
   def _open(self, turn: int) -> tuple[pools.Pool, sources.PromptSource]:
     """What a round learns from, and the order of it."""
-    pool, seed = self._pool(turn), self._config.seed
-    if self._given is None:
-      seed = sources.derive_seed(seed, f'round {turn}')
+    pool = self._pool(turn)
     source = sources.PromptSource(
       prompts_lib.take(self._encoded, pool.prompts),
       self._config.rounds.batch,
-      seed,
+      self._config.seed + turn,
     )
     return pools.narrowed(pool), source
 

@@ -371,7 +371,7 @@ def changed(config: ConfigDict, **values):
     ('rest_em', {'rounds.sampling': 0}, 'learns from its own samples'),
     ('rest_em', {'rounds.learning': 0}, 'a round would learn nothing'),
     ('rest_em', {'steps': 61}, 'set it to 60 or 80'),
-    ('rest_em', {'steps': 10}, 'set it to 20$'),
+    ('rest_em', {'steps': 15}, 'set it to 20$'),
     ('rest_em', {'rollout.refill': 2}, 'refill is 2, but rest_em does not'),
     ('dpo', {'rollout.hints': (0.5,)}, 'for experiments.train'),
     (

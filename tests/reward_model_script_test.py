@@ -206,7 +206,10 @@ def model(tmp_path_factory):
 def test_rows_that_are_no_pairs_are_refused(model, tmp_path):
   config = a_config(tmp_path)
   for columns, words in (
-    ({'chosen': '1' * 20}, '1 of 12 pairs exceed .* 16; the longest has 2'),
+    (
+      {'chosen': '1' * 20},
+      '1 of 12 pairs have a text of more than .* 8, behind',
+    ),
     ({'rejected': None}, 'row 5 has no text in its column rejected'),
     ({'chosen': '1', 'rejected': '1'}, 'row 5 are the same tokens'),
     ({'chosen': '+'}, 'characters that the tokenizer lacks'),

@@ -14,4 +14,5 @@ def get_config():
   config.algorithm = dict(name='dpop')
   config.steps = 16 * (5 + 10)
   config.rounds.update(sampling=5, learning=10, batch=64, per_prompt=4)
+  config.optimizer.warmup_updates = 2  # of each round
   return config

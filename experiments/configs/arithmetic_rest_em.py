@@ -14,4 +14,5 @@ def get_config():
   config.algorithm = dict(name='rest_em')
   config.steps = 16 * (5 + 15)
   config.rounds.update(sampling=5, learning=15, batch=128, per_prompt=4)
+  config.optimizer.warmup_updates = 2  # of each round
   return config
