@@ -124,18 +124,33 @@ def make(
   answers = held_out.answer(held, model.params, step=0)
   for line in failure_messages(answers.failures, 'of the responses', set()):
     tell(line.removeprefix('eval/'))
-  scored = ~np.isnan(answers.rewards)
-  repeated = _repeated(config, model, answers, scored)
-  usable = scored & ~repeated
-  ranked = pools.ranked_pairs(answers.rewards, usable)
-  ranked = _limited(ranked, per_prompt)
-  chosen = pools.noisy_pairs(ranked, answers.rewards, noise, (seed, index))
-  if not len(chosen):
+  made = _paired(config, held, answers, per_prompt, noise, (seed, index))
+  if not made.rows:
     raise UserError(
       f'no prompt of the split {split} has two responses that differ, and in '
       f'their scores\nsample more with --samples, now {samples}, or of more '
       'prompts'
     )
+  return made
+
+
+def _paired(
+  config,
+  held: held_out.HeldOut,
+  answers: held_out.Answers,
+  per_prompt: int,
+  noise: float,
+  seed: tuple[int, int],
+) -> Made:
+  """The pairs of scored responses, and what was left out."""
+  scored = ~np.isnan(answers.rewards)
+  repeated = _repeated(config, held.model, answers, scored)
+  usable = scored & ~repeated
+  ranked = pools.ranked_pairs(answers.rewards, usable)
+  # The first of every prompt, whose pairs stand together.
+  before = np.searchsorted(ranked[:, 0], ranked[:, 0])
+  ranked = ranked[np.arange(len(ranked)) - before < per_prompt]
+  chosen = pools.noisy_pairs(ranked, answers.rewards, noise, seed)
   possible = np.minimum(usable.sum(axis=1) // 2, per_prompt).sum()
   members = chosen[:, :1], chosen[:, 1:]
   return Made(
@@ -184,12 +199,6 @@ def _repeated(
     repeated[tuple(place)] = read in seen
     seen.add(read)
   return repeated
-
-
-def _limited(chosen: np.ndarray, per_prompt: int) -> np.ndarray:
-  """The first `per_prompt` pairs of every prompt, which stand together."""
-  first = np.searchsorted(chosen[:, 0], chosen[:, 0])
-  return chosen[np.arange(len(chosen)) - first < per_prompt]
 
 
 def _row(

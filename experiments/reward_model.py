@@ -221,7 +221,7 @@ class RewardModeling:
       source=self._model.source,
     )
     found = calibration.examine(self._margins(trainable))
-    text = json.dumps(_plain(found), indent=1) + '\n'
+    text = json.dumps(_plain(found), indent=1, allow_nan=False) + '\n'
     write_atomically(folder / 'calibration.json', text)
     _plot(folder / 'calibration.png', found)
     return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
@@ -258,8 +258,10 @@ class RewardModeling:
 
 
 def _plain(found: calibration.Calibration) -> dict:
-  """As JSON: NaN, of an empty bin, is null."""
+  """As JSON: NaN of an empty bin, and an infinite temperature, are null."""
   values = found._asdict()
+  if np.isinf(found.temperature):
+    values['temperature'] = None
   for name in ('accuracy', 'log_loss'):
     values[name] = values[name]._asdict()
   values['bins'] = [

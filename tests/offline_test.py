@@ -205,29 +205,6 @@ def test_what_has_no_reward_is_not_learned(tmp_path):
   )
 
 
-def test_no_two_rounds_of_neighbouring_runs_have_one_order(
-  tmp_path, monkeypatch
-):
-  seen = []
-
-  def taken(update, estimator, state, pool, source, number):
-    seen.append(tuple(source.indices(0)))
-    return state, {}
-
-  monkeypatch.setattr(supervised, 'take_update', taken)
-  pool = pools.given(range(24), [[[3]]] * 24, [[1.0]] * 24, 0)
-  for seed in range(3):
-    config = tiny(dict(name='rest_em'), **REST)
-    config.steps, config.seed, config.rounds.batch = 12, seed, 48
-    phase, state = phase_of(config, tmp_path)
-    for turn in range(3):
-      for number in (4 * turn, 4 * turn + 1):
-        pools.save(tmp_path / 'rounds' / f'{number:08d}.npz', pool)
-      phase.step(state, 4 * turn + 2, None)
-  assert len(set(seen)) == 9
-  assert all(sorted(order) == list(range(48)) for order in seen)
-
-
 def test_nothing_right_is_said_and_not_trained_on(tmp_path):
   config = tiny(dict(name='rest_em', threshold=9.0), **REST)
   config.steps = 4

@@ -175,6 +175,16 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, tmp_path):
   assert len(timings) == STEPS + 1
 
 
+@pytest.mark.slow
+def test_a_model_that_learned_nothing_has_no_temperature(tmp_path):
+  config = a_config(tmp_path)
+  config.steps = 0
+  train(config, tmp_path / 'run')
+  text = (tmp_path / 'run' / 'calibration.json').read_text()
+  found = json.loads(text, parse_constant=pytest.fail)
+  assert found['temperature'] is None and found['accuracy']['mean'] == 0.5
+
+
 @pytest.mark.parametrize(
   'values, words',
   [

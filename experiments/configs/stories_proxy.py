@@ -22,7 +22,7 @@ def get_config():
     gold=dict(name='sentiment', weight=0.0),
   )
   config.algorithm = dict(name='grpo', kl=0.0)
-  config.optimizer = base.optimizer(5e-4, warmup_updates=5)
-  config.steps = 160
+  config.optimizer = base.optimizer(2e-4, warmup_updates=5)
+  config.steps = 100
   config.evaluation.update(every=10, samples=4)
   return config
