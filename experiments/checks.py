@@ -99,7 +99,7 @@ def check_name(config: ConfigDict, names: Sequence[str]) -> None:
     known = f'{", ".join(most)} or {last}' if most else last
     hint = f', or {_script(name)}' if name else ''
     raise UserError(
-      f'config.algorithm.name is {name!r}: this script trains by {known}\n'
+      f'config.algorithm.name is {name!r}: this script learns by {known}\n'
       f'set {known}{hint}'
     )
 

@@ -344,7 +344,7 @@ def changed(config: ConfigDict, **values):
 @pytest.mark.parametrize(
   'name, values, said',
   [
-    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script trains by"),
+    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script learns by"),
     ('rest_em', {'rounds.sampling': 0}, 'learns from its own samples'),
     ('rest_em', {'rounds.learning': 0}, 'a round would learn nothing'),
     ('rest_em', {'steps': 61}, 'set it to 60 or 80'),
