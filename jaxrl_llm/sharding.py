@@ -171,7 +171,8 @@ def row_spec(prompts: int, samples: int = 1) -> P:
 
 def flat(spec: P) -> tuple | None:
   """The axes of P · G rows in one dimension, of a `row_spec`."""
-  return tuple(name for axes in spec for name in axes or ()) or None
+  entries = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+  return tuple(name for axes in entries for name in axes) or None
 
 
 def shards(spec: P) -> int:
