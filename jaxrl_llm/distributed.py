@@ -93,6 +93,12 @@ def agree(flag: bool, name: str = 'a decision') -> bool:
   return bool(_client().key_value_dir_get(f'{key}/'))
 
 
+def own_part(total: int) -> slice:
+  """Which of so many things, in order, are this process's to work on."""
+  bounds = [i * total // count() for i in (index(), index() + 1)]
+  return slice(*bounds) if count() > 1 else slice(0, total)
+
+
 def gather(tree: Any, name: str = 'gathered rows') -> Any:
   """All processes' rows on every process, in the order of the processes.
 

@@ -180,6 +180,32 @@ def shards(spec: P) -> int:
   return math.prod(mesh_sizes()[name] for name in flat(spec) or ())
 
 
+def check_rows(prompts: int, samples: int, name: str) -> None:
+  """Raises UserError, with what would do, if devices were left without rows.
+
+  Args:
+    prompts, samples: P and G of a batch.
+    name: of the number of prompts, for the message.
+  """
+  count = row_devices()
+
+  def fits(number: int) -> bool:
+    return shards(row_spec(number, samples)) == count
+
+  if not fits(prompts):
+    nearest = sorted(
+      range(1, prompts + count + 1), key=lambda n: abs(n - prompts)
+    )
+    possible = sorted([n for n in nearest if fits(n)][:3])
+    sizes = mesh_sizes()
+    raise UserError(
+      f'{name} is {prompts}: rows of {prompts} prompts with {samples} '
+      f'responses do not spread over {count} devices '
+      f'(data {sizes[DATA]} x fsdp {sizes[FSDP]})\nchoose one of {possible}, '
+      'or another config.mesh'
+    )
+
+
 def constrain_rows(tree: Any) -> Any:
   """Spreads arrays [P, ...], and of three or more dimensions [P, G, ...].
 
@@ -202,9 +228,7 @@ def constrain_rows(tree: Any) -> Any:
   return jax.tree.map(put, tree)
 
 
-def over_rows(
-  function: Callable, in_specs: Any, out_specs: Any
-) -> Callable:
+def over_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
   """Runs a function for each device's own rows, without a word between them.
 
   Inside, only the tensor axis is left to XLA.  Without a mesh the function
@@ -349,8 +373,10 @@ def place_rows(tree: Any) -> Any:
 
 
 def _put(x, sharding: NamedSharding) -> Array:
-  if isinstance(x, Array) and x.is_fully_addressable and (
-    sharding.is_fully_addressable
+  if (
+    isinstance(x, Array)
+    and x.is_fully_addressable
+    and (sharding.is_fully_addressable)
   ):
     return jax.device_put(x, sharding)
   if isinstance(x, Array) and not x.is_fully_addressable:

@@ -22,7 +22,11 @@ def init(config: ModelConfig, key, param_dtype='float32') -> dict:
   """Random parameters: standard deviation 1/√in, less for residual outputs."""
   decoder = Decoder(config, jnp.dtype(param_dtype))
   tokens = jnp.zeros((1, 1), jnp.int32)
-  make = jax.jit(lambda key: decoder.init(key, tokens, None)['params'])
+
+  @jax.jit
+  def make(key):
+    return sharding.constrain_params(decoder.init(key, tokens, None)['params'])
+
   return make(key)
 
 
