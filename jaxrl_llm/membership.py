@@ -307,7 +307,7 @@ def _leave(status: int) -> None:
   _exit(status)
 
 
-def fail(status: int, say: Callable[[], None]) -> None:
+def fail(status: int, say: Callable[[], None] = lambda: None) -> None:
   """Ends all processes; returns in a single one, once it has spoken.
 
   Args:
