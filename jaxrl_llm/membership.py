@@ -91,6 +91,8 @@ def initialize(
     _explain_loss_of_main(coordinator)
   for watch in _watch_lives, _watch_failures:
     threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+  # All have to ask for the devices to get them: let it be now.
+  jax.devices()
 
 
 def _check(coordinator, num_processes, process_id) -> None:
