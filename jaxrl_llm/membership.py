@@ -54,11 +54,10 @@ def initialize(
     UserError: only some arguments are given, or wrong ones; process 0 does not
       answer; the launcher does not tell what it should.
   """
-  given = coordinator, num_processes, process_id
-  if given in ((None, 1, None), (None, 1, 0)):
+  if num_processes == 1 and process_id in (None, 0):
     return
   devices = None
-  if given == (None, None, None):
+  if (coordinator, num_processes, process_id) == (None, None, None):
     found = _detect(timeout_s)
     if found is None:
       return
