@@ -63,9 +63,11 @@ def model(config, seed: int) -> Model:
   built = outline(config)
   if config.path:
     _, params = pretrained.load(
-      config.path, config.param_dtype, **_settings(config)
+      config.path,
+      config.param_dtype,
+      shardings=sharding.shardings(built.params),
+      **_settings(config),
     )
-    params = sharding.place(params)
   else:
     key = jax.random.key(seed)
     params = transformer.init(built.config, key, config.param_dtype)

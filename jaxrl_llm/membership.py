@@ -54,11 +54,10 @@ def initialize(
     UserError: only some arguments are given, or wrong ones; process 0 does not
       answer; the launcher does not tell what it should.
   """
-  given = coordinator, num_processes, process_id
-  if given in ((None, 1, None), (None, 1, 0)):
+  if num_processes == 1 and process_id in (None, 0):
     return
   devices = None
-  if given == (None, None, None):
+  if (coordinator, num_processes, process_id) == (None, None, None):
     found = _detect(timeout_s)
     if found is None:
       return
@@ -91,6 +90,8 @@ def initialize(
     _explain_loss_of_main(coordinator)
   for watch in _watch_lives, _watch_failures:
     threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+  # All have to ask for the devices to get them: let it be now.
+  jax.devices()
 
 
 def _check(coordinator, num_processes, process_id) -> None:
@@ -307,7 +308,7 @@ def _leave(status: int) -> None:
   _exit(status)
 
 
-def fail(status: int, say: Callable[[], None]) -> None:
+def fail(status: int, say: Callable[[], None] = lambda: None) -> None:
   """Ends all processes; returns in a single one, once it has spoken.
 
   Args:

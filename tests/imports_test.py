@@ -72,6 +72,7 @@ def test_arrows(name):
     assert {other.split('.')[0] for other in GRAPH[name]} <= known
   elif within(name, 'jaxrl_llm.models'):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.sharding'
+    allowed = *allowed, 'jaxrl_llm.distributed'
   elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
     allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
     if within(name, 'jaxrl_llm.rewards'):
