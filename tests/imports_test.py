@@ -83,6 +83,10 @@ def test_arrows(name):
     allowed = ('jaxrl_llm.errors',)
   elif name == 'jaxrl_llm.scheduling':
     allowed = ()
+  elif name == 'jaxrl_llm.distributed':
+    allowed = ('jaxrl_llm.errors',)
+  elif name == 'jaxrl_llm.membership':
+    allowed = 'jaxrl_llm.errors', 'jaxrl_llm.distributed'
   elif within(name, *SAMPLER):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', *SAMPLER
     allowed = *allowed, 'jaxrl_llm.sharding'
