@@ -175,8 +175,7 @@ class Run:
     kept = 'look at what is learned from'
     if result.responses is not None:
       path = self._folder / 'nonfinite_batch.npz'
-      if distributed.is_main():
-        runs.write_batch(path, result.responses, result.advantages)
+      runs.write_batch(path, result.responses, result.advantages)
       kept = f'look at the batch in {path}'
     skipped = int(result.metrics['skipped'])
     raise UserError(

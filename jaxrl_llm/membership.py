@@ -68,6 +68,9 @@ def initialize(
     _wait_for(coordinator, timeout_s)
   # Only so does a loss come to the watch below, not to an abort in C++.
   jax.config.update('jax_enable_recoverability', True)
+  # CPU devices run programs side by side: two programs that both exchange
+  # something could wait for each other for ever.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   # It would take SIGTERM, which asks a run to save and stop.
   jax.config.update('jax_enable_preemption_service', False)
   with _on_abort(

@@ -9,6 +9,7 @@ Code runs under `jax.set_mesh(mesh)`.  Without a mesh, every function here
 leaves arrays as they are.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -87,6 +88,13 @@ def _no_mesh(sizes: dict[str, int], count: int) -> UserError:
     f'let the axes multiply to {count}: each of {divisors}, one of them -1 '
     'for the rest'
   )
+
+
+def on_own_device() -> contextlib.AbstractContextManager:
+  """What runs within is this process's alone, on its first device."""
+  if jax.sharding.get_mesh().empty:
+    return contextlib.nullcontext()
+  return jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))
 
 
 def mesh_sizes() -> dict[str, int]:
