@@ -136,7 +136,7 @@ def _detect(timeout_s: int) -> tuple | None:
       address = os.environ.get('JAX_COORDINATOR_ADDRESS')
       address = address or kind.get_coordinator_address(timeout_s, port)
       return address, total, kind.get_process_id(), _local_devices(kind)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of its variables, its service, the network
       raise UserError(
         f'{kind.__name__} does not tell the processes of this run: '
         f'{" ".join(str(error).split())[:200]}\n'
