@@ -149,9 +149,15 @@ def _fit(names, dimension: int, sizes: dict[str, int]):
   return names or None
 
 
+def tensor_shards(dimension: int) -> int:
+  """Over how many devices the tensor axis splits a dimension."""
+  size = mesh_sizes().get(TENSOR, 1)
+  return 1 if dimension % size else size
+
+
 def heads_axis(heads: int) -> str | None:
   """'tensor' where it divides a number of key heads, else None."""
-  return TENSOR if heads % mesh_sizes().get(TENSOR, 1) == 0 else None
+  return TENSOR if tensor_shards(heads) > 1 else None
 
 
 def row_axes(prompts: int, samples: int) -> tuple[tuple, tuple]:
@@ -281,15 +287,21 @@ def gather_columns(x: Array, spec: P, dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather_columns(x, dtype):
-  whole = jax.lax.all_gather(x.astype(dtype), FSDP, axis=1, tiled=True)
-  return whole.astype(x.dtype)
+  # The rows stay split over tensor, also on their way.
+  sent = constrain(x.astype(dtype), TENSOR, None)
+  whole = jax.lax.all_gather(sent, FSDP, axis=1, tiled=True)
+  return constrain(whole, TENSOR, None).astype(x.dtype)
+
+
+def _scatter_columns(dtype, _, gradient):
+  del dtype
+  gradient = constrain(gradient, TENSOR, None)
+  own = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True)
+  return (constrain(own, TENSOR, None),)
 
 
 _gather_columns.defvjp(
-  lambda x, dtype: (_gather_columns(x, dtype), None),
-  lambda dtype, _, gradient: (
-    jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True),
-  ),
+  lambda x, dtype: (_gather_columns(x, dtype), None), _scatter_columns
 )
 
 
