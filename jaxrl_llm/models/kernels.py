@@ -51,9 +51,9 @@ def choose(
   | anything else | splash | cudnn | xla |
 
   The first row that applies counts.  Lengths may be anything: the kernels'
-  adapters pad them.  `config.attention` other than 'auto' overrides the
-  platform in all rows but the first two; splash is then interpreted where
-  there is no TPU, slowly, for tests.
+  adapters pad them.  A kernel named by `config.attention` stands in place of
+  the platform's, and where the rows from the third on say xla it is refused;
+  splash is interpreted where there is no TPU, slowly, for tests.
 
   Args:
     config: static.
@@ -233,10 +233,11 @@ def splash(query, keys, values, real, *, scale, softcap=None):
     x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)]
   )
   segments = splash_attention.SegmentIds(
-    jnp.ones((query.shape[0], padded), jnp.int32),
+    jnp.ones(padded, jnp.int32),
     pad(real.astype(jnp.int32), 1, padded_kv),
   )
-  out = jax.vmap(kernel)(
+  of_rows = splash_attention.SegmentIds(None, 0)
+  out = jax.vmap(kernel, in_axes=(0, 0, 0, of_rows))(
     pad(query.transpose(0, 2, 1, 3), 2, padded),
     pad(keys, 2, padded_kv),
     pad(values, 2, padded_kv),
