@@ -27,7 +27,7 @@ def critic(config, built: build.Model) -> critic_lib.Critic:
   if not section.path:
     return TRUNKS[section.trunk](built.config)
   shape = pretrained.load_trunk_config(
-    section.path, dtype=config.model.dtype, remat=config.model.remat
+    section.path, **build.model_settings(config.model)
   )
   pretrained.check_vocabulary(shape, built.tokenizer)
   known = pretrained.load_tokenizer(section.path).get_vocab()
