@@ -1,4 +1,4 @@
-"""What the phases of a run give, and what `run.Run` asks of the main one."""
+"""What the phases of a run give, and what `loop.Run` asks of the main one."""
 
 import pathlib
 import types

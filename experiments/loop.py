@@ -1,0 +1,338 @@
+"""The loop of a run: its phases in a folder, recorded, saved and evaluated.
+
+What differs between `experiments.train`, `sft`, `preference`, `rest_em` and
+`reward_model` is the main phase, which comes after the warm start.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build, data, runs
+from experiments.course import Course
+from experiments.failures import failure_messages
+from experiments.held_out import to_samples
+from experiments.phase import MakePhase, Result
+from experiments.supervised import WarmStart
+from jaxrl_llm import distributed, logging, sharding, training
+from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.logging.samples import read_samples
+from jaxrl_llm.run_folder import StopRequested
+
+_MAX_SKIPPED = 3
+# Seconds that a process which fails waits for the others to fail too.
+_FAIL_TOGETHER = 10.0
+
+
+class Run:
+  """One run: what it is made of, how far it is, and what it has said.
+
+  Attributes:
+    course: how far it is.
+    state: the `TrainState` there.
+  """
+
+  def __init__(self, config, folder, stop, files, make_phase: MakePhase):
+    self._config = config
+    self._folder = folder.path
+    self._resuming = folder.resuming
+    self._stop = stop
+    self._told = set()
+    self._key = jax.random.key(config.seed)
+    model = build.model(config.model, config.seed)
+    # The parameters live in the state alone.
+    self._model = model._replace(params=None)
+    found = build.dataset(config, self._model.tokenizer)
+    self._warm = WarmStart(config, self._model, found.demonstrations)
+    self._main = make_phase(config, self._model, found, self._key, self._folder)
+    warm = config.warm_start.steps
+    self.course = Course(
+      warm, warm + config.steps, config.tokens, self._main.round
+    )
+    self._keep = files.enter_context(
+      Checkpoints(
+        self._folder / 'checkpoints',
+        config.checkpoints.keep_latest,
+        config.checkpoints.keep_best,
+      )
+    )
+    self._reference = files.enter_context(
+      Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
+    )
+    # The record of the step that `state` is of, while it is not yet written:
+    # an evaluation may fail or be stopped after the update is made.
+    self._pending = None if warm else {'metrics': {}, 'timings': {}}
+    self._score = None  # of the evaluation at this step, if there was one
+    # Whether the newest checkpoint is of the state and the records as they are.
+    self._saved = False
+    restored = self._restore(model.params)
+    at = written = self.course.step if restored else None
+    if restored and self._pending is not None:
+      written = at - 1 if at else None
+    self._metrics = self._samples = self._progress = logging.Silent()
+    if distributed.is_main():
+      self._metrics = files.enter_context(
+        logging.MetricsWriter(self._folder, written)
+      )
+      self._samples = files.enter_context(logging.SampleLog(self._folder, at))
+      self._progress = files.enter_context(
+        logging.Progress(self.course.total, self.course.step)
+      )
+    self._describe(found, restored)
+
+  def train(self) -> None:
+    """Runs what is left of the run; saves also when it is cut short."""
+    try:
+      if self._pending is not None:
+        self._record(**self._pending)
+        if self.course.step:
+          self._save()
+      while not self.course.ended:
+        self._stop.check()
+        self._one_step()
+        if self.course.checkpoint_is_due(self._config.checkpoints.every):
+          self._save()
+        self._keep.poll()
+    except (UserError, StopRequested):
+      # The main phase may have begun with a state of another kind, of which
+      # nothing is learned yet: the end of the warm start is what counts.
+      # One process alone cannot save: what it failed at the others may not.
+      if not self._saved and distributed.all_come('the end', _FAIL_TOGETHER):
+        self._save()
+      self._keep.wait()
+      raise
+    self._keep.wait()
+
+  def finish(self) -> None:
+    """Exports the model; shows and writes what the run came to."""
+    left = self._main.finish(self.state.trainable, self._folder)
+    if not distributed.is_main():
+      return
+    records = logging.read_metrics(self._folder / 'metrics.jsonl')
+    runs.plot(
+      self._folder / 'curve.png', records, self._main.curves, self.course.first
+    )
+    before, after = self._before_after()
+    written = ['curve.png', *left]
+    if after:
+      self._samples.write_html(self._folder.name, before, after)
+      self._progress.print(logging.before_after_table(before, after))
+      written.insert(1, 'samples.html')
+    print('\n'.join(runs.changes(records)))
+    print(f'{self._folder}: {", ".join(written)}')
+
+  def _one_step(self) -> None:
+    """One step of the phase that the run is in, and its record."""
+    course = self.course
+    if course.in_warm_start:
+      result = self._warm.step(self.state, course.step)
+    else:
+      number = course.step - course.first
+      if not number:
+        self._begin_main()
+      result = self._main.step(self.state, number, self._stop)
+    self.state, self._saved = result.state, False
+    if result.messages:
+      self._progress.print(*result.messages)
+    course.advance(result.tokens)
+    shown = []
+    if result.responses is not None:
+      shown = to_samples(
+        result.responses,
+        course.step,
+        result.advantages,
+        self._config.log.samples,
+      )
+      self._samples.write(shown)
+    self._record(result.metrics, result.timings)
+    if shown and self._score is not None:
+      title = f'Step {course.step}'
+      self._progress.print(logging.sample_table(shown, title=title))
+      self._samples.write_html(self._folder.name)
+    if result.metrics.get('skipped', 0) >= _MAX_SKIPPED:
+      self._abort(result)
+
+  def _abort(self, result: Result) -> None:
+    """Ends a run whose updates stay non-finite; keeps the last batch."""
+    kept = 'look at what is learned from'
+    if result.responses is not None:
+      path = self._folder / 'nonfinite_batch.npz'
+      runs.write_batch(path, result.responses, result.advantages)
+      kept = f'look at the batch in {path}'
+    skipped = int(result.metrics['skipped'])
+    raise UserError(
+      f'{skipped} updates in a row were not finite, up to step '
+      f'{self.course.step}; parameters are those before\n'
+      f'lower the learning rate, or {kept}'
+    )
+
+  def _begin_main(self) -> None:
+    """Fixes what the main phase starts from: its state, a reference."""
+    if self.course.first:
+      self.state = self._main.begin(self.state.trainable['policy'])
+    if self._main.keeps_reference:
+      policy = self.state.trainable['policy']
+      # A copy: updates reuse the memory of the parameters they change.
+      self._main.reference = jax.tree.map(jnp.copy, policy)
+      self._reference.save(self.course.first, self._main.reference, {})
+      self._reference.wait()
+    self._progress.print(*self._main.start(self.state))
+
+  def _record(self, metrics: dict, timings: dict) -> None:
+    """Adds the evaluation where one is due, and writes the step's record."""
+    self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
+    self._score, self._saved = None, False
+    metrics = dict(metrics)
+    due = self._config.evaluation
+    if self.course.evaluation_is_due(due.every, due.every_tokens):
+      start = time.perf_counter()
+      found = self._main.evaluate(
+        self.state.trainable, self.course.step, self._stop
+      )
+      metrics |= found.metrics
+      when = f'at step {self.course.step}'
+      told = failure_messages(found.failures, when, self._told)
+      self._progress.print(*told)
+      self._samples.write(found.samples)
+      timings = timings | {'evaluation_time': time.perf_counter() - start}
+      self._score = metrics[next(iter(self._main.curves))]
+    metrics['num_tokens'] = self.course.tokens
+    self._metrics.write(self.course.step, metrics, timings)
+    self._pending = None
+    shown = ('warm_start/loss', 'loss', 'reward', *self._main.curves)
+    if self._config.tokens:
+      shown += ('num_tokens',)
+    self._progress.update(
+      self.course.step, **{k: metrics[k] for k in shown if k in metrics}
+    )
+
+  def _before_after(self):
+    """Held-out samples of the start and of the end of RL."""
+    samples = read_samples(self._folder / 'samples.jsonl')
+    kept = [sample for sample in samples if sample.advantage is None]
+    return tuple(
+      [sample for sample in kept if sample.step == step]
+      for step in (self.course.first, self.course.step)
+    )
+
+  def _initial_state(self, params) -> training.TrainState:
+    if not self.course.first:
+      return self._main.begin(params)
+    return build.init_state(params, self._warm.optimizer, self._main.estimator)
+
+  def _template(self, params, step: int) -> dict:
+    """Shapes of what a checkpoint holds: two states need not fit in memory."""
+    first = self.course.first
+    if step > first or not first:
+      state = self._main.shapes(params)
+    else:
+      state = jax.eval_shape(self._initial_state, params)
+      state = sharding.with_shardings(state)
+    return self._tree(state)
+
+  def _tree(self, state) -> dict:
+    """What a checkpoint holds, for a state or the shapes of one."""
+    arrays, _ = self._main.save()
+    return {'state': state, 'key': jax.random.key_data(self._key), **arrays}
+
+  def _fingerprint(self) -> dict:
+    found = self._main.fingerprint()
+    if self.course.first:
+      found['warm_start'] = self._warm.source.fingerprint()
+    return found
+
+  def _save(self) -> None:
+    self._metrics.sync()
+    self._samples.sync()
+    self._keep.save(
+      self.course.step,
+      self._tree(self.state),
+      {
+        'tokens': self.course.tokens,
+        'tokens_before': self.course.tokens_before,
+        'main': self._main.save()[1],
+        'prompts': self._fingerprint(),
+        'pending': self._pending,
+        'score': self._score,
+      },
+      self._score,
+    )
+    self._saved = True
+
+  def _restore(self, params) -> bool:
+    """Takes up the newest checkpoint that verifies, or starts afresh."""
+    if not self._keep.steps():
+      self.state = self._initial_state(params)
+      return False
+    template = functools.partial(self._template, params)
+    course = self.course
+    course.step, tree, metadata = self._keep.restore(template)
+    stored, now = metadata['prompts'], self._fingerprint()
+    if stored != now:
+      phase = next(name for name in now if stored.get(name) != now[name])
+      differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
+      raise UserError(
+        f'the {phase} prompts are not those of step {course.step}: '
+        f'{", ".join(differ)} changed\nrestore the data and the tokenizer, or '
+        'start in another --workdir'
+      )
+    self.state = tree['state']
+    self._key = jax.random.wrap_key_data(tree['key'])
+    self._main.key = self._key
+    course.tokens = metadata['tokens']
+    course.tokens_before = metadata['tokens_before']
+    self._pending = metadata['pending']
+    self._score = metadata['score']
+    # A run evaluates where it ends: what has no score went on from there.
+    unscored = self._pending is None and self._score is None
+    if course.ended and (unscored or course.overran):
+      raise UserError(
+        f'the run has done {course.step - course.first} steps of RL and '
+        f'generated {course.tokens} tokens: more than the configuration asks '
+        'for\nraise config.steps or config.tokens, whichever is below'
+      )
+    steps = max(course.step - course.first, 0)
+    self._main.load(tree, metadata['main'], steps)
+    if steps and self._main.keeps_reference:
+      found = self._reference.restore(self.state.trainable['policy'])
+      if found is None:
+        raise UserError(
+          f'{self._reference.folder} has no reference policy\n'
+          'restore the folder from a copy, or start in another --workdir'
+        )
+      self._main.reference = found[1]
+    self._saved = True
+    return True
+
+  def _describe(self, found: data.Data, restored: bool) -> None:
+    """Says what the run is, a line each."""
+    trained = self.state.trainable.get('policy', self.state.trainable)
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    tokenizer = len(self._model.tokenizer)
+    lines = [
+      f'{self._model.config.family} model, {size:,} parameters, '
+      f'{tokenizer} tokens; {jax.device_count()} {jax.default_backend()} '
+      f'device(s){_mesh()}',
+      *self._main.describe(),
+      *found.notes,
+    ]
+    if restored:
+      lines.append(f'resumed at step {self.course.step} of {self.course.total}')
+    elif self._resuming:
+      lines.append('no checkpoint yet: the run starts from its beginning')
+    self._progress.print(*lines)
+
+
+def _mesh() -> str:
+  sizes = sharding.mesh_sizes()
+  shown = ' x '.join(f'{name} {size}' for name, size in sizes.items())
+  return f': {shown}' if shown else ''
+
+
+def _plain(numbers: dict) -> dict:
+  """Scalars of NumPy and JAX as numbers of Python, exactly."""
+  return {name: np.asarray(value).item() for name, value in numbers.items()}
