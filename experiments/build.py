@@ -399,7 +399,11 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
 
 def model_settings(config) -> dict[str, Any]:
   """How a model computes, of `config.model`: fields of its ModelConfig."""
-  return {name: config[name] for name in ('dtype', 'remat', 'attention')}
+  return {
+    'dtype': config.dtype,
+    'remat': config.remat,
+    'attention': config.attention,
+  }
 
 
 def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:

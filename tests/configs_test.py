@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 
+import jax
 import pytest
 import scripts
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ from experiments import (
   train,
 )
 from experiments.configs import base
-from jaxrl_llm import naming
+from jaxrl_llm import naming, sharding
 from jaxrl_llm.errors import UserError
 
 FOLDER = pathlib.Path(base.__file__).parent
@@ -94,7 +95,7 @@ def test_docstring_has_the_command(name):
 def test_every_field_is_read():
   # A field that nothing reads would be a setting without effect.  Sections
   # whose fields are keyword arguments are read as a whole.
-  whole = ('optimizer.', 'critic.optimizer.', 'warm_start.optimizer.')
+  whole = ('optimizer.', 'critic.optimizer.', 'warm_start.optimizer.', 'mesh.')
   source = ''.join(
     path.read_text()
     for path in FOLDER.parent.glob('*.py')
@@ -107,6 +108,7 @@ def test_every_field_is_read():
   arguments = set(base.optimizer(1.0))
   assert arguments == set(base.get_config().warm_start.optimizer)
   build.optimizer(base.get_config().optimizer, 10)
+  sharding.make_mesh(**base.get_config().mesh, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
