@@ -8,6 +8,8 @@ import numpy as np
 
 from jaxrl_llm.errors import UserError
 
+_AT_ONCE = 8
+
 
 def named_leaves(tree) -> dict:
   """The leaves of a tree of arrays by name, such as `params/layers/w`.
@@ -46,8 +48,13 @@ def shape_of(leaf) -> tuple[str, list[int]]:
 
 def describe(leaves: dict) -> dict:
   """Shape, dtype and digest of each leaf, as JSON values."""
-  # All digests are started before the first is waited for.
-  digests = {name: digest(leaf) for name, leaf in leaves.items()}
+  digests = {}
+  for name, leaf in leaves.items():
+    digests[name] = digest(leaf)
+    # Some are under way at any time, but few: a CPU device takes 32 programs,
+    # and devices of several processes that are full wait for each other.
+    if len(digests) % _AT_ONCE == 0:
+      jax.block_until_ready(digests[name])
   described = {}
   for name, leaf in leaves.items():
     dtype, shape = shape_of(leaf)
