@@ -10,8 +10,9 @@ import numpy as np
 from experiments import build
 from experiments.failures import failure_counts
 from experiments.phase import Evaluation
-from jaxrl_llm import evaluation, rollouts, sampling, sharding
+from jaxrl_llm import evaluation, rollouts, sharding
 from jaxrl_llm.logging import Sample
+from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.rewards.failures import Failures, merge
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -114,7 +115,7 @@ def answer(
   """
   if held_out.generation.decoding.greedy:
     reference = None
-  sampled_by = sampling.layout(held_out.model.config, params)
+  sampled_by = transformer.sampling_layout(held_out.model.config, params)
   count = len(held_out.encoded.rows)
   pieces, kl_sum = [], 0.0
   for start in range(0, count, held_out.batch):

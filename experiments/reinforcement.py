@@ -26,12 +26,12 @@ from jaxrl_llm import (
   critic,
   estimators,
   rollouts,
-  sampling,
   sharding,
   training,
 )
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.kept import KeptValues
+from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards.failures import Failures
 
 
@@ -125,7 +125,9 @@ class Reinforcement:
       `Collected`.
     """
     times = [time.perf_counter()]
-    sampled_by = sampling.layout(self._model.config, state.trainable['policy'])
+    sampled_by = transformer.sampling_layout(
+      self._model.config, state.trainable['policy']
+    )
     respond = functools.partial(
       rollouts.respond,
       self._model.config,
@@ -241,7 +243,9 @@ class Reinforcement:
     """Largest |trainer − sampler| log-probability of a step's responses."""
     prompts, samples = rollouts.generate(
       self._model.config,
-      sampling.layout(self._model.config, state.trainable['policy']),
+      transformer.sampling_layout(
+        self._model.config, state.trainable['policy']
+      ),
       self.source.batch(step),
       self.generation,
       jax.random.fold_in(jax.random.fold_in(self.key, 1), step),

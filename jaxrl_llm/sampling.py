@@ -6,7 +6,7 @@ ends when every row has ended.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -93,36 +93,6 @@ _STATIC = (
   'pad_id',
   'statistics',
 )
-
-
-def layout(config: ModelConfig, params: Any) -> Any:
-  """Parameters as sampling reads them, once per token: made once per iteration.
-
-  On a mesh they are split over its tensor axis alone.  Matrices have the
-  compute dtype, to which they would be cast at each use: the results are the
-  same.
-
-  Args:
-    config: of the model.
-    params: in the layout of training.
-  """
-  dtype = jnp.dtype(config.dtype)
-  narrow = {leaf.dtype for leaf in jax.tree.leaves(params)} != {dtype}
-  if not (narrow or sharding.row_devices() > 1):
-    return params
-  return _layout(params, dtype)
-
-
-@functools.partial(jax.jit, static_argnames='dtype')
-def _layout(params, dtype):
-  def cast(path, leaf):
-    matrix = path[-1].key in ('kernel', 'embedding')
-    return leaf.astype(dtype) if matrix else leaf
-
-  # Cast where they are: half the bytes are sent.
-  params = jax.tree_util.tree_map_with_path(cast, params)
-  params = sharding.constrain_params(params, 'training')
-  return sharding.constrain_params(params, 'sampling')
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_tokens'))

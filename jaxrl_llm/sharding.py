@@ -226,7 +226,6 @@ def constrain_rows(tree: Any) -> Any:
   """
   if not mesh_sizes():
     return tree
-  # Of two shapes in one tree the widest decides about the prompts.
   samples = [x.shape[1] for x in jax.tree.leaves(tree) if x.ndim > 2]
 
   def put(x):

@@ -19,7 +19,8 @@ import optax
 
 from experiments import build, reinforcement
 from experiments.configs import quickstart
-from jaxrl_llm import rollouts, sampling, sharding, training
+from jaxrl_llm import rollouts, sharding, training
+from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart
 
 ALGORITHMS = {
@@ -78,7 +79,7 @@ def iteration(algorithm: str) -> dict:
   memory = memory_of(compiled, traced)
   traced, _ = compiled(traced, None, prompts, batch)
   greedy = rollouts.greedy(rl.generation)
-  params = sampling.layout(model.config, traced.trainable['policy'])
+  params = transformer.sampling_layout(model.config, traced.trainable['policy'])
   _, argmax = rollouts.generate(
     model.config, params, rl.source.batch(0), greedy, jax.random.key(0)
   )
