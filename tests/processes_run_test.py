@@ -9,8 +9,8 @@ import pytest
 import scripts
 
 
-def start(workdir, *arguments):
-  """Two processes that train in one folder."""
+def start(workdir, *arguments, count=2, devices=1):
+  """Processes, of so many devices each, that train in one folder."""
   workdir = pathlib.Path(workdir)
   config = workdir.parent / 'config/config.py'
   if not config.exists():
@@ -22,12 +22,13 @@ def start(workdir, *arguments):
       f'--config={config}',
       f'--workdir={workdir}',
       f'--coordinator={address}',
-      '--num_processes=2',
+      f'--num_processes={count}',
       f'--process_id={index}',
       *arguments,
       cache=scripts.cache(),
+      devices=devices,
     )
-    for index in range(2)
+    for index in range(count)
   ]
 
 
@@ -67,6 +68,18 @@ def test_a_signal_to_one_saves_both(tmp_path):
   count = assert_like_one_process(workdir)
   saved = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
   assert saved[-1] == f'{count:08d}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count, devices', [(2, 4), (4, 2)])
+def test_eight_devices_of_several_processes(tmp_path, count, devices):
+  workdir = tmp_path / 'run'
+  mesh = '--config.mesh.data=2', '--config.mesh.fsdp=4'
+  processes = start(workdir, *mesh, count=count, devices=devices)
+  first, *others = (process.wait() for process in processes)
+  assert first.code == 0, first.err
+  assert all(other.code == 0 and quiet(other) for other in others)
+  assert assert_like_one_process(workdir) == scripts.TOTAL
 
 
 @pytest.mark.slow
