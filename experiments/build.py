@@ -10,7 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import data
-from jaxrl_llm import estimators, naming, policy, rollouts, training
+from jaxrl_llm import (
+  estimators,
+  naming,
+  policy,
+  rollouts,
+  sharding,
+  training,
+)
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import (
   actor_critic,
@@ -58,6 +65,7 @@ def model(config, seed: int) -> Model:
     _, params = pretrained.load(
       config.path, config.param_dtype, **_settings(config)
     )
+    params = sharding.place(params)
   else:
     key = jax.random.key(seed)
     params = transformer.init(built.config, key, config.param_dtype)

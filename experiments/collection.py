@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm import regroup
+from jaxrl_llm import regroup, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import Responses
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -143,8 +143,7 @@ class Collection:
       )
     joined = regroup.join(groups.parts, groups.chosen)
     batch = prompts_lib.PromptBatch(
-      np.asarray(joined.prompts.tokens),
-      np.asarray(joined.prompts.lengths),
+      *sharding.to_host((joined.prompts.tokens, joined.prompts.lengths)),
       joined.rows,
     )
     rows = [
@@ -283,7 +282,7 @@ def _usual(count: int, most: int) -> int:
 
 
 def _tokens(responses: Responses) -> int:
-  return int(np.asarray(responses.samples.mask).sum())
+  return int(responses.samples.mask.sum())
 
 
 def _sampled(parts: list[Responses]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import jax
 
 from experiments import build
 from jaxrl_llm import critic as critic_lib
-from jaxrl_llm import estimators, naming, training
+from jaxrl_llm import estimators, naming, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import pretrained, transformer
@@ -58,11 +58,11 @@ def describe(config) -> str:
 def start(config, built: critic_lib.Critic, policy_params):
   """What a critic begins with: a copy of the policy, or its folder."""
   if not config.critic.path:
-    return built.init(policy_params)
+    return sharding.place(built.init(policy_params))
   trunk, score = pretrained.load_trunk(
     config.critic.path, built.config, config.model.param_dtype
   )
-  return built.init(trunk, score)
+  return sharding.place(built.init(trunk, score))
 
 
 def shapes(config, built: critic_lib.Critic):

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import build
 from experiments.failures import failure_counts
 from experiments.phase import Evaluation
-from jaxrl_llm import evaluation, rollouts
+from jaxrl_llm import evaluation, rollouts, sampling, sharding
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.rewards.failures import Failures, merge
@@ -113,6 +114,7 @@ def answer(
   """
   if held_out.generation.decoding.greedy:
     reference = None
+  sampled_by = sampling.layout(held_out.model.config, params)
   count = len(held_out.encoded.rows)
   pieces, kl_sum = [], 0.0
   for start in range(0, count, held_out.batch):
@@ -121,7 +123,7 @@ def answer(
     chosen = range(start, min(start + held_out.batch, count))
     responses = rollouts.respond(
       held_out.model.config,
-      params,
+      sampled_by,
       prompts_lib.gather(held_out.encoded, chosen),
       held_out.generation,
       held_out.model.tokenizer,
@@ -133,13 +135,12 @@ def answer(
       kl_sum += _kl_sum(held_out, params, reference, responses)
   samples = [s for piece in pieces for s in to_samples(piece, step)]
   shape = (count, held_out.generation.samples)
-  masks = [np.concatenate(np.asarray(piece.samples.mask)) for piece in pieces]
+  host = [sharding.to_host(piece.samples) for piece in pieces]
+  masks = [np.concatenate(piece.mask) for piece in host]
   tokens = [
     row[mask].tolist()
-    for piece, piece_mask in zip(pieces, masks, strict=True)
-    for row, mask in zip(
-      np.concatenate(np.asarray(piece.samples.tokens)), piece_mask, strict=True
-    )
+    for piece, piece_mask in zip(host, masks, strict=True)
+    for row, mask in zip(np.concatenate(piece.tokens), piece_mask, strict=True)
   ]
   lengths = np.array([len(row) for row in tokens]).reshape(shape)
   rewards = [
@@ -213,8 +214,10 @@ def to_samples(
 
   With a `limit`, so many rows spread over the prompts.
   """
-  mask = np.concatenate(np.asarray(responses.samples.mask))
-  finished = np.asarray(responses.samples.finished).reshape(-1)
+  mask, finished = sharding.to_host(
+    (responses.samples.mask, responses.samples.finished)
+  )
+  mask, finished = np.concatenate(mask), finished.reshape(-1)
   scores = responses.scores
   per_prompt = len(mask) // len(responses.rows)
 
@@ -262,5 +265,5 @@ def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
       ).log_probs
       for weights in (params, reference)
     )
-    total += float(np.where(mask, now - before, 0.0).sum())
+    total += float(jnp.where(mask, now - before, 0.0).sum())
   return total

@@ -3,7 +3,7 @@
 import jax
 
 from experiments import build, critics
-from jaxrl_llm import training
+from jaxrl_llm import sharding, training
 from jaxrl_llm.estimators import diagnostics
 
 
@@ -59,7 +59,8 @@ class Learner:
     beginning = None
     if self.critic is not None:
       beginning = critics.shapes(self._config, self.critic)
-    return jax.eval_shape(self._state, policy_params, beginning)
+    state = jax.eval_shape(self._state, policy_params, beginning)
+    return sharding.with_shardings(state)
 
   def _state(self, policy_params, critic_params) -> training.TrainState:
     return build.init_state(

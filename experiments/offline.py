@@ -21,7 +21,7 @@ from experiments.course import Round
 from experiments.data import Data
 from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.phase import Evaluation, Result
-from jaxrl_llm import estimators, pools, rollouts, training
+from jaxrl_llm import estimators, pools, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
@@ -133,7 +133,8 @@ class Offline:
     return build.init_state(policy_params, self._optimizer, self.estimator)
 
   def shapes(self, policy_params) -> training.TrainState:
-    return jax.eval_shape(self.begin, policy_params)
+    state = jax.eval_shape(self.begin, policy_params)
+    return sharding.with_shardings(state)
 
   def start(self, state: training.TrainState) -> list[str]:
     del state
@@ -267,8 +268,8 @@ class Offline:
       estimators.Needs(),
       self._config.rollout.prompts,
     )
-    mask, valid, rewards = (
-      np.asarray(x) for x in (data.mask, data.valid, data.rewards)
+    mask, valid, rewards, tokens = sharding.to_host(
+      (data.mask, data.valid, data.rewards, data.tokens)
     )
     groups = self._method.choose(
       valid[..., 0] & self._kept(data), rewards[..., 0]
@@ -276,7 +277,7 @@ class Offline:
     pool = pools.choose(
       self._sampling.indices(at),
       groups,
-      np.asarray(data.tokens),
+      tokens,
       mask.sum(axis=2),
       rewards[..., 0],
     )
@@ -301,7 +302,7 @@ class Offline:
     """[P, G] which responses the estimator would train on one by one."""
     if self.estimator.needs.samples > 1:
       return np.ones(data.mask.shape[:2], bool)
-    return np.asarray(self.estimator.prepare(data).valid)[..., 0]
+    return sharding.to_host(self.estimator.prepare(data).valid)[..., 0]
 
   def _open(self, turn: int) -> tuple[pools.Pool, sources.PromptSource]:
     """What a round learns from, and the order of it."""

@@ -26,6 +26,8 @@ from jaxrl_llm import (
   critic,
   estimators,
   rollouts,
+  sampling,
+  sharding,
   training,
 )
 from jaxrl_llm.estimators import diagnostics
@@ -78,6 +80,11 @@ class Reinforcement:
     self._config = config
     self._model = model
     self.key = key
+    for name, prompts in (
+      ('config.rollout.prompts', config.rollout.prompts),
+      ('config.training.micro_prompts', build.micro_prompts(config)),
+    ):
+      sharding.check_rows(prompts, config.rollout.samples, name)
     encoded = build.encode(config, rows, model.tokenizer)
     self.dropped = encoded.dropped
     self._collection = Collection(config, encoded, model.tokenizer)
@@ -118,10 +125,11 @@ class Reinforcement:
       `Collected`.
     """
     times = [time.perf_counter()]
+    sampled_by = sampling.layout(self._model.config, state.trainable['policy'])
     respond = functools.partial(
       rollouts.respond,
       self._model.config,
-      state.trainable['policy'],
+      sampled_by,
       tokenizer=self._model.tokenizer,
       rewards=self.rewards,
     )
@@ -145,7 +153,10 @@ class Reinforcement:
         generation=rollouts.greedy(self.generation),
         key=self.key,  # not used
       )
-    branched = self._branch(state, responses, step) if needs.branches else None
+    branched = None
+    if needs.branches:
+      branched = self._branch(sampled_by, responses, step)
+    del sampled_by, respond
     # The keys and values have served.
     responses = responses._replace(cache=None)
     times.append(time.perf_counter())
@@ -176,7 +187,7 @@ class Reinforcement:
       extra += branched.tokens
       record = record | branched.statistics
     if baseline is not None:
-      extra += int(np.asarray(baseline.samples.mask).sum())
+      extra += int(baseline.samples.mask.sum())
     times = {'rollout_time': times[1] - times[0]}
     failures = of_step(responses, baseline, branched and branched.responses)
     return Collected(responses, data, times, extra, record, own, failures)
@@ -211,11 +222,11 @@ class Reinforcement:
       at_once,
     )
 
-  def _branch(self, state: training.TrainState, responses, step: int):
+  def _branch(self, params, responses, step: int):
     """Samples and scores the branches that the estimator asks for."""
     return branches.branch(
       self._model.config,
-      state.trainable['policy'],
+      params,
       responses,
       self.generation,
       self.estimator.needs.branches,
@@ -230,7 +241,7 @@ class Reinforcement:
     """Largest |trainer − sampler| log-probability of a step's responses."""
     prompts, samples = rollouts.generate(
       self._model.config,
-      state.trainable['policy'],
+      sampling.layout(self._model.config, state.trainable['policy']),
       self.source.batch(step),
       self.generation,
       jax.random.fold_in(jax.random.fold_in(self.key, 1), step),
@@ -270,10 +281,12 @@ class Reinforcement:
     state = state.replace(running=running)
     records = jax.device_get(records)
     timings['step_time'] = time.perf_counter() - start
-    mask = np.asarray(responses.samples.mask)
+    mask, advantages = sharding.to_host(
+      (responses.samples.mask, whole[1].advantages)
+    )
     metrics = reward_metrics(responses, own) | update_metrics(records)
     metrics |= jax.device_get(record) | rates | failure_counts(failures)
-    advantages = np.asarray(whole[1].advantages)[:, : mask.shape[1]]
+    advantages = advantages[:, : mask.shape[1]]
     # A per-token advantage is shown by its mean over the response.
     shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
     shown = shown / np.maximum(mask.sum(axis=2), 1)

@@ -36,7 +36,7 @@ import numpy as np
 from experiments import build, cli, offline_checks, run, supervised
 from experiments.course import Round
 from experiments.phase import Evaluation, Result, Script
-from jaxrl_llm import calibration, critic, logging, pools, training
+from jaxrl_llm import calibration, critic, logging, pools, sharding, training
 from jaxrl_llm import reward_model as reward_model_lib
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
@@ -160,7 +160,8 @@ class RewardModeling:
     )
 
   def shapes(self, policy_params) -> training.TrainState:
-    return jax.eval_shape(self.begin, policy_params)
+    state = jax.eval_shape(self.begin, policy_params)
+    return sharding.with_shardings(state)
 
   def start(self, state) -> list[str]:
     del state
@@ -253,7 +254,7 @@ class RewardModeling:
           self._micro,
         )
       )
-    found = np.concatenate(jax.device_get(scores))[:count].astype(np.float64)
+    found = np.concatenate(sharding.to_host(scores))[:count].astype(np.float64)
     return found[:, 0] - found[:, 1]
 
 

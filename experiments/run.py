@@ -22,7 +22,7 @@ from experiments.failures import failure_messages
 from experiments.held_out import to_samples
 from experiments.phase import MakePhase, Result, Script
 from experiments.supervised import WarmStart
-from jaxrl_llm import logging, training
+from jaxrl_llm import logging, sharding, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
@@ -358,6 +358,9 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
   script.check(config)
   try:
     with contextlib.ExitStack() as files:
+      if jax.device_count() > 1:
+        mesh = sharding.make_mesh(**config.mesh.to_dict())
+        files.enter_context(jax.set_mesh(mesh))
       return _train(script, config, workdir, resume, files)
   except KeyboardInterrupt:
     print(

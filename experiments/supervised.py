@@ -8,12 +8,18 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import build
 from experiments.phase import Result
-from jaxrl_llm import estimators, policy, pools, rollouts, training
+from jaxrl_llm import (
+  estimators,
+  policy,
+  pools,
+  rollouts,
+  sharding,
+  training,
+)
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -73,13 +79,13 @@ def score_pool(
       model.config,
       params,
       rollouts.to_prompts(prompts_lib.gather(encoded, groups.prompts)),
-      jnp.asarray(groups.tokens),
+      sharding.place_rows(groups.tokens),
       decoding(model),
       size,
       config.training.chunk,
     )
     mask = np.arange(groups.tokens.shape[2]) < groups.lengths[..., None]
-    scored.append(np.where(mask, np.asarray(found.log_probs), 0.0))
+    scored.append(np.where(mask, sharding.to_host(found.log_probs), 0.0))
   if not scored:
     return np.zeros(pool.tokens.shape, np.float32)
   return np.concatenate(scored)[:count].astype(np.float32)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm import sharding
 from jaxrl_llm.branches import Forks, mark_rows
 from jaxrl_llm.estimators import (
   Branches,
@@ -94,7 +95,7 @@ def keep_values(
   step: int,
 ) -> None:
   """Keeps the values that `add_values` found, for later steps."""
-  tokens, places, values, mask = jax.device_get(
+  tokens, places, values, mask = sharding.to_host(
     (
       rollouts.tokens,
       forks.places,

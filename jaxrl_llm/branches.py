@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import sampling
+from jaxrl_llm import sampling, sharding
 from jaxrl_llm.estimators import Branches
 from jaxrl_llm.estimators.positions import mark
 from jaxrl_llm.kept import KeptValues, digests, none_kept
@@ -81,7 +81,7 @@ class Branched(NamedTuple):
     branches/kept: share of the places with a value of an earlier step.
     branches/staleness: mean age of these values, steps; 0 without any.
     """
-    places, owners = jax.device_get((self.forks.places, self.forks.owners))
+    places, owners = sharding.to_host((self.forks.places, self.forks.owners))
     kept, wanted = self.ages >= 0, places > 0
     own = owners == _slots(places.shape)
     forks, shared = int((wanted & own).sum()), int((~own).sum())
@@ -132,7 +132,7 @@ def branch(
   places = fork_places(
     wanted, samples.tokens, samples.mask, samples.entropy, rule_key
   )
-  host_places, host_tokens = jax.device_get((places, samples.tokens))
+  host_places, host_tokens = sharding.to_host((places, samples.tokens))
   found = none_kept(host_places.shape)
   if kept is not None:
     keys = digests(responses.prompts, host_tokens, host_places)
@@ -141,13 +141,21 @@ def branch(
   host_places = np.where(found.ages >= 0, 0, host_places)
   owners = find_owners(host_places, host_tokens)
   own = np.where(owners == _slots(owners.shape), host_places, 0)
-  places = jnp.asarray(own if wanted.trained else host_places)
+  own, places, owners, kept_places, kept_values = sharding.place_rows(
+    (
+      own,
+      own if wanted.trained else host_places,
+      owners,
+      kept_places,
+      found.values,
+    )
+  )
   forked, work = sampling.fork(
     config,
     params,
     responses.cache,
     samples,
-    jnp.asarray(own),
+    own,
     sample_key,
     branches=wanted.samples,
     decoding=generation.decoding,
@@ -155,19 +163,19 @@ def branch(
     pad_id=generation.pad_id,
     statistics=generation.statistics,
   )
-  whole, parents, forked_at = _as_rows(samples, forked, jnp.asarray(own))
+  whole, parents, forked_at = _as_rows(samples, forked, own)
   completions, scoring = _judge_rows(responses, whole, tokenizer, rewards)
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scoring
   )
   forks = Forks(
     places,
-    jnp.asarray(owners),
+    owners,
     parents,
     forked_at,
     rule_key,
-    jnp.asarray(kept_places),
-    jnp.asarray(found.values),
+    kept_places,
+    kept_values,
   )
   return Branched(rows, forks, work, found.ages)
 
@@ -290,7 +298,7 @@ def _judge_rows(responses, whole, tokenizer, rewards):
 
   As `judge`.
   """
-  tokens, mask, finished = jax.device_get(
+  tokens, mask, finished = sharding.to_host(
     (whole.tokens, whole.mask, whole.finished)
   )
   num_prompts, rows = mask.shape[:2]

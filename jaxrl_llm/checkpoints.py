@@ -10,9 +10,14 @@ over for the one before.
     folder/00000120/manifest/   JSON, committed together with them
     folder/00000140.broken/     a step that did not verify, kept to be looked at
     folder/00000160.replaced/   the old content of a step being saved anew
+
+Several processes make the same calls in the same order, on a folder that all of
+them see.  Each writes and reads its shards; process 0 alone decides which steps
+there are, and names, renames and removes them.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
@@ -20,9 +25,7 @@ import pathlib
 import re
 import shutil
 
-import jax
-
-from jaxrl_llm import orbax_io, orbax_noise
+from jaxrl_llm import distributed, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
@@ -104,23 +107,49 @@ class Checkpoints:
       'leaves': describe(leaves),
     }
     manifest['sha256'] = _sha256(manifest)
-    path = self._path(step)
-    if path.exists() and self._sound.get(step) == manifest['sha256']:
+    prepare = functools.partial(self._prepare, manifest)
+    found = distributed.on_main(prepare, f'checkpoint {step}')
+    self._check_same(manifest, found)
+    manifest['sha256'] = found['sha256']
+    if found['present']:
       return
     try:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      self._move_aside(path, _REPLACED)
-      response = orbax_io.start_save(path, state, manifest)
+      response = orbax_io.start_save(self._path(step), state, manifest)
     except Exception as error:
       raise self._failed(step, error) from error
     self._pending = manifest, self._waiter.submit(response.result)
+
+  def _prepare(self, manifest: dict) -> dict:
+    """Makes room for a step, unless it is there as it is to be."""
+    step, sha256 = manifest['step'], manifest['sha256']
+    path = self._path(step)
+    present = path.exists() and self._sound.get(step) == sha256
+    if not present:
+      try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._move_aside(path, _REPLACED)
+      except OSError as error:
+        raise self._failed(step, error) from error
+    leaves = _sha256(manifest['leaves'])
+    return {'present': present, 'sha256': sha256, 'leaves': leaves}
+
+  def _check_same(self, manifest: dict, found: dict) -> None:
+    """Raises UserError if process 0 would save another state."""
+    if _sha256(manifest['leaves']) != found['leaves']:
+      raise UserError(
+        f'Process {distributed.index()} would save another state than process '
+        f'0 at step {manifest["step"]}: they have not computed the same.\n'
+        'Start all of them with the same program, flags and data.'
+      )
 
   def poll(self) -> None:
     """Does what `wait` does if the running save has ended; else nothing.
 
     Called once per step, it reports a failed save within a step.
     """
-    if self._pending is not None and self._pending[1].done():
+    if self._pending is None:
+      return
+    if not distributed.agree(not self._pending[1].done(), 'a running save'):
       self.wait()
 
   def wait(self) -> None:
@@ -140,8 +169,9 @@ class Checkpoints:
     self._metrics[step] = manifest['metric']
     self._sound[step] = manifest['sha256']
     try:
-      self._discard(self._replaced(step))
-      self._prune(step)
+      if distributed.is_main():
+        self._discard(self._replaced(step))
+        self._prune(step)
     except (OSError, UserError) as error:
       _log.warning('Could not remove an old checkpoint: %s', one_line(error))
 
@@ -160,6 +190,9 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The committed steps, ascending.  Not all need verify."""
+    return distributed.on_main(self._steps, 'the checkpoints')
+
+  def _steps(self):
     if not self.folder.is_dir():
       return []
     names = {
@@ -169,7 +202,7 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step of highest metric; of equals the latest; None without one."""
-    ranked = self._ranked()
+    ranked = distributed.on_main(self._ranked, 'the best checkpoint')
     return ranked[0] if ranked else None
 
   def restore(self, template, step: int | None = None, *, part: bool = False):
@@ -211,7 +244,7 @@ class Checkpoints:
       except BrokenError as error:
         failures.append((candidate, str(error)))
         continue
-      for bad, why in failures:
+      for bad, why in failures if distributed.is_main() else ():
         _log.warning(
           'Checkpoint step %d does not verify (%s); using step %d.',
           *(bad, why, candidate),
@@ -229,13 +262,23 @@ class Checkpoints:
     return None
 
   def _load(self, step, template, part):
-    manifest = self._manifest(step)
+    manifest, why = distributed.on_main(
+      functools.partial(self._manifest_or_why, step), f'checkpoint {step}'
+    )
+    if why is not None:
+      raise BrokenError(why)
     stored, wanted = manifest['leaves'], named_leaves(template)
     if part:
       stored = {name: stored[name] for name in stored if name in wanted}
     self._compare(step, stored, wanted)
+    state, failure = None, None
     try:
       state = orbax_io.load_state(self._stored(step), template, part)
+    except Exception as error:
+      failure = self._failure(step, 'state', error)
+      failure.__cause__ = error
+    self._agree_on(failure, step)
+    try:
       found = describe(named_leaves(state))
     except Exception as error:
       raise self._failure(step, 'state', error) from error
@@ -243,6 +286,23 @@ class Checkpoints:
       if found.get(name) != leaf:
         raise BrokenError(f'the content of {name} has changed')
     return state, manifest
+
+  def _agree_on(self, failure: Exception | None, step: int) -> None:
+    """Raises in all processes if one of them could not read its part."""
+    why = isinstance(failure, BrokenError), failure and str(failure)
+    found = distributed.gather_objects(why, f'checkpoint {step}')
+    if failure is not None:
+      raise failure
+    for broken, text in found:
+      if text is not None:
+        raise BrokenError(text) if broken else UserError(text)
+
+  def _manifest_or_why(self, step: int) -> tuple:
+    """The manifest and None, or None and why the step is broken."""
+    try:
+      return self._manifest(step), None
+    except BrokenError as error:
+      return None, str(error)
 
   def _manifest(self, step):
     try:
@@ -304,13 +364,13 @@ class Checkpoints:
 
   def _ranked(self):
     """Steps that have a metric, best first."""
-    for step in self.steps():
+    for step in self._steps():
       if step not in self._metrics:
         try:
           self._metrics[step] = self._manifest(step)['metric']
         except BrokenError:
           self._metrics[step] = None
-    known = [(self._metrics[step], step) for step in self.steps()]
+    known = [(self._metrics[step], step) for step in self._steps()]
     # A NaN is no metric: it must never count as the best.
     known = [
       pair for pair in known if pair[0] is not None and pair[0] == pair[0]
@@ -318,11 +378,9 @@ class Checkpoints:
     return [step for _, step in sorted(known, reverse=True)]
 
   def _prune(self, saved):
-    if jax.process_index():
-      return
-    kept = set(self.steps()[-self._keep_latest :])
+    kept = set(self._steps()[-self._keep_latest :])
     kept.update(self._ranked()[: self._keep_best])
-    for step in set(self.steps()) - kept:
+    for step in set(self._steps()) - kept:
       self._discard(self._path(step))
       self._discard(self._replaced(step))
     # The run has passed the place where these broke: they only take room.
@@ -331,7 +389,7 @@ class Checkpoints:
         self._discard(path)
 
   def _clean(self):
-    if self.folder.is_dir() and not jax.process_index():
+    if self.folder.is_dir() and distributed.is_main():
       for path in self.folder.iterdir():
         if _TEMPORARY in path.name or path.name.endswith(_DISCARDED):
           shutil.rmtree(path)
@@ -345,7 +403,7 @@ class Checkpoints:
 
   def _discard(self, path):
     """Removes a folder such that a crash halfway leaves no step behind."""
-    if path.exists() and not jax.process_index():
+    if path.exists():
       dead = path.with_name(path.name + _DISCARDED)
       if dead.exists():
         shutil.rmtree(dead)
@@ -353,7 +411,7 @@ class Checkpoints:
       shutil.rmtree(dead)
 
   def _move_aside(self, path, suffix):
-    if path.exists() and not self._read_only and not jax.process_index():
+    if path.exists() and not self._read_only:
       aside = path.with_name(path.name + suffix)
       self._discard(aside)
       path.rename(aside)
@@ -367,7 +425,7 @@ class Checkpoints:
     return UserError(
       f'Saving checkpoint step {step} in {self.folder} failed:\n'
       f'{one_line(error)}\n'
-      f'Steps kept: {self.steps()}.  Make room or mend the disk, then resume.'
+      f'Steps kept: {self._steps()}.  Make room or mend the disk, then resume.'
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm import policy
+from jaxrl_llm import policy, sharding
 from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.models.config import ModelConfig
 
@@ -132,6 +132,7 @@ def score_values(
   """
 
   def part(inputs):
+    inputs = sharding.constrain_rows(inputs)
     # Of no use to a trunk of its own, and then not computed under jit.
     hidden = policy.read(config, trainable['policy'], *inputs)
     return critic.values(trainable['critic'], *inputs, hidden)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_llm import sharding
 from jaxrl_llm.policy import Prompts
 
 _SLOTS = 2**16
@@ -117,7 +118,8 @@ def digests(
     tokens: [P, G, T] int32 of the responses.
     places: [P, G, M] int32, how many of a response's tokens the state has.
   """
-  lengths, prompts = np.asarray(prompts.lengths), np.asarray(prompts.tokens)
+  prompts = sharding.to_host(prompts)
+  lengths, prompts = prompts.lengths, prompts.tokens
   found = []
   for p, g, m in zip(*(i.tolist() for i in np.nonzero(places)), strict=True):
     digest = hashlib.blake2b(digest_size=8)

@@ -5,7 +5,12 @@ The only module that calls Orbax.  Its functions raise what Orbax raises.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from jaxrl_llm import distributed
+
+_REPLICATED = jax.sharding.PartitionSpec()
 
 
 def start_save(path, state, manifest: dict):
@@ -14,34 +19,39 @@ def start_save(path, state, manifest: dict):
   Returns when the arrays are copied or held, so that the caller may donate
   them.
 
+  Called by all processes, of which each writes its shards.
+
   Args:
     path: the folder, which must not exist.
-    state: a tree of arrays.
-    manifest: JSON values.
+    state: a tree of arrays.  What only this process holds is the same in all.
+    manifest: JSON values; those of process 0 are written.
 
   Returns:
     An object whose `result()` waits for the end and raises what went wrong.
   """
+  state = jax.tree.map(_as_global, _without_empty(state))
   with _context():
     return ocp.save_checkpointables_async(
-      path, {'state': _without_empty(state), 'manifest': manifest}
+      path, {'state': state, 'manifest': manifest}
     )
 
 
 def load_state(path, template, part: bool = False):
   """The arrays of a folder, in the shardings of a template.
 
+  Each process reads what its devices hold and waits for no other.
+
   Args:
     path: the folder.
     template: a tree of arrays or `jax.ShapeDtypeStruct`s.  A leaf without a
-      sharding lands on the default device.
+      sharding lands on the default device (of each process).
     part: the template is a part of what the folder holds.
   """
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
     template,
   )
-  context = _context()
+  context = _context(alone=True)
   context.pytree_options.loading.partial_load = part
   with context:
     loaded = ocp.load_checkpointables(
@@ -59,11 +69,12 @@ def load_state(path, template, part: bool = False):
 
 def load_manifest(path) -> dict:
   """The manifest of a folder."""
-  with _context():
+  with _context(alone=True):
     return ocp.load_checkpointables(path, {'manifest': None})['manifest']
 
 
-def _context():
+def _context(alone: bool = False):
+  """How Orbax works; `alone` it waits for no other process."""
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
   context = ocp.Context()
@@ -71,7 +82,27 @@ def _context():
   # Created in the background, the folder of a save that fails early leaves
   # threads that wait for it for 20 minutes.
   context.async_options.create_directories_asynchronously = False
+  if alone:
+    own = distributed.index()
+    context.multiprocessing_options.active_processes = {own}
+    context.multiprocessing_options.primary_host = own
   return context
+
+
+def _as_global(x):
+  """An array that only this process holds, as one that all of them hold."""
+  if distributed.count() == 1 or not getattr(x, 'is_fully_addressable', True):
+    return x
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = _as_global(jax.random.key_data(x))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+  value = np.asarray(x)
+  mesh = jax.sharding.Mesh(jax.devices(), 'all')
+  return jax.make_array_from_callback(
+    value.shape,
+    jax.sharding.NamedSharding(mesh, _REPLICATED),
+    lambda index: value[index],
+  )
 
 
 def _without_empty(tree):

@@ -9,10 +9,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
+from jaxrl_llm import sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Rollouts
 from jaxrl_llm.files import write_atomically
@@ -204,12 +204,14 @@ def to_rollouts(pool: Pool) -> Rollouts:
   mask = np.arange(pool.tokens.shape[2]) < pool.lengths[..., None]
   ref = pool.ref_log_probs
   known = np.zeros(mask.shape, np.float32) if ref is None else ref
-  return Rollouts(
-    tokens=jnp.asarray(pool.tokens),
-    mask=jnp.asarray(mask),
-    log_probs=jnp.asarray(known),
-    rewards=jnp.asarray(pool.rewards[..., None]),
-    ref_log_probs=None if ref is None else jnp.asarray(ref),
+  return sharding.place_rows(
+    Rollouts(
+      tokens=pool.tokens,
+      mask=mask,
+      log_probs=known,
+      rewards=pool.rewards[..., None],
+      ref_log_probs=ref,
+    )
   )
 
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import policy
+from jaxrl_llm import policy, sharding
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.rollouts import Responses
@@ -62,7 +61,7 @@ def join(
   def take(*arrays: Any) -> jax.Array:
     # On the host: the number of groups differs from step to step, and each
     # would compile anew.
-    return jnp.asarray(np.concatenate(jax.device_get(arrays))[groups])
+    return sharding.place_rows(np.concatenate(sharding.to_host(arrays))[groups])
 
   texts = [text for part in parts for text in part.completions]
   known = [row for part in parts for row in part.rows]
@@ -81,7 +80,7 @@ def join(
 
 def _fit(tokens: Any, width: int) -> np.ndarray:
   """Prompts [P, S] as [P, width]; what is cut off belongs to none chosen."""
-  tokens = np.asarray(tokens)[:, :width]
+  tokens = sharding.to_host(tokens)[:, :width]
   return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
 
 

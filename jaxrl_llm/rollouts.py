@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import policy, sampling
+from jaxrl_llm import distributed, policy, sampling, sharding
 from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs, Rollouts
@@ -18,6 +18,7 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import start as start_scoring
+from jaxrl_llm.rewards.failures import Failures, merge
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
 
 Array = jax.Array
@@ -77,8 +78,8 @@ class Responses(NamedTuple):
 
 def to_prompts(batch: PromptBatch) -> policy.Prompts:
   """A batch of the data set as the model reads it."""
-  return policy.Prompts(
-    tokens=jnp.asarray(batch.tokens), lengths=jnp.asarray(batch.lengths)
+  return sharding.place_rows(
+    policy.Prompts(tokens=batch.tokens, lengths=batch.lengths)
   )
 
 
@@ -139,7 +140,7 @@ def respond(
     )
   else:
     prompts, samples = generate(config, params, batch, generation, key)
-  host = jax.device_get(samples)
+  host = sharding.to_host(samples)
   ids = [
     row[mask].tolist()
     for row, mask in zip(
@@ -161,9 +162,10 @@ def judge(
 ) -> tuple[list[str], Callable[[], Scores]]:
   """Decodes N whole responses and begins to score them.
 
-  Reward functions get the prompts' and responses' texts, every column of the
-  dataset, `completion_ids` (tokens, EOS included) and `finished` (whether the
-  response ended with EOS).
+  Of several processes each scores its own part of them, in order, and has the
+  scores of all in the end.  Reward functions get the prompts' and responses'
+  texts, every column of the dataset, `completion_ids` (tokens, EOS included)
+  and `finished` (whether the response ended with EOS).
 
   Args:
     tokenizer: of the model.
@@ -177,11 +179,45 @@ def judge(
     `rewards.start`.
   """
   completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-  given = columns(rows)
-  given['completion_ids'] = list(ids)
-  given['finished'] = list(finished)
-  prompts = [row['prompt'] for row in rows]
-  return completions, start_scoring(rewards, prompts, completions, given)
+  own = distributed.own_part(len(rows))
+  given = columns(rows[own])
+  given['completion_ids'] = list(ids[own])
+  given['finished'] = list(finished[own])
+  prompts = [row['prompt'] for row in rows[own]]
+  scoring = functools.partial(_no_scores, rewards)
+  if prompts or distributed.count() == 1:
+    scoring = start_scoring(rewards, prompts, completions[own], given)
+  if distributed.count() > 1:
+    scoring = functools.cache(functools.partial(_share, scoring))
+  return completions, scoring
+
+
+def _no_scores(rewards: Sequence[RewardPart]) -> Scores:
+  """Of a process that has no response to score."""
+  none = np.zeros(0)
+  parts = {part.name: none for part in rewards}
+  return Scores(none, none.astype(bool), parts)
+
+
+def _share(scoring: Callable[[], Scores]) -> Scores:
+  """Scores of all processes' responses; an error of one is raised in all."""
+  found, error = None, None
+  try:
+    found = scoring()
+  except UserError as caught:
+    error = str(caught)
+  for each in distributed.gather_objects(error, 'rewards'):
+    if each is not None:
+      raise UserError(each)
+  total, valid, parts = distributed.gather(
+    (found.total, found.valid, found.parts), 'rewards'
+  )
+  told = distributed.gather_objects(found.failures, 'failures of rewards')
+  failures = [
+    {name: Failures(*each) for name, each in of_process.items()}
+    for of_process in told
+  ]
+  return Scores(total, valid, parts, merge(failures))
 
 
 def with_statistics(generation: Generation, needs: Needs) -> Generation:
@@ -260,14 +296,21 @@ def to_rollouts(
   scores, greedy_rewards = responses.scores, None
   if needs.greedy:
     found = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
-    greedy_rewards = jnp.asarray(found.reshape(-1, 1, 1), jnp.float32)
+    greedy_rewards = found.reshape(-1, 1, 1).astype(np.float32)
+    greedy_rewards = sharding.place_rows(greedy_rewards)
+  rewards, valid = sharding.place_rows(
+    (
+      scores.total.reshape(shape).astype(np.float32),
+      scores.valid.reshape(shape),
+    )
+  )
   return Rollouts(
     tokens=samples.tokens,
     mask=samples.mask,
     log_probs=own.log_probs if rescore else samples.log_probs,
     sampler_log_probs=samples.log_probs if rescore else None,
-    rewards=jnp.asarray(scores.total.reshape(shape), jnp.float32),
-    valid=jnp.asarray(scores.valid.reshape(shape)),
+    rewards=rewards,
+    valid=valid,
     greedy_rewards=greedy_rewards,
     ref_log_probs=ref_log_probs,
     entropy=own.entropy if needs.entropy else None,
@@ -307,6 +350,7 @@ def score_tokens(
   """
 
   def part(inputs):
+    inputs = sharding.constrain_rows(inputs)
     return policy.score(config, params, *inputs, decoding, chunk)
 
   shape = tokens.shape

@@ -6,13 +6,14 @@ ends when every row has ended.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import scheduling
+from jaxrl_llm import scheduling, sharding
 from jaxrl_llm.choice import choose
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
@@ -94,6 +95,36 @@ _STATIC = (
 )
 
 
+def layout(config: ModelConfig, params: Any) -> Any:
+  """Parameters as sampling reads them, once per token: made once per iteration.
+
+  On a mesh they are split over its tensor axis alone.  Matrices have the
+  compute dtype, to which they would be cast at each use: the results are the
+  same.
+
+  Args:
+    config: of the model.
+    params: in the layout of training.
+  """
+  dtype = jnp.dtype(config.dtype)
+  narrow = {leaf.dtype for leaf in jax.tree.leaves(params)} != {dtype}
+  if not (narrow or sharding.row_devices() > 1):
+    return params
+  return _layout(params, dtype)
+
+
+@functools.partial(jax.jit, static_argnames='dtype')
+def _layout(params, dtype):
+  def cast(path, leaf):
+    matrix = path[-1].key in ('kernel', 'embedding')
+    return leaf.astype(dtype) if matrix else leaf
+
+  # Cast where they are: half the bytes are sent.
+  params = jax.tree_util.tree_map_with_path(cast, params)
+  params = sharding.constrain_params(params, 'training')
+  return sharding.constrain_params(params, 'sampling')
+
+
 @functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_tokens'))
 def sample(
   config: ModelConfig, params, prompts: Prompts, key: Array, **settings
@@ -146,20 +177,49 @@ def sample_and_keep(
   _check_statistics(statistics)
   check_length(config, prompts.tokens.shape[1] + max_tokens)
   num_prompts = prompts.tokens.shape[0]
-  rows = num_prompts * samples
-  segment = prefill_prompts(config, params, prompts)
-  final = _decode(
-    config,
-    params,
-    key,
-    transformer.new_cache(config, (segment,), rows, max_tokens),
-    jnp.repeat(last_tokens(prompts), samples),
-    decoding,
-    eos_ids,
-    pad_id,
-    statistics,
+  numbers = jnp.arange(num_prompts * samples, dtype=jnp.int32)
+  numbers = numbers.reshape(num_prompts, samples)
+  rows = sharding.row_spec(num_prompts, samples)
+
+  def of_rows(params, prompts, numbers, key):
+    segment = prefill_prompts(config, params, prompts)
+    final = _decode(
+      config,
+      params,
+      key,
+      transformer.new_cache(config, (segment,), numbers.size, max_tokens),
+      jnp.repeat(last_tokens(prompts), numbers.shape[1]),
+      decoding,
+      eos_ids,
+      pad_id,
+      statistics,
+      numbers.reshape(-1),
+      num_prompts * samples,
+    )
+    return _samples(final, numbers.shape), final.cache
+
+  run = sharding.over_rows(
+    of_rows, (P(), P(rows[0]), rows, P()), (rows, _cache_spec(rows))
   )
-  return _samples(final, (num_prompts, samples)), final.cache
+  return run(params, prompts, numbers, key)
+
+
+def _cache_spec(rows: P) -> transformer.Cache:
+  """PartitionSpecs of a cache of `sample_and_keep`.
+
+  Of responses that share a prompt across devices the rows' order is that of the
+  devices: only `fork` may read it.
+  """
+
+  def segment(axes):
+    keys = P(None, axes)
+    return transformer.Segment(keys=keys, values=keys, lengths=P(axes))
+
+  return transformer.Cache(
+    prefixes=(segment(rows[0]),),
+    suffix=segment(sharding.flat(rows)),
+    index=P(),
+  )
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, 'branches', 'rows'))
@@ -221,34 +281,51 @@ def fork(
       f'have {max_tokens}: it is of others'
     )
   _check_statistics(statistics)
-  if rows is None:
-    wide = max(positions[..., 0].size, _FEWEST_ROWS)
-    rows = min(wide, positions.size * branches)
-  shape = (*positions.shape, branches, max_tokens - 1)
   at = jnp.repeat(positions, branches, axis=2)
   # One number per branch and token.
   uniform = jax.random.uniform(key, (at.size, max_tokens - 1))
-  written = {'tokens': jnp.full(uniform.shape, pad_id, jnp.int32)}
-  for name in ('log_probs', *statistics):
-    written[name] = jnp.zeros(uniform.shape, jnp.float32)
-  step = functools.partial(
-    _branch_step, config, params, cache, uniform, decoding, eos_ids
+  uniform = uniform.reshape(*at.shape, max_tokens - 1)
+  of = sharding.row_spec(*at.shape[:2])
+  shards = sharding.shards(of)
+
+  def of_rows(params, cache, tokens, at, uniform):
+    count = min(max(at[..., 0].size, _FEWEST_ROWS), at.size)
+    if rows is not None:
+      count = -(-rows // shards)
+    uniform = uniform.reshape(at.size, -1)
+    written = {'tokens': jnp.full(uniform.shape, pad_id, jnp.int32)}
+    for name in ('log_probs', *statistics):
+      written[name] = jnp.zeros(uniform.shape, jnp.float32)
+    written, *work = scheduling.run(
+      scheduling.make_jobs(tokens, at, count),
+      count,
+      (cache.suffix.keys, cache.suffix.values),
+      functools.partial(
+        _branch_step, config, params, cache, uniform, decoding, eos_ids
+      ),
+      written,
+    )
+    written = {name: x.reshape(*at.shape, -1) for name, x in written.items()}
+    return written, [x[None] for x in work]
+
+  run = sharding.over_rows(
+    of_rows,
+    (P(), _cache_spec(of), of, of, of),
+    (of, P(sharding.flat(of))),
   )
-  source = cache.suffix.keys, cache.suffix.values
-  written, row_steps, copies = scheduling.run(
-    scheduling.make_jobs(responses.tokens, at, rows),
-    rows,
-    source,
-    step,
-    written,
+  written, (row_steps, copies) = run(
+    params, cache, responses.tokens, at, uniform
   )
+  shape = (*positions.shape, branches, max_tokens - 1)
   written = {name: x.reshape(shape) for name, x in written.items()}
   found = _until_end(written, positions, max_tokens, eos_ids)
-  row_bytes = sum(x.nbytes // x.shape[1] for x in source)
+  row_bytes = sum(
+    x.nbytes // x.shape[1] for x in (cache.suffix.keys, cache.suffix.values)
+  )
   return found, Work(
-    row_steps=row_steps,
+    row_steps=row_steps.sum(),
     tokens=found.mask.sum(dtype=jnp.int32),
-    copied=copies.astype(jnp.float32) * row_bytes,
+    copied=copies.sum().astype(jnp.float32) * row_bytes,
   )
 
 
@@ -329,11 +406,14 @@ def _decode(
   eos_ids: tuple[int, ...],
   pad_id: int,
   statistics: tuple[str, ...],
+  numbers: Array,
+  total: int,
 ) -> _State:
   """Decodes rows behind a cache until each has ended or filled its suffix.
 
   Args:
     first: [B] int32, the first input of each row.
+    numbers: [B] int32, which of the `total` rows of all devices these are.
   """
   rows, capacity = first.shape[0], cache.suffix.capacity
 
@@ -343,7 +423,7 @@ def _decode(
     )
     logits = transformer.logits(config, params, hidden[:, 0])
     step_key = jax.random.fold_in(key, state.step)
-    uniform = jax.random.uniform(step_key, (rows,))
+    uniform = jax.random.uniform(step_key, (total,))[numbers]
     token, found = choose(logits, uniform, decoding)
     writes = ~state.done
     token = jnp.where(writes, token, pad_id)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_llm import policy
+from jaxrl_llm import policy, sharding
 from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.errors import UserError
@@ -51,14 +51,19 @@ def init_state(
   optimizer: optax.GradientTransformation,
   running: dict[str, Array] | None = None,
 ) -> TrainState:
-  """A state that has taken no update."""
-  return TrainState(
-    trainable=trainable,
-    opt_state=optimizer.init(trainable),
-    updates=jnp.int32(0),
-    skipped=jnp.int32(0),
-    running=running or {},
-  )
+  """A state that has taken no update; on a mesh it lives where training is."""
+
+  @jax.jit
+  def rest(trainable, running):
+    made = {
+      'opt_state': optimizer.init(trainable),
+      'updates': jnp.int32(0),
+      'skipped': jnp.int32(0),
+      'running': running,
+    }
+    return sharding.constrain_params(made)
+
+  return TrainState(trainable=trainable, **rest(trainable, running or {}))
 
 
 def schedule(
@@ -287,9 +292,11 @@ def make_update(
   @jax.jit(donate_argnames='state')
   def update(state: TrainState, frozen, prompts, batch):
     def micro(gradients, part):
+      part = sharding.constrain_rows(part)
       (loss, aux), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
         state.trainable, frozen, *part
       )
+      gradient = sharding.constrain_params(gradient)
       return jax.tree.map(jnp.add, gradients, gradient), (loss, aux)
 
     parts = split_prompts((prompts, batch), micro_prompts)
@@ -298,6 +305,7 @@ def make_update(
       lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
       state.trainable,
     )
+    zeros = sharding.constrain_params(zeros)
     gradients, (losses, (sums, highest)) = jax.lax.scan(micro, zeros, parts)
     gradients = jax.tree.map(
       lambda gradient, x: gradient.astype(x.dtype), gradients, state.trainable
@@ -332,6 +340,7 @@ def _apply(
     gradients, state.opt_state, state.trainable
   )
   trainable = optax.apply_updates(state.trainable, changes)
+  trainable, opt_state = sharding.constrain_params((trainable, opt_state))
 
   def keep_if_not_finite(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

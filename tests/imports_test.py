@@ -78,10 +78,13 @@ def test_arrows(name):
       allowed = *allowed, 'jaxrl_llm.naming'
     if name == 'jaxrl_llm.rewards.learned':
       allowed = *allowed, 'jaxrl_llm.reward_model', 'jaxrl_llm.models'
+  elif name == 'jaxrl_llm.sharding':
+    allowed = ('jaxrl_llm.errors',)
   elif name == 'jaxrl_llm.scheduling':
     allowed = ()
   elif within(name, *SAMPLER):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', *SAMPLER
+    allowed = *allowed, 'jaxrl_llm.sharding'
   else:
     allowed = ('jaxrl_llm',)
   assert all(within(other, *allowed) for other in own(name)), own(name)

@@ -64,6 +64,10 @@ def get_config() -> ConfigDict:
         param_dtype='float32',
         remat=False,
       ),
+      # Devices along the axes of the mesh; -1, for one of them: the rest.  Rows
+      # are spread over data x fsdp, parameters over fsdp (all of it gathered
+      # layer by layer) and tensor (docs/scale.md).
+      mesh=dict(data=1, fsdp=-1, tensor=1),
       task=ConfigDict(dict(name='')),  # a function of experiments/data.py
       prompts=dict(
         max_tokens=256,

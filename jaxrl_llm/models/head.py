@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import sharding
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 
@@ -46,9 +47,29 @@ def token_statistics(
     tokens: [...] int32, the token that follows each hidden state.
     adjust: maps logits [n, V] float32 and tokens [n] to logits [n, V];
       −inf excludes a token of the vocabulary.
-    chunk: positions per step; memory is a few times 4·chunk·V bytes.
+    chunk: positions per step, of each device's own rows on a mesh; memory is
+      a few times 4·chunk·V bytes.
   """
   chex.assert_equal_shape_prefix([hidden, tokens], tokens.ndim)
+  matrix = transformer.head_matrix(config, params)
+  rows = sharding.row_spec(*tokens.shape[: max(tokens.ndim - 1, 1)][:2])
+  columns = sharding.column_spec(matrix)
+
+  def of_rows(matrix, hidden, tokens):
+    matrix = sharding.gather_columns(matrix, columns, config.dtype)
+    return _in_chunks(
+      lambda hidden: transformer.apply_head(config, matrix, hidden),
+      hidden,
+      tokens,
+      adjust,
+      chunk,
+    )
+
+  run = sharding.over_rows(of_rows, (columns, rows, rows), rows)
+  return run(matrix, hidden, tokens)
+
+
+def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
   shape, count = tokens.shape, tokens.size
   chunk = min(chunk, max(count, 1))
   chunks = max(-(-count // chunk), 1)
@@ -60,8 +81,7 @@ def token_statistics(
 
   @jax.checkpoint
   def step(hidden, tokens):
-    logits = transformer.logits(config, params, hidden)
-    return statistics(adjust(logits, tokens), tokens)
+    return statistics(adjust(to_logits(hidden), tokens), tokens)
 
   _, found = jax.lax.scan(lambda _, x: (None, step(*x)), None, (hidden, tokens))
   return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), found)

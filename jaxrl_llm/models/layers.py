@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import sharding
 from jaxrl_llm.models import attention
 from jaxrl_llm.models import rope as rope_lib
 from jaxrl_llm.models.config import ModelConfig
@@ -82,7 +83,8 @@ class Norm(nn.Module):
 class Dense(nn.Module):
   """x @ kernel + bias in the compute dtype; kernel [in, out].
 
-  Its initial standard deviation is 1/√in, times `scale`.
+  Its initial standard deviation is 1/√in, times `scale`.  `axes` are those of
+  the mesh that the product splits the kernel over.
   """
 
   features: int
@@ -90,6 +92,7 @@ class Dense(nn.Module):
   param_dtype: Any
   bias: bool
   scale: float = 1.0
+  axes: tuple = (None, sharding.TENSOR)
 
   @nn.compact
   def __call__(self, x):
@@ -98,7 +101,9 @@ class Dense(nn.Module):
     normal = nn.initializers.normal(self.scale * width**-0.5)
     shape = (width, self.features)
     kernel = self.param('kernel', normal, shape, self.param_dtype)
-    y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
+    # Cast first: half the bytes are gathered.
+    kernel = sharding.constrain(kernel.astype(dtype), *self.axes)
+    y = jnp.dot(x.astype(dtype), kernel)
     if self.bias:
       zeros = nn.initializers.zeros_init()
       bias = self.param('bias', zeros, (self.features,), self.param_dtype)
@@ -151,6 +156,7 @@ class Attention(nn.Module):
       self.param_dtype,
       config.output_bias,
       scale=(2 * config.num_layers) ** -0.5,
+      axes=(sharding.TENSOR, None),
       name='out',
     )(out.reshape(*out.shape[:2], -1))
     return out, suffix, own
@@ -163,6 +169,8 @@ class Attention(nn.Module):
       features, config, self.param_dtype, config.query_bias, name=name
     )
     y = dense(x).reshape(*x.shape[:2], heads, config.head_dim)
+    axis = sharding.heads_axis(config.num_kv_heads)
+    y = sharding.constrain(y, sharding.ROWS, None, axis, None)
     if norm and config.query_key_norm:
       y = Norm(config, self.param_dtype, name=f'{name}_norm')(y)
     return y
@@ -255,7 +263,10 @@ class FeedForward(nn.Module):
     else:
       up = activate(up)
     scale = (2 * config.num_layers) ** -0.5
-    return Dense(config.hidden_size, *settings, scale=scale, name='down')(up)
+    axes = sharding.TENSOR, None
+    return Dense(
+      config.hidden_size, *settings, scale=scale, axes=axes, name='down'
+    )(up)
 
 
 class Layer(nn.Module):
@@ -280,4 +291,5 @@ class Layer(nn.Module):
     y = FeedForward(config, self.param_dtype, name='mlp')(norm('mlp_norm')(x))
     if config.post_norms:
       y = norm('mlp_post_norm')(y)
-    return (x + y, suffix), own if self.emit else None
+    x = sharding.constrain(x + y, sharding.ROWS, None, None)
+    return (x, suffix), own if self.emit else None

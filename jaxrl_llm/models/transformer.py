@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import attention, layers
 from jaxrl_llm.models import rope as rope_lib
@@ -21,7 +22,11 @@ def init(config: ModelConfig, key, param_dtype='float32') -> dict:
   """Random parameters: standard deviation 1/√in, less for residual outputs."""
   decoder = Decoder(config, jnp.dtype(param_dtype))
   tokens = jnp.zeros((1, 1), jnp.int32)
-  make = jax.jit(lambda key: decoder.init(key, tokens, None)['params'])
+
+  @jax.jit
+  def make(key):
+    return sharding.constrain_params(decoder.init(key, tokens, None)['params'])
+
   return make(key)
 
 
@@ -61,7 +66,12 @@ def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
 
 def logits(config: ModelConfig, params, hidden):
   """Head on hidden states: [..., D] → [..., V] float32, soft-capped."""
-  y = project(hidden, head_matrix(config, params), config.dtype)
+  return apply_head(config, head_matrix(config, params), hidden)
+
+
+def apply_head(config: ModelConfig, matrix, hidden):
+  """`logits` by the head's weights [V, D]."""
+  y = project(hidden, matrix, config.dtype)
   if config.logit_softcap is not None:
     y = config.logit_softcap * jnp.tanh(y / config.logit_softcap)
   return y
@@ -248,8 +258,20 @@ class _Embedding(nn.Module):
     if ids is None:
       return None
     # Padding may lie past the last learned position; it is never seen.
-    rows = jnp.take(table, ids, axis=0, mode='clip')
+    rows = _look_up(table, ids)
     return rows.astype(self.config.dtype)
+
+
+def _look_up(table, ids):
+  """Rows of a table [V, D], whose columns are split over fsdp.
+
+  Each device looks its columns up for all rows of the batch along fsdp, and
+  the devices exchange them: far fewer bytes than a table.
+  """
+  ids = sharding.constrain(ids, sharding.DATA, None)
+  found = jnp.take(table, ids, axis=0, mode='clip')
+  found = sharding.constrain(found, sharding.DATA, None, sharding.FSDP)
+  return sharding.constrain(found, sharding.ROWS, None, None)
 
 
 def _context(config, tokens, cache) -> layers.Context:
