@@ -44,9 +44,7 @@ def model(config, name: str) -> build.Model:
   """Shapes of the configuration's model, or of a published one by name."""
   if not name:
     return build.outline(config.model)
-  shape = shapes.named(
-    name, dtype=config.model.dtype, remat=config.model.remat
-  )
+  shape = shapes.named(name, dtype=config.model.dtype, remat=config.model.remat)
   params = jax.eval_shape(
     lambda: transformer.init(shape, jax.random.key(0), config.model.param_dtype)
   )
@@ -86,19 +84,21 @@ def iteration(config, built: build.Model) -> programs.Iteration:
   )
 
 
-def make(config, topology: topologies.Topology, name: str) -> programs.Plan:
+def make(
+  config, built: build.Model, topology: topologies.Topology
+) -> programs.Plan:
   """A plan with nothing compiled yet.
 
   Args:
     config: the whole configuration.
+    built: shapes of the model, of `model`.
     topology: for which chips.
-    name: of a published shape; '' for config.model's.
 
   Raises:
     UserError: the mesh does not fit the chips, or the configuration is wrong.
   """
   return programs.Plan(
-    iteration(config, model(config, name)),
+    iteration(config, built),
     topology,
     sharding.make_mesh(**config.mesh, devices=topology.devices),
     hardware.limit(topology.chip),
@@ -118,16 +118,18 @@ def main() -> None:
   if not given.topology:
     raise UserError('--topology is missing\nfor example --topology=v5e:16x16')
   checks.check(config)
+  topologies.parse(given.topology)
+  built = model(config, given.model)
   topology = topologies.make(given.topology)
   if given.search:
     plan = plan_search.search(
       config,
       len(topology.devices),
-      lambda changed: make(changed, topology, given.model),
+      lambda changed: make(changed, built, topology),
       _say,
     )
   else:
-    plan = make(config, topology, given.model)
+    plan = make(config, built, topology)
     try:
       plan.compile()
     except memory.TooLarge as error:

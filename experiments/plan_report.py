@@ -43,8 +43,17 @@ def text(plan: Plan) -> str:
 def memory_table(plan: Plan) -> Table:
   """GiB per chip, a program per row, under a head."""
   rows = [
-    'program parameters optimizer reference cache other temporary peak '
-    'limit'.split()
+    [
+      'program',
+      'parameters',
+      'optimizer',
+      'reference',
+      'cache',
+      'other',
+      'temporary',
+      'peak',
+      'limit',
+    ]
   ]
   for program in plan.programs.values():
     found = program.memory
@@ -61,14 +70,16 @@ def time_table(plan: Plan) -> Table:
   chips = len(plan.topology.devices)
   for program in plan.programs.values():
     times = program.times
-    numbers = times * program.computed / 1e12, program.computed * chips
+    share = '–'
+    if program.asked:
+      share = f'{program.computed * chips / program.asked:.2f}'
     parts = program.compute, program.traffic, program.network
     rows.append(
       [
         program.name,
         f'{times:g}',
-        f'{numbers[0]:.1f}',
-        f'{numbers[1] / program.asked:.2f}',
+        f'{times * program.computed / 1e12:.1f}',
+        share,
         *(f'{times * part:.2f}' for part in parts),
         f'{program.seconds:.2f}',
         f'{program.compile_seconds:.0f}',

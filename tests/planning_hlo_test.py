@@ -180,7 +180,9 @@ ENTRY %main (a: bf16[512,64], b: bf16[64,32]) -> bf16[512,32] {
 ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
   %a = bf16[4,512,64]{2,1,0} parameter(0)
   %b = bf16[4,64,32]{2,1,0} parameter(1)
-  ROOT %c = bf16[4,512,32]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+  ROOT %c = bf16[4,512,32]{2,1,0} convolution(%a, %b), WINDOW
 }
 """
+  window = 'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, '
+  text = text.replace('WINDOW', window + 'dim_labels=0bf_0io->0bf')
   assert flops.of_module(hlo.parse(text)) == 4 * 2 * 512 * 64 * 32

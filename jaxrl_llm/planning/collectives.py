@@ -38,9 +38,7 @@ class Collective(NamedTuple):
   sent: float
 
 
-def find(
-  module: hlo.Module, steps: tuple[float, ...] = ()
-) -> list[Collective]:
+def find(module: hlo.Module, steps: tuple[float, ...] = ()) -> list[Collective]:
   """The collectives of a program, those that send most first.
 
   Args:
@@ -84,9 +82,7 @@ def first_group(found: hlo.Instruction, kind: str) -> tuple[int, ...]:
   listed = re.match(r'\{\{([\d,]+)\}', text)
   if listed:
     return hlo.dimensions(listed[1])
-  iota = re.match(
-    r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
-  )
+  iota = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   if iota:
     sizes = hlo.dimensions(iota[2])
     ids = np.arange(np.prod(sizes)).reshape(sizes)
@@ -101,7 +97,7 @@ def _mesh_group(text: str) -> tuple[int, ...]:
 
   'a':(2)4 is the part of size 4 of an axis of which 2 come before it.
   """
-  mesh = re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
+  mesh = re.match(r'mesh\[([^\]]*)\][^{]*\{([^}]*)\}', text)
   if mesh is None:
     raise ValueError(f'replica groups of an unknown form: {text[:80]}')
   sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
@@ -118,9 +114,7 @@ def _mesh_group(text: str) -> tuple[int, ...]:
   return tuple(ids[np.ix_(*at)].reshape(-1).tolist())
 
 
-def bandwidth(
-  chip: Chip, shape: tuple[int, ...], places: np.ndarray
-) -> float:
+def bandwidth(chip: Chip, shape: tuple[int, ...], places: np.ndarray) -> float:
   """Bytes/s that each chip of a group sends at most.
 
   Of a group of two each sends over one link.  A TPU uses the links of every axis of the torus along which the group lies,

@@ -3,8 +3,8 @@
 import math
 import re
 
-from jax.extend import core
 import numpy as np
+from jax.extend import core
 
 from jaxrl_llm.planning import hlo
 
@@ -38,6 +38,11 @@ def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> float:
     times = 1
     if equation.primitive.name == 'scan':
       times = equation.params['length']
+    elif equation.primitive.name == 'shard_map':
+      # Of one device, along the axes that it splits.
+      sizes = equation.params['mesh'].shape
+      axes = equation.params['newly_manual_axes']
+      times = math.prod(sizes[name] for name in axes)
     return times * sum(count(inner) for inner in _inner(equation))
 
   return count(jaxpr)
@@ -78,7 +83,9 @@ def _dot_general(equation) -> float:
   (contracted, _), _ = equation.params['dimension_numbers']
   left = equation.invars[0].aval.shape
   (out,) = equation.outvars
-  return 2.0 * math.prod(out.aval.shape) * math.prod(left[i] for i in contracted)
+  return (
+    2.0 * math.prod(out.aval.shape) * math.prod(left[i] for i in contracted)
+  )
 
 
 def of_module(module: hlo.Module, steps: tuple[float, ...] = ()) -> float:

@@ -4,6 +4,7 @@ They are the functions that training runs, traced for shapes alone; each gets
 its arguments in the sharding in which the one before leaves them.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -119,22 +120,20 @@ class Plan:
     self.limit = limit or topology.chip.memory
     self._say = say
     self.programs: dict[str, Program] = {}
-    place = self._place
-    self.state = place(
-      iteration.state,
-      sharding.param_specs(iteration.state, 'training', mesh),
-    )
+    with jax.set_mesh(mesh):
+      sharding.check_rows(
+        iteration.prompts, iteration.generation.samples, 'rollout.prompts'
+      )
+      sharding.check_rows(
+        iteration.micro_prompts,
+        iteration.generation.samples,
+        'training.micro_prompts',
+      )
+      self.state = sharding.with_shardings(iteration.state)
     self._policy = self.state.trainable['policy']
-    self._sampler = place(
-      iteration.state.trainable['policy'],
-      sharding.param_specs(
-        iteration.state.trainable['policy'], 'sampling', mesh
-      ),
-    )
-    self.sampler = memory.local(self._sampler)
-    self.resident = memory.Resident.of(
-      self.state, self._policy if iteration.needs.reference else None
-    )
+    reference = self._policy if iteration.needs.reference else None
+    self.resident = memory.Resident.of(self.state, reference)
+    self.sampler = 0
 
   @property
   def seconds(self) -> float:
@@ -161,13 +160,20 @@ class Plan:
     """
     self.check_state()
     it = self._it
-    samples = self._sample()
-    prompts = self._prompts()
+    sampler = self._add(
+      'layout',
+      jax.jit(functools.partial(sampling.layout, it.config)),
+      (self._policy,),
+      reads=2 * memory.local(self._policy),
+      held=self.resident.all - memory.local(self._policy),
+    )
+    self.sampler = memory.local(sampler)
+    samples = self._sample(sampler)
     count = it.rescore + bool(it.needs.reference)
     if count:
-      self._score('score', prompts, samples.tokens, count)
+      self._score(samples.tokens, count)
     if it.critic is not None:
-      self._values(prompts, samples.tokens)
+      self._values(samples.tokens)
     if 'update' not in self.programs:
       self.update()
 
@@ -177,85 +183,74 @@ class Plan:
     Raises:
       memory.TooLarge: it does not fit.
     """
-    it, mesh = self._it, self.mesh
+    it = self._it
     batch = jax.eval_shape(it.prepare, it.rollouts)
-    count, rows = batch.tokens.shape[:2]
-    whole = sharding.row_spec(mesh, count, rows)
-
-    def spec(x):
-      return PartitionSpec(*whole[: x.ndim]) if x.ndim > 1 else PartitionSpec()
-
-    batch = self._place(batch, jax.tree.map(spec, batch))
-    prompts = self._prompts(count)
+    count = batch.tokens.shape[0]
     passes = 3 * count // it.micro_prompts
     self._add(
       'update',
       it.update,
-      (self.state, None, prompts, batch),
+      (self.state, None, self._prompts(count), self._rows(batch)),
       times=it.minibatches,
       reads=passes * self._gathered() + 2 * self.resident.state,
       held=self.resident.reference,
     )
 
-  def _sample(self):
+  def _sample(self, sampler):
+    """Responses, greedy ones and branches, as far as they are needed."""
     it = self._it
-    keep = it.needs.branches is not None
-    function = sampling.sample_and_keep if keep else sampling.sample
-    generation = it.generation
+    generation, needs = it.generation, it.needs
     static = dict(
       decoding=generation.decoding,
       eos_ids=generation.eos_ids,
       pad_id=generation.pad_id,
       statistics=generation.statistics,
     )
-    reads = self.sampler + self._cache(generation.samples)
-    key = self._key()
-    found = self._add(
+    keep = needs.branches is not None
+    found = self._decode(
       'sample',
-      function,
-      (it.config, self._sampler, self._prompts(), key),
-      static | dict(samples=generation.samples, max_tokens=generation.max_tokens),
-      steps=(generation.max_tokens,),
-      reads=generation.max_tokens * reads,
-      cache=self._cache(generation.samples),
-      held=self.resident.all,
+      sampling.sample_and_keep if keep else sampling.sample,
+      sampler,
+      static | dict(samples=generation.samples),
     )
-    if it.needs.greedy:
-      greedy = rollouts.greedy(generation)
-      self._add(
-        'greedy',
-        sampling.sample,
-        (it.config, self._sampler, self._prompts(), key),
-        static
-        | dict(
-          decoding=greedy.decoding, samples=1, max_tokens=greedy.max_tokens
-        ),
-        steps=(generation.max_tokens,),
-        reads=generation.max_tokens
-        * (self.sampler + self._cache(1)),
-        cache=self._cache(1),
-        held=self.resident.all,
-      )
+    if needs.greedy:
+      decoding = rollouts.greedy(generation).decoding
+      how = static | dict(samples=1, decoding=decoding)
+      self._decode('greedy', sampling.sample, sampler, how)
     if not keep:
       return found
     found, cache = found
-    self._fork(found, cache, static, key)
+    self._fork(sampler, found, cache, static)
     return found
 
-  def _fork(self, samples, cache, static, key):
+  def _decode(self, name, function, sampler, static):
+    it = self._it
+    tokens = it.generation.max_tokens
+    cache = self._cache(static['samples'])
+    return self._add(
+      name,
+      function,
+      (it.config, sampler, self._prompts(), self._key()),
+      static | dict(max_tokens=tokens),
+      steps=(tokens,),
+      reads=tokens * (self.sampler + cache),
+      cache=cache,
+      held=self.resident.all,
+    )
+
+  def _fork(self, sampler, samples, cache, static):
     """Branches; each is taken to write half of a response."""
     it = self._it
     wanted, length = it.needs.branches, it.generation.max_tokens
     count = min(wanted.count, max(length - 1, 1))
     shape = (*samples.tokens.shape[:2], count)
-    spec = sharding.row_spec(self.mesh, *shape[:2])
-    positions = self._array(shape, jnp.int32, PartitionSpec(*spec[:2]))
+    positions = self._rows(jax.ShapeDtypeStruct(shape, jnp.int32))
     steps = count * wanted.samples * length / 2
     held = memory.local(cache)
     self._add(
       'branch',
       sampling.fork,
-      (it.config, self._sampler, cache, samples, positions, key),
+      (it.config, sampler, cache, samples, positions, self._key()),
       static | dict(branches=wanted.samples),
       steps=(steps,),
       reads=steps * (self.sampler + held),
@@ -263,14 +258,14 @@ class Plan:
       held=self.resident.all,
     )
 
-  def _score(self, name, prompts, tokens, times):
+  def _score(self, tokens, times):
     it = self._it
     self._add(
-      name,
+      'score',
       rollouts.score_tokens,
       (it.config, self._policy),
       dict(
-        prompts=prompts,
+        prompts=self._prompts(),
         tokens=tokens,
         decoding=it.generation.decoding,
         micro_prompts=it.micro_prompts,
@@ -281,7 +276,7 @@ class Plan:
       held=self.resident.all - memory.local(self._policy),
     )
 
-  def _values(self, prompts, tokens):
+  def _values(self, tokens):
     it = self._it
     self._add(
       'critic',
@@ -290,7 +285,7 @@ class Plan:
         it.config,
         it.critic,
         self.state.trainable,
-        prompts,
+        self._prompts(),
         tokens,
         it.micro_prompts,
       ),
@@ -379,23 +374,30 @@ class Plan:
 
   def _prompts(self, count: int = 0) -> policy.Prompts:
     count = count or self._it.prompts
-    spec = sharding.row_spec(self.mesh, count, 1)
-    of_prompts = PartitionSpec(*spec[:1])
-    shape = (count, self._it.prompt_tokens)
-    return policy.Prompts(
-      tokens=self._array(shape, jnp.int32, of_prompts),
-      lengths=self._array((count,), jnp.int32, of_prompts),
+    array = jax.ShapeDtypeStruct
+    return self._rows(
+      policy.Prompts(
+        tokens=array((count, self._it.prompt_tokens), jnp.int32),
+        lengths=array((count,), jnp.int32),
+      )
     )
 
   def _key(self):
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return self._array(key.shape, key.dtype, PartitionSpec())
+    return self._placed(key, PartitionSpec())
 
-  def _array(self, shape, dtype, spec):
+  def _rows(self, tree):
+    """Shapes [P, ...] or [P, G, ...] where `sharding.place_rows` puts them."""
+
+    def place(x):
+      if not x.ndim:
+        return self._placed(x, PartitionSpec())
+      spec = sharding.row_spec(x.shape[0], x.shape[1] if x.ndim > 2 else 1)
+      return self._placed(x, spec if x.ndim > 2 else PartitionSpec(*spec[:1]))
+
+    with jax.set_mesh(self.mesh):
+      return jax.tree.map(place, tree)
+
+  def _placed(self, x, spec):
     placed = NamedSharding(self.mesh, spec)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-
-  def _place(self, tree, specs):
-    return jax.tree.map(
-      lambda x, spec: self._array(x.shape, x.dtype, spec), tree, specs
-    )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
