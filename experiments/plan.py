@@ -14,6 +14,7 @@ pip install 'jaxrl_llm[plan]'.
               jaxrl_llm/models/shapes.py.
   --search    tries meshes and micro-batches, prints the cheapest that fits.
   --output    a file for all numbers, as JSON.
+  --update    compiles the update alone.
 
 The status is 2 where a program does not fit, with the GiB that a chip lacks.
 
@@ -131,7 +132,8 @@ def main() -> None:
   else:
     plan = make(config, built, topology)
     try:
-      plan.compile()
+      plan.check_state()
+      plan.update() if given.update else plan.compile()
     except memory.TooLarge as error:
       raise UserError(plan_report.refusal(plan, error)) from error
   print(plan_report.text(plan))
@@ -144,6 +146,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('topology', '', 'Chip and shape, such as v5e:16x16.')
   flags.DEFINE_string('model', '', 'A published shape, such as llama3-8b.')
   flags.DEFINE_bool('search', False, 'Try meshes and micro-batches.')
+  flags.DEFINE_bool('update', False, 'Compile the update alone.')
   flags.DEFINE_string('output', '', 'JSON file for all numbers.')
   cli.define_config_flag()
   cli.run(main)

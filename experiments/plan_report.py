@@ -42,19 +42,8 @@ def text(plan: Plan) -> str:
 
 def memory_table(plan: Plan) -> Table:
   """GiB per chip, a program per row, under a head."""
-  rows = [
-    [
-      'program',
-      'parameters',
-      'optimizer',
-      'reference',
-      'cache',
-      'other',
-      'temporary',
-      'peak',
-      'limit',
-    ]
-  ]
+  head = 'program,parameters,optimizer,reference,cache,other,temporary,peak,'
+  rows = [f'{head}limit'.split(',')]
   for program in plan.programs.values():
     found = program.memory
     numbers = [*found.resident, found.cache, found.arguments, found.temporary]

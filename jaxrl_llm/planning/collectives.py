@@ -117,9 +117,10 @@ def _mesh_group(text: str) -> tuple[int, ...]:
 def bandwidth(chip: Chip, shape: tuple[int, ...], places: np.ndarray) -> float:
   """Bytes/s that each chip of a group sends at most.
 
-  Of a group of two each sends over one link.  A TPU uses the links of every axis of the torus along which the group lies,
-  both ways where the axis is a ring.  GPUs of one machine use NVLink; those of
-  several are as fast as the network of all members in a machine.
+  A TPU uses the links of every axis of the torus along which the group lies,
+  both ways where the axis is a ring; of a group of two each sends over one
+  link.  GPUs of one machine use NVLink; those of several are as fast as the
+  network of all members in a machine.
 
   Args:
     chip: what they are.
