@@ -136,10 +136,11 @@ def main() -> None:
       plan.update() if given.update else plan.compile()
     except memory.TooLarge as error:
       raise UserError(plan_report.refusal(plan, error)) from error
-  print(plan_report.text(plan))
+  told = plan_report.as_dict(plan, given.model or config.model.path or 'model')
+  print(plan_report.text(told))
   if given.output:
-    numbers = json.dumps(plan_report.as_dict(plan), indent=2)
-    pathlib.Path(given.output).write_text(numbers + '\n')
+    text = json.dumps(told, indent=2) + '\n'
+    pathlib.Path(given.output).write_text(text)
 
 
 if __name__ == '__main__':

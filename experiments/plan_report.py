@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from jaxrl_llm.planning.hardware import GIB
@@ -16,87 +17,150 @@ ASSUMPTIONS = (
 )
 
 Table = list[list[str]]
+Numbers = dict[str, Any]
 
 
-def text(plan: Plan) -> str:
-  """Everything that a plan found, as Markdown."""
-  topology = plan.topology
-  mesh = ', '.join(f'{name}={size}' for name, size in plan.mesh.shape.items())
-  chips = len(topology.devices)
-  rate = plan.tokens / plan.seconds
+def text(told: Numbers) -> str:
+  """Everything that a plan found, as Markdown.
+
+  Args:
+    told: of `as_dict`.
+  """
+  mesh = ', '.join(f'{name}={size}' for name, size in told['mesh'].items())
+  rate = told['tokens'] / told['seconds']
   return '\n\n'.join(
     [
-      f'{topology.name}: {chips} chips, mesh {mesh}',
+      f'{told["model"]} on {told["topology"]}, {told["chips"]} chips: mesh '
+      f'{mesh}; a step of {told["prompts"]} prompts with {told["samples"]} '
+      f'responses, {told["micro_prompts"]} prompts per micro-batch.',
       'GiB per chip:',
-      markdown(memory_table(plan)),
+      markdown(memory_table(told)),
       'One iteration:',
-      markdown(time_table(plan)),
-      'Bytes that a chip sends in one run of a program:',
-      markdown(collective_table(plan)),
-      f'At best {plan.seconds:.1f} s per iteration, {rate:,.0f} generated '
-      f'tokens/s, {rate / chips:,.1f} per chip.',
+      markdown(time_table(told)),
+      'GB that a chip sends in one run of a program:',
+      markdown(collective_table(told)),
+      f'At best {told["seconds"]:.1f} s per iteration, {rate:,.0f} generated '
+      f'tokens/s, {rate / told["chips"]:,.1f} per chip.',
       f'Assumptions: {"; ".join(ASSUMPTIONS)}.',
     ]
   )
 
 
-def memory_table(plan: Plan) -> Table:
+def memory_table(told: Numbers) -> Table:
   """GiB per chip, a program per row, under a head."""
-  head = 'program,parameters,optimizer,reference,cache,other,temporary,peak,'
-  rows = [f'{head}limit'.split(',')]
-  for program in plan.programs.values():
-    found = program.memory
-    numbers = [*found.resident, found.cache, found.arguments, found.temporary]
-    numbers += [found.peak, plan.limit]
-    rows.append([program.name, *(f'{number / GIB:.2f}' for number in numbers)])
+  names = [
+    'parameters',
+    'optimizer',
+    'reference',
+    'cache',
+    'other',
+    'temporary',
+    'peak',
+  ]
+  rows = [['program', *names, 'limit']]
+  for program in told['programs']:
+    numbers = [program['memory'][name] for name in names]
+    cells = [f'{number / GIB:.2f}' for number in (*numbers, told['limit'])]
+    rows.append([program['name'], *cells])
   return rows
 
 
-def time_table(plan: Plan) -> Table:
+def time_table(told: Numbers) -> Table:
   """FLOPs and seconds per iteration, a program per row, under a head."""
   head = 'program,runs,TFLOP/chip,repeated,compute s,memory s,network s,'
   rows = [f'{head}seconds,compile s'.split(',')]
-  chips = len(plan.topology.devices)
-  for program in plan.programs.values():
-    times = program.times
-    share = '–'
-    if program.asked:
-      share = f'{program.computed * chips / program.asked:.2f}'
-    parts = program.compute, program.traffic, program.network
+  for program in told['programs']:
+    times, share = program['times'], '–'
+    if program['asked']:
+      found = program['computed'] * told['chips'] / program['asked']
+      share = f'{found:.2f}'
+    parts = [program[name] for name in ('compute', 'traffic', 'network')]
     rows.append(
       [
-        program.name,
+        program['name'],
         f'{times:g}',
-        f'{times * program.computed / 1e12:.1f}',
+        f'{times * program["computed"] / 1e12:.1f}',
         share,
         *(f'{times * part:.2f}' for part in parts),
-        f'{program.seconds:.2f}',
-        f'{program.compile_seconds:.0f}',
+        f'{program["seconds"]:.2f}',
+        f'{program["compile_seconds"]:.0f}',
       ]
     )
   return rows
 
 
-def collective_table(plan: Plan) -> Table:
+def collective_table(told: Numbers) -> Table:
   """What a chip sends in one run of each program, by kind, under a head."""
   rows = [['program', 'collective', 'chips', 'times', 'GB']]
-  for program in plan.programs.values():
-    for (kind, chips), (times, sent) in by_kind(program).items():
-      if sent >= 1e7:
-        cells = kind, str(chips), f'{times:,.0f}', f'{sent / 1e9:,.2f}'
-        rows.append([program.name, *cells])
+  for program in told['programs']:
+    for found in program['collectives']:
+      if found['sent'] >= 1e7:
+        rows.append(
+          [
+            program['name'],
+            found['kind'],
+            str(found['chips']),
+            f'{found["times"]:,.0f}',
+            f'{found["sent"] / 1e9:,.2f}',
+          ]
+        )
   return rows
+
+
+def scaling_table(told: Sequence[Numbers]) -> Table:
+  """The update on more and more chips, with as many rows on each.
+
+  Efficiency is the time on the fewest chips over the time on these; without
+  any overlap of sending, and with sending hidden behind computing as far as
+  it can be.
+
+  Args:
+    told: of `as_dict`, with an update each, the fewest chips first.
+  """
+  rows = [
+    [
+      'chips',
+      'prompts per update',
+      'TFLOP/chip',
+      'GB sent',
+      'compute s',
+      'network s',
+      'efficiency',
+      'if hidden',
+    ]
+  ]
+  updates = [_update(numbers) for numbers in told]
+  local = lambda x: max(x['compute'], x['traffic'])
+  alone = lambda x: local(x) + x['network']
+  hidden = lambda x: max(local(x), x['network'])
+  for numbers, update in zip(told, updates, strict=True):
+    sent = sum(found['sent'] for found in update['collectives'])
+    rows.append(
+      [
+        str(numbers['chips']),
+        str(numbers['prompts'] // numbers['minibatches']),
+        f'{update["computed"] / 1e12:.1f}',
+        f'{sent / 1e9:.1f}',
+        f'{local(update):.3f}',
+        f'{update["network"]:.3f}',
+        f'{alone(updates[0]) / alone(update):.0%}',
+        f'{hidden(updates[0]) / hidden(update):.0%}',
+      ]
+    )
+  return rows
+
+
+def _update(told: Numbers) -> Numbers:
+  return next(x for x in told['programs'] if x['name'] == 'update')
 
 
 def by_kind(program: Program) -> dict[tuple[str, int], tuple[float, float]]:
   """{(kind, chips of a group): (executions, bytes that a chip sends)}."""
   totals = defaultdict(lambda: (0.0, 0.0))
   for found in program.collectives:
-    times, sent = totals[found.kind, len(found.group)]
-    totals[found.kind, len(found.group)] = (
-      times + found.times,
-      sent + found.sent,
-    )
+    key = found.kind, len(found.group)
+    times, sent = totals[key]
+    totals[key] = times + found.times, sent + found.sent
   return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
 
@@ -132,7 +196,7 @@ def refusal(plan: Plan, error: TooLarge) -> str:
     f'{name} {size / GIB:.1f}' for name, size in parts.items() if size
   )
   return (
-    f'does not fit: {error.program} lacks {missing:.1f} GiB of '
+    f'does not fit: {error.program} lacks at least {missing:.1f} GiB of '
     f'{plan.limit / GIB:.2f} GiB per chip of {plan.topology.name}\n'
     f'GiB per chip: {held}\n{_advice(plan, error.program)}'
   )
@@ -151,11 +215,23 @@ def _advice(plan: Plan, program: str) -> str:
   return 'lower config.training.micro_prompts, or raise config.mesh.tensor'
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-  """All numbers of a plan, for a JSON file: bytes, FLOPs and seconds."""
+def as_dict(plan: Plan, model: str) -> Numbers:
+  """All numbers of a plan, as JSON has them: bytes, FLOPs and seconds.
+
+  Args:
+    plan: compiled.
+    model: its name.
+  """
+  planned = plan.iteration
   return {
+    'model': model,
     'topology': plan.topology.name,
+    'chips': len(plan.topology.devices),
     'mesh': dict(plan.mesh.shape),
+    'prompts': planned.prompts,
+    'samples': planned.generation.samples,
+    'minibatches': planned.minibatches,
+    'micro_prompts': planned.micro_prompts,
     'limit': plan.limit,
     'seconds': plan.seconds,
     'tokens': plan.tokens,
@@ -163,7 +239,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
   }
 
 
-def _program(program: Program) -> dict[str, Any]:
+def _program(program: Program) -> Numbers:
   found = program._asdict()
   memory = found.pop('memory')._asdict()
   found['memory'] = memory.pop('resident')._asdict() | memory

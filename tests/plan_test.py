@@ -44,8 +44,8 @@ chip = hardware.CHIPS['h100']
 topology = topologies.Topology('cpu:8', chip, (1, 8), jax.devices(), {})
 made = plan.make(config, plan.model(config, ''), topology)
 made.compile()
-told = plan_report.as_dict(made)
-text = plan_report.text(made)
+told = plan_report.as_dict(made, 'tiny')
+text = plan_report.text(told)
 refusals = []
 for limit in (2**10, made.programs['layout'].memory.peak - 2**10):
   made.limit = limit
@@ -146,9 +146,11 @@ def test_programs_of_an_iteration(planned):
 
 def test_what_does_not_fit_is_refused_with_the_shortfall(planned):
   whole, layout = planned['refusals']
-  assert whole.startswith('does not fit: update lacks 0.1 GiB of 0.00 GiB')
+  assert whole.startswith(
+    'does not fit: update lacks at least 0.1 GiB of 0.00 GiB'
+  )
   assert 'take more chips' in whole
-  assert layout.startswith('does not fit: layout lacks 0.1 GiB')
+  assert layout.startswith('does not fit: layout lacks at least 0.1 GiB')
   assert all(len(text.splitlines()) == 3 for text in planned['refusals'])
 
 
@@ -289,3 +291,15 @@ def test_a_70b_model_is_refused_on_16_chips():
   assert ended.code == 2
   assert 'does not fit: update lacks' in ended.err
   assert len(ended.err.strip().splitlines()[-3:]) == 3
+
+
+def test_efficiency_of_more_chips():
+  def numbers(chips, network):
+    update = dict(name='update', computed=2e12, compute=1.0, traffic=0.5)
+    update |= dict(network=network, collectives=[dict(sent=3e9)])
+    counts = dict(chips=chips, prompts=4 * chips, minibatches=2)
+    return counts | dict(programs=[update])
+
+  rows = plan_report.scaling_table([numbers(64, 0.5), numbers(512, 2.0)])
+  assert rows[1][:4] == ['64', '128', '2.0', '3.0']
+  assert [row[-2:] for row in rows[1:]] == [['100%', '100%'], ['50%', '50%']]

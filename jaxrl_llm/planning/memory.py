@@ -41,14 +41,14 @@ class Memory(NamedTuple):
   Attributes:
     resident: of parameters, optimiser and reference.
     cache: keys and values of prompts and responses.
-    arguments: of the program, besides the resident ones and the cache.
+    other: arguments of the program, besides the resident ones and the cache.
     temporary: results and scratch, besides the cache.
     peak: their sum.
   """
 
   resident: Resident
   cache: int
-  arguments: int
+  other: int
   temporary: int
   peak: int
 

@@ -102,7 +102,7 @@ class Plan:
     say: told of each program before it is compiled.
 
   Attributes:
-    topology, mesh, limit: as given.
+    iteration, topology, mesh, limit: as given.
     resident: bytes that the iteration keeps throughout.
     sampler: bytes of the parameters in the layout of sampling.
     programs: those compiled so far, by name.
@@ -116,7 +116,8 @@ class Plan:
     limit: int | None = None,
     say: Callable[[str], None] = lambda text: None,
   ):
-    self._it, self.topology, self.mesh = iteration, topology, mesh
+    self.iteration = iteration
+    self.topology, self.mesh = topology, mesh
     self.limit = limit or topology.chip.memory
     self._say = say
     self.programs: dict[str, Program] = {}
@@ -143,7 +144,7 @@ class Plan:
   @property
   def tokens(self) -> int:
     """That an iteration generates, if responses have their full length."""
-    it = self._it
+    it = self.iteration
     return it.prompts * it.generation.samples * it.generation.max_tokens
 
   def check_state(self) -> None:
@@ -159,7 +160,7 @@ class Plan:
       memory.TooLarge: the state or a program does not fit.
     """
     self.check_state()
-    it = self._it
+    it = self.iteration
     sampler = self._add(
       'layout',
       jax.jit(functools.partial(sampling.layout, it.config)),
@@ -183,7 +184,7 @@ class Plan:
     Raises:
       memory.TooLarge: it does not fit.
     """
-    it = self._it
+    it = self.iteration
     batch = jax.eval_shape(it.prepare, it.rollouts)
     count = batch.tokens.shape[0]
     passes = 3 * count // it.micro_prompts
@@ -198,7 +199,7 @@ class Plan:
 
   def _sample(self, sampler):
     """Responses, greedy ones and branches, as far as they are needed."""
-    it = self._it
+    it = self.iteration
     generation, needs = it.generation, it.needs
     static = dict(
       decoding=generation.decoding,
@@ -224,7 +225,7 @@ class Plan:
     return found
 
   def _decode(self, name, function, sampler, static):
-    it = self._it
+    it = self.iteration
     tokens = it.generation.max_tokens
     cache = self._cache(static['samples'])
     return self._add(
@@ -240,7 +241,7 @@ class Plan:
 
   def _fork(self, sampler, samples, cache, static):
     """Branches; each is taken to write half of a response."""
-    it = self._it
+    it = self.iteration
     wanted, length = it.needs.branches, it.generation.max_tokens
     count = min(wanted.count, max(length - 1, 1))
     shape = (*samples.tokens.shape[:2], count)
@@ -259,7 +260,7 @@ class Plan:
     )
 
   def _score(self, tokens, times):
-    it = self._it
+    it = self.iteration
     self._add(
       'score',
       rollouts.score_tokens,
@@ -277,7 +278,7 @@ class Plan:
     )
 
   def _values(self, tokens):
-    it = self._it
+    it = self.iteration
     self._add(
       'critic',
       critic_lib.score_values,
@@ -356,13 +357,13 @@ class Plan:
 
   def _gathered(self) -> float:
     """Bytes of the policy on each chip once fsdp has been gathered."""
-    width = jnp.dtype(self._it.config.dtype).itemsize
+    width = jnp.dtype(self.iteration.config.dtype).itemsize
     count = sum(x.size for x in jax.tree.leaves(self._policy))
     return count * width / self.mesh.shape['tensor']
 
   def _cache(self, samples: int) -> int:
     """Bytes on each chip of prompts' and responses' keys and values."""
-    it, mesh = self._it, self.mesh
+    it, mesh = self.iteration, self.mesh
     rows = math.prod(mesh.shape[name] for name in sharding.ROWS)
     tensor = mesh.shape['tensor']
     heads = it.config.num_kv_heads
@@ -373,11 +374,11 @@ class Plan:
     return each * tokens * it.prompts // rows
 
   def _prompts(self, count: int = 0) -> policy.Prompts:
-    count = count or self._it.prompts
+    count = count or self.iteration.prompts
     array = jax.ShapeDtypeStruct
     return self._rows(
       policy.Prompts(
-        tokens=array((count, self._it.prompt_tokens), jnp.int32),
+        tokens=array((count, self.iteration.prompt_tokens), jnp.int32),
         lengths=array((count,), jnp.int32),
       )
     )
