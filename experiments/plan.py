@@ -15,6 +15,8 @@ pip install 'jaxrl_llm[plan]'.
   --search    tries meshes and micro-batches, prints the cheapest that fits.
   --output    a file for all numbers, as JSON.
   --update    compiles the update alone.
+  --effort    of the TPU's compiler: -1 is quick, 0 is what a run has and takes
+              eight times as long.
 
 The status is 2 where a program does not fit, with the GiB that a chip lacks.
 
@@ -121,7 +123,7 @@ def main() -> None:
   checks.check(config)
   topologies.parse(given.topology)
   built = model(config, given.model)
-  topology = topologies.make(given.topology)
+  topology = topologies.make(given.topology, given.effort)
   if given.search:
     plan = plan_search.search(
       config,
@@ -148,6 +150,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('model', '', 'A published shape, such as llama3-8b.')
   flags.DEFINE_bool('search', False, 'Try meshes and micro-batches.')
   flags.DEFINE_bool('update', False, 'Compile the update alone.')
+  flags.DEFINE_float('effort', -1.0, 'Of the TPU compiler.', -1.0, 1.0)
   flags.DEFINE_string('output', '', 'JSON file for all numbers.')
   cli.define_config_flag()
   cli.run(main)

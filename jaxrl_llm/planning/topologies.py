@@ -60,18 +60,25 @@ class Topology(NamedTuple):
   chip: Chip
   shape: tuple[int, ...]
   devices: list[Any]
-  compiler_options: dict[str, str]
+  compiler_options: dict[str, Any]
 
 
-def make(name: str) -> Topology:
+def make(name: str, effort: float = -1.0) -> Topology:
   """The topology of a name.
+
+  Args:
+    name: as in `Topology`.
+    effort: of the TPU's compiler, from −1 to 1; a run has 0.  At −1 it takes
+      an eighth of the time and finds the same collectives, and memory within
+      some per cent.
 
   Raises:
     UserError: the name is none, or the plug-in is not installed or refuses it.
   """
   chip, shape = parse(name)
   if chip.per_machine is None:
-    return Topology(name, chip, shape, _tpus(name, chip), {})
+    options = {'exec_time_optimization_effort': effort}
+    return Topology(name, chip, shape, _tpus(name, chip), options)
   # Autotuning measures on the device, which is not there.
   options = {'xla_gpu_autotune_level': '0'}
   return Topology(name, chip, shape, _gpus(chip, shape), options)
