@@ -13,7 +13,7 @@ ASSUMPTIONS = (
   'responses have their full length, and branches write half of one',
   'matrix products, memory and links run at their peak',
   'computing overlaps with reading parameters and cache, not with sending',
-  'activations, rewards, the host and resharding between layouts cost nothing',
+  'reading activations, rewards and the host cost nothing',
 )
 
 Table = list[list[str]]
