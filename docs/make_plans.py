@@ -27,7 +27,8 @@ the model and what the first line of a plan says.
 further arguments, such as the parameters in the layout of sampling.  `repeated`
 is how many times more FLOPs all chips compute together than the program asks
 for.  TPU programs are compiled at the lowest effort (`--effort=-1`), and the
-machine was busy: `compile s` is what it took there.  A chip's `limit` is what its compiler allows, of a GPU JAX's share of 75%.
+machine was busy: `compile s` is what it took there.  A chip's `limit` is what
+its compiler allows, of a GPU JAX's share of 75%.
 """
 
 SCALING = """## Weak scaling
