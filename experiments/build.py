@@ -63,9 +63,11 @@ def model(config, seed: int) -> Model:
   built = outline(config)
   if config.path:
     _, params = pretrained.load(
-      config.path, config.param_dtype, **_settings(config)
+      config.path,
+      config.param_dtype,
+      shardings=sharding.shardings(built.params),
+      **model_settings(config),
     )
-    params = sharding.place(params)
   else:
     key = jax.random.key(seed)
     params = transformer.init(built.config, key, config.param_dtype)
@@ -74,7 +76,7 @@ def model(config, seed: int) -> Model:
 
 def outline(config) -> Model:
   """The model that `model` gives, with shapes in place of parameters."""
-  settings = _settings(config)
+  settings = model_settings(config)
   if config.path:
     shape = pretrained.load_config(config.path, **settings)
     tokenizer = pretrained.load_tokenizer(config.path)
@@ -395,8 +397,9 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
   return RewardPart(name, loading.load(chosen, spec, field), weight)
 
 
-def _settings(config) -> dict[str, Any]:
-  return {'dtype': config.dtype, 'remat': config.remat}
+def model_settings(config) -> dict[str, Any]:
+  """How a model computes, of `config.model`: fields of its ModelConfig."""
+  return {name: config[name] for name in ('dtype', 'remat', 'attention')}
 
 
 def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:

@@ -9,9 +9,11 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from jaxrl_llm import distributed, membership
 from jaxrl_llm.errors import UserError
 
 # Sections that take what a function takes: ml_collections cannot set a field
@@ -23,6 +25,32 @@ def define_config_flag() -> None:
   """Defines `--config=FILE.py` and `--config.some.key=value`."""
   config_flags.DEFINE_config_file(
     'config', None, 'Configuration file with get_config().', lock_config=True
+  )
+
+
+def define_process_flags() -> None:
+  """Defines `--coordinator`, `--num_processes` and `--process_id`."""
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, where several processes run and no launcher tells '
+    'them: TPU pods, srun and mpirun do.',
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'How many processes run; 1 asks no launcher.'
+  )
+  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+
+
+def join_processes() -> None:
+  """Joins the processes that the flags or a launcher tell.
+
+  Raises:
+    UserError: as `membership.initialize`.
+  """
+  values = flags.FLAGS
+  membership.initialize(
+    values.coordinator, values.num_processes, values.process_id
   )
 
 
@@ -54,7 +82,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
   A `UserError` and a wrong flag end with the message on standard error and
   status 2, an interrupt with a word and its own status; anything else keeps its
-  traceback, for a bug report.
+  traceback, for a bug report.  Of several processes the first that fails says
+  why, and all end with its status.
   """
 
   def guarded(arguments) -> int | None:
@@ -62,12 +91,21 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if len(arguments) > 1:
       _fail(f'unexpected argument {arguments[1]!r}\nflags begin with --')
     try:
-      return main()
+      status = main()
+      membership.finish()
+      return status
     except UserError as error:
       _fail(str(error))
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
+      membership.fail(128 + signal.SIGINT)
       return 128 + signal.SIGINT
+    except Exception as error:
+      if distributed.count() == 1:
+        raise
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        membership.wait_for_loss()
+      membership.fail(1, traceback.print_exc)
 
   # What is wrong with a configuration is said once, by `_parse`.
   logging.set_verbosity(logging.ERROR)
@@ -153,5 +191,6 @@ def _described(error: Exception) -> str:
 
 def _fail(message: str) -> NoReturn:
   first, *rest = message.strip().split('\n')
-  print('\n'.join([f'error: {first}', *rest[:2]]), file=sys.stderr, flush=True)
+  text = '\n'.join([f'error: {first}', *rest[:2]])
+  membership.fail(2, lambda: print(text, file=sys.stderr, flush=True))
   sys.exit(2)

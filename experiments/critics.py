@@ -1,5 +1,6 @@
 """What a configuration says of a critic and of who learns when."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -26,7 +27,7 @@ def critic(config, built: build.Model) -> critic_lib.Critic:
   if not section.path:
     return TRUNKS[section.trunk](built.config)
   shape = pretrained.load_trunk_config(
-    section.path, dtype=config.model.dtype, remat=config.model.remat
+    section.path, **build.model_settings(config.model)
   )
   pretrained.check_vocabulary(shape, built.tokenizer)
   known = pretrained.load_tokenizer(section.path).get_vocab()
@@ -60,19 +61,24 @@ def start(config, built: critic_lib.Critic, policy_params):
   if not config.critic.path:
     return sharding.place(built.init(policy_params))
   trunk, score = pretrained.load_trunk(
-    config.critic.path, built.config, config.model.param_dtype
+    config.critic.path,
+    built.config,
+    config.model.param_dtype,
+    sharding.shardings(_trunk_shapes(config, built)),
   )
   return sharding.place(built.init(trunk, score))
 
 
 def shapes(config, built: critic_lib.Critic):
   """Shapes of `start`, from nothing."""
+  return jax.eval_shape(built.init, _trunk_shapes(config, built))
 
-  def make(key):
-    params = transformer.init(built.config, key, config.model.param_dtype)
-    return built.init(params)
 
-  return jax.eval_shape(make, jax.random.key(0))
+def _trunk_shapes(config, built: critic_lib.Critic):
+  init = functools.partial(
+    transformer.init, built.config, param_dtype=config.model.param_dtype
+  )
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def optimizer(config, needs: estimators.Needs):

@@ -21,7 +21,14 @@ from experiments.course import Round
 from experiments.data import Data
 from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.phase import Evaluation, Result
-from jaxrl_llm import estimators, pools, rollouts, sharding, training
+from jaxrl_llm import (
+  distributed,
+  estimators,
+  pools,
+  rollouts,
+  sharding,
+  training,
+)
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
@@ -283,7 +290,7 @@ class Offline:
     )
     if self.estimator.needs.reference:
       pool = self._scored(params, Given(self._encoded, pool), stop)
-    pools.save(self._file(number), pool)
+    self._write(self._file(number), pool)
     metrics = reinforcement.reward_metrics(responses, data)
     metrics['rounds/chosen'] = len(groups)
     failures = of_step(responses)
@@ -337,9 +344,13 @@ class Offline:
   def _ask_reference(self, params, stop) -> None:
     """Writes down what the reference says of given pairs."""
     for name, given in (('given', self._given), ('held_out', self._pairs)):
-      pools.save(
-        self._folder / f'{name}.npz', self._scored(params, given, stop)
-      )
+      scored = self._scored(params, given, stop)
+      self._write(self._folder / f'{name}.npz', scored)
+
+  @staticmethod
+  def _write(path, pool: pools.Pool) -> None:
+    """Process 0 writes what all processes have, and all read later on."""
+    distributed.on_main(lambda: pools.save(path, pool), str(path))
 
   def _scored(self, params, given: Given, stop) -> pools.Pool:
     """The pool with log-probabilities of a policy as the reference's."""

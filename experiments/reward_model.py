@@ -36,7 +36,15 @@ import numpy as np
 from experiments import build, cli, offline_checks, run, supervised
 from experiments.course import Round
 from experiments.phase import Evaluation, Result, Script
-from jaxrl_llm import calibration, critic, logging, pools, sharding, training
+from jaxrl_llm import (
+  calibration,
+  critic,
+  distributed,
+  logging,
+  pools,
+  sharding,
+  training,
+)
 from jaxrl_llm import reward_model as reward_model_lib
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
@@ -223,8 +231,9 @@ class RewardModeling:
     )
     found = calibration.examine(self._margins(trainable))
     text = json.dumps(_plain(found), indent=1, allow_nan=False) + '\n'
-    write_atomically(folder / 'calibration.json', text)
-    _plot(folder / 'calibration.png', found)
+    if distributed.is_main():
+      write_atomically(folder / 'calibration.json', text)
+      _plot(folder / 'calibration.png', found)
     return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
 
   def describe(self) -> list[str]:

@@ -22,17 +22,24 @@ from experiments.failures import failure_messages
 from experiments.held_out import to_samples
 from experiments.phase import MakePhase, Result, Script
 from experiments.supervised import WarmStart
-from jaxrl_llm import logging, sharding, training
+from jaxrl_llm import distributed, logging, membership, sharding, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
 from jaxrl_llm.rewards import waiting
-from jaxrl_llm.run_folder import StopRequested, StopSignal, open_run
+from jaxrl_llm.run_folder import (
+  RunFolder,
+  StopRequested,
+  StopSignal,
+  open_run,
+)
 
 # What may differ when a run is resumed.
-_MUTABLE = frozenset({'steps', 'tokens', 'checkpoints', 'log.samples'})
+_MUTABLE = frozenset({'steps', 'tokens', 'mesh', 'checkpoints', 'log.samples'})
 _RECORDS = ('checkpoints', 'metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 _MAX_SKIPPED = 3
+# Seconds that a process which fails waits for the others to fail too.
+_FAIL_TOGETHER = 10.0
 
 
 class Run:
@@ -80,13 +87,15 @@ class Run:
     at = written = self.course.step if restored else None
     if restored and self._pending is not None:
       written = at - 1 if at else None
-    self._metrics = files.enter_context(
-      logging.MetricsWriter(self._folder, written)
-    )
-    self._samples = files.enter_context(logging.SampleLog(self._folder, at))
-    self._progress = files.enter_context(
-      logging.Progress(self.course.total, self.course.step)
-    )
+    self._metrics = self._samples = self._progress = logging.Silent()
+    if distributed.is_main():
+      self._metrics = files.enter_context(
+        logging.MetricsWriter(self._folder, written)
+      )
+      self._samples = files.enter_context(logging.SampleLog(self._folder, at))
+      self._progress = files.enter_context(
+        logging.Progress(self.course.total, self.course.step)
+      )
     self._describe(found, restored)
 
   def train(self) -> None:
@@ -105,7 +114,8 @@ class Run:
     except (UserError, StopRequested):
       # The main phase may have begun with a state of another kind, of which
       # nothing is learned yet: the end of the warm start is what counts.
-      if not self._saved:
+      # One process alone cannot save: what it failed at the others may not.
+      if not self._saved and distributed.all_come('the end', _FAIL_TOGETHER):
         self._save()
       self._keep.wait()
       raise
@@ -114,6 +124,8 @@ class Run:
   def finish(self) -> None:
     """Exports the model; shows and writes what the run came to."""
     left = self._main.finish(self.state.trainable, self._folder)
+    if not distributed.is_main():
+      return
     records = logging.read_metrics(self._folder / 'metrics.jsonl')
     runs.plot(
       self._folder / 'curve.png', records, self._main.curves, self.course.first
@@ -233,6 +245,7 @@ class Run:
       state = self._main.shapes(params)
     else:
       state = jax.eval_shape(self._initial_state, params)
+      state = sharding.with_shardings(state)
     return self._tree(state)
 
   def _tree(self, state) -> dict:
@@ -317,7 +330,7 @@ class Run:
     lines = [
       f'{self._model.config.family} model, {size:,} parameters, '
       f'{tokenizer} tokens; {jax.device_count()} {jax.default_backend()} '
-      'device(s)',
+      f'device(s){_mesh()}',
       *self._main.describe(),
       *found.notes,
     ]
@@ -332,6 +345,12 @@ def _mutable(config) -> frozenset[str]:
   """Fields that may differ on resume; a decay depends on the last step."""
   decays = {config.optimizer.decay, config.critic.optimizer.decay}
   return _MUTABLE if decays == {'constant'} else _MUTABLE - {'steps'}
+
+
+def _mesh() -> str:
+  sizes = sharding.mesh_sizes()
+  shown = ' x '.join(f'{name} {size}' for name, size in sizes.items())
+  return f': {shown}' if shown else ''
 
 
 def _plain(numbers: dict) -> dict:
@@ -358,8 +377,8 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
   script.check(config)
   try:
     with contextlib.ExitStack() as files:
-      if jax.device_count() > 1:
-        mesh = sharding.make_mesh(**config.mesh.to_dict())
+      mesh = sharding.make_mesh(**config.mesh.to_dict())
+      if mesh.size > 1:
         files.enter_context(jax.set_mesh(mesh))
       return _train(script, config, workdir, resume, files)
   except KeyboardInterrupt:
@@ -367,6 +386,7 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
       'interrupted at once: --resume continues from the last checkpoint',
       file=sys.stderr,
     )
+    membership.fail(128 + signal.SIGINT)
     return 128 + signal.SIGINT
 
 
@@ -382,7 +402,7 @@ def _train(
       build.code_files(config),
     )
   )
-  if folder.changed:
+  if folder.changed and distributed.is_main():
     print(
       'warning: changed since this run last began: '
       f'{", ".join(folder.changed)}\n'
@@ -390,45 +410,57 @@ def _train(
       'put the old file back if they are to be one run',
       file=sys.stderr,
     )
-  found = [name for name in _RECORDS if (folder.path / name).exists()]
+  found = distributed.on_main(
+    lambda: [name for name in _RECORDS if (folder.path / name).exists()],
+    'records of the run folder',
+  )
   if found and not folder.resuming:
-    (folder.path / 'config.json').unlink()
+    _leave_unused(folder)
     raise UserError(
       f'{folder.path} holds {", ".join(found)} but no config.json\n'
       'name another --workdir, or restore config.json and --resume'
     )
   stop = files.enter_context(StopSignal())
-  files.enter_context(waiting.checked(stop.check))
+  files.enter_context(waiting.checked(stop.check_alone))
   try:
     run = Run(config, folder, stop, files, script.phase)
   except UserError:
     # Nothing has begun: leave the folder to the corrected configuration.
     if not folder.resuming:
-      (folder.path / 'config.json').unlink()
+      _leave_unused(folder)
     raise
   try:
     run.train()
   except StopRequested as request:
-    print(
-      f'stopped by {request} after step {run.course.step}; '
-      'everything is saved: continue with --resume',
-      file=sys.stderr,
-    )
+    if distributed.is_main():
+      print(
+        f'stopped by {request} after step {run.course.step}; '
+        'everything is saved: continue with --resume',
+        file=sys.stderr,
+      )
     return 128 + signal.Signals[str(request)]
   run.finish()
   return 0
+
+
+def _leave_unused(folder: RunFolder) -> None:
+  """Takes back what says that the folder holds a run."""
+  if distributed.is_main():
+    (folder.path / 'config.json').unlink()
 
 
 def define_flags() -> None:
   """Defines the flags of a script that trains."""
   flags.DEFINE_string('workdir', None, 'Folder of the run.')
   flags.DEFINE_bool('resume', False, 'Continue the run that the folder holds.')
+  cli.define_process_flags()
   cli.define_config_flag()
 
 
 def main(script: Script) -> int:
-  """Reads the flags and trains."""
+  """Reads the flags, joins the other processes and trains."""
   config = cli.config()
+  cli.join_processes()
   workdir = flags.FLAGS.workdir
   if workdir is None:
     name = flags.FLAGS['config'].config_filename

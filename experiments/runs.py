@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, checks
-from jaxrl_llm import logging, rollouts
+from jaxrl_llm import distributed, logging, rollouts, sharding
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -125,16 +125,18 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
     responses: P prompts, G responses each.
     advantages: [P, G].
   """
-  samples = responses.samples
-  np.savez(
-    path,
-    prompts=responses.prompts.tokens,
-    tokens=samples.tokens,
-    mask=samples.mask,
-    log_probs=samples.log_probs,
-    rewards=responses.scores.total.reshape(advantages.shape),
-    advantages=advantages,
-  )
+  prompts, samples = sharding.to_host((responses.prompts, responses.samples))
+  rewards = responses.scores.total.reshape(advantages.shape)
+  if distributed.is_main():
+    np.savez(
+      path,
+      prompts=prompts.tokens,
+      tokens=samples.tokens,
+      mask=samples.mask,
+      log_probs=samples.log_probs,
+      rewards=rewards,
+      advantages=advantages,
+    )
 
 
 def plot(

@@ -167,6 +167,7 @@ class WarmStart:
     )
     if not self.steps:
       return
+    sharding.check_rows(settings.batch, 1, 'config.warm_start.batch')
     encoded, self._pool = demonstrations(config, model, rows)
     self.source = sources.PromptSource(encoded, settings.batch, config.seed)
     self._estimator = estimators.sft()

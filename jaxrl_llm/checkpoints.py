@@ -107,11 +107,11 @@ class Checkpoints:
       'leaves': describe(leaves),
     }
     manifest['sha256'] = _sha256(manifest)
-    prepare = functools.partial(self._prepare, manifest)
-    found = distributed.on_main(prepare, f'checkpoint {step}')
-    self._check_same(manifest, found)
-    manifest['sha256'] = found['sha256']
-    if found['present']:
+    self._check_same(manifest)
+    present, manifest['sha256'] = distributed.on_main(
+      functools.partial(self._prepare, manifest), f'checkpoint {step}'
+    )
+    if present:
       return
     try:
       response = orbax_io.start_save(self._path(step), state, manifest)
@@ -119,26 +119,28 @@ class Checkpoints:
       raise self._failed(step, error) from error
     self._pending = manifest, self._waiter.submit(response.result)
 
-  def _prepare(self, manifest: dict) -> dict:
+  def _prepare(self, manifest: dict) -> tuple[bool, str]:
     """Makes room for a step, unless it is there as it is to be."""
     step, sha256 = manifest['step'], manifest['sha256']
     path = self._path(step)
-    present = path.exists() and self._sound.get(step) == sha256
-    if not present:
-      try:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._move_aside(path, _REPLACED)
-      except OSError as error:
-        raise self._failed(step, error) from error
-    leaves = _sha256(manifest['leaves'])
-    return {'present': present, 'sha256': sha256, 'leaves': leaves}
+    if path.exists() and self._sound.get(step) == sha256:
+      return True, sha256
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._move_aside(path, _REPLACED)
+    except OSError as error:
+      raise self._failed(step, error) from error
+    return False, sha256
 
-  def _check_same(self, manifest: dict, found: dict) -> None:
-    """Raises UserError if process 0 would save another state."""
-    if _sha256(manifest['leaves']) != found['leaves']:
+  def _check_same(self, manifest: dict) -> None:
+    """Raises UserError if the processes have computed different states."""
+    own = _sha256(manifest['leaves'])
+    found = distributed.gather_objects(own, 'the digests of a checkpoint')
+    other = [i for i, digest in enumerate(found) if digest != found[0]]
+    if other:
       raise UserError(
-        f'Process {distributed.index()} would save another state than process '
-        f'0 at step {manifest["step"]}: they have not computed the same.\n'
+        f'At step {manifest["step"]} process {other[0]} would save another '
+        'state than process 0: they have not computed the same.\n'
         'Start all of them with the same program, flags and data.'
       )
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import sharding
 from jaxrl_llm.models import head
 from jaxrl_llm.policy import Decoding, adjust_logits
 
@@ -41,18 +42,23 @@ def _inverse_cdf(weights: Array, uniform: Array) -> Array:
 
   One uniform number per row, [N, 1], first a block of 128 tokens, then a token
   of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
-  token of weight 0 is never drawn.
+  token of weight 0 is never drawn.  No block lies on two devices of a mesh
+  whose tensor axis splits the vocabulary.
   """
   rows, vocabulary = weights.shape
-  padding = -vocabulary % _BLOCK
-  blocks = jnp.pad(weights, ((0, 0), (0, padding)))
+  shards = sharding.tensor_shards(vocabulary)
+  own = vocabulary // shards
+  blocks = weights.reshape(rows, shards, own)
+  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -own % _BLOCK)))
   blocks = blocks.reshape(rows, -1, _BLOCK)
+  blocks = sharding.constrain(blocks, None, sharding.TENSOR, None)
   sums = blocks.sum(axis=-1)
   target = uniform * sums.sum(axis=-1, keepdims=True)
   block, below = _first_above(sums, target)
   within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
   index, _ = _first_above(within, target - below)
-  return (block * _BLOCK + index)[:, 0].astype(jnp.int32)
+  shard, block = jnp.divmod(block, -(-own // _BLOCK))
+  return (shard * own + block * _BLOCK + index)[:, 0].astype(jnp.int32)
 
 
 def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:

@@ -79,6 +79,21 @@ def _meet(key: str, name: str, timeout_s: float) -> None:
     ) from error
 
 
+def all_come(name: str, timeout_s: float) -> bool:
+  """Whether all processes come here within a time.
+
+  Unlike `barrier`, for a place to which perhaps not all of them get: it is
+  known by its name alone, which is used once.
+  """
+  if count() == 1:
+    return True
+  try:
+    _meet(f'jaxrl_llm/perhaps/{name}', name, timeout_s)
+  except UserError:
+    return False
+  return True
+
+
 def agree(flag: bool, name: str = 'a decision') -> bool:
   """Whether any process says so, the same answer on all.
 

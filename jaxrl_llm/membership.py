@@ -54,11 +54,10 @@ def initialize(
     UserError: only some arguments are given, or wrong ones; process 0 does not
       answer; the launcher does not tell what it should.
   """
-  given = coordinator, num_processes, process_id
-  if given in ((None, 1, None), (None, 1, 0)):
+  if num_processes == 1 and process_id in (None, 0):
     return
   devices = None
-  if given == (None, None, None):
+  if (coordinator, num_processes, process_id) == (None, None, None):
     found = _detect(timeout_s)
     if found is None:
       return
@@ -69,6 +68,9 @@ def initialize(
     _wait_for(coordinator, timeout_s)
   # Only so does a loss come to the watch below, not to an abort in C++.
   jax.config.update('jax_enable_recoverability', True)
+  # CPU devices run programs side by side: two programs that both exchange
+  # something could wait for each other for ever.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   # It would take SIGTERM, which asks a run to save and stop.
   jax.config.update('jax_enable_preemption_service', False)
   with _on_abort(
@@ -91,6 +93,8 @@ def initialize(
     _explain_loss_of_main(coordinator)
   for watch in _watch_lives, _watch_failures:
     threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+  # All have to ask for the devices to get them: let it be now.
+  jax.devices()
 
 
 def _check(coordinator, num_processes, process_id) -> None:
@@ -132,7 +136,7 @@ def _detect(timeout_s: int) -> tuple | None:
       address = os.environ.get('JAX_COORDINATOR_ADDRESS')
       address = address or kind.get_coordinator_address(timeout_s, port)
       return address, total, kind.get_process_id(), _local_devices(kind)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of its variables, its service, the network
       raise UserError(
         f'{kind.__name__} does not tell the processes of this run: '
         f'{" ".join(str(error).split())[:200]}\n'
@@ -307,7 +311,7 @@ def _leave(status: int) -> None:
   _exit(status)
 
 
-def fail(status: int, say: Callable[[], None]) -> None:
+def fail(status: int, say: Callable[[], None] = lambda: None) -> None:
   """Ends all processes; returns in a single one, once it has spoken.
 
   Args:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import critic, policy
+from jaxrl_llm import critic, policy, sharding
 from jaxrl_llm.batches import split_prompts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Batch, Outputs
@@ -145,7 +145,9 @@ def score_texts(
     prompts = policy.Prompts(tokens=tokens, lengths=lengths)
     nothing = np.zeros((batch_size, 1, 0), np.int32)
     none = np.zeros((batch_size, 1), np.int32)
-    pending.append(score(config, params, prompts, nothing, none, batch_size))
+    # Each of several processes scores texts of its own.
+    with sharding.on_own_device():
+      pending.append(score(config, params, prompts, nothing, none, batch_size))
   found = np.zeros(len(texts), np.float32)
   if pending:
     scores = np.concatenate(jax.device_get(pending))[:, 0]

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxrl_llm import distributed
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json, write_atomically
 
@@ -66,6 +67,8 @@ def environment() -> dict:
 class RunFolder:
   """A run's folder, locked for as long as this object is open.
 
+  Of several processes only process 0 holds the lock.
+
   Use `open_run`, as a context manager.
 
   Attributes:
@@ -106,6 +109,8 @@ def open_run(
 
   With `resume`, a folder that holds no run yet starts afresh, so that the same
   command line serves the first start and every restart of a preemptible job.
+  Of several processes, which all call it, process 0 does all that, and what it
+  finds or raises the others do too.
 
   Args:
     workdir: the folder; created where missing.
@@ -122,7 +127,17 @@ def open_run(
     UserError: the folder is in use, holds a run and `resume` is off, or holds
       a run of another configuration.
   """
-  path = pathlib.Path(workdir)
+  path, opened = pathlib.Path(workdir), []
+
+  def open_here():
+    opened.append(_open(path, resume, config, allowed, code))
+    return [opened[0].resuming, opened[0].changed]
+
+  resuming, changed = distributed.on_main(open_here, 'the run folder')
+  return opened[0] if opened else RunFolder(path, resuming, changed, None)
+
+
+def _open(path, resume, config, allowed, code) -> RunFolder:
   config = as_json(config, 'configuration')
   lock, changed = None, []
   try:
@@ -269,6 +284,9 @@ class StopSignal:
   A second SIGINT raises KeyboardInterrupt at once.  The former handlers come
   back on exit.  Enter it in the main thread, where Python delivers signals.
 
+  With several processes a signal to any of them stops all, at the same `check`:
+  all of them make the same calls of it.
+
     with StopSignal() as stop:
       for step in steps:
         ...
@@ -289,11 +307,22 @@ class StopSignal:
     return self.name is not None
 
   def check(self) -> None:
-    """Raises StopRequested if a stop was asked for.
+    """Raises StopRequested if a stop was asked for, of any process.
 
     For places from which returning is awkward, such as the middle of a rollout.
+    All processes come to them in the same order.
     """
-    if self.requested:
+    if distributed.agree(self.requested, 'a look at signals'):
+      names = distributed.gather_objects(self.name, 'a signal')
+      raise StopRequested(next(name for name in names if name is not None))
+
+  def check_alone(self) -> None:
+    """The same, for places to which processes come each on its own.
+
+    With several processes it does nothing: what one of them stopped there, the
+    others would wait for.  They stop at the next `check`.
+    """
+    if self.requested and distributed.count() == 1:
       raise StopRequested(self.name)
 
   def _handle(self, number, frame):

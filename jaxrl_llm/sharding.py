@@ -9,6 +9,7 @@ Code runs under `jax.set_mesh(mesh)`.  Without a mesh, every function here
 leaves arrays as they are.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,12 +73,11 @@ def make_mesh(
     sizes[open_axes[0]] = len(devices) // given
   elif given != len(devices):
     raise _no_mesh(sizes, len(devices))
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+  # Splits physical axes where it has to: a tensor axis of 8 on a 4x4x4 torus.
+  grid = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _no_mesh(sizes: dict[str, int], count: int) -> UserError:
@@ -88,6 +88,13 @@ def _no_mesh(sizes: dict[str, int], count: int) -> UserError:
     f'let the axes multiply to {count}: each of {divisors}, one of them -1 '
     'for the rest'
   )
+
+
+def on_own_device() -> contextlib.AbstractContextManager:
+  """What runs within is this process's alone, on its first device."""
+  if jax.sharding.get_mesh().empty:
+    return contextlib.nullcontext()
+  return jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))
 
 
 def mesh_sizes() -> dict[str, int]:
@@ -142,9 +149,15 @@ def _fit(names, dimension: int, sizes: dict[str, int]):
   return names or None
 
 
+def tensor_shards(dimension: int) -> int:
+  """Over how many devices the tensor axis splits a dimension."""
+  size = mesh_sizes().get(TENSOR, 1)
+  return 1 if dimension % size else size
+
+
 def heads_axis(heads: int) -> str | None:
   """'tensor' where it divides a number of key heads, else None."""
-  return TENSOR if heads % mesh_sizes().get(TENSOR, 1) == 0 else None
+  return TENSOR if tensor_shards(heads) > 1 else None
 
 
 def row_axes(prompts: int, samples: int) -> tuple[tuple, tuple]:
@@ -274,15 +287,21 @@ def gather_columns(x: Array, spec: P, dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather_columns(x, dtype):
-  whole = jax.lax.all_gather(x.astype(dtype), FSDP, axis=1, tiled=True)
-  return whole.astype(x.dtype)
+  # The rows stay split over tensor, also on their way.
+  sent = constrain(x.astype(dtype), TENSOR, None)
+  whole = jax.lax.all_gather(sent, FSDP, axis=1, tiled=True)
+  return constrain(whole, TENSOR, None).astype(x.dtype)
+
+
+def _scatter_columns(dtype, _, gradient):
+  del dtype
+  gradient = constrain(gradient, TENSOR, None)
+  own = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True)
+  return (constrain(own, TENSOR, None),)
 
 
 _gather_columns.defvjp(
-  lambda x, dtype: (_gather_columns(x, dtype), None),
-  lambda dtype, _, gradient: (
-    jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True),
-  ),
+  lambda x, dtype: (_gather_columns(x, dtype), None), _scatter_columns
 )
 
 

@@ -10,6 +10,7 @@ from checkpoints_failures_test import restored_right
 from checkpoints_test import META, assert_same, lines, make_state, save_steps
 from orbax.checkpoint import v1 as ocp
 
+from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 
@@ -94,16 +95,17 @@ def test_what_could_not_be_read_is_not_set_aside(
   tmp_path, monkeypatch, part, error
 ):
   save_steps(tmp_path, [1, 2])
-  load = ocp.load_checkpointables
+  name = f'load_{part}'
+  load = getattr(orbax_io, name)
 
-  def fails(path, items):
-    if part in items and path.name == '00000002':
+  def fails(path, *arguments):
+    if path.name == '00000002':
       raise RuntimeError('wrapped') from error
-    return load(path, items)
+    return load(path, *arguments)
 
   with Checkpoints(tmp_path) as checkpoints:
     with monkeypatch.context() as patch:
-      patch.setattr(ocp, 'load_checkpointables', fails)
+      patch.setattr(orbax_io, name, fails)
       text = 'step 2 in .* could not be read'
       with pytest.raises(UserError, match=text) as caught:
         checkpoints.restore(make_state(0))
@@ -132,16 +134,16 @@ def test_a_metric_that_could_not_be_read_costs_no_checkpoint(
   with Checkpoints(tmp_path, keep_latest=3) as checkpoints:
     for step, metric in ((1, 0.9), (2, 0.1), (3, 0.2)):
       checkpoints.save(step, state, {}, metric=metric)
-  load = ocp.load_checkpointables
+  load = orbax_io.load_manifest
 
-  def fails(path, items):
+  def fails(path):
     if path.name == '00000001':
       raise OSError(errno.EMFILE, 'Too many open files')
-    return load(path, items)
+    return load(path)
 
   checkpoints = Checkpoints(tmp_path, keep_latest=1)
   with monkeypatch.context() as patch:
-    patch.setattr(ocp, 'load_checkpointables', fails)
+    patch.setattr(orbax_io, 'load_manifest', fails)
     checkpoints.save(4, state, {}, metric=0.3)
     checkpoints.wait()
   assert 'Could not remove an old checkpoint' in caplog.text

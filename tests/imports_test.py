@@ -72,6 +72,7 @@ def test_arrows(name):
     assert {other.split('.')[0] for other in GRAPH[name]} <= known
   elif within(name, 'jaxrl_llm.models'):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.sharding'
+    allowed = *allowed, 'jaxrl_llm.distributed'
   elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
     allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
     if within(name, 'jaxrl_llm.rewards'):
@@ -82,6 +83,10 @@ def test_arrows(name):
     allowed = ('jaxrl_llm.errors',)
   elif name == 'jaxrl_llm.scheduling':
     allowed = ()
+  elif name == 'jaxrl_llm.distributed':
+    allowed = ('jaxrl_llm.errors',)
+  elif name == 'jaxrl_llm.membership':
+    allowed = 'jaxrl_llm.errors', 'jaxrl_llm.distributed'
   elif within(name, *SAMPLER):
     allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', *SAMPLER
     allowed = *allowed, 'jaxrl_llm.sharding'

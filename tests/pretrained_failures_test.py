@@ -58,14 +58,14 @@ def test_a_kill_between_the_renames_keeps_the_old_folder(
 # Saves, and dies where nothing is cleaned up or, told to, waits meanwhile.
 KILLED = """
 import os, signal, sys, time
-from jaxrl_llm.models import pretrained, tensors
+from jaxrl_llm.models import pretrained, writing
 def write(*args):
   print('writing', flush=True)
   if sys.argv[2] == 'wait':
     time.sleep(60)
   os.kill(os.getpid(), signal.SIGKILL)
 config, params = pretrained.load(sys.argv[1])
-tensors.write = write
+writing.write = write
 pretrained.save(sys.argv[1], config, params)
 """
 

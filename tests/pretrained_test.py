@@ -10,7 +10,7 @@ import safetensors.numpy
 import tiny_models
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import pretrained, tensors, transformer
+from jaxrl_llm.models import pretrained, tensors, transformer, writing
 from jaxrl_llm.models.config import ModelConfig
 
 FAMILIES = (
@@ -117,7 +117,7 @@ def test_bfloat16_round_trip(shared, tmp_path):
 
 
 def test_shards(folder, params, monkeypatch, tmp_path):
-  monkeypatch.setattr(tensors, 'SHARD_BYTES', 1000)
+  monkeypatch.setattr(writing, 'SHARD_BYTES', 1000)
   pretrained.save(tmp_path / 'shards', CONFIG, params)
   index = json.loads((tmp_path / 'shards' / tensors.INDEX).read_text())
   files = set(index['weight_map'].values())

@@ -18,8 +18,8 @@ import tempfile
 import time
 import types
 
-_context = multiprocessing.get_context('forkserver')
-_context.set_forkserver_preload(
+context = multiprocessing.get_context('forkserver')
+context.set_forkserver_preload(
   [
     'experiments.runs',
     'experiments.reinforcement',
@@ -126,14 +126,17 @@ class Script:
     name: of the script.
     arguments: of the command line.
     cache: folder for compiled programs; None compiles all anew.
+    devices: how many it has.
   """
 
-  def __init__(self, name: str, *arguments, cache=None):
+  def __init__(self, name: str, *arguments, cache=None, devices: int = 1):
     self._folder = tempfile.TemporaryDirectory()
     self._start = time.monotonic()
     texts = [str(argument) for argument in arguments]
-    self._process = _context.Process(
-      target=_main, args=(name, texts, self._folder.name, cache), daemon=True
+    self._process = context.Process(
+      target=_main,
+      args=(name, texts, self._folder.name, cache, devices),
+      daemon=True,
     )
     self._process.start()
     self.pid = self._process.pid
@@ -207,13 +210,14 @@ def cache() -> pathlib.Path:
   return shared_folder() / os.environ.get('PYTEST_XDIST_WORKER', 'cache')
 
 
-def _main(name, arguments, folder, cache):
+def _main(name, arguments, folder, cache, devices):
   for number, output in ((1, 'out'), (2, 'err')):
     file = os.open(f'{folder}/{output}', os.O_CREAT | os.O_WRONLY)
     os.dup2(file, number)
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', devices)
   # Compiling takes most of the time of models as small as these.
   jax.config.update('jax_disable_most_optimizations', True)
   if cache is not None:

@@ -63,6 +63,8 @@ def get_config() -> ConfigDict:
         dtype='float32',  # of matrix products: 'float32' or 'bfloat16'
         param_dtype='float32',
         remat=False,
+        # Kernel of training and scoring: 'auto', 'xla', 'splash' or 'cudnn'.
+        attention='auto',
       ),
       # Devices along the axes of the mesh; -1, for one of them: the rest.  Rows
       # are spread over data x fsdp, parameters over fsdp (all of it gathered

@@ -17,6 +17,7 @@ from jaxrl_llm.logging.samples import (
   read_samples,
   sample_table,
 )
+from jaxrl_llm.logging.silent import Silent
 
 __all__ = [
   'Band',
@@ -25,6 +26,7 @@ __all__ = [
   'Progress',
   'Sample',
   'SampleLog',
+  'Silent',
   'before_after_table',
   'plot_bands',
   'plot_curve',

@@ -1,6 +1,7 @@
 """Causal attention over shared prefixes and a row's own tokens.
 
-This is the one place where attention is computed.
+Every pass can be computed here, and decoding is; `kernels.choose` says which
+passes have a fused kernel instead.
 """
 
 from typing import NamedTuple

@@ -13,6 +13,7 @@ FAMILIES = (
   'gemma3_text',
   'gpt2',
 )
+ATTENTION = ('auto', 'xla', 'splash', 'cudnn')
 ROPE_KINDS = ('default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope')
 
 
@@ -62,6 +63,8 @@ class ModelConfig:
     dtype: of matrix products and the residual stream, 'float32' or
       'bfloat16'.  Norms, softmax and logits are float32 in any case.
     remat: recompute each layer in the backward pass instead of storing it.
+    attention: one of `ATTENTION`: which kernel training and scoring use;
+      'auto' is that of the platform (`kernels.choose`).
     family: the checkpoint format, one of `FAMILIES`.
     rope: rotary positions; None is a learned table of `max_length` positions.
     local_rope: rotary positions of the sliding layers, where they differ.
@@ -96,6 +99,7 @@ class ModelConfig:
   tied: bool = False
   dtype: str = 'float32'
   remat: bool = False
+  attention: str = 'auto'
   family: str = 'llama'
   rope: Rope | None = Rope()
   local_rope: Rope | None = None
@@ -150,6 +154,7 @@ def _validate(config: ModelConfig):
       raise UserError(f'{name} must be a positive integer, got {value!r}.')
   for name, choices in {
     'dtype': ('float32', 'bfloat16'),
+    'attention': ATTENTION,
     'family': FAMILIES,
     'norm': ('rms', 'layer'),
     'activation': ('silu', 'gelu', 'gelu_tanh'),

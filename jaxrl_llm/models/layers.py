@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import sharding
-from jaxrl_llm.models import attention
+from jaxrl_llm.models import attention, kernels
 from jaxrl_llm.models import rope as rope_lib
 from jaxrl_llm.models.config import ModelConfig
 
@@ -112,7 +112,7 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-  """Projections, rotation and cache around `attention.attend`."""
+  """Projections, rotation and cache around what `kernels.choose` gives."""
 
   config: ModelConfig
   param_dtype: Any
@@ -133,23 +133,19 @@ class Attention(nn.Module):
       seen = own
     else:
       suffix, seen = _write(suffix, own, layer.index, context.index)
-    parts = [
-      attention.Part(
-        keys,
-        values,
-        _valid_prefix(config, layer, context, i),
-        context.readers[i],
+    kernel = kernels.choose(
+      config,
+      x.shape[1],
+      tuple(keys.shape[-1] for keys, _ in layer.prefixes),
+      stored=suffix is not None or any(r is not None for r in context.readers),
+    ).kernel
+    how = dict(scale=config.query_scale, softcap=config.attention_softcap)
+    if kernel == 'xla':
+      out = attention.attend(query, _parts(config, layer, context, seen), **how)
+    else:
+      out = kernels.attend(
+        kernel, query, layer.prefixes, context.lengths, own, **how
       )
-      for i, (keys, values) in enumerate(layer.prefixes)
-    ]
-    valid = _valid_own(config, layer, context, seen[0].shape[-1])
-    parts.append(attention.Part(*seen, valid))
-    out = attention.attend(
-      query,
-      parts,
-      scale=config.query_scale,
-      softcap=config.attention_softcap,
-    )
     out = Dense(
       config.hidden_size,
       config,
@@ -205,6 +201,21 @@ def _write(suffix, own, layer, index):
     )
   pick = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
   return (keys, values), (pick(keys), pick(values))
+
+
+def _parts(config, layer: PerLayer, context: Context, seen):
+  """The prefixes and the (keys, values) of a row's own tokens."""
+  parts = [
+    attention.Part(
+      keys,
+      values,
+      _valid_prefix(config, layer, context, i),
+      context.readers[i],
+    )
+    for i, (keys, values) in enumerate(layer.prefixes)
+  ]
+  valid = _valid_own(config, layer, context, seen[0].shape[-1])
+  return [*parts, attention.Part(*seen, valid)]
 
 
 def _window(config, layer: PerLayer):

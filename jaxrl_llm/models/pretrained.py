@@ -15,11 +15,11 @@ import shutil
 import tempfile
 
 import jax
-import numpy as np
 import safetensors
 
+from jaxrl_llm import distributed
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import families, tensors
+from jaxrl_llm.models import families, tensors, writing
 from jaxrl_llm.models.config import ModelConfig
 
 CONFIG = 'config.json'
@@ -40,12 +40,15 @@ _MARKER = 'jaxrl_llm_is_writing_here'
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
-def load(path, param_dtype='float32', **overrides):
+def load(path, param_dtype='float32', *, shardings=None, **overrides):
   """Reads config.json and safetensors.
 
   Args:
     path: a folder, or a name `org/model` on the Hugging Face hub.
     param_dtype: of the parameters; a float32 copy of bfloat16 is exact.
+    shardings: tree of them like the parameters (`transformer.init` of
+      `load_config` has their shapes); a process reads what its devices hold.
+      None puts all on the default device.
     **overrides: replace fields of the ModelConfig, as dtype='bfloat16'.
 
   Returns:
@@ -56,7 +59,7 @@ def load(path, param_dtype='float32', **overrides):
       unknown or of another shape.
   """
   config = load_config(path, **overrides)
-  return config, tensors.read(config, resolve(path), param_dtype)
+  return config, tensors.read(config, resolve(path), param_dtype, shardings)
 
 
 def load_config(path, **overrides) -> ModelConfig:
@@ -83,19 +86,21 @@ def load_trunk_config(path, **overrides) -> ModelConfig:
   return config
 
 
-def load_trunk(path, config: ModelConfig, param_dtype='float32'):
+def load_trunk(
+  path, config: ModelConfig, param_dtype='float32', shardings=None
+):
   """Reads the parameters below the head.
 
   Args:
     path: as of `load_trunk_config`.
     config: of `load_trunk_config`.
-    param_dtype: of the parameters.
+    param_dtype, shardings: of the parameters, as for `load`.
 
   Returns:
     (params, score): score is the reward model's head [1, D], None for a
     language model.
   """
-  return tensors.read_trunk(config, resolve(path), param_dtype)
+  return tensors.read_trunk(config, resolve(path), param_dtype, shardings)
 
 
 def resolve(path) -> pathlib.Path:
@@ -202,6 +207,9 @@ def save(
   back first.  It also removes what killed saves have left beside it in
   `.NAME-xxxxxxxx`.  Every tensor is read back and compared.
 
+  All processes call it and give their parts to process 0, which alone writes;
+  all return when the folder is there.
+
   Args:
     path: the folder to make.
     config: of the parameters.
@@ -218,7 +226,9 @@ def save(
   """
   source = resolve(source) if source is not None else None
   with _new_folder(path) as folder:
-    tensors.write(config, folder, params)
+    writing.write(config, folder, params)
+    if folder is None:
+      return
     raw = _fields(config, tokenizer, source)
     raw['architectures'] = [families.ARCHITECTURES[config.family]]
     _write_config(folder, raw, params)
@@ -252,7 +262,7 @@ def save_trunk(
   """
   config = dataclasses.replace(config, tied=True)
   source = resolve(source) if source is not None else None
-  bias = float(np.asarray(head['bias'])[0])
+  bias = float(writing.whole(head['bias'])[0])
   if bias:
     raise UserError(
       f'The head has a bias of {bias:g}, for which a folder of the layout '
@@ -263,9 +273,11 @@ def save_trunk(
     tokenizer = load_tokenizer(source)
   if tokenizer is not None:
     tokenizer = _with_padding(tokenizer)
-  score = np.asarray(head['kernel']).T
+  score = writing.whole(head['kernel']).T
   with _new_folder(path) as folder:
-    tensors.write(config, folder, params, score)
+    writing.write(config, folder, params, score)
+    if folder is None:
+      return
     raw = _fields(config, tokenizer, source)
     raw['architectures'] = [families.SCORING_ARCHITECTURES[config.family]]
     raw |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
@@ -291,7 +303,14 @@ def _with_padding(tokenizer):
 
 @contextlib.contextmanager
 def _new_folder(path):
-  """An empty folder, which takes the place of `path` when it is filled."""
+  """An empty folder, which takes the place of `path` when it is filled.
+
+  None outside process 0, where the others wait at the end for the folder.
+  """
+  if not distributed.is_main():
+    yield None
+    distributed.barrier(f'the export to {path}')
+    return
   target = pathlib.Path(path)
   if target.exists() and not target.is_dir():
     raise UserError(f'{target} is a file; name a folder to write.')
@@ -308,6 +327,7 @@ def _new_folder(path):
       f'{target} cannot be written: {" ".join(str(reason).split())[:200]}.\n'
       'Make room or change its permissions, or name another folder.'
     ) from error
+  distributed.barrier(f'the export to {path}')
 
 
 def _write_tokenizer(folder, config, tokenizer, source):

@@ -1,4 +1,4 @@
-"""Between safetensors files and stacked parameters, tensor by tensor."""
+"""From safetensors files to stacked parameters, tensor by tensor."""
 
 import json
 import pathlib
@@ -17,7 +17,6 @@ from jaxrl_llm.models.config import ModelConfig
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-SHARD_BYTES = 5_000_000_000
 # Buffers that older checkpoints store and nothing needs.
 BUFFERS = re.compile(r'(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$')
 FLOATS = ('F64', 'F32', 'F16', 'BF16')
@@ -200,6 +199,14 @@ class Reader:
     stored, file = self._names[_canonical(name)]
     return self._open(file).get_tensor(stored)
 
+  def part(
+    self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+  ) -> np.ndarray:
+    """Slices of the tensor `name`, checked as by `get`; reads no more."""
+    self.check(name, shape)
+    stored, file = self._names[_canonical(name)]
+    return self._open(file).get_slice(stored)[index]
+
   def check(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises UserError unless `name` is floating-point of `shape`."""
     found, dtype = self._piece(name)
@@ -227,8 +234,20 @@ def _canonical(name: str) -> str:
   return re.sub(r'^(model|transformer)\.', '', name)
 
 
-def read(config: ModelConfig, folder: pathlib.Path, param_dtype) -> dict:
-  """Parameters from a folder, one tensor in memory besides the result.
+def read(
+  config: ModelConfig, folder: pathlib.Path, param_dtype, shardings=None
+) -> dict:
+  """Parameters from a folder.
+
+  Of host memory it takes, besides the result, one tensor; with shardings one
+  device's part of a leaf and what that part has of one tensor.
+
+  Args:
+    config: of the model.
+    folder: with safetensors.
+    param_dtype: of the parameters.
+    shardings: tree of them like the parameters; a process reads what its
+      devices hold.  None puts all on the default device.
 
   Raises:
     UserError: a tensor is missing, unknown or has another shape.
@@ -236,7 +255,7 @@ def read(config: ModelConfig, folder: pathlib.Path, param_dtype) -> dict:
   reader = Reader(folder)
   table = entries(config)
   _check_names(config, reader, table)
-  return _read(config, reader, table, param_dtype)
+  return _read(reader, table, param_dtype, shardings)
 
 
 def check_trunk(config: ModelConfig, folder: pathlib.Path) -> None:
@@ -248,14 +267,14 @@ def check_trunk(config: ModelConfig, folder: pathlib.Path) -> None:
 
 
 def read_trunk(
-  config: ModelConfig, folder: pathlib.Path, param_dtype
+  config: ModelConfig, folder: pathlib.Path, param_dtype, shardings=None
 ) -> tuple[dict, np.ndarray | None]:
   """Parameters below the head, and the head of a model that gives one score.
 
   Args:
     config: tied, for a language model's head is not read.
     folder: of a language model, or of a *ForSequenceClassification.
-    param_dtype: of the parameters.
+    param_dtype, shardings: of the parameters, as for `read`.
 
   Returns:
     (parameters, score): [1, D] in its own dtype, or None for a language model.
@@ -265,7 +284,7 @@ def read_trunk(
       gives more than one score.
   """
   reader = _trunk_reader(config, folder)
-  params = _read(config, reader, entries(config), param_dtype)
+  params = _read(reader, entries(config), param_dtype, shardings)
   if SCORE not in reader.names():
     return params, None
   return params, reader.get(SCORE, (1, config.hidden_size))
@@ -286,25 +305,69 @@ def _trunk_reader(config: ModelConfig, folder: pathlib.Path) -> Reader:
   return reader
 
 
-def _read(config, reader: Reader, table, param_dtype) -> dict:
+def _read(reader: Reader, table, param_dtype, shardings) -> dict:
   """The leaves of `table`."""
   params = {}
   for entry in table:
-    leaf = np.empty(entry.shape, jnp.dtype(param_dtype))
-    layered = '{}' in entry.name
-    for i in range(config.num_layers if layered else 1):
-      tensor = reader.get(entry.name.format(i), entry.tensor_shape)
-      tensor = np.split(tensor, entry.parts, axis=-1)[entry.part]
-      tensor = tensor.T if entry.transpose else tensor
-      if layered:
-        leaf[i] = tensor
-      else:
-        leaf[...] = tensor
-    node = params
+    node, place = params, shardings
     for key in entry.path[:-1]:
       node = node.setdefault(key, {})
-    node[entry.path[-1]] = jnp.asarray(leaf)
+    for key in entry.path if shardings is not None else ():
+      place = place[key]
+    if place is None:
+      whole = (slice(None),) * len(entry.shape)
+      leaf = jnp.asarray(_read_part(reader, entry, whole, param_dtype))
+    else:
+      leaf = _read_sharded(reader, entry, place, param_dtype)
+    node[entry.path[-1]] = leaf
   return params
+
+
+def _read_sharded(reader: Reader, entry: Entry, sharding, param_dtype):
+  """A leaf, of which only what this process's devices hold is read."""
+  holders = {}
+  for device, index in sharding.addressable_devices_indices_map(
+    entry.shape
+  ).items():
+    spans = [
+      part.indices(n) for part, n in zip(index, entry.shape, strict=True)
+    ]
+    holders.setdefault(tuple(spans), []).append(device)
+  arrays = []
+  for spans, devices in holders.items():
+    index = tuple(slice(*span) for span in spans)
+    part = _read_part(reader, entry, index, param_dtype)
+    arrays += [jax.device_put(part, device) for device in devices]
+    # Before the next is read, this one has left the host.
+    jax.block_until_ready(arrays)
+  return jax.make_array_from_single_device_arrays(entry.shape, sharding, arrays)
+
+
+def _read_part(reader: Reader, entry: Entry, index, param_dtype) -> np.ndarray:
+  """The part of a leaf at slices of step 1, one for each of its axes."""
+  spans = [part.indices(n) for part, n in zip(index, entry.shape, strict=True)]
+  part = np.empty(
+    [stop - start for start, stop, _ in spans], jnp.dtype(param_dtype)
+  )
+  if '{}' not in entry.name:
+    part[...] = _read_tensor(reader, entry, entry.name, spans)
+    return part
+  for i, layer in enumerate(range(*spans[0])):
+    name = entry.name.format(layer)
+    part[i] = _read_tensor(reader, entry, name, spans[1:])
+  return part
+
+
+def _read_tensor(reader: Reader, entry: Entry, name: str, spans) -> np.ndarray:
+  """What a leaf has of one tensor, in the order of the leaf's axes."""
+  shape = entry.tensor_shape
+  slices = [slice(start, stop) for start, stop, _ in spans]
+  if entry.transpose:
+    return reader.part(name, shape, tuple(slices[::-1])).T
+  offset = entry.part * (shape[-1] // entry.parts)
+  last = slices[-1]
+  slices[-1] = slice(last.start + offset, last.stop + offset)
+  return reader.part(name, shape, tuple(slices))
 
 
 def _check_names(config, reader: Reader, table, extra_heads=()):
@@ -345,104 +408,3 @@ def _some(noun: str, names: list[str]) -> str:
   shown = ', '.join(names[:3])
   more = f' and {len(names) - 3} more' if len(names) > 3 else ''
   return f'{noun}{"s" if len(names) > 1 else ""} {shown}{more}'
-
-
-def _check_tree(table: list[Entry], params) -> None:
-  """Raises UserError unless `params` are the leaves of `table`."""
-  wanted = {entry.path: entry.shape for entry in table}
-  found = {
-    tuple(key.key for key in path): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  for path in sorted(wanted.keys() | found.keys()):
-    if wanted.get(path) != found.get(path):
-      raise UserError(
-        f'Parameter {"/".join(path)} is {found.get(path, "absent")}; '
-        f'the ModelConfig asks for {wanted.get(path, "none")}.'
-      )
-
-
-def write(
-  config: ModelConfig, folder: pathlib.Path, params, score=None
-) -> None:
-  """Writes one file, or shards of up to `SHARD_BYTES` and their index.
-
-  Each file is read back and compared, bit by bit.
-
-  Args:
-    config: of the parameters.
-    folder: where to.
-    params: as of `transformer.init`.
-    score: [1, D], the head of a reward model.
-
-  Raises:
-    UserError: `params` are not those of `config`; the read-back differs.
-  """
-  table = entries(config)
-  if score is not None:
-    shape = (1, config.hidden_size)
-    table.append(Entry(('score',), shape, SCORE, False, part=0, parts=1))
-    params = {**params, 'score': score}
-  _check_tree(table, params)
-  plan = _plan(config, table, params)
-  if len(plan) == 1:
-    _write_file(folder / SINGLE, plan[0], params)
-    return
-  located, total = {}, 0
-  for i, shard in enumerate(plan):
-    file = f'model-{i + 1:05}-of-{len(plan):05}.safetensors'
-    total += _write_file(folder / file, shard, params)
-    located |= dict.fromkeys([name for name, _, _ in shard], file)
-  index = {'metadata': {'total_size': total}, 'weight_map': located}
-  (folder / INDEX).write_text(json.dumps(index, indent=2) + '\n')
-
-
-def _plan(config, table, params) -> list[list[tuple]]:
-  """(tensor name, layer, its entries) for each tensor of each shard."""
-  fused = {}
-  for entry in table:
-    fused.setdefault(entry.name, []).append(entry)
-  shards, room = [[]], SHARD_BYTES
-  for name, parts in fused.items():
-    parts.sort(key=lambda entry: entry.part)
-    width = _leaf(params, parts[0].path).dtype.itemsize
-    size = int(np.prod(parts[0].tensor_shape)) * width
-    layered = '{}' in name
-    for i in range(config.num_layers if layered else 1):
-      if size > room and shards[-1]:
-        shards.append([])
-        room = SHARD_BYTES
-      room -= size
-      layer = i if layered else None
-      shards[-1].append((name.format(i), layer, parts))
-  return shards
-
-
-def _write_file(path: pathlib.Path, shard, params) -> int:
-  """Writes and verifies one file; returns its tensors' bytes."""
-  arrays = {}
-  for name, layer, parts in shard:
-    pieces = []
-    for entry in parts:
-      leaf = _leaf(params, entry.path)
-      piece = np.asarray(leaf if layer is None else leaf[layer])
-      pieces.append(piece.T if entry.transpose else piece)
-    # safetensors writes the memory as it lies, strides ignored.
-    arrays[name] = np.ascontiguousarray(np.concatenate(pieces, axis=-1))
-  safetensors.numpy.save_file(arrays, path, metadata={'format': 'pt'})
-  with safetensors.safe_open(path, 'np') as file:
-    for name, array in arrays.items():
-      stored = file.get_tensor(name)
-      same = stored.dtype == array.dtype and stored.shape == array.shape
-      if not same or stored.tobytes() != array.tobytes():
-        raise UserError(
-          f'{path} does not hold what was written (tensor {name!r}); '
-          'check the disk.'
-        )
-  return sum(array.nbytes for array in arrays.values())
-
-
-def _leaf(params, path):
-  for key in path:
-    params = params[key]
-  return params

@@ -1,0 +1,39 @@
+"""A random model of 100 million parameters, to measure a machine with.
+
+    python -m experiments.train --config=experiments/configs/random_100m.py
+    python -m experiments.train --config=experiments/configs/random_100m.py \
+      --config.algorithm.name=trepo --workdir=runs/random_100m_trepo
+
+Its vocabulary is so large that a response hardly ever ends before its 1,000
+tokens, so that a step always does the same work.  It learns nothing.  The
+seconds of the parts of a step are in timings.jsonl, tokens in metrics.jsonl;
+docs/scale.md has the table that they go into.
+"""
+
+from experiments.configs import base
+from jaxrl_llm.tasks import arithmetic
+
+
+def get_config():
+  config = base.get_config()
+  config.model.update(dtype='bfloat16', remat=True)
+  more = range(0x4E00, 0x4E00 + 8_000)
+  config.model.alphabet = arithmetic.ALPHABET + ''.join(map(chr, more))
+  config.model.architecture = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_layers=10,
+    num_heads=12,
+    tied=True,
+    max_length=1024,
+  )
+  config.task = dict(name='arithmetic', train=1_000, held_out=32)
+  config.prompts.max_tokens = 16
+  config.rewards = dict(correct=dict(name='arithmetic_answer'))
+  config.algorithm = dict(name='grpo')
+  config.rollout.update(prompts=32, samples=8, max_tokens=1_000)
+  config.training.micro_prompts = 8
+  config.steps = 10
+  config.evaluation.update(every=10, prompts=32, batch=32)
+  config.checkpoints.every = 10
+  return config

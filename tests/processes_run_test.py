@@ -1,0 +1,104 @@
+"""A run of two processes: one owns the folder, a signal to one stops both."""
+
+import json
+import pathlib
+import signal
+
+import peers
+import pytest
+import scripts
+
+
+def start(workdir, *arguments):
+  """Two processes that train in one folder."""
+  workdir = pathlib.Path(workdir)
+  config = workdir.parent / 'config/config.py'
+  if not config.exists():
+    scripts.write_config(config.parent)
+  address = peers.free_address()
+  return [
+    scripts.Script(
+      'train',
+      f'--config={config}',
+      f'--workdir={workdir}',
+      f'--coordinator={address}',
+      '--num_processes=2',
+      f'--process_id={index}',
+      *arguments,
+      cache=scripts.cache(),
+    )
+    for index in range(2)
+  ]
+
+
+def records(workdir):
+  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_like_one_process(workdir):
+  """The records are the first ones of the run that one process makes."""
+  found = records(workdir)
+  for one, other in zip(records(scripts.undisturbed()), found, strict=False):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+      assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+  return len(found)
+
+
+def quiet(ended):
+  """A process that says nothing; gloo speaks in C++."""
+  spoken = [line for line in ended.out.splitlines() if '[Gloo]' not in line]
+  return spoken == [] and ended.err == ''
+
+
+def test_a_signal_to_one_saves_both(tmp_path):
+  workdir = tmp_path / 'run'
+  processes = start(workdir)
+  scripts.wait_until(lambda: scripts.steps_written(workdir) >= 3, processes[0])
+  second = [process.wait(60) for process in start(workdir, '--resume')]
+  assert [ended.code for ended in second] == [2, 2]
+  said = [ended.err for ended in second if ended.err]
+  assert len(said) == 1 and 'is in use by another run' in said[0]
+  processes[1].signal(signal.SIGTERM)
+  first, other = (process.wait(60) for process in processes)
+  assert first.code == other.code == 128 + signal.SIGTERM
+  assert 'stopped by SIGTERM after step' in first.err and quiet(other)
+  count = assert_like_one_process(workdir)
+  saved = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
+  assert saved[-1] == f'{count:08d}'
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_its_end(tmp_path):
+  workdir = tmp_path / 'run'
+  processes = start(workdir)
+  scripts.wait_until(lambda: scripts.steps_written(workdir) >= 12, processes[0])
+  processes[1].signal(signal.SIGKILL)
+  survivor = processes[0].wait(30)
+  processes[1].wait()
+  assert survivor.code == 1
+  assert 'error: process 1 of 2 was lost' in survivor.err
+  first, other = (process.wait() for process in start(workdir, '--resume'))
+  assert first.code == other.code == 0, (first, other)
+  assert quiet(other)
+  assert assert_like_one_process(workdir) == scripts.TOTAL
+  assert (workdir / 'hf/model.safetensors').exists()
+
+
+def test_wrong_flags(tmp_path):
+  config = scripts.write_config(tmp_path)
+  for flags, text in (
+    (['--num_processes=2'], '--coordinator=HOST:PORT'),
+    (
+      ['--coordinator=here', '--num_processes=2', '--process_id=0'],
+      'HOST:PORT',
+    ),
+    (
+      ['--coordinator=here:1', '--num_processes=2', '--process_id=2'],
+      '--process_id=2',
+    ),
+  ):
+    ended = scripts.run('train', f'--config={config}', *flags)
+    assert ended.code == 2 and text in ended.err
+    assert len(ended.err.splitlines()) <= 3
