@@ -47,7 +47,7 @@ def model(config, name: str) -> build.Model:
   """Shapes of the configuration's model, or of a published one by name."""
   if not name:
     return build.outline(config.model)
-  shape = shapes.named(name, dtype=config.model.dtype, remat=config.model.remat)
+  shape = shapes.named(name, **build.model_settings(config.model))
   params = jax.eval_shape(
     lambda: transformer.init(shape, jax.random.key(0), config.model.param_dtype)
   )

@@ -68,7 +68,7 @@ print(json.dumps(dict(
   ],
   once=sum(c.times for c in collectives.find(module)),
   compiled=flops.of_module(module, (7,)),
-  traced=flops.of_jaxpr(traced.jaxpr, (7,)),
+  traced=flops.of_jaxpr(traced.jaxpr, (7,)).total,
 )))
 """
 
@@ -108,7 +108,7 @@ def test_flops_are_as_counted_by_hand(measured):
   last = 7 * 2 * 4 * 4 * 32
   assert measured['compiled'] == layers + steps + last
   # No static bound: a loop of which nothing is said is not counted.
-  assert measured['traced'] == layers + 7 * 2 * 16 * 8 * 8
+  assert measured['traced'] == 8 * (layers + 7 * 2 * 16 * 8 * 8)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_flops_equal_those_of_the_unrolled_program(optimized):
   unrolled = layers(6).lower(x, ws).compile().cost_analysis()['flops']
   assert compiled.cost_analysis()['flops'] < unrolled / 3
   # Forward, and two products backward; XLA counts sums and sines, too.
-  assert found == flops.of_jaxpr(traced.jaxpr) == 6 * 3 * 2 * 64 * 32 * 32
+  assert found == flops.of_jaxpr(traced.jaxpr).total == 6 * 3 * 2 * 64 * 32 * 32
   assert found < unrolled < 1.05 * found
 
 
@@ -186,3 +186,39 @@ ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
   window = 'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, '
   text = text.replace('WINDOW', window + 'dim_labels=0bf_0io->0bf')
   assert flops.of_module(hlo.parse(text)) == 4 * 2 * 512 * 64 * 32
+
+
+def test_flops_of_a_kernel():
+  """A Pallas kernel's products count once per place of its grid."""
+  from jax.experimental import pallas
+
+  def kernel(x, y, out):
+    out[...] = x[...] @ y[...]
+
+  multiply = pallas.pallas_call(
+    kernel,
+    jax.ShapeDtypeStruct((64, 16), jnp.float32),
+    grid=(8,),
+    in_specs=[
+      pallas.BlockSpec((8, 32), lambda i: (i, 0)),
+      pallas.BlockSpec((32, 16), lambda i: (0, 0)),
+    ],
+    out_specs=pallas.BlockSpec((8, 16), lambda i: (i, 0)),
+    interpret=True,
+  )
+  x, y = jnp.zeros((64, 32)), jnp.zeros((32, 16))
+  found = flops.of_jaxpr(jax.jit(multiply).trace(x, y).jaxpr)
+  assert found == (2 * 64 * 32 * 16,) * 2
+
+
+def test_descriptions_of_kernels_span_lines():
+  text = """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
+"block": 512
+}}, metadata={op_name="kernel"}
+  ROOT %b = f32[8]{0} copy(%k)
+}
+"""
+  assert list(hlo.parse(text).computations['main']) == ['a', 'k', 'b']

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 from jax.extend import core
@@ -9,7 +10,20 @@ from jax.extend import core
 from jaxrl_llm.planning import hlo
 
 
-def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> float:
+class Flops(NamedTuple):
+  """Of the matrix products of a traced function, on all chips.
+
+  Attributes:
+    total: of all.
+    kernels: of them those inside of Pallas kernels, which XLA does not see,
+      with what a mask leaves out.
+  """
+
+  total: float
+  kernels: float
+
+
+def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> Flops:
   """FLOPs of the matrix products that a traced function asks for.
 
   `cost_analysis` counts the body of a scan once; here it counts as often as it
@@ -21,31 +35,41 @@ def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> float:
   """
   left = list(steps)
 
-  def count(jaxpr) -> float:
+  def count(jaxpr) -> np.ndarray:
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-    return sum(of_equation(equation) for equation in jaxpr.eqns)
+    return sum(map(of_equation, jaxpr.eqns), np.zeros(2))
 
-  def of_equation(equation) -> float:
-    if equation.primitive.name == 'dot_general':
-      return _dot_general(equation)
-    if equation.primitive.name == 'while':
+  def of_equation(equation) -> np.ndarray:
+    name = equation.primitive.name
+    if name == 'dot_general':
+      return np.array([_dot_general(equation), 0.0])
+    if name == 'while':
       body = equation.params['body_jaxpr']
       if _has_while_with_dots(body):
         return count(body)
       if not _has_dots(body):
-        return 0.0
+        return np.zeros(2)
       return (left.pop(0) if left else 0) * count(body)
-    times = 1
-    if equation.primitive.name == 'scan':
-      times = equation.params['length']
-    elif equation.primitive.name == 'shard_map':
-      # Of one device, along the axes that it splits.
-      sizes = equation.params['mesh'].shape
-      axes = equation.params['newly_manual_axes']
-      times = math.prod(sizes[name] for name in axes)
-    return times * sum(count(inner) for inner in _inner(equation))
+    found = sum(map(count, _inner(equation)), np.zeros(2))
+    if name == 'pallas_call':
+      found = np.repeat(found[:1], 2)
+    return _times(equation) * found
 
-  return count(jaxpr)
+  return Flops(*count(jaxpr).tolist())
+
+
+def _times(equation) -> int:
+  """How often an equation executes its jaxprs."""
+  name, params = equation.primitive.name, equation.params
+  if name == 'scan':
+    return params['length']
+  if name == 'pallas_call':
+    return math.prod(params['grid_mapping'].grid)
+  if name == 'shard_map':
+    # Of one device, along the axes that it splits.
+    sizes = params['mesh'].shape
+    return math.prod(sizes[axis] for axis in params['newly_manual_axes'])
+  return 1
 
 
 def _inner(equation):
@@ -89,7 +113,7 @@ def _dot_general(equation) -> float:
 
 
 def of_module(module: hlo.Module, steps: tuple[float, ...] = ()) -> float:
-  """FLOPs of the matrix products that each chip computes.
+  """FLOPs of the matrix products that each chip computes, but for kernels'.
 
   More than its share of `of_jaxpr` where chips compute the same.
 

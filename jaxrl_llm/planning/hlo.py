@@ -15,6 +15,7 @@ _BYTES |= {'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8}
 _BYTES |= {'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
 
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'\s+(ROOT )?%?[\w.\-]+ = ')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(
   r'\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)'
@@ -83,9 +84,10 @@ def parse(text: str) -> Module:
       if match:
         current = computations.setdefault(match[2], {})
         entry = match[2] if match[1] else entry
-    elif line.startswith('}'):
+    elif re.match(r'\}(?!\})', line):
       current = None
-    else:
+    elif _INSTRUCTION.match(line):
+      # Others, such as `}}, metadata=…`, go on with a kernel's description.
       found = _instruction(line)
       current[found.name] = found
   return Module(computations, entry)
@@ -121,6 +123,11 @@ def size(kind: str) -> int:
     for dtype, shape in _ARRAY.findall(kind)
     if dtype in _BYTES or dtype.startswith('f8')
   )
+
+
+def arrays(kind: str) -> list[str]:
+  """The types of a tuple's arrays."""
+  return [match[0] for match in _ARRAY.finditer(kind)]
 
 
 def dimensions(shape: str) -> tuple[int, ...]:

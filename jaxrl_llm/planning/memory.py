@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrl_llm.planning import hlo
 from jaxrl_llm.planning.hardware import GIB
 
 
@@ -112,3 +113,24 @@ def gradient(tree: Any) -> int:
     math.prod(x.sharding.shard_shape(x.shape)) * max(x.dtype.itemsize, 4)
     for x in jax.tree.leaves(tree)
   )
+
+
+def held_cache(module: hlo.Module, layers: int) -> int:
+  """Bytes of keys and values that the loop of a decoding program holds.
+
+  They are the only arrays of five dimensions, layers first, in its state.
+
+  Args:
+    module: the program.
+    layers: of the model.
+  """
+  found = [0]
+  for instruction in module.computations[module.entry].values():
+    if instruction.opcode == 'while':
+      arrays = [
+        array
+        for array in hlo.arrays(instruction.type)
+        if len(hlo.shape(array)) == 5 and hlo.shape(array)[0] == layers
+      ]
+      found.append(sum(map(hlo.size, arrays)))
+  return max(found)

@@ -5,7 +5,6 @@ its arguments in the sharding in which the one before leaves them.
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -227,15 +226,13 @@ class Plan:
   def _decode(self, name, function, sampler, static):
     it = self.iteration
     tokens = it.generation.max_tokens
-    cache = self._cache(static['samples'])
     return self._add(
       name,
       function,
       (it.config, sampler, self._prompts(), self._key()),
       static | dict(max_tokens=tokens),
       steps=(tokens,),
-      reads=tokens * (self.sampler + cache),
-      cache=cache,
+      reads=tokens * self.sampler,
       held=self.resident.all,
     )
 
@@ -247,15 +244,14 @@ class Plan:
     shape = (*samples.tokens.shape[:2], count)
     positions = self._rows(jax.ShapeDtypeStruct(shape, jnp.int32))
     steps = count * wanted.samples * length / 2
-    held = memory.local(cache)
     self._add(
       'branch',
       sampling.fork,
       (it.config, sampler, cache, samples, positions, self._key()),
       static | dict(branches=wanted.samples),
       steps=(steps,),
-      reads=steps * (self.sampler + held),
-      cache=held,
+      reads=steps * self.sampler,
+      cache=memory.local(cache),
       held=self.resident.all,
     )
 
@@ -304,12 +300,17 @@ class Plan:
     times: float = 1,
     steps: tuple[float, ...] = (),
     reads: float,
-    cache: int = 0,
+    cache: int | None = None,
     held: int = 0,
   ):
     """Compiles a program and gives its results as shapes.
 
     Args:
+      times: how often an iteration runs it.
+      steps: as for `hlo.executed`, the first of them of decoding.
+      reads: bytes of parameters that it reads.
+      cache: bytes of its keys and values, read at every step; None for those
+        that its loops hold.
       held: bytes of what lies in memory besides the arguments.
     """
     self._say(f'compiling {name}')
@@ -326,17 +327,23 @@ class Plan:
         raise memory.TooLarge.of(name, held, self.limit, error) from error
     spent = time.perf_counter() - start
     module = hlo.parse(compiled.as_text())
+    if cache is None:
+      layers = self.iteration.config.num_layers
+      cache = memory.held_cache(module, layers) if steps else 0
     sent = collectives.find(module, steps)
+    asked = flops.of_jaxpr(traced.jaxpr, steps)
+    # What kernels compute only the trace tells.
     computed = flops.of_module(module, steps)
+    computed += asked.kernels / len(self.topology.devices)
     program = Program(
       name=name,
       times=times,
-      asked=flops.of_jaxpr(traced.jaxpr, steps),
+      asked=asked.total,
       computed=computed,
       memory=memory.account(compiled, self.resident, cache, held),
       collectives=sent,
       compute=computed / chip.flops,
-      traffic=reads / chip.bandwidth,
+      traffic=(reads + sum(steps) * cache) / chip.bandwidth,
       network=collectives.seconds(
         sent, chip, self.topology.shape, self._locate
       ),
@@ -360,18 +367,6 @@ class Plan:
     width = jnp.dtype(self.iteration.config.dtype).itemsize
     count = sum(x.size for x in jax.tree.leaves(self._policy))
     return count * width / self.mesh.shape['tensor']
-
-  def _cache(self, samples: int) -> int:
-    """Bytes on each chip of prompts' and responses' keys and values."""
-    it, mesh = self.iteration, self.mesh
-    rows = math.prod(mesh.shape[name] for name in sharding.ROWS)
-    tensor = mesh.shape['tensor']
-    heads = it.config.num_kv_heads
-    heads = heads // tensor if heads % tensor == 0 else heads
-    tokens = it.prompt_tokens - 1 + samples * it.generation.max_tokens
-    width = jnp.dtype(it.config.dtype).itemsize
-    each = 2 * it.config.num_layers * heads * it.config.head_dim * width
-    return each * tokens * it.prompts // rows
 
   def _prompts(self, count: int = 0) -> policy.Prompts:
     count = count or self.iteration.prompts
