@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl_llm import critic as critic_lib
 from jaxrl_llm import policy, rollouts, sampling, sharding
 from jaxrl_llm.estimators import Needs, Rollouts
+from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.planning import collectives, flops, hlo, memory
 from jaxrl_llm.planning.topologies import Topology, coordinates
@@ -162,7 +163,7 @@ class Plan:
     it = self.iteration
     sampler = self._add(
       'layout',
-      jax.jit(functools.partial(sampling.layout, it.config)),
+      jax.jit(functools.partial(transformer.sampling_layout, it.config)),
       (self._policy,),
       reads=2 * memory.local(self._policy),
       held=self.resident.all - memory.local(self._policy),
