@@ -202,6 +202,7 @@ def read_and_write(index, folder):
     assert again.is_dir()
 
 
+@pytest.mark.slow
 def test_model_folders(tmp_path):
   for name, config in CONFIGS.items():
     params = transformer.init(config, jax.random.key(1))

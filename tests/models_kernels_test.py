@@ -183,6 +183,7 @@ def inputs():
   return tokens[:1], jnp.array([99]), tokens[1:]
 
 
+@pytest.mark.slow
 def test_a_model_is_as_exact_with_cudnn(stand_in):
   """In bfloat16 its error is that of XLA's attention."""
   params = transformer.init(CONFIG, jax.random.key(0))
