@@ -27,7 +27,7 @@ ALGORITHMS = {
   'grpo': dict(name='grpo', kl=0.04),
   'trepo': dict(name='trepo', count=2, samples=2),
 }
-PROMPTS, SAMPLES = 8, 4
+PROMPTS, SAMPLES, MICRO_PROMPTS = 16, 4, 8
 
 
 def count_ones(completions):
@@ -38,7 +38,7 @@ def count_ones(completions):
 def configuration(algorithm):
   config = quickstart.get_config()
   config.rollout.update(prompts=PROMPTS, samples=SAMPLES, max_tokens=12)
-  config.training.update(micro_prompts=4, chunk=8)
+  config.training.update(micro_prompts=MICRO_PROMPTS, chunk=8)
   config.model.architecture.update(
     hidden_size=32, intermediate_size=64, num_layers=2, num_heads=8
   )
@@ -71,7 +71,7 @@ def iteration(algorithm: str) -> dict:
     training.policy_forward(model.config, rl.generation.decoding, chunk=8),
     rl.estimator,
     keep_gradients(),
-    micro_prompts=4,
+    micro_prompts=MICRO_PROMPTS,
   )
   traced = training.init_state(state.trainable, keep_gradients())
   prompts = found.responses.prompts
