@@ -36,7 +36,10 @@ SCALING = """## Weak scaling
 The update with 8 responses per chip, on more and more chips, `tensor=1`: from
 the collectives of the compiled programs at the bandwidth of the links that they
 use.  `efficiency` is the time on the fewest chips over the time on these, with
-nothing sent while a chip computes; `if hidden` with all sent meanwhile.
+nothing sent while a chip computes; `if hidden` with all sent meanwhile.  Only
+bytes count: no latency, no contention, no slow host, so that this is a bound.
+On a v5p torus XLA gathers parameters by all-reducing padded slices, which sends
+twice the bytes of an all-gather; that is what is counted.
 """
 
 
