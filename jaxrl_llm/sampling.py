@@ -6,7 +6,7 @@ ends when every row has ended.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -152,6 +152,7 @@ def sample_and_keep(
   rows = sharding.row_spec(num_prompts, samples)
 
   def of_rows(params, prompts, numbers, key):
+    params = transformer.split_layers(params)
     segment = prefill_prompts(config, params, prompts)
     final = _decode(
       config,
@@ -182,8 +183,8 @@ def _cache_spec(rows: P) -> transformer.Cache:
   """
 
   def segment(axes):
-    keys = P(None, axes)
-    return transformer.Segment(keys=keys, values=keys, lengths=P(axes))
+    of = P(axes)
+    return transformer.Segment(keys=of, values=of, lengths=of)
 
   return transformer.Cache(
     prefixes=(segment(rows[0]),),
@@ -259,6 +260,7 @@ def fork(
   shards = sharding.shards(of)
 
   def of_rows(params, cache, tokens, at, uniform):
+    params = transformer.split_layers(params)
     count = min(max(at[..., 0].size, _FEWEST_ROWS), at.size)
     if rows is not None:
       count = -(-rows // shards)
@@ -290,7 +292,8 @@ def fork(
   written = {name: x.reshape(shape) for name, x in written.items()}
   found = _until_end(written, positions, max_tokens, eos_ids)
   row_bytes = sum(
-    x.nbytes // x.shape[1] for x in (cache.suffix.keys, cache.suffix.values)
+    x.nbytes // x.shape[0]
+    for x in jax.tree.leaves((cache.suffix.keys, cache.suffix.values))
   )
   return found, Work(
     row_steps=row_steps.sum(),
@@ -308,9 +311,9 @@ def _branch_step(
   eos_ids: tuple[int, ...],
   readers: Array,
   now: scheduling.Rows,
-  held: tuple[Array, Array],
+  held: Any,
   written: dict[str, Array],
-) -> tuple[Array, Array, tuple[Array, Array], dict[str, Array]]:
+) -> tuple[Array, Array, Any, dict[str, Array]]:
   """One token of every row, as `scheduling.run` asks for it.
 
   Args:

@@ -118,7 +118,7 @@ def run(
   Args:
     jobs: what there is to do.
     count: B, rows to begin with.
-    source: arrays [L, R, ...] of what the responses hold; copies are written.
+    source: arrays [R, ...] of what the responses hold; copies are written.
     step: (readers, rows, held, carry) → (tokens [B], ended [B], held, carry),
       one token of every row.  `readers` are [P, g] int32, the rows that decode
       branches of each prompt, and B for nobody.
@@ -129,7 +129,7 @@ def run(
   """
   rows, held = _start(jobs, count), source
   if count != jobs.count.size:
-    held = jax.tree.map(lambda x: x[:, rows.response], source)
+    held = jax.tree.map(lambda x: x[rows.response], source)
   copies, row_steps = jnp.int32(count), jnp.float32(0)
   sizes = [count // by for by in _DIVISORS if by == 1 or count // by >= _FEWEST]
   for i, size in enumerate(sizes):
@@ -217,8 +217,8 @@ def _deal(
 
   Args:
     jobs, rows: what there is to do, and what is being done.
-    held: arrays [L, B, ...] of what the rows hold, to be written in place.
-    source: arrays [L, R, ...] of the same of the responses.
+    held: arrays [B, ...] of what the rows hold, to be written in place.
+    source: arrays [R, ...] of the same of the responses.
 
   Returns:
     Rows, what they hold, and how many were copied.
@@ -247,8 +247,8 @@ def _deal(
       row = number[i]
 
       def copy(x, y):
-        y = jax.lax.dynamic_slice_in_dim(y, response[row], 1, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=1)
+        y = jax.lax.dynamic_slice_in_dim(y, response[row], 1, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=0)
 
       return jax.tree.map(copy, held, source)
 
@@ -280,7 +280,7 @@ def _shrink(jobs: Jobs, rows: Rows, held: Any, count: int) -> tuple[Rows, Any]:
   kept = jnp.argsort(_is_idle(jobs, rows), stable=True)[:count]
   fields = {name: x[kept] for name, x in rows._asdict().items()}
   fields['begun'] = rows.begun
-  return Rows(**fields), jax.tree.map(lambda x: x[:, kept], held)
+  return Rows(**fields), jax.tree.map(lambda x: x[kept], held)
 
 
 def _readers(jobs: Jobs, rows: Rows) -> Array:

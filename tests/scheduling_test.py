@@ -33,7 +33,7 @@ def follow(tokens, positions, lengths, rows):
   flat, at = tokens.reshape(-1, length), positions.reshape(-1)
   each = positions.shape[2]
   response = jnp.arange(prompts * samples)
-  source = jnp.broadcast_to(-1 - response[None, :, None], (1, len(flat), T))
+  source = jnp.broadcast_to(-1 - response[:, None], (len(flat), T))
 
   def step(readers, now, held, carry):
     written, faults = carry
@@ -50,8 +50,8 @@ def follow(tokens, positions, lengths, rows):
       'another fork': now.start != at[mine],
       'first input': (done == 0) & (now.token != first),
       'later inputs': (done > 0) & (now.token != 100 + mine),
-      'prefix': (prefix & (held[0] != -1 - now.response[:, None])).any(1),
-      'own tokens': (own & (held[0] != mine[:, None])).any(1),
+      'prefix': (prefix & (held != -1 - now.response[:, None])).any(1),
+      'own tokens': (own & (held != mine[:, None])).any(1),
     }
     place = now.response // samples
     number = jnp.arange(now.branch.size)[:, None, None]
@@ -63,7 +63,7 @@ def follow(tokens, positions, lengths, rows):
       name: faults[name] + (fault & busy).sum() for name, fault in found.items()
     }
     number = jnp.arange(now.branch.size)
-    held = held.at[0, number, now.index].set(mine, mode='drop')
+    held = held.at[number, now.index].set(mine, mode='drop')
     written = written.at[now.branch, done].add(1, mode='drop')
     ended = done + 1 >= lengths[mine]
     return 100 + mine, ended, held, (written, faults)

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 
 
 @chex.dataclass(frozen=True)
@@ -9,27 +10,39 @@ class Segment:
   """Keys and values of consecutive tokens of R rows.
 
   Attributes:
-    keys: [L, R, H, d, S], after rotation.  The token axis is last because the
-      scores' matrix product then reads it contiguously on CPU.
-    values: [L, R, H, S, d].
+    keys: for each layer [R, H, d, S], after rotation: an array [L, ...], or a
+      tuple of L where they are read or written one token at a time, which
+      would copy a layer out of an array at every token.  The token axis is last
+      because the scores' matrix product then reads it contiguously on CPU.
+    values: likewise [R, H, S, d].
     lengths: [R] int32, how many of the S tokens are real; 0 is allowed.
     readers: [R, g] int32, which of the batch's B rows read each of the R; a
       number that is no row is nobody.  A row stands here once, or nowhere and
       reads nothing.  None: R divides B, and row b reads row b // (B // R).
   """
 
-  keys: jax.Array
-  values: jax.Array
+  keys: jax.Array | tuple[jax.Array, ...]
+  values: jax.Array | tuple[jax.Array, ...]
   lengths: jax.Array
   readers: jax.Array | None = None
 
   @property
   def rows(self) -> int:
-    return self.keys.shape[1]
+    return jax.tree.leaves(self.keys)[0].shape[-4]
 
   @property
   def capacity(self) -> int:
-    return self.keys.shape[-1]
+    return jax.tree.leaves(self.keys)[0].shape[-1]
+
+  def split(self) -> 'Segment':
+    """The same with a tuple of layers."""
+    return self.replace(keys=tuple(self.keys), values=tuple(self.values))
+
+  def stacked(self) -> 'Segment':
+    """The same with an array of layers."""
+    return self.replace(
+      keys=jnp.asarray(self.keys), values=jnp.asarray(self.values)
+    )
 
 
 @chex.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm import sharding
 from jaxrl_llm.models import attention, kernels
@@ -17,20 +18,23 @@ ACTIVATIONS = {
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
 EVERYTHING = 2**30  # a window wider than any text
+# Projections of the same input, and what their columns side by side are called.
+JOINED = 'joined'
+_SIBLINGS = {'attention': ('query', 'key', 'value'), 'mlp': ('gate', 'up')}
 
 
 class PerLayer(NamedTuple):
-  """What the scan over layers gives each of them, with a leading [L].
+  """What belongs to one layer, or with a leading [L] to all that are scanned.
 
   Attributes:
-    index: int32, the layer's number.
     sliding: bool, whether the layer has the window.
     prefixes: (keys, values) of every prefix.
+    suffix: (keys, values) of the rows' own tokens, or None.
   """
 
-  index: Any
   sliding: Any
   prefixes: tuple
+  suffix: tuple | None = None
 
 
 class Context(NamedTuple):
@@ -111,6 +115,38 @@ class Dense(nn.Module):
     return y
 
 
+def join(layer):
+  """One layer's parameters with siblings side by side: fewer products.
+
+  A decode step reads few rows, where every product has its price.
+  """
+
+  def join_siblings(params, names):
+    if any(name not in params for name in names):
+      return params
+    rest = {name: x for name, x in params.items() if name not in names}
+    found = [params[name] for name in names]
+    side_by_side = lambda *x: jnp.concatenate(x, axis=-1)
+    return {**rest, JOINED: jax.tree.map(side_by_side, *found)}
+
+  joined = {
+    part: join_siblings(layer[part], names) for part, names in _SIBLINGS.items()
+  }
+  return {**layer, **joined}
+
+
+def _project(module: nn.Module, names, features, bias: bool, x):
+  """Projections of x by the module's parameters, joined or not."""
+  dense = lambda width, name: Dense(
+    width, module.config, module.param_dtype, bias, name=name
+  )
+  if module.has_variable('params', JOINED):
+    ends = np.cumsum(features)
+    return jnp.split(dense(int(ends[-1]), JOINED)(x), ends[:-1], axis=-1)
+  pairs = zip(features, names, strict=True)
+  return [dense(width, name)(x) for width, name in pairs]
+
+
 class Attention(nn.Module):
   """Projections, rotation and cache around what `kernels.choose` gives."""
 
@@ -118,30 +154,40 @@ class Attention(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x, suffix, layer: PerLayer, context: Context):
-    """Returns (output [B, T, D], suffix, (keys, values) of the call)."""
+  def __call__(self, x, layer: PerLayer, context: Context):
+    """Returns (output [B, T, D], (keys, values) of the rows' own tokens)."""
     config = self.config
-    query = self._project('query', x, config.num_heads)
-    keys = self._project('key', x, config.num_kv_heads)
-    values = self._project('value', x, config.num_kv_heads, norm=False)
+    heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+    query, keys, values = (
+      y.reshape(*x.shape[:2], -1, config.head_dim)
+      for y in _project(
+        self,
+        _SIBLINGS['attention'],
+        [count * config.head_dim for count in heads],
+        config.query_bias,
+        x,
+      )
+    )
+    query = self._by_heads('query', query)
+    keys = self._by_heads('key', keys)
+    values = self._by_heads('value', values, norm=False)
     if config.rope is not None:
       turn = _select_rotation(config, layer, context)
       query = rope_lib.rotate(query, *turn)
       keys = rope_lib.rotate(keys, *turn)
     own = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
-    if suffix is None:
-      seen = own
-    else:
-      suffix, seen = _write(suffix, own, layer.index, context.index)
+    if layer.suffix is not None:
+      own = _write(layer.suffix, own, context.index)
     kernel = kernels.choose(
       config,
       x.shape[1],
       tuple(keys.shape[-1] for keys, _ in layer.prefixes),
-      stored=suffix is not None or any(r is not None for r in context.readers),
+      stored=layer.suffix is not None
+      or any(r is not None for r in context.readers),
     ).kernel
     how = dict(scale=config.query_scale, softcap=config.attention_softcap)
     if kernel == 'xla':
-      out = attention.attend(query, _parts(config, layer, context, seen), **how)
+      out = attention.attend(query, _parts(config, layer, context, own), **how)
     else:
       out = kernels.attend(
         kernel, query, layer.prefixes, context.lengths, own, **how
@@ -155,16 +201,11 @@ class Attention(nn.Module):
       axes=(sharding.TENSOR, None),
       name='out',
     )(out.reshape(*out.shape[:2], -1))
-    return out, suffix, own
+    return out, own
 
-  def _project(self, name, x, heads, norm=True):
-    """Heads [B, T, heads, d] of one projection."""
+  def _by_heads(self, name, y, norm=True):
+    """[B, T, heads, d] of one projection, split over a mesh and normalised."""
     config = self.config
-    features = heads * config.head_dim
-    dense = Dense(
-      features, config, self.param_dtype, config.query_bias, name=name
-    )
-    y = dense(x).reshape(*x.shape[:2], heads, config.head_dim)
     axis = sharding.heads_axis(config.num_kv_heads)
     y = sharding.constrain(y, sharding.ROWS, None, axis, None)
     if norm and config.query_key_norm:
@@ -183,27 +224,22 @@ def _select_rotation(config, layer: PerLayer, context: Context):
   )
 
 
-def _write(suffix, own, layer, index):
-  """Writes the call's tokens into the stacked suffix and reads the layer."""
+def _write(suffix, own, index):
+  """The suffix's keys and values with those of the call's tokens."""
   if index.ndim:
     row = jnp.arange(index.size, dtype=jnp.int32)
     how = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
-    keys, values = (own[0][..., 0], own[1][:, :, 0])
-    keys = suffix[0].at[layer, row, :, :, index].set(keys, **how)
-    values = suffix[1].at[layer, row, :, index].set(values, **how)
-  else:
-    zero = jnp.zeros_like(index)
-    keys = jax.lax.dynamic_update_slice(
-      suffix[0], own[0][None], (layer, zero, zero, zero, index)
-    )
-    values = jax.lax.dynamic_update_slice(
-      suffix[1], own[1][None], (layer, zero, zero, index, zero)
-    )
-  pick = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-  return (keys, values), (pick(keys), pick(values))
+    keys = suffix[0].at[row, :, :, index].set(own[0][..., 0], **how)
+    values = suffix[1].at[row, :, index].set(own[1][:, :, 0], **how)
+    return keys, values
+  update = jax.lax.dynamic_update_slice_in_dim
+  return (
+    update(suffix[0], own[0], index, axis=3),
+    update(suffix[1], own[1], index, axis=2),
+  )
 
 
-def _parts(config, layer: PerLayer, context: Context, seen):
+def _parts(config, layer: PerLayer, context: Context, own):
   """The prefixes and the (keys, values) of a row's own tokens."""
   parts = [
     attention.Part(
@@ -214,8 +250,8 @@ def _parts(config, layer: PerLayer, context: Context, seen):
     )
     for i, (keys, values) in enumerate(layer.prefixes)
   ]
-  valid = _valid_own(config, layer, context, seen[0].shape[-1])
-  return [*parts, attention.Part(*seen, valid)]
+  valid = _valid_own(config, layer, context, own[0].shape[-1])
+  return [*parts, attention.Part(*own, valid)]
 
 
 def _window(config, layer: PerLayer):
@@ -267,12 +303,13 @@ class FeedForward(nn.Module):
     config = self.config
     settings = (config, self.param_dtype, config.mlp_bias)
     activate = ACTIVATIONS[config.activation]
-    up = Dense(config.intermediate_size, *settings, name='up')(x)
+    width = config.intermediate_size
     if config.gated:
-      gate = Dense(config.intermediate_size, *settings, name='gate')(x)
+      names = _SIBLINGS['mlp']
+      gate, up = _project(self, names, [width, width], config.mlp_bias, x)
       up = activate(gate) * up
     else:
-      up = activate(up)
+      up = activate(Dense(width, *settings, name='up')(x))
     scale = (2 * config.num_layers) ** -0.5
     axes = sharding.TENSOR, None
     return Dense(
@@ -281,21 +318,19 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-  """One decoder layer, as the body of a scan over layers."""
+  """One decoder layer, which a scan over layers may have as its body."""
 
   config: ModelConfig
   param_dtype: Any
   emit: bool
 
   @nn.compact
-  def __call__(self, carry, layer: PerLayer, context: Context):
-    """Maps (x, suffix) to (x, suffix) and, if `emit`, own keys and values."""
+  def __call__(self, x, layer: PerLayer, context: Context):
+    """Returns x and, if `emit`, the own (keys, values), else None."""
     config = self.config
-    x, suffix = carry
     norm = lambda name: Norm(config, self.param_dtype, name=name)
     attend = Attention(config, self.param_dtype, name='attention')
-    y = norm('attention_norm')(x)
-    y, suffix, own = attend(y, suffix, layer, context)
+    y, own = attend(norm('attention_norm')(x), layer, context)
     if config.post_norms:
       y = norm('attention_post_norm')(y)
     x = x + y
@@ -303,4 +338,4 @@ class Layer(nn.Module):
     if config.post_norms:
       y = norm('mlp_post_norm')(y)
     x = sharding.constrain(x + y, sharding.ROWS, None, None)
-    return (x, suffix), own if self.emit else None
+    return x, own if self.emit else None

@@ -34,6 +34,10 @@ def init(config: ModelConfig, key, param_dtype='float32') -> dict:
 def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
   """Hidden states after the final norm, and the cache with the tokens added.
 
+  Layers are scanned, or come one after another where `split_layers` has made
+  them a tuple: that takes longer to compile and copies no layer's parameters.
+  With a suffix they are split in any case.
+
   Right-padded rows need no mask: no token sees the padding behind it.  The
   position of token i of a row is its prefixes' lengths plus `cache.index`
   plus i; that these stay below `config.max_length` is the caller's to check
@@ -56,10 +60,10 @@ def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
       a prefix's rows.
   """
   _check(config, tokens, cache)
-  hidden, suffix, _ = _decoder(config).apply({'params': params}, tokens, cache)
   if cache is None or cache.suffix is None:
-    return hidden, cache
-  keys, values = suffix
+    return _decode(config, params, tokens, cache)[0], cache
+  params = split_layers(params)
+  hidden, (keys, values) = _decode(config, params, tokens, cache, emit=True)
   written = cache.suffix.replace(keys=keys, values=values)
   index = cache.index + tokens.shape[1]
   return hidden, cache.replace(suffix=written, index=index)
@@ -123,19 +127,15 @@ _project.defvjp(_project_forward, _project_backward)
 def sampling_layout(config: ModelConfig, params):
   """Parameters as sampling reads them, once per token: made once per iteration.
 
-  On a mesh they are split over its tensor axis alone.  Matrices have the
-  compute dtype, to which they would be cast at each use: the results are the
-  same.
+  Layers are split and, unless a mesh's tensor axis splits them, siblings are
+  joined.  On a mesh parameters are split over its tensor axis alone.  Matrices
+  have the compute dtype, to which they would be cast at each use.
 
   Args:
     config: of the model.
     params: in the layout of training.
   """
-  dtype = jnp.dtype(config.dtype)
-  narrow = {leaf.dtype for leaf in jax.tree.leaves(params)} != {dtype}
-  if not (narrow or sharding.row_devices() > 1):
-    return params
-  return _sampling_layout(params, dtype)
+  return _sampling_layout(params, jnp.dtype(config.dtype))
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
@@ -147,7 +147,21 @@ def _sampling_layout(params, dtype):
   # Cast where they are: half the bytes are sent.
   params = jax.tree_util.tree_map_with_path(cast, params)
   params = sharding.constrain_params(params, 'training')
-  return sharding.constrain_params(params, 'sampling')
+  params = split_layers(sharding.constrain_params(params, 'sampling'))
+  if sharding.mesh_sizes().get(sharding.TENSOR, 1) > 1:
+    # Side by side, projections would be cut in other places.
+    return params
+  return {**params, 'layers': tuple(map(layers.join, params['layers']))}
+
+
+def split_layers(params):
+  """Parameters with a tuple of layers in place of stacked ones."""
+  layers_ = params['layers']
+  if isinstance(layers_, tuple):
+    return params
+  count = jax.tree.leaves(layers_)[0].shape[0]
+  pick = lambda i: jax.tree.map(lambda x: x[i], layers_)
+  return {**params, 'layers': tuple(pick(i) for i in range(count))}
 
 
 def prefill(config: ModelConfig, params, tokens, lengths) -> Segment:
@@ -161,8 +175,7 @@ def prefill(config: ModelConfig, params, tokens, lengths) -> Segment:
     A segment of P rows; differentiable with respect to `params`.
   """
   _check(config, tokens, None)
-  decoder = _decoder(config, emit=True)
-  _, _, (keys, values) = decoder.apply({'params': params}, tokens, None)
+  _, (keys, values) = _decode(config, params, tokens, None, emit=True)
   return Segment(keys=keys, values=values, lengths=lengths)
 
 
@@ -173,14 +186,16 @@ def new_cache(config: ModelConfig, prefixes, rows: int, length: int) -> Cache:
       f'A cache of {length} tokens exceeds the {config.max_length} positions '
       'of the model (max_length).'
     )
-  shape = config.num_layers, rows, config.num_kv_heads
+  shape = rows, config.num_kv_heads, config.head_dim, length
   dtype = jnp.dtype(config.dtype)
+  every = range(config.num_layers)
   suffix = Segment(
-    keys=jnp.zeros((*shape, config.head_dim, length), dtype),
-    values=jnp.zeros((*shape, length, config.head_dim), dtype),
+    keys=tuple(jnp.zeros(shape, dtype) for _ in every),
+    values=tuple(jnp.zeros(shape, dtype).swapaxes(2, 3) for _ in every),
     lengths=jnp.zeros(rows, jnp.int32),
   )
-  return Cache(prefixes=tuple(prefixes), suffix=suffix, index=jnp.int32(0))
+  prefixes = tuple(prefix.split() for prefix in prefixes)
+  return Cache(prefixes=prefixes, suffix=suffix, index=jnp.int32(0))
 
 
 def _check(config, tokens, cache):
@@ -216,28 +231,40 @@ def _check(config, tokens, cache):
     )
 
 
-def _decoder(config, emit=False):
+def _decode(config, params, tokens, cache, emit=False):
+  """Hidden states and, if `emit`, the own (keys, values) of each layer."""
+  layers_ = params['layers'] if isinstance(params['layers'], tuple) else None
+  if layers_ is not None:
+    params = {name: x for name, x in params.items() if name != 'layers'}
   # Parameters bring their own dtype; the module's matters to `init` only.
-  return Decoder(config, jnp.float32, emit)
+  decoder = Decoder(config, jnp.float32, emit)
+  return decoder.apply({'params': params}, tokens, cache, layers_)
 
 
 class Decoder(nn.Module):
-  """Embedding, scanned layers and final norm; the head is `logits`."""
+  """Embedding, layers and final norm; the head is `logits`."""
 
   config: ModelConfig
   param_dtype: Any
   emit: bool = False
 
   @nn.compact
-  def __call__(self, tokens, cache: Cache | None):
-    config = self.config
-    context = _context(config, tokens, cache)
+  def __call__(self, tokens, cache: Cache | None, split=None):
+    """As `_decode`; the layers' parameters are its own, scanned, or `split`."""
+    context = _context(self.config, tokens, cache)
     x = self._embed(tokens, context.positions)
-    stored = cache is not None and cache.suffix is not None
-    suffix = (cache.suffix.keys, cache.suffix.values) if stored else None
     prefixes = cache.prefixes if cache is not None else ()
+    if split is None:
+      x, own = self._scan(x, prefixes, context)
+    else:
+      suffix = cache.suffix if cache is not None else None
+      x, own = self._one_by_one(split, x, prefixes, suffix, context)
+    return layers.Norm(self.config, self.param_dtype, name='norm')(x), own
+
+  def _scan(self, x, prefixes, context):
+    config = self.config
+    prefixes = [prefix.stacked() for prefix in prefixes]
     per_layer = layers.PerLayer(
-      index=jnp.arange(config.num_layers, dtype=jnp.int32),
       sliding=jnp.array(config.sliding),
       prefixes=tuple((p.keys, p.values) for p in prefixes),
     )
@@ -252,9 +279,20 @@ class Decoder(nn.Module):
       length=config.num_layers,
     )
     stack = scan(config, self.param_dtype, self.emit, name='layers')
-    (x, suffix), own = stack((x, suffix), per_layer, context)
-    x = layers.Norm(config, self.param_dtype, name='norm')(x)
-    return x, suffix, own
+    return stack(x, per_layer, context)
+
+  def _one_by_one(self, split, x, prefixes, suffix, context):
+    config, kept = self.config, []
+    layer = layers.Layer(config, self.param_dtype, self.emit, parent=None)
+    for i, params in enumerate(split):
+      per_layer = layers.PerLayer(
+        sliding=jnp.array(config.sliding[i]),
+        prefixes=tuple((p.keys[i], p.values[i]) for p in prefixes),
+        suffix=None if suffix is None else (suffix.keys[i], suffix.values[i]),
+      )
+      x, own = layer.apply({'params': params}, x, per_layer, context)
+      kept.append(own)
+    return x, tuple(zip(*kept, strict=True)) if self.emit else None
 
   def _embed(self, tokens, positions):
     config = self.config
