@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxrl_llm import distributed, membership
+from jaxrl_llm import compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
 
 # Sections that take what a function takes: ml_collections cannot set a field
@@ -78,7 +78,7 @@ def config() -> ConfigDict:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-  """Parses the flags and calls `main`.
+  """Parses the flags and calls `main`, with the user's compilation cache.
 
   A `UserError` and a wrong flag end with the message on standard error and
   status 2, an interrupt with a word and its own status; anything else keeps its
@@ -90,6 +90,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     logging.set_verbosity(logging.WARNING)
     if len(arguments) > 1:
       _fail(f'unexpected argument {arguments[1]!r}\nflags begin with --')
+    missing = compilation_cache.use()
+    if missing:
+      print(missing, file=sys.stderr)
     try:
       status = main()
       membership.finish()
