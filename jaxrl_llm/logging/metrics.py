@@ -12,9 +12,9 @@ class MetricsWriter:
 
   `metrics.jsonl` holds what the run computed and nothing of the clock, so that
   two runs of one configuration can be compared byte by byte; clock readings, in
-  seconds, go to `timings.jsonl`.  Floats are written in full (their shortest
-  exact form); NaN and the infinities as the strings "nan", "inf", "-inf", which
-  `read_metrics` turns back.
+  seconds, and what else depends on the process go to `timings.jsonl`.  Floats
+  are written in full (their shortest exact form); NaN and the infinities as the
+  strings "nan", "inf", "-inf", which `read_metrics` turns back.
 
   Args:
     workdir: the run folder; must exist.
@@ -49,7 +49,7 @@ class MetricsWriter:
     Args:
       step: above that of every record before.
       metrics: numbers by name, written in this order.
-      timings: clock readings by name, in seconds.
+      timings: clock readings by name, in seconds, and counts of the process.
 
     Raises:
       ValueError: the step does not follow, or a metric is not one number.
