@@ -361,7 +361,10 @@ def _names(spec) -> list[str]:
 
 
 def optimizer(config, total_updates: int):
-  """AdamW and its schedule, from an `optimizer` section."""
+  """AdamW and its schedule, from an `optimizer` section.
+
+  The schedule is one program; outside of jit each of its operations would be.
+  """
   arguments = config.to_dict()
   course = training.schedule(
     arguments.pop('learning_rate'),
@@ -369,7 +372,7 @@ def optimizer(config, total_updates: int):
     arguments.pop('warmup_updates'),
     arguments.pop('decay'),
   )
-  return training.adamw(course, **arguments), course
+  return training.adamw(course, **arguments), jax.jit(course)
 
 
 def micro_prompts(config) -> int:

@@ -19,6 +19,7 @@ from experiments.phase import MakePhase, Result
 from experiments.supervised import WarmStart
 from jaxrl_llm import distributed, logging, sharding, training
 from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import read_samples
 from jaxrl_llm.run_folder import StopRequested
@@ -42,6 +43,7 @@ class Run:
     self._resuming = folder.resuming
     self._stop = stop
     self._told = set()
+    self._compiled = Meter()
     self._key = jax.random.key(config.seed)
     model = build.model(config.model, config.seed)
     # The parameters live in the state alone.
@@ -201,6 +203,11 @@ class Run:
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
     metrics['num_tokens'] = self.course.tokens
+    compiled = self._compiled.take()
+    timings = timings | {
+      'compile_time': compiled.seconds,
+      'compiled_programs': compiled.programs,
+    }
     self._metrics.write(self.course.step, metrics, timings)
     self._pending = None
     shown = ('warm_start/loss', 'loss', 'reward', *self._main.curves)

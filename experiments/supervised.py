@@ -113,7 +113,7 @@ def take_update(
     The new state, and the metrics on the host.
   """
   chosen = pools.take(pool, source.indices(number))
-  batch = estimator.prepare(pools.to_rollouts(chosen))
+  batch = jax.jit(estimator.prepare)(pools.to_rollouts(chosen))
   prompts = rollouts.to_prompts(source.batch(number))
   state, metrics = update(state, None, prompts, batch)
   return state, jax.device_get(metrics)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 from jaxrl_llm.errors import UserError
 
@@ -231,6 +230,8 @@ def bootstrap_few(
   count = len(values)
   if count == 1:
     return Interval(mean, np.nan, np.nan)
+  from scipy import special  # slow to import
+
   tail = (1.0 + level) / 2.0
   widen = special.stdtrit(count - 1, tail) / special.ndtri(tail)
   widen *= np.sqrt(count / (count - 1))
@@ -312,6 +313,8 @@ def _tie(table: np.ndarray, drawn: int, chance: float) -> np.ndarray:
 
 def _binomial(count: int, share: float) -> np.ndarray:
   """Chances of 0 … count of `count` responses, each drawn with `share`."""
+  from scipy import special  # slow to import
+
   drawn = np.arange(count + 1)
   ways = special.gammaln(count + 1) - special.gammaln(
     np.stack([drawn, count - drawn]) + 1

@@ -1,6 +1,7 @@
 """One tree of arrays and one JSON manifest per folder, through Orbax v1.
 
 The only module that calls Orbax.  Its functions raise what Orbax raises.
+Orbax is slow to import: it is not, before it has something to do.
 """
 
 import json
@@ -8,7 +9,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from jaxrl_llm import distributed
 
@@ -31,6 +31,8 @@ def start_save(path, state, manifest: dict):
   Returns:
     An object whose `result()` waits for the end and raises what went wrong.
   """
+  from orbax.checkpoint import v1 as ocp
+
   state = jax.tree.map(_as_global, _without_empty(state))
   with _context():
     return ocp.save_checkpointables_async(
@@ -49,6 +51,8 @@ def load_state(path, template, part: bool = False):
       sharding lands on the default device (of each process).
     part: the template is a part of what the folder holds.
   """
+  from orbax.checkpoint import v1 as ocp
+
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
     template,
@@ -80,6 +84,8 @@ def load_manifest(path) -> dict:
 
 def _context(alone: bool = False):
   """How Orbax works; `alone` it waits for no other process."""
+  from orbax.checkpoint import v1 as ocp
+
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
   context = ocp.Context()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from jaxrl_llm import sharding
 from jaxrl_llm.errors import UserError
@@ -124,6 +123,8 @@ def noisy_pairs(
   prompts, first, second = pairs.T
   margins = rewards[prompts, first] - rewards[prompts, second]
   if noise > 0:
+    from scipy import special  # slow to import
+
     draws = np.random.default_rng(seed).random(len(pairs))
     swapped = draws >= special.expit(margins / noise)
   else:

@@ -22,11 +22,23 @@ SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 
 
 def pytest_configure(config):
-  """Makes the session's folder, unless this is a worker, which inherits it."""
+  """Makes the session's folder, unless this is a worker, which inherits it.
+
+  What a worker's tests compile, in their processes too, is compiled once.
+  """
   if not hasattr(config, 'workerinput'):
     folder = tempfile.TemporaryDirectory(prefix='jaxrl_llm_tests_')
     config.add_cleanup(folder.cleanup)
     os.environ[scripts.FOLDER] = folder.name
+  # Processes that are started inherit the variables; JAX has read its own.
+  settings = {
+    'jax_compilation_cache_dir': str(scripts.cache()),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  for name, value in settings.items():
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -61,17 +61,39 @@ def encode_text(text: str, tokenizer) -> list[int]:
   a second time where the text spells it out.  An empty text is the BOS alone,
   so that there is something to start from, where the tokenizer has one.
   """
-  # Not verbose: whether a text is too long is the caller's to say.
-  ids = tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
+  return encode_texts([text], tokenizer)[0]
+
+
+def encode_texts(texts: Sequence[str], tokenizer) -> list[list[int]]:
+  """`encode_text` of each; the tokenizer is called for all at once."""
+  ids = _ids(texts, tokenizer)
   bos = tokenizer.bos_token_id
-  if bos is None or ids[:1] == [bos]:
+  if bos is None:
     return ids
-  if not ids:
-    return [bos]
-  # Told from this text, not from an empty one: where BOS and EOS are one token,
-  # an empty text would not tell whether it is prepended or appended.
-  whole = tokenizer(text, verbose=False)['input_ids']
-  return [bos, *ids] if whole[:1] == [bos] else ids
+  found = [each or [bos] for each in ids]
+  # Told from these texts, not from an empty one: where BOS and EOS are one
+  # token, an empty text would not tell whether it is prepended or appended.
+  open_ = [i for i, each in enumerate(found) if each[0] != bos]
+  wholes = _ids([texts[i] for i in open_], tokenizer, add_special_tokens=True)
+  for i, whole in zip(open_, wholes, strict=True):
+    if whole[:1] == [bos]:
+      found[i] = [bos, *found[i]]
+  return found
+
+
+def _ids(
+  texts: Sequence[str], tokenizer, add_special_tokens: bool = False
+) -> list[list[int]]:
+  if not texts:
+    return []
+  # Not verbose: whether a text is too long is the caller's to say.
+  return tokenizer(
+    list(texts),
+    add_special_tokens=add_special_tokens,
+    return_attention_mask=False,
+    return_token_type_ids=False,
+    verbose=False,
+  )['input_ids']
 
 
 def encode_prompts(
@@ -110,10 +132,8 @@ def encode_prompts(
   if not rows:
     raise UserError('the data set has no rows: nothing to prompt with.')
   template = template_text(tokenizer, chat_template, system_prompt)
-  encoded = [
-    encode_prompt(f'row {i}', row, tokenizer, template, system_prompt, suffix)
-    for i, row in enumerate(rows)
-  ]
+  names = [f'row {i}' for i in range(len(rows))]
+  encoded = _encode(names, rows, tokenizer, template, system_prompt, suffix)
   long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
   if long and overlong == 'error':
     raise UserError(
@@ -186,17 +206,17 @@ def encode_targets(
   Raises:
     UserError: for a text that is missing, over budget or not expressible.
   """
-  encoded = []
   for i, row in enumerate(rows):
-    text = row.get(column)
-    if not isinstance(text, str):
+    if not isinstance(row.get(column), str):
       raise UserError(
         f'row {i} has no text in its column {column}, which supervised '
         f'training needs; its columns are {sorted(row)}.'
       )
-    ids = tokenizer(text, add_special_tokens=False)['input_ids']
-    check_known(f'the {column} of row {i}', text, ids, tokenizer)
-    encoded.append(np.asarray([*ids, eos_id], np.int32))
+  texts = [row[column] for row in rows]
+  found = _ids(texts, tokenizer)
+  names = [f'the {column} of row {i}' for i in range(len(rows))]
+  _check_all_known(names, texts, found, tokenizer)
+  encoded = [np.asarray([*ids, eos_id], np.int32) for ids in found]
   budget = np.inf if max_tokens is None else max_tokens
   long = [i for i, ids in enumerate(encoded) if len(ids) > budget]
   if long:
@@ -314,6 +334,41 @@ def encode_prompt(
   Raises:
     UserError: the prompt is missing, empty, or not expressible.
   """
+  return _encode([where], [row], tokenizer, template, system_prompt, suffix)[0]
+
+
+def _encode(
+  names: Sequence[str],
+  rows: Sequence[dict],
+  tokenizer,
+  template,
+  system,
+  suffix,
+) -> list[list[int]]:
+  """Ids of the prompts of rows; see `encode_prompt`."""
+  texts = [
+    _prompt_text(name, row, tokenizer, template, system, suffix)
+    for name, row in zip(names, rows, strict=True)
+  ]
+  # A template has written the special tokens; adding them again would double
+  # the BOS.
+  encode = encode_texts if template is None else _ids
+  found = encode(texts, tokenizer)
+  for name, ids in zip(names, found, strict=True):
+    if not ids:
+      raise UserError(
+        f'the prompt of {name} is empty, and the tokenizer has no BOS token '
+        'to start from.\nRemove the row, or give every prompt a suffix.'
+      )
+  prompts = [f'the prompt of {name}' for name in names]
+  _check_all_known(prompts, texts, found, tokenizer)
+  return found
+
+
+def _prompt_text(
+  where: str, row: dict, tokenizer, template, system_prompt, suffix: str
+) -> str:
+  """A row's prompt as the tokenizer is to read it."""
   text = row.get('prompt')
   if not isinstance(text, str):
     raise UserError(
@@ -322,22 +377,11 @@ def encode_prompt(
     )
   text += suffix
   if template is None:
-    ids = encode_text(text, tokenizer)
-  else:
-    messages = [{'role': 'user', 'content': text}]
-    if system_prompt is not None:
-      messages.insert(0, {'role': 'system', 'content': system_prompt})
-    text = render(tokenizer, template, messages, add_generation_prompt=True)
-    # The template has written the special tokens; adding them again would
-    # double the BOS.
-    ids = tokenizer(text, add_special_tokens=False)['input_ids']
-  if not ids:
-    raise UserError(
-      f'the prompt of {where} is empty, and the tokenizer has no BOS token '
-      'to start from.\nRemove the row, or give every prompt a suffix.'
-    )
-  check_known(f'the prompt of {where}', text, ids, tokenizer)
-  return ids
+    return text
+  messages = [{'role': 'user', 'content': text}]
+  if system_prompt is not None:
+    messages.insert(0, {'role': 'system', 'content': system_prompt})
+  return render(tokenizer, template, messages, add_generation_prompt=True)
 
 
 def render(tokenizer, template: str, messages: list[dict], **settings) -> str:
@@ -375,6 +419,14 @@ def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
     f'{where} holds characters that the tokenizer lacks: '
     f'{"".join(lost[:20])!r}.\nRemove them, or use another tokenizer.'
   )
+
+
+def _check_all_known(names, texts, encoded, tokenizer) -> None:
+  """`check_known` of each; a tokenizer is slow to name its tokens."""
+  unk = tokenizer.unk_token_id
+  for name, text, ids in zip(names, texts, encoded, strict=True):
+    if unk in ids:
+      check_known(name, text, ids, tokenizer)
 
 
 def _pad_id(tokenizer) -> int:
