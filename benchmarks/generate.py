@@ -35,6 +35,7 @@ class Sampler:
     self.config, params = pretrained.load(folder, dtype, dtype=dtype)
     self._params = transformer.sampling_layout(self.config, params)
     self._tokenizer = pretrained.load_tokenizer(folder)
+    self._eos_ids = pretrained.eos_token_ids(folder, self._tokenizer)
     self._prompt_tokens = prompt_tokens
     self._new_tokens = new_tokens
 
@@ -47,7 +48,7 @@ class Sampler:
       samples=1,
       max_tokens=self._new_tokens,
       decoding=policy.Decoding(),
-      eos_ids=(),
+      eos_ids=self._eos_ids,
       pad_id=encoded.pad_id,
     )
     _, samples = rollouts.generate(

@@ -24,7 +24,7 @@ import tempfile
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks import arithmetic, job, measuring
+from benchmarks import arithmetic, job, measuring, reward
 from experiments import cli, train
 from experiments.configs import base
 from jaxrl_llm import logging
@@ -50,7 +50,7 @@ def configuration(
     held_out=str(data / 'held_out.jsonl'),
   )
   config.prompts.max_tokens = given.prompt_tokens
-  config.rewards = dict(vowels=dict(name='benchmarks.job:vowels'))
+  config.rewards = dict(vowels=dict(name='benchmarks.reward:vowels'))
   config.algorithm = dict(name='grpo', kl=0.0)
   config.rollout.update(
     prompts=given.prompts, samples=given.samples, max_tokens=given.new_tokens
@@ -91,7 +91,7 @@ def run(model: pathlib.Path, dtype: str, given) -> dict[str, list[float]]:
   own = [record for record in records if 'rollout_time' in record]
   own = own[given.warmup :]
   # Evaluations call the reward too: before the first step, after the last.
-  steps = job.intervals()[-given.rounds - 1 : -1]
+  steps = reward.intervals()[-given.rounds - 1 : -1]
   return {
     'step': steps,
     'rollout': [record['rollout_time'] for record in own],

@@ -1,16 +1,16 @@
-"""What every benchmark computes: one model, its tokenizer, prompts, a reward.
+"""What every benchmark computes with: one model, its tokenizer, prompts.
 
 The model is random, in the layout of Qwen3, and written once as a Hugging Face
 folder, so that every system reads the same weights and the same tokenizer.
-The tokenizer has no end token: responses have full length everywhere.
+The end token is an id that the model does not have: every system looks for it,
+and all responses have full length.
 """
 
 import itertools
+import json
 import pathlib
 import random
 import string
-import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,10 +24,6 @@ _PAD = '<|pad|>'
 _PAIRS = list(itertools.product(string.ascii_lowercase, repeat=2))
 # In every vocabulary; prompts are made of these.
 _FEWEST_PAIRS = 200
-
-# When `vowels` was called, in seconds of `time.perf_counter`: two calls lie a
-# whole step of training apart, whatever a system does in it.
-calls = []
 
 
 class Shape(NamedTuple):
@@ -90,11 +86,19 @@ def folder(wanted: Shape, models) -> pathlib.Path:
     models: folder that holds those of all shapes.
   """
   path = pathlib.Path(models, wanted.name).absolute()
+  settings = path / pretrained.GENERATION
   if not path.is_dir():
     made = config(wanted)
     params = transformer.init(made, jax.random.key(0), wanted.dtype)
     pretrained.save(path, made, params, tokenizer(wanted.vocabulary))
+  ids = {'eos_token_id': end_id(wanted), 'pad_token_id': 0}
+  settings.write_text(json.dumps(ids), encoding='utf-8')
   return path
+
+
+def end_id(wanted: Shape) -> int:
+  """Of the end token, which no response can contain."""
+  return wanted.vocabulary
 
 
 def tokenizer(size: int):
@@ -148,18 +152,4 @@ def prompts(count: int, tokens: int, seed: int = 0) -> list[str]:
   known = [''.join(pair) for pair in _PAIRS[:_FEWEST_PAIRS]]
   return [
     ' '.join(draw.choices(known, k=tokens // 2)) + '=' for _ in range(count)
-  ]
-
-
-def intervals() -> list[float]:
-  """Seconds between the calls of `vowels`."""
-  return [after - before for before, after in itertools.pairwise(calls)]
-
-
-def vowels(completions: Sequence[str], **columns) -> list[float]:
-  """A reward of the text: which share of its characters are vowels."""
-  del columns
-  calls.append(time.perf_counter())
-  return [
-    sum(map(text.count, 'aeiou')) / max(len(text), 1) for text in completions
   ]
