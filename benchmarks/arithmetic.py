@@ -1,6 +1,6 @@
-"""The least arithmetic and memory traffic of generation and of an update.
+"""The least arithmetic and memory traffic of what a step of RL computes.
 
-Both are lists of phases, (FLOPs, bytes) each, for `measuring.Roofline.seconds`.
+All are lists of phases, (FLOPs, bytes) each, for `measuring.Roofline.seconds`.
 Counted is what no implementation can leave out: matrix products, each weight
 read once, keys and values read once, the optimiser's state.  A prompt is read
 once for all its responses.  Activations are taken to stay in caches, and what
@@ -48,6 +48,24 @@ def generation(
   return phases
 
 
+def scoring(
+  config: ModelConfig, prompts: int, samples: int, read: int, written: int
+) -> Phases:
+  """Log-probabilities of all response tokens.
+
+  Args:
+    config, prompts, samples, read, written: as for `generation`.
+  """
+  rows, size = prompts * samples, jnp.dtype(config.dtype).itemsize
+  pairs = prompts * _pairs(read)
+  pairs += rows * (read * written + _pairs(written))
+  return [
+    _products(_layers(config), prompts * read + rows * written, size),
+    _products(_head(config), rows * written, size),
+    (_attention(config, pairs), 0.0),
+  ]
+
+
 def update(
   config: ModelConfig, prompts: int, samples: int, read: int, written: int
 ) -> Phases:
@@ -60,23 +78,13 @@ def update(
   Args:
     config, prompts, samples, read, written: as for `generation`.
   """
-  rows = prompts * samples
-  tokens = prompts * read + rows * written
-  pairs = prompts * _pairs(read)
-  pairs += rows * (read * written + _pairs(written))
+  forward = scoring(config, prompts, samples, read, written)
   parameters = _layers(config) + _head(config)
-  size = jnp.dtype(config.dtype).itemsize
   return [
-    _three_times(_products(_layers(config), tokens, size)),
-    _three_times(_products(_head(config), rows * written, size)),
-    (3.0 * _attention(config, pairs), 0.0),
+    *((3.0 * flops, 3.0 * size) for flops, size in forward),
     # Read: parameters, two moments, gradients twice; written: the first three.
     (0.0, 8 * 4.0 * parameters),
   ]
-
-
-def _three_times(phase: tuple[float, float]) -> tuple[float, float]:
-  return 3.0 * phase[0], 3.0 * phase[1]
 
 
 def _layers(config: ModelConfig) -> int:

@@ -86,12 +86,14 @@ class Run(NamedTuple):
     peak_bytes: its largest resident set.
     versions: of its packages.
     disturbance: share of the cores that others took meanwhile.
+    roofline: as the benchmarks of this library print it.
   """
 
   seconds: float
   peak_bytes: int
   versions: dict[str, str]
   disturbance: float
+  roofline: dict[str, Any]
 
 
 def compare(job_name: str, vocabulary: int, given) -> dict[str, Any]:
@@ -133,9 +135,10 @@ def summary(turns: list[dict[str, Run]]) -> dict[str, Any]:
     turns: for each the run of every system.
 
   Returns:
-    system → seconds, peak_bytes, versions, and of a peer `ratio`, how many
-    times longer it takes than this library (median, least and most of the
-    turns), and `memory_ratio`, its peak in that of this library's.
+    'systems': system → seconds, peak_bytes, disturbance (the most), versions,
+    of this library the rooflines of its runs, and of a peer `ratio`, how many
+    times longer it takes than this library: median, least and most of the
+    turns.
   """
   found = {}
   for system in turns[0]:
@@ -146,7 +149,9 @@ def summary(turns: list[dict[str, Run]]) -> dict[str, Any]:
       'disturbance': max(run.disturbance for run in runs),
       'versions': runs[0].versions,
     }
-    if system != OURS:
+    if system == OURS:
+      found[system]['roofline'] = [run.roofline for run in runs]
+    else:
       ratios = [turn[system].seconds / turn[OURS].seconds for turn in turns]
       found[system]['ratio'] = {
         'median': measuring.rounded(statistics.median(ratios)),
@@ -267,14 +272,12 @@ def _run(command: list[str]) -> Run:
     print(done.stderr, file=sys.stderr)
     raise UserError(f'this failed: {" ".join(command)}')
   answer = json.loads(done.stdout.strip().splitlines()[-1])
-  seconds = answer['seconds']
   return Run(
-    seconds['median']
-    if OURS == answer.get('system')
-    else statistics.median(seconds),
+    answer['seconds']['median'],
     answer['peak_bytes'],
     answer['versions'],
     max(busy - own, 0.0) / (passed * os.cpu_count()),
+    answer.get('roofline', {}),
   )
 
 

@@ -74,14 +74,13 @@ def main() -> None:
     given.new_tokens,
   )
   texts = job.prompts(given.prompts, given.prompt_tokens)
-  seconds = measuring.repeat(
-    lambda number: sampler(texts, number), given.rounds, compilations
-  )
+  rounds = measuring.repeat(lambda number: sampler(texts, number), given.rounds)
   found, roofline = measuring.report(
     'generate',
-    seconds,
-    compilations,
+    rounds.seconds,
+    compilations.found(),
     shape.dtype,
+    recompiled=compilations.between(rounds.start, rounds.end),
     shape=shape._asdict(),
     prompts=given.prompts,
     prompt_tokens=given.prompt_tokens,

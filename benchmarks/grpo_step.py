@@ -105,11 +105,13 @@ def main() -> None:
   compilations = measuring.Compilations()
   shape = job.shape()
   times = run(job.folder(shape, given.models), shape.dtype, given)
+  calls = reward.calls[-given.rounds - 2 : -1]
   found, roofline = measuring.report(
     'grpo_step',
     times['step'],
-    compilations,
+    compilations.found(),
     shape.dtype,
+    recompiled=compilations.between(calls[0], calls[-1]),
     shape=shape._asdict(),
     prompts=given.prompts,
     samples=given.samples,

@@ -62,48 +62,60 @@ class Roofline(NamedTuple):
 class Compilations:
   """Counts what XLA compiles, from when it is made.
 
-  Attributes:
-    seconds: of all.
-    count: of programs.
+  The persistent cache is off from then on: times are those of a first run.
   """
 
   def __init__(self):
-    self.seconds, self.count, self._marked = 0.0, 0, 0
+    self._seconds, self._ends = [], []
+    jax.config.update('jax_enable_compilation_cache', False)
     jax.monitoring.register_event_duration_secs_listener(self._add)
-
-  def mark(self) -> None:
-    """From here on nothing new should be compiled."""
-    self._marked = self.count
-
-  @property
-  def since_mark(self) -> int:
-    """Programs compiled since `mark`."""
-    return self.count - self._marked
 
   def _add(self, event: str, seconds: float, **_) -> None:
     if event == _COMPILED:
-      self.seconds += seconds
-      self.count += 1
+      self._seconds.append(seconds)
+      self._ends.append(time.perf_counter())
+
+  def found(self) -> dict[str, float]:
+    """Fields of a report: `compile_seconds` and `compiled`."""
+    return {
+      'compile_seconds': rounded(sum(self._seconds)),
+      'compiled': len(self._ends),
+    }
+
+  def between(self, start: float, end: float) -> int:
+    """Programs compiled between two readings of `time.perf_counter`."""
+    return sum(start <= at <= end for at in self._ends)
 
 
-def repeat(
-  call: Callable[[int], Any], rounds: int, compilations: Compilations
-) -> list[float]:
-  """Seconds of each round of a call, but for a first one, which compiles.
+class Rounds(NamedTuple):
+  """Times of one thing, done again and again.
+
+  Attributes:
+    seconds: of each round that counts.
+    start, end: of them all, readings of `time.perf_counter`.
+  """
+
+  seconds: list[float]
+  start: float
+  end: float
+
+
+def repeat(call: Callable[[int], Any], rounds: int) -> Rounds:
+  """Times rounds of a call, but for a first one, which compiles.
 
   Args:
     call: given the round's number, from 0, which is the first.
-    rounds: timed ones.
-    compilations: marked after the first round.
+    rounds: that count.
   """
   times = []
   for number in range(rounds + 1):
-    if number == 1:
-      compilations.mark()
-    start = time.perf_counter()
+    begin = time.perf_counter()
     jax.block_until_ready(call(number))
-    times.append(time.perf_counter() - start)
-  return times[1:]
+    end = time.perf_counter()
+    times.append(end - begin)
+    if not number:
+      start = end
+  return Rounds(times[1:], start, end)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
@@ -217,25 +229,23 @@ def versions(*packages: str) -> dict[str, str]:
 def report(
   benchmark: str,
   seconds: Sequence[float],
-  compilations: Compilations,
+  compiled: dict[str, float],
   dtype: str = 'float32',
+  peak: tuple[int, str] | None = None,
   **found,
 ) -> tuple[dict[str, Any], Roofline]:
   """The fields that every benchmark has; measures the roofline.
 
   Args:
     benchmark: its name.
-    seconds: of the timed rounds.
-    compilations: of the whole process.
+    seconds: of the rounds that count.
+    compiled: of `Compilations.found`, or `compile_seconds` alone.
     dtype: of the matrix products.
-    **found: the benchmark's own fields, which follow.
+    peak: as of `peak_bytes`, which it is taken from if None.
+    **found: the benchmark's own fields.
   """
-  peak, of = peak_bytes()
-  compiled = {
-    'compile_seconds': rounded(compilations.seconds),
-    'compiled': compilations.count,
-    'recompiled': compilations.since_mark,
-  }
+  # Before the roofline, whose arrays are large.
+  size, of = peak or peak_bytes()
   roofline = measure_roofline(dtype)
   reached = {
     'dtype': dtype,
@@ -248,7 +258,7 @@ def report(
     **found,
     'seconds': summary(seconds),
     **compiled,
-    'peak_bytes': peak,
+    'peak_bytes': size,
     'peak_of': of,
     'machine': machine() | {'measured': reached},
     'versions': versions('jax', 'jaxlib', 'flax', 'optax'),

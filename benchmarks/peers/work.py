@@ -3,10 +3,11 @@
 import importlib.metadata
 import json
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Work(NamedTuple):
@@ -65,15 +66,18 @@ def with_end(tokenizer, work: Work):
   return tokenizer
 
 
-def show(seconds: list[float], *packages: str, **found: Any) -> None:
+def show(seconds: list[float], *packages: str) -> None:
   """Prints one line of JSON.
 
   Args:
     seconds: of each round that counts.
     *packages: whose versions matter.
-    **found: what else there is to say.
   """
   versions = {name: importlib.metadata.version(name) for name in packages}
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  answer = {'seconds': seconds, 'peak_bytes': peak, 'versions': versions}
-  print(json.dumps(answer | found), flush=True)
+  answer = {
+    'seconds': {'median': statistics.median(seconds), 'rounds': len(seconds)},
+    'peak_bytes': peak,
+    'versions': versions,
+  }
+  print(json.dumps(answer), flush=True)
