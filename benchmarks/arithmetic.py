@@ -19,6 +19,9 @@ def generation(
 ) -> Phases:
   """Prefill, then decode steps of all responses side by side.
 
+  The prefill gives the first token of each response; a step reads the token
+  before and gives the next one.
+
   Args:
     config: of the model; its dtype is that of weights, keys and values.
     prompts: P.
@@ -28,23 +31,18 @@ def generation(
   """
   rows, size = prompts * samples, jnp.dtype(config.dtype).itemsize
   token = 2 * config.num_kv_heads * config.head_dim * config.num_layers * size
-  step = [
-    _products(_layers(config), rows, size),
-    _products(_head(config), rows, size),
-  ]
+  shared = prompts * read * token
   phases = [
     _products(_layers(config), prompts * read, size),
-    (prompts * _attention(config, _pairs(read)), prompts * read * token),
-    *(written * step),
+    (_attention(config, prompts * _pairs(read)), shared),
+    _products(_head(config), prompts, size),
   ]
-  for position in range(written):
-    own = rows * position * token
-    phases.append(
-      (
-        rows * _attention(config, read + position),
-        own + prompts * read * token,
-      )
-    )
+  for own in range(1, written):
+    phases += [
+      _products(_layers(config), rows, size),
+      _products(_head(config), rows, size),
+      (_attention(config, rows * (read + own)), shared + rows * own * token),
+    ]
   return phases
 
 
@@ -53,14 +51,16 @@ def scoring(
 ) -> Phases:
   """Log-probabilities of all response tokens.
 
+  The last token of a response is not read.
+
   Args:
     config, prompts, samples, read, written: as for `generation`.
   """
   rows, size = prompts * samples, jnp.dtype(config.dtype).itemsize
-  pairs = prompts * _pairs(read)
-  pairs += rows * (read * written + _pairs(written))
+  own = written - 1
+  pairs = prompts * _pairs(read) + rows * (read * own + _pairs(own))
   return [
-    _products(_layers(config), prompts * read + rows * written, size),
+    _products(_layers(config), prompts * read + rows * own, size),
     _products(_head(config), rows * written, size),
     (_attention(config, pairs), 0.0),
   ]
