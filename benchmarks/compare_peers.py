@@ -107,7 +107,7 @@ def compare(job_name: str, vocabulary: int, given) -> dict[str, Any]:
   Returns:
     What `summary` gives, with the job and the number of runs thrown away.
   """
-  chosen, shape = JOBS[job_name], job.Shape(vocabulary=vocabulary)
+  chosen, shape = JOBS[job_name], job.shape()._replace(vocabulary=vocabulary)
   turns, thrown = [], 0
   with tempfile.TemporaryDirectory() as temporary:
     work = pathlib.Path(temporary, 'work.json')
@@ -115,7 +115,7 @@ def compare(job_name: str, vocabulary: int, given) -> dict[str, Any]:
     for _ in range(given.turns):
       turn = {}
       for system in (OURS, *chosen.peers):
-        command = _command(system, chosen, vocabulary, work, given)
+        command = _command(system, chosen, shape, work, given)
         turn[system], again = _undisturbed(command, given)
         thrown += again
         print(job_name, vocabulary, system, turn[system], file=sys.stderr)
@@ -204,14 +204,14 @@ def _work(chosen: Job, shape: job.Shape, given) -> dict[str, Any]:
 
 
 def _command(
-  system: str, chosen: Job, vocabulary: int, work: pathlib.Path, given
+  system: str, chosen: Job, shape: job.Shape, work: pathlib.Path, given
 ) -> list[str]:
   if system == OURS:
     return [
       sys.executable,
       '-m',
       f'benchmarks.{chosen.module}',
-      f'--vocabulary={vocabulary}',
+      *(f'--{name}={value}' for name, value in shape._asdict().items()),
       f'--models={given.models}',
       f'--rounds={given.rounds}',
     ]
@@ -316,10 +316,10 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  job.define_flags()
   flags.DEFINE_string('environments', 'runs/peers', 'Folder for them.')
-  flags.DEFINE_string('models', 'runs/benchmarks', 'Folder of the models.')
   flags.DEFINE_list('jobs', list(JOBS), 'Which.')
-  flags.DEFINE_list('vocabularies', ['512', '32000'], 'V.')
+  flags.DEFINE_list('vocabularies', ['512', '32000'], 'For --vocabulary.')
   flags.DEFINE_integer('turns', 3, 'Processes of each system.', 1)
   flags.DEFINE_integer('rounds', 5, 'Timed in each process.', 1)
   flags.DEFINE_float('disturbance', 0.1, 'Share of the cores.', 0.0)

@@ -18,12 +18,14 @@ def main() -> None:
   tokenizer = AutoTokenizer.from_pretrained(work.folder)
   tokenizer.padding_side = 'left'
   model = AutoModelForCausalLM.from_pretrained(work.folder, dtype='auto')
-  model.eval()
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  model.to(device).eval()
   set_seed(0)
 
   @torch.inference_mode()
   def call(cache: str) -> list[str]:
     inputs = tokenizer(work.texts[: work.prompts], return_tensors='pt')
+    inputs = inputs.to(device)
     found = model.generate(
       **inputs,
       do_sample=True,
