@@ -74,6 +74,7 @@ JOBS = {
     new_tokens=64,
   ),
 }
+PEERS = sorted({peer for one in JOBS.values() for peer in one.peers})
 _PROMPT_TOKENS = 64
 _LEARNING_RATE = 1e-5
 
@@ -114,7 +115,7 @@ def compare(job_name: str, vocabulary: int, given) -> dict[str, Any]:
     work.write_text(json.dumps(_work(chosen, shape, given)), encoding='utf-8')
     for _ in range(given.turns):
       turn = {}
-      for system in (OURS, *chosen.peers):
+      for system in (OURS, *(p for p in chosen.peers if p in given.peers)):
         command = _command(system, chosen, shape, work, given)
         turn[system], again = _undisturbed(command, given)
         thrown += again
@@ -300,9 +301,13 @@ def _own_seconds() -> float:
 def main() -> None:
   """Measures what the flags name."""
   given = flags.FLAGS
-  unknown = sorted(set(given.jobs) - set(JOBS))
-  if unknown:
-    raise UserError(f'--jobs: no job {unknown[0]!r}\nchoose of {list(JOBS)}')
+  for flag, taken, known in (
+    ('jobs', given.jobs, list(JOBS)),
+    ('peers', given.peers, PEERS),
+  ):
+    unknown = sorted(set(taken) - set(known))
+    if unknown:
+      raise UserError(f'--{flag}: no {unknown[0]!r}\nchoose of {known}')
   results = [
     compare(name, int(vocabulary), given)
     for name in given.jobs
@@ -319,6 +324,7 @@ if __name__ == '__main__':
   job.define_flags()
   flags.DEFINE_string('environments', 'runs/peers', 'Folder for them.')
   flags.DEFINE_list('jobs', list(JOBS), 'Which.')
+  flags.DEFINE_list('peers', PEERS, 'Which.')
   flags.DEFINE_list('vocabularies', ['512', '32000'], 'For --vocabulary.')
   flags.DEFINE_integer('turns', 3, 'Processes of each system.', 1)
   flags.DEFINE_integer('rounds', 5, 'Timed in each process.', 1)
