@@ -241,7 +241,7 @@ def report(
     seconds: of the rounds that count.
     compiled: of `Compilations.found`, or `compile_seconds` alone.
     dtype: of the matrix products.
-    peak: as of `peak_bytes`, which it is taken from if None.
+    peak: as of `peak_bytes`; None asks it.
     **found: the benchmark's own fields.
   """
   # Before the roofline, whose arrays are large.
