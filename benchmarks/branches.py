@@ -4,7 +4,8 @@
 
 Responses and branches of them are sampled in turns, so that whatever else the
 machine does slows both down alike.  A response's time contains its share of the
-prompts' prefill, which branches do not have.  Prints one JSON line:
+prompts' prefill, which branches do not have.  Prints one JSON line; beside the
+fields of `measuring`, whose `seconds` are those of a round of branches:
 
   rows: of the decode batch, one per response, the same for both.
   tokens, branch_tokens: generated per round.
@@ -16,7 +17,6 @@ prompts' prefill, which branches do not have.  Prints one JSON line:
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import measuring
 from experiments import audit_draws, build, cli
 from jaxrl_llm import branches, estimators, rollouts, sampling
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -43,6 +44,9 @@ def measure(
     samples: G.
     wanted: how many branches, and where.
     rounds: a first one, which compiles, comes on top.
+
+  Returns:
+    What the module says, by name, and `branch_seconds` of each round.
   """
   config, model = subject.config, subject.model
   encoded = build.encode(config, subject.rows, model.tokenizer)
@@ -89,6 +93,7 @@ def measure(
       {
         'tokens': int(mask.sum()),
         'branch_tokens': int(work.tokens),
+        'branch_seconds': branch_seconds,
         'seconds_per_token': seconds / mask.sum(),
         'branch_seconds_per_token': branch_seconds / int(work.tokens),
         'utilization': mask.sum() / row_steps,
@@ -97,7 +102,12 @@ def measure(
         'prefix_bytes': slot_bytes * int(places.sum()) * wanted.samples,
       }
     )
-  return {'rows': mask.shape[0] * mask.shape[1], **_summary(found[1:])}
+  seconds = [one.pop('branch_seconds') for one in found][1:]
+  return {
+    'rows': mask.shape[0] * mask.shape[1],
+    **_summary(found[1:]),
+    'branch_seconds': seconds,
+  }
 
 
 def _time(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -125,23 +135,23 @@ def _summary(rounds: list[dict[str, float]]) -> dict[str, float]:
 def main() -> None:
   """Measures what the flags name."""
   given = flags.FLAGS
+  compilations = measuring.Compilations()
   subject = audit_draws.of_run(given.run, given.step, given.prompts)
   wanted = estimators.Branches(
     given.positions, given.branches, estimators.positions.uniform()
   )
   found = measure(subject, given.samples, wanted, given.rounds)
-  print(
-    json.dumps(
-      {
-        'benchmark': 'branches',
-        'subject': subject.title,
-        'backend': jax.default_backend(),
-        'positions': given.positions,
-        'branches': given.branches,
-        **found,
-      }
-    )
+  seconds = found.pop('branch_seconds')
+  report, _ = measuring.report(
+    'branches',
+    seconds,
+    compilations.found(),
+    subject=subject.title,
+    positions=given.positions,
+    branches=given.branches,
+    **found,
   )
+  measuring.show(report)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,5 @@
+"""The same job done by other libraries, each in an environment of its own.
+
+`benchmarks.compare_peers` starts these scripts; nothing of `jaxrl_llm` is
+imported here.
+"""
