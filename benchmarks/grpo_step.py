@@ -149,7 +149,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('samples', 4, 'G.', 2)
   flags.DEFINE_integer('prompt_tokens', 64, 'Of each prompt; even.', 2)
   flags.DEFINE_integer('new_tokens', 64, 'Of each response.', 1)
-  flags.DEFINE_integer('micro_prompts', 0, 'At one time; 0 for all.', 0)
+  flags.DEFINE_integer('micro_prompts', 4, 'At one time; 0 for all.', 0)
   flags.DEFINE_bool('remat', False, 'Computes each layer again going back.')
   flags.DEFINE_integer('warmup', 3, 'Steps that do not count.', 2)
   flags.DEFINE_integer('rounds', 9, 'Steps that do.', 1)

@@ -29,16 +29,18 @@ def choose(
   adjusted = adjust_logits(logits, decoding)
   if decoding.greedy:
     token = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    normalizer = jax.nn.logsumexp(adjusted, axis=-1)
   else:
     highest = adjusted.max(axis=-1, keepdims=True)
-    token = _inverse_cdf(jnp.exp(adjusted - highest), uniform[:, None])
+    token, total = _inverse_cdf(jnp.exp(adjusted - highest), uniform[:, None])
+    normalizer = highest[:, 0] + jnp.log(total)
   chosen = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0]
-  log_probs = chosen - jax.nn.logsumexp(adjusted, axis=-1)
+  log_probs = chosen - normalizer
   return token, head.statistics(adjusted, token).replace(log_probs=log_probs)
 
 
-def _inverse_cdf(weights: Array, uniform: Array) -> Array:
-  """Draws an index of each row in proportion to `weights`, [N, V].
+def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
+  """Draws an index of each row in proportion to `weights`, [N, V]; their sum.
 
   One uniform number per row, [N, 1], first a block of 128 tokens, then a token
   of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
@@ -53,12 +55,14 @@ def _inverse_cdf(weights: Array, uniform: Array) -> Array:
   blocks = blocks.reshape(rows, -1, _BLOCK)
   blocks = sharding.constrain(blocks, None, sharding.TENSOR, None)
   sums = blocks.sum(axis=-1)
-  target = uniform * sums.sum(axis=-1, keepdims=True)
+  total = sums.sum(axis=-1, keepdims=True)
+  target = uniform * total
   block, below = _first_above(sums, target)
   within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
   index, _ = _first_above(within, target - below)
   shard, block = jnp.divmod(block, -(-own // _BLOCK))
-  return (shard * own + block * _BLOCK + index)[:, 0].astype(jnp.int32)
+  found = shard * own + block * _BLOCK + index
+  return found[:, 0].astype(jnp.int32), total[:, 0]
 
 
 def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:

@@ -1,12 +1,11 @@
 """Prefill, decode and fork: tokens and their log-probabilities from prompts.
 
 Shapes are static: one program per (P, G, S, T), and for branches per number of
-places, branches and rows.  Decoding is a `lax.while_loop` on the device that
-ends when every row has ended.
+places, branches and rows.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import scheduling, sharding
 from jaxrl_llm.choice import choose
+from jaxrl_llm.decoding import Settings, decode_rows, is_end
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig, check_length
@@ -73,16 +73,6 @@ class Work:
   row_steps: Array
   tokens: Array
   copied: Array
-
-
-class _State(NamedTuple):
-  step: Array
-  token: Array
-  done: Array
-  tokens: Array
-  mask: Array
-  recorded: dict[str, Array]
-  cache: transformer.Cache
 
 
 _STATISTICS = 'entropy', 'score_norms'
@@ -154,20 +144,31 @@ def sample_and_keep(
   def of_rows(params, prompts, numbers, key):
     params = transformer.split_layers(params)
     segment = prefill_prompts(config, params, prompts)
-    final = _decode(
+    step, found = decode_rows(
       config,
       params,
       key,
-      transformer.new_cache(config, (segment,), numbers.size, max_tokens),
+      segment,
       jnp.repeat(last_tokens(prompts), numbers.shape[1]),
-      decoding,
-      eos_ids,
-      pad_id,
-      statistics,
       numbers.reshape(-1),
       num_prompts * samples,
+      max_tokens,
+      Settings(decoding, eos_ids, pad_id, statistics),
     )
-    return _samples(final, numbers.shape), final.cache
+    shaped = lambda x: x.reshape(*numbers.shape, -1)
+    written = Samples(
+      tokens=shaped(found.tokens),
+      mask=shaped(found.mask),
+      finished=shaped(found.done),
+      **jax.tree.map(shaped, found.recorded),
+    )
+    keys, values = found.suffix
+    suffix = transformer.Segment(
+      keys=keys, values=values, lengths=jnp.zeros_like(found.number)
+    )
+    return written, transformer.Cache(
+      prefixes=(segment.split(),), suffix=suffix, index=step
+    )
 
   run = sharding.over_rows(
     of_rows, (P(), P(rows[0]), rows, P()), (rows, _cache_spec(rows))
@@ -330,7 +331,7 @@ def _branch_step(
   logits = transformer.logits(config, params, hidden[:, 0])
   place = now.branch, now.index - now.start
   token, found = choose(logits, uniform.at[place].get(mode='clip'), decoding)
-  ended = _is_end(token, eos_ids) | (now.index + 1 == suffix.capacity)
+  ended = is_end(token, eos_ids) | (now.index + 1 == suffix.capacity)
   new = {'tokens': token, **found}
   written = {
     name: buffer.at[place].set(new[name], mode='drop')
@@ -350,15 +351,11 @@ def _until_end(
   budget = jnp.where(positions >= 1, max_tokens - positions, 0)
   slot = jnp.arange(tokens.shape[-1])[None, None, None, None]
   inside = jnp.broadcast_to(slot < budget[..., None, None], tokens.shape)
-  ends = inside & _is_end(tokens, eos_ids)
+  ends = inside & is_end(tokens, eos_ids)
   finished = ends.any(axis=-1, keepdims=True)
   end = jnp.argmax(ends, axis=-1, keepdims=True)
   mask = inside & ((slot <= end) | ~finished)
   return Samples(mask=mask, finished=finished, **written)
-
-
-def _is_end(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
-  return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
 
 
 def _check_statistics(statistics: tuple[str, ...]) -> None:
@@ -367,81 +364,3 @@ def _check_statistics(statistics: tuple[str, ...]) -> None:
     raise UserError(
       f'statistics {unknown} are not kept; choose of {list(_STATISTICS)}'
     )
-
-
-def _decode(
-  config: ModelConfig,
-  params,
-  key: Array,
-  cache: transformer.Cache,
-  first: Array,
-  decoding: Decoding,
-  eos_ids: tuple[int, ...],
-  pad_id: int,
-  statistics: tuple[str, ...],
-  numbers: Array,
-  total: int,
-) -> _State:
-  """Decodes rows behind a cache until each has ended or filled its suffix.
-
-  Args:
-    first: [B] int32, the first input of each row.
-    numbers: [B] int32, which of the `total` rows of all devices these are.
-  """
-  rows, capacity = first.shape[0], cache.suffix.capacity
-
-  def decode(state: _State) -> _State:
-    hidden, cache = transformer.apply(
-      config, params, state.token[:, None], state.cache
-    )
-    logits = transformer.logits(config, params, hidden[:, 0])
-    step_key = jax.random.fold_in(key, state.step)
-    uniform = jax.random.uniform(step_key, (total,))[numbers]
-    token, found = choose(logits, uniform, decoding)
-    writes = ~state.done
-    token = jnp.where(writes, token, pad_id)
-    return _State(
-      step=state.step + 1,
-      token=token,
-      done=state.done | (writes & _is_end(token, eos_ids)),
-      tokens=_write(state.tokens, token, state.step),
-      mask=_write(state.mask, writes, state.step),
-      recorded={
-        name: _write(buffer, jnp.where(writes, found[name], 0.0), state.step)
-        for name, buffer in state.recorded.items()
-      },
-      cache=cache,
-    )
-
-  return jax.lax.while_loop(
-    lambda state: (state.step < capacity) & ~state.done.all(),
-    decode,
-    _State(
-      step=jnp.int32(0),
-      token=first,
-      done=jnp.zeros(rows, bool),
-      tokens=jnp.full((rows, capacity), pad_id, jnp.int32),
-      mask=jnp.zeros((rows, capacity), bool),
-      recorded={
-        name: jnp.zeros((rows, capacity), jnp.float32)
-        for name in ('log_probs', *statistics)
-      },
-      cache=cache,
-    ),
-  )
-
-
-def _samples(state: _State, shape: tuple[int, ...]) -> Samples:
-  shaped = lambda x: x.reshape(*shape, -1)
-  return Samples(
-    tokens=shaped(state.tokens),
-    mask=shaped(state.mask),
-    finished=shaped(state.done),
-    **jax.tree.map(shaped, state.recorded),
-  )
-
-
-def _write(buffer: Array, column: Array, step: Array) -> Array:
-  return jax.lax.dynamic_update_slice_in_dim(
-    buffer, column[:, None].astype(buffer.dtype), step, axis=1
-  )
