@@ -112,7 +112,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       membership.fail(1, traceback.print_exc)
 
   # Making data and tracing programs allocate hundreds of thousands of objects
-  # that stay: at Python's 700, a tenth of the start goes into looking at them.
+  # that stay: with Python's 700 a tenth of the start goes into looking at them.
   gc.set_threshold(50_000, 10, 10)
   # What is wrong with a configuration is said once, by `_parse`.
   logging.set_verbosity(logging.ERROR)

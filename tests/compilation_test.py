@@ -53,12 +53,11 @@ def test_a_run_compiles_at_its_beginnings_alone():
   assert (records[0]['compile_time'] > 0) and not records[1]['compile_time']
 
 
+# With prompts of one length `reinforcement_test` asserts it, of TRePO and PPO.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'algorithm',
-  [
-    dict(name='trepo', count=2, samples=2),
-    pytest.param(dict(name='ppo'), marks=pytest.mark.slow),
-  ],
+  [dict(name='trepo', count=2, samples=2), dict(name='ppo')],
   ids=lambda algorithm: algorithm['name'],
 )
 def test_a_repeated_step_compiles_nothing(algorithm):

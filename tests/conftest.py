@@ -1,5 +1,6 @@
 """What every test shares: strict JAX settings and the optional real data."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -17,6 +18,14 @@ jax.config.update('jax_platforms', 'cpu')
 # Compiling takes most of the time of models as small as the tests'.  What is
 # measured as users run it asks for `optimized`.
 jax.config.update('jax_disable_most_optimizations', True)
+# XLA reads it when the first program is compiled.  Without optimisation its
+# older emitters of fused loops take a quarter of the time.
+os.environ['XLA_FLAGS'] = (
+  f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
+)
+
+# As scripts do: tests trace even more programs.
+gc.set_threshold(50_000, 10, 10)
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 

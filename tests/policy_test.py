@@ -1,5 +1,7 @@
 """The policy's distribution against transformers', its scores against torch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,10 +201,14 @@ def test_scores_and_gradients_are_those_of_plain_rows():
     ]
     return (weights * (log_probs + 0.3 * entropy)).sum(), (log_probs, entropy)
 
-  gradient, (log_probs, entropy) = jax.jit(jax.grad(shared, has_aux=True))(
+  # One gradient of Gemma's is ill-conditioned: it is rounded as for users.
+  program = functools.partial(
+    jax.jit, compiler_options={'xla_cpu_use_fusion_emitters': True}
+  )
+  gradient, (log_probs, entropy) = program(jax.grad(shared, has_aux=True))(
     params
   )
-  expected, dense = jax.jit(jax.grad(plain, has_aux=True))(params)
+  expected, dense = program(jax.grad(plain, has_aux=True))(params)
   assert log_probs.min() < -4 and log_probs.max() > -1.5
   # Rounding: some 20 units in the last place of log-probabilities of −10.
   np.testing.assert_allclose(log_probs, dense[0], atol=2e-5)

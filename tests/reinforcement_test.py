@@ -10,6 +10,7 @@ import pytest
 from experiments import build, checks, reinforcement, runs
 from experiments.configs import quickstart
 from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm.compilation import Meter
 from jaxrl_llm.rewards import RewardPart, Workers
 
 CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
@@ -182,6 +183,10 @@ def test_a_step_with_branches(setting):
   assert result.tokens == mask.sum() + extra
   assert result.metrics['branches/forks'] == forks
   assert 0 < result.metrics['branches/utilization'] <= 1
+  compiled = Meter()
+  for step in (1, 2):
+    result = rl.step(result.state, step)
+  assert compiled.take().programs == 0
 
 
 @pytest.mark.slow
@@ -216,15 +221,20 @@ WITH_CRITIC = {
   params=['ppo', pytest.param('vapo', marks=pytest.mark.slow)],
 )
 def actor_critic(request, setting):
-  """(name, phase, its first state on the host, three results)."""
+  """(name, phase, its first state on the host, three results).
+
+  Of their timings only how many programs were compiled.
+  """
   algorithm, section = WITH_CRITIC[request.param]
   rl, state = begin(setting, algorithm, section)
   # Before an update: a step takes the state over.
-  start, results = jax.tree.map(np.array, state), []
+  start, results, compiled = jax.tree.map(np.array, state), [], Meter()
   for step in range(3):
     result = rl.step(state, step)
     state = result.state
-    results.append(result._replace(state=jax.tree.map(np.array, state)))
+    host = jax.tree.map(np.array, state)
+    timings = {'programs': compiled.take().programs}
+    results.append(result._replace(state=host, timings=timings))
   return request.param, rl, start, results
 
 
@@ -256,6 +266,12 @@ def test_steps_with_a_critic(actor_critic):
   assert results[2].metrics['critic/value_mean'] != 0.0
   rate = results[int(late)].metrics['learning_rate']
   assert rate == pytest.approx(2e-4 / 10)
+
+
+def test_steps_with_a_critic_compile_once(actor_critic):
+  programs = [result.timings['programs'] for result in actor_critic[3]]
+  # After the critic's warm-up the policy's schedule is one more.
+  assert programs[0] and programs[1] <= 1 and not programs[2]
 
 
 def test_an_adaptive_kl_named_in_a_configuration(actor_critic):

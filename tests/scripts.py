@@ -25,7 +25,8 @@ context.set_forkserver_preload(
     'experiments.reinforcement',
     'experiments.held_out',
     'matplotlib.pyplot',
-    'tensorboardX',
+    'orbax.checkpoint.v1',
+    'scipy.special',
     'transformers.models.auto.tokenization_auto',
     'transformers.models.llama.configuration_llama',
   ]
