@@ -152,58 +152,22 @@ def test_without_a_checkpoint_all_records_go(tmp_path):
   assert [r['step'] for r in logging.read_metrics(tmp_path / FILES[0])] == [1]
 
 
-def events(folder):
-  """The events of a folder of one file, checksums verified."""
+def test_tensorboard_holds_the_scalars(tmp_path):
   from tensorboardX.proto.event_pb2 import Event
-  from tensorboardX.record_writer import masked_crc32c
 
-  (path,) = folder.iterdir()
-  assert path.name.startswith('events.out.tfevents.')
-  content = path.read_bytes()
+  write_steps(tmp_path, [1, 2])
+  (path,) = (tmp_path / 'tb').iterdir()
+  content, found = path.read_bytes(), {}
   while content:
     # A TFRecord: length, its checksum, the event, its checksum.
     size = int.from_bytes(content[:8], 'little')
-    event = content[12 : 12 + size]
-    for checked, at in ((content[:8], 8), (event, 12 + size)):
-      found = int.from_bytes(content[at : at + 4], 'little')
-      assert found == masked_crc32c(checked)
-    yield Event.FromString(event)
+    event = Event.FromString(content[12 : 12 + size])
     content = content[16 + size :]
-
-
-def test_tensorboard_holds_the_scalars(tmp_path):
-  write_steps(tmp_path, [1, 2, 200])
-  first, start, *steps = events(tmp_path / 'tb')
-  assert first.file_version == 'brain.Event:2'
-  assert (start.session_log.status, start.step) == (1, 0)
-  found = {
-    (value.tag, event.step): value.simple_value
-    for event in steps
-    for value in event.summary.value
-  }
+    for value in event.summary.value:
+      found[value.tag, event.step] = value.simple_value
   assert found['reward', 2] == pytest.approx(2 / 7)
   assert found['timings/step_time', 1] == pytest.approx(0.1)
-  assert {step for _, step in found} == {1, 2, 200}
   assert {tag for tag, _ in found} == {'reward', 'n', 'timings/step_time'}
-
-
-def test_tensorboard_holds_what_float32_does_not(tmp_path):
-  numbers = dict(é=1e300, b=-1e300, c=float('nan'), d=float('inf'), e=-1.5)
-  with logging.MetricsWriter(tmp_path) as writer:
-    writer.write(1, numbers)
-  *_, event = events(tmp_path / 'tb')
-  found = {value.tag: value.simple_value for value in event.summary.value}
-  expected = [np.inf, -np.inf, np.nan, np.inf, -1.5]
-  np.testing.assert_array_equal([found[name] for name in numbers], expected)
-
-
-def test_a_resumed_run_tells_tensorboard_what_to_drop(tmp_path):
-  write_steps(tmp_path, [1, 2])
-  (tmp_path / 'tb').rename(tmp_path / 'before')
-  with logging.MetricsWriter(tmp_path, resume_step=1):
-    pass
-  _, start = events(tmp_path / 'tb')
-  assert (start.session_log.status, start.step) == (1, 2)
 
 
 def test_a_full_disk_is_said(tmp_path):

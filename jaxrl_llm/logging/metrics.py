@@ -1,9 +1,9 @@
 """Numbers per step: JSON lines for programs, TensorBoard for eyes."""
 
+import logging
 import pathlib
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.event_files import EventFile
 from jaxrl_llm.logging.records import RecordFile, cut, number, read_records
 
 
@@ -27,20 +27,25 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir, resume_step: int | None = None):
+    from tensorboardX import SummaryWriter
+
     workdir = pathlib.Path(workdir)
     paths = [workdir / f'{name}.jsonl' for name in ('metrics', 'timings')]
     try:
       cut(paths[0], resume_step, complete=True)
       cut(paths[1], resume_step)
       self._metrics, self._timings = map(RecordFile, paths)
-      self._board = EventFile(
-        workdir / 'tb', 0 if resume_step is None else resume_step + 1
+      self._board = SummaryWriter(
+        str(workdir / 'tb'),
+        purge_step=0 if resume_step is None else resume_step + 1,
       )
     except OSError as error:
       raise UserError(
         f'Records cannot be written in {workdir}: {error.strerror}.\n'
         'Make room or change its permissions, then resume.'
       ) from error
+    # It would say at every NaN that there is one; the record says it already.
+    logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)
     self._last = resume_step
 
   def write(self, step: int, metrics: dict, timings: dict | None = None):
@@ -67,8 +72,8 @@ class MetricsWriter:
       self._timings.write({'step': step, **timings})
     self._last = step
     timings = {f'timings/{name}': value for name, value in timings.items()}
-    scalars = {**metrics, **timings}.items()
-    self._board.write(step, {name: float(value) for name, value in scalars})
+    for name, value in {**metrics, **timings}.items():
+      self._board.add_scalar(name, float(value), step)
 
   def sync(self) -> None:
     """Returns when every record is on the disk.
@@ -77,6 +82,7 @@ class MetricsWriter:
     """
     self._metrics.sync()
     self._timings.sync()
+    self._board.flush()
 
   def close(self) -> None:
     self._metrics.close()
