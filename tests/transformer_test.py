@@ -53,6 +53,20 @@ def test_logits_equal_torch(loaded, name):
 
 
 @pytest.mark.parametrize('name', tiny_models.STRUCTURES)
+def test_parameters_as_sampling_reads_them_give_torchs_logits(loaded, name):
+  model, config, params = loaded(name)
+  tokens = random_tokens(2, 12)
+  expected = tiny_models.torch_logits(model, tokens)
+  layout = transformer.sampling_layout(config, params)
+  # Projections are joined: query, key and value, and gate and up.
+  assert len(layout['layers']) == config.num_layers
+  assert 'query' not in layout['layers'][0]['attention']
+  hidden, _ = apply(config, layout, tokens)
+  ours = logits(config, layout, hidden)
+  np.testing.assert_allclose(ours, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize('name', tiny_models.STRUCTURES)
 def test_prompt_shared_then_decoded_then_forked(loaded, name):
   """[prompt, shared by 4 | response, shared by 2 | own tokens] of 8 rows."""
   model, config, params = loaded(name)
