@@ -59,7 +59,8 @@ def test_the_walk_sees_the_package():
 
 
 SAMPLER = tuple(
-  f'jaxrl_llm.{name}' for name in ('policy', 'choice', 'scheduling', 'sampling')
+  f'jaxrl_llm.{name}'
+  for name in ('policy', 'choice', 'scheduling', 'decoding', 'sampling')
 )
 
 

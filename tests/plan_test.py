@@ -126,7 +126,10 @@ def test_flops_are_as_counted_by_hand(planned):
   for name in ('sample', 'score', 'update'):
     found = program(planned, name)
     share = found['computed'] * 8 / found['asked']
-    assert 1.0 <= share < 1.6, name
+    # Of the prompts' last layer sampling needs the keys and values alone: XLA
+    # leaves the rest out, up to a layer's share of the prefill.
+    least = 1.0 - (prefill / L / sample['asked'] if name == 'sample' else 0.0)
+    assert least <= share < 1.6, name
 
 
 def test_programs_of_an_iteration(planned):

@@ -115,14 +115,11 @@ def gradient(tree: Any) -> int:
   )
 
 
-def held_cache(module: hlo.Module, layers: int) -> int:
+def held_cache(module: hlo.Module) -> int:
   """Bytes of keys and values that the loop of a decoding program holds.
 
-  They are the only arrays of five dimensions, layers first, in its state.
-
-  Args:
-    module: the program.
-    layers: of the model.
+  They are the only arrays of four dimensions in its state.  Of several loops,
+  the later ones for fewer rows, the one that holds most counts.
   """
   found = [0]
   for instruction in module.computations[module.entry].values():
@@ -130,7 +127,7 @@ def held_cache(module: hlo.Module, layers: int) -> int:
       arrays = [
         array
         for array in hlo.arrays(instruction.type)
-        if len(hlo.shape(array)) == 5 and hlo.shape(array)[0] == layers
+        if len(hlo.shape(array)) == 4
       ]
       found.append(sum(map(hlo.size, arrays)))
   return max(found)

@@ -329,8 +329,7 @@ class Plan:
     spent = time.perf_counter() - start
     module = hlo.parse(compiled.as_text())
     if cache is None:
-      layers = self.iteration.config.num_layers
-      cache = memory.held_cache(module, layers) if steps else 0
+      cache = memory.held_cache(module) if steps else 0
     sent = collectives.find(module, steps)
     asked = flops.of_jaxpr(traced.jaxpr, steps)
     # What kernels compute only the trace tells.
