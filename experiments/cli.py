@@ -46,6 +46,8 @@ def define_process_flags() -> None:
 def join_processes() -> None:
   """Joins the processes that the flags or a launcher tell.
 
+  Several have a compilation cache only where the user has named its folder.
+
   Raises:
     UserError: as `membership.initialize`.
   """
@@ -53,6 +55,8 @@ def join_processes() -> None:
   membership.initialize(
     values.coordinator, values.num_processes, values.process_id
   )
+  if distributed.count() > 1:
+    compilation_cache.leave()
 
 
 def config() -> ConfigDict:

@@ -36,7 +36,7 @@ def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
   `JAX_ENABLE_COMPILATION_CACHE=0`.  The other variables of JAX's cache hold,
   too; `JAX_COMPILATION_CACHE_MAX_SIZE` takes the place of `limit`.
 
-  Several processes may use one folder at a time.
+  Several runs may use one folder at a time.
 
   Args:
     folder: where; None for `default_folder()`.
@@ -71,6 +71,18 @@ def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
   jax.config.update('jax_compilation_cache_max_size', -1)
   jax.config.update('jax_compilation_cache_dir', str(folder))
   return None
+
+
+def leave() -> None:
+  """Takes back what `use` said, before anything is compiled.
+
+  For one of several processes, of which JAX lets only the first write: where
+  each has a disk of its own, the others would go on compiling what the first
+  one reads, and some compilers work on a program together.
+  """
+  with contextlib.suppress(OSError):
+    if jax.config.jax_compilation_cache_dir == str(default_folder()):
+      jax.config.update('jax_compilation_cache_dir', None)
 
 
 def default_folder() -> pathlib.Path:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scripts
 
 from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
@@ -284,7 +285,7 @@ print('done', jax.device_count())
 
 
 def test_other_topologies(tmp_path):
-  flags = '--xla_force_host_platform_device_count=8'
+  flags = scripts.xla_flags(devices=8)
   result = run_script(TOPOLOGIES, tmp_path, XLA_FLAGS=flags)
   assert result.stdout == 'done 8\n', result.stderr
   script = """

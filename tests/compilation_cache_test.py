@@ -121,6 +121,18 @@ def test_without_a_home(monkeypatch, unset):
   assert told.endswith('the home folder is not known')
 
 
+def test_several_processes_leave_it(monkeypatch, tmp_path, unset):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert compilation_cache.use() is None
+  folder = str(compilation_cache.default_folder())
+  assert jax.config.jax_compilation_cache_dir == folder
+  compilation_cache.leave()
+  assert jax.config.jax_compilation_cache_dir is None
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'own'))
+  compilation_cache.leave()
+  assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'own')
+
+
 def test_folder_of_the_user(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   first = compilation_cache.default_folder()

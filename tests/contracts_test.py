@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import scripts
 from loops import make_program, quick_jit
 from toys import (
   GROUP_BASED,
@@ -418,7 +419,7 @@ def test_one_response_per_prompt_is_enough_without_a_group():
 def on_four_devices(folder):
   """All recipes in a process of four devices, sharded over prompts."""
   out = folder / 'sharded.npz'
-  flags = '--xla_force_host_platform_device_count=4'
+  flags = scripts.xla_flags(devices=4)
   environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
   command = [sys.executable, __file__, str(out)]
   subprocess.run(command, env=environment, check=True, timeout=300)

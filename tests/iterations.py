@@ -10,7 +10,9 @@ import json
 import os
 import sys
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+import scripts
+
+os.environ['XLA_FLAGS'] = scripts.xla_flags(devices=8)
 
 import jax
 import jax.numpy as jnp

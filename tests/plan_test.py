@@ -18,8 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A plan for 8 devices of the CPU, which stand in for a machine of 8 GPUs.
 PROGRAM = """
-import json, os, sys
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+import json
 import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_disable_most_optimizations', True)
@@ -61,6 +60,7 @@ def run(algorithm):
   done = subprocess.run(
     [sys.executable, '-c', PROGRAM.replace('ALGORITHM', algorithm)],
     cwd=ROOT,
+    env=os.environ | {'XLA_FLAGS': scripts.xla_flags(devices=8)},
     capture_output=True,
     text=True,
     check=False,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripts
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import sharding
@@ -113,7 +114,7 @@ def test_without_a_mesh_nothing_happens():
 def in_eight_devices(script: str, *arguments: str, timeout: float = 600):
   """Standard output of a script in a process of eight devices."""
   environment = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'XLA_FLAGS': scripts.xla_flags(devices=8),
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': os.pathsep.join([str(FOLDER.parent), str(FOLDER)]),
   }
