@@ -17,6 +17,8 @@ ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
+# Rows of a product of a decode step, at most.
+_FEW_ROWS = 64
 EVERYTHING = 2**30  # a window wider than any text
 # Projections of the same input, and what their columns side by side are called.
 JOINED = 'joined'
@@ -107,12 +109,31 @@ class Dense(nn.Module):
     kernel = self.param('kernel', normal, shape, self.param_dtype)
     # Cast first: half the bytes are gathered.
     kernel = sharding.constrain(kernel.astype(dtype), *self.axes)
-    y = jnp.dot(x.astype(dtype), kernel)
+    y = _multiply(x.astype(dtype), kernel)
     if self.bias:
       zeros = nn.initializers.zeros_init()
       bias = self.param('bias', zeros, (self.features,), self.param_dtype)
       y = y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     return y
+
+
+def _multiply(x, kernel):
+  """x [B, T, in] · kernel [in, out]."""
+  if x.ndim != 3 or x.shape[0] * x.shape[1] > _FEW_ROWS:
+    return jnp.dot(x, kernel)
+  return jax.lax.platform_dependent(
+    x, kernel, cpu=_multiply_few, default=jnp.dot
+  )
+
+
+def _multiply_few(x, kernel):
+  """The same of few rows on a CPU, in two thirds of the time.
+
+  XLA's product is faster there where the rows are the last dimension, and
+  without the barrier it would take their transposition back.
+  """
+  rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+  return jnp.einsum('in,io->no', rows, kernel).reshape(*x.shape[:-1], -1)
 
 
 def join(layer):
