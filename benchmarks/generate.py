@@ -65,6 +65,13 @@ class Sampler:
 def main() -> None:
   """Measures what the flags name."""
   given = flags.FLAGS
+  job.use_devices()
+  with jax.set_mesh(sharding.make_mesh(data=-1, fsdp=1)):
+    measure(given)
+
+
+def measure(given) -> None:
+  """Measures on the present mesh what the flags name."""
   compilations = measuring.Compilations()
   shape = job.shape()
   sampler = Sampler(

@@ -43,7 +43,9 @@ def configuration(
   """
   config = base.get_config()
   config.steps = given.warmup + given.rounds
-  config.model.update(path=str(model), dtype=dtype, remat=given.remat)
+  config.model.update(
+    path=str(model), dtype=dtype, remat=given.remat, unroll=given.unroll
+  )
   config.task = dict(
     name='jsonl',
     train=str(data / 'train.jsonl'),
@@ -52,10 +54,11 @@ def configuration(
   config.prompts.max_tokens = given.prompt_tokens
   config.rewards = dict(vowels=dict(name='benchmarks.reward:vowels'))
   config.algorithm = dict(name='grpo', kl=0.0)
+  config.mesh.update(data=-1, fsdp=1)
   config.rollout.update(
     prompts=given.prompts, samples=given.samples, max_tokens=given.new_tokens
   )
-  config.training.micro_prompts = given.micro_prompts
+  config.training.update(micro_prompts=given.micro_prompts, chunk=given.chunk)
   config.optimizer = base.optimizer(1e-5)
   # Of the run's start and end alone; no step that counts waits for them.
   config.evaluation.update(every=10**6, prompts=8, batch=8)
@@ -102,6 +105,7 @@ def run(model: pathlib.Path, dtype: str, given) -> dict[str, list[float]]:
 def main() -> None:
   """Measures what the flags name."""
   given = flags.FLAGS
+  job.use_devices()
   compilations = measuring.Compilations()
   shape = job.shape()
   times = run(job.folder(shape, given.models), shape.dtype, given)
@@ -150,6 +154,8 @@ if __name__ == '__main__':
   flags.DEFINE_integer('prompt_tokens', 64, 'Of each prompt; even.', 2)
   flags.DEFINE_integer('new_tokens', 64, 'Of each response.', 1)
   flags.DEFINE_integer('micro_prompts', 4, 'At one time; 0 for all.', 0)
+  flags.DEFINE_integer('chunk', 256, 'Positions whose logits exist.', 1)
+  flags.DEFINE_integer('unroll', 1, 'Layers per step of their scan.', 1)
   flags.DEFINE_bool('remat', False, 'Computes each layer again going back.')
   flags.DEFINE_integer('warmup', 3, 'Steps that do not count.', 2)
   flags.DEFINE_integer('rounds', 9, 'Steps that do.', 1)

@@ -45,13 +45,24 @@ class Shape(NamedTuple):
 
 
 def define_flags() -> None:
-  """Defines a flag for each field of `Shape`, and the folder for models."""
+  """Defines flags: each field of `Shape`, folder for models, CPU devices."""
+  flags.DEFINE_integer(
+    'devices', 1, 'That the CPU counts as; rows are spread over them.', 1
+  )
   flags.DEFINE_string('models', 'runs/benchmarks', 'Folder of the models.')
   for name, default in Shape()._asdict().items():
     define = flags.DEFINE_string
     if isinstance(default, int):
       define = flags.DEFINE_integer
     define(name, default, 'Of the model.')
+
+
+def use_devices() -> None:
+  """Makes the CPU as many devices as the flag says: call it before any array.
+
+  XLA computes small arrays on one core per device.
+  """
+  jax.config.update('jax_num_cpu_devices', flags.FLAGS.devices)
 
 
 def shape() -> Shape:

@@ -405,6 +405,7 @@ def model_settings(config) -> dict[str, Any]:
   return {
     'dtype': config.dtype,
     'remat': config.remat,
+    'unroll': config.unroll,
     'attention': config.attention,
   }
 

@@ -11,6 +11,7 @@ from experiments.configs import base
 from jaxrl_llm import estimators as est
 from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import families
 from jaxrl_llm.rewards import Workers
 
 REWARDS = """
@@ -40,6 +41,11 @@ def config():
   config.algorithm = dict(name='grpo')
   config.rewards = dict(match=dict(name='exact_match'))
   return config.lock()
+
+
+def test_what_a_run_sets_of_a_model_is_no_other_model(config):
+  """Else a checkpoint could not be exported after it."""
+  assert set(build.model_settings(config.model)) <= set(families.RUN_FIELDS)
 
 
 def test_reward_from_a_users_file(config, tmp_path):

@@ -158,7 +158,10 @@ def shared_loss(config, params, prompts, lengths, tokens):
   return jnp.square(transformer.logits(config, params, hidden)).sum()
 
 
-def test_gradient_through_a_shared_prompt(params):
+@pytest.mark.parametrize(
+  'how', [dict(remat=True), dict(unroll=2), dict(unroll=2, remat=True)]
+)
+def test_gradient_through_a_shared_prompt(how, params):
   """Equals the gradient of whole texts, the prompt's repeated per row."""
   prompts, tokens = random_tokens(2, 4) % 11, random_tokens(6, 3) % 11
   lengths = np.array([4, 4])
@@ -171,7 +174,7 @@ def test_gradient_through_a_shared_prompt(params):
 
   config = make_config()
   expected = jax.jit(jax.grad(functools.partial(whole, config)))(params)
-  loss = functools.partial(shared_loss, make_config(remat=True))
+  loss = functools.partial(shared_loss, make_config(**how))
   got = jax.jit(jax.grad(loss))(params, prompts, lengths, tokens)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -182,9 +185,10 @@ def test_gradient_through_a_shared_prompt(params):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('optimized')
-def test_remat_needs_less_memory():
+@pytest.mark.parametrize('unroll', [1, 8])
+def test_remat_needs_less_memory(unroll):
   def temporary(remat):
-    config = make_config(num_layers=8, remat=remat)
+    config = make_config(num_layers=8, remat=remat, unroll=unroll)
     params = jax.eval_shape(
       lambda key: transformer.init(config, key), jax.random.key(0)
     )
@@ -200,7 +204,7 @@ def test_remat_needs_less_memory():
 
 def generation_memory(prompt_length, length, rows=32):
   """Temporary bytes of a while loop of decoding steps behind 2 prompts."""
-  config = make_config(num_layers=8, head_dim=32)
+  config = make_config(num_layers=3, head_dim=32)
 
   def generate(params, prompt):
     cache = transformer.new_cache(config, (prompt,), rows, length)

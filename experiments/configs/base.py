@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
         dtype='float32',  # of matrix products: 'float32' or 'bfloat16'
         param_dtype='float32',
         remat=False,
+        unroll=1,  # layers per step of the scan over them
         # Kernel of training and scoring: 'auto', 'xla', 'splash' or 'cudnn'.
         attention='auto',
       ),

@@ -63,6 +63,9 @@ class ModelConfig:
     dtype: of matrix products and the residual stream, 'float32' or
       'bfloat16'.  Norms, softmax and logits are float32 in any case.
     remat: recompute each layer in the backward pass instead of storing it.
+    unroll: layers per step of the scan of training and scoring, as of
+      `jax.lax.scan`: with all of them nothing is stacked or picked out of a
+      stack, and every layer is compiled.
     attention: one of `ATTENTION`: which kernel training and scoring use;
       'auto' is that of the platform (`kernels.choose`).
     family: the checkpoint format, one of `FAMILIES`.
@@ -99,6 +102,7 @@ class ModelConfig:
   tied: bool = False
   dtype: str = 'float32'
   remat: bool = False
+  unroll: int = 1
   attention: str = 'auto'
   family: str = 'llama'
   rope: Rope | None = Rope()

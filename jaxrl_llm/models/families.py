@@ -45,7 +45,7 @@ UNSUPPORTED = {
 }
 # Fields that may differ between a checkpoint and a run: they change neither
 # a parameter nor the function computed from them.
-RUN_FIELDS = ('dtype', 'remat', 'attention', 'max_length')
+RUN_FIELDS = 'dtype', 'remat', 'unroll', 'attention', 'max_length'
 
 
 def read(raw: dict, **overrides) -> ModelConfig:

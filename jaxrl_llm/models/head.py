@@ -38,7 +38,8 @@ def token_statistics(
     ‖∂ log p(token) / ∂ adjusted logits‖² = 1 − 2 p(token) + Σᵥ p(v)²
 
   Logits exist for `chunk` positions at a time, forward and backward: the
-  backward pass recomputes them.  The head's gradient adds up in float32.
+  backward pass recomputes them, unless they are of one chunk, which costs no
+  more memory.  The head's gradient adds up in float32.
 
   Args:
     config: static.
@@ -73,6 +74,13 @@ def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
   shape, count = tokens.shape, tokens.size
   chunk = min(chunk, max(count, 1))
   chunks = max(-(-count // chunk), 1)
+  measure = jax.checkpoint(
+    lambda logits, tokens: statistics(adjust(logits, tokens), tokens)
+  )
+  if chunks == 1:
+    flat = hidden.reshape(count, -1), tokens.reshape(count)
+    found = measure(to_logits(flat[0]), flat[1])
+    return jax.tree.map(lambda x: x.reshape(shape), found)
   pad = chunks * chunk - count
   width = hidden.shape[-1]
   hidden = jnp.pad(hidden.reshape(count, width), ((0, pad), (0, 0)))
@@ -81,7 +89,7 @@ def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
 
   @jax.checkpoint
   def step(hidden, tokens):
-    return statistics(adjust(to_logits(hidden), tokens), tokens)
+    return measure(to_logits(hidden), tokens)
 
   _, found = jax.lax.scan(lambda _, x: (None, step(*x)), None, (hidden, tokens))
   return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), found)

@@ -270,13 +270,15 @@ class Decoder(nn.Module):
     )
     layer = layers.Layer
     if config.remat:
-      layer = nn.remat(layer, prevent_cse=False)
+      # Unrolled, XLA would find both computations of a layer side by side.
+      layer = nn.remat(layer, prevent_cse=config.unroll > 1)
     scan = nn.scan(
       layer,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=config.num_layers,
+      unroll=config.unroll,
     )
     stack = scan(config, self.param_dtype, self.emit, name='layers')
     return stack(x, per_layer, context)
