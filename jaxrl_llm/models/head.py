@@ -78,7 +78,7 @@ def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
     lambda logits, tokens: statistics(adjust(logits, tokens), tokens)
   )
   if chunks == 1:
-    flat = hidden.reshape(count, -1), tokens.reshape(count)
+    flat = hidden.reshape(count, hidden.shape[-1]), tokens.reshape(count)
     found = measure(to_logits(flat[0]), flat[1])
     return jax.tree.map(lambda x: x.reshape(shape), found)
   pad = chunks * chunk - count

@@ -50,6 +50,9 @@ def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> Flops:
       if not _has_dots(body):
         return np.zeros(2)
       return (left.pop(0) if left else 0) * count(body)
+    if name == 'cond':
+      # One of the branches is executed: the dearest, to be safe.
+      return np.max([count(x) for x in equation.params['branches']], axis=0)
     found = sum(map(count, _inner(equation)), np.zeros(2))
     if name == 'pallas_call':
       found = np.repeat(found[:1], 2)
