@@ -66,22 +66,20 @@ def main() -> None:
   """Measures what the flags name."""
   given = flags.FLAGS
   job.use_devices()
-  with jax.set_mesh(sharding.make_mesh(data=-1, fsdp=1)):
-    measure(given)
-
-
-def measure(given) -> None:
-  """Measures on the present mesh what the flags name."""
   compilations = measuring.Compilations()
   shape = job.shape()
-  sampler = Sampler(
-    job.folder(shape, given.models),
-    shape.dtype,
-    given.prompt_tokens,
-    given.new_tokens,
-  )
-  texts = job.prompts(given.prompts, given.prompt_tokens)
-  rounds = measuring.repeat(lambda number: sampler(texts, number), given.rounds)
+  with jax.set_mesh(sharding.make_mesh(data=-1, fsdp=1)):
+    sampler = Sampler(
+      job.folder(shape, given.models),
+      shape.dtype,
+      given.prompt_tokens,
+      given.new_tokens,
+    )
+    texts = job.prompts(given.prompts, given.prompt_tokens)
+    rounds = measuring.repeat(
+      lambda number: sampler(texts, number), given.rounds
+    )
+  # Outside of the mesh: of one device, whose large products take all cores.
   found, roofline = measuring.report(
     'generate',
     rounds.seconds,
@@ -89,6 +87,7 @@ def measure(given) -> None:
     shape.dtype,
     recompiled=compilations.between(rounds.start, rounds.end),
     shape=shape._asdict(),
+    devices=given.devices,
     prompts=given.prompts,
     prompt_tokens=given.prompt_tokens,
     new_tokens=given.new_tokens,

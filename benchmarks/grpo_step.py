@@ -117,6 +117,7 @@ def main() -> None:
     shape.dtype,
     recompiled=compilations.between(calls[0], calls[-1]),
     shape=shape._asdict(),
+    devices=given.devices,
     prompts=given.prompts,
     samples=given.samples,
     prompt_tokens=given.prompt_tokens,

@@ -12,7 +12,10 @@ T, EOS = 128, (4,)
 score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
 
 
-@pytest.mark.parametrize('prompts, samples', [(64, 1), (16, 4)])
+@pytest.mark.parametrize(
+  'prompts, samples',
+  [(64, 1), pytest.param(16, 4, marks=pytest.mark.slow)],
+)
 def test_rows_that_go_on_alone_are_sampled_as_before(prompts, samples):
   config, params = toys.make_policy('llama', max_length=160)
   given = toys.make_prompts([1 + i % 5 for i in range(prompts)])

@@ -45,6 +45,7 @@ def measured():
   return memory.measure_all(get_config(), ['grpo:kl=0.0', 'trepo', 'ppo'])
 
 
+@pytest.mark.slow
 def test_trepo_takes_what_grpo_takes(measured):
   grpo, trepo, ppo = measured.values()
   assert 0.99 <= trepo.peak / grpo.peak <= 1.01
@@ -52,6 +53,7 @@ def test_trepo_takes_what_grpo_takes(measured):
   assert ppo.peak - grpo.peak > 4 * grpo.parameters
 
 
+@pytest.mark.slow
 def test_bytes_are_as_counted_by_hand(measured):
   grpo, trepo, ppo = measured.values()
   by_hand = 4 * count(get_config())
