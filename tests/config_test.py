@@ -32,6 +32,7 @@ def test_equal_configs_hash_equally():
   [
     (dict(vocab_size=0), 'vocab_size'),
     (dict(num_layers=True), 'num_layers'),
+    (dict(unroll=0), 'unroll'),
     (dict(num_heads=3), 'num_heads 3'),
     (dict(num_kv_heads=3), 'num_kv_heads 3'),
     (dict(dtype='float16'), 'float16'),

@@ -152,6 +152,7 @@ def _validate(config: ModelConfig):
     'num_kv_heads',
     'head_dim',
     'max_length',
+    'unroll',
   ):
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -74,15 +74,13 @@ def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
   shape, count = tokens.shape, tokens.size
   chunk = min(chunk, max(count, 1))
   chunks = max(-(-count // chunk), 1)
-  measure = jax.checkpoint(
-    lambda logits, tokens: statistics(adjust(logits, tokens), tokens)
-  )
+  width = hidden.shape[-1]
+  measure = lambda logits, tokens: statistics(adjust(logits, tokens), tokens)
   if chunks == 1:
-    flat = hidden.reshape(count, hidden.shape[-1]), tokens.reshape(count)
-    found = measure(to_logits(flat[0]), flat[1])
+    logits = to_logits(hidden.reshape(count, width))
+    found = jax.checkpoint(measure)(logits, tokens.reshape(count))
     return jax.tree.map(lambda x: x.reshape(shape), found)
   pad = chunks * chunk - count
-  width = hidden.shape[-1]
   hidden = jnp.pad(hidden.reshape(count, width), ((0, pad), (0, 0)))
   hidden = hidden.reshape(chunks, chunk, width)
   tokens = jnp.pad(tokens.reshape(count), (0, pad)).reshape(chunks, chunk)

@@ -127,7 +127,7 @@ def _multiply(x, kernel):
 
 
 def _multiply_few(x, kernel):
-  """The same of few rows on a CPU, in two thirds of the time.
+  """The same of few rows on a CPU.
 
   XLA's product is faster there where the rows are the last dimension, and
   without the barrier it would take their transposition back.
