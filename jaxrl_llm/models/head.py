@@ -38,8 +38,8 @@ def token_statistics(
     ‖∂ log p(token) / ∂ adjusted logits‖² = 1 − 2 p(token) + Σᵥ p(v)²
 
   Logits exist for `chunk` positions at a time, forward and backward: the
-  backward pass recomputes them, unless they are of one chunk, which costs no
-  more memory.  The head's gradient adds up in float32.
+  backward pass recomputes them, unless all positions are one chunk, whose
+  logits are kept.  The head's gradient adds up in float32.
 
   Args:
     config: static.
