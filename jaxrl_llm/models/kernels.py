@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from jaxrl_llm import sharding
@@ -205,6 +204,9 @@ def splash(query, keys, values, real, *, scale, softcap=None):
     scale: multiplies q·k.
     softcap: c of c·tanh(x/c) on the scaled scores, or None.
   """
+  # Pallas takes a fifth of a second to import, and few runs use the kernel.
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
   length, heads, slots = query.shape[1], query.shape[2], keys.shape[2]
   block_q, padded = _blocks(length)
   block_kv, padded_kv = _blocks(slots)

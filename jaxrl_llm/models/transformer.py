@@ -21,14 +21,15 @@ from jaxrl_llm.models.config import ModelConfig
 
 def init(config: ModelConfig, key, param_dtype='float32') -> dict:
   """Random parameters: standard deviation 1/√in, less for residual outputs."""
-  decoder = Decoder(config, jnp.dtype(param_dtype))
+  return _init(config, jnp.dtype(param_dtype), key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: ModelConfig, dtype, key) -> dict:
+  """One program, traced once for its shapes and its values."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-
-  @jax.jit
-  def make(key):
-    return sharding.constrain_params(decoder.init(key, tokens, None)['params'])
-
-  return make(key)
+  params = Decoder(config, dtype).init(key, tokens, None)['params']
+  return sharding.constrain_params(params)
 
 
 def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
@@ -279,6 +280,8 @@ class Decoder(nn.Module):
       in_axes=(0, nn.broadcast),
       length=config.num_layers,
       unroll=config.unroll,
+      # The layers share nothing that they could change.
+      check_constancy_invariants=False,
     )
     stack = scan(config, self.param_dtype, self.emit, name='layers')
     return stack(x, per_layer, context)

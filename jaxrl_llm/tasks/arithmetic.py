@@ -65,13 +65,15 @@ def generate(
   """
   _check(count, operations, operands, operators, modulus, largest, careless)
   rng = random.Random(seed)
+  lengths = range(operations[0], operations[1] + 1)
+  values = range(operands[0], operands[1] + 1)
   seen = set()
   rows, fruitless = [], 0
   while len(rows) < count:
-    length = rng.randint(*operations)
-    numbers = [rng.randint(*operands) for _ in range(length + 1)]
+    length = rng.choice(lengths)
+    numbers = [rng.choice(values) for _ in range(length + 1)]
     signs = [rng.choice(operators) for _ in range(length)]
-    prompt = _text(numbers, signs) + '='
+    prompt = ''.join(_parts(numbers, signs)) + '='
     lines = None if prompt in seen else _work(numbers, signs, modulus, largest)
     shown = lines
     if careless and lines and rng.random() < careless:
@@ -137,21 +139,24 @@ def _work(
   careless: bool = False,
 ) -> list[str] | None:
   """The expression after each operation, or None beyond `largest`."""
-  numbers, signs = list(numbers), list(signs)
+  parts = _parts(numbers, signs)
   lines = []
-  while signs:
-    i = signs.index('*') if '*' in signs and not careless else 0
-    value = _OPERATORS[signs.pop(i)](numbers[i], numbers[i + 1])
+  while len(parts) > 1:
+    i = parts.index('*') if '*' in parts and not careless else 1
+    left, right = int(parts[i - 1]), int(parts[i + 1])
+    value = _OPERATORS[parts[i]](left, right)
     if modulus is not None:
       value %= modulus
     if largest is not None and abs(value) > largest:
       return None
-    numbers[i : i + 2] = [value]
-    lines.append(_text(numbers, signs))
+    parts[i - 1 : i + 2] = [str(value)]
+    lines.append(''.join(parts))
   return lines
 
 
-def _text(numbers, signs):
-  return str(numbers[0]) + ''.join(
-    sign + str(number) for sign, number in zip(signs, numbers[1:], strict=True)
-  )
+def _parts(numbers: Sequence[int], signs: Sequence[str]) -> list[str]:
+  """Numbers and signs in turn."""
+  parts = [''] * (2 * len(numbers) - 1)
+  parts[::2] = map(str, numbers)
+  parts[1::2] = signs
+  return parts
