@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxrl_llm import compilation_cache, distributed, membership
+from jaxrl_llm import compilation, compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
 
 # Sections that take what a function takes: ml_collections cannot set a field
@@ -98,6 +98,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     missing = compilation_cache.use()
     if missing:
       print(missing, file=sys.stderr)
+    compilation.give_back_memory()
     try:
       status = main()
       membership.finish()
