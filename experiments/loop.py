@@ -76,9 +76,14 @@ class Run:
     if restored and self._pending is not None:
       written = at - 1 if at else None
     self._metrics = self._samples = self._progress = logging.Silent()
+    self._watch = logging.Silent()
     if distributed.is_main():
       self._metrics = files.enter_context(
         logging.MetricsWriter(self._folder, written)
+      )
+      records = logging.read_metrics(self._folder / 'metrics.jsonl')
+      self._watch = logging.Watch(
+        self._folder, [each for each in records if self._is_main(each['step'])]
       )
       self._samples = files.enter_context(logging.SampleLog(self._folder, at))
       self._progress = files.enter_context(
@@ -210,12 +215,19 @@ class Run:
     }
     self._metrics.write(self.course.step, metrics, timings)
     self._pending = None
+    if self._is_main(self.course.step):
+      record = {'step': self.course.step, **_plain(metrics)}
+      self._progress.print(*self._watch.add(record))
     shown = ('warm_start/loss', 'loss', 'reward', *self._main.curves)
     if self._config.tokens:
       shown += ('num_tokens',)
     self._progress.update(
       self.course.step, **{k: metrics[k] for k in shown if k in metrics}
     )
+
+  def _is_main(self, step: int) -> bool:
+    """Whether a record is one of the main phase's steps."""
+    return step > self.course.first
 
   def _before_after(self):
     """Held-out samples of the start and of the end of RL."""

@@ -23,7 +23,7 @@ _THRESHOLDS = {
   'jax_persistent_cache_min_compile_time_secs': 0.0,
   'jax_persistent_cache_min_entry_size_bytes': -1,
 }
-_ENTRIES = '*-cache'  # as JAX names the files of programs
+ENTRIES = '*-cache'  # as JAX names the files of programs
 _CHECKED = 'checked'  # its time is that of the last look at new entries
 _ZLIB = b'\x78'  # the first byte of what zlib compressed
 
@@ -117,7 +117,7 @@ def tidy(folder: pathlib.Path, limit: int) -> None:
   since = mark.stat().st_mtime if mark.exists() else 0.0
   mark.touch()
   entries = []
-  for path in folder.glob(_ENTRIES):
+  for path in folder.glob(ENTRIES):
     # Another process may remove it first.
     with contextlib.suppress(FileNotFoundError):
       found = path.stat()

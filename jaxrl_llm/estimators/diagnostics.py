@@ -218,7 +218,7 @@ def sampler_statistics(rollouts: Rollouts) -> dict[str, Array]:
 
 
 def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
-  """Scalars of the rewards.
+  """Scalars of the rewards; of single responses to a prompt the first alone.
 
   reward: mean over valid responses.
   reward_std: deviation within a group (ddof = 1), averaged over prompts with
@@ -228,13 +228,15 @@ def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   """
   valid = valid_responses(rollouts)
   rewards = jnp.where(valid, rollouts.rewards, 0.0)
+  found = {'reward': rewards.sum() / jnp.maximum(valid.sum(), 1)}
+  if rewards.shape[1] == 1:
+    return found
   count = valid.sum(axis=1, keepdims=True)
   centred = rewards - group_mean(rewards, valid)
   squares = jnp.where(valid, jnp.square(centred), 0.0)
   variance = squares.sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
   share = lambda x, of: jnp.where(of, x, 0).sum() / jnp.maximum(of.sum(), 1)
-  return {
-    'reward': rewards.sum() / jnp.maximum(valid.sum(), 1),
+  return found | {
     'reward_std': share(jnp.sqrt(variance), count > 1),
     'frac_reward_zero_std': share(~varies(rewards, valid), count > 0),
   }

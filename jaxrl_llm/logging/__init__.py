@@ -1,5 +1,6 @@
-"""What a run says: records, sample tables, progress, plots."""
+"""What a run says: records, health, sample tables, progress, plots."""
 
+from jaxrl_llm.logging.health import WINDOW, Health, Watch, assess
 from jaxrl_llm.logging.metrics import MetricsWriter, read_metrics
 from jaxrl_llm.logging.plots import (
   Band,
@@ -20,13 +21,17 @@ from jaxrl_llm.logging.samples import (
 from jaxrl_llm.logging.silent import Silent
 
 __all__ = [
+  'WINDOW',
   'Band',
+  'Health',
   'MetricsWriter',
   'Panel',
   'Progress',
   'Sample',
   'SampleLog',
   'Silent',
+  'Watch',
+  'assess',
   'before_after_table',
   'plot_bands',
   'plot_curve',

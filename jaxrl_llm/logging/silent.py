@@ -2,7 +2,7 @@
 
 
 class Silent:
-  """Takes what `MetricsWriter`, `SampleLog` and `Progress` take; keeps nothing.
+  """Takes what the writers, `Watch` and `Progress` take; keeps nothing.
 
   Of several processes all but one have it, so that each runs the same program.
   """
@@ -15,6 +15,11 @@ class Silent:
 
   def sync(self) -> None:
     """As of `MetricsWriter` and `SampleLog`."""
+
+  def add(self, record: dict) -> list[str]:
+    """As of `Watch`; no warnings."""
+    del record
+    return []
 
   def update(self, step: int, **numbers: float) -> None:
     """As of `Progress`."""
