@@ -77,7 +77,7 @@ JOBS = {
     new_tokens=64,
     settings={
       512: ('--devices=2', '--micro_prompts=0', '--chunk=1024', '--unroll=4'),
-      32_000: ('--micro_prompts=1', '--chunk=256', '--unroll=4'),
+      32_000: ('--micro_prompts=2', '--chunk=512', '--unroll=4'),
     },
   ),
 }
