@@ -280,8 +280,9 @@ class Decoder(nn.Module):
       in_axes=(0, nn.broadcast),
       length=config.num_layers,
       unroll=config.unroll,
-      # The layers share nothing that they could change.
-      check_constancy_invariants=False,
+      # The layers share nothing that they could change, and looking for it is
+      # tracing them once more.  Without it, though, keys are drawn otherwise.
+      check_constancy_invariants=self.is_initializing(),
     )
     stack = scan(config, self.param_dtype, self.emit, name='layers')
     return stack(x, per_layer, context)
