@@ -125,6 +125,7 @@ class ModelConfig:
   logit_softcap: float | None = None
 
   def __post_init__(self):
+    _validate_sizes(self)
     fill = lambda name, value: object.__setattr__(self, name, value)
     if self.num_kv_heads is None:
       fill('num_kv_heads', self.num_heads)
@@ -142,7 +143,8 @@ class ModelConfig:
     _validate(self)
 
 
-def _validate(config: ModelConfig):
+def _validate_sizes(config: ModelConfig):
+  """Before others are derived from them."""
   for name in (
     'vocab_size',
     'hidden_size',
@@ -155,8 +157,13 @@ def _validate(config: ModelConfig):
     'unroll',
   ):
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise UserError(f'{name} must be a positive integer, got {value!r}.')
+    if value is None and name in ('num_kv_heads', 'head_dim'):
+      continue
+    if type(value) is not int or not 0 < value < 2**31:
+      raise UserError(f'{name} must be a positive integer, got {value!r:.100}.')
+
+
+def _validate(config: ModelConfig):
   for name, choices in {
     'dtype': ('float32', 'bfloat16'),
     'attention': ATTENTION,

@@ -77,7 +77,9 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   _restore_path(spec['pythonpath'])
   limited = _limit(spec['memory'])
   try:
-    function = loading.load(spec['name'], spec['settings'], spec['field'])
+    function = loading.load(
+      spec['name'], spec['settings'], spec['field'], killable=True
+    )
   except UserError as error:
     _send(replies, ['failed', str(error)[:_MAX_MESSAGE]])
     return 1
