@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import RewardPart, functions, score, symbolic
+from jaxrl_llm.rewards import (
+  RewardPart,
+  Workers,
+  functions,
+  loading,
+  score,
+  symbolic,
+)
 from jaxrl_llm.tasks import arithmetic, files
 
 SETTINGS = {

@@ -201,7 +201,7 @@ def _ids(path: pathlib.Path, key: str) -> list[int]:
   stored = _read_json(path).get(key)
   ids = stored if isinstance(stored, list) else [stored]
   ids = [i for i in ids if i is not None]
-  if not all(type(i) is int and i >= 0 for i in ids):
+  if not all(type(i) is int for i in ids):
     raise UserError(f'{path}: {key} is {stored!r:.100}, which is no token id.')
   return ids
 
