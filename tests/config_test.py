@@ -48,6 +48,8 @@ def test_equal_configs_hash_equally():
     (dict(sliding=(True, False)), 'window'),
     (dict(rope=Rope(kind='su')), "'su'"),
     (dict(head_dim=5), 'even head_dim'),
+    (dict(rope=Rope(theta=0.0)), 'positive theta'),
+    (dict(rope=Rope(kind='linear', factor=float('nan'))), 'positive factor'),
     (dict(rope=Rope(kind='llama3', factor=8.0)), 'original_length'),
     (
       dict(rope=Rope(kind='dynamic', factor=2.0, original_length=64)),

@@ -59,13 +59,13 @@ def _imported(tree: ast.AST) -> dict[str, str]:
 
 def _forbidden(node: ast.AST, names: dict[str, str]) -> list[str]:
   if isinstance(node, ast.Import):
-    modules = [alias.name for alias in node.names]
-    return [m for m in modules if m.partition('.')[0] in MODULES]
+    modules = {alias.name.partition('.')[0] for alias in node.names}
+    return sorted(modules & MODULES)
   if isinstance(node, ast.ImportFrom):
-    module = node.module or ''
-    whole = [f'{module}.{alias.name}' for alias in node.names]
+    module = (node.module or '').partition('.')[0]
+    whole = [f'{node.module}.{alias.name}' for alias in node.names]
     known = [name for name in whole if name in CALLS]
-    return [module] if module.partition('.')[0] in MODULES else known
+    return [module] if module in MODULES else known
   if isinstance(node, ast.Name) and node.id in BUILT_IN:
     return [node.id]
   if isinstance(node, ast.Attribute):

@@ -59,7 +59,10 @@ def path(tmp_path_factory):
 def use(config):
   """What a run does with a configuration before it loads or writes."""
   checks.check(config)
-  build.outline(config.model)
+  model = build.outline(config.model)
+  for section in (config.rollout, config.evaluation):
+    given = {name: section[name] for name in ('samples', 'temperature')}
+    build.generation(config, model, 0, **given)
   build.reward_parts(config)
   sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
   return 0

@@ -1,6 +1,7 @@
 """What distinguishes one decoder from another, as a hashable value."""
 
 import dataclasses
+import math
 
 from jaxrl_llm.errors import UserError
 
@@ -199,6 +200,10 @@ def _validate_rope(config: ModelConfig, rope: Rope):
       f'RoPE type {rope.kind!r} is not known; '
       f'known are {", ".join(ROPE_KINDS)}.'
     )
+  for name in ('theta', 'factor'):
+    value = getattr(rope, name)
+    if not 0 < value < math.inf:
+      raise UserError(f'RoPE needs a positive {name}, got {value!r}.')
   if config.head_dim % 2:
     raise UserError(f'RoPE needs an even head_dim, got {config.head_dim}.')
   if rope.kind in ('dynamic', 'longrope', 'llama3', 'yarn'):

@@ -135,7 +135,8 @@ def _rotary(source) -> dict:
   family = source.model_type
   layers = source.num_hidden_layers
   head_dim = getattr(source, 'head_dim', None)
-  head_dim = head_dim or source.hidden_size // source.num_attention_heads
+  if head_dim is None:
+    head_dim = source.hidden_size // source.num_attention_heads
   types = getattr(source, 'layer_types', None)
   window = getattr(source, 'sliding_window', None)
   if family == 'mistral':
