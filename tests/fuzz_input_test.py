@@ -91,7 +91,7 @@ TEMPLATE = st.lists(PIECE | st.text(max_size=8), max_size=6).map(''.join)
 
 
 @fuzz(
-  40,
+  20,
   3000,
   template=TEMPLATE,
   text=st.text('abc 123', max_size=12) | ANY_TEXT,

@@ -1,6 +1,5 @@
 """Properties of random inputs: few by default, thousands in the slow run."""
 
-import functools
 import inspect
 
 import pytest
@@ -38,14 +37,16 @@ def fuzz(few: int, many: int, **strategies):
     fixtures = [name for name in taken if name not in strategies]
 
     def test(count, **given_fixtures):
-      run = given(**strategies)(functools.partial(function, **given_fixtures))
+      def holds(**drawn):
+        function(**given_fixtures, **drawn)
+
       settings(
         max_examples=count,
         derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-      )(run)()
+      )(given(**strategies)(holds))()
 
     # pytest and hypothesis read names and signatures.
     test.__name__, test.__doc__ = function.__name__, function.__doc__
