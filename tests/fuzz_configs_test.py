@@ -81,7 +81,7 @@ def place(config, name, value):
 
 @fuzz(
   25,
-  3000,
+  1000,
   changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
   algorithm=st.none() | ALGORITHMS,
   architecture=st.none() | st.dictionaries(KEYS, VALUES, max_size=2),
@@ -139,7 +139,7 @@ FLAGS = st.sampled_from(FIELDS) | st.sampled_from(
 
 @fuzz(
   40,
-  4000,
+  1000,
   given=st.lists(st.tuples(FLAGS, TEXTS), min_size=1, max_size=3),
   more=st.sampled_from([[], ['-x'], ['word'], ['--config']]),
 )

@@ -104,7 +104,7 @@ def make(mask, valid, rewards, nats, moves, garbage):
 
 @fuzz(
   40,
-  5000,
+  2000,
   mask=BOOLS,
   valid=array(st.booleans(), PER_RESPONSE, bool),
   rewards=array(REWARDS, PER_RESPONSE),
@@ -131,7 +131,7 @@ def test_nothing_outside_the_mask_counts(
 
 @fuzz(
   30,
-  3000,
+  1000,
   reward=REWARDS,
   nats=array(NATS),
   lengths=array(st.integers(0, LENGTH), PER_RESPONSE, np.int64),

@@ -42,7 +42,7 @@ CONTENT = st.binary(max_size=200) | st.lists(LINE, max_size=5).map(b'\n'.join)
 
 @fuzz(
   60,
-  5000,
+  2000,
   content=CONTENT,
   name=st.sampled_from(['a.jsonl', 'a.json', 'a.jsonl.gz']),
   packed=st.booleans(),
@@ -59,7 +59,7 @@ def test_rows_are_read_or_refused(folder, content, name, packed):
     assert isinstance(row['prompt'], str)
 
 
-@fuzz(40, 3000, rows=st.lists(ROW, max_size=3))
+@fuzz(40, 1000, rows=st.lists(ROW, max_size=3))
 def test_rows_of_a_list_are_read_or_refused(folder, rows):
   for name in ('train.json', 'test.jsonl', 'train.jsonl'):
     with open(f'{folder}/{name}', 'w') as file:
@@ -92,7 +92,7 @@ TEMPLATE = st.lists(PIECE | st.text(max_size=8), max_size=6).map(''.join)
 
 @fuzz(
   20,
-  3000,
+  1000,
   template=TEMPLATE,
   text=st.text('abc 123', max_size=12) | ANY_TEXT,
   system=st.none() | st.text('abc', max_size=5),
@@ -137,7 +137,7 @@ MARKED = st.sampled_from(['', r'\boxed{', '#### ', 'The answer is ']).flatmap(
 BOUND = 2.0
 
 
-@fuzz(150, 20_000, text=MARKED | ANSWER | ANY_TEXT)
+@fuzz(150, 10_000, text=MARKED | ANSWER | ANY_TEXT)
 def test_answers_are_read_in_bounded_time(text):
   start = time.process_time()
   numbers = [
