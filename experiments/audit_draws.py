@@ -397,7 +397,7 @@ def _to_bytes(draws: Draws, digest: str) -> bytes:
 def _read(path: pathlib.Path, digest: str) -> Draws | None:
   """Stored draws of these settings; None where there are none."""
   try:
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
       if str(stored['digest']) != digest:
         return None
       part = lambda k: audit.Gradients(*(stored[f'{k}_{n}'] for n in _NAMES))

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: read, also while it goes on, and shown."""
 
+import io
 import json
 import pathlib
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from experiments import build, checks
 from jaxrl_llm import distributed, logging, rollouts, sharding
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.files import write_atomically
 from jaxrl_llm.models import pretrained
 
 
@@ -124,19 +126,32 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
     path: of an npz file.
     responses: P prompts, G responses each.
     advantages: [P, G].
+
+  Raises:
+    UserError: the disk is full or the folder cannot be written.
   """
   prompts, samples = sharding.to_host((responses.prompts, responses.samples))
   rewards = responses.scores.total.reshape(advantages.shape)
-  if distributed.is_main():
-    np.savez(
-      path,
-      prompts=prompts.tokens,
-      tokens=samples.tokens,
-      mask=samples.mask,
-      log_probs=samples.log_probs,
-      rewards=rewards,
-      advantages=advantages,
-    )
+  if not distributed.is_main():
+    return
+  memory = io.BytesIO()
+  np.savez(
+    memory,
+    prompts=prompts.tokens,
+    tokens=samples.tokens,
+    mask=samples.mask,
+    log_probs=samples.log_probs,
+    rewards=rewards,
+    advantages=advantages,
+  )
+  try:
+    write_atomically(path, memory.getvalue())
+  except OSError as error:
+    raise UserError(
+      f'{path}, the batch whose updates were not finite, cannot be written: '
+      f'{error.strerror}\nlower the learning rate; to look at the batch, make '
+      'room and resume'
+    ) from error
 
 
 def plot(

@@ -242,7 +242,7 @@ def load(path: pathlib.Path) -> Pool:
     UserError: the file is missing or damaged.
   """
   try:
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
       return Pool(**{name: _array(stored, name) for name in Pool._fields})
   except Exception as error:  # A damaged file can raise what it likes.
     raise UserError(

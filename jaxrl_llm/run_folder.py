@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import signal
 import socket
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxrl_llm import distributed
+from jaxrl_llm import credentials, distributed
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json, write_atomically
 
@@ -37,12 +36,11 @@ _PACKAGES = (
   'numpy',
 )
 
-# A flag whose name tells of a credential keeps its value to itself.
-_SECRET = re.compile(r'(?i)^(-[^=]*(?:token|secret|password|api_?key)[^=]*=).*')
-
 
 def environment() -> dict:
   """Versions, platform, devices and command line; no environment variables.
+
+  In the command line '***' stands for credentials.
 
   Touches the JAX backend, so call it after `jax.distributed.initialize`.
   """
@@ -60,7 +58,7 @@ def environment() -> dict:
     'device_kind': jax.devices()[0].device_kind,
     'device_count': jax.device_count(),
     'process_count': jax.process_count(),
-    'command': [_SECRET.sub(r'\1***', part) for part in sys.argv],
+    'command': credentials.masked(sys.argv),
   }
 
 
@@ -125,7 +123,7 @@ def open_run(
 
   Raises:
     UserError: the folder is in use, holds a run and `resume` is off, or holds
-      a run of another configuration.
+      a run of another configuration; a setting is a credential.
   """
   path, opened = pathlib.Path(workdir), []
 
@@ -139,6 +137,7 @@ def open_run(
 
 def _open(path, resume, config, allowed, code) -> RunFolder:
   config = as_json(config, 'configuration')
+  _refuse_credentials(path, config)
   lock, changed = None, []
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -168,6 +167,20 @@ def _open(path, resume, config, allowed, code) -> RunFolder:
     _give_back(lock)
     raise
   return RunFolder(path, stored is not None, changed, lock)
+
+
+def _refuse_credentials(path, config):
+  # Whoever reads the run, on a shared disk or in a published folder, would have
+  # it.  Masked or hashed the value would be lost to a resume and an evaluation,
+  # which build the reward from this file, and a short one can be guessed.
+  name = credentials.find(config)
+  if name is not None:
+    raise UserError(
+      f'config.{name} looks like a credential, which {path / "config.json"} '
+      'would keep.\nHave the function read a variable of the environment; with '
+      "workers, name it:\nenvironment=('OPENAI_API_KEY',).  If it is none, "
+      'rename the setting.'
+    )
 
 
 def _take_lock(path):

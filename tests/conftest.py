@@ -74,7 +74,8 @@ def marked(monkeypatch):
   """
   if not pathlib.Path('/proc/self/environ').exists():
     pytest.skip('finds processes by their environment in /proc')
-  mark = f'JAXRL_TEST={uuid.uuid4()}'
+  # A name that reward workers keep.
+  mark = f'JAX_TESTS_MARK={uuid.uuid4()}'
   monkeypatch.setenv(*mark.split('='))
 
   def find() -> list[int]:

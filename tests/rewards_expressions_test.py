@@ -217,3 +217,10 @@ def test_constants_of_equal_value_have_equal_forms():
     assert form is not None and form == expected, (text, first)
     shared += text != first
   assert shared > 200
+
+
+def test_what_is_too_long_is_not_read():
+  """Python refuses to convert so many digits."""
+  for text in ('9' * 5000, '0.' + '9' * 5000, 'x^{' + '9' * 5000 + '}'):
+    assert read_expression(text) is None
+    assert read_equation(text, 'x') is None

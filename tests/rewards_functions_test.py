@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import RewardPart, functions, score, symbolic
+from jaxrl_llm.rewards import (
+  RewardPart,
+  Workers,
+  functions,
+  loading,
+  score,
+  symbolic,
+)
 from jaxrl_llm.tasks import arithmetic, files
 
 SETTINGS = {
@@ -151,6 +158,20 @@ def test_math_verify_without_its_package_names_the_extra(monkeypatch):
   with pytest.raises(UserError, match=r'pip install .jaxrl_llm\[math\]'):
     score([part], ['p'], ['\\boxed{2}'], {'answer': ['3']})
   symbolic._math_verify.cache_clear()
+
+
+def test_math_verify_runs_in_workers_alone():
+  """What it is given may never end, and here nothing could end it."""
+  name = 'math_verify_answer'
+  with pytest.raises(UserError, match='set workers, as in') as caught:
+    loading.load(name, {}, 'config.rewards.right')
+  assert str(caught.value).startswith(
+    'config.rewards.right: math_verify_answer'
+  )
+  assert len(str(caught.value).splitlines()) <= 3
+  with Workers(name, workers=1) as workers:
+    scores = workers.submit(['p'], ['\\boxed{2}'], {'answer': ['2']}).result()
+  assert scores == [1.0]
 
 
 def test_readers_read_what_their_rewards_judge():

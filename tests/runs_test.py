@@ -1,13 +1,17 @@
 """A run's configuration, read back from JSON, is checked as a file's is."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 import scripts
 
 from experiments import runs
 from experiments.configs import base
+from jaxrl_llm import policy, rollouts, sampling
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import Scores
 
 # Changes to the stored values by dotted name, and what the message must hold.
 EDITS = {
@@ -139,3 +143,35 @@ def test_each_part_of_a_sum_of_rewards_has_a_panel(tmp_path, monkeypatch):
     record.pop('eval/rewards/proxy', None)
   runs.plot(tmp_path / 'curve.png', records, curves, first=0)
   assert len(drawn[1].axes) == 1
+
+
+def test_a_batch_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
+  numbers = np.arange(6.0).reshape(1, 2, 3)
+  responses = rollouts.Responses(
+    policy.Prompts(tokens=np.ones((1, 4), np.int32), lengths=np.array([4])),
+    [{'prompt': 'a'}],
+    sampling.Samples(
+      tokens=np.ones((1, 2, 3), np.int32),
+      mask=numbers > 1,
+      log_probs=-numbers,
+      finished=np.ones((1, 2, 1), bool),
+    ),
+    ['b', 'c'],
+    lambda: Scores(np.ones(2), np.ones(2, bool), {}),
+  )
+  path = tmp_path / 'batch.npz'
+  runs.write_batch(path, responses, np.ones((1, 2)))
+  with np.load(path, allow_pickle=False) as stored:
+    np.testing.assert_array_equal(stored['log_probs'], -numbers)
+    np.testing.assert_array_equal(stored['rewards'], np.ones((1, 2)))
+
+  def full(descriptor):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(
+    UserError, match='not finite, cannot be .*: No space'
+  ) as e:
+    runs.write_batch(path, responses, np.ones((1, 2)))
+  assert len(str(e.value).splitlines()) <= 3
+  assert list(tmp_path.iterdir()) == [path]

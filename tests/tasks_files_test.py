@@ -82,6 +82,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     write(tmp_path / 'empty.json', '[]'),
     write(tmp_path / 'object.json', '{"prompt": "a"}'),
     write(tmp_path / 'broken.json', '[{"prompt": "a"},'),
+    write(tmp_path / 'number.json', f'[{"1" * 5000}]'),
     write(tmp_path / 'rows.csv', 'prompt\na'),
   ]
   for path in paths:

@@ -52,6 +52,26 @@ def source(count, size, seed=0, **kwargs):
   return sources.PromptSource(encoded, size, seed, **kwargs)
 
 
+@pytest.mark.parametrize('at', ['prompt', 'suffix', 'template', 'solution'])
+def test_half_a_surrogate_pair_is_refused(at):
+  """JSON can write it, and no tokenizer takes it."""
+  rows = [{'prompt': '1', 'solution': '1'}, {'prompt': '2', 'solution': '2'}]
+  half = '3\ud800'
+  if at in rows[1]:
+    rows[1][at] = half
+  with pytest.raises(UserError, match="'\\\\ud800', half of a") as caught:
+    if at == 'solution':
+      prompts.encode_targets(rows, digits(), 7, 1)
+    prompts.encode_prompts(
+      rows,
+      digits(),
+      7,
+      suffix=half if at == 'suffix' else '',
+      chat_template=half if at == 'template' else None,
+    )
+  assert len(str(caught.value).splitlines()) <= 3
+
+
 def test_a_bos_that_the_tokenizer_prepends_occurs_once(stories):
   assert stories.bos_token_id == stories.eos_token_id == 1
   rows = rows_of('Once upon a time', '<s>Once upon a time', '')

@@ -95,7 +95,7 @@ def reward_names(samples) -> list[str]:
   return names
 
 
-def render(title: str, samples, pairs, steps: int) -> str:
+def render(title: str, samples, pairs, steps: int, unpaired: int = 0) -> str:
   """The page.
 
   Args:
@@ -103,6 +103,7 @@ def render(title: str, samples, pairs, steps: int) -> str:
     samples: all samples, by step ascending.
     pairs: (before, after) samples of the same prompts; may be empty.
     steps: how many of the latest steps to show.
+    unpaired: how many samples of after have none of before.
   """
   by_step = {}
   for sample in samples:
@@ -122,6 +123,11 @@ def render(title: str, samples, pairs, steps: int) -> str:
   ]
   if pairs:
     parts.append(_before_after(pairs))
+  if unpaired:
+    parts.append(
+      f'<p>{unpaired} held-out prompts have no sample of before: '
+      'samples.jsonl lacks it.</p>\n'
+    )
   parts += [_step_table(step, by_step[step]) for step in latest]
   return ''.join(parts) + '</html>\n'
 
@@ -169,7 +175,7 @@ def _step_table(step, samples):
     ]
     for row in samples
   ]
-  return f'<h2>Step {step}</h2>\n{_table(heads, 2, rows)}'
+  return f'<h2>{_safe(f"Step {step}")}</h2>\n{_table(heads, 2, rows)}'
 
 
 def _before_after(pairs):

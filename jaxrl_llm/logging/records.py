@@ -94,9 +94,9 @@ def _parse(line):
   """The record of a line, or None where it is broken."""
   try:
     record = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
-  known = isinstance(record, dict) and isinstance(record.get('step'), int)
+  known = isinstance(record, dict) and type(record.get('step')) is int
   return record if known and line.endswith(b'\n') else None
 
 

@@ -38,6 +38,10 @@ class Sample:
 class SampleLog:
   """Keeps samples in `samples.jsonl` and shows them as tables.
 
+  They are for reading: nothing is computed from them.  So a run whose file was
+  removed or cut short goes on, unlike one whose metrics were, and page and
+  tables say what is not there.
+
   Args:
     workdir: the run folder; must exist.
     resume_step: the step of the restored checkpoint, as for `MetricsWriter`.
@@ -100,14 +104,17 @@ class SampleLog:
     Args:
       title: the page's heading.
       before: held-out samples of the model as it was, to be set beside
-      after: those of the same prompts now.
+      after: those of the same prompts now; where the file has lost some of
+        those of before, the page says of how many prompts.
       steps: show only this many of the latest steps (the page says so).
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
     """
     samples = read_samples(self._workdir / 'samples.jsonl')
-    text = page.render(title, samples, _pairs(before, after), steps)
+    pairs = _pairs(before, after)
+    unpaired = len(after) - len(pairs)
+    text = page.render(title, samples, pairs, steps, unpaired)
     page.write(self._workdir / 'samples.html', text)
 
 
@@ -120,25 +127,52 @@ def read_samples(path) -> list[Sample]:
   samples = []
   for count, record in enumerate(read_records(path), 1):
     try:
-      sample = Sample(**record)
-      rewards = {k: _back(value) for k, value in sample.rewards.items()}
-    except (TypeError, AttributeError) as error:
+      samples.append(_sample(record))
+    except (TypeError, ValueError, OverflowError) as error:
       raise UserError(
         f'{path}, line {count}: not a sample.\nRemove the line.'
       ) from error
-    samples.append(
-      dataclasses.replace(
-        sample,
-        rewards=rewards,
-        reward=_back(sample.reward),
-        advantage=_back(sample.advantage),
-      )
-    )
   return samples
 
 
+# What JSON has for a number that it lacks.
+_NUMBERS = ('nan', 'inf', '-inf')
+_TYPES = {
+  'step': int,
+  'prompt': str,
+  'response': str,
+  'rewards': dict,
+  'tokens': int,
+  'finished': bool,
+}
+
+
+def _sample(record: dict) -> Sample:
+  """The sample of a record.
+
+  Raises:
+    TypeError, ValueError, OverflowError: it is none.
+  """
+  sample = Sample(**record)
+  for name, kind in _TYPES.items():
+    if type(getattr(sample, name)) is not kind:
+      raise TypeError(name)
+  rewards = {name: _back(value) for name, value in sample.rewards.items()}
+  return dataclasses.replace(
+    sample,
+    rewards=rewards,
+    reward=_back(sample.reward),
+    advantage=_back(sample.advantage),
+  )
+
+
 def _back(value):
-  return float(value) if isinstance(value, str) else value
+  if value is None:
+    return None
+  if isinstance(value, bool) or isinstance(value, str) != (value in _NUMBERS):
+    raise ValueError(value)
+  number = float(value)
+  return number if isinstance(value, str) else value
 
 
 def sample_table(samples: Sequence[Sample], *, title='', width: int = 300):
@@ -183,7 +217,7 @@ def before_after_table(
   """The responses of two models to the same prompts, side by side.
 
   Args:
-    before: one response per prompt.
+    before: one response per prompt; some may be lost, as the title then says.
     after: responses to the same prompts in the same order.
     title: above the table.
     width: as in `sample_table`.
@@ -197,8 +231,11 @@ def before_after_table(
   from rich.text import Text
 
   columns = ['prompt', 'before', 'after', 'reward before', 'reward after']
+  pairs = _pairs(before, after)
+  if len(pairs) < len(after):
+    title += f' ({len(pairs)} of {len(after)}: samples.jsonl lacks the rest)'
   table = _table(title, columns, texts=3)
-  for old, new in _pairs(before, after):
+  for old, new in pairs:
     style = {'good': 'green', 'bad': 'red', '': ''}[page.change(old, new)]
     table.add_row(
       _shorten(old.prompt, width),
@@ -211,9 +248,14 @@ def before_after_table(
 
 
 def _pairs(before, after):
-  if [old.prompt for old in before] != [new.prompt for new in after]:
-    raise ValueError('The samples before and after are of different prompts.')
-  return list(zip(before, after, strict=True))
+  """Samples of the same prompts; none where there is none of before."""
+  pairs, rest = [], iter(after)
+  for old in before:
+    new = next((new for new in rest if new.prompt == old.prompt), None)
+    if new is None:
+      raise ValueError('The samples before and after are of different prompts.')
+    pairs.append((old, new))
+  return pairs
 
 
 def _table(title, columns, texts):

@@ -1,6 +1,7 @@
 """What distinguishes one decoder from another, as a hashable value."""
 
 import dataclasses
+import math
 
 from jaxrl_llm.errors import UserError
 
@@ -125,6 +126,7 @@ class ModelConfig:
   logit_softcap: float | None = None
 
   def __post_init__(self):
+    _validate_sizes(self)
     fill = lambda name, value: object.__setattr__(self, name, value)
     if self.num_kv_heads is None:
       fill('num_kv_heads', self.num_heads)
@@ -142,7 +144,8 @@ class ModelConfig:
     _validate(self)
 
 
-def _validate(config: ModelConfig):
+def _validate_sizes(config: ModelConfig):
+  """Before others are derived from them."""
   for name in (
     'vocab_size',
     'hidden_size',
@@ -155,8 +158,13 @@ def _validate(config: ModelConfig):
     'unroll',
   ):
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise UserError(f'{name} must be a positive integer, got {value!r}.')
+    if value is None and name in ('num_kv_heads', 'head_dim'):
+      continue
+    if type(value) is not int or not 0 < value < 2**31:
+      raise UserError(f'{name} must be a positive integer, got {value!r:.100}.')
+
+
+def _validate(config: ModelConfig):
   for name, choices in {
     'dtype': ('float32', 'bfloat16'),
     'attention': ATTENTION,
@@ -192,6 +200,10 @@ def _validate_rope(config: ModelConfig, rope: Rope):
       f'RoPE type {rope.kind!r} is not known; '
       f'known are {", ".join(ROPE_KINDS)}.'
     )
+  for name in ('theta', 'factor'):
+    value = getattr(rope, name)
+    if not 0 < value < math.inf:
+      raise UserError(f'RoPE needs a positive {name}, got {value!r}.')
   if config.head_dim % 2:
     raise UserError(f'RoPE needs an even head_dim, got {config.head_dim}.')
   if rope.kind in ('dynamic', 'longrope', 'llama3', 'yarn'):

@@ -66,19 +66,23 @@ def read(raw: dict, **overrides) -> ModelConfig:
   family = raw.get('model_type')
   if family not in FAMILIES:
     raise UserError(
-      f'model_type {family!r} is not supported; '
+      f'model_type {family!r:.100} is not supported; '
       f'supported are {", ".join(FAMILIES)}.'
     )
   try:
     source = CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
   except Exception as error:  # its validators share no narrower class
-    reason = ' '.join(str(error).split())
-    raise UserError(f'config.json is not valid: {reason}') from error
+    raise _invalid(error) from error
   for name, harmless in UNSUPPORTED.items():
     value = getattr(source, name, None)
     if value not in harmless:
       raise UserError(f'{name} = {value!r} of config.json is not supported.')
-  fields = _gpt2(source) if family == 'gpt2' else _rotary(source)
+  try:
+    fields = _gpt2(source) if family == 'gpt2' else _rotary(source)
+  except UserError:
+    raise
+  except Exception as error:  # of fields that its validators let pass
+    raise _invalid(error) from error
   known = {field.name for field in dataclasses.fields(ModelConfig)}
   for name in overrides:
     if name not in known:
@@ -86,6 +90,13 @@ def read(raw: dict, **overrides) -> ModelConfig:
         f'ModelConfig has no field {name!r}; it has {", ".join(sorted(known))}.'
       )
   return ModelConfig(**{**fields, 'family': family, **overrides})
+
+
+def _invalid(error: Exception) -> UserError:
+  reason = ' '.join(str(error).split())[:300]
+  return UserError(
+    f'config.json is not valid: {type(error).__name__}: {reason}'
+  )
 
 
 def _activation(name: str) -> str:
@@ -124,7 +135,8 @@ def _rotary(source) -> dict:
   family = source.model_type
   layers = source.num_hidden_layers
   head_dim = getattr(source, 'head_dim', None)
-  head_dim = head_dim or source.hidden_size // source.num_attention_heads
+  if head_dim is None:
+    head_dim = source.hidden_size // source.num_attention_heads
   types = getattr(source, 'layer_types', None)
   window = getattr(source, 'sliding_window', None)
   if family == 'mistral':

@@ -131,8 +131,10 @@ def _read_json(path: pathlib.Path) -> dict:
     raise UserError(f'{path} is missing; is its folder a model folder?')
   try:
     contents = json.loads(path.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is not JSON: {error}.') from error
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}.') from error
   if not isinstance(contents, dict):
     raise UserError(f'{path} is not a JSON object.')
   return contents
@@ -151,7 +153,7 @@ def load_tokenizer(path):
     return AutoTokenizer.from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except Exception as error:  # tokenizers raises nothing narrower
     reason = ' '.join(str(error).split())[:200]
     raise UserError(f'{folder} has no usable tokenizer: {reason}') from error
 
@@ -182,9 +184,7 @@ def eos_token_ids(path=None, tokenizer=None) -> tuple[int, ...]:
     folder = resolve(path)
     for name in (GENERATION, CONFIG):
       if not ids and (folder / name).is_file():
-        stored = _read_json(folder / name).get('eos_token_id')
-        ids = stored if isinstance(stored, list) else [stored]
-        ids = [i for i in ids if i is not None]
+        ids = _ids(folder / name, 'eos_token_id')
   own = getattr(tokenizer, 'eos_token_id', None)
   if own is not None:
     ids = [*ids, own]
@@ -193,7 +193,17 @@ def eos_token_ids(path=None, tokenizer=None) -> tuple[int, ...]:
 
 def pad_token_id(path) -> int | None:
   """The id of config.json that pads a folder's texts; None without one."""
-  return _read_json(resolve(path) / CONFIG).get('pad_token_id')
+  return next(iter(_ids(resolve(path) / CONFIG, 'pad_token_id')), None)
+
+
+def _ids(path: pathlib.Path, key: str) -> list[int]:
+  """The ids of a field that holds one, several or none."""
+  stored = _read_json(path).get(key)
+  ids = stored if isinstance(stored, list) else [stored]
+  ids = [i for i in ids if i is not None]
+  if not all(type(i) is int for i in ids):
+    raise UserError(f'{path}: {key} is {stored!r:.100}, which is no token id.')
+  return ids
 
 
 def save(

@@ -1,6 +1,7 @@
 """From safetensors files to stacked parameters, tensor by tensor."""
 
 import json
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -154,11 +155,15 @@ class Reader:
     if index.is_file():
       try:
         located = dict(json.loads(index.read_text())['weight_map'])
-      except (ValueError, KeyError, TypeError) as error:
+        located = {name: str(file) for name, file in located.items()}
+      except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{index} is not an index of tensors.') from error
       for file in sorted(set(located.values())):
-        if pathlib.PurePath(file).name != file or '\\' in file:
-          raise UserError(f'{index} names a file outside its folder: {file!r}.')
+        alone = pathlib.PurePath(file).name == file and '\\' not in file
+        if not alone or not file.isprintable():
+          raise UserError(
+            f'{index} names a file outside its folder: {file!r:.200}.'
+          )
         stored = self._open(file).keys()
         located = {**dict.fromkeys(stored, file), **located}
       return located
@@ -173,12 +178,16 @@ class Reader:
   def _open(self, file: str):
     if file not in self._files:
       path = self.folder / file
-      if not path.is_file():
-        raise UserError(f'{path} is missing (named by {INDEX}).')
+      # Not `path.is_file()`, which raises where a name is too long.
+      if not os.path.isfile(path):
+        raise UserError(
+          f'{self.folder} lacks the file {file:.200} (named by {INDEX}).'
+        )
       try:
         self._files[file] = safetensors.safe_open(path, 'np')
       except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f'{path} is damaged: {error}.') from error
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'{path} is damaged: {reason}.') from error
     return self._files[file]
 
   def names(self) -> dict[str, str]:
@@ -213,8 +222,8 @@ class Reader:
     if found != shape or dtype not in FLOATS:
       stored, file = self._names[_canonical(name)]
       raise UserError(
-        f'Tensor {stored!r} of {self.folder / file} is {dtype} {list(found)}; '
-        f'config.json asks for a float tensor {list(shape)}.'
+        f'Tensor {stored!r:.200} of {self.folder / file} is {dtype} '
+        f'{list(found)}; config.json asks for a float tensor {list(shape)}.'
       )
 
   def _piece(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -405,6 +414,9 @@ def _check_tied(config, reader: Reader, table):
 
 
 def _some(noun: str, names: list[str]) -> str:
-  shown = ', '.join(names[:3])
+  # A file may name its tensors as it likes.
+  shown = ', '.join(
+    name.encode('unicode_escape').decode()[:200] for name in names[:3]
+  )
   more = f' and {len(names) - 3} more' if len(names) > 3 else ''
   return f'{noun}{"s" if len(names) > 1 else ""} {shown}{more}'

@@ -22,6 +22,7 @@ from fractions import Fraction
 from jaxrl_llm.rewards import surds
 
 _DEEPEST = 30  # brackets and fractions within each other
+_MOST_CHARACTERS = 1000
 
 _NUMBER = re.compile(r'\d+(?:\.\d*)?|\.\d+')
 _MIXED = re.compile(
@@ -49,7 +50,7 @@ def read_expression(text: str) -> Hashable | None:
   None where the text is no expression of this kind.
   """
   try:
-    return surds.canonical(_Reader(text).whole())
+    return surds.canonical(_read(text))
   except surds.UnreadableError:
     return None
 
@@ -61,13 +62,18 @@ def read_equation(left: str, right: str) -> Hashable | None:
   with both multiplied by a number.  An equation of numbers alone has none.
   """
   try:
-    sides = _Reader(left).whole(), _Reader(right).whole()
-    difference = surds.add(*sides, sign=-1)
+    difference = surds.add(_read(left), _read(right), sign=-1)
   except surds.UnreadableError:
     return None
   if surds.rational(difference) is not None:
     return None
   return '=', surds.primitive(difference)[1]
+
+
+def _read(text: str) -> surds.Sum:
+  if len(text) > _MOST_CHARACTERS:
+    raise surds.UnreadableError
+  return _Reader(text).whole()
 
 
 class _Reader:

@@ -11,11 +11,16 @@ from jaxrl_llm.rewards import code, functions, grades, learned
 # Modules with the functions that may be named by themselves.
 _MODULES = (functions, code, learned)
 
+# What they do with a response may never end.
+_ENDLESS = ('math_verify_answer',)
+
 # Parameters that tell a reward function from a factory of one.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
 
 
-def load(name: str, settings: Mapping[str, Any], field: str) -> Callable:
+def load(
+  name: str, settings: Mapping[str, Any], field: str, killable: bool = False
+) -> Callable:
   """The reward function that `name` stands for.
 
   Args:
@@ -24,10 +29,17 @@ def load(name: str, settings: Mapping[str, Any], field: str) -> Callable:
       nor responses is a factory: it is called, and gives the function.
     settings: arguments of the factory; of a function there are none.
     field: what the messages begin with.
+    killable: whether a time-out can end the process, as it can a worker's.
 
   Raises:
-    UserError: no such function, or settings that it does not take.
+    UserError: no such function, or settings that it does not take, or one that
+      may never end where nothing could end it.
   """
+  if name in _ENDLESS and not killable:
+    raise UserError(
+      f'{field}: {name} evaluates what the model writes, which may never end\n'
+      f'set workers, as in dict(name={name!r}, workers=4, timeout=2.0)'
+    )
   function = naming.find(_MODULES, name, field)
   taken = inspect.signature(function).parameters.values()
   if not any(

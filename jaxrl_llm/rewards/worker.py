@@ -1,6 +1,6 @@
-"""A reward worker's process: `python -m jaxrl_llm.rewards.worker SPEC`.
+"""A reward worker's process: `python -m jaxrl_llm.rewards.worker`.
 
-Started by `workers.Workers` alone.  SPEC is JSON:
+Started by `workers.Workers` alone.  The first line of descriptor 0 is JSON:
 
   name, settings, field   as `loading.load` takes them
   containment             a kind of `containment.KINDS`; null for the strongest
@@ -8,13 +8,14 @@ Started by `workers.Workers` alone.  SPEC is JSON:
   timeout                 seconds
   pythonpath              value of PYTHONPATH for the function; null for none
 
-Requests come on descriptor 0 and replies go out on descriptor 1, a line of JSON
-each.  The first line out is
+Requests come behind it and replies go out on descriptor 1, a line of JSON each.
+The first line out is
 
   ["failed", message]   nothing follows
   ["ready", {…}]         the fields of `worker_process.Ready`
 
-and then, for every request [token, arguments], one reply [token, kind, x]:
+before which there is no request, and then, for every request
+[token, arguments], one reply [token, kind, x]:
 
   "score"   x is a finite number or null
   "error"   x is a message: the function raised, or gave what is no score
@@ -31,7 +32,6 @@ import mmap
 import os
 import pathlib
 import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,10 @@ _MAX_MESSAGE = 2000
 
 def main() -> int:
   """Supervises the process that scores; gives its exit status."""
-  spec = json.loads(sys.argv[1])
+  line = _first_line(0)
+  if not line.endswith(b'\n'):
+    return 1  # Who started this process is gone.
+  spec = json.loads(line)
   kind = spec['containment'] or containment.strongest()
   try:
     return containment.run(functools.partial(_work, spec, kind), kind)
@@ -57,13 +60,26 @@ def main() -> int:
     return 1
 
 
+def _first_line(descriptor: int) -> bytes:
+  """A line, which nothing follows before it is answered."""
+  line = b''
+  while not line.endswith(b'\n'):
+    received = os.read(descriptor, 1 << 16)
+    if not received:
+      break
+    line += received
+  return line
+
+
 def _work(spec: dict[str, Any], kind: str) -> int:
   """Loads the function and answers requests until there are no more."""
   requests, replies = _take_channel()
   _restore_path(spec['pythonpath'])
   limited = _limit(spec['memory'])
   try:
-    function = loading.load(spec['name'], spec['settings'], spec['field'])
+    function = loading.load(
+      spec['name'], spec['settings'], spec['field'], killable=True
+    )
   except UserError as error:
     _send(replies, ['failed', str(error)[:_MAX_MESSAGE]])
     return 1

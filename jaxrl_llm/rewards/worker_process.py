@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import environment
 from jaxrl_llm.rewards.arguments import Parameters
 
 # Bytes of a line that a worker may send; anything longer is no reply.
@@ -21,14 +22,6 @@ _MAX_LINE = 1 << 16
 _LATE = 0.25
 # Seconds that a supervisor has to end with all that it watches.
 _GRACE = 5.0
-
-# A worker computes on one core and leaves accelerators alone.
-_ENVIRONMENT = {
-  'JAX_PLATFORMS': 'cpu',
-  'MKL_NUM_THREADS': '1',
-  'OMP_NUM_THREADS': '1',
-  'OPENBLAS_NUM_THREADS': '1',
-}
 
 
 class Ready(NamedTuple):
@@ -68,7 +61,8 @@ class WorkerProcess:
   Used by one thread at a time, except for `terminate`.
 
   Args:
-    spec: as `worker` reads it, but for 'pythonpath', which is added.
+    spec: as `worker` reads it, but for 'pythonpath', which is added, and with
+      'environment': the variables that are kept besides the usual ones.
     folder: in which it works.
 
   Attributes:
@@ -81,19 +75,22 @@ class WorkerProcess:
   def __init__(self, spec: Mapping[str, Any], folder: str):
     self.asked = 0
     self._spec = spec
-    self._unsent = self._received = b''
+    self._received = b''
     # What can be imported here can be imported there.
     path = os.pathsep.join(entry or folder for entry in sys.path)
-    own = {'pythonpath': os.environ.get('PYTHONPATH')}
-    command = [sys.executable, '-m', 'jaxrl_llm.rewards.worker']
+    kept = environment.scrubbed(os.environ, spec['environment'])
+    # Not on the command line, which all users of the machine can read.
+    sent = {**spec, 'pythonpath': os.environ.get('PYTHONPATH')}
+    del sent['environment']
+    self._unsent = json.dumps(sent).encode() + b'\n'
     try:
       self._process = subprocess.Popen(
-        [*command, json.dumps({**spec, **own})],
+        [sys.executable, '-m', 'jaxrl_llm.rewards.worker'],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
         cwd=folder,
-        env=os.environ | _ENVIRONMENT | {'PYTHONPATH': path},
+        env={**kept, 'PYTHONPATH': path},
         start_new_session=True,  # Ctrl-C is for the parent to decide on.
       )
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
+from jaxrl_llm.rewards import environment as environment_lib
 from jaxrl_llm.rewards import learned, waiting
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.failures import FAILURES, Failures
@@ -55,9 +56,10 @@ class Workers:
   a quarter.  Scores that hang on a time-out are not reproducible.
 
   What the function prints is discarded.  Its process has the user's files and
-  network: it is killable, not a sandbox.  Processes survive Ctrl-C and end with
-  `close`, when the last reference is gone, and when this process ends, however
-  it does.
+  network: it is killable, not a sandbox.  Of this process's environment it has
+  what `rewards.environment` keeps, in which there is no credential.  Processes
+  survive Ctrl-C and end with `close`, when the last reference is gone, and when
+  this process ends, however it does.
 
   Args:
     name: of a function or a factory of `rewards.functions` or `.code`, or
@@ -71,6 +73,8 @@ class Workers:
     spares: processes more at the most, one for each sample that is late; as
       many as `workers` by default.  All may take `memory` at one time.
     containment: a kind of `containment.KINDS`; the strongest by default.
+    environment: names of variables that the function reads besides, such as
+      ('OPENAI_API_KEY',).
     load_timeout: seconds that a process may take to load the function.
     field: what messages about name and settings begin with.
 
@@ -94,6 +98,7 @@ class Workers:
     memory: int = 2 << 30,
     spares: int | None = None,
     containment: str | None = None,
+    environment: Sequence[str] = (),
     load_timeout: float = 120.0,
     field: str | None = None,
   ):
@@ -105,6 +110,7 @@ class Workers:
       'containment': containment,
       'memory': memory,
       'timeout': timeout,
+      'environment': environment,
     }
     spares = workers if spares is None else spares
     _check(spec, workers, spares)
@@ -170,6 +176,7 @@ def isolated(
   workers: int = 2,
   timeout: float = 5.0,
   memory: int = 2 << 30,
+  environment: Sequence[str] = (),
   **settings: Any,
 ) -> Workers:
   """A reward function in worker processes, as `Workers` describes them.
@@ -181,10 +188,16 @@ def isolated(
     workers: number of processes.
     timeout: seconds per sample.
     memory: bytes per process.
+    environment: names of variables that the function reads besides.
     **settings: arguments of a factory.
   """
   return Workers(
-    name, settings, workers=workers, timeout=timeout, memory=memory
+    name,
+    settings,
+    workers=workers,
+    timeout=timeout,
+    memory=memory,
+    environment=environment,
   )
 
 
@@ -280,6 +293,7 @@ def _check(spec: Mapping[str, Any], workers: int, spares: int) -> None:
       f"{field}: {spec['name']} computes on this process's devices\n"
       'leave out workers'
     )
+  environment_lib.check(spec['environment'], field)
   kinds = containment_lib.KINDS
   if spec['containment'] not in (None, *kinds):
     raise UserError(

@@ -202,9 +202,10 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
 
 
 def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+  text = read_text(path)
   try:
-    rows = json.loads(read_text(path))
-  except (json.JSONDecodeError, RecursionError) as error:
+    rows = json.loads(text)
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: this is not JSON: {error}.') from error
   if not isinstance(rows, list):
     raise UserError(

@@ -213,8 +213,9 @@ def encode_targets(
         f'training needs; its columns are {sorted(row)}.'
       )
   texts = [row[column] for row in rows]
-  found = _ids(texts, tokenizer)
   names = [f'the {column} of row {i}' for i in range(len(rows))]
+  _check_all_text(names, texts)
+  found = _ids(texts, tokenizer)
   _check_all_known(names, texts, found, tokenizer)
   encoded = [np.asarray([*ids, eos_id], np.int32) for ids in found]
   budget = np.inf if max_tokens is None else max_tokens
@@ -350,6 +351,8 @@ def _encode(
     _prompt_text(name, row, tokenizer, template, system, suffix)
     for name, row in zip(names, rows, strict=True)
   ]
+  prompts = [f'the prompt of {name}' for name in names]
+  _check_all_text(prompts, texts)
   # A template has written the special tokens; adding them again would double
   # the BOS.
   encode = encode_texts if template is None else _ids
@@ -360,7 +363,6 @@ def _encode(
         f'the prompt of {name} is empty, and the tokenizer has no BOS token '
         'to start from.\nRemove the row, or give every prompt a suffix.'
       )
-  prompts = [f'the prompt of {name}' for name in names]
   _check_all_known(prompts, texts, found, tokenizer)
   return found
 
@@ -419,6 +421,18 @@ def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
     f'{where} holds characters that the tokenizer lacks: '
     f'{"".join(lost[:20])!r}.\nRemove them, or use another tokenizer.'
   )
+
+
+def _check_all_text(names: Sequence[str], texts: Sequence[str]) -> None:
+  """Refuses what JSON's escapes can write but no tokenizer can read."""
+  for name, text in zip(names, texts, strict=True):
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'{name} holds {text[error.start]!r}, half of a surrogate pair, at '
+        f'character {error.start}.\nRemove it: it stands for no character.'
+      ) from error
 
 
 def _check_all_known(names, texts, encoded, tokenizer) -> None:

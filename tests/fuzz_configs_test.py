@@ -1,0 +1,151 @@
+"""Random values in random fields: a sound configuration, or a UserError."""
+
+import runpy
+import sys
+
+import jax
+import pytest
+import scripts
+from absl import app, flags
+from fuzzing import ANY_TEXT, fuzz, result_or_refusal
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from experiments import build, checks, cli
+from experiments.configs import base
+from jaxrl_llm import compilation, sharding
+
+FIELDS = [name for name, _ in checks.leaves(base.get_config())]
+NUMBERS = (
+  st.integers(-3, 12)
+  | st.sampled_from([2**31, 2**63, 10**30, -(10**30), 0.5, 1e-300, 1e300])
+  | st.sampled_from([float('nan'), float('inf'), -float('inf'), -0.0])
+)
+WORDS = st.sampled_from(
+  ['', 'auto', 'grpo', 'linear', 'bfloat16', 'float32', 'shared', 'drop', 'xla']
+  + ['/no/file', '/no/file.py:f', 'no.module:f', '{prompt}{hint}', '{0}', '{']
+  + ['1', 'None', '-x']
+) | ANY_TEXT.filter(lambda text: ':' not in text and '/' not in text)
+LEAVES = NUMBERS | WORDS | st.none() | st.booleans()
+KEYS = st.sampled_from(
+  ['name', 'clip', 'kl', 'samples', 'hidden_size', 'num_heads', 'weight']
+  + ['head_dim', 'max_length', 'window', 'rope', 'sliding', 'num_layers']
+)
+VALUES = (
+  LEAVES
+  | st.lists(LEAVES, max_size=3)
+  | st.lists(LEAVES, max_size=3).map(tuple)
+  | st.dictionaries(KEYS, LEAVES, max_size=3)
+)
+NAMES = ['grpo', 'rloo', 'ppo', 'trepo', 'dr_grpo', 'dapo', 'vine_ppo', 'gspo']
+ALGORITHMS = st.dictionaries(
+  st.sampled_from(
+    ['clip', 'clip_high', 'kl', 'max_length', 'buffer', 'lam', 'name']
+    + ['positions', 'delimiters', 'entropy', 'samples', 'count']
+  ),
+  VALUES,
+  max_size=2,
+).flatmap(
+  lambda given: st.sampled_from(NAMES).map(lambda name: {'name': name, **given})
+)
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  """A sound configuration."""
+  return scripts.write_config(tmp_path_factory.mktemp('config'))
+
+
+def use(config):
+  """What a run does with a configuration before it loads or writes."""
+  checks.check(config)
+  model = build.outline(config.model)
+  for section in (config.rollout, config.evaluation):
+    given = {name: section[name] for name in ('samples', 'temperature')}
+    build.generation(config, model, 0, **given)
+  build.reward_parts(config)
+  sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
+  return 0
+
+
+def place(config, name, value):
+  """Puts a value where the name says, if there still is such a place."""
+  *sections, last = name.split('.')
+  for section in sections:
+    config = config[section]
+    if not isinstance(config, ConfigDict):
+      return
+  config.pop(last)
+  config[last] = ConfigDict(value) if isinstance(value, dict) else value
+
+
+@fuzz(
+  25,
+  1000,
+  changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
+  algorithm=st.none() | ALGORITHMS,
+  architecture=st.none() | st.dictionaries(KEYS, VALUES, max_size=2),
+)
+def test_values_in_a_file(path, changes, algorithm, architecture):
+  config = runpy.run_path(str(path))['get_config']()
+  if architecture is not None:
+    config.model.architecture.update(architecture)
+  if algorithm is not None:
+    changes = {'algorithm': algorithm, **changes}
+  for name, value in changes.items():
+    place(config, name, value)
+  result_or_refusal(use, config.lock())
+
+
+@pytest.fixture(scope='module')
+def command():
+  """Calls a script's main with arguments; gives its exit status."""
+  with pytest.MonkeyPatch.context() as patch:
+    start = lambda main, flags_parser: main(flags_parser(sys.argv))
+    patch.setattr(app, 'run', start)
+    # It would be registered anew by every call.
+    patch.setattr(compilation, 'give_back_memory', lambda: None)
+    known = set(flags.FLAGS)
+    cli.define_config_flag()
+
+    def call(*arguments):
+      patch.setattr(sys, 'argv', ['script', *arguments])
+      flags.FLAGS.unparse_flags()
+      try:
+        return cli.run(lambda: use(cli.config()))
+      except SystemExit as end:
+        return end.code
+
+    yield call
+    for name in set(flags.FLAGS) - known:
+      delattr(flags.FLAGS, name)
+
+
+TEXTS = st.sampled_from(
+  ['', '0', '1', '-1', '3', '2.5', '1e999', 'nan', '-inf', '9' * 5000, '0x10']
+  + ['true', 'None', '(1, 2)', '(0.5,)', '()', '[', "'", '{"a": 1}', '{prompt}']
+  + ['grpo', 'rloo', 'linear', '/no/file.py:f', '(' * 500, '1_0', '٣']
+) | st.text(
+  st.characters(exclude_categories=['Cs'], exclude_characters='\0:/'),
+  max_size=12,
+)
+FLAGS = st.sampled_from(FIELDS) | st.sampled_from(
+  ['', '.', 'rollout', 'rollout.', 'rollout.sample', 'rollout.samples.x']
+  + ['algorithm.name', 'algorithm.kl', 'algorithm.clipp', 'steps.0', 'model..x']
+  + ['rewards.symbols.name', 'rewards.correct.weight', 'task.operations']
+  + ['task.operations[0]', 'task.operations[9]', 'model.architecture.num_heads']
+)
+
+
+@fuzz(
+  40,
+  1000,
+  given=st.lists(st.tuples(FLAGS, TEXTS), min_size=1, max_size=3),
+  more=st.sampled_from([[], ['-x'], ['word'], ['--config']]),
+)
+def test_values_in_flags(path, command, capsys, given, more):
+  arguments = [f'--config.{name}={text}' for name, text in given]
+  status = command(f'--config={path}', *arguments, *more)
+  said = capsys.readouterr().err
+  assert status == 0 or status == 2 and said.startswith('error: '), said
+  assert status == 0 or 1 <= len(said.rstrip('\n').split('\n')) <= 3, said

@@ -1,0 +1,68 @@
+"""Files of samples that were edited, cut short or lost."""
+
+import dataclasses
+import json
+
+import pytest
+from logging_test import draw, sample
+
+from jaxrl_llm import logging
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.logging import page
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    *({'step': value} for value in (True, 1.0, '1', None, [1])),
+    *({'tokens': value} for value in ('<b>7</b>', None, 7.5)),
+    *({'prompt': value} for value in (None, 3, ['<b>'])),
+    *({'finished': 1}, {'response': {}}, {'rewards': [1.0]}, {'more': 1}),
+    *({'reward': value} for value in ('1', '<b>', True, [1.0], 10**400)),
+    *({'advantage': 'Infinity'}, {'rewards': {'exact': '<b>x</b>'}}),
+  ],
+)
+def test_what_is_no_sample_is_named(change, tmp_path):
+  with logging.SampleLog(tmp_path) as log:
+    log.write([sample(), sample()])
+  path = tmp_path / 'samples.jsonl'
+  first, second = path.read_text().splitlines(keepends=True)
+  path.write_text(first + json.dumps(json.loads(second) | change) + '\n')
+  with pytest.raises(UserError, match='samples.jsonl, line 2: not a') as error:
+    logging.read_samples(path)
+  assert len(str(error.value).splitlines()) <= 3
+
+
+def test_an_edited_step_injects_nothing(tmp_path):
+  edited = dataclasses.replace(sample(), step='<script>alert(1)</script>')
+  assert '<script' not in page.render('Run', [edited], [], 5)
+  log = logging.SampleLog(tmp_path)
+  log.write([sample()])
+  path = tmp_path / 'samples.jsonl'
+  path.write_text(path.read_text().replace('"step": 1', '"step": "<b>"'))
+  with pytest.raises(UserError, match='line 1'):
+    log.write_html('Run')
+  log.close()
+
+
+@pytest.mark.parametrize('kept', [0, 1, None])
+def test_a_run_goes_on_without_its_samples_and_says_so(kept, tmp_path):
+  before = [sample(0, 'a', prompt=str(i)) for i in range(3)]
+  after = [sample(2, 'b', prompt=str(i)) for i in range(3)]
+  with logging.SampleLog(tmp_path) as log:
+    log.write(before)
+  path = tmp_path / 'samples.jsonl'
+  if kept is None:
+    path.unlink()
+  else:
+    path.write_text(''.join(path.read_text().splitlines(True)[:kept]))
+  with logging.SampleLog(tmp_path, resume_step=1) as log:
+    log.write(after)
+    found = logging.read_samples(path)
+    old = [each for each in found if each.step == 0]
+    log.write_html('Run', old, found[len(old) :])
+  left = kept or 0
+  text = (tmp_path / 'samples.html').read_text()
+  assert f'{3 - left} held-out prompts have no sample of before' in text
+  table = draw(logging.before_after_table(old, after), width=200)
+  assert f'({left} of 3: samples.jsonl lacks the rest)' in table

@@ -1,0 +1,105 @@
+"""Worker processes have no credentials of the process that starts them."""
+
+import json
+import os
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import build
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import Workers, environment, isolated
+
+# Scores 1 if the completion, a JSON object of variables, is its environment's.
+SCORE = """
+import json, os
+def score(completions, **columns):
+  wanted = json.loads(completions[0])
+  return [float(wanted == {name: os.environ.get(name) for name in wanted})]
+def factory(api_key):
+  return score
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path):
+  (tmp_path / 'own.py').write_text(SCORE)
+  return f'{tmp_path / "own.py"}'
+
+
+CREDENTIALS = ['HF_TOKEN', 'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'MY_OWN']
+
+
+def test_what_is_kept_and_what_is_not():
+  kept = dict.fromkeys(
+    ['PATH', 'HOME', 'LANG', 'LC_ALL', 'TMPDIR', 'LD_LIBRARY_PATH']
+    + ['PYTHONHASHSEED', 'JAX_ENABLE_X64', 'XLA_FLAGS', 'CUDA_HOME', 'HF_HOME'],
+    'x',
+  )
+  dropped = dict.fromkeys(
+    ['HF_TOKEN', 'WANDB_API_KEY', 'AWS_ACCESS_KEY_ID', 'PGPASSWORD', 'SESSION']
+    + ['HTTPS_PROXY', 'PYTHON_KEYRING_PASSWORD', 'JAX_TOKEN', 'LS_COLORS'],
+    'x',
+  )
+  found = environment.scrubbed({**kept, **dropped}, ())
+  assert kept.items() <= found.items() and not dropped.keys() & found.keys()
+  assert found['JAX_PLATFORMS'] == 'cpu' and found['OMP_NUM_THREADS'] == '1'
+  named = environment.scrubbed(
+    {**dropped, 'OMP_NUM_THREADS': '3'}, ('SESSION', 'OMP_NUM_THREADS')
+  )
+  assert named['SESSION'] == 'x' and named['OMP_NUM_THREADS'] == '3'
+  assert 'HF_TOKEN' not in named
+
+
+def test_a_worker_reads_only_what_is_named(rewards, monkeypatch):
+  for name in CREDENTIALS:
+    monkeypatch.setenv(name, 'hunter2')
+  wanted = {name: None for name in CREDENTIALS} | {'MY_OWN': 'hunter2'}
+  wanted |= {'PATH': os.environ['PATH'], 'JAX_PLATFORMS': 'cpu'}
+  with isolated(f'{rewards}:score', 1, environment=('MY_OWN',)) as workers:
+    assert workers.submit([''], [json.dumps(wanted)], {}).result() == [1.0]
+
+
+def test_settings_are_not_on_the_command_line(rewards, marked):
+  settings = {'api_key': 'hunter2'}
+  with Workers(f'{rewards}:factory', settings, workers=1) as workers:
+    assert workers.submit([''], ['{}'], {}).result() == [1.0]
+    shown = [
+      pathlib.Path(f'/proc/{pid}/cmdline').read_bytes() for pid in marked()
+    ]
+  assert any(b'jaxrl_llm.rewards.worker' in line for line in shown)
+  assert not any(b'hunter2' in line for line in shown)
+
+
+def test_large_settings_arrive(rewards):
+  """Several times what a pipe holds."""
+  settings = {'api_key': 'x' * 1_000_000}
+  with Workers(f'{rewards}:factory', settings, workers=1) as workers:
+    assert workers.submit([''], ['{}'], {}).result() == [1.0]
+
+
+@pytest.mark.parametrize(
+  'named, text',
+  [
+    ('OPENAI_API_KEY', 'no list of names'),
+    (['sk-hunter2'], 'no list of names'),
+    ([1], 'no list of names'),
+    (['NOBODY_HAS_SET_THIS'], 'NOBODY_HAS_SET_THIS, which is not set'),
+  ],
+)
+def test_wrong_names_are_refused(named, text, rewards):
+  with pytest.raises(UserError, match=text) as caught:
+    Workers(f'{rewards}:score', field='config.rewards.j', environment=named)
+  message = str(caught.value)
+  assert message.startswith('config.rewards.j: environment')
+  assert len(message.splitlines()) <= 3 and 'hunter2' not in message
+
+
+def test_the_configuration_names_variables(rewards, monkeypatch):
+  monkeypatch.setenv('MY_OWN', 'hunter2')
+  spec = dict(name=f'{rewards}:score', workers=1, environment=('MY_OWN',))
+  config = ConfigDict(dict(rewards=ConfigDict(dict(j=ConfigDict(spec)))))
+  (part,) = build.reward_parts(config)
+  with part.function as workers:
+    assert workers([''], [json.dumps({'MY_OWN': 'hunter2'})]) == [1.0]
