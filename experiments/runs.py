@@ -121,21 +121,31 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
   """Keeps a batch for whoever has to find out what is wrong with it.
 
   Args:
-    path: of an npz file.
+    path: of an npz file, which holds `prompts` [P, S] and their `lengths` [P],
+      `tokens`, `mask` and the sampler's `log_probs` [P, G, T], and of each
+      response, [P, G], `rewards`, `valid` (whether it has one), `advantages`
+      and the parts of its reward, `rewards/NAME`, NaN where there is none.
     responses: P prompts, G responses each.
     advantages: [P, G].
   """
   prompts, samples = sharding.to_host((responses.prompts, responses.samples))
-  rewards = responses.scores.total.reshape(advantages.shape)
+  scores, shape = responses.scores, advantages.shape
+  parts = {
+    f'rewards/{name}': found.reshape(shape)
+    for name, found in scores.parts.items()
+  }
   if distributed.is_main():
     np.savez(
       path,
       prompts=prompts.tokens,
+      lengths=prompts.lengths,
       tokens=samples.tokens,
       mask=samples.mask,
       log_probs=samples.log_probs,
-      rewards=rewards,
+      rewards=scores.total.reshape(shape),
+      valid=scores.valid.reshape(shape),
       advantages=advantages,
+      **parts,
     )
 
 
