@@ -42,10 +42,14 @@ from jaxrl_llm.models.config import ModelConfig
 _TOLERANCE = 1e-4
 _PROMPTS, _SAMPLES, _TOKENS = 4, 8, 16
 _MIB = 2**20
-# Environment variables that change what JAX does; none holds a credential.
+# Environment variables that change what JAX does.  A name that tells of a
+# credential is not of them.
 _SETTING = re.compile(
-  r'(JAX|XLA|LIBTPU|TPU|NCCL|CUDA_VISIBLE|MALLOC)_?[A-Z_]*$'
+  r'(JAX|XLA|LIBTPU|TPU|NCCL|CUDA_VISIBLE|MALLOC)_'
+  r'(?!.*(TOKEN|SECRET|PASSWORD|KEY|CREDENTIAL))[A-Z0-9_]+'
 )
+
+_score = jax.jit(policy.score, static_argnames='config')
 
 
 def system() -> Iterator[str]:
@@ -65,7 +69,9 @@ def system() -> Iterator[str]:
       yield f'device {device.id}: {used / _MIB:,.0f} of {limit / _MIB:,.0f} MiB'
   yield from _host()
   yield f'compilation cache: {_cache()}'
-  settings = [f'{k}={v}' for k, v in os.environ.items() if _SETTING.match(k)]
+  settings = [
+    f'{k}={v}' for k, v in os.environ.items() if _SETTING.fullmatch(k)
+  ]
   yield f'settings: {", ".join(sorted(settings)) or "none"}'
 
 
@@ -133,7 +139,7 @@ def check() -> dict[str, Callable[[], str]]:
 
 def _same(config, params, prompts, samples) -> str:
   """Sampling and training are to agree on what was drawn."""
-  again = policy.score(config, params, prompts, samples.tokens)
+  again = _score(config, params, prompts, samples.tokens)
   difference = jnp.abs(again.log_probs - samples.log_probs)
   highest = float(jnp.where(samples.mask, difference, 0.0).max())
   if not highest <= _TOLERANCE:
@@ -149,7 +155,7 @@ def _update(config, params, prompts, samples) -> str:
   # Any reward: the share of even tokens.
   even = jnp.where(samples.mask, 1.0 - samples.tokens % 2, 0.0).sum(axis=2)
   rewards = (even / samples.mask.sum(axis=2))[..., None]
-  batch = estimator.prepare(
+  batch = jax.jit(estimator.prepare)(
     estimators.Rollouts(
       tokens=samples.tokens,
       mask=samples.mask,
@@ -167,7 +173,7 @@ def _update(config, params, prompts, samples) -> str:
   )
 
   def surrogate(params) -> float:
-    found = policy.score(config, params, prompts, samples.tokens)
+    found = _score(config, params, prompts, samples.tokens)
     gain = jnp.where(batch.mask, batch.advantages * found.log_probs, 0.0)
     return float(gain.sum())
 
@@ -207,8 +213,19 @@ def _round_trip(params) -> str:
   return 'written, verified and read back'
 
 
-def main() -> int:
-  """Prints all of it."""
+def report(workdir=None) -> int:
+  """Prints all of it.
+
+  Args:
+    workdir: of a run to look at; None for none.
+
+  Returns:
+    The exit status: 0 if all that was tried is right, else 1.
+
+  Raises:
+    UserError: the folder holds no run.
+  """
+  of_this_run = [] if workdir is None else of_run(workdir)
   for line in system():
     print(line)
   failed = 0
@@ -220,10 +237,10 @@ def main() -> int:
       except Exception as error:  # Whatever it is belongs into the report.
         told = ' '.join(f'{type(error).__name__}: {error}'.split())
         word, failed = 'FAILED', failed + 1
-      print(f'{word}: {name}: {told} ({time.perf_counter() - start:.1f} s)')
-  if flags.FLAGS.workdir:
-    for line in of_run(flags.FLAGS.workdir):
-      print(line)
+      seconds = time.perf_counter() - start
+      print(f'{word}: {name}: {told} ({seconds:.1f} s)', flush=True)
+  for line in of_this_run:
+    print(line)
   return 1 if failed else 0
 
 
@@ -250,4 +267,4 @@ def of_run(workdir) -> list[str]:
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run to look at.')
-  cli.run(main)
+  cli.run(lambda: report(flags.FLAGS.workdir))

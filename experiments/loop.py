@@ -32,13 +32,24 @@ _FAIL_TOGETHER = 10.0
 class Run:
   """One run: what it is made of, how far it is, and what it has said.
 
+  Args:
+    config: the whole configuration.
+    folder: `run_folder.RunFolder`.
+    stop: polled; None where nobody asks a run to stop.
+    files: closes what the run opens.
+    make_phase: of the script.
+    silent: says and records nothing, for `advance`.
+
   Attributes:
     course: how far it is.
     state: the `TrainState` there.
   """
 
-  def __init__(self, config, folder, stop, files, make_phase: MakePhase):
+  def __init__(
+    self, config, folder, stop, files, make_phase: MakePhase, silent=False
+  ):
     self._config = config
+    self._silent = silent
     self._folder = folder.path
     self._resuming = folder.resuming
     self._stop = stop
@@ -77,7 +88,7 @@ class Run:
       written = at - 1 if at else None
     self._metrics = self._samples = self._progress = logging.Silent()
     self._watch = logging.Silent()
-    if distributed.is_main():
+    if distributed.is_main() and not silent:
       self._metrics = files.enter_context(
         logging.MetricsWriter(self._folder, written)
       )
@@ -132,8 +143,12 @@ class Run:
     print('\n'.join(runs.changes(records)))
     print(f'{self._folder}: {", ".join(written)}')
 
-  def _one_step(self) -> None:
-    """One step of the phase that the run is in, and its record."""
+  def advance(self) -> Result:
+    """One step of the phase that the run is in, of which nothing is recorded.
+
+    What depends on a step alone follows from it: a run that is only advanced,
+    never evaluated or saved, computes what one that trains does.
+    """
     course = self.course
     if course.in_warm_start:
       result = self._warm.step(self.state, course.step)
@@ -143,9 +158,14 @@ class Run:
         self._begin_main()
       result = self._main.step(self.state, number, self._stop)
     self.state, self._saved = result.state, False
+    course.advance(result.tokens)
+    return result
+
+  def _one_step(self) -> None:
+    """One step, and its record."""
+    course, result = self.course, self.advance()
     if result.messages:
       self._progress.print(*result.messages)
-    course.advance(result.tokens)
     shown = []
     if result.responses is not None:
       shown = to_samples(
@@ -185,8 +205,9 @@ class Run:
       policy = self.state.trainable['policy']
       # A copy: updates reuse the memory of the parameters they change.
       self._main.reference = jax.tree.map(jnp.copy, policy)
-      self._reference.save(self.course.first, self._main.reference, {})
-      self._reference.wait()
+      if not self._silent:
+        self._reference.save(self.course.first, self._main.reference, {})
+        self._reference.wait()
     self._progress.print(*self._main.start(self.state))
 
   def _record(self, metrics: dict, timings: dict) -> None:

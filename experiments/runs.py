@@ -123,7 +123,10 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
   """Keeps a batch for whoever has to find out what is wrong with it.
 
   Args:
-    path: of an npz file.
+    path: of an npz file, which holds `prompts` [P, S] and their `lengths` [P],
+      `tokens`, `mask` and the sampler's `log_probs` [P, G, T], and of each
+      response, [P, G], `rewards`, `valid` (whether it has one), `advantages`
+      and the parts of its reward, `rewards/NAME`, NaN where there is none.
     responses: P prompts, G responses each.
     advantages: [P, G].
 
@@ -131,26 +134,32 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
     UserError: the disk is full or the folder cannot be written.
   """
   prompts, samples = sharding.to_host((responses.prompts, responses.samples))
-  rewards = responses.scores.total.reshape(advantages.shape)
+  scores, shape = responses.scores, advantages.shape
   if not distributed.is_main():
     return
+  parts = {
+    f'rewards/{name}': found.reshape(shape)
+    for name, found in scores.parts.items()
+  }
   memory = io.BytesIO()
   np.savez(
     memory,
     prompts=prompts.tokens,
+    lengths=prompts.lengths,
     tokens=samples.tokens,
     mask=samples.mask,
     log_probs=samples.log_probs,
-    rewards=rewards,
+    rewards=scores.total.reshape(shape),
+    valid=scores.valid.reshape(shape),
     advantages=advantages,
+    **parts,
   )
   try:
     write_atomically(path, memory.getvalue())
   except OSError as error:
     raise UserError(
-      f'{path}, the batch whose updates were not finite, cannot be written: '
-      f'{error.strerror}\nlower the learning rate; to look at the batch, make '
-      'room and resume'
+      f'{path}, a batch to look at, cannot be written: {error.strerror}\n'
+      'make room, then resume or replay'
     ) from error
 
 

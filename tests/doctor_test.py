@@ -1,0 +1,112 @@
+"""What the doctor says of an installation, of a broken one, and of a run."""
+
+import json
+
+import pytest
+import scripts
+
+from experiments import doctor
+from jaxrl_llm import sampling
+from jaxrl_llm.errors import UserError
+
+# What nobody should find in a bug report, by the variable that holds it.
+SECRETS = {
+  'HF_TOKEN': 'hf_1234',
+  'AWS_SECRET_ACCESS_KEY': 'aws_1234',
+  'JAX_API_KEY': 'jax_1234',
+  'TPU_ACCESS_TOKEN': 'tpu_1234',
+}
+
+
+@pytest.fixture
+def broken_sampler(monkeypatch):
+  """It writes down log-probabilities that are 0.01 nats too low."""
+  sample = sampling.sample
+
+  def off(*args, **kwargs):
+    found = sample(*args, **kwargs)
+    return found.replace(log_probs=found.log_probs - 0.01)
+
+  monkeypatch.setattr(sampling, 'sample', off)
+
+
+def attempts(text):
+  """Word and name of each attempt."""
+  lines = [line.split(': ') for line in text.splitlines()]
+  return [tuple(part[:2]) for part in lines if part[0] in ('ok', 'FAILED')]
+
+
+@pytest.mark.slow
+def test_a_sound_installation(capsys):
+  assert doctor.report() == 0
+  assert attempts(capsys.readouterr().out) == [
+    ('ok', 'sampler = scorer'),
+    ('ok', 'update'),
+    ('ok', 'checkpoint'),
+  ]
+
+
+def test_what_fails_is_told_and_the_rest_is_tried(
+  broken_sampler, monkeypatch, capsys
+):
+  for name, secret in SECRETS.items():
+    monkeypatch.setenv(name, secret)
+  monkeypatch.setenv('NCCL_P2P_LEVEL', 'NVL')
+  assert doctor.report() == 1
+  said = capsys.readouterr().out
+  assert attempts(said) == [
+    ('FAILED', 'sampler = scorer'),
+    ('ok', 'update'),
+    ('ok', 'checkpoint'),
+  ]
+  assert 'UserError: log-probabilities differ by 0.01 nats, more than' in said
+  assert 'NCCL_P2P_LEVEL=NVL' in said and 'JAX_' in said
+  assert '1234' not in said
+  for part in ('python 3', 'jax ', 'orbax-checkpoint ', 'cpu device(s)'):
+    assert part in said, part
+  assert all(len(line) < 400 for line in said.splitlines())
+
+
+def write_run(folder, **changes):
+  """Records of a run of two warm-start steps and twelve of RL."""
+  records = [{'step': i, 'warm_start/loss': 2.0} for i in (1, 2)]
+  records += [
+    {'step': i, 'reward': i / 20, 'loss': 0.1, 'approx_kl': 0.01, **changes}
+    for i in range(3, 15)
+  ]
+  folder.mkdir(exist_ok=True)
+  text = ''.join(json.dumps(record) + '\n' for record in records)
+  (folder / 'metrics.jsonl').write_text(text)
+  return folder
+
+
+def test_health_of_a_run(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  assert doctor.of_run(folder) == [f'{folder}: step 14 well | kl 0.01']
+  write_run(folder, approx_kl=0.4)
+  line, warning = doctor.of_run(folder)
+  assert line == f'{folder}: step 14 look: kl | kl 0.4'
+  assert 'KL run-away' in warning and 'learning_rate' in warning
+  lines = (folder / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  (folder / 'metrics.jsonl').write_text(''.join(lines[:2]))
+  (line,) = doctor.of_run(folder)
+  assert line == f'{folder}: no step of the main phase yet'
+
+
+def test_no_run(tmp_path):
+  """Said before anything is tried."""
+  with pytest.raises(UserError) as error:
+    doctor.report(tmp_path)
+  assert len(str(error.value).splitlines()) <= 3
+  assert f'{tmp_path}/metrics.jsonl' in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_script(tmp_path):
+  ended = scripts.run(
+    'doctor', f'--workdir={write_run(tmp_path / "run")}', cache=scripts.cache()
+  )
+  assert ended.code == 0, ended.err
+  assert ended.out.endswith('run: step 14 well | kl 0.01\n')
+  ended = scripts.run('doctor', f'--workdir={tmp_path}')
+  assert ended.code == 2 and len(ended.err.splitlines()) <= 3, ended.err

@@ -1,0 +1,199 @@
+"""Which ids are drawn, and that an end token that also pads is learned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from experiments import build
+from jaxrl_llm import estimators as est
+from jaxrl_llm import policy, pools, sampling, training
+from jaxrl_llm.models import pretrained
+from jaxrl_llm.policy import Decoding
+
+ROWS, KNOWN, T = 300, 290, 49
+PLACES = 8, 24
+# It ends a response, and stands behind the end.
+END = 4
+score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
+
+
+@functools.cache
+def padded_model():
+  """The rows that only pad its vocabulary have the highest logits anywhere."""
+  config, params = toys.make_policy(
+    num_layers=1, norm='layer', max_length=64, vocab_size=ROWS
+  )
+  width = config.hidden_size
+  # The first number behind the final norm is 10, and only these rows read it.
+  scale, bias = params['norm']['scale'], params['norm']['bias']
+  norm = {'scale': scale.at[0].set(0.0), 'bias': bias.at[0].set(10.0)}
+  reads = jnp.where(jnp.arange(ROWS) < KNOWN, 0.0, 3.0)
+  head = params['head']['embedding'].at[:, 0].set(reads)
+  assert head.shape == (ROWS, width)
+  return config, dict(params, norm=norm, head={'embedding': head})
+
+
+def draw(decoding):
+  """100,352 tokens of responses, and 135,168 of branches behind them."""
+  config, params = padded_model()
+  prompts = toys.make_prompts([6, 1, 3, 2, 5, 4, 6, 6], vocab_size=KNOWN)
+  responses, cache = sampling.sample_and_keep(
+    config,
+    params,
+    prompts,
+    jax.random.key(0),
+    samples=256,
+    max_tokens=T,
+    decoding=decoding,
+  )
+  positions = jnp.broadcast_to(jnp.array(PLACES), (8, 256, len(PLACES)))
+  forked, _ = sampling.fork(
+    config,
+    params,
+    cache,
+    responses,
+    positions,
+    jax.random.key(1),
+    branches=1,
+    decoding=decoding,
+  )
+  return [
+    np.asarray(found.tokens)[np.asarray(found.mask)]
+    for found in (responses, forked)
+  ]
+
+
+def test_no_id_beyond_the_tokenizer_is_drawn():
+  own, branched = draw(Decoding(num_tokens=KNOWN))
+  assert own.size == 8 * 256 * T > 100_000
+  assert branched.size == 8 * 256 * sum(T - place for place in PLACES)
+  for tokens in (own, branched):
+    assert tokens.min() >= 0 and tokens.max() < KNOWN
+    # All that may be drawn are.
+    assert len(np.unique(tokens)) > 0.8 * KNOWN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'fields', [dict(top_k=40), dict(top_p=0.9), dict(temperature=3.0)]
+)
+def test_no_setting_draws_one(fields):
+  for tokens in draw(Decoding(num_tokens=KNOWN, **fields)):
+    assert tokens.max() < KNOWN
+
+
+def test_the_limit_is_what_keeps_them_out():
+  config, params = padded_model()
+  samples = sampling.sample(
+    config,
+    params,
+    toys.make_prompts([3, 1], vocab_size=KNOWN),
+    jax.random.key(0),
+    samples=8,
+    max_tokens=4,
+  )
+  assert (np.asarray(samples.tokens) >= KNOWN).all()
+
+
+@functools.cache
+def ending_responses():
+  """Responses of a model whose end token is its padding, too."""
+  config, params = toys.make_policy(num_layers=1)
+  prompts = toys.make_prompts([3, 1])
+  samples = sampling.sample(
+    config,
+    params,
+    prompts,
+    jax.random.key(0),
+    samples=16,
+    max_tokens=6,
+    eos_ids=(END,),
+    pad_id=END,
+  )
+  tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
+  ends = mask & (tokens == END)
+  # Some end, some do not, and there is padding of the same id.
+  assert (ends.sum(axis=2) <= 1).all() and 4 < ends.sum() < 28
+  assert (tokens[~mask] == END).all() and (~mask).sum() > 8
+  return config, params, prompts, samples, ends
+
+
+def rl_batch(estimator):
+  """Who ends is rewarded."""
+  *_, samples, ends = ending_responses()
+  rollouts = est.Rollouts(
+    tokens=samples.tokens,
+    mask=samples.mask,
+    log_probs=samples.log_probs,
+    valid=jnp.ones_like(samples.finished),
+    rewards=jnp.asarray(ends.any(axis=2, keepdims=True), jnp.float32),
+  )
+  return estimator.prepare(rollouts)
+
+
+def sft_batch(estimator):
+  """What ended is imitated; the pool pads with the same id."""
+  *_, samples, ends = ending_responses()
+  tokens = np.asarray(samples.tokens)
+  lengths = np.asarray(samples.mask).sum(axis=2)
+  responses = [
+    [row[:size].tolist() for row, size in zip(rows, sizes, strict=True)]
+    for rows, sizes in zip(tokens, lengths, strict=True)
+  ]
+  pool = pools.given([0, 1], responses, np.ones(lengths.shape), END)
+  return estimator.prepare(pools.to_rollouts(pool))
+
+
+CASES = {
+  'rl': (est.rloo(), rl_batch),
+  'clipped rl': (est.grpo(kl=0.0), rl_batch),
+  'sft': (est.sft(), sft_batch),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_an_end_token_that_pads_is_learned(name):
+  config, params, prompts, samples, ends = ending_responses()
+  estimator, make = CASES[name]
+  batch = make(estimator)
+
+  def loss(log_probs):
+    outputs = est.Outputs(
+      log_probs=log_probs, entropy=jnp.zeros_like(log_probs)
+    )
+    return estimator.loss(outputs, batch)
+
+  pull = np.asarray(jax.jit(jax.grad(loss))(samples.log_probs))
+  # Minimising the loss makes the end likelier, and padding is nothing's.
+  assert (pull[ends] < 0).all()
+  assert (pull[~np.asarray(samples.mask)] == 0).all()
+  update = training.make_update(
+    training.policy_forward(config, Decoding()), estimator, optax.sgd(1e-3), 2
+  )
+  state = training.init_state(
+    {'policy': jax.tree.map(jnp.copy, params)}, optax.sgd(1e-3)
+  )
+  state, metrics = update(state, None, prompts, batch)
+  assert metrics['grad_norm'] > 0
+  before, after = (
+    np.asarray(score(config, each, prompts, samples.tokens).log_probs)
+    for each in (params, state.trainable['policy'])
+  )
+  assert (after - before)[ends].mean() > 0
+
+
+@pytest.mark.parametrize(
+  'name', ['stories260k', 'gpt2-tokenizer', 'arithmetic-sequence-init']
+)
+def test_tokenizers_have_no_holes(name, shared):
+  """Every id below the limit is a token: there is no other to be drawn."""
+  tokenizer = pretrained.load_tokenizer(shared / 'models' / name)
+  model = build.Model(None, None, tokenizer, (), None)
+  ids = sorted(tokenizer.get_vocab().values())
+  assert ids == list(range(len(tokenizer)))
+  assert build.known_tokens(model) == len(tokenizer)
