@@ -126,12 +126,12 @@ def test_online_rl_goes_on_at_the_boundaries(prompts, tmp_path):
   assert ended.code == 0, ended.err
   # In the warm start, behind an epoch, within one, in the last step.
   plan = [
-    ('update', before)
+    (signal.SIGTERM, 'update', before)
     for before in (4, scripts.WARM + 5, scripts.WARM + 7, last - 1)
   ]
-  ends = faults.interrupt(signal.SIGTERM, plan, workdir, config)
-  assert [ended.code for ended in ends] == [143] * 4
-  for ended, (_, before) in zip(ends, plan, strict=True):
+  ends = faults.interrupt(plan, workdir, config)
+  for ended, (number, _, before) in zip(ends, plan, strict=True):
+    assert ended.code == 128 + number
     assert f'stopped by SIGTERM after step {before + 1};' in ended.err
   ended = scripts.train(workdir, config).wait()
   assert ended.code == 0, ended.err

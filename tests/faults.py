@@ -41,14 +41,12 @@ MADE = ('reward', 'update')
 LONGEST = {'save': 0.05, 'evaluation': 0.05, 'export': 0.1, 'compile': 0.05}
 
 
-def interrupt(
-  number, plan, workdir, config, compiled=None
-) -> list[scripts.Ended]:
+def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
   """Starts a run again and again, and sends each a signal in a phase.
 
   Args:
-    number: of the signal.
-    plan: phases, each with the records that are written before it.
+    plan: for each start the signal, the phase, and the records that are
+      written before it.
     workdir: of the run.
     config: its file.
     compiled: as of `scripts.train`.
@@ -59,7 +57,7 @@ def interrupt(
   rng, log = random.Random(0), workdir.with_name('faults.jsonl')
   ends = []
   log.touch()
-  for phase, after in plan:
+  for number, phase, after in plan:
     delay = rng.uniform(0, LONGEST.get(phase, 0.01))
     fault = functools.partial(
       strike, number, phase, str(workdir), str(log), after, delay
@@ -70,7 +68,8 @@ def interrupt(
     kept = [path.name for path in workdir.glob('checkpoints/*')]
     ends[-1].newest = max(kept, default='')
   said = [json.loads(line) for line in log.read_text().splitlines()]
-  assert [(each['phase'], each['after']) for each in said] == plan, ends[-1]
+  hit = [(each['signal'], each['phase'], each['after']) for each in said]
+  assert hit == list(plan), ends[-1]
   return ends
 
 
@@ -96,8 +95,13 @@ def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
   def hit(ended: bool) -> None:
     if not first.acquire(blocking=False):
       return
-    said = {'phase': phase, 'after': after, 'ended': ended}
-    said['records'] = scripts.steps_written(workdir)
+    said = {
+      'signal': number,
+      'phase': phase,
+      'after': after,
+      'ended': ended,
+      'records': scripts.steps_written(workdir),
+    }
     with open(log, 'a') as file:
       file.write(json.dumps(said) + '\n')
     os.kill(os.getpid(), number)

@@ -11,6 +11,8 @@ import faults
 import pytest
 import scripts
 
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
 # 200 steps of RL, a checkpoint every 5, and 20 kills: (phase, records that are
 # written before).  The first three find nothing compiled.
 STEPS = 200
@@ -38,23 +40,42 @@ KILLS = [
 ]
 
 
-def test_kills_leave_the_same_records(tmp_path):
-  """Five of the twenty kills, in the run that other tests have made."""
+def test_kills_and_a_stop_leave_the_same_records(tmp_path):
+  """Few of them: each start traces what comes after its checkpoint anew."""
   plan = [
-    ('rollout', scripts.WARM + 1),
-    ('reward', scripts.WARM + 3),
-    ('save', scripts.WARM + 4),
-    ('update', scripts.WARM + 12),
-    ('export', scripts.TOTAL),
+    (KILL, 'warm start', 3),
+    (KILL, 'save', 4),
+    (TERM, 'update', scripts.WARM + 3),
+    (KILL, 'reward', scripts.WARM + 6),
   ]
-  whole, workdir = scripts.undisturbed(), tmp_path / 'run'
-  config = scripts.write_config(tmp_path / 'config')
-  ends = faults.interrupt(signal.SIGKILL, plan, workdir, config)
-  assert {ended.code for ended in ends} == {-signal.SIGKILL}
+  interruptions_leave_the_same(plan, tmp_path)
+
+
+def interruptions_leave_the_same(plan, folder) -> None:
+  """Kills and stops the tiny run, and compares what it leaves in the end."""
+  workdir = folder / 'run'
+  config = scripts.write_config(folder / 'config')
+  ends = faults.interrupt(plan, workdir, config)
+  for (number, _, _), ended in zip(plan, ends, strict=True):
+    if number == KILL:
+      assert ended.code == -KILL, ended
+    else:
+      stopped(ended)
   ended = scripts.train(workdir, config).wait()
   assert ended.code == 0, ended.err
-  assert f'resumed at step {scripts.TOTAL}' in ended.err
-  scripts.assert_same_run(workdir, whole)
+  scripts.assert_same_run(workdir)
+
+
+def stopped(ended) -> None:
+  """Asserts an orderly stop, with a checkpoint of the last step."""
+  assert ended.code == 128 + TERM, ended
+  # The whole run, from its start on.
+  assert ended.seconds < 30
+  assert 'Traceback' not in ended.err
+  (step,) = re.findall(r'stopped by SIGTERM after step (\d+);', ended.err)
+  # The record of a step whose evaluation is stopped is still to be written.
+  assert int(step) - ended.records in (0, 1)
+  assert ended.newest == f'{int(step):08d}'
 
 
 @pytest.mark.slow
@@ -71,8 +92,9 @@ def test_twenty_kills_in_two_hundred_steps(tmp_path):
   workdir, whole = tmp_path / 'run', tmp_path / 'whole'
   # Compiled once for both, in the runs that are killed.
   cache = tmp_path / 'cache'
-  ends = faults.interrupt(signal.SIGKILL, KILLS, workdir, config, cache)
-  assert [ended.code for ended in ends] == [-signal.SIGKILL] * 20
+  plan = [(KILL, *moment) for moment in KILLS]
+  ends = faults.interrupt(plan, workdir, config, cache)
+  assert [ended.code for ended in ends] == [-KILL] * 20
   ended = scripts.train(workdir, config, compiled=cache).wait()
   assert ended.code == 0, ended.err
   ended = scripts.train(whole, config, compiled=cache).wait()
@@ -90,24 +112,15 @@ def test_twenty_kills_in_two_hundred_steps(tmp_path):
 def test_kills_at_the_end_leave_the_same_records(tmp_path):
   """Between the last record, the last checkpoint and hf/."""
   last = scripts.TOTAL - 1
-  plan = [('record', last), ('save', last), ('save', scripts.TOTAL)]
-  plan += [('export', scripts.TOTAL)] * 3
-  workdir = tmp_path / 'run'
-  config = scripts.write_config(tmp_path / 'config')
-  ends = faults.interrupt(signal.SIGKILL, plan, workdir, config)
-  assert {ended.code for ended in ends} == {-signal.SIGKILL}
-  ended = scripts.train(workdir, config).wait()
-  assert ended.code == 0, ended.err
-  scripts.assert_same_run(workdir)
-
-
-def test_a_stop_leaves_the_same_records(tmp_path):
-  stops_leave_the_same([('update', scripts.WARM + 3)], tmp_path)
+  moments = [('record', last), ('save', last), ('save', scripts.TOTAL)]
+  moments += [('export', scripts.TOTAL)] * 3
+  plan = [(KILL, *moment) for moment in moments]
+  interruptions_leave_the_same(plan, tmp_path)
 
 
 @pytest.mark.slow
 def test_stops_in_every_phase_leave_the_same_records(tmp_path):
-  plan = [
+  moments = [
     ('model', 0),
     ('warm start', 3),
     ('rollout', scripts.WARM + 1),
@@ -118,26 +131,8 @@ def test_stops_in_every_phase_leave_the_same_records(tmp_path):
     ('save', scripts.WARM + 12),
     ('save', scripts.TOTAL),
   ]
-  stops_leave_the_same(plan, tmp_path)
-
-
-def stops_leave_the_same(plan, folder) -> None:
-  """Stops a run by SIGTERM, lets it go on and compares what it leaves."""
-  workdir = folder / 'run'
-  config = scripts.write_config(folder / 'config')
-  ends = faults.interrupt(signal.SIGTERM, plan, workdir, config)
-  for ended in ends:
-    assert ended.code == 128 + signal.SIGTERM, ended
-    # The whole run, from its start on.
-    assert ended.seconds < 30
-    assert 'Traceback' not in ended.err
-    (step,) = re.findall(r'stopped by SIGTERM after step (\d+);', ended.err)
-    # The record of a step whose evaluation is stopped is still to be written.
-    assert int(step) - ended.records in (0, 1)
-    assert ended.newest == f'{int(step):08d}'
-  ended = scripts.train(workdir, config).wait()
-  assert ended.code == 0, ended.err
-  scripts.assert_same_run(workdir)
+  plan = [(TERM, *moment) for moment in moments]
+  interruptions_leave_the_same(plan, tmp_path)
 
 
 @pytest.mark.slow
@@ -145,7 +140,7 @@ def test_a_stop_in_the_export_lets_it_end(tmp_path):
   """Everything is saved before; the little that is left is done."""
   workdir = tmp_path / 'run'
   config = scripts.write_config(tmp_path / 'config')
-  plan = [('export', scripts.TOTAL)]
-  (ended,) = faults.interrupt(signal.SIGTERM, plan, workdir, config)
+  plan = [(TERM, 'export', scripts.TOTAL)]
+  (ended,) = faults.interrupt(plan, workdir, config)
   assert ended.code == 0 and ended.seconds < 30, ended
   scripts.assert_same_run(workdir)
