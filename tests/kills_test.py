@@ -105,7 +105,8 @@ def test_twenty_kills_in_two_hundred_steps(tmp_path):
   # Equal bits mean nothing if the numbers do not move.
   for name in ('completions/hash', 'loss', 'kl'):
     assert len({record[name] for record in found}) > 0.9 * STEPS, name
-  assert all(record['branches/forks'] for record in found)
+  forked = [record for record in found if record['branches/forks']]
+  assert len(forked) > 0.9 * STEPS
 
 
 @pytest.mark.slow
