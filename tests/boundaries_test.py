@@ -62,8 +62,8 @@ def end_at_once():
   raise KeyboardInterrupt
 
 
-def train(workdir, prompts: int, interrupts=None) -> int:
-  """Trains to the end, or to the first of the interrupts; gives the status."""
+def configuration(prompts: int):
+  """Of a run that is over in a moment."""
   config = quickstart.get_config()
   config.model.architecture.update(
     hidden_size=16, intermediate_size=16, num_layers=1
@@ -74,6 +74,12 @@ def train(workdir, prompts: int, interrupts=None) -> int:
   config.steps = STEPS
   config.checkpoints.every = 2
   config.evaluation.every = 4
+  return config
+
+
+def train(workdir, prompts: int, interrupts=None) -> int:
+  """Trains to the end, or to the first of the interrupts; gives the status."""
+  config = configuration(prompts)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Reading, 'interrupts', interrupts or {})
     script = Script(lambda config: None, Reading)
@@ -90,7 +96,9 @@ def left(workdir) -> dict:
   }
 
 
-@pytest.mark.parametrize('prompts', BOUNDARIES)
+@pytest.mark.parametrize(
+  'prompts', [5, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_at_the_boundaries(prompts, tmp_path):
   whole, workdir = tmp_path / 'whole', tmp_path / 'run'
   assert train(whole, prompts) == 0

@@ -58,7 +58,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
   )
   message = told(start(before=fault).wait())
   due = scripts.WARM + 15
-  assert f'Saving checkpoint step {due}' in message
+  # It goes on for a step while the save fails, and tries to save that too.
+  assert re.search(rf'Saving checkpoint step ({due}|{due + 1})', message)
   assert 'File too large' in message and 'then resume' in message
   assert re.search(rf'Steps kept: \[.*{due - 10}, {due - 5}\]', message)
   assert due <= scripts.steps_written(workdir) <= due + 1

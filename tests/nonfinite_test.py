@@ -5,11 +5,17 @@ import hashlib
 import json
 import re
 
+import boundaries_test
 import faults
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import run_test
 import scripts
 
+from experiments import run
+from experiments.phase import Result, Script
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
 
 STEPS = 8
@@ -47,6 +53,7 @@ def leaves(workdir, step: int) -> dict:
   return json.loads(path.read_text())['leaves']
 
 
+@pytest.mark.slow
 def test_a_step_of_nan_gradients_changes_no_bit(runs):
   workdir, _, _ = runs
   changed = {
@@ -64,6 +71,7 @@ def test_a_step_of_nan_gradients_changes_no_bit(runs):
     assert {'trainable', 'opt_state', 'updates'} <= parts
 
 
+@pytest.mark.slow
 def test_it_is_told(runs):
   workdir, first, _ = runs
   assert first.code == 0, first.err
@@ -80,6 +88,7 @@ def test_it_is_told(runs):
   assert re.search(r'step 4: the update is not finite .*\n.*rate', first.err)
 
 
+@pytest.mark.slow
 def test_the_third_in_a_row_ends_the_run(runs):
   workdir, _, second = runs
   assert second.code == 2, second
@@ -99,6 +108,7 @@ def test_the_third_in_a_row_ends_the_run(runs):
       assert leaf == leaves(workdir, 8)[name]
 
 
+@pytest.mark.slow
 def test_the_batch_that_was_kept_is_that_of_the_step(runs):
   workdir, _, _ = runs
   with np.load(workdir / 'nonfinite_batch.npz') as stored:
@@ -129,3 +139,26 @@ def test_the_batch_that_was_kept_is_that_of_the_step(runs):
   shown = [sample['response'] for sample in samples if sample['step'] == 9]
   count = scripts.PROMPTS * scripts.SAMPLES
   assert shown == [texts[i * count // 4] for i in range(4)]
+
+
+class Skipping(run_test.Doubling):
+  """A main phase that skips its updates from the second step on."""
+
+  def step(self, state, number, stop):
+    skipped = state.skipped + 1 if number else jnp.int32(0)
+    record = {'skipped': int(skipped), 'loss': float('nan')}
+    return Result(state.replace(skipped=skipped), record, {})
+
+
+def test_the_count_survives_a_resume(tmp_path):
+  """The loop's part, with a main phase that computes nothing."""
+  config = boundaries_test.configuration(prompts=4)
+  script = Script(lambda config: None, Skipping)
+  config.steps = 3
+  assert run.train(script, config.lock(), tmp_path / 'run', resume=True) == 0
+  with config.unlocked():
+    config.steps = 9
+  with pytest.raises(UserError, match='3 updates in a row .* step 4; param'):
+    run.train(script, config, tmp_path / 'run', resume=True)
+  skipped = [r.get('skipped') for r in scripts.records(tmp_path / 'run')]
+  assert skipped == [None, 0, 1, 2, 3]
