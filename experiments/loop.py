@@ -42,6 +42,7 @@ class Run:
     self._config = config
     self._folder = folder.path
     self._resuming = folder.resuming
+    self._former = folder.former
     self._stop = stop
     self._told = set()
     self._compiled = Meter()
@@ -353,12 +354,11 @@ class Run:
     records = path.read_bytes().count(b'\n')
     # A second checkpoint waits for the first: where a record follows both,
     # there was one.
+    every = self._former['checkpoints']['every']
     due = [
       step
       for step in range(1, records - 1)
-      if dataclasses.replace(self.course, step=step).checkpoint_is_due(
-        self._config.checkpoints.every
-      )
+      if dataclasses.replace(self.course, step=step).checkpoint_is_due(every)
     ]
     if len(due) < 2:
       return ''
