@@ -4,6 +4,7 @@ What differs between `experiments.train`, `sft`, `preference`, `rest_em` and
 `reward_model` is the main phase, which comes after the warm start.
 """
 
+import dataclasses
 import functools
 import time
 
@@ -52,6 +53,7 @@ class Run:
     self._silent = silent
     self._folder = folder.path
     self._resuming = folder.resuming
+    self._former = folder.former
     self._stop = stop
     self._told = set()
     self._compiled = Meter()
@@ -83,6 +85,9 @@ class Run:
     # Whether the newest checkpoint is of the state and the records as they are.
     self._saved = False
     restored = self._restore(model.params)
+    lost = distributed.on_main(self._lost, 'what the run folder holds')
+    if lost:
+      raise UserError(lost)
     at = written = self.course.step if restored else None
     if restored and self._pending is not None:
       written = at - 1 if at else None
@@ -126,7 +131,13 @@ class Run:
     self._keep.wait()
 
   def finish(self) -> None:
-    """Exports the model; shows and writes what the run came to."""
+    """Exports the model; shows and writes what the run came to.
+
+    Raises:
+      StopRequested: a stop was asked for before it began; resumed, the run
+        finishes.
+    """
+    self._stop.check()
     left = self._main.finish(self.state.trainable, self._folder)
     if not distributed.is_main():
       return
@@ -136,7 +147,7 @@ class Run:
     )
     before, after = self._before_after()
     written = ['curve.png', *left]
-    if after:
+    if before and after:
       self._samples.write_html(self._folder.name, before, after)
       self._progress.print(logging.before_after_table(before, after))
       written.insert(1, 'samples.html')
@@ -347,6 +358,35 @@ class Run:
       self._main.reference = found[1]
     self._saved = True
     return True
+
+  def _lost(self) -> str:
+    """What the folder lacks that a resumed run goes on from, as a message."""
+    if self._saved:
+      path = self._folder / 'samples.jsonl'
+      if path.exists():
+        return ''
+      return (
+        f'{path} is missing, but the checkpoint is of step {self.course.step}\n'
+        'restore it from a copy, or put an empty file in its place'
+      )
+    path = self._folder / 'metrics.jsonl'
+    if not self._resuming or not path.exists():
+      return ''
+    records = path.read_bytes().count(b'\n')
+    # A second checkpoint waits for the first: where a record follows both,
+    # there was one.
+    every = self._former['checkpoints']['every']
+    due = [
+      step
+      for step in range(1, records - 1)
+      if dataclasses.replace(self.course, step=step).checkpoint_is_due(every)
+    ]
+    if len(due) < 2:
+      return ''
+    return (
+      f'{self._keep.folder} has no checkpoint, but {path} has {records} '
+      'records\nrestore the folder from a copy, or start in another --workdir'
+    )
 
   def _describe(self, found: data.Data, restored: bool) -> None:
     """Says what the run is, a line each."""

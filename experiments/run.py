@@ -105,6 +105,7 @@ def _train(
     raise
   try:
     run.train()
+    run.finish()
   except StopRequested as request:
     if distributed.is_main():
       print(
@@ -113,7 +114,6 @@ def _train(
         file=sys.stderr,
       )
     return 128 + signal.Signals[str(request)]
-  run.finish()
   return 0
 
 

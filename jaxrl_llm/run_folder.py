@@ -74,14 +74,21 @@ class RunFolder:
     resuming: whether the folder already held this run.
     changed: code files whose content is not what it was when the run last
       began or resumed.
+    former: in process 0 the configuration that it then had; else None.
   """
 
   def __init__(
-    self, path: pathlib.Path, resuming: bool, changed: list[str], lock
+    self,
+    path: pathlib.Path,
+    resuming: bool,
+    changed: list[str],
+    lock,
+    former: dict | None = None,
   ):
     self.path = path
     self.resuming = resuming
     self.changed = changed
+    self.former = former
     self._lock = lock
 
   def close(self) -> None:
@@ -166,7 +173,7 @@ def _open(path, resume, config, allowed, code) -> RunFolder:
   except BaseException:
     _give_back(lock)
     raise
-  return RunFolder(path, stored is not None, changed, lock)
+  return RunFolder(path, stored is not None, changed, lock, stored)
 
 
 def _refuse_credentials(path, config):

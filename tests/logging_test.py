@@ -1,6 +1,7 @@
 """Records, sample tables, progress and plots."""
 
 import errno
+import functools
 import html.parser
 import io
 import json
@@ -420,3 +421,15 @@ def test_a_plot_on_a_full_disk_is_said(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='No space left on device'):
     logging.plot_curve(tmp_path / 'c.png', {'a': ([1], [2])}, **labels)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_under_tensorboard_is_said(tmp_path, monkeypatch):
+  full = functools.partial(open, '/dev/full', 'wb')
+  opener = 'tensorboardX.record_writer.open_file'
+  monkeypatch.setattr(opener, lambda path: full())
+  with (
+    pytest.raises(UserError, match='tb cannot be written: No space left'),
+    logging.MetricsWriter(tmp_path) as writer,
+  ):
+    for step in range(1000):
+      writer.write(step, {'reward': 0.5})

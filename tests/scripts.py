@@ -8,6 +8,7 @@ other, which can be killed.
 import contextlib
 import fcntl
 import functools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -128,15 +129,18 @@ class Script:
     arguments: of the command line.
     cache: folder for compiled programs; None compiles all anew.
     devices: how many it has.
+    before: what the process calls before the script begins; see `faults`.
   """
 
-  def __init__(self, name: str, *arguments, cache=None, devices: int = 1):
+  def __init__(
+    self, name: str, *arguments, cache=None, devices: int = 1, before=None
+  ):
     self._folder = tempfile.TemporaryDirectory()
     self._start = time.monotonic()
     texts = [str(argument) for argument in arguments]
     self._process = context.Process(
       target=_main,
-      args=(name, texts, self._folder.name, cache, devices),
+      args=(name, texts, self._folder.name, cache, devices, before),
       daemon=True,
     )
     self._process.start()
@@ -169,6 +173,50 @@ class Script:
 def run(name: str, *arguments, cache=None) -> Ended:
   """Runs a script to its end."""
   return Script(name, *arguments, cache=cache).wait()
+
+
+def train(
+  workdir, config, *flags, compiled=None, devices: int = 1, before=None
+) -> Script:
+  """Starts or continues a run of online RL.
+
+  Args:
+    workdir: of the run.
+    config: the configuration's file.
+    *flags: more of them.
+    compiled: folder for compiled programs; None for `cache()`.
+    devices, before: as of `Script`.
+  """
+  arguments = f'--config={config}', f'--workdir={workdir}', '--resume'
+  return Script(
+    'train',
+    *arguments,
+    *flags,
+    cache=compiled or cache(),
+    devices=devices,
+    before=before,
+  )
+
+
+def records(workdir, name: str = 'metrics.jsonl') -> list[dict]:
+  """The records of a run, as JSON gives them."""
+  lines = (pathlib.Path(workdir) / name).read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def assert_same_run(workdir, whole=None) -> None:
+  """Asserts that a run left bit for bit what an undisturbed one left.
+
+  Args:
+    workdir: of the run, which has a warm start and has ended.
+    whole: of the other; None for `undisturbed()`.
+  """
+  workdir, whole = pathlib.Path(workdir), whole or undisturbed()
+  for name in ('metrics.jsonl', 'samples.jsonl', 'hf/model.safetensors'):
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+  for name in ('metrics.jsonl', 'timings.jsonl'):
+    steps = [record['step'] for record in records(workdir, name)]
+    assert steps == list(range(1, steps_written(whole) + 1)), name
 
 
 def steps_written(workdir) -> int:
@@ -217,7 +265,7 @@ def cache() -> pathlib.Path:
   return shared_folder() / os.environ.get('PYTEST_XDIST_WORKER', 'cache')
 
 
-def _main(name, arguments, folder, cache, devices):
+def _main(name, arguments, folder, cache, devices, before):
   for number, output in ((1, 'out'), (2, 'err')):
     file = os.open(f'{folder}/{output}', os.O_CREAT | os.O_WRONLY)
     os.dup2(file, number)
@@ -232,6 +280,8 @@ def _main(name, arguments, folder, cache, devices):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   sys.argv = [f'experiments.{name}', *arguments]
+  if before is not None:
+    before()
   try:
     runpy.run_module(f'experiments.{name}', run_name='__main__')
   finally:

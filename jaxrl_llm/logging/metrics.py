@@ -1,10 +1,19 @@
 """Numbers per step: JSON lines for programs, TensorBoard for eyes."""
 
-import logging
 import pathlib
+import time
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.records import RecordFile, cut, number, read_records
+from jaxrl_llm.logging.records import (
+  RecordFile,
+  cannot_write,
+  cut,
+  number,
+  read_records,
+)
+
+# Seconds between two writes of `tb/` to the disk, if no `sync` comes first.
+_BOARD_INTERVAL = 30.0
 
 
 class MetricsWriter:
@@ -27,25 +36,19 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir, resume_step: int | None = None):
-    from tensorboardX import SummaryWriter
-
     workdir = pathlib.Path(workdir)
     paths = [workdir / f'{name}.jsonl' for name in ('metrics', 'timings')]
     try:
       cut(paths[0], resume_step, complete=True)
       cut(paths[1], resume_step)
       self._metrics, self._timings = map(RecordFile, paths)
-      self._board = SummaryWriter(
-        str(workdir / 'tb'),
-        purge_step=0 if resume_step is None else resume_step + 1,
-      )
+      first = 0 if resume_step is None else resume_step + 1
+      self._board = _Board(workdir / 'tb', first)
     except OSError as error:
       raise UserError(
         f'Records cannot be written in {workdir}: {error.strerror}.\n'
         'Make room or change its permissions, then resume.'
       ) from error
-    # It would say at every NaN that there is one; the record says it already.
-    logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)
     self._last = resume_step
 
   def write(self, step: int, metrics: dict, timings: dict | None = None):
@@ -72,8 +75,7 @@ class MetricsWriter:
       self._timings.write({'step': step, **timings})
     self._last = step
     timings = {f'timings/{name}': value for name, value in timings.items()}
-    for name, value in {**metrics, **timings}.items():
-      self._board.add_scalar(name, float(value), step)
+    self._board.write(step, metrics | timings)
 
   def sync(self) -> None:
     """Returns when every record is on the disk.
@@ -82,9 +84,14 @@ class MetricsWriter:
     """
     self._metrics.sync()
     self._timings.sync()
-    self._board.flush()
+    self._board.sync()
 
   def close(self) -> None:
+    """Closes the files.
+
+    Raises:
+      UserError: the disk is full.
+    """
     self._metrics.close()
     self._timings.close()
     self._board.close()
@@ -92,8 +99,64 @@ class MetricsWriter:
   def __enter__(self):
     return self
 
-  def __exit__(self, *exc_info):
-    self.close()
+  def __exit__(self, kind, *rest):
+    try:
+      self.close()
+    except UserError:
+      # What went wrong first is what is told.
+      if kind is None:
+        raise
+
+
+class _Board:
+  """An event file of TensorBoard, written by who calls.
+
+  `SummaryWriter` has a thread of its own for that.  On a full disk it dies, and
+  the tenth scalar after that waits for it for ever.
+
+  Args:
+    folder: of event files.
+    first: the step from which on earlier files are void.
+  """
+
+  def __init__(self, folder: pathlib.Path, first: int):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    self._folder = folder
+    folder.mkdir(exist_ok=True)
+    self._file = EventsWriter(str(folder / 'events'))
+    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._file.write_event(
+      self._event(wall_time=time.time(), step=first, session_log=started)
+    )
+    self._written = time.monotonic()
+
+  def write(self, step: int, values: dict) -> None:
+    pairs = [
+      self._summary.Value(tag=name, simple_value=float(value))
+      for name, value in values.items()
+    ]
+    event = self._event(
+      wall_time=time.time(), step=step, summary=self._summary(value=pairs)
+    )
+    self._try(self._file.write_event, event)
+    if time.monotonic() - self._written > _BOARD_INTERVAL:
+      self.sync()
+
+  def sync(self) -> None:
+    self._try(self._file.flush)
+    self._written = time.monotonic()
+
+  def close(self) -> None:
+    self._try(self._file.close)
+
+  def _try(self, write, *args) -> None:
+    try:
+      write(*args)
+    except OSError as error:
+      raise cannot_write(self._folder, error.strerror) from error
 
 
 def read_metrics(path) -> list[dict]:

@@ -1,0 +1,147 @@
+"""Runs that are killed, or asked to stop, in every phase.
+
+What they leave is bit for bit what an undisturbed run leaves: losses, rewards
+and a hash of the tokens of every step, samples, the exported model.
+"""
+
+import re
+import signal
+
+import faults
+import pytest
+import scripts
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
+# 200 steps of RL, a checkpoint every 5, and 20 kills: (phase, records that are
+# written before).  The first three find nothing compiled.
+STEPS = 200
+KILLS = [
+  ('compile', 0),
+  ('warm start', 3),
+  ('compile', scripts.WARM),
+  ('branches', 17),
+  ('reward', 29),
+  ('update', 36),
+  ('save', 48),
+  ('rollout', 57),
+  ('evaluation', 67),
+  ('branches', 77),
+  ('reward', 88),
+  ('save', 97),
+  ('update', 109),
+  ('rollout', 119),
+  ('save', 131),
+  ('reward', 144),
+  ('update', 157),
+  ('branches', 171),
+  ('evaluation', 187),
+  ('export', scripts.WARM + STEPS),
+]
+
+
+def test_kills_and_a_stop_leave_the_same_records(tmp_path):
+  """Few of them: each start traces what comes after its checkpoint anew."""
+  plan = [
+    (KILL, 'warm start', 3),
+    (KILL, 'save', 4),
+    (TERM, 'update', scripts.WARM + 3),
+    (KILL, 'reward', scripts.WARM + 6),
+  ]
+  interruptions_leave_the_same(plan, tmp_path)
+
+
+def interruptions_leave_the_same(plan, folder) -> None:
+  """Kills and stops the tiny run, and compares what it leaves in the end."""
+  workdir = folder / 'run'
+  config = scripts.write_config(folder / 'config')
+  ends = faults.interrupt(plan, workdir, config)
+  for (number, _, _), ended in zip(plan, ends, strict=True):
+    if number == KILL:
+      assert ended.code == -KILL, ended
+    else:
+      stopped(ended)
+  ended = scripts.train(workdir, config).wait()
+  assert ended.code == 0, ended.err
+  scripts.assert_same_run(workdir)
+
+
+def stopped(ended) -> None:
+  """Asserts an orderly stop, with a checkpoint of the last step."""
+  assert ended.code == 128 + TERM, ended
+  # The whole run, from its start on.
+  assert ended.seconds < 30
+  assert 'Traceback' not in ended.err
+  (step,) = re.findall(r'stopped by SIGTERM after step (\d+);', ended.err)
+  # The record of a step whose evaluation is stopped is still to be written.
+  assert int(step) - ended.records in (0, 1)
+  assert ended.newest == f'{int(step):08d}'
+
+
+@pytest.mark.slow
+def test_twenty_kills_in_two_hundred_steps(tmp_path):
+  algorithm = dict(name='trepo', kl=0.04, count=2, samples=2)
+  text = scripts.CONFIG.replace("dict(name='grpo', kl=0.04)", repr(algorithm))
+  text = text.replace(
+    '  return config\n',
+    f'  config.steps = {STEPS}\n  config.evaluation.every = 20\n'
+    '  return config\n',
+  )
+  reward = scripts.REWARD.replace('sleep(0.03)', 'sleep(0.003)')
+  config = scripts.write_config(tmp_path / 'config', text, reward)
+  workdir, whole = tmp_path / 'run', tmp_path / 'whole'
+  # Compiled once for both, in the runs that are killed.
+  cache = tmp_path / 'cache'
+  plan = [(KILL, *moment) for moment in KILLS]
+  ends = faults.interrupt(plan, workdir, config, cache)
+  assert [ended.code for ended in ends] == [-KILL] * 20
+  ended = scripts.train(workdir, config, compiled=cache).wait()
+  assert ended.code == 0, ended.err
+  ended = scripts.train(whole, config, compiled=cache).wait()
+  assert ended.code == 0, ended.err
+  scripts.assert_same_run(workdir, whole)
+  found = scripts.records(workdir)[scripts.WARM :]
+  assert len(found) == STEPS
+  # Equal bits mean nothing if the numbers do not move.
+  for name in ('completions/hash', 'loss', 'kl'):
+    assert len({record[name] for record in found}) > 0.9 * STEPS, name
+  forked = [record for record in found if record['branches/forks']]
+  assert len(forked) > 0.9 * STEPS
+
+
+@pytest.mark.slow
+def test_kills_at_the_end_leave_the_same_records(tmp_path):
+  """Between the last record, the last checkpoint and hf/."""
+  last = scripts.TOTAL - 1
+  moments = [('record', last), ('save', last), ('save', scripts.TOTAL)]
+  moments += [('export', scripts.TOTAL)] * 3
+  plan = [(KILL, *moment) for moment in moments]
+  interruptions_leave_the_same(plan, tmp_path)
+
+
+@pytest.mark.slow
+def test_stops_in_every_phase_leave_the_same_records(tmp_path):
+  moments = [
+    ('model', 0),
+    ('warm start', 3),
+    ('rollout', scripts.WARM + 1),
+    ('reward', scripts.WARM + 3),
+    ('update', scripts.WARM + 6),
+    ('evaluation', scripts.WARM + 9),
+    ('record', scripts.WARM + 11),
+    ('save', scripts.WARM + 12),
+    ('save', scripts.TOTAL),
+  ]
+  plan = [(TERM, *moment) for moment in moments]
+  interruptions_leave_the_same(plan, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_export_lets_it_end(tmp_path):
+  """Everything is saved before; the little that is left is done."""
+  workdir = tmp_path / 'run'
+  config = scripts.write_config(tmp_path / 'config')
+  plan = [(TERM, 'export', scripts.TOTAL)]
+  (ended,) = faults.interrupt(plan, workdir, config)
+  assert ended.code == 0 and ended.seconds < 30, ended
+  scripts.assert_same_run(workdir)
