@@ -170,7 +170,7 @@ def test_a_batch_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(
-    UserError, match='not finite, cannot be .*: No space'
+    UserError, match='to look at, cannot be .*: No space'
   ) as e:
     runs.write_batch(path, responses, np.ones((1, 2)))
   assert len(str(e.value).splitlines()) <= 3
