@@ -85,7 +85,11 @@ class Run:
     # Whether the newest checkpoint is of the state and the records as they are.
     self._saved = False
     restored = self._restore(model.params)
-    lost = distributed.on_main(self._lost, 'what the run folder holds')
+    lost = (
+      ''
+      if silent
+      else distributed.on_main(self._lost, 'what the run folder holds')
+    )
     if lost:
       raise UserError(lost)
     at = written = self.course.step if restored else None
