@@ -82,7 +82,7 @@ def place(config, name, value):
 
 @fuzz(
   25,
-  1000,
+  600,
   changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
   algorithm=st.none() | ALGORITHMS,
   architecture=st.none() | st.dictionaries(KEYS, VALUES, max_size=2),
