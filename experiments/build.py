@@ -42,6 +42,10 @@ PARTS = (advantages, positions)
 _LIMITS = ('workers', 'timeout', 'memory', 'spares', 'environment')
 
 
+# What a recipe raises for an argument that it cannot compute with.
+_WRONG = (ArithmeticError, TypeError, ValueError)
+
+
 class Model(NamedTuple):
   """A model, its tokenizer and where they came from.
 
@@ -222,8 +226,8 @@ def estimator(config) -> estimators.Estimator:
     )
   try:
     jax.eval_shape(built.prepare, abstract_rollouts(config, built.needs))
-  except ValueError as error:
-    raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
+  except _WRONG as error:
+    raise _refused(spec, error) from error
   return built
 
 
@@ -233,8 +237,8 @@ def named_estimator(spec) -> estimators.Estimator:
     return naming.call(ALGORITHMS, spec, 'config.algorithm', PARTS)
   except UserError:
     raise
-  except ValueError as error:
-    raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
+  except _WRONG as error:
+    raise _refused(spec, error) from error
 
 
 def reference(config) -> estimators.Estimator:
@@ -244,8 +248,13 @@ def reference(config) -> estimators.Estimator:
     return naming.call(references, spec, 'config.algorithm')
   except UserError:
     raise
-  except ValueError as error:
-    raise UserError(f'config.algorithm: {spec["name"]}: {error}') from error
+  except _WRONG as error:
+    raise _refused(spec, error) from error
+
+
+def _refused(spec, error: Exception) -> UserError:
+  reason = ' '.join(str(error).split())[:300]
+  return UserError(f'config.algorithm: {spec["name"]}: {reason}')
 
 
 def abstract_rollouts(

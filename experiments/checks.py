@@ -1,6 +1,7 @@
 """What a configuration must be before anything is loaded or written."""
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ _LEAST = {
   'log.samples': 0,
   'log.table': 0,
 }
+
+
+# Counts that may be more than what an array's axis holds.
+_LARGE = ('tokens', 'evaluation.every_tokens')
 
 
 def check(config: ConfigDict) -> None:
@@ -135,6 +140,11 @@ def check_fields(config: ConfigDict) -> None:
       raise UserError(
         f'config.{name} is {fields[name]}\nit must be at least {least}'
       )
+  _check_sizes(fields)
+  for section in ('task', 'algorithm'):
+    name = fields[section].get('name')
+    if not isinstance(name, str | None):
+      raise UserError(f'config.{section}.name is {name!r}\nit must be a text')
   _check_numbers(config)
   _check_prompts(config.prompts)
   _check_hints(config.rollout)
@@ -153,6 +163,16 @@ def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
     tuple: ('a tuple of numbers, such as (0.25, 0.5)', (tuple, list)),
   }
   return kinds[type(default)]
+
+
+def _check_sizes(fields: dict[str, Any]) -> None:
+  """Refuses what no array and no computation takes."""
+  for name, value in fields.items():
+    if isinstance(value, float) and math.isnan(value):
+      raise UserError(f'config.{name} is nan\nit must be a number')
+    below = 2**63 if name in _LARGE else 2**31
+    if isinstance(value, int) and abs(value) >= below:
+      raise UserError(f'config.{name} is {value}\nit must be below {below}')
 
 
 def _check_numbers(config: ConfigDict) -> None:

@@ -148,6 +148,12 @@ def _parse(arguments: list[str]) -> list[str]:
       _fail(f'--config: {path} has no function get_config()')
     if isinstance(error, KeyError | AttributeError):
       _fail(_unknown_field(error, arguments))
+    if isinstance(error, IndexError):
+      given = [a.partition('=')[0] for a in arguments if '[' in a]
+      _fail(
+        f'{", ".join(given) or "--config"}: {_text(error)}\nset the whole '
+        'tuple, as in --config.task.operations=(1,2)'
+      )
     if isinstance(error, TypeError | ValueError):
       _fail(f'--config: {_described(error)}')
     raise

@@ -31,6 +31,8 @@ def find(modules: Modules, name: str, field: str) -> Callable:
   Raises:
     UserError: there is none; names the nearest.
   """
+  if not isinstance(name, str):
+    raise UserError(f'{field}: the name is {name!r}, not a text')
   if ':' in name:
     return _load(name, field)
   if isinstance(modules, ModuleType):

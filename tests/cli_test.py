@@ -82,6 +82,10 @@ FLAGS = {
     ['config.task', "did you mean 'arithmetic'?"],
   ),
   'pair': (['--config.task.operations=(3,)'], ['config.task.operations']),
+  'third of a pair': (
+    ['--config.task.operations[2]=3'],
+    ['--config.task.operations[2]: tuple index', 'set the whole tuple'],
+  ),
   'reward file': (
     ['--config.rewards.symbols.name=/no/file.py:f'],
     ['config.rewards.symbols', '/no/file.py'],

@@ -151,6 +151,45 @@ def test_number_out_of_range_is_refused(field, value):
     checks.check(config)
 
 
+@pytest.mark.parametrize(
+  'change, text',
+  [
+    ({'rollout.prompts': 10**30}, '(?s)rollout.prompts is 1000.*below 2147'),
+    ({'seed': 2**31}, 'config.seed is 2147483648'),
+    ({'tokens': 2**63}, '(?s)config.tokens is .*below 9223'),
+    ({'rollout.temperature': float('nan')}, 'temperature is nan'),
+    ({'prompts.min_pass_rate': float('nan')}, 'min_pass_rate is nan'),
+    ({'algorithm': dict(name=5)}, 'config.algorithm.name is 5'),
+    ({'algorithm': dict(name=['grpo'])}, 'config.algorithm.name is'),
+    ({'task': dict(name=dict(a=1))}, 'config.task.name is'),
+    ({'algorithm': dict(name='grpo', clip='x')}, 'config.algorithm: grpo: '),
+    ({'algorithm': dict(name='grpo', clip=[0.2])}, 'config.algorithm: grpo: '),
+    (
+      {'algorithm': dict(name='ppo', kl=dict(name=5))},
+      'config.algorithm.kl: the name is 5',
+    ),
+  ],
+)
+def test_what_nothing_computes_with_is_refused(change, text):
+  config = get('quickstart').unlock()
+  for name, value in change.items():
+    *sections, last = name.split('.')
+    place = config
+    for section in sections:
+      place = place[section]
+    del place[last]
+    place[last] = ConfigDict(value) if isinstance(value, dict) else value
+  with pytest.raises(UserError, match=text) as caught:
+    checks.check(config)
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_counts_of_tokens_may_be_large():
+  config = get('quickstart')
+  config.tokens = 10**12
+  checks.check(config)
+
+
 def test_a_decay_needs_the_last_update():
   config = get('stories_sentiment')
   assert config.optimizer.decay == 'linear'

@@ -75,13 +75,14 @@ def place(config, name, value):
     config = config[section]
     if not isinstance(config, ConfigDict):
       return
-  config.pop(last)
+  if last in config:
+    del config[last]  # What takes its place may be of another type.
   config[last] = ConfigDict(value) if isinstance(value, dict) else value
 
 
 @fuzz(
   25,
-  1000,
+  600,
   changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
   algorithm=st.none() | ALGORITHMS,
   architecture=st.none() | st.dictionaries(KEYS, VALUES, max_size=2),
@@ -89,7 +90,8 @@ def place(config, name, value):
 def test_values_in_a_file(path, changes, algorithm, architecture):
   config = runpy.run_path(str(path))['get_config']()
   if architecture is not None:
-    config.model.architecture.update(architecture)
+    architecture = {**config.model.architecture.to_dict(), **architecture}
+    changes = {'model.architecture': architecture, **changes}
   if algorithm is not None:
     changes = {'algorithm': algorithm, **changes}
   for name, value in changes.items():
@@ -101,7 +103,7 @@ def test_values_in_a_file(path, changes, algorithm, architecture):
 def command():
   """Calls a script's main with arguments; gives its exit status."""
   with pytest.MonkeyPatch.context() as patch:
-    start = lambda main, flags_parser: main(flags_parser(sys.argv))
+    start = lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))
     patch.setattr(app, 'run', start)
     # It would be registered anew by every call.
     patch.setattr(compilation, 'give_back_memory', lambda: None)
@@ -111,10 +113,9 @@ def command():
     def call(*arguments):
       patch.setattr(sys, 'argv', ['script', *arguments])
       flags.FLAGS.unparse_flags()
-      try:
-        return cli.run(lambda: use(cli.config()))
-      except SystemExit as end:
-        return end.code
+      with pytest.raises(SystemExit) as end:
+        cli.run(lambda: use(cli.config()))
+      return end.value.code
 
     yield call
     for name in set(flags.FLAGS) - known:

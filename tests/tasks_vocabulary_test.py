@@ -52,3 +52,8 @@ def test_it_reopens_equal(tmp_path):
 def test_tokens_must_be_distinct(wrong):
   with pytest.raises(UserError, match='distinct'):
     character_tokenizer(**wrong)
+
+
+def test_half_a_surrogate_pair_is_no_character():
+  with pytest.raises(UserError, match='half of a surrogate pair'):
+    character_tokenizer('ab\ud800')

@@ -177,6 +177,14 @@ def _validate(config: ModelConfig):
         f'{name} must be one of {", ".join(choices)}; '
         f'got {getattr(config, name)!r}.'
       )
+  for name in ('norm_epsilon', 'norm_offset', 'embedding_scale'):
+    _check_number(name, getattr(config, name))
+  for name in ('query_scale', 'attention_softcap', 'logit_softcap'):
+    if getattr(config, name) is not None:
+      _check_number(name, getattr(config, name))
+  window = config.window
+  if window is not None and (type(window) is not int or window < 1):
+    raise UserError(f'window must be a positive integer, got {window!r:.100}.')
   if config.num_heads % config.num_kv_heads:
     raise UserError(
       f'num_heads {config.num_heads} is not a multiple of num_kv_heads '
@@ -190,8 +198,15 @@ def _validate(config: ModelConfig):
   if any(config.sliding) and config.window is None:
     raise UserError('Sliding layers need a window; set window or sliding=().')
   for rope in (config.rope, config.local_rope):
+    if not isinstance(rope, Rope | None):
+      raise UserError(f'rope must be a Rope or None, got {rope!r:.100}.')
     if rope is not None:
       _validate_rope(config, rope)
+
+
+def _check_number(name: str, value):
+  if type(value) not in (int, float) or not math.isfinite(value):
+    raise UserError(f'{name} must be a finite number, got {value!r:.100}.')
 
 
 def _validate_rope(config: ModelConfig, rope: Rope):

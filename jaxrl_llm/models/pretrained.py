@@ -106,10 +106,12 @@ def load_trunk(
 def resolve(path) -> pathlib.Path:
   """The local folder of `path`, downloaded if it is the name of a hub model."""
   folder = pathlib.Path(path)
-  if folder.is_dir():
+  # Not `folder.is_dir()`, which raises where a name is too long.
+  if os.path.isdir(folder):
     return folder
-  if folder.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
-    raise UserError(f'There is no model folder {path}.')
+  if os.path.exists(folder) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
+    shown = ' '.join(str(path).split())
+    raise UserError(f'There is no model folder {shown:.300}.')
   try:
     from huggingface_hub import snapshot_download
   except ImportError:

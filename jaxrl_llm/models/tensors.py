@@ -180,9 +180,8 @@ class Reader:
       path = self.folder / file
       # Not `path.is_file()`, which raises where a name is too long.
       if not os.path.isfile(path):
-        raise UserError(
-          f'{self.folder} lacks the file {file:.200} (named by {INDEX}).'
-        )
+        path = self.folder / file[:200]
+        raise UserError(f'{path} is missing (named by {INDEX}).')
       try:
         self._files[file] = safetensors.safe_open(path, 'np')
       except (safetensors.SafetensorError, OSError) as error:

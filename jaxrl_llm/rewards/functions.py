@@ -144,8 +144,9 @@ def math_verify_answer(
   For what is equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`; an
   answer that copies the question's expression then counts as its factors.  It
   needs the package math-verify (`pip install 'jaxrl_llm[math]'`), and it may
-  hang or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`: run it in
-  a worker process that a time-out can kill.  It never uses signals.
+  hang or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`: a
+  configuration must set `workers`, which a time-out can kill.  It never uses
+  signals.
 
   References:
     https://github.com/huggingface/Math-Verify

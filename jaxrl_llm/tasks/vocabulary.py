@@ -32,6 +32,12 @@ def character_tokenizer(
       'a character vocabulary needs distinct, non-empty tokens: '
       + (f'{repeated} repeated.' if repeated else 'one is empty.')
     )
+  half = [t for t in vocabulary if any(0xD800 <= ord(c) < 0xE000 for c in t)]
+  if half:
+    raise UserError(
+      f'a character vocabulary cannot hold {half[0]!r}, half of a surrogate '
+      'pair.'
+    )
   # Pairs that nothing merges stay characters: half the time of splitting first.
   backend = tokenizers.Tokenizer(
     models.BPE({t: i for i, t in enumerate(vocabulary)}, [], unk_token=unk)
