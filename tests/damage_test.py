@@ -20,8 +20,6 @@ from jaxrl_llm.errors import UserError
 NEWEST, BEFORE = scripts.TOTAL, scripts.TOTAL - scripts.EVERY
 STEP = pathlib.Path('checkpoints') / f'{NEWEST:08d}'
 REFERENCE = f'reference/{scripts.WARM:08d}'
-# How an index begins in the format of the arrays.
-OCDBT = bytes.fromhex('0cdb3a2a')
 
 
 @pytest.fixture
@@ -103,10 +101,10 @@ def damage(path, kind: str, rng) -> None:
   if kind == 'delete':
     path.unlink()
   elif kind == 'flip':
-    # Behind the arrays of a process is its index, of which nothing is read
-    # once those of all processes are merged.
-    index = content.find(OCDBT) if 'ocdbt.process_0' in path.parts else -1
-    bit = rng.randrange(8 * (index if index > 0 else len(content)))
+    # The last fifth of what a process has written is an index of its own, of
+    # which nothing is read once those of all processes are merged.
+    own = 'ocdbt.process_0' in path.parts
+    bit = rng.randrange(8 * len(content) * (3 if own else 4) // 4)
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
   else:
