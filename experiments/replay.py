@@ -136,8 +136,8 @@ def _recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   if records:
     known = f'those of {records[0]["step"]} to {records[-1]["step"]}'
   raise UserError(
-    f'{path} has no record of step {step}\nit has {known}: give --step one that '
-    'the run has done'
+    f'{path} has no record of step {step}\nit has {known}: name one that the '
+    'run has done'
   )
 
 
