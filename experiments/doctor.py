@@ -2,7 +2,7 @@
 
     python -m experiments.doctor [--workdir=RUN]
 
-Versions, devices, memory and settings; then a model of some 30,000 parameters
+Versions, devices, memory and settings; then a model of some 10,000 parameters
 samples, scores what it sampled and takes one update, in float32, and a
 checkpoint is written and read back.  Status 0 if all of that is right, else 1.
 With a run's folder: also how that run is (`health.log`).
@@ -104,7 +104,7 @@ def check() -> dict[str, Callable[[], str]]:
     vocab_size=64,
     hidden_size=32,
     intermediate_size=64,
-    num_layers=2,
+    num_layers=1,
     num_heads=4,
     num_kv_heads=2,
     tied=True,

@@ -132,10 +132,12 @@ def _recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
         for name, value in record.items()
         if name != 'step' and not name.startswith('eval/')
       }
-  known = f'{records[0]["step"]} to {records[-1]["step"]}' if records else 'no'
+  known = 'none yet'
+  if records:
+    known = f'those of {records[0]["step"]} to {records[-1]["step"]}'
   raise UserError(
-    f'{path} has no record of step {step}\nit has {known} steps: give --step '
-    'one that the run has done'
+    f'{path} has no record of step {step}\nit has {known}: name one that the '
+    'run has done'
   )
 
 

@@ -16,7 +16,6 @@ from jaxrl_llm.models import pretrained
 from jaxrl_llm.policy import Decoding
 
 ROWS, KNOWN, T = 300, 290, 49
-PLACES = 8, 24
 # It ends a response, and stands behind the end.
 END = 4
 score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
@@ -38,10 +37,14 @@ def padded_model():
   return config, dict(params, norm=norm, head={'embedding': head})
 
 
-def draw(decoding):
-  """100,352 tokens of responses, and 135,168 of branches behind them."""
+def draw(decoding, places):
+  """100,352 tokens of responses, and those of a branch at each of the places.
+
+  One of the padded rows would end a response.
+  """
   config, params = padded_model()
   prompts = toys.make_prompts([6, 1, 3, 2, 5, 4, 6, 6], vocab_size=KNOWN)
+  settings = dict(decoding=decoding, eos_ids=(ROWS - 1,))
   responses, cache = sampling.sample_and_keep(
     config,
     params,
@@ -49,30 +52,30 @@ def draw(decoding):
     jax.random.key(0),
     samples=256,
     max_tokens=T,
-    decoding=decoding,
+    **settings,
   )
-  positions = jnp.broadcast_to(jnp.array(PLACES), (8, 256, len(PLACES)))
+  positions = np.broadcast_to(np.array(places), (8, 256, len(places)))
   forked, _ = sampling.fork(
     config,
     params,
     cache,
     responses,
-    positions,
+    jnp.asarray(positions),
     jax.random.key(1),
     branches=1,
-    decoding=decoding,
+    **settings,
   )
-  return [
+  own, branched = (
     np.asarray(found.tokens)[np.asarray(found.mask)]
     for found in (responses, forked)
-  ]
+  )
+  assert own.size == 8 * 256 * T > 100_000
+  assert branched.size == 8 * 256 * sum(T - place for place in places)
+  return own, branched
 
 
 def test_no_id_beyond_the_tokenizer_is_drawn():
-  own, branched = draw(Decoding(num_tokens=KNOWN))
-  assert own.size == 8 * 256 * T > 100_000
-  assert branched.size == 8 * 256 * sum(T - place for place in PLACES)
-  for tokens in (own, branched):
+  for tokens in draw(Decoding(num_tokens=KNOWN), (40,)):
     assert tokens.min() >= 0 and tokens.max() < KNOWN
     # All that may be drawn are.
     assert len(np.unique(tokens)) > 0.8 * KNOWN
@@ -80,10 +83,10 @@ def test_no_id_beyond_the_tokenizer_is_drawn():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'fields', [dict(top_k=40), dict(top_p=0.9), dict(temperature=3.0)]
+  'fields', [{}, dict(top_k=40), dict(top_p=0.9), dict(temperature=3.0)]
 )
 def test_no_setting_draws_one(fields):
-  for tokens in draw(Decoding(num_tokens=KNOWN, **fields)):
+  for tokens in draw(Decoding(num_tokens=KNOWN, **fields), (2, 8, 24)):
     assert tokens.max() < KNOWN
 
 
@@ -133,7 +136,7 @@ def rl_batch(estimator):
     valid=jnp.ones_like(samples.finished),
     rewards=jnp.asarray(ends.any(axis=2, keepdims=True), jnp.float32),
   )
-  return estimator.prepare(rollouts)
+  return jax.jit(estimator.prepare)(rollouts)
 
 
 def sft_batch(estimator):
@@ -146,7 +149,7 @@ def sft_batch(estimator):
     for rows, sizes in zip(tokens, lengths, strict=True)
   ]
   pool = pools.given([0, 1], responses, np.ones(lengths.shape), END)
-  return estimator.prepare(pools.to_rollouts(pool))
+  return jax.jit(estimator.prepare)(pools.to_rollouts(pool))
 
 
 CASES = {
@@ -156,7 +159,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'rl',
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ('clipped rl', 'sft')),
+  ],
+)
 def test_an_end_token_that_pads_is_learned(name):
   config, params, prompts, samples, ends = ending_responses()
   estimator, make = CASES[name]
