@@ -41,7 +41,6 @@ PARTS = (advantages, positions)
 # What a reward in worker processes is given, besides what its factory takes.
 _LIMITS = ('workers', 'timeout', 'memory', 'spares', 'environment')
 
-
 # What a recipe raises for an argument that it cannot compute with.
 _WRONG = (ArithmeticError, TypeError, ValueError)
 

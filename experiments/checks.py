@@ -61,9 +61,12 @@ _LEAST = {
   'log.table': 0,
 }
 
-
-# Counts that may be more than what an array's axis holds.
-_LARGE = ('tokens', 'evaluation.every_tokens')
+# What integers stay below: all others, what an array's axis holds.
+_BELOW = {
+  'seed': 2**32,
+  'tokens': 2**63,
+  'evaluation.every_tokens': 2**63,
+}
 
 
 def check(config: ConfigDict) -> None:
@@ -170,7 +173,7 @@ def _check_sizes(fields: dict[str, Any]) -> None:
   for name, value in fields.items():
     if isinstance(value, float) and math.isnan(value):
       raise UserError(f'config.{name} is nan\nit must be a number')
-    below = 2**63 if name in _LARGE else 2**31
+    below = _BELOW.get(name, 2**31)
     if isinstance(value, int) and abs(value) >= below:
       raise UserError(f'config.{name} is {value}\nit must be below {below}')
 

@@ -155,7 +155,7 @@ def test_number_out_of_range_is_refused(field, value):
   'change, text',
   [
     ({'rollout.prompts': 10**30}, '(?s)rollout.prompts is 1000.*below 2147'),
-    ({'seed': 2**31}, 'config.seed is 2147483648'),
+    ({'seed': 2**32}, 'config.seed is 4294967296'),
     ({'tokens': 2**63}, '(?s)config.tokens is .*below 9223'),
     ({'rollout.temperature': float('nan')}, 'temperature is nan'),
     ({'prompts.min_pass_rate': float('nan')}, 'min_pass_rate is nan'),

@@ -209,6 +209,10 @@ def test_a_tied_head_in_the_file(folder, params):
 def test_damaged_and_missing_files(folder, tmp_path):
   with pytest.raises(UserError, match='no model folder'):
     pretrained.load(tmp_path / 'nowhere')
+  for name in ('x' * 5000, 'a\n\n\nb\x1b[31m'):
+    with pytest.raises(UserError, match='no model folder') as caught:
+      pretrained.load(name)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
   path = folder / tensors.SINGLE
   path.write_bytes(path.read_bytes()[:-50])
   with pytest.raises(UserError, match='damaged'):

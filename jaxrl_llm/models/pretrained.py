@@ -110,7 +110,7 @@ def resolve(path) -> pathlib.Path:
   if os.path.isdir(folder):
     return folder
   if os.path.exists(folder) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
-    shown = ' '.join(str(path).split())
+    shown = str(path) if str(path).isprintable() else repr(str(path))
     raise UserError(f'There is no model folder {shown:.300}.')
   try:
     from huggingface_hub import snapshot_download
