@@ -9,6 +9,8 @@ import faults
 import pytest
 import scripts
 
+pytestmark = pytest.mark.slow  # Programs for 8 devices take long to compile.
+
 STEPS = 4
 # Mesh of 8, and of fewer devices.
 MESHES = {
@@ -69,15 +71,7 @@ def saved(tmp_path_factory):
   return folder, *one_step_more(folder, '8')
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    '2x4',
-    pytest.param('2x2x2', marks=pytest.mark.slow),
-    pytest.param('4', marks=pytest.mark.slow),
-    pytest.param('1', marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.parametrize('name', ['2x4', '2x2x2', '4', '1'])
 def test_a_run_goes_on_with_other_devices(name, saved, capsys):
   folder, arrays, record = saved
   restored, found = one_step_more(folder, name)
@@ -91,7 +85,6 @@ def test_a_run_goes_on_with_other_devices(name, saved, capsys):
   assert error <= 1e-5
 
 
-@pytest.mark.slow
 def test_what_was_saved_on_eight_devices_is_what_they_held(saved):
   """The export of the run against that of its checkpoint, on one device."""
   folder, _, _ = saved
