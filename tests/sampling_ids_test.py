@@ -37,57 +37,51 @@ def padded_model():
   return config, dict(params, norm=norm, head={'embedding': head})
 
 
-def draw(decoding, samples, places):
-  """Responses' tokens, and those of a branch at each of the places.
+PROMPTS = toys.make_prompts([6, 1, 3, 2, 5, 4, 6, 6], vocab_size=KNOWN)
+# One of the padded rows would end a response.
+SETTINGS = dict(samples=256, max_tokens=T, eos_ids=(ROWS - 1,))
 
-  One of the padded rows would end a response.
-  """
-  config, params = padded_model()
-  prompts = toys.make_prompts([6, 1, 3, 2, 5, 4, 6, 6], vocab_size=KNOWN)
-  settings = dict(decoding=decoding, eos_ids=(ROWS - 1,))
-  responses, cache = sampling.sample_and_keep(
-    config,
-    params,
-    prompts,
-    jax.random.key(0),
-    samples=samples,
-    max_tokens=T,
-    **settings,
-  )
-  positions = np.broadcast_to(np.array(places), (8, samples, len(places)))
-  forked, _ = sampling.fork(
-    config,
-    params,
-    cache,
-    responses,
-    jnp.asarray(positions),
-    jax.random.key(1),
-    branches=1,
-    **settings,
-  )
-  own, branched = (
-    np.asarray(found.tokens)[np.asarray(found.mask)]
-    for found in (responses, forked)
-  )
-  assert own.size == 8 * samples * T
-  assert branched.size == 8 * samples * sum(T - place for place in places)
-  return own, branched
+
+def written(found):
+  """The tokens of all responses or branches, as one array."""
+  return np.asarray(found.tokens)[np.asarray(found.mask)]
 
 
 def test_no_id_beyond_the_tokenizer_is_drawn():
-  for tokens in draw(Decoding(num_tokens=KNOWN), 16, (24,)):
-    assert tokens.min() >= 0 and tokens.max() < KNOWN
-    # Most of those that may be drawn are.
-    assert len(np.unique(tokens)) > 0.8 * KNOWN
+  decoding = Decoding(num_tokens=KNOWN)
+  found = sampling.sample(
+    *padded_model(), PROMPTS, jax.random.key(0), decoding=decoding, **SETTINGS
+  )
+  tokens = written(found)
+  assert tokens.size == 8 * 256 * T > 100_000
+  assert tokens.min() >= 0 and tokens.max() < KNOWN
+  # Most of those that may be drawn are.
+  assert len(np.unique(tokens)) > 0.8 * KNOWN
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'fields', [{}, dict(top_k=40), dict(top_p=0.9), dict(temperature=3.0)]
 )
-def test_none_in_a_hundred_thousand(fields):
-  for tokens in draw(Decoding(num_tokens=KNOWN, **fields), 256, (2, 8, 24)):
-    assert tokens.size > 100_000 and tokens.max() < KNOWN
+def test_no_branch_draws_one(fields):
+  """Nor do responses with other settings; 100,000 tokens of each."""
+  decoding, places = Decoding(num_tokens=KNOWN, **fields), np.array([8, 24])
+  responses, cache = sampling.sample_and_keep(
+    *padded_model(), PROMPTS, jax.random.key(0), decoding=decoding, **SETTINGS
+  )
+  forked, _ = sampling.fork(
+    *padded_model(),
+    cache,
+    responses,
+    jnp.asarray(np.broadcast_to(places, (8, 256, 2))),
+    jax.random.key(1),
+    branches=1,
+    decoding=decoding,
+    eos_ids=SETTINGS['eos_ids'],
+  )
+  assert written(forked).size == 8 * 256 * (2 * T - places.sum())
+  for found in (responses, forked):
+    assert written(found).size > 100_000 and written(found).max() < KNOWN
 
 
 def test_the_limit_is_what_keeps_them_out():
