@@ -37,57 +37,51 @@ def padded_model():
   return config, dict(params, norm=norm, head={'embedding': head})
 
 
-def draw(decoding, places):
-  """100,352 tokens of responses, and those of a branch at each of the places.
+PROMPTS = toys.make_prompts([6, 1, 3, 2, 5, 4, 6, 6], vocab_size=KNOWN)
+# One of the padded rows would end a response.
+SETTINGS = dict(samples=256, max_tokens=T, eos_ids=(ROWS - 1,))
 
-  One of the padded rows would end a response.
-  """
-  config, params = padded_model()
-  prompts = toys.make_prompts([6, 1, 3, 2, 5, 4, 6, 6], vocab_size=KNOWN)
-  settings = dict(decoding=decoding, eos_ids=(ROWS - 1,))
-  responses, cache = sampling.sample_and_keep(
-    config,
-    params,
-    prompts,
-    jax.random.key(0),
-    samples=256,
-    max_tokens=T,
-    **settings,
-  )
-  positions = np.broadcast_to(np.array(places), (8, 256, len(places)))
-  forked, _ = sampling.fork(
-    config,
-    params,
-    cache,
-    responses,
-    jnp.asarray(positions),
-    jax.random.key(1),
-    branches=1,
-    **settings,
-  )
-  own, branched = (
-    np.asarray(found.tokens)[np.asarray(found.mask)]
-    for found in (responses, forked)
-  )
-  assert own.size == 8 * 256 * T > 100_000
-  assert branched.size == 8 * 256 * sum(T - place for place in places)
-  return own, branched
+
+def written(found):
+  """The tokens of all responses or branches, as one array."""
+  return np.asarray(found.tokens)[np.asarray(found.mask)]
 
 
 def test_no_id_beyond_the_tokenizer_is_drawn():
-  for tokens in draw(Decoding(num_tokens=KNOWN), (40,)):
-    assert tokens.min() >= 0 and tokens.max() < KNOWN
-    # All that may be drawn are.
-    assert len(np.unique(tokens)) > 0.8 * KNOWN
+  decoding = Decoding(num_tokens=KNOWN)
+  found = sampling.sample(
+    *padded_model(), PROMPTS, jax.random.key(0), decoding=decoding, **SETTINGS
+  )
+  tokens = written(found)
+  assert tokens.size == 8 * 256 * T > 100_000
+  assert tokens.min() >= 0 and tokens.max() < KNOWN
+  # Most of those that may be drawn are.
+  assert len(np.unique(tokens)) > 0.8 * KNOWN
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'fields', [{}, dict(top_k=40), dict(top_p=0.9), dict(temperature=3.0)]
 )
-def test_no_setting_draws_one(fields):
-  for tokens in draw(Decoding(num_tokens=KNOWN, **fields), (2, 8, 24)):
-    assert tokens.max() < KNOWN
+def test_no_branch_draws_one(fields):
+  """Nor do responses with other settings; 100,000 tokens of each."""
+  decoding, places = Decoding(num_tokens=KNOWN, **fields), np.array([8, 24])
+  responses, cache = sampling.sample_and_keep(
+    *padded_model(), PROMPTS, jax.random.key(0), decoding=decoding, **SETTINGS
+  )
+  forked, _ = sampling.fork(
+    *padded_model(),
+    cache,
+    responses,
+    jnp.asarray(np.broadcast_to(places, (8, 256, 2))),
+    jax.random.key(1),
+    branches=1,
+    decoding=decoding,
+    eos_ids=SETTINGS['eos_ids'],
+  )
+  assert written(forked).size == 8 * 256 * (2 * T - places.sum())
+  for found in (responses, forked):
+    assert written(found).size > 100_000 and written(found).max() < KNOWN
 
 
 def test_the_limit_is_what_keeps_them_out():
@@ -105,50 +99,49 @@ def test_the_limit_is_what_keeps_them_out():
 
 @functools.cache
 def ending_responses():
-  """Responses of a model whose end token is its padding, too."""
-  config, params = toys.make_policy(num_layers=1)
-  prompts = toys.make_prompts([3, 1])
-  samples = sampling.sample(
-    config,
-    params,
-    prompts,
-    jax.random.key(0),
-    samples=16,
-    max_tokens=6,
-    eos_ids=(END,),
-    pad_id=END,
+  """(samples, where they end): the end token is the padding, too."""
+  random = np.random.default_rng(0)
+  shape = 2, 16, 6
+  lengths = random.integers(1, 7, shape[:2])[..., None]
+  place = np.arange(6)[None, None]
+  mask = place < lengths
+  ends = (place == lengths - 1) & (random.random((2, 16, 1)) < 0.5)
+  words = random.choice([w for w in range(13) if w != END], shape)
+  samples = sampling.Samples(
+    tokens=np.where(mask & ~ends, words, END).astype(np.int32),
+    mask=mask,
+    log_probs=-random.exponential(size=shape).astype(np.float32),
+    finished=ends.any(axis=2, keepdims=True),
   )
-  tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
-  ends = mask & (tokens == END)
   # Some end, some do not, and there is padding of the same id.
-  assert (ends.sum(axis=2) <= 1).all() and 4 < ends.sum() < 28
-  assert (tokens[~mask] == END).all() and (~mask).sum() > 8
-  return config, params, prompts, samples, ends
+  assert 4 < ends.sum() < 28 and (samples.tokens[~mask] == END).all()
+  return samples, ends
 
 
-def rl_batch(estimator):
+def rl_batch(estimator, log_probs):
   """Who ends is rewarded."""
-  *_, samples, ends = ending_responses()
+  samples, _ = ending_responses()
   rollouts = est.Rollouts(
     tokens=samples.tokens,
     mask=samples.mask,
-    log_probs=samples.log_probs,
-    valid=jnp.ones_like(samples.finished),
-    rewards=jnp.asarray(ends.any(axis=2, keepdims=True), jnp.float32),
+    log_probs=log_probs,
+    valid=np.ones_like(samples.finished),
+    rewards=samples.finished.astype(np.float32),
   )
   return jax.jit(estimator.prepare)(rollouts)
 
 
-def sft_batch(estimator):
-  """What ended is imitated; the pool pads with the same id."""
-  *_, samples, ends = ending_responses()
-  tokens = np.asarray(samples.tokens)
-  lengths = np.asarray(samples.mask).sum(axis=2)
+def sft_batch(estimator, log_probs):
+  """They are imitated; the pool pads with the same id."""
+  del log_probs
+  samples, _ = ending_responses()
+  lengths = samples.mask.sum(axis=2)
   responses = [
     [row[:size].tolist() for row, size in zip(rows, sizes, strict=True)]
-    for rows, sizes in zip(tokens, lengths, strict=True)
+    for rows, sizes in zip(samples.tokens, lengths, strict=True)
   ]
   pool = pools.given([0, 1], responses, np.ones(lengths.shape), END)
+  np.testing.assert_array_equal(pool.tokens, samples.tokens)
   return jax.jit(estimator.prepare)(pools.to_rollouts(pool))
 
 
@@ -159,17 +152,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    'rl',
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ('clipped rl', 'sft')),
-  ],
-)
-def test_an_end_token_that_pads_is_learned(name):
-  config, params, prompts, samples, ends = ending_responses()
+@pytest.mark.parametrize('name', CASES)
+def test_an_end_token_that_pads_has_a_gradient(name):
+  samples, ends = ending_responses()
   estimator, make = CASES[name]
-  batch = make(estimator)
+  batch = make(estimator, samples.log_probs)
 
   def loss(log_probs):
     outputs = est.Outputs(
@@ -178,22 +165,32 @@ def test_an_end_token_that_pads_is_learned(name):
     return estimator.loss(outputs, batch)
 
   pull = np.asarray(jax.jit(jax.grad(loss))(samples.log_probs))
-  # Minimising the loss makes the end likelier, and padding is nothing's.
+  # Minimising the loss makes the end likelier; padding is nothing's.
   assert (pull[ends] < 0).all()
-  assert (pull[~np.asarray(samples.mask)] == 0).all()
+  assert (pull[~samples.mask] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
+def test_an_end_token_that_pads_is_learned(name):
+  """An update makes it likelier, where responses end."""
+  samples, ends = ending_responses()
+  config, params = toys.make_policy(num_layers=1)
+  prompts = toys.make_prompts([3, 1])
+  estimator, make = CASES[name]
+  before = score(config, params, prompts, samples.tokens).log_probs
+  batch = make(estimator, before)
+  optimizer = optax.sgd(1e-3)
   update = training.make_update(
-    training.policy_forward(config, Decoding()), estimator, optax.sgd(1e-3), 2
+    training.policy_forward(config, Decoding()), estimator, optimizer, 2
   )
-  state = training.init_state(
-    {'policy': jax.tree.map(jnp.copy, params)}, optax.sgd(1e-3)
-  )
+  trainable = {'policy': jax.tree.map(jnp.copy, params)}
+  state = training.init_state(trainable, optimizer)
   state, metrics = update(state, None, prompts, batch)
   assert metrics['grad_norm'] > 0
-  before, after = (
-    np.asarray(score(config, each, prompts, samples.tokens).log_probs)
-    for each in (params, state.trainable['policy'])
-  )
-  assert (after - before)[ends].mean() > 0
+  policy_params = state.trainable['policy']
+  after = score(config, policy_params, prompts, samples.tokens).log_probs
+  assert np.asarray(after - before)[ends].mean() > 0
 
 
 @pytest.mark.parametrize(
