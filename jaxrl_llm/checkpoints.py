@@ -24,6 +24,7 @@ import logging
 import pathlib
 import re
 import shutil
+import time
 
 from jaxrl_llm import distributed, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
@@ -32,6 +33,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json
 
 _log = logging.getLogger(__name__)
+# Seconds between attempts to remove what other threads may still write to.
+_PAUSES = (0.1, 0.3, 1.0)
 _TEMPORARY = '.orbax-checkpoint-tmp'
 _DISCARDED = '.discarded'
 _BROKEN = '.broken'
@@ -67,6 +70,7 @@ class Checkpoints:
     self._read_only = read_only
     self._pending = None  # (manifest, future of the running save)
     self._metrics = {}  # step -> metric or None, of the steps seen so far
+    self._unclean = False  # whether a save has failed
     self._sound = {}  # step -> the sha256 of a manifest that verified
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     if not read_only:
@@ -183,6 +187,8 @@ class Checkpoints:
       self.wait()
     finally:
       self._waiter.shutdown()
+      if self._unclean:
+        self._free()
 
   def __enter__(self):
     return self
@@ -403,6 +409,17 @@ class Checkpoints:
         else:
           path.rename(twin)
 
+  def _free(self):
+    """Removes what a failed save has written; some of it may still come."""
+    for left in (*_PAUSES, None):
+      try:
+        return self._clean()
+      except OSError as error:
+        if left is None:
+          _log.warning('Could not remove a failed save: %s', one_line(error))
+        else:
+          time.sleep(left)
+
   def _discard(self, path):
     """Removes a folder such that a crash halfway leaves no step behind."""
     if path.exists():
@@ -420,10 +437,8 @@ class Checkpoints:
 
   def _failed(self, step, error):
     """Frees what a failed save has written, and makes the error to raise."""
-    try:
-      self._clean()
-    except OSError as second:
-      _log.warning('Could not remove a failed save: %s', one_line(second))
+    self._unclean = True
+    self._free()
     return UserError(
       f'Saving checkpoint step {step} in {self.folder} failed:\n'
       f'{one_line(error)}\n'

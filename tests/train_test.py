@@ -42,7 +42,8 @@ def whole(config, tmp_path_factory):
 def test_folder_is_complete(whole):
   assert sorted(os.listdir(whole)) == sorted(
     ['checkpoints', 'config.json', 'curve.png', 'env.json', 'hf', 'lock']
-    + ['metrics.jsonl', 'reference', 'samples.html', 'samples.jsonl', 'tb']
+    + ['health.log', 'metrics.jsonl', 'reference', 'samples.html']
+    + ['samples.jsonl', 'tb']
     + ['timings.jsonl']
   )
   env = json.loads((whole / 'env.json').read_text())
