@@ -20,8 +20,6 @@ MESHES = {
   '4': dict(data=1, fsdp=4),
   '1': dict(data=1, fsdp=1),
 }
-
-
 SAVED = scripts.WARM + STEPS
 
 
@@ -64,6 +62,7 @@ def saved(tmp_path_factory):
   text = scripts.CONFIG.replace(
     "dict(name='grpo', kl=0.04)", "dict(name='reinforce')"
   )
+  text = text.replace('minibatches = 2', 'minibatches = 1')
   scripts.write_config(folder / 'config', text)
   ended = train(folder, 'saved', MESHES['8'], STEPS)
   assert ended.code == 0, ended.err
