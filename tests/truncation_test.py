@@ -105,7 +105,6 @@ def test_padding_behind_a_transformer(name, full):
   assert narrow.dtype == np.float32 and np.isfinite(narrow) and narrow != 0
   for more in (3, 11):
     wide, _ = of_model(name, widened(rollouts, more))
-    print(name, full, more, narrow, pull, wide - narrow)
     assert abs(wide - narrow) <= 2e-6 * pull + np.spacing(abs(narrow))
 
 
