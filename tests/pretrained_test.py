@@ -134,7 +134,7 @@ def test_shards(folder, params, monkeypatch, tmp_path):
   pretrained.save(tmp_path / 'shards', CONFIG, params)  # replaces
   lost = sorted((tmp_path / 'shards').glob('*.safetensors'))[1]
   lost.unlink()
-  with pytest.raises(UserError, match=f'lacks the file {lost.name}'):
+  with pytest.raises(UserError, match=f'{lost.name} is missing'):
     pretrained.load(tmp_path / 'shards')
 
 
