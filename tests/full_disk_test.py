@@ -63,10 +63,10 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
   assert 'File too large' in message and 'then resume' in message
   assert re.search(rf'Steps kept: \[.*{due - 10}, {due - 5}\]', message)
   assert due <= scripts.steps_written(workdir) <= due + 1
-  names = [path.name for path in (workdir / 'checkpoints').iterdir()]
-  assert all(name.isdigit() for name in names), names
   ended = start().wait()
   assert ended.code == 0, ended.err
+  names = [path.name for path in (workdir / 'checkpoints').iterdir()]
+  assert all(name.isdigit() for name in names), names
   assert f'resumed at step {due - 5}' in ended.err
   scripts.assert_same_run(workdir)
 
