@@ -63,6 +63,7 @@ def saved(tmp_path_factory):
     "dict(name='grpo', kl=0.04)", "dict(name='reinforce')"
   )
   text = text.replace('minibatches = 2', 'minibatches = 1')
+  text = text.replace(f'prompts={scripts.PROMPTS}', 'prompts=8')
   scripts.write_config(folder / 'config', text)
   ended = train(folder, 'saved', MESHES['8'], STEPS)
   assert ended.code == 0, ended.err
