@@ -188,6 +188,8 @@ class Checkpoints:
     finally:
       self._waiter.shutdown()
       if self._unclean:
+        # Of a save that failed other threads may still make folders.
+        time.sleep(_PAUSES[-1])
         self._free()
 
   def __enter__(self):
