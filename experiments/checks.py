@@ -112,8 +112,13 @@ def check_name(config: ConfigDict, names: Sequence[str]) -> None:
     )
 
 
+def script(name: Any) -> str:
+  """Of the scripts of `experiments`, the one that learns by an algorithm."""
+  return _SCRIPTS.get(name, 'train')
+
+
 def _script(name: Any) -> str:
-  return f'train by it with experiments.{_SCRIPTS.get(name, "train")}'
+  return f'train by it with experiments.{script(name)}'
 
 
 def check_fields(config: ConfigDict) -> None:

@@ -36,6 +36,7 @@ import numpy as np
 from absl import flags
 
 from experiments import (
+  checks,
   cli,
   preference,
   rest_em,
@@ -53,12 +54,10 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import write_atomically
 from jaxrl_llm.logging.records import number
 
-# By the algorithm, of which each script checks that it is one of its own.
 _SCRIPTS = {
+  'train': train.SCRIPT,
   'sft': sft.SCRIPT,
-  'dpo': preference.SCRIPT,
-  'dpop': preference.SCRIPT,
-  'ipo': preference.SCRIPT,
+  'preference': preference.SCRIPT,
   'rest_em': rest_em.SCRIPT,
   'reward_model': reward_model.SCRIPT,
 }
@@ -70,7 +69,7 @@ _SHOWN = 5
 
 def script(config) -> Script:
   """What trained, told from the algorithm."""
-  return _SCRIPTS.get(config.algorithm.get('name'), train.SCRIPT)
+  return _SCRIPTS[checks.script(config.algorithm.get('name'))]
 
 
 def replay(workdir, step: int, output=None) -> int:
