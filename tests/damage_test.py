@@ -9,7 +9,6 @@ import shutil
 
 import numpy as np
 import pytest
-import resume_offline_test as offline
 import scripts
 
 from experiments import run, runs, train
@@ -205,33 +204,3 @@ def test_what_is_missing_of_a_checkpoint_is_named(
   assert f'step {NEWEST} does not verify' in said
   assert f'using step {BEFORE}' in said
   assert re.search(text, said), said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('kind', ['delete', 'empty', 'truncate', 'flip'])
-def test_a_spoilt_round_is_named(kind, tmp_path):
-  """What a run of rounds has sampled, and goes on learning from."""
-  algorithm = dict(name='rest_em', threshold=0.3)
-  config = offline.write_config(
-    tmp_path / 'config', algorithm, [offline.ROUNDS]
-  )
-  workdir = tmp_path / 'run'
-
-  def train(steps):
-    return scripts.Script(
-      'rest_em',
-      f'--config={config}',
-      f'--workdir={workdir}',
-      f'--config.steps={steps}',
-      '--resume',
-      cache=scripts.cache(),
-    ).wait()
-
-  ended = train(3)  # two that sample, and one of four that learn
-  assert ended.code == 0, ended.err
-  path = workdir / 'rounds' / '00000001.npz'
-  damage(path, kind, random.Random(0))
-  ended = train(6)
-  assert ended.code == 2 and 'Traceback' not in ended.err, ended
-  assert f'{path} cannot be read: ' in ended.err
-  assert 'restore it from a copy' in ended.err
