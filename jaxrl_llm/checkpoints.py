@@ -33,8 +33,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json
 
 _log = logging.getLogger(__name__)
-# Seconds between attempts to remove what other threads may still write to.
-_PAUSES = (0.1, 0.3, 1.0)
+# Seconds in which other threads may still make folders of a save that failed.
+_AFTERMATH = 1.0
 _TEMPORARY = '.orbax-checkpoint-tmp'
 _DISCARDED = '.discarded'
 _BROKEN = '.broken'
@@ -188,8 +188,7 @@ class Checkpoints:
     finally:
       self._waiter.shutdown()
       if self._unclean:
-        # Of a save that failed other threads may still make folders.
-        time.sleep(_PAUSES[-1])
+        time.sleep(_AFTERMATH)
         self._free()
 
   def __enter__(self):
@@ -412,15 +411,11 @@ class Checkpoints:
           path.rename(twin)
 
   def _free(self):
-    """Removes what a failed save has written; some of it may still come."""
-    for left in (*_PAUSES, None):
-      try:
-        return self._clean()
-      except OSError as error:
-        if left is None:
-          _log.warning('Could not remove a failed save: %s', one_line(error))
-        else:
-          time.sleep(left)
+    """Removes what a failed save has written."""
+    try:
+      self._clean()
+    except OSError as error:
+      _log.warning('Could not remove a failed save: %s', one_line(error))
 
   def _discard(self, path):
     """Removes a folder such that a crash halfway leaves no step behind."""

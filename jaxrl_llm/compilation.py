@@ -63,9 +63,8 @@ def _add(event: str, seconds: float, **kwargs) -> None:
 def give_back_memory() -> None:
   """From now on, what a long compilation has freed goes back to the system.
 
-  The C library keeps it otherwise, for each of the compiler's threads: a
-  quarter of a gigabyte behind the programs of a 4-layer model.  Does nothing
-  where that is not glibc.
+  The C library keeps it otherwise, for each of the compiler's threads; see the
+  peaks in docs/performance.md.  Does nothing where that is not glibc.
   """
   try:
     trim = ctypes.CDLL(None).malloc_trim

@@ -38,7 +38,7 @@ def character_tokenizer(
       f'a character vocabulary cannot hold {half[0]!r}, half of a surrogate '
       'pair.'
     )
-  # Pairs that nothing merges stay characters: half the time of splitting first.
+  # Without merges each character stays a token; splitting first is slower.
   backend = tokenizers.Tokenizer(
     models.BPE({t: i for i, t in enumerate(vocabulary)}, [], unk_token=unk)
   )
