@@ -3,24 +3,20 @@
 Only safetensors are read, never pickle, and no code of a checkpoint runs.
 """
 
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 import re
 import shutil
-import tempfile
 
 import jax
-import safetensors
 
-from jaxrl_llm import distributed
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import families, tensors, writing
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.replacing import new_folder
 
 CONFIG = 'config.json'
 GENERATION = 'generation_config.json'
@@ -34,9 +30,6 @@ TOKENIZER_FILES = (
   'tokenizer.model',
   'chat_template.jinja',
 )
-# In the folder of a save: its name tells whose it is, a lock on it that the
-# save goes on.
-_MARKER = 'jaxrl_llm_is_writing_here'
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
@@ -213,11 +206,9 @@ def save(
 ) -> None:
   """Writes a folder that `transformers` opens.
 
-  The folder appears whole or not at all.  An existing one is replaced only
-  if everything in it is written anew; if the process is killed in the moment
-  between the two, the old one is in `.NAME.replaced` and the next save puts it
-  back first.  It also removes what killed saves have left beside it in
-  `.NAME-xxxxxxxx`.  Every tensor is read back and compared.
+  The folder appears whole or not at all (`replacing`).  An existing one is
+  replaced only if everything in it is written anew.  Every tensor is read back
+  and compared.
 
   All processes call it and give their parts to process 0, which alone writes;
   all return when the folder is there.
@@ -237,7 +228,7 @@ def save(
       written.
   """
   source = resolve(source) if source is not None else None
-  with _new_folder(path) as folder:
+  with new_folder(path) as folder:
     writing.write(config, folder, params)
     if folder is None:
       return
@@ -286,7 +277,7 @@ def save_trunk(
   if tokenizer is not None:
     tokenizer = _with_padding(tokenizer)
   score = writing.whole(head['kernel']).T
-  with _new_folder(path) as folder:
+  with new_folder(path) as folder:
     writing.write(config, folder, params, score)
     if folder is None:
       return
@@ -311,35 +302,6 @@ def _with_padding(tokenizer):
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.pad_token = usable[0]
   return tokenizer
-
-
-@contextlib.contextmanager
-def _new_folder(path):
-  """An empty folder, which takes the place of `path` when it is filled.
-
-  None outside process 0, where the others wait at the end for the folder.
-  """
-  if not distributed.is_main():
-    yield None
-    distributed.barrier(f'the export to {path}')
-    return
-  target = pathlib.Path(path)
-  if target.exists() and not target.is_dir():
-    raise UserError(f'{target} is a file; name a folder to write.')
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _put_back(target)
-    _remove_stale(target)
-    with _workspace(target) as folder:
-      yield folder
-      _move(folder, target)
-  except (OSError, safetensors.SafetensorError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(
-      f'{target} cannot be written: {" ".join(str(reason).split())[:200]}.\n'
-      'Make room or change its permissions, or name another folder.'
-    ) from error
-  distributed.barrier(f'the export to {path}')
 
 
 def _write_tokenizer(folder, config, tokenizer, source):
@@ -389,71 +351,3 @@ def _write_generation(folder, tokenizer, source):
 
 def _write_json(path, contents):
   path.write_text(json.dumps(contents, indent=2) + '\n')
-
-
-@contextlib.contextmanager
-def _workspace(target):
-  """An empty folder on the target's file system, marked as in use."""
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{target.name}-', dir=target.parent
-  ) as temporary:
-    outer = pathlib.Path(temporary)
-    with open(outer / 'unmarked', 'w') as marker:
-      # The kernel drops the lock with this process, however it ends.  Without
-      # locks (some network file systems) there is no marker, and the folder of
-      # a killed save stays.
-      with contextlib.suppress(OSError):
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(marker.name, outer / _MARKER)
-      (outer / 'new').mkdir()
-      yield outer / 'new'
-
-
-def _remove_stale(target):
-  """Removes the workspaces of saves to `target` that were killed."""
-  pattern = re.escape(f'.{target.name}-') + r'\w{8}'
-  for path in target.parent.iterdir():
-    if not re.fullmatch(pattern, path.name) or path.is_symlink():
-      continue
-    # What cannot be looked into or removed is no hindrance to this save.
-    with contextlib.suppress(OSError), open(path / _MARKER) as marker:
-      fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      shutil.rmtree(path)
-
-
-def _replaced(target):
-  return target.with_name(f'.{target.name}.replaced')
-
-
-def _put_back(target):
-  """Mends what a kill in the midst of `_move` has left."""
-  aside = _replaced(target)
-  if aside.is_dir():
-    if target.exists():
-      shutil.rmtree(aside)
-    else:
-      aside.rename(target)
-
-
-def _move(folder, target):
-  """Puts `folder` in the place of `target`."""
-  aside = _replaced(target)
-  if target.exists():
-    new = {file.name for file in folder.iterdir()}
-    lost = [
-      file.name
-      for file in target.iterdir()
-      if file.name not in new
-      and file.name != tensors.INDEX
-      and not re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors', file.name)
-    ]
-    if lost:
-      raise UserError(
-        f'{target} exists and holds {", ".join(sorted(lost)[:3])}, which '
-        'would be lost; choose another folder.'
-      )
-    target.rename(aside)
-  try:
-    folder.rename(target)
-  finally:
-    _put_back(target)

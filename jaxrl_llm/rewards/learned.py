@@ -55,7 +55,7 @@ def reward_model(
   from jaxrl_llm import reward_model as model
   from jaxrl_llm.models import pretrained
   from jaxrl_llm.tasks.pairs import encode_responses
-  from jaxrl_llm.tasks.prompts import template_text
+  from jaxrl_llm.tasks.templates import template_text
 
   field = 'reward_model'
   if overlong not in ('error', 'none'):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import templates
 
 _PLACES = '{prompt}', '{hint}'
 
@@ -47,7 +48,7 @@ class Hints:
     check_template(template)
     self._tokenizer = tokenizer
     self._pieces = re.split(r'(\{prompt\}|\{hint\})', template)
-    self._chat = prompts_lib.template_text(
+    self._chat = templates.template_text(
       tokenizer, chat_template, system_prompt
     )
     self._system = system_prompt

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import files, prompts
+from jaxrl_llm.tasks import files, prompts, templates
 
 # What a response of HH-RLHF follows, and what no response of it holds.
 _ANSWER, _QUESTION = '\n\nAssistant:', '\n\nHuman:'
@@ -138,7 +138,7 @@ def encode_responses(
     UserError: a text is empty or not expressible in the vocabulary, the
       template fails, or there is no end token to append.
   """
-  template = prompts.template_text(tokenizer, chat_template, system_prompt)
+  template = templates.template_text(tokenizer, chat_template, system_prompt)
   if template is None and end_token and tokenizer.eos_token_id is None:
     raise UserError(
       'the tokenizer has no end token to put behind a response.\n'
@@ -159,7 +159,7 @@ def encode_responses(
       ]
       if system_prompt is not None:
         messages.insert(0, {'role': 'system', 'content': system_prompt})
-      text = prompts.render(
+      text = templates.render(
         tokenizer, template, messages, continue_final_message=not ended
       )
       ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids

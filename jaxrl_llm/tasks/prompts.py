@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import templates
 
 # What the scoring code supplies itself; a data set cannot.
 _RESERVED_COLUMNS = ('prompts', 'completions', 'completion_ids', 'finished')
@@ -131,7 +132,7 @@ def encode_prompts(
     raise UserError(f'the prompt budget must be positive, not {max_tokens}.')
   if not rows:
     raise UserError('the data set has no rows: nothing to prompt with.')
-  template = template_text(tokenizer, chat_template, system_prompt)
+  template = templates.template_text(tokenizer, chat_template, system_prompt)
   names = [f'row {i}' for i in range(len(rows))]
   encoded = _encode(names, rows, tokenizer, template, system_prompt, suffix)
   long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
@@ -297,30 +298,6 @@ def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
   }
 
 
-def template_text(
-  tokenizer, chat_template: str | None, system_prompt: str | None
-) -> str | None:
-  """The chat template that `encode_prompts` uses, as text; None for none.
-
-  Raises:
-    UserError: the tokenizer has several, or a system prompt has no place.
-  """
-  template = chat_template
-  if chat_template == 'auto':
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-      raise UserError(
-        f'the tokenizer has several chat templates: {sorted(template)}.\n'
-        'Pass the text of one as chat_template.'
-      )
-  if system_prompt is not None and template is None:
-    raise UserError(
-      'system_prompt needs a chat template, and there is none in use.\n'
-      'Pass a chat_template, or put the text into the prompts.'
-    )
-  return template
-
-
 def encode_prompt(
   where: str, row: dict, tokenizer, template, system_prompt=None, suffix=''
 ) -> list[int]:
@@ -330,7 +307,7 @@ def encode_prompt(
     where: which row it is, for messages.
     row: with a 'prompt'.
     tokenizer, system_prompt, suffix: as for `encode_prompts`.
-    template: of `template_text`.
+    template: of `templates.template_text`.
 
   Raises:
     UserError: the prompt is missing, empty, or not expressible.
@@ -383,25 +360,9 @@ def _prompt_text(
   messages = [{'role': 'user', 'content': text}]
   if system_prompt is not None:
     messages.insert(0, {'role': 'system', 'content': system_prompt})
-  return render(tokenizer, template, messages, add_generation_prompt=True)
-
-
-def render(tokenizer, template: str, messages: list[dict], **settings) -> str:
-  """Messages as the template writes them; `settings` of `transformers`.
-
-  Raises:
-    UserError: the template fails on them.
-  """
-  try:
-    return tokenizer.apply_chat_template(
-      messages, chat_template=template, tokenize=False, **settings
-    )
-  except Exception as error:  # A template can raise what it likes.
-    roles = [message['role'] for message in messages]
-    raise UserError(
-      f'the chat template fails on messages of the roles {roles}:\n'
-      f'{" ".join(str(error).split())[:200]}'
-    ) from error
+  return templates.render(
+    tokenizer, template, messages, add_generation_prompt=True
+  )
 
 
 def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
