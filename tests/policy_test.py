@@ -1,7 +1,5 @@
 """The policy's distribution against transformers', its scores against torch."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,22 +199,20 @@ def test_scores_and_gradients_are_those_of_plain_rows():
     ]
     return (weights * (log_probs + 0.3 * entropy)).sum(), (log_probs, entropy)
 
-  # One gradient of Gemma's is ill-conditioned: it is rounded as for users.
-  program = functools.partial(
-    jax.jit, compiler_options={'xla_cpu_use_fusion_emitters': True}
-  )
-  gradient, (log_probs, entropy) = program(jax.grad(shared, has_aux=True))(
+  gradient, (log_probs, entropy) = jax.jit(jax.grad(shared, has_aux=True))(
     params
   )
-  expected, dense = program(jax.grad(plain, has_aux=True))(params)
+  expected, dense = jax.jit(jax.grad(plain, has_aux=True))(params)
   assert log_probs.min() < -4 and log_probs.max() > -1.5
   # Rounding: some 20 units in the last place of log-probabilities of −10.
   np.testing.assert_allclose(log_probs, dense[0], atol=2e-5)
   np.testing.assert_allclose(entropy, dense[1], atol=1e-5)
   assert jax.tree.structure(gradient) == jax.tree.structure(expected)
   for x, y in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
-    assert np.abs(y).max() > 0.01
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+    largest = np.abs(y).max()
+    assert largest > 0.01
+    # Gemma's are ill-conditioned: sums that nearly cancel.
+    np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * largest)
 
 
 def test_what_stands_behind_an_end_does_not_matter():
