@@ -49,7 +49,8 @@ def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
       written before it.
     workdir: of the run.
     config: its file.
-    compiled: as of `scripts.train`.
+    compiled: as of `scripts.train`, but that a start which is to be hit while
+      it compiles finds nothing compiled by default.
 
   Returns:
     How each of them ended.  That the signal fell into its phase is asserted.
@@ -62,7 +63,11 @@ def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
     fault = functools.partial(
       strike, number, phase, str(workdir), str(log), after, delay
     )
-    script = scripts.train(workdir, config, compiled=compiled, before=fault)
+    if phase == 'compile' and compiled is None:
+      cache = workdir.with_name('nothing compiled')
+    else:
+      cache = compiled
+    script = scripts.train(workdir, config, compiled=cache, before=fault)
     ends.append(script.wait())
     ends[-1].records = scripts.steps_written(workdir)
     kept = [path.name for path in workdir.glob('checkpoints/*')]

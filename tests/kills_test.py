@@ -40,13 +40,15 @@ KILLS = [
 ]
 
 
-def test_kills_and_a_stop_leave_the_same_records(tmp_path):
+def test_five_kills_and_a_stop_leave_the_same_records(tmp_path):
   """Few of them: each start traces what comes after its checkpoint anew."""
   plan = [
-    (KILL, 'warm start', 3),
+    (KILL, 'compile', 0),
     (KILL, 'save', 4),
-    (TERM, 'update', scripts.WARM + 3),
-    (KILL, 'reward', scripts.WARM + 6),
+    (KILL, 'rollout', scripts.WARM + 1),
+    (TERM, 'evaluation', scripts.WARM + 1),
+    (KILL, 'reward', scripts.WARM + 5),
+    (KILL, 'update', scripts.WARM + 7),
   ]
   interruptions_leave_the_same(plan, tmp_path)
 
