@@ -1,6 +1,7 @@
 """Random masks, rewards and gaps through every recipe of `algorithms`."""
 
 import inspect
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from jaxrl_llm import estimators as est
 from jaxrl_llm.estimators import algorithms
 from jaxrl_llm.estimators.types import PER_TOKEN
 
-SHAPE = PROMPTS, SAMPLES, LENGTH = 2, 4, 3
+# With five responses, or six, the mean of equal rewards may not be equal.
+SHAPE = PROMPTS, SAMPLES, LENGTH = 2, 6, 3
 NEEDED = {'max_length': LENGTH, 'buffer': 1}
 RECIPES = {
   name: function(
@@ -53,13 +55,28 @@ BOOLS = array(st.booleans(), dtype=bool)
 PER_RESPONSE = (PROMPTS, SAMPLES, 1)
 
 
+# Advantages over the valid responses of a group add up to 0.
+CENTRED = ('rloo', 'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo')
+
+
+class Result(NamedTuple):
+  """What a recipe makes of a batch: its gradient is that in the outputs."""
+
+  loss: Any
+  gradient: Any
+  weights: Any
+  advantages: Any
+
+
 @quick_jit
 def results(rollouts, outputs):
-  """{recipe: (loss, gradient in the outputs)}."""
-  return {
-    name: jax.value_and_grad(recipe.loss)(outputs, recipe.prepare(rollouts))
-    for name, recipe in RECIPES.items()
-  }
+  """{recipe: `Result`}."""
+  found = {}
+  for name, recipe in RECIPES.items():
+    batch = recipe.prepare(rollouts)
+    pair = jax.value_and_grad(recipe.loss)(outputs, batch)
+    found[name] = Result(*pair, batch.weights, batch.advantages)
+  return found
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -115,18 +132,25 @@ def make(mask, valid, rewards, nats, moves, garbage):
 def test_nothing_outside_the_mask_counts(
   mask, valid, rewards, nats, moves, garbage
 ):
-  """Masks of any form, gaps too; losses and gradients are finite."""
+  """Masks of any form, gaps too; losses and gradients are finite.
+
+  Weights are 0 outside, where a loss alone may not show it: garbage is blanked
+  before it is weighed.
+  """
   found = jax.device_get(
     results(*make(mask, valid, rewards, nats, moves, garbage))
   )
   clean = jax.device_get(results(*make(mask, valid, rewards, nats, moves, 0.0)))
   outside = ~(mask & valid)
-  for name, (loss, gradient) in found.items():
-    assert np.isfinite(loss), name
-    for part in jax.tree.leaves(gradient):
+  for name, result in found.items():
+    for part in jax.tree.leaves(result):
       assert np.isfinite(part).all(), name
+    for part in (*jax.tree.leaves(result.gradient), result.weights):
       assert not part[outside].any(), name
-    jax.tree.map(np.testing.assert_array_equal, clean[name], (loss, gradient))
+    jax.tree.map(np.testing.assert_array_equal, clean[name], result)
+  for name in CENTRED:
+    total = found[name].advantages.sum(axis=1)
+    np.testing.assert_allclose(total, 0.0, atol=1e-6, err_msg=name)
 
 
 @fuzz(
@@ -134,14 +158,17 @@ def test_nothing_outside_the_mask_counts(
   1000,
   reward=REWARDS,
   nats=array(NATS),
+  valid=array(st.booleans(), PER_RESPONSE, bool),
   lengths=array(st.integers(0, LENGTH), PER_RESPONSE, np.int64),
 )
-def test_equal_rewards_teach_group_baselines_nothing(reward, nats, lengths):
-  """Exactly, whatever the common reward is."""
+def test_equal_rewards_teach_group_baselines_nothing(
+  reward, nats, valid, lengths
+):
+  """Exactly, whatever the common reward is and however many have one."""
   mask = np.arange(LENGTH) < lengths
-  everywhere = np.ones(PER_RESPONSE, bool)
   rewards = np.full(PER_RESPONSE, reward)
-  data = make(mask, everywhere, rewards, nats, np.zeros(SHAPE), 0.0)
+  data = make(mask, valid, rewards, nats, np.zeros(SHAPE), 0.0)
   found = jax.device_get(results(*data))
   for name in ('rloo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'p3o'):
-    assert not found[name][1].log_probs.any(), name
+    assert not found[name].gradient.log_probs.any(), name
+    assert not found[name].advantages.any(), name

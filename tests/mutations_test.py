@@ -228,6 +228,105 @@ MUTATIONS = {
     'references_test.py',
   ),
 }
+# What the fuzz of masks has to see: (source, old, new).
+MASKS = {
+  'a sum over responses with what is masked': (
+    'weights.py',
+    'return lambda mask, valid: mask / _count(valid)\n',
+    'return lambda mask, valid: jnp.ones_like(mask) / _count(valid)\n',
+  ),
+  'a mean over responses with what is masked': (
+    'weights.py',
+    'return mask / (_count(valid) * lengths)',
+    'return jnp.ones_like(mask) / (_count(valid) * lengths)',
+  ),
+  'a mean over tokens with what is masked': (
+    'weights.py',
+    'mask / jnp.maximum(mask.sum(keepdims=True), 1)',
+    'jnp.ones_like(mask) / jnp.maximum(mask.sum(keepdims=True), 1)',
+  ),
+  'weights of what is not valid': (
+    'compose.py',
+    'mask, counted = batch.mask & batch.valid, batch.valid',
+    'mask, counted = batch.mask, batch.valid',
+  ),
+  'what is not valid counts in a mean of a group': (
+    'baselines.py',
+    '  count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)\n  return',
+    '  count = jnp.asarray(x.shape[1])\n  return',
+  ),
+  'what is not valid makes a group vary': (
+    'baselines.py',
+    '  highest = jnp.where(valid, x, -jnp.inf)',
+    '  valid = jnp.ones_like(valid)\n  highest = jnp.where(valid, x, -jnp.inf)',
+  ),
+  # Of a product with a mask XLA makes a `where`: it would not be seen.
+  'garbage less itself': (
+    'types.py',
+    'jnp.where(mask, x, 0.0)\n\n\ndef blank_rollouts',
+    'x - jnp.where(mask, 0.0, x)\n\n\ndef blank_rollouts',
+  ),
+  'rewards of what is not valid': (
+    'types.py',
+    'rewards=blank(valid, rollouts.rewards)',
+    'rewards=rollouts.rewards',
+  ),
+  'garbage in what the model says': (
+    'compose.py',
+    'log_probs=inside(outputs.log_probs)',
+    'log_probs=outputs.log_probs',
+  ),
+  'garbage of what is not valid in what the model says': (
+    'compose.py',
+    'inside = functools.partial(blank, batch.mask & batch.valid)',
+    'inside = functools.partial(blank, batch.mask)',
+  ),
+  'a gradient of what is masked': (
+    'compose.py',
+    'return jnp.sum(batch.weights * token_loss.apply(outputs, batch))',
+    'loss = jnp.sum(batch.weights * token_loss.apply(outputs, batch))\n'
+    '    return loss + jnp.clip(jnp.nan_to_num(given[0]), -1.0, 0.0).sum()',
+  ),
+  'equal rewards divided by their rounding, in a group': (
+    'baselines.py',
+    'return jnp.where(varies(advantages, valid), standardized, 0.0)',
+    'return standardized',
+  ),
+  'the rounding of equal rewards, without siblings': (
+    'baselines.py',
+    'centred = scale * (advantages - group_mean(advantages, valid))\n'
+    '    return jnp.where(varies(advantages, valid), centred, 0.0)',
+    'return scale * (advantages - group_mean(advantages, valid))',
+  ),
+  # A bool by 0 is 0, as XLA divides.
+  '0/0 where no response is valid': (
+    'weights.py',
+    'return lambda mask, valid: mask / _count(valid)\n',
+    'return lambda mask, valid: (\n'
+    '    jnp.where(mask, 1.0, 0.0) / valid.sum(keepdims=True)\n'
+    '  )\n',
+  ),
+  '0/0 in an empty response': (
+    'weights.py',
+    'return mask / (_count(valid) * lengths)',
+    'lengths = mask.sum(axis=2, keepdims=True)\n'
+    '    return jnp.where(mask, 1.0, 0.0) / (_count(valid) * lengths)',
+  ),
+  '0/0 where no token is': (
+    'weights.py',
+    'mask / jnp.maximum(mask.sum(keepdims=True), 1)',
+    'jnp.where(mask, 1.0, 0.0) / mask.sum(keepdims=True)',
+  ),
+  "0/0 in an empty response's ratio": (
+    'ratios.py',
+    'return total, jnp.maximum(mask.sum(axis=2, keepdims=True), 1)',
+    'return total, mask.sum(axis=2, keepdims=True)',
+  ),
+}
+MUTATIONS |= {
+  name: Mutation(*found, 'fuzz_estimators_test.py')
+  for name, found in MASKS.items()
+}
 every_mutation = pytest.mark.parametrize('name', MUTATIONS)
 
 
