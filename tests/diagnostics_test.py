@@ -185,6 +185,11 @@ def test_groups_without_a_statistic_are_left_out():
   )
   assert got['reward_std'] == pytest.approx(math.sqrt(0.5))
   assert got['frac_reward_zero_std'] == pytest.approx(1 / 2)
+  nothing = np.zeros_like(valid)
+  got = diagnostics.group_statistics(
+    rollouts.replace(rewards=rewards, valid=nothing)
+  )
+  assert len(got) == 3 and all(np.isnan(value) for value in got.values())
 
 
 def test_approx_kl_estimates_the_kl_from_the_sampler():

@@ -7,7 +7,10 @@ import re
 
 import pytest
 
+from experiments import checks
+from experiments.configs import base
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import algorithms
 from jaxrl_llm.logging import WINDOW, Watch, assess, health, read_metrics
 
 WELL = {
@@ -41,6 +44,8 @@ FAULTS = {
   'failed': {'rewards/correct/failed': 2},
   'entropy': {'entropy': 0.01},
 }
+
+CUT = {'completions/clipped_ratio': 0.3}
 
 
 def run(*parts):
@@ -92,11 +97,56 @@ def test_a_reward_that_always_pays():
   assert 'always pays' in told(run((WINDOW, flat)))['constant']
 
 
+def test_of_a_reward_that_never_pays_its_consequence_is_not_told():
+  flat = {'reward': 0.0, 'rewards/correct/std': 0.0, **FAULTS['flat']}
+  assert list(told(run((WINDOW, flat)))) == ['constant']
+
+
+def test_a_reward_that_never_pays_beside_one_that_does():
+  unpaid = {
+    **{'rewards/correct/mean': 0.0, 'rewards/correct/std': 0.0},
+    **{'rewards/format/mean': 0.4, 'rewards/format/std': 0.4},
+  }
+  found = told(run((3 * WINDOW, unpaid)))
+  assert list(found) == ['unpaid']
+  assert found['unpaid'].startswith('rewards/correct is 0 for every response')
+  # It pays once; a penalty rests at 0 once it is learned; formats are right.
+  paid = {'rewards/correct/mean': 0.01, 'rewards/correct/std': 0.1}
+  assert told(run((WINDOW - 1, unpaid), (1, {**unpaid, **paid}))) == {}
+  assert told(run((WINDOW, {**unpaid, **paid}), (WINDOW, unpaid))) == {}
+  right = {'rewards/format/mean': 1.0, 'rewards/format/std': 0.0, **paid}
+  assert told(run((2 * WINDOW, right))) == {}
+
+
+def test_no_score_is_told_at_once_with_the_reward_that_gave_none():
+  unscored = {
+    **{'reward': math.nan, 'rewards/correct/none': 32},
+    **{'rewards/correct/mean': math.nan, 'rewards/correct/std': math.nan},
+    **{'rewards/format/none': 0, 'rewards/format/std': 0.4},
+    **{'frac_reward_zero_std': math.nan},
+  }
+  for steps in (1, WINDOW):
+    found = told(run((steps, unscored)))
+    assert list(found) == ['unscored']
+    assert 'None of rewards/correct)' in found['unscored']
+  assert told(run((WINDOW - 1, unscored), (1, {}))) == {}
+
+
+def test_advice_names_what_there_is():
+  fields = {name for name, _ in checks.leaves(base.get_config())}
+  texts = [each.cause for each in health.RANGES]
+  faults = (*FAULTS.values(), {'completions/mean_length': 50.0} | CUT)
+  texts += [t for f in faults for t in told(run((10, {}), (10, f))).values()]
+  named = re.findall(r'config\.([\w.]+\w)', ' '.join(texts))
+  assert len(named) > 5 and not set(named) - fields, set(named) - fields
+  for recipe in re.findall(r'as (\w+) does', ' '.join(texts)):
+    assert hasattr(algorithms, recipe)
+
+
 def test_length_growth_is_told_where_responses_are_cut_off():
   longer = {'completions/mean_length': 50.0}
   assert told(run((WINDOW, {}), (WINDOW, longer))) == {}
-  cut = longer | {'completions/clipped_ratio': 0.3}
-  found = told(run((WINDOW, {}), (WINDOW, cut)))
+  found = told(run((WINDOW, {}), (WINDOW, longer | CUT)))
   assert list(found) == ['length'] and '50 tokens, 20 at' in found['length']
 
 
@@ -130,6 +180,14 @@ def test_watch_writes_a_line_per_step_and_tells_what_is_new(tmp_path):
   assert [int(line.split()[0]) for line in lines] == list(range(1, 41))
   assert len(heard) == 1
   assert re.match(r'step 1\d: approx_kl is 0\.\d+ over 10 steps', heard[0])
+
+
+def test_watch_tells_the_same_again_after_many_steps_alone(tmp_path):
+  now_and_then = [(WINDOW, {}), (WINDOW, FAULTS['kl'])] * 4
+  records = run(*now_and_then, (150, {}), (WINDOW, FAULTS['kl']))
+  watch = Watch(tmp_path)
+  heard = [line for record in records for line in watch.add(record)]
+  assert [line.split(':')[0] for line in heard] == ['step 13', 'step 233']
 
 
 def test_watch_goes_on_from_records_as_if_nothing_had_happened(tmp_path):

@@ -76,7 +76,7 @@ def test_numbers_of_every_make_are_taken(value):
 @pytest.mark.parametrize(
   'bad',
   [float('nan'), float('inf'), -np.inf, np.float32('nan'), '1', 1j, [1], {}]
-  + [10**400],
+  + [10**400, 1e39, -1e300],
 )
 def test_a_value_that_is_no_finite_number_names_function_and_sample(bad):
   text = message_of(returns([0.0, 1.0, bad]))
@@ -104,6 +104,14 @@ def test_an_exception_is_located_and_chained():
   assert 'ZeroDivisionError' in text and 'sample 1' in text
   assert 'a bit longer' in text and len(text.splitlines()) <= 3
   assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_function_does_not_end_the_run():
+  def leaves(completions, **kwargs):
+    raise SystemExit(0)
+
+  text = message_of(RewardPart('leaves', leaves))
+  assert "'leaves' raised SystemExit: 0" in text and 'sample 0' in text
 
 
 def test_an_exception_of_the_whole_batch_says_so():
@@ -161,8 +169,8 @@ def test_inconsistent_input_is_refused():
   assert 'weight' in message_of(good._replace(weight=float('nan')))
   assert 'not a function' in message_of(good._replace(function='a'))
   assert 'prompts' in message_of(good, columns={'prompts': ['1'] * 3})
-  big = RewardPart('big', lambda **kwargs: [0, 1e308, 0], 10.0)
-  assert 'overflows at sample 1' in message_of(big)
+  big = RewardPart('big', lambda **kwargs: [0, 1e38, 0], 10.0)
+  assert 'overflows float32 at sample 1' in message_of(big)
 
 
 # Written as for TRL's GRPOTrainer: nothing of this package in them.

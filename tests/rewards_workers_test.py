@@ -202,7 +202,7 @@ def test_scores_are_those_of_the_function_itself():
       found = score([RewardPart(name, workers)], texts, texts, columns)
     np.testing.assert_array_equal(found.total, own.total)
     assert found.valid.all()
-  numbers = [0.1, 1e-310, -1.7976931348623157e308, 2**60, 1 / 3]
+  numbers = [0.1, 1e-310, -3.4028234663852886e38, 2**60, 1 / 3]
   with isolated(HOSTILE, workers=1) as function:
     given = [repr(number) for number in numbers]
     assert function(prompts=given, completions=given) == numbers

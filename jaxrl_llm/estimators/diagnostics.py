@@ -220,6 +220,8 @@ def sampler_statistics(rollouts: Rollouts) -> dict[str, Array]:
 def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   """Scalars of the rewards; of single responses to a prompt the first alone.
 
+  Each is NaN where there is nothing to take it of: no score is no score of 0.
+
   reward: mean over valid responses.
   reward_std: deviation within a group (ddof = 1), averaged over prompts with
     at least two valid responses.
@@ -228,17 +230,19 @@ def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   """
   valid = valid_responses(rollouts)
   rewards = jnp.where(valid, rollouts.rewards, 0.0)
-  found = {'reward': rewards.sum() / jnp.maximum(valid.sum(), 1)}
+  mean = lambda x, of: jnp.where(
+    of.any(), jnp.where(of, x, 0).sum() / jnp.maximum(of.sum(), 1), jnp.nan
+  )
+  found = {'reward': mean(rewards, valid)}
   if rewards.shape[1] == 1:
     return found
   count = valid.sum(axis=1, keepdims=True)
   centred = rewards - group_mean(rewards, valid)
   squares = jnp.where(valid, jnp.square(centred), 0.0)
   variance = squares.sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
-  share = lambda x, of: jnp.where(of, x, 0).sum() / jnp.maximum(of.sum(), 1)
   return found | {
-    'reward_std': share(jnp.sqrt(variance), count > 1),
-    'frac_reward_zero_std': share(~varies(rewards, valid), count > 0),
+    'reward_std': mean(jnp.sqrt(variance), count > 1),
+    'frac_reward_zero_std': mean(~varies(rewards, valid), count > 0),
   }
 
 

@@ -18,6 +18,8 @@ Record = Mapping[str, float]
 
 # Steps that a mean is over.  One step outside of a range is chance.
 WINDOW = 10
+# Steps of being well after which the same is told again.
+_QUIET = 100
 
 
 class Range(NamedTuple):
@@ -75,8 +77,8 @@ RANGES = (
     ('sampler/effective_samples',),
     0.3,
     1.0,
-    'few responses carry the importance weights of all\n'
-    'take fewer updates per step, or truncate the weights',
+    'sampler and trainer differ so much that few responses carry the weights '
+    "of all\ncompare with config.model.attention='xla' and dtype='float32'",
   ),
   Range(
     'flat',
@@ -102,7 +104,7 @@ RANGES = (
     0.0,
     1.0,
     'the critic predicts worse than a constant\n'
-    'raise its learning rate, or train it longer before the policy',
+    'raise config.critic.optimizer.learning_rate, or config.critic.warmup',
   ),
 )
 
@@ -135,6 +137,8 @@ def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
   found, shown = {}, []
   for check in _CHECKS:
     found |= check(first, recent)
+  # Of which it is the consequence.
+  unlearned = found.keys() & {'constant', 'unscored'}
   if not _finite(now):
     shown.append('not finite')
   for each in RANGES:
@@ -143,6 +147,8 @@ def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
       continue
     shown.append(f'{each.label} {value:.3g}')
     mean = _mean(recent, each.metrics)
+    if each.label == 'flat' and unlearned:
+      continue
     if len(recent) == WINDOW and not each.low <= mean <= each.high:
       found[each.label] = (
         f'{" + ".join(each.metrics)} is {mean:.3g} over {WINDOW} steps, '
@@ -168,22 +174,22 @@ class Watch:
   def __init__(self, folder, records: Sequence[Record] = ()):
     self._path = pathlib.Path(folder) / 'health.log'
     self._first, self._recent = [], []
-    self._told = set()
+    self._told = {}  # what was wrong → at which step last
     self._write('w', [self._take(record).line for record in records])
 
   def add(self, record: Record) -> list[str]:
     """Takes a step's record.
 
     Returns:
-      Warnings that the step before did not have, two lines each.
+      Warnings that none of many steps before had, two lines each.
     """
-    before = self._told
+    before = self._told.copy()
     health = self._take(record)
     self._write('a', [health.line])
     return [
       f'step {record["step"]}: {text}'
       for name, text in health.warnings.items()
-      if name not in before
+      if record['step'] - before.get(name, -math.inf) > _QUIET
     ]
 
   def _take(self, record: Record) -> Health:
@@ -191,7 +197,7 @@ class Watch:
       self._first.append(record)
     self._recent = [*self._recent, record][-WINDOW:]
     health = assess(self._first, self._recent)
-    self._told = set(health.warnings)
+    self._told |= dict.fromkeys(health.warnings, record['step'])
     return health
 
   def _write(self, mode: str, lines: Sequence[str]) -> None:
@@ -251,30 +257,86 @@ def _failing(first, recent) -> dict[str, str]:
   }
 
 
+def _unscored(first, recent) -> dict[str, str]:
+  del first
+  if not all(math.isnan(record.get('reward', 0.0)) for record in recent):
+    return {}
+  now = recent[-1]
+  without = [
+    name.removesuffix('/none')
+    for name in now
+    if name.startswith('rewards/') and name.endswith('/none') and now[name]
+  ]
+  return {
+    'unscored': f'no response has a score (None of {", ".join(without)}), and '
+    'nothing is learned\none reward without a score leaves a response out: '
+    'return 0.0 for an answer that cannot be read'
+  }
+
+
 def _constant_reward(first, recent) -> dict[str, str]:
   del first
-  rewards = [record.get('reward') for record in recent]
-  spreads = [
-    record[name]
-    for record in recent
-    for name in record
-    if name.startswith('rewards/') and name.endswith('/std')
-  ]
-  if len(recent) < WINDOW or None in rewards or any(spreads):
+  value = _constant(recent, 'reward', _parts(recent[-1]))
+  if value is None:
     return {}
-  if len(set(rewards)) > 1 or not math.isfinite(rewards[0]):
-    return {}
-  if rewards[0] > 0:
+  if value > 0:
     return {
-      'constant': f'the reward always pays: {rewards[0]:g} for every response '
+      'constant': f'the reward always pays: {value:g} for every response '
       f'of {WINDOW} steps\nlook at samples.html: the task is solved, or the '
       'reward accepts anything'
     }
   return {
-    'constant': f'the reward never pays: {rewards[0]:g} for every response of '
+    'constant': f'the reward never pays: {value:g} for every response of '
     f'{WINDOW} steps\nlook at samples.html: begin with easier prompts or a '
     'warm start, or mend how the answer is read'
   }
+
+
+def _unpaid(first, recent) -> dict[str, str]:
+  """One of several rewards, which the others' variation hides."""
+  parts = _parts(recent[-1])
+  if _constant(recent, 'reward', parts) is not None:
+    return {}
+  found = {}
+  for part in parts:
+    values = {
+      _constant(records, f'{part}/mean', [part]) for records in (first, recent)
+    }
+    # It has never paid: a penalty that rests at 0 has been learned.
+    if values == {0.0}:
+      found['unpaid'] = (
+        f'{part} is 0 for every response so far: if it is no penalty, it never '
+        'pays\nlook at samples.html: begin with easier prompts or a warm '
+        'start, or mend how the answer is read'
+      )
+  return found
+
+
+def _parts(record: Record) -> list[str]:
+  """Names of the rewards that a step records."""
+  return [
+    name.removesuffix('/std')
+    for name in record
+    if name.startswith('rewards/') and name.endswith('/std')
+  ]
+
+
+def _constant(records, name: str, parts: Sequence[str]) -> float | None:
+  """The value of a metric that `WINDOW` steps share; None if they do not.
+
+  Args:
+    records: steps.
+    name: of the metric, a mean over responses.
+    parts: rewards of which it is made, which are to be constant as well.
+  """
+  values = {record.get(name) for record in records}
+  spreads = [record.get(f'{p}/std', 0.0) for record in records for p in parts]
+  # A reward that has no score in a step has no deviation either.
+  if len(records) < WINDOW or any(x for x in spreads if not math.isnan(x)):
+    return None
+  value = values.pop()
+  constant = not values and value is not None and math.isfinite(value)
+  return value if constant else None
 
 
 def _collapse(first, recent) -> dict[str, str]:
@@ -284,7 +346,8 @@ def _collapse(first, recent) -> dict[str, str]:
   return {
     'entropy': f'entropy is {now:.3g} nats, {before:.3g} at the beginning: '
     'unless the task is solved the policy collapses onto a few responses\n'
-    'lower the learning rate, raise clip_high, or sample at a temperature of 1'
+    'lower the learning rate, clip higher above than below as dapo does, or '
+    'sample at a temperature of 1'
   }
 
 
@@ -297,8 +360,8 @@ def _growth(first, recent) -> dict[str, str]:
   return {
     'length': f'responses have {now:.3g} tokens, {before:.3g} at the '
     f'beginning, and {cut:.0%} are cut off: length growth\n'
-    "normalise the loss by a constant (algorithm's normalize), or take a "
-    'reward that longer responses do not raise'
+    'normalise the loss by a constant as dr_grpo does, or take a reward that '
+    'longer responses do not raise'
   }
 
 
@@ -306,7 +369,9 @@ _Check = Callable[[Sequence[Record], Sequence[Record]], dict[str, str]]
 _CHECKS: tuple[_Check, ...] = (
   _not_finite,
   _failing,
+  _unscored,
   _constant_reward,
+  _unpaid,
   _collapse,
   _growth,
 )

@@ -40,11 +40,15 @@ def as_list(name: str, result: Any, count: int) -> list:
   return values
 
 
+# The device computes in float32, of which this is the largest number.
+LARGEST = 3.4028234663852886e38
+
+
 def as_float(value: Any) -> float:
-  """One value as a finite float, NaN for None.
+  """One value as a float that float32 holds, NaN for None.
 
   Raises:
-    ValueError: it is no real number, or not a finite one.
+    ValueError: it is no real number, or neither finite nor at most `LARGEST`.
   """
   if value is None:
     return math.nan
@@ -56,8 +60,9 @@ def as_float(value: Any) -> float:
       number = float(value)
     except OverflowError:
       number = math.inf
-  if not math.isfinite(number):
-    raise ValueError(f'{shortened(repr(value))} is no finite number')
+  # False of NaN, too.
+  if not abs(number) <= LARGEST:
+    raise ValueError(f'{shortened(repr(value))} is no finite float32')
   return number
 
 

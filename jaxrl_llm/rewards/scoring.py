@@ -6,8 +6,8 @@ A reward function has the signature that TRL uses,
 
 with lists of N strings and columns of N entries each.  All arguments go by
 keyword, and a function without `**kwargs` gets only those it names.  None means
-"no score for this sample"; everything else that is not a finite number is an
-error.  Nothing becomes 0 and nothing is broadcast silently.
+"no score for this sample"; everything else that is not a finite number of
+float32 is an error.  Nothing becomes 0 and nothing is broadcast silently.
 """
 
 import functools
@@ -21,7 +21,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.arguments import parameters, select
 from jaxrl_llm.rewards.failures import Failures
-from jaxrl_llm.rewards.results import as_float, as_list, shortened
+from jaxrl_llm.rewards.results import LARGEST, as_float, as_list, shortened
 from jaxrl_llm.rewards.workers import Workers
 
 
@@ -122,10 +122,11 @@ def _total(
   valid = ~np.isnan(stacked).any(axis=0)
   with np.errstate(over='ignore', invalid='ignore'):
     total = np.where(valid, (weights[:, None] * stacked).sum(axis=0), 0.0)
-  if not np.isfinite(total).all():
+  fits = np.abs(total) <= LARGEST
+  if not fits.all():
     raise UserError(
-      'the weighted sum of rewards overflows at sample '
-      f'{int(np.argmin(np.isfinite(total)))}.'
+      'the weighted sum of rewards overflows float32 at sample '
+      f'{int(np.argmin(fits))}.\nLower the weights.'
     )
   return Scores(total, valid, scores, failures)
 
@@ -160,7 +161,7 @@ def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
     result = part.function(**_copies(accepted))
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise UserError(
       f'reward {part.name!r} raised {type(error).__name__}: '
       f'{shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
@@ -185,7 +186,7 @@ def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
   for i, completion in enumerate(arguments['completions']):
     try:
       part.function(**{name: [v[i]] for name, v in accepted.items()})
-    except Exception:
+    except (Exception, SystemExit):
       return f'at sample {i}, completion {shortened(completion)!r}.'
   return 'on the whole batch; no sample alone makes it fail.'
 
@@ -198,5 +199,5 @@ def _number(name: str, value: Any, index: int, completion: str) -> float:
     raise UserError(
       f'reward {name!r} returned {shortened(repr(value))} for sample {index}, '
       f'completion {shortened(completion)!r}.\n'
-      'A score must be a finite number, or None for no score.'
+      'A score must be a finite float32, or None for no score.'
     ) from error
