@@ -147,9 +147,13 @@ def main() -> None:
   """Audits what the flags name."""
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   values = flags.FLAGS
-  for name in ('estimators', 'workdir'):
+  examples = {
+    'estimators': 'experiments/configs/audit_estimators.py',
+    'workdir': 'runs/audit',
+  }
+  for name, example in examples.items():
     if values[name].value is None:
-      raise UserError(f'--{name} is missing\n--help says what it is')
+      raise UserError(f'--{name} is missing\nfor example --{name}={example}')
   if (values.run is None) == (values['config'].value is None):
     raise UserError(
       'name either a run with --run, or a configuration with --config and its '

@@ -12,6 +12,7 @@ from experiments.configs import base
 from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs
+from jaxrl_llm.models.config import ATTENTION, DTYPES
 from jaxrl_llm.tasks import hints
 
 # The scripts of the algorithms that `train` does not train by.
@@ -37,6 +38,8 @@ _LEAST = {
   'rollout.prompts': 1,
   'rollout.samples': 1,
   'rollout.max_tokens': 1,
+  'rollout.temperature': 0,
+  'rollout.top_k': 0,
   'rollout.refill': 0,
   'training.epochs': 1,
   'training.minibatches': 1,
@@ -54,6 +57,7 @@ _LEAST = {
   'evaluation.prompts': 0,
   'evaluation.batch': 1,
   'evaluation.samples': 1,
+  'evaluation.temperature': 0,
   'checkpoints.every': 1,
   'checkpoints.keep_latest': 1,
   'checkpoints.keep_best': 0,
@@ -189,6 +193,17 @@ def _check_numbers(config: ConfigDict) -> None:
       f'config.model.param_dtype is {config.model.param_dtype!r}: small '
       "updates would be rounded away\nkeep 'float32' (config.model.dtype may "
       "be 'bfloat16')"
+    )
+  for name, choices in (('dtype', DTYPES), ('attention', ATTENTION)):
+    if config.model[name] not in choices:
+      raise UserError(
+        f'config.model.{name} is {config.model[name]!r}\nit must be one of '
+        f'{", ".join(choices)}'
+      )
+  if not 0 < config.rollout.top_p <= 1:
+    raise UserError(
+      f'config.rollout.top_p is {config.rollout.top_p}\nit must be above 0, '
+      'and at most 1, which draws from all tokens'
     )
   if config.evaluation.samples > 1 and config.evaluation.temperature == 0:
     raise UserError(

@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import os
 import pathlib
 import re
 import signal
@@ -17,9 +18,14 @@ from ml_collections import ConfigDict, config_flags
 from jaxrl_llm import compilation, compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
 
+_CONFIGS = pathlib.Path('experiments') / 'configs'
+
 # Sections that take what a function takes: ml_collections cannot set a field
 # there that the file does not have.
 _OPEN = frozenset({'algorithm', 'task', 'rewards', 'architecture'})
+
+# Flags that name a file or a folder: '' is a variable that the shell lacks.
+_PATHS = ('workdir', 'output', 'run', 'model', 'estimators')
 
 
 def define_config_flag() -> None:
@@ -72,7 +78,12 @@ def config() -> ConfigDict:
       'quickstart.py'
     )
   if not pathlib.Path(flag.config_filename).is_file():
-    raise UserError(f'--config: no such file: {flag.config_filename}')
+    known = sorted(path.stem for path in _CONFIGS.glob('*.py'))
+    near = difflib.get_close_matches(
+      pathlib.Path(flag.config_filename).stem, known, 1
+    )
+    hint = f'\ndid you mean {_CONFIGS / near[0]}.py?' if near else ''
+    raise UserError(f'--config: no such file: {flag.config_filename}{hint}')
   if not isinstance(flag.value, ConfigDict):
     raise UserError(
       f'--config: get_config() of {flag.config_filename} returns '
@@ -109,7 +120,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       print('interrupted', file=sys.stderr)
       membership.fail(128 + signal.SIGINT)
       return 128 + signal.SIGINT
+    except BrokenPipeError:
+      return _leave_output()
     except Exception as error:
+      if starting_backend(error):
+        _fail(no_backend(error))
       if distributed.count() == 1:
         raise
       if isinstance(error, jax.errors.JaxRuntimeError):
@@ -121,19 +136,59 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   gc.set_threshold(50_000, 10, 10)
   # What is wrong with a configuration is said once, by `_parse`.
   logging.set_verbosity(logging.ERROR)
-  app.run(guarded, flags_parser=_parse)
+  try:
+    app.run(guarded, flags_parser=_parse)
+  except BrokenPipeError:  # of --help
+    sys.exit(_leave_output())
+
+
+def starting_backend(error: Exception) -> bool:
+  """Whether JAX raised an error as it looked for devices."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return any(frame.name == 'backends' for frame in frames if _is_jax(frame))
+
+
+def _is_jax(frame: traceback.FrameSummary) -> bool:
+  return frame.filename.endswith('xla_bridge.py')
+
+
+def no_backend(error: Exception) -> str:
+  """The message for an error of `starting_backend`."""
+  asked = os.environ.get('JAX_PLATFORMS')
+  setting = f' for JAX_PLATFORMS={asked}' if asked else ''
+  reason = _text(error) or 'no plug-in for it is installed'
+  return (
+    f'JAX starts no device{setting}: {reason[:300]}\n'
+    "pip install -e '.[cuda13]', '.[cuda12]' or '.[tpu]', or unset "
+    'JAX_PLATFORMS'
+  )
+
+
+def _leave_output() -> int:
+  """Nobody reads standard output any more, as behind `| head`.
+
+  Returns:
+    The exit status, that of a program which SIGPIPE ends.
+  """
+  # Python writes what is left once more as it ends.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 128 + signal.SIGPIPE
 
 
 def _parse(arguments: list[str]) -> list[str]:
   try:
-    return flags.FLAGS(arguments)
+    rest = flags.FLAGS(arguments)
+    for name in _PATHS:
+      if name in flags.FLAGS and flags.FLAGS[name].value == '':
+        _fail(f'--{name} is empty\nis a variable not set that it is made of?')
+    return rest
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
     hint = f'did you mean --{near[0]}?' if near else '--help lists the flags'
     _fail(f'unknown flag --{error.flagname}\n{hint}')
   except flags.Error as error:
     _fail(_without_traceback(str(error), _config_path(arguments)))
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     path = _config_path(arguments)
     lines = [
       frame.lineno

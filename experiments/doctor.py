@@ -2,7 +2,7 @@
 
     python -m experiments.doctor [--workdir=RUN]
 
-Versions, devices, memory and settings; then a model of some 10,000 parameters
+Versions, memory, settings and devices; then a model of some 10,000 parameters
 samples, scores what it sampled and takes one update, in float32, and a
 checkpoint is written and read back.  Status 0 if all of that is right, else 1.
 With a run's folder: also how that run is (`health.log`).
@@ -53,20 +53,11 @@ _score = jax.jit(policy.score, static_argnames='config')
 
 
 def system() -> Iterator[str]:
-  """Lines about versions, devices, memory and settings."""
-  found = run_folder.environment()
+  """Lines about versions, memory and settings; it touches no device."""
+  found = run_folder.software()
   versions = found.pop('versions').items()
   yield ', '.join(f'{name} {version}' for name, version in versions)
   yield f'{found["platform"]}, {found["machine"]}'
-  yield (
-    f'{found["device_count"]} {found["backend"]} device(s), '
-    f'{found["device_kind"]}; {found["process_count"]} process(es)'
-  )
-  for device in jax.local_devices():
-    told = device.memory_stats()
-    if told:
-      used, limit = told.get('bytes_in_use', 0), told.get('bytes_limit', 0)
-      yield f'device {device.id}: {used / _MIB:,.0f} of {limit / _MIB:,.0f} MiB'
   yield from _host()
   yield f'compilation cache: {_cache()}'
   settings = [
@@ -76,6 +67,28 @@ def system() -> Iterator[str]:
   ]
   settings = credentials.masked(settings)
   yield f'settings: {", ".join(sorted(settings)) or "none"}'
+
+
+def _devices() -> str:
+  """What JAX has to compute with."""
+  try:
+    found = run_folder.devices()
+  except Exception as error:
+    if cli.starting_backend(error):
+      raise UserError(cli.no_backend(error)) from error
+    raise
+  told = [
+    f'{found["device_count"]} {found["backend"]} device(s), '
+    f'{found["device_kind"]}; {found["process_count"]} process(es)'
+  ]
+  for device in jax.local_devices():
+    memory = device.memory_stats()
+    if memory:
+      used, limit = memory.get('bytes_in_use', 0), memory.get('bytes_limit', 0)
+      told.append(
+        f'device {device.id}: {used / _MIB:,.0f} of {limit / _MIB:,.0f} MiB'
+      )
+  return '; '.join(told)
 
 
 def _host() -> Iterator[str]:
@@ -113,14 +126,18 @@ def check() -> dict[str, Callable[[], str]]:
     tied=True,
     max_length=64,
   )
-  params = transformer.init(config, jax.random.key(0))
-  tokens = jax.random.randint(jax.random.key(1), (_PROMPTS, 8), 2, 64)
-  prompts = policy.Prompts(
-    tokens=tokens, lengths=jnp.arange(5, 5 + _PROMPTS, dtype=jnp.int32)
-  )
+
+  @functools.cache
+  def made():
+    tokens = jax.random.randint(jax.random.key(1), (_PROMPTS, 8), 2, 64)
+    prompts = policy.Prompts(
+      tokens=tokens, lengths=jnp.arange(5, 5 + _PROMPTS, dtype=jnp.int32)
+    )
+    return transformer.init(config, jax.random.key(0)), prompts
 
   @functools.cache
   def sampled():
+    params, prompts = made()
     return sampling.sample(
       config,
       transformer.sampling_layout(config, params),
@@ -132,9 +149,10 @@ def check() -> dict[str, Callable[[], str]]:
     )
 
   return {
-    'sampler = scorer': lambda: _same(config, params, prompts, sampled()),
-    'update': lambda: _update(config, params, prompts, sampled()),
-    'checkpoint': lambda: _round_trip(params),
+    'devices': _devices,
+    'sampler = scorer': lambda: _same(config, *made(), sampled()),
+    'update': lambda: _update(config, *made(), sampled()),
+    'checkpoint': lambda: _round_trip(made()[0]),
   }
 
 
@@ -236,10 +254,13 @@ def report(workdir=None) -> int:
       try:
         told, word = attempt(), 'ok'
       except Exception as error:  # Whatever it is belongs into the report.
-        told = ' '.join(f'{type(error).__name__}: {error}'.split())
+        lines = f'{type(error).__name__}: {error}'.splitlines()
+        told = '; '.join(' '.join(line.split()) for line in lines)
         word, failed = 'FAILED', failed + 1
       seconds = time.perf_counter() - start
       print(f'{word}: {name}: {told} ({seconds:.1f} s)', flush=True)
+      if failed and name == 'devices':
+        break  # All else would fail by it.
   for line in of_this_run:
     print(line)
   return 1 if failed else 0

@@ -89,6 +89,9 @@ def replay(workdir, step: int, output=None) -> int:
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   workdir = pathlib.Path(workdir)
   config = runs.read_config(workdir)
+  if output:
+    output = pathlib.Path(output)
+    _make_output(output)
   recorded = _recorded(workdir, step)
   _check_code(workdir)
   made_by = script(config)
@@ -113,8 +116,31 @@ def replay(workdir, step: int, output=None) -> int:
     if output:
       changes = _changes(before, _host(run.state.trainable))
       numbers = {'step': step, 'recorded': recorded, 'now': found}
-      _write(pathlib.Path(output), numbers, changes, result)
+      _write(output, numbers, changes, result)
   return 1 if different else 0
+
+
+def _make_output(output: pathlib.Path) -> None:
+  """Makes the folder, before a computation that may take long."""
+  try:
+    inside = [output, *output.absolute().parents]
+    held = [path for path in inside if (path / 'metrics.jsonl').exists()]
+    if held:
+      raise UserError(
+        f'--output {output} is in the folder of a run, whose samples it would '
+        'replace\nname a folder outside of it'
+      )
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / 'record.json', '{}\n')
+  except OSError as error:
+    raise _cannot_write(output, error) from error
+
+
+def _cannot_write(output: pathlib.Path, error: OSError) -> UserError:
+  return UserError(
+    f'--output {output} cannot be written: {error.strerror}\n'
+    'name another folder, or make room'
+  )
 
 
 def _recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
@@ -248,7 +274,6 @@ def _write(
   """Writes what a step was made of; see the head of this file."""
   written = ['record.json', 'parameters.jsonl']
   try:
-    output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(numbers, indent=2) + '\n'
     write_atomically(output / written[0], text)
     text = ''.join(json.dumps(each) + '\n' for each in changes)
@@ -263,9 +288,7 @@ def _write(
         log.write_html(f'Step {step}')
       written += ['batch.npz', 'samples.jsonl', 'samples.html']
   except OSError as error:
-    raise UserError(
-      f'--output {output} cannot be written: {error.strerror}'
-    ) from error
+    raise _cannot_write(output, error) from error
   print(f'{output}: {", ".join(written)}')
 
 

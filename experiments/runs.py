@@ -47,7 +47,7 @@ def read_config(workdir) -> ConfigDict:
   except FileNotFoundError as error:
     raise UserError(
       f'{workdir} holds no run: {path} is missing\n'
-      'name the --workdir of a run, or a Hugging Face folder with --model'
+      'name the folder of a run, as runs/quickstart after the quickstart'
     ) from error
   except UserError as error:
     raise UserError(f'{path}: {error}') from error

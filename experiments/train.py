@@ -120,6 +120,13 @@ class Online:
       f'{len(held.rows):,} held-out prompts; dropped as over '
       f'budget: {self._rl.dropped:,} and {held.dropped:,}'
     ]
+    per_step = self._config.rollout.prompts
+    known = self._prompts - self._rl.dropped
+    if per_step > known:
+      lines.append(
+        f'{per_step:,} prompts per step (config.rollout.prompts), of {known:,}: '
+        'a step repeats them'
+      )
     if self._rl.critic is not None:
       lines.append(critics.describe(self._config))
     return lines

@@ -37,12 +37,10 @@ _PACKAGES = (
 )
 
 
-def environment() -> dict:
-  """Versions, platform, devices and command line; no environment variables.
+def software() -> dict:
+  """Versions, platform and command line; no environment variables.
 
   In the command line '***' stands for credentials.
-
-  Touches the JAX backend, so call it after `jax.distributed.initialize`.
   """
   versions = {'python': platform.python_version()}
   for package in _PACKAGES:
@@ -54,12 +52,26 @@ def environment() -> dict:
     'versions': versions,
     'platform': platform.platform(),
     'machine': platform.machine(),
+    'command': credentials.masked(sys.argv),
+  }
+
+
+def devices() -> dict:
+  """Which devices JAX has.
+
+  Touches the JAX backend, so call it after `jax.distributed.initialize`.
+  """
+  return {
     'backend': jax.default_backend(),
     'device_kind': jax.devices()[0].device_kind,
     'device_count': jax.device_count(),
     'process_count': jax.process_count(),
-    'command': credentials.masked(sys.argv),
   }
+
+
+def environment() -> dict:
+  """`software` and `devices`."""
+  return software() | devices()
 
 
 class RunFolder:

@@ -1,6 +1,7 @@
 """A user's mistake: at most three lines with the remedy, status 2, no harm."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -94,6 +95,16 @@ FLAGS = {
     ['--config.rewards.symbols.name=exact_mach'],
     ['config.rewards.symbols', "did you mean 'exact_match'?"],
   ),
+  'temperature': (
+    ['--config.evaluation.temperature=-1'],
+    ['config.evaluation.temperature is -1', 'at least 0'],
+  ),
+  'top-p': (['--config.rollout.top_p=0'], ['config.rollout.top_p is 0']),
+  'attention': (
+    ['--config.model.attention=flash'],
+    ["config.model.attention is 'flash'", 'cudnn'],
+  ),
+  'unset variable': (['--workdir='], ['--workdir is empty', 'not set']),
 }
 
 # Changes to the text of a sound configuration.
@@ -121,6 +132,10 @@ FILES = {
   'nothing returned': (
     ['return config', 'return None'],
     ['config.py', 'NoneType', 'base.get_config()'],
+  ),
+  'exit': (
+    ['config.algorithm =', 'raise SystemExit(0)\n  config.algorithm ='],
+    ['config.py, line', 'SystemExit: 0'],
   ),
   'no get_config': (
     ['def get_config', 'def got_config'],
@@ -172,6 +187,8 @@ def test_configuration_missing(tmp_path):
   missing = tmp_path / 'missing.py'
   refused(train(missing, tmp_path / 'run'), f'no such file: {missing}')
   refused(train(tmp_path, tmp_path / 'run'), f'no such file: {tmp_path}')
+  named = train('quickstrat', tmp_path / 'run')
+  refused(named, 'did you mean experiments/configs/quickstart.py?')
   refused(scripts.run('train'), '--config is missing', 'quickstart.py')
 
 
@@ -226,17 +243,48 @@ def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
   refused(ended, 'exceed 3 tokens')
 
 
-def test_the_command_itself(tmp_path):
-  # As a user types it: a fresh interpreter, from the repository.
-  def command(*arguments):
-    return subprocess.run(
-      [sys.executable, '-m', *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=120,
-    )
+def command(*arguments, **settings):
+  """As a user types it: a fresh interpreter, from the repository."""
+  given = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | settings
+  return subprocess.run(
+    [sys.executable, '-m', *arguments],
+    cwd=ROOT,
+    text=True,
+    timeout=120,
+    **given,
+  )
 
+
+def test_devices_that_do_not_start():
+  quickstart = '--config=experiments/configs/quickstart.py'
+  environment = os.environ | {'JAX_PLATFORMS': 'absent'}
+  ended = command('experiments.train', quickstart, env=environment)
+  assert ended.returncode == 2
+  assert ended.stderr.startswith(
+    'error: JAX starts no device for JAX_PLATFORMS=absent: Unable to initialize'
+  )
+  assert len(ended.stderr.splitlines()) == 2
+  ended = command('experiments.doctor', env=environment)
+  assert ended.returncode == 1 and ended.stderr == ''
+  *_, last = ended.stdout.splitlines()
+  assert last.startswith('FAILED: devices: UserError: JAX starts no device')
+  assert 'jaxlib' in ended.stdout and 'host memory' in ended.stdout
+
+
+def test_nobody_reads_what_is_printed():
+  """As behind `| head -1` once that has ended."""
+  read, write = os.pipe()
+  os.close(read)
+  for arguments in (
+    ('experiments.train', '--help'),
+    ('experiments.doctor', '--workdir=/no/run'),
+  ):
+    ended = command(*arguments, stdout=write)
+    assert 'Traceback' not in ended.stderr and ended.returncode, ended
+  os.close(write)
+
+
+def test_the_command_itself(tmp_path):
   quickstart = '--config=experiments/configs/quickstart.py'
   for arguments, text in (
     (('experiments.train', quickstart, '--config.stepz=1'), "mean 'steps'?"),

@@ -28,6 +28,7 @@ def attempts(text):
 def test_a_sound_installation(capsys):
   assert doctor.report() == 0
   assert attempts(capsys.readouterr().out) == [
+    ('ok', 'devices'),
     ('ok', 'sampler = scorer'),
     ('ok', 'update'),
     ('ok', 'checkpoint'),
@@ -45,11 +46,12 @@ def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
   assert doctor.report() == 1
   said = capsys.readouterr().out
   assert attempts(said) == [
+    ('ok', 'devices'),
     ('FAILED', 'sampler = scorer'),
     ('FAILED', 'update'),
     ('ok', 'checkpoint'),
   ]
-  assert 'RuntimeError: no kernel for this device (' in said
+  assert 'RuntimeError: no kernel; for this device (' in said
   assert 'NCCL_P2P_LEVEL=NVL' in said and 'JAX_' in said
   assert '1234' not in said
   for part in ('python 3', 'jax ', 'orbax-checkpoint ', 'cpu device(s)'):
@@ -70,6 +72,7 @@ def test_a_sampler_that_is_off_is_told(monkeypatch, capsys):
   assert doctor.report() == 1
   said = capsys.readouterr().out
   assert attempts(said) == [
+    ('ok', 'devices'),
     ('FAILED', 'sampler = scorer'),
     ('ok', 'update'),
     ('ok', 'checkpoint'),

@@ -65,6 +65,20 @@ def test_a_tampered_metric_is_the_only_one_that_differs(workdir, capsys):
   ]
 
 
+def test_an_output_that_cannot_be_is_refused_before_anything_is_done(workdir):
+  before = contents(workdir)
+  (workdir.parent / 'file').touch()
+  for output, text in (
+    (workdir, 'in the folder of a run'),
+    (workdir / 'replays' / '2', 'in the folder of a run'),
+    (workdir.parent / 'file', 'cannot be written'),
+  ):
+    with pytest.raises(UserError, match=text) as error:
+      replay.replay(workdir, 2, output)
+    assert len(str(error.value).splitlines()) == 2
+  assert contents(workdir) == before
+
+
 @pytest.mark.slow
 def test_what_a_step_of_rl_was_made_of_is_written(workdir, tmp_path, capsys):
   old, record = tamper(workdir, MIDDLE, 'loss')

@@ -14,6 +14,7 @@ FAMILIES = (
   'gemma3_text',
   'gpt2',
 )
+DTYPES = ('float32', 'bfloat16')
 ATTENTION = ('auto', 'xla', 'splash', 'cudnn')
 ROPE_KINDS = ('default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope')
 
@@ -166,7 +167,7 @@ def _validate_sizes(config: ModelConfig):
 
 def _validate(config: ModelConfig):
   for name, choices in {
-    'dtype': ('float32', 'bfloat16'),
+    'dtype': DTYPES,
     'attention': ATTENTION,
     'family': FAMILIES,
     'norm': ('rms', 'layer'),

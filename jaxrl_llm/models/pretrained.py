@@ -104,7 +104,10 @@ def resolve(path) -> pathlib.Path:
     return folder
   if os.path.exists(folder) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
     shown = str(path) if str(path).isprintable() else repr(str(path))
-    raise UserError(f'There is no model folder {shown:.300}.')
+    raise UserError(
+      f'There is no model folder {shown:.300}.\n'
+      'Name a Hugging Face folder, or org/name of the hub.'
+    )
   try:
     from huggingface_hub import snapshot_download
   except ImportError:

@@ -138,7 +138,11 @@ def _check(parts, arguments, columns):
     raise UserError(f'reward parts need distinct names, not {names}.')
   for part in parts:
     if not callable(part.function):
-      raise UserError(f'reward {part.name!r} is not a function.')
+      raise UserError(
+        f'reward {part.name!r} is not a function but '
+        f'{type(part.function).__name__}.\nA function that takes neither '
+        'prompts nor completions makes a reward: it has to return one.'
+      )
     if not math.isfinite(part.weight):
       raise UserError(f'reward {part.name!r} has the weight {part.weight}.')
   clash = sorted(set(arguments) & set(columns))
