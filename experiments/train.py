@@ -124,8 +124,8 @@ class Online:
     known = self._prompts - self._rl.dropped
     if per_step > known:
       lines.append(
-        f'{per_step:,} prompts per step (config.rollout.prompts), of {known:,}: '
-        'a step repeats them'
+        f'{per_step:,} prompts per step (config.rollout.prompts) of {known:,}: '
+        'each step repeats some'
       )
     if self._rl.critic is not None:
       lines.append(critics.describe(self._config))
