@@ -303,6 +303,7 @@ def from_a_folder(config, tmp_path_factory):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_the_budget_and_is_done_once(
   from_a_folder, tmp_path, monkeypatch, capsys
 ):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from selection import mostly_slow
 
 from jaxrl_llm import policy, sampling
 from jaxrl_llm.errors import UserError
@@ -85,7 +86,7 @@ def joined(responses, positions, forked):
 @pytest.mark.parametrize(
   'name, samples',
   [
-    ('llama', SAMPLES),
+    pytest.param('llama', SAMPLES, marks=pytest.mark.slow),
     pytest.param('llama', 1, marks=pytest.mark.slow),
     ('gemma', SAMPLES),
     pytest.param('gpt2', SAMPLES, marks=pytest.mark.slow),
@@ -116,7 +117,7 @@ def test_statistics_are_those_of_the_whole_response(name, samples):
 
 @pytest.mark.parametrize(
   'name',
-  ['llama', 'gemma', pytest.param('gpt2', marks=pytest.mark.slow)],
+  mostly_slow(['llama', 'gemma', 'gpt2'], 'llama'),
 )
 def test_greedy_branches_are_those_of_a_full_prefill(name):
   config, params, prompts, responses, positions, *_ = rollout(

@@ -13,6 +13,7 @@ import time
 
 import launchers
 import pytest
+from selection import mostly_slow
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / 'experiments' / 'launch'
 VARIABLES = dict(
@@ -118,7 +119,7 @@ def test_shellcheck_is_content(shellcheck):
   assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize('launcher', mostly_slow(LAUNCHERS, 'slurm'))
 def test_two_processes_find_each_other(cloud, launcher):
   out = cloud.folder / 'out'
   out.mkdir()

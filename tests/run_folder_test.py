@@ -222,6 +222,7 @@ def test_second_interrupt_stops_at_once():
       os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_second_interrupt_is_not_lost_in_the_garbage_collector(monkeypatch):
   calls, dropped = [], []
   monkeypatch.setattr(sys, 'unraisablehook', dropped.append)

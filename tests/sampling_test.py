@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import toys
 from scipy import stats
+from selection import mostly_slow
 
 from jaxrl_llm import choice, policy, sampling
 from jaxrl_llm.errors import UserError
@@ -129,10 +130,10 @@ def test_frequencies_of_whole_sequences():
     assert_frequencies(np.bincount(cells, minlength=36), joint.reshape(-1))
 
 
-@pytest.mark.parametrize(
-  'decoding',
-  [Decoding(), Decoding(top_k=40), Decoding(top_p=0.8, num_tokens=290)],
-)
+WIDE = [Decoding(), Decoding(top_k=40), Decoding(top_p=0.8, num_tokens=290)]
+
+
+@pytest.mark.parametrize('decoding', mostly_slow(WIDE, WIDE[2]))
 def test_frequencies_of_a_wide_vocabulary(decoding):
   """300 tokens fill two blocks of 128 and a part of a third."""
   random = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from selection import mostly_slow
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained, transformer
@@ -66,7 +67,9 @@ def test_parameters_as_sampling_reads_them_give_torchs_logits(loaded, name):
   np.testing.assert_allclose(ours, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize('name', tiny_models.STRUCTURES)
+@pytest.mark.parametrize(
+  'name', mostly_slow(tiny_models.STRUCTURES, 'llama', 'gpt2')
+)
 def test_prompt_shared_then_decoded_then_forked(loaded, name):
   """[prompt, shared by 4 | response, shared by 2 | own tokens] of 8 rows."""
   model, config, params = loaded(name)
@@ -158,9 +161,10 @@ def shared_loss(config, params, prompts, lengths, tokens):
   return jnp.square(transformer.logits(config, params, hidden)).sum()
 
 
-@pytest.mark.parametrize(
-  'how', [dict(remat=True), dict(unroll=2), dict(unroll=2, remat=True)]
-)
+HOW = [dict(remat=True), dict(unroll=2), dict(unroll=2, remat=True)]
+
+
+@pytest.mark.parametrize('how', mostly_slow(HOW, HOW[2]))
 def test_gradient_through_a_shared_prompt(how, params):
   """Equals the gradient of whole texts, the prompt's repeated per row."""
   prompts, tokens = random_tokens(2, 4) % 11, random_tokens(6, 3) % 11

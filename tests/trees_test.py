@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from loops import assert_is_formula, evaluate, quick_jit, tree_surrogate
+from selection import mostly_slow
 from toys import CLIP, random_rollouts, with_branch_rows
 
 from jaxrl_llm import estimators as est
@@ -56,7 +57,7 @@ UNBIASED = {
 }
 
 
-@pytest.mark.parametrize('name', UNBIASED)
+@pytest.mark.parametrize('name', mostly_slow(UNBIASED, 'one fork', 'two forks'))
 def test_no_bias(name):
   estimator, toy, samples = UNBIASED[name]
   report = enumeration.examine(estimator, toy, samples)

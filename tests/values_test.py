@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selection import mostly_slow
 
 from jaxrl_llm import estimators as est
 
@@ -110,7 +111,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('rule', mostly_slow(RULES, 'uniform', 'entropy'))
 @pytest.mark.parametrize('name', SHAPED)
 def test_a_shaped_reward_stays_unbiased_and_branches_alone_do_not(name, rule):
   estimator, exact = SHAPED[name]
