@@ -139,6 +139,25 @@ def test_stops_in_every_phase_leave_the_same_records(tmp_path):
 
 
 @pytest.mark.slow
+def test_stops_while_branches_are_sampled_and_programs_compiled(tmp_path):
+  algorithm = dict(name='trepo', kl=0.04, count=2, samples=2)
+  text = scripts.CONFIG.replace("dict(name='grpo', kl=0.04)", repr(algorithm))
+  config = scripts.write_config(tmp_path / 'config', text)
+  workdir, whole = tmp_path / 'run', tmp_path / 'whole'
+  plan = [
+    (TERM, 'compile', 0),
+    (TERM, 'branches', scripts.WARM + 1),
+    (TERM, 'branches', scripts.WARM + 7),
+  ]
+  for ended in faults.interrupt(plan, workdir, config):
+    stopped(ended)
+  for folder in (workdir, whole):
+    ended = scripts.train(folder, config).wait()
+    assert ended.code == 0, ended.err
+  scripts.assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
 def test_a_stop_in_the_export_lets_it_end(tmp_path):
   """Everything is saved before; the little that is left is done."""
   workdir = tmp_path / 'run'

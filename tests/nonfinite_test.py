@@ -13,7 +13,7 @@ import pytest
 import run_test
 import scripts
 
-from experiments import run
+from experiments import reinforcement, run
 from experiments.phase import Result, Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import pretrained
@@ -51,6 +51,14 @@ def leaves(workdir, step: int) -> dict:
   """Digests of what a checkpoint holds, by name."""
   path = workdir / 'checkpoints' / f'{step:08d}' / 'manifest' / 'data.json'
   return json.loads(path.read_text())['leaves']
+
+
+def test_no_mean_hides_a_step_that_is_not_finite():
+  sound = {'loss': 1.0, 'grad_norm': 1.0, 'skipped': 0}
+  records = [sound, {'loss': np.nan, 'grad_norm': np.inf, 'skipped': 1}, sound]
+  found = reinforcement.update_metrics(records)
+  assert np.isnan(found['loss']) and found['grad_norm'] == np.inf
+  assert found['skipped'] == 1
 
 
 @pytest.mark.slow

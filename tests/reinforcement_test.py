@@ -9,8 +9,10 @@ import pytest
 
 from experiments import build, checks, reinforcement, runs
 from experiments.configs import quickstart
+from jaxrl_llm import branches
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.compilation import Meter
+from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart, Workers
 
 CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
@@ -151,7 +153,7 @@ def test_a_checkpoint_holds_running_numbers(setting, tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_step_with_branches(setting):
+def test_a_step_with_branches(setting, monkeypatch):
   """TRePO: its advantages are differences of the branches' mean rewards."""
   rl, state = begin(setting, dict(name='trepo', count=2, samples=3))
   params = jax.tree.map(jnp.copy, state.trainable['policy'])
@@ -183,10 +185,26 @@ def test_a_step_with_branches(setting):
   assert result.tokens == mask.sum() + extra
   assert result.metrics['branches/forks'] == forks
   assert 0 < result.metrics['branches/utilization'] <= 1
-  compiled = Meter()
+  compiled, sampled_by = Meter(), []
+  branch = branches.branch
+
+  def watched(config, params, *rest):
+    sampled_by.append(jax.tree.map(np.array, params))
+    return branch(config, params, *rest)
+
+  monkeypatch.setattr(branches, 'branch', watched)
+  before = values = None
   for step in (1, 2):
+    layout = transformer.sampling_layout(
+      setting[1].config, result.state.trainable['policy']
+    )
+    before, values = values, jax.tree.map(np.array, layout)
+    compiled.take()
     result = rl.step(result.state, step)
-  assert compiled.take().programs == 0
+    assert compiled.take().programs == 0
+    # Branches continue with what the last update has left.
+    jax.tree.map(np.testing.assert_array_equal, sampled_by[-1], values)
+  assert moved(before, values) > 0
 
 
 @pytest.mark.slow

@@ -118,6 +118,23 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out(
   assert prompts.encode_text('', tokenizer) == [tokenizer.bos_token_id]
 
 
+@pytest.mark.parametrize('template', ['<bos> $A', '<bos> $A <bos>'])
+def test_a_template_that_writes_the_first_token_has_it_once(template):
+  from tokenizers import processors
+
+  tokenizer = character_tokenizer('ab')
+  tokenizer.add_special_tokens({'bos_token': '<bos>'})
+  bos = tokenizer.bos_token_id
+  tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    single=template, special_tokens=[('<bos>', bos)]
+  )
+  text = '{{ bos_token }}{{ messages[0].content }}'
+  encoded = prompts.encode_prompts(
+    rows_of('ab'), tokenizer, 9, chat_template=text
+  )
+  assert encoded.tokens[0].tolist() == [bos, 3, 4]
+
+
 def test_a_chat_template_is_tokenised_as_it_stands(stories):
   import copy
 

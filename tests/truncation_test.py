@@ -105,7 +105,11 @@ def test_padding_behind_a_transformer(name, full):
   assert narrow.dtype == np.float32 and np.isfinite(narrow) and narrow != 0
   for more in (3, 11):
     wide, _ = of_model(name, widened(rollouts, more))
-    assert abs(wide - narrow) <= 2e-6 * pull + np.spacing(abs(narrow))
+    moved = abs(wide - narrow)
+    assert moved <= 2e-6 * pull + np.spacing(abs(narrow))
+    # RLOO's loss is a difference of larger numbers.
+    units = 64 if name == 'rloo' else 4
+    assert moved <= units * np.spacing(abs(narrow))
 
 
 @functools.cache
@@ -126,7 +130,7 @@ def slow(**algorithm):
 @pytest.mark.parametrize(
   'algorithm',
   [
-    slow(name='grpo'),
+    dict(name='grpo'),
     slow(name='dapo', max_length=4, buffer=2),
     slow(name='remax'),
     slow(name='ppo', kl=0.05),
