@@ -7,11 +7,13 @@ import pathlib
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import scripts
 
-from experiments import run, train
+from experiments import build, run, train
+from experiments.configs import quickstart
 from jaxrl_llm.logging import read_metrics
 from jaxrl_llm.run_folder import open_run
 
@@ -48,6 +50,29 @@ def test_folder_is_complete(whole):
   )
   env = json.loads((whole / 'env.json').read_text())
   assert env['command'][1:] and env['device_count'] == 1
+
+
+def test_what_is_left_out_or_repeated_is_said():
+  config = quickstart.get_config()
+  config.task.update(train=12, held_out=8, operations=(1, 3))
+  config.prompts.update(max_tokens=7, overlong='drop')
+  config.rollout.update(prompts=16, samples=2)
+  model = build.model(config.model, config.seed)
+  data = build.dataset(config, model.tokenizer)
+  # A token per character, and one before them.
+  sizes = [
+    [1 + len(row['prompt']) for row in rows]
+    for rows in (data.train, data.held_out)
+  ]
+  over = [sum(size > 7 for size in each) for each in sizes]
+  assert 0 < over[0] < 12 and 0 < over[1] < 8
+  online = train.Online(config, model, data, jax.random.key(0), None)
+  assert online.describe() == [
+    f'{12 - over[0]} training and {8 - over[1]} held-out prompts; dropped as '
+    f'over budget: {over[0]} and {over[1]}',
+    f'16 prompts per step (config.rollout.prompts) of {12 - over[0]}: each '
+    'step repeats some',
+  ]
 
 
 def test_records(whole):
