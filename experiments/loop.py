@@ -22,7 +22,7 @@ from jaxrl_llm import distributed, logging, sharding, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.samples import read_samples
+from jaxrl_llm.logging.samples import from_record, read_samples, to_record
 from jaxrl_llm.run_folder import StopRequested
 
 _MAX_SKIPPED = 3
@@ -78,9 +78,9 @@ class Run:
     self._reference = files.enter_context(
       Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
     )
-    # The record of the step that `state` is of, while it is not yet written:
-    # an evaluation may fail or be stopped after the update is made.
-    self._pending = None if warm else {'metrics': {}, 'timings': {}}
+    # What is to be written of the step that `state` is of, while it is not yet
+    # whole: an evaluation may fail or be stopped after the update is made.
+    self._pending = None if warm else _unwritten({}, {})
     self._score = None  # of the evaluation at this step, if there was one
     # Whether the newest checkpoint is of the state and the records as they are.
     self._saved = False
@@ -92,9 +92,9 @@ class Run:
     )
     if lost:
       raise UserError(lost)
-    at = written = self.course.step if restored else None
+    written = self.course.step if restored else None
     if restored and self._pending is not None:
-      written = at - 1 if at else None
+      written = written - 1 if written else None
     self._metrics = self._samples = self._progress = logging.Silent()
     self._watch = logging.Silent()
     if distributed.is_main() and not silent:
@@ -105,7 +105,9 @@ class Run:
       self._watch = logging.Watch(
         self._folder, [each for each in records if self._is_main(each['step'])]
       )
-      self._samples = files.enter_context(logging.SampleLog(self._folder, at))
+      self._samples = files.enter_context(
+        logging.SampleLog(self._folder, written)
+      )
       self._progress = files.enter_context(
         logging.Progress(self.course.total, self.course.step)
       )
@@ -115,7 +117,7 @@ class Run:
     """Runs what is left of the run; saves also when it is cut short."""
     try:
       if self._pending is not None:
-        self._record(**self._pending)
+        self._record()
         if self.course.step:
           self._save()
       while not self.course.ended:
@@ -125,14 +127,32 @@ class Run:
           self._save()
         self._keep.poll()
     except (UserError, StopRequested):
-      # The main phase may have begun with a state of another kind, of which
-      # nothing is learned yet: the end of the warm start is what counts.
-      # One process alone cannot save: what it failed at the others may not.
-      if not self._saved and distributed.all_come('the end', _FAIL_TOGETHER):
-        self._save()
-      self._keep.wait()
+      self._save_the_rest()
       raise
     self._keep.wait()
+
+  def _save_the_rest(self) -> None:
+    """Saves what is not saved, where a run is cut short.
+
+    Raises:
+      UserError: it is not saved.
+    """
+    failed = None
+    try:
+      self._keep.wait()
+    except UserError as error:
+      # What that save wrote is cleared: there may be room for another one.
+      failed = error
+    # The main phase may have begun with a state of another kind, of which
+    # nothing is learned yet: the end of the warm start is what counts.
+    # One process alone cannot save: what it failed at the others may not.
+    if (failed or not self._saved) and distributed.all_come(
+      'the end', _FAIL_TOGETHER
+    ):
+      self._save()
+      self._keep.wait()
+    elif failed:
+      raise failed
 
   def finish(self) -> None:
     """Exports the model; shows and writes what the run came to.
@@ -151,7 +171,7 @@ class Run:
     )
     before, after = self._before_after()
     written = ['curve.png', *left]
-    if before and after:
+    if before or after:
       self._samples.write_html(self._folder.name, before, after)
       self._progress.print(logging.before_after_table(before, after))
       written.insert(1, 'samples.html')
@@ -179,8 +199,6 @@ class Run:
   def _one_step(self) -> None:
     """One step, and its record."""
     course, result = self.course, self.advance()
-    if result.messages:
-      self._progress.print(*result.messages)
     shown = []
     if result.responses is not None:
       shown = to_samples(
@@ -189,8 +207,12 @@ class Run:
         result.advantages,
         self._config.log.samples,
       )
-      self._samples.write(shown)
-    self._record(result.metrics, result.timings)
+    # From here on a checkpoint is of this step, of which nothing is written.
+    self._pending = _unwritten(result.metrics, result.timings, shown)
+    self._score = None
+    if result.messages:
+      self._progress.print(*result.messages)
+    self._record()
     if shown and self._score is not None:
       title = f'Step {course.step}'
       self._progress.print(logging.sample_table(shown, title=title))
@@ -225,25 +247,25 @@ class Run:
         self._reference.wait()
     self._progress.print(*self._main.start(self.state))
 
-  def _record(self, metrics: dict, timings: dict) -> None:
-    """Adds the evaluation where one is due, and writes the step's record."""
-    self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
-    self._score, self._saved = None, False
-    metrics = dict(metrics)
+  def _record(self) -> None:
+    """Adds the evaluation where one is due, and writes what is pending."""
+    metrics, timings = self._pending['metrics'], self._pending['timings']
+    self._saved = False
+    self._samples.write([from_record(x) for x in self._pending['samples']])
     due = self._config.evaluation
     if self.course.evaluation_is_due(due.every, due.every_tokens):
       start = time.perf_counter()
       found = self._main.evaluate(
         self.state.trainable, self.course.step, self._stop
       )
-      metrics |= found.metrics
+      metrics = metrics | found.metrics
       when = f'at step {self.course.step}'
       told = failure_messages(found.failures, when, self._told)
       self._progress.print(*told)
       self._samples.write(found.samples)
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
-    metrics['num_tokens'] = self.course.tokens
+    metrics = metrics | {'num_tokens': self.course.tokens}
     compiled = self._compiled.take()
     timings = timings | {
       'compile_time': compiled.seconds,
@@ -415,6 +437,15 @@ def _mesh() -> str:
   sizes = sharding.mesh_sizes()
   shown = ' x '.join(f'{name} {size}' for name, size in sizes.items())
   return f': {shown}' if shown else ''
+
+
+def _unwritten(metrics: dict, timings: dict, samples=()) -> dict:
+  """What is to be written of a step, as JSON values."""
+  return {
+    'metrics': _plain(metrics),
+    'timings': _plain(timings),
+    'samples': [to_record(sample) for sample in samples],
+  }
 
 
 def _plain(numbers: dict) -> dict:

@@ -1,0 +1,154 @@
+"""Runs that fail between an update and its record, and go on bit for bit."""
+
+import errno
+import json
+import os
+import signal
+import types
+
+import boundaries_test
+import pytest
+
+from experiments import loop, run
+from experiments.phase import Script
+from jaxrl_llm import checkpoints, orbax_io
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.logging import Sample
+from jaxrl_llm.logging.records import RecordFile
+
+# Of its 9 steps it evaluates 0, 4, 8 and 9, and saves every second one.
+PROMPTS = 5
+
+
+def samples(step, advantage=None):
+  texts = [f'{step}: {i}' for i in range(3)]
+  return [
+    Sample(step, f'prompt {i}', text, {'a': 0.1}, 0.1, advantage, 3, True)
+    for i, text in enumerate(texts)
+  ]
+
+
+class Writing(boundaries_test.Reading):
+  """A main phase with samples, of its steps and of its evaluations.
+
+  Attributes:
+    in_evaluation: step → what happens before its evaluation.
+  """
+
+  in_evaluation = types.MappingProxyType({})
+
+  def step(self, state, number, stop):
+    found = super().step(state, number, stop)
+    return found._replace(responses=number + 1)
+
+  def evaluate(self, trainable, step, stop):
+    self.in_evaluation.pop(step, lambda: None)()
+    stop.check()
+    found = super().evaluate(trainable, step, stop)
+    return found._replace(samples=samples(step))
+
+
+def train(workdir, in_step=None, in_evaluation=None) -> int:
+  """Trains to the end, or to what cuts it short; gives the status."""
+  config = boundaries_test.configuration(PROMPTS).lock()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Writing, 'interrupts', in_step or {})
+    patch.setattr(Writing, 'in_evaluation', in_evaluation or {})
+    patch.setattr(
+      loop, 'to_samples', lambda of, step, *rest: samples(step, float(of))
+    )
+    script = Script(lambda config: None, Writing)
+    return run.train(script, config, workdir, resume=True)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """What an undisturbed run leaves."""
+  folder = tmp_path_factory.mktemp('whole') / 'run'
+  assert train(folder) == 0
+  return left(folder)
+
+
+def left(workdir) -> dict:
+  names = ('metrics.jsonl', 'samples.jsonl', 'number')
+  return {name: (workdir / name).read_text() for name in names}
+
+
+def newest(workdir) -> dict:
+  """The manifest of the newest checkpoint."""
+  folder = max((workdir / 'checkpoints').iterdir())
+  return json.loads((folder / 'manifest' / 'data.json').read_text())
+
+
+def fail_once(monkeypatch, name: str, step: int, place: int) -> None:
+  """The disk is full at a step's line number `place` (from 0) of a file."""
+  write, seen = RecordFile.write, []
+
+  def full(self, record):
+    if self.path.name == name and record['step'] == step:
+      seen.append(record)
+      if len(seen) == place + 1:
+        raise self._failed(os.strerror(errno.ENOSPC))
+    write(self, record)
+
+  monkeypatch.setattr(RecordFile, 'write', full)
+
+
+def test_a_record_that_fails_is_written_on_resume(whole, tmp_path, monkeypatch):
+  workdir = tmp_path / 'run'
+  for name, step, place in (
+    ('timings.jsonl', 3, 0),
+    ('samples.jsonl', 5, 1),  # the step before was evaluated
+    ('samples.jsonl', 8, 4),  # in its own evaluation
+  ):
+    with monkeypatch.context() as patch:
+      fail_once(patch, name, step, place)
+      text = f'{name} cannot be written: No space'
+      with pytest.raises(UserError, match=text):
+        train(workdir)
+    found = newest(workdir)
+    assert found['step'] == step
+    assert found['metric'] is None and found['metadata']['score'] is None
+  assert train(workdir) == 0
+  assert left(workdir) == whole
+
+
+def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
+  whole, tmp_path, monkeypatch
+):
+  """Stopped in it; then killed behind it, before that is saved."""
+  workdir = tmp_path / 'run'
+  stop = {0: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+  assert train(workdir, in_evaluation=stop) == 143
+  assert newest(workdir)['metadata']['pending'] is not None
+  with monkeypatch.context() as patch:
+    # Like SIGKILL, this is caught by nothing on its way.
+    ends = lambda self: boundaries_test.end_at_once()
+    patch.setattr(loop.Run, '_save', ends)
+    assert train(workdir) == 130
+  assert train(workdir) == 0
+  assert left(workdir) == whole
+
+
+def test_a_stop_is_saved_although_the_save_before_has_failed(
+  whole, tmp_path, monkeypatch
+):
+  workdir, start = tmp_path / 'run', orbax_io.start_save
+
+  class Full:
+    def result(self):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def start_save(path, *args):
+    return Full() if path.name == '00000004' else start(path, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(orbax_io, 'start_save', start_save)
+    patch.setattr(checkpoints, '_AFTERMATH', 0.0)
+    # Nobody has looked at the save that failed when the signal comes.
+    patch.setattr(loop.Checkpoints, 'poll', lambda self: None)
+    stop = {5: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    assert train(workdir, in_step=stop) == 143
+  assert newest(workdir)['step'] == 5
+  assert train(workdir) == 0
+  assert left(workdir) == whole
