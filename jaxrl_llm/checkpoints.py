@@ -8,8 +8,7 @@ over for the one before.
 
     folder/00000120/state/      the arrays, an Orbax checkpoint of its own
     folder/00000120/manifest/   JSON, committed together with them
-    folder/00000140.broken/     a step that did not verify, kept to be looked at
-    folder/00000160.replaced/   the old content of a step being saved anew
+    folder/00000140.broken/     and the like: see `leftovers`
 
 Several processes make the same calls in the same order, on a folder that all of
 them see.  Each writes and reads its shards; process 0 alone decides which steps
@@ -22,11 +21,9 @@ import hashlib
 import json
 import logging
 import pathlib
-import re
-import shutil
 import time
 
-from jaxrl_llm import distributed, orbax_io, orbax_noise
+from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
@@ -35,10 +32,6 @@ from jaxrl_llm.files import as_json
 _log = logging.getLogger(__name__)
 # Seconds in which other threads may still make folders of a save that failed.
 _AFTERMATH = 1.0
-_TEMPORARY = '.orbax-checkpoint-tmp'
-_DISCARDED = '.discarded'
-_BROKEN = '.broken'
-_REPLACED = '.replaced'
 
 
 class Checkpoints:
@@ -74,7 +67,9 @@ class Checkpoints:
     self._sound = {}  # step -> the sha256 of a manifest that verified
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     if not read_only:
-      self._clean()
+      distributed.on_main(
+        functools.partial(leftovers.clean, self.folder), 'leftovers of saves'
+      )
 
   def save(
     self, step: int, state, metadata: dict, metric: float | None = None
@@ -131,7 +126,7 @@ class Checkpoints:
       return True, sha256
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      self._move_aside(path, _REPLACED)
+      leftovers.move_aside(path, leftovers.REPLACED)
     except OSError as error:
       raise self._failed(step, error) from error
     return False, sha256
@@ -176,7 +171,7 @@ class Checkpoints:
     self._sound[step] = manifest['sha256']
     try:
       if distributed.is_main():
-        self._discard(self._replaced(step))
+        leftovers.discard(self._replaced(step))
         self._prune(step)
     except (OSError, UserError) as error:
       _log.warning('Could not remove an old checkpoint: %s', one_line(error))
@@ -202,12 +197,7 @@ class Checkpoints:
     return distributed.on_main(self._steps, 'the checkpoints')
 
   def _steps(self):
-    if not self.folder.is_dir():
-      return []
-    names = {
-      path.name.removesuffix(_REPLACED) for path in self.folder.iterdir()
-    }
-    return sorted(int(name) for name in names if re.fullmatch(r'\d{8,}', name))
+    return leftovers.steps(self.folder)
 
   def best_step(self) -> int | None:
     """The step of highest metric; of equals the latest; None without one."""
@@ -258,7 +248,7 @@ class Checkpoints:
           'Checkpoint step %d does not verify (%s); using step %d.',
           *(bad, why, candidate),
         )
-        self._move_aside(self._path(bad), _BROKEN)
+        self._set_aside(bad)
       self._metrics[candidate] = manifest['metric']
       self._sound[candidate] = _sha256(manifest)
       return candidate, state, manifest['metadata']
@@ -269,6 +259,14 @@ class Checkpoints:
         'Restore the folder from a copy, or start afresh in another one.'
       )
     return None
+
+  def _set_aside(self, step):
+    if not self._read_only:
+      try:
+        leftovers.move_aside(self._path(step), leftovers.BROKEN)
+      except OSError as error:
+        # Whatever saves this step anew replaces it.
+        _log.warning('Could not rename it: %s', one_line(error))
 
   def _load(self, step, template, part):
     manifest, why = distributed.on_main(
@@ -364,7 +362,7 @@ class Checkpoints:
     return self.folder / f'{step:08d}'
 
   def _replaced(self, step):
-    return self.folder / f'{step:08d}{_REPLACED}'
+    return self.folder / f'{step:08d}{leftovers.REPLACED}'
 
   def _stored(self, step):
     """Where a step is: while it is saved anew, its old content."""
@@ -390,47 +388,18 @@ class Checkpoints:
     kept = set(self._steps()[-self._keep_latest :])
     kept.update(self._ranked()[: self._keep_best])
     for step in set(self._steps()) - kept:
-      self._discard(self._path(step))
-      self._discard(self._replaced(step))
+      leftovers.discard(self._path(step))
+      leftovers.discard(self._replaced(step))
     # The run has passed the place where these broke: they only take room.
-    for path in self.folder.glob(f'*{_BROKEN}'):
-      if int(path.name.removesuffix(_BROKEN)) <= saved:
-        self._discard(path)
-
-  def _clean(self):
-    if self.folder.is_dir() and distributed.is_main():
-      for path in self.folder.iterdir():
-        if _TEMPORARY in path.name or path.name.endswith(_DISCARDED):
-          shutil.rmtree(path)
-      # A save ended too early: what it was to replace is the step again.
-      for path in self.folder.glob(f'*{_REPLACED}'):
-        twin = path.with_name(path.name.removesuffix(_REPLACED))
-        if twin.exists():
-          self._discard(path)
-        else:
-          path.rename(twin)
+    leftovers.discard_broken(self.folder, saved)
 
   def _free(self):
     """Removes what a failed save has written."""
-    try:
-      self._clean()
-    except OSError as error:
-      _log.warning('Could not remove a failed save: %s', one_line(error))
-
-  def _discard(self, path):
-    """Removes a folder such that a crash halfway leaves no step behind."""
-    if path.exists():
-      dead = path.with_name(path.name + _DISCARDED)
-      if dead.exists():
-        shutil.rmtree(dead)
-      path.rename(dead)
-      shutil.rmtree(dead)
-
-  def _move_aside(self, path, suffix):
-    if path.exists() and not self._read_only:
-      aside = path.with_name(path.name + suffix)
-      self._discard(aside)
-      path.rename(aside)
+    if distributed.is_main():
+      try:
+        leftovers.clean(self.folder)
+      except (OSError, UserError) as error:
+        _log.warning('Could not remove a failed save: %s', one_line(error))
 
   def _failed(self, step, error):
     """Frees what a failed save has written, and makes the error to raise."""
