@@ -27,7 +27,7 @@ from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, named_leaves, shape_of
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.files import as_json
+from jaxrl_llm.files import as_json, sync_folder, sync_tree
 
 _log = logging.getLogger(__name__)
 # Seconds in which other threads may still make folders of a save that failed.
@@ -116,7 +116,18 @@ class Checkpoints:
       response = orbax_io.start_save(self._path(step), state, manifest)
     except Exception as error:
       raise self._failed(step, error) from error
-    self._pending = manifest, self._waiter.submit(response.result)
+    finished = self._waiter.submit(self._finish, step, response)
+    self._pending = manifest, finished
+
+  def _finish(self, step: int, response) -> None:
+    """Returns when a step is on the disk, in a thread of its own."""
+    response.result()
+    if distributed.is_main():
+      # Orbax has synced the arrays alone.  The step before goes after this,
+      # and a power cut must not take both.
+      sync_tree(self._path(step))
+      sync_folder(self.folder)
+      sync_folder(self.folder.parent)
 
   def _prepare(self, manifest: dict) -> tuple[bool, str]:
     """Makes room for a step, unless it is there as it is to be."""
