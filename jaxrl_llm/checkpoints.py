@@ -22,6 +22,7 @@ import json
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 
 from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
@@ -41,15 +42,24 @@ class Checkpoints:
   `keep_latest` and the `keep_best` of highest metric stay.
 
   Args:
-    folder: where the steps are; created by the first save.
+    folder: where the steps are; created by the first save, in a folder that is
+      there.
     keep_latest: how many of the newest steps to keep, at least 1.
     keep_best: how many of the steps with the highest metric to keep.
     read_only: another process may be writing: change nothing in the folder.
       Otherwise what a crashed save left behind is removed at once.
+    check: called in process 0 before anything is written or removed; raises
+      UserError where the folder is no longer the caller's.
   """
 
   def __init__(
-    self, folder, keep_latest: int = 2, keep_best: int = 1, *, read_only=False
+    self,
+    folder,
+    keep_latest: int = 2,
+    keep_best: int = 1,
+    *,
+    read_only: bool = False,
+    check: Callable[[], None] = lambda: None,
   ):
     if keep_latest < 1 or keep_best < 0:
       raise UserError(
@@ -61,6 +71,7 @@ class Checkpoints:
     self._keep_latest = keep_latest
     self._keep_best = keep_best
     self._read_only = read_only
+    self._check = check
     self._pending = None  # (manifest, future of the running save)
     self._metrics = {}  # step -> metric or None, of the steps seen so far
     self._unclean = False  # whether a save has failed
@@ -133,10 +144,11 @@ class Checkpoints:
     """Makes room for a step, unless it is there as it is to be."""
     step, sha256 = manifest['step'], manifest['sha256']
     path = self._path(step)
+    self._check()
     if path.exists() and self._sound.get(step) == sha256:
       return True, sha256
     try:
-      self.folder.mkdir(parents=True, exist_ok=True)
+      self.folder.mkdir(exist_ok=True)
       leftovers.move_aside(path, leftovers.REPLACED)
     except OSError as error:
       raise self._failed(step, error) from error
@@ -182,6 +194,7 @@ class Checkpoints:
     self._sound[step] = manifest['sha256']
     try:
       if distributed.is_main():
+        self._check()
         leftovers.discard(self._replaced(step))
         self._prune(step)
     except (OSError, UserError) as error:
@@ -408,6 +421,7 @@ class Checkpoints:
     """Removes what a failed save has written."""
     if distributed.is_main():
       try:
+        self._check()
         leftovers.clean(self.folder)
       except (OSError, UserError) as error:
         _log.warning('Could not remove a failed save: %s', one_line(error))

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import time
 import types
 
 import boundaries_test
@@ -15,6 +17,7 @@ from jaxrl_llm import checkpoints, orbax_io
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.logging.records import RecordFile
+from jaxrl_llm.run_folder import open_run
 
 # Of its 9 steps it evaluates 0, 4, 8 and 9, and saves every second one.
 PROMPTS = 5
@@ -152,3 +155,30 @@ def test_a_stop_is_saved_although_the_save_before_has_failed(
   assert newest(workdir)['step'] == 5
   assert train(workdir) == 0
   assert left(workdir) == whole
+
+
+def test_a_run_whose_folder_is_taken_over_leaves_it_alone(tmp_path):
+  workdir, found = tmp_path / 'run', []
+
+  def remove():
+    while not (workdir / 'checkpoints' / '00000002').exists():
+      time.sleep(0.01)  # its save is under way
+    shutil.rmtree(workdir)
+
+  def take_over():
+    remove()
+    found.append(open_run(workdir, False, {'steps': 1}))
+    (workdir / 'checkpoints').mkdir()
+
+  for happens, left_over in (
+    (remove, None),
+    (take_over, ['checkpoints', 'config.json', 'env.json', 'lock']),
+  ):
+    with pytest.raises(UserError, match='was removed, or taken over'):
+      train(workdir, in_step={3: happens})
+    assert left_over == (
+      workdir.exists() and sorted(os.listdir(workdir)) or None
+    )
+  assert os.listdir(workdir / 'checkpoints') == []
+  found[0].check()
+  found[0].close()
