@@ -331,10 +331,12 @@ def _shown(values, key):
 
 
 class StopSignal:
-  """Turns SIGTERM and the first SIGINT into a request that a loop polls.
+  """Turns a signal into a request that a loop polls.
 
-  A second SIGINT raises KeyboardInterrupt at once.  The former handlers come
-  back on exit.  Enter it in the main thread, where Python delivers signals.
+  SIGTERM, the first SIGINT, and SIGHUP, which a terminal that is closed sends,
+  unless that is ignored, as under nohup.  A second SIGINT raises
+  KeyboardInterrupt at once.  The former handlers come back on exit.  Enter it
+  in the main thread, where Python delivers signals.
 
   With several processes a signal to any of them stops all, at the same `check`:
   all of them make the same calls of it.
@@ -389,7 +391,10 @@ class StopSignal:
     self.name = self.name or signal.Signals(number).name
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      numbers.append(signal.SIGHUP)
+    for number in numbers:
       self._former[number] = signal.signal(number, self._handle)
     return self
 

@@ -226,7 +226,7 @@ def test_unusable_folder_is_named(tmp_path):
     run_folder.open_run(tmp_path / 'file', False, {})
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_stop_signal_is_polled(name):
   number = signal.Signals[name]
   before = signal.getsignal(number)
@@ -238,6 +238,18 @@ def test_stop_signal_is_polled(name):
     with pytest.raises(run_folder.StopRequested, match=name):
       stop.check()
   assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch):
+  """As under nohup."""
+  former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with run_folder.StopSignal() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stop.requested
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, former)
 
 
 def test_second_interrupt_stops_at_once():
