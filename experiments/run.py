@@ -99,6 +99,8 @@ def _train(
     if not folder.resuming:
       _leave_unused(folder)
     raise
+  if folder.resuming:
+    folder.describe()
   try:
     run.train()
     run.finish()

@@ -51,9 +51,10 @@ class Writing(boundaries_test.Reading):
     return found._replace(samples=samples(step))
 
 
-def train(workdir, in_step=None, in_evaluation=None) -> int:
+def train(workdir, in_step=None, in_evaluation=None, every=2) -> int:
   """Trains to the end, or to what cuts it short; gives the status."""
   config = boundaries_test.configuration(PROMPTS).lock()
+  config.checkpoints.every = every
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Writing, 'interrupts', in_step or {})
     patch.setattr(Writing, 'in_evaluation', in_evaluation or {})
@@ -66,10 +67,10 @@ def train(workdir, in_step=None, in_evaluation=None) -> int:
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """What an undisturbed run leaves."""
+  """The folder of an undisturbed run."""
   folder = tmp_path_factory.mktemp('whole') / 'run'
   assert train(folder) == 0
-  return left(folder)
+  return folder
 
 
 def left(workdir) -> dict:
@@ -113,7 +114,7 @@ def test_a_record_that_fails_is_written_on_resume(whole, tmp_path, monkeypatch):
     assert found['step'] == step
     assert found['metric'] is None and found['metadata']['score'] is None
   assert train(workdir) == 0
-  assert left(workdir) == whole
+  assert left(workdir) == left(whole)
 
 
 def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
@@ -130,7 +131,7 @@ def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
     patch.setattr(loop.Run, '_save', ends)
     assert train(workdir) == 130
   assert train(workdir) == 0
-  assert left(workdir) == whole
+  assert left(workdir) == left(whole)
 
 
 def test_a_stop_is_saved_although_the_save_before_has_failed(
@@ -154,7 +155,7 @@ def test_a_stop_is_saved_although_the_save_before_has_failed(
     assert train(workdir, in_step=stop) == 143
   assert newest(workdir)['step'] == 5
   assert train(workdir) == 0
-  assert left(workdir) == whole
+  assert left(workdir) == left(whole)
 
 
 def test_a_run_whose_folder_is_taken_over_leaves_it_alone(tmp_path):
@@ -182,3 +183,18 @@ def test_a_run_whose_folder_is_taken_over_leaves_it_alone(tmp_path):
   assert os.listdir(workdir / 'checkpoints') == []
   found[0].check()
   found[0].close()
+
+
+def test_a_resume_that_is_refused_leaves_the_configuration(whole, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  (workdir / 'samples.jsonl').unlink()
+  files = [workdir / name for name in ('config.json', 'env.json')]
+  before = [file.read_bytes() for file in files]
+  with pytest.raises(UserError, match='samples.jsonl is missing'):
+    train(workdir, every=3)
+  assert [file.read_bytes() for file in files] == before
+  (workdir / 'samples.jsonl').touch()
+  assert train(workdir, every=3) == 0
+  stored = json.loads((workdir / 'config.json').read_text())
+  assert stored['checkpoints']['every'] == 3

@@ -167,7 +167,12 @@ def test_resume_compares_the_configuration(tmp_path):
   # A refused resume leaves the stored configuration alone.
   assert json.loads((tmp_path / 'config.json').read_text()) == old
   new.update(lr=0.1, a={'b': 1})
-  run_folder.open_run(tmp_path, True, new, allowed={'steps', 'log'}).close()
+  with run_folder.open_run(
+    tmp_path, True, new, allowed={'steps', 'log'}
+  ) as run:
+    # So does one that is refused later on, for what else the folder holds.
+    assert json.loads((tmp_path / 'config.json').read_text()) == old
+    run.describe()
   assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 9
 
 
@@ -181,6 +186,7 @@ def test_changed_code_is_told_once(tmp_path):
     with run_folder.open_run(
       tmp_path / 'run', True, config or {}, code=code
     ) as run:
+      run.describe()
       return run.changed
 
   assert changed() == changed() == []
@@ -197,6 +203,14 @@ def test_changed_code_is_told_once(tmp_path):
     files[0].write_text(text)
     (tmp_path / 'run' / 'env.json').write_text(text)
     assert changed() == []
+
+
+def test_a_description_that_cannot_be_written_is_told(tmp_path):
+  with run_folder.open_run(tmp_path, False, {}) as run:
+    (tmp_path / 'config.json').unlink()
+    (tmp_path / 'config.json').mkdir()
+    with pytest.raises(UserError, match='cannot be used: Is a directory'):
+      run.describe()
 
 
 def test_many_differences_are_counted(tmp_path):
