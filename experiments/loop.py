@@ -69,6 +69,8 @@ class Run:
     self.course = Course(
       warm, warm + config.steps, config.tokens, self._main.round
     )
+    # Taken before anything is trained: of some data there is none.
+    self._prompts = self._fingerprint()
     self._keep = files.enter_context(
       Checkpoints(
         self._folder / 'checkpoints',
@@ -341,7 +343,7 @@ class Run:
         'tokens': self.course.tokens,
         'tokens_before': self.course.tokens_before,
         'main': self._main.save()[1],
-        'prompts': self._fingerprint(),
+        'prompts': self._prompts,
         'pending': self._pending,
         'score': self._score,
       },
@@ -357,7 +359,7 @@ class Run:
     template = functools.partial(self._template, params)
     course = self.course
     course.step, tree, metadata = self._keep.restore(template)
-    stored, now = metadata['prompts'], self._fingerprint()
+    stored, now = metadata['prompts'], self._prompts
     if stored != now:
       phase = next(name for name in now if stored.get(name) != now[name])
       differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]

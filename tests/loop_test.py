@@ -11,7 +11,7 @@ import types
 import boundaries_test
 import pytest
 
-from experiments import loop, run
+from experiments import build, loop, run
 from experiments.phase import Script
 from jaxrl_llm import checkpoints, orbax_io
 from jaxrl_llm.errors import UserError
@@ -198,3 +198,19 @@ def test_a_resume_that_is_refused_leaves_the_configuration(whole, tmp_path):
   assert train(workdir, every=3) == 0
   stored = json.loads((workdir / 'config.json').read_text())
   assert stored['checkpoints']['every'] == 3
+
+
+def test_rows_that_a_resume_could_not_compare_are_refused_at_the_start(
+  tmp_path, monkeypatch
+):
+  dataset = build.dataset
+
+  def with_sets(*args):
+    found = dataset(*args)
+    rows = [row | {'operators': {'+', '-'}} for row in found.train]
+    return found._replace(train=rows)
+
+  monkeypatch.setattr(build, 'dataset', with_sets)
+  with pytest.raises(UserError, match="row 0 .* 'operators' .* a set"):
+    train(tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'config.json').exists()
