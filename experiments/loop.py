@@ -4,7 +4,6 @@ What differs between `experiments.train`, `sft`, `preference`, `rest_em` and
 `reward_model` is the main phase, which comes after the warm start.
 """
 
-import dataclasses
 import functools
 import time
 
@@ -12,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, data, runs
+from experiments import build, data, lost, runs
 from experiments.course import Course
 from experiments.failures import failure_messages
 from experiments.held_out import to_samples
 from experiments.phase import MakePhase, Result
+from experiments.reference import Reference
 from experiments.supervised import WarmStart
 from jaxrl_llm import distributed, logging, sharding, training
 from jaxrl_llm.checkpoints import Checkpoints
@@ -54,7 +54,6 @@ class Run:
     self._folder = folder.path
     self._check_folder = folder.check
     self._resuming = folder.resuming
-    self._former = folder.former
     self._stop = stop
     self._told = set()
     self._compiled = Meter()
@@ -80,12 +79,7 @@ class Run:
       )
     )
     self._reference = files.enter_context(
-      Checkpoints(
-        self._folder / 'reference',
-        keep_latest=1,
-        keep_best=0,
-        check=folder.check_alone,
-      )
+      Reference(self._folder, folder.check_alone)
     )
     # What is to be written of the step that `state` is of, while it is not yet
     # whole: an evaluation may fail or be stopped after the update is made.
@@ -94,13 +88,8 @@ class Run:
     # Whether the newest checkpoint is of the state and the records as they are.
     self._saved = False
     restored = self._restore(model.params)
-    lost = (
-      ''
-      if silent
-      else distributed.on_main(self._lost, 'what the run folder holds')
-    )
-    if lost:
-      raise UserError(lost)
+    if not silent:
+      lost.check(folder, self.course, restored)
     written = self.course.step if restored else None
     if restored and self._pending is not None:
       written = written - 1 if written else None
@@ -120,7 +109,8 @@ class Run:
       self._progress = files.enter_context(
         logging.Progress(self.course.total, self.course.step)
       )
-    self._describe(found, restored)
+    mended = [] if silent else self._reference.mend()
+    self._describe(found, restored, mended)
 
   def train(self) -> None:
     """Runs what is left of the run; saves also when it is cut short."""
@@ -254,8 +244,7 @@ class Run:
       # A copy: updates reuse the memory of the parameters they change.
       self._main.reference = jax.tree.map(jnp.copy, policy)
       if not self._silent:
-        self._reference.save(self.course.first, self._main.reference, {})
-        self._reference.wait()
+        self._reference.save(self.course.first, self._main.reference)
     self._progress.print(*self._main.start(self.state))
 
   def _record(self) -> None:
@@ -386,46 +375,13 @@ class Run:
     steps = max(course.step - course.first, 0)
     self._main.load(tree, metadata['main'], steps)
     if steps and self._main.keeps_reference:
-      found = self._reference.restore(self.state.trainable['policy'])
-      if found is None:
-        raise UserError(
-          f'{self._reference.folder} has no reference policy\n'
-          'restore the folder from a copy, or start in another --workdir'
-        )
-      self._main.reference = found[1]
+      self._main.reference = self._reference.restore(
+        self.state.trainable['policy'], None if course.first else params
+      )
     self._saved = True
     return True
 
-  def _lost(self) -> str:
-    """What the folder lacks that a resumed run goes on from, as a message."""
-    if self._saved:
-      path = self._folder / 'samples.jsonl'
-      if path.exists():
-        return ''
-      return (
-        f'{path} is missing, but the checkpoint is of step {self.course.step}\n'
-        'restore it from a copy, or put an empty file in its place'
-      )
-    path = self._folder / 'metrics.jsonl'
-    if not self._resuming or not path.exists():
-      return ''
-    records = path.read_bytes().count(b'\n')
-    # A second checkpoint waits for the first: where a record follows both,
-    # there was one.
-    every = self._former['checkpoints']['every']
-    due = [
-      step
-      for step in range(1, records - 1)
-      if dataclasses.replace(self.course, step=step).checkpoint_is_due(every)
-    ]
-    if len(due) < 2:
-      return ''
-    return (
-      f'{self._keep.folder} has no checkpoint, but {path} has {records} '
-      'records\nrestore the folder from a copy, or start in another --workdir'
-    )
-
-  def _describe(self, found: data.Data, restored: bool) -> None:
+  def _describe(self, found: data.Data, restored: bool, mended) -> None:
     """Says what the run is, a line each."""
     trained = self.state.trainable.get('policy', self.state.trainable)
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -436,6 +392,7 @@ class Run:
       f'device(s){_mesh()}',
       *self._main.describe(),
       *found.notes,
+      *mended,
     ]
     if restored:
       lines.append(f'resumed at step {self.course.step} of {self.course.total}')

@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
-from jaxrl_llm.digests import describe, named_leaves, shape_of
+from jaxrl_llm.digests import describe, differences, named_leaves
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json, sync_folder, sync_tree
 
@@ -218,10 +218,9 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The committed steps, ascending.  Not all need verify."""
-    return distributed.on_main(self._steps, 'the checkpoints')
-
-  def _steps(self):
-    return leftovers.steps(self.folder)
+    return distributed.on_main(
+      functools.partial(leftovers.steps, self.folder), 'the checkpoints'
+    )
 
   def best_step(self) -> int | None:
     """The step of highest metric; of equals the latest; None without one."""
@@ -283,6 +282,17 @@ class Checkpoints:
         'Restore the folder from a copy, or start afresh in another one.'
       )
     return None
+
+  def is_of(self, step: int, state) -> bool:
+    """Whether a step was saved of this very state, as far as digests tell.
+
+    Its arrays need not verify, only the manifest.
+    """
+    manifest, _ = distributed.on_main(
+      functools.partial(self._manifest_or_why, step), f'checkpoint {step}'
+    )
+    leaves = describe(named_leaves(state))
+    return manifest is not None and manifest['leaves'] == leaves
 
   def _set_aside(self, step):
     if not self._read_only:
@@ -360,19 +370,7 @@ class Checkpoints:
 
   def _compare(self, step, stored, wanted):
     """Raises UserError if the stored leaves are not those of the template."""
-    shapes = {name: shape_of(leaf) for name, leaf in wanted.items()}
-    problems = [
-      f'{name} is missing from it' for name in shapes if name not in stored
-    ]
-    for name, leaf in stored.items():
-      if name not in shapes:
-        problems.append(f'{name} is in it only')
-      elif (leaf['dtype'], leaf['shape']) != shapes[name]:
-        dtype, shape = shapes[name]
-        problems.append(
-          f'{name} is {leaf["dtype"]}{leaf["shape"]} in it, '
-          f'the program wants {dtype}{shape}'
-        )
+    problems = differences(stored, wanted)
     if problems:
       more = len(problems) - 2
       raise UserError(
@@ -395,13 +393,15 @@ class Checkpoints:
 
   def _ranked(self):
     """Steps that have a metric, best first."""
-    for step in self._steps():
+    for step in leftovers.steps(self.folder):
       if step not in self._metrics:
         try:
           self._metrics[step] = self._manifest(step)['metric']
         except BrokenError:
           self._metrics[step] = None
-    known = [(self._metrics[step], step) for step in self._steps()]
+    known = [
+      (self._metrics[step], step) for step in leftovers.steps(self.folder)
+    ]
     # A NaN is no metric: it must never count as the best.
     known = [
       pair for pair in known if pair[0] is not None and pair[0] == pair[0]
@@ -409,9 +409,9 @@ class Checkpoints:
     return [step for _, step in sorted(known, reverse=True)]
 
   def _prune(self, saved):
-    kept = set(self._steps()[-self._keep_latest :])
+    kept = set(leftovers.steps(self.folder)[-self._keep_latest :])
     kept.update(self._ranked()[: self._keep_best])
-    for step in set(self._steps()) - kept:
+    for step in set(leftovers.steps(self.folder)) - kept:
       leftovers.discard(self._path(step))
       leftovers.discard(self._replaced(step))
     # The run has passed the place where these broke: they only take room.
@@ -430,10 +430,11 @@ class Checkpoints:
     """Frees what a failed save has written, and makes the error to raise."""
     self._unclean = True
     self._free()
+    kept = leftovers.steps(self.folder)
     return UserError(
       f'Saving checkpoint step {step} in {self.folder} failed:\n'
       f'{one_line(error)}\n'
-      f'Steps kept: {self._steps()}.  Make room or mend the disk, then resume.'
+      f'Steps kept: {kept}.  Make room or mend the disk, then resume.'
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from experiments import build, loop, run
 from experiments.phase import Script
 from jaxrl_llm import checkpoints, orbax_io
+from jaxrl_llm.digests import describe, named_leaves
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.logging.records import RecordFile
@@ -51,7 +52,9 @@ class Writing(boundaries_test.Reading):
     return found._replace(samples=samples(step))
 
 
-def train(workdir, in_step=None, in_evaluation=None, every=2) -> int:
+def train(
+  workdir, in_step=None, in_evaluation=None, every=2, phase=Writing
+) -> int:
   """Trains to the end, or to what cuts it short; gives the status."""
   config = boundaries_test.configuration(PROMPTS).lock()
   config.checkpoints.every = every
@@ -61,7 +64,7 @@ def train(workdir, in_step=None, in_evaluation=None, every=2) -> int:
     patch.setattr(
       loop, 'to_samples', lambda of, step, *rest: samples(step, float(of))
     )
-    script = Script(lambda config: None, Writing)
+    script = Script(lambda config: None, phase)
     return run.train(script, config, workdir, resume=True)
 
 
@@ -214,3 +217,46 @@ def test_rows_that_a_resume_could_not_compare_are_refused_at_the_start(
   with pytest.raises(UserError, match="row 0 .* 'operators' .* a set"):
     train(tmp_path / 'run')
   assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+class Referring(Writing):
+  """One that needs the policy it begins with."""
+
+  keeps_reference = True
+
+  def finish(self, trainable, folder):
+    digests = describe(named_leaves(self.reference))
+    (folder / 'reference.json').write_text(json.dumps(digests))
+    return super().finish(trainable, folder)
+
+
+@pytest.mark.parametrize('sound', ['manifest', 'nothing'])
+def test_a_damaged_reference_that_is_the_initial_model(
+  sound, whole, tmp_path, monkeypatch, capsys
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  config = boundaries_test.configuration(PROMPTS)
+  params = build.model(config.model, config.seed).params
+  with loop.Reference(workdir, lambda: None) as reference:
+    reference.save(0, params)
+  folder = workdir / 'reference' / '00000000'
+  for path in (folder / 'state').rglob('d/*'):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+  if sound == 'nothing':
+    (folder / 'manifest' / 'data.json').unlink()
+    with pytest.raises(UserError, match='reference verifies'):
+      train(workdir, phase=Referring)
+    return
+  assert train(workdir, phase=Referring) == 0
+  found = json.loads((workdir / 'reference.json').read_text())
+  assert found == describe(named_leaves(params))
+  line = f'{workdir / "reference"} was damaged: the initial model has the same'
+  said = ' '.join(capsys.readouterr().err.split())
+  assert said.count(line) == 1
+  assert os.listdir(workdir / 'reference') == ['00000000']
+  # It is saved anew.
+  assert train(workdir, phase=Referring) == 0
+  assert 'damaged' not in capsys.readouterr().err
