@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxrl_llm import compilation, compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.logging.progress import say
 
 _CONFIGS = pathlib.Path('experiments') / 'configs'
 
@@ -108,7 +109,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       _fail(f'unexpected argument {arguments[1]!r}\nflags begin with --')
     missing = compilation_cache.use()
     if missing:
-      print(missing, file=sys.stderr)
+      say(missing)
     compilation.give_back_memory()
     try:
       status = main()
@@ -117,7 +118,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
       _fail(str(error))
     except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
+      say('interrupted')
       membership.fail(128 + signal.SIGINT)
       return 128 + signal.SIGINT
     except BrokenPipeError:
@@ -265,5 +266,5 @@ def _described(error: Exception) -> str:
 def _fail(message: str) -> NoReturn:
   first, *rest = message.strip().split('\n')
   text = '\n'.join([f'error: {first}', *rest[:2]])
-  membership.fail(2, lambda: print(text, file=sys.stderr, flush=True))
+  membership.fail(2, lambda: say(text))
   sys.exit(2)

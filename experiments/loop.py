@@ -4,7 +4,6 @@ What differs between `experiments.train`, `sft`, `preference`, `rest_em` and
 `reward_model` is the main phase, which comes after the warm start.
 """
 
-import dataclasses
 import functools
 import time
 
@@ -12,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, data, runs
+from experiments import build, data, lost, runs
 from experiments.course import Course
 from experiments.failures import failure_messages
 from experiments.held_out import to_samples
 from experiments.phase import MakePhase, Result
+from experiments.reference import Reference
 from experiments.supervised import WarmStart
 from jaxrl_llm import distributed, logging, sharding, training
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.samples import read_samples
+from jaxrl_llm.logging.samples import from_record, read_samples, to_record
 from jaxrl_llm.run_folder import StopRequested
 
 _MAX_SKIPPED = 3
@@ -52,8 +52,8 @@ class Run:
     self._config = config
     self._silent = silent
     self._folder = folder.path
+    self._check_folder = folder.check
     self._resuming = folder.resuming
-    self._former = folder.former
     self._stop = stop
     self._told = set()
     self._compiled = Meter()
@@ -68,33 +68,31 @@ class Run:
     self.course = Course(
       warm, warm + config.steps, config.tokens, self._main.round
     )
+    # Taken before anything is trained: of some data there is none.
+    self._prompts = self._fingerprint()
     self._keep = files.enter_context(
       Checkpoints(
         self._folder / 'checkpoints',
         config.checkpoints.keep_latest,
         config.checkpoints.keep_best,
+        check=folder.check_alone,
       )
     )
     self._reference = files.enter_context(
-      Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
+      Reference(self._folder, folder.check_alone)
     )
-    # The record of the step that `state` is of, while it is not yet written:
-    # an evaluation may fail or be stopped after the update is made.
-    self._pending = None if warm else {'metrics': {}, 'timings': {}}
+    # What is to be written of the step that `state` is of, while it is not yet
+    # whole: an evaluation may fail or be stopped after the update is made.
+    self._pending = None if warm else _unwritten({}, {})
     self._score = None  # of the evaluation at this step, if there was one
     # Whether the newest checkpoint is of the state and the records as they are.
     self._saved = False
     restored = self._restore(model.params)
-    lost = (
-      ''
-      if silent
-      else distributed.on_main(self._lost, 'what the run folder holds')
-    )
-    if lost:
-      raise UserError(lost)
-    at = written = self.course.step if restored else None
+    if not silent:
+      lost.check(folder, self.course, restored)
+    written = self.course.step if restored else None
     if restored and self._pending is not None:
-      written = at - 1 if at else None
+      written = written - 1 if written else None
     self._metrics = self._samples = self._progress = logging.Silent()
     self._watch = logging.Silent()
     if distributed.is_main() and not silent:
@@ -105,17 +103,20 @@ class Run:
       self._watch = logging.Watch(
         self._folder, [each for each in records if self._is_main(each['step'])]
       )
-      self._samples = files.enter_context(logging.SampleLog(self._folder, at))
+      self._samples = files.enter_context(
+        logging.SampleLog(self._folder, written)
+      )
       self._progress = files.enter_context(
         logging.Progress(self.course.total, self.course.step)
       )
-    self._describe(found, restored)
+    mended = [] if silent else self._reference.mend()
+    self._describe(found, restored, mended)
 
   def train(self) -> None:
     """Runs what is left of the run; saves also when it is cut short."""
     try:
       if self._pending is not None:
-        self._record(**self._pending)
+        self._record()
         if self.course.step:
           self._save()
       while not self.course.ended:
@@ -125,14 +126,32 @@ class Run:
           self._save()
         self._keep.poll()
     except (UserError, StopRequested):
-      # The main phase may have begun with a state of another kind, of which
-      # nothing is learned yet: the end of the warm start is what counts.
-      # One process alone cannot save: what it failed at the others may not.
-      if not self._saved and distributed.all_come('the end', _FAIL_TOGETHER):
-        self._save()
-      self._keep.wait()
+      self._save_the_rest()
       raise
     self._keep.wait()
+
+  def _save_the_rest(self) -> None:
+    """Saves what is not saved, where a run is cut short.
+
+    Raises:
+      UserError: it is not saved.
+    """
+    failed = None
+    try:
+      self._keep.wait()
+    except UserError as error:
+      # What that save wrote is cleared: there may be room for another one.
+      failed = error
+    # The main phase may have begun with a state of another kind, of which
+    # nothing is learned yet: the end of the warm start is what counts.
+    # One process alone cannot save: what it failed at the others may not.
+    if (failed or not self._saved) and distributed.all_come(
+      'the end', _FAIL_TOGETHER
+    ):
+      self._save()
+      self._keep.wait()
+    elif failed:
+      raise failed
 
   def finish(self) -> None:
     """Exports the model; shows and writes what the run came to.
@@ -142,6 +161,7 @@ class Run:
         finishes.
     """
     self._stop.check()
+    self._check_folder()
     left = self._main.finish(self.state.trainable, self._folder)
     if not distributed.is_main():
       return
@@ -151,7 +171,7 @@ class Run:
     )
     before, after = self._before_after()
     written = ['curve.png', *left]
-    if before and after:
+    if before or after:
       self._samples.write_html(self._folder.name, before, after)
       self._progress.print(logging.before_after_table(before, after))
       written.insert(1, 'samples.html')
@@ -179,8 +199,6 @@ class Run:
   def _one_step(self) -> None:
     """One step, and its record."""
     course, result = self.course, self.advance()
-    if result.messages:
-      self._progress.print(*result.messages)
     shown = []
     if result.responses is not None:
       shown = to_samples(
@@ -189,8 +207,13 @@ class Run:
         result.advantages,
         self._config.log.samples,
       )
-      self._samples.write(shown)
-    self._record(result.metrics, result.timings)
+    # From here on a checkpoint is of this step, of which nothing is written.
+    self._pending = _unwritten(result.metrics, result.timings, shown)
+    self._score = None
+    self._check_folder()
+    if result.messages:
+      self._progress.print(*result.messages)
+    self._record()
     if shown and self._score is not None:
       title = f'Step {course.step}'
       self._progress.print(logging.sample_table(shown, title=title))
@@ -221,29 +244,28 @@ class Run:
       # A copy: updates reuse the memory of the parameters they change.
       self._main.reference = jax.tree.map(jnp.copy, policy)
       if not self._silent:
-        self._reference.save(self.course.first, self._main.reference, {})
-        self._reference.wait()
+        self._reference.save(self.course.first, self._main.reference)
     self._progress.print(*self._main.start(self.state))
 
-  def _record(self, metrics: dict, timings: dict) -> None:
-    """Adds the evaluation where one is due, and writes the step's record."""
-    self._pending = {'metrics': _plain(metrics), 'timings': _plain(timings)}
-    self._score, self._saved = None, False
-    metrics = dict(metrics)
+  def _record(self) -> None:
+    """Adds the evaluation where one is due, and writes what is pending."""
+    metrics, timings = self._pending['metrics'], self._pending['timings']
+    self._saved = False
+    self._samples.write([from_record(x) for x in self._pending['samples']])
     due = self._config.evaluation
     if self.course.evaluation_is_due(due.every, due.every_tokens):
       start = time.perf_counter()
       found = self._main.evaluate(
         self.state.trainable, self.course.step, self._stop
       )
-      metrics |= found.metrics
+      metrics = metrics | found.metrics
       when = f'at step {self.course.step}'
       told = failure_messages(found.failures, when, self._told)
       self._progress.print(*told)
       self._samples.write(found.samples)
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
-    metrics['num_tokens'] = self.course.tokens
+    metrics = metrics | {'num_tokens': self.course.tokens}
     compiled = self._compiled.take()
     timings = timings | {
       'compile_time': compiled.seconds,
@@ -310,7 +332,7 @@ class Run:
         'tokens': self.course.tokens,
         'tokens_before': self.course.tokens_before,
         'main': self._main.save()[1],
-        'prompts': self._fingerprint(),
+        'prompts': self._prompts,
         'pending': self._pending,
         'score': self._score,
       },
@@ -326,7 +348,7 @@ class Run:
     template = functools.partial(self._template, params)
     course = self.course
     course.step, tree, metadata = self._keep.restore(template)
-    stored, now = metadata['prompts'], self._fingerprint()
+    stored, now = metadata['prompts'], self._prompts
     if stored != now:
       phase = next(name for name in now if stored.get(name) != now[name])
       differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
@@ -353,46 +375,13 @@ class Run:
     steps = max(course.step - course.first, 0)
     self._main.load(tree, metadata['main'], steps)
     if steps and self._main.keeps_reference:
-      found = self._reference.restore(self.state.trainable['policy'])
-      if found is None:
-        raise UserError(
-          f'{self._reference.folder} has no reference policy\n'
-          'restore the folder from a copy, or start in another --workdir'
-        )
-      self._main.reference = found[1]
+      self._main.reference = self._reference.restore(
+        self.state.trainable['policy'], None if course.first else params
+      )
     self._saved = True
     return True
 
-  def _lost(self) -> str:
-    """What the folder lacks that a resumed run goes on from, as a message."""
-    if self._saved:
-      path = self._folder / 'samples.jsonl'
-      if path.exists():
-        return ''
-      return (
-        f'{path} is missing, but the checkpoint is of step {self.course.step}\n'
-        'restore it from a copy, or put an empty file in its place'
-      )
-    path = self._folder / 'metrics.jsonl'
-    if not self._resuming or not path.exists():
-      return ''
-    records = path.read_bytes().count(b'\n')
-    # A second checkpoint waits for the first: where a record follows both,
-    # there was one.
-    every = self._former['checkpoints']['every']
-    due = [
-      step
-      for step in range(1, records - 1)
-      if dataclasses.replace(self.course, step=step).checkpoint_is_due(every)
-    ]
-    if len(due) < 2:
-      return ''
-    return (
-      f'{self._keep.folder} has no checkpoint, but {path} has {records} '
-      'records\nrestore the folder from a copy, or start in another --workdir'
-    )
-
-  def _describe(self, found: data.Data, restored: bool) -> None:
+  def _describe(self, found: data.Data, restored: bool, mended) -> None:
     """Says what the run is, a line each."""
     trained = self.state.trainable.get('policy', self.state.trainable)
     size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -403,6 +392,7 @@ class Run:
       f'device(s){_mesh()}',
       *self._main.describe(),
       *found.notes,
+      *mended,
     ]
     if restored:
       lines.append(f'resumed at step {self.course.step} of {self.course.total}')
@@ -415,6 +405,15 @@ def _mesh() -> str:
   sizes = sharding.mesh_sizes()
   shown = ' x '.join(f'{name} {size}' for name, size in sizes.items())
   return f': {shown}' if shown else ''
+
+
+def _unwritten(metrics: dict, timings: dict, samples=()) -> dict:
+  """What is to be written of a step, as JSON values."""
+  return {
+    'metrics': _plain(metrics),
+    'timings': _plain(timings),
+    'samples': [to_record(sample) for sample in samples],
+  }
 
 
 def _plain(numbers: dict) -> dict:

@@ -232,7 +232,7 @@ class RewardModeling:
     found = calibration.examine(self._margins(trainable))
     text = json.dumps(_plain(found), indent=1, allow_nan=False) + '\n'
     if distributed.is_main():
-      write_atomically(folder / 'calibration.json', text)
+      _write(folder / 'calibration.json', text)
       _plot(folder / 'calibration.png', found)
     return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
 
@@ -279,6 +279,17 @@ def _plain(found: calibration.Calibration) -> dict:
     for one in found.bins
   ]
   return values
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file; raises UserError where it cannot."""
+  try:
+    write_atomically(path, text)
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be written: {error.strerror}\n'
+      'make room or mend the disk, then resume'
+    ) from error
 
 
 def _plot(path: pathlib.Path, found: calibration.Calibration) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import signal
-import sys
 
 import jax
 from absl import flags
@@ -13,6 +12,7 @@ from experiments.loop import Run
 from experiments.phase import Script
 from jaxrl_llm import distributed, membership, sharding
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.logging.progress import say
 from jaxrl_llm.rewards import waiting
 from jaxrl_llm.run_folder import (
   RunFolder,
@@ -56,10 +56,7 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
         files.enter_context(jax.set_mesh(mesh))
       return _train(script, config, workdir, resume, files)
   except KeyboardInterrupt:
-    print(
-      'interrupted at once: --resume continues from the last checkpoint',
-      file=sys.stderr,
-    )
+    say('interrupted at once: --resume continues from the last checkpoint')
     membership.fail(128 + signal.SIGINT)
     return 128 + signal.SIGINT
 
@@ -77,12 +74,11 @@ def _train(
     )
   )
   if folder.changed and distributed.is_main():
-    print(
+    say(
       'warning: changed since this run last began: '
       f'{", ".join(folder.changed)}\n'
       'the records so far are of the old code, what follows is of the new\n'
-      'put the old file back if they are to be one run',
-      file=sys.stderr,
+      'put the old file back if they are to be one run'
     )
   found = distributed.on_main(
     lambda: [name for name in _RECORDS if (folder.path / name).exists()],
@@ -103,15 +99,16 @@ def _train(
     if not folder.resuming:
       _leave_unused(folder)
     raise
+  if folder.resuming:
+    folder.describe()
   try:
     run.train()
     run.finish()
   except StopRequested as request:
     if distributed.is_main():
-      print(
+      say(
         f'stopped by {request} after step {run.course.step}; '
-        'everything is saved: continue with --resume',
-        file=sys.stderr,
+        'everything is saved: continue with --resume'
       )
     return 128 + signal.Signals[str(request)]
   return 0

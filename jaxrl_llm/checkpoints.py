@@ -8,8 +8,7 @@ over for the one before.
 
     folder/00000120/state/      the arrays, an Orbax checkpoint of its own
     folder/00000120/manifest/   JSON, committed together with them
-    folder/00000140.broken/     a step that did not verify, kept to be looked at
-    folder/00000160.replaced/   the old content of a step being saved anew
+    folder/00000140.broken/     and the like: see `leftovers`
 
 Several processes make the same calls in the same order, on a folder that all of
 them see.  Each writes and reads its shards; process 0 alone decides which steps
@@ -22,23 +21,18 @@ import hashlib
 import json
 import logging
 import pathlib
-import re
-import shutil
 import time
+from collections.abc import Callable
 
-from jaxrl_llm import distributed, orbax_io, orbax_noise
+from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
-from jaxrl_llm.digests import describe, named_leaves, shape_of
+from jaxrl_llm.digests import describe, differences, named_leaves
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.files import as_json
+from jaxrl_llm.files import as_json, sync_folder, sync_tree
 
 _log = logging.getLogger(__name__)
 # Seconds in which other threads may still make folders of a save that failed.
 _AFTERMATH = 1.0
-_TEMPORARY = '.orbax-checkpoint-tmp'
-_DISCARDED = '.discarded'
-_BROKEN = '.broken'
-_REPLACED = '.replaced'
 
 
 class Checkpoints:
@@ -48,15 +42,24 @@ class Checkpoints:
   `keep_latest` and the `keep_best` of highest metric stay.
 
   Args:
-    folder: where the steps are; created by the first save.
+    folder: where the steps are; created by the first save, in a folder that is
+      there.
     keep_latest: how many of the newest steps to keep, at least 1.
     keep_best: how many of the steps with the highest metric to keep.
     read_only: another process may be writing: change nothing in the folder.
       Otherwise what a crashed save left behind is removed at once.
+    check: called in process 0 before anything is written or removed; raises
+      UserError where the folder is no longer the caller's.
   """
 
   def __init__(
-    self, folder, keep_latest: int = 2, keep_best: int = 1, *, read_only=False
+    self,
+    folder,
+    keep_latest: int = 2,
+    keep_best: int = 1,
+    *,
+    read_only: bool = False,
+    check: Callable[[], None] = lambda: None,
   ):
     if keep_latest < 1 or keep_best < 0:
       raise UserError(
@@ -68,13 +71,16 @@ class Checkpoints:
     self._keep_latest = keep_latest
     self._keep_best = keep_best
     self._read_only = read_only
+    self._check = check
     self._pending = None  # (manifest, future of the running save)
     self._metrics = {}  # step -> metric or None, of the steps seen so far
     self._unclean = False  # whether a save has failed
     self._sound = {}  # step -> the sha256 of a manifest that verified
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     if not read_only:
-      self._clean()
+      distributed.on_main(
+        functools.partial(leftovers.clean, self.folder), 'leftovers of saves'
+      )
 
   def save(
     self, step: int, state, metadata: dict, metric: float | None = None
@@ -121,17 +127,29 @@ class Checkpoints:
       response = orbax_io.start_save(self._path(step), state, manifest)
     except Exception as error:
       raise self._failed(step, error) from error
-    self._pending = manifest, self._waiter.submit(response.result)
+    finished = self._waiter.submit(self._finish, step, response)
+    self._pending = manifest, finished
+
+  def _finish(self, step: int, response) -> None:
+    """Returns when a step is on the disk, in a thread of its own."""
+    response.result()
+    if distributed.is_main():
+      # Orbax has synced the arrays alone.  The step before goes after this,
+      # and a power cut must not take both.
+      sync_tree(self._path(step))
+      sync_folder(self.folder)
+      sync_folder(self.folder.parent)
 
   def _prepare(self, manifest: dict) -> tuple[bool, str]:
     """Makes room for a step, unless it is there as it is to be."""
     step, sha256 = manifest['step'], manifest['sha256']
     path = self._path(step)
+    self._check()
     if path.exists() and self._sound.get(step) == sha256:
       return True, sha256
     try:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      self._move_aside(path, _REPLACED)
+      self.folder.mkdir(exist_ok=True)
+      leftovers.move_aside(path, leftovers.REPLACED)
     except OSError as error:
       raise self._failed(step, error) from error
     return False, sha256
@@ -176,7 +194,8 @@ class Checkpoints:
     self._sound[step] = manifest['sha256']
     try:
       if distributed.is_main():
-        self._discard(self._replaced(step))
+        self._check()
+        leftovers.discard(self._replaced(step))
         self._prune(step)
     except (OSError, UserError) as error:
       _log.warning('Could not remove an old checkpoint: %s', one_line(error))
@@ -199,15 +218,9 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The committed steps, ascending.  Not all need verify."""
-    return distributed.on_main(self._steps, 'the checkpoints')
-
-  def _steps(self):
-    if not self.folder.is_dir():
-      return []
-    names = {
-      path.name.removesuffix(_REPLACED) for path in self.folder.iterdir()
-    }
-    return sorted(int(name) for name in names if re.fullmatch(r'\d{8,}', name))
+    return distributed.on_main(
+      functools.partial(leftovers.steps, self.folder), 'the checkpoints'
+    )
 
   def best_step(self) -> int | None:
     """The step of highest metric; of equals the latest; None without one."""
@@ -258,7 +271,7 @@ class Checkpoints:
           'Checkpoint step %d does not verify (%s); using step %d.',
           *(bad, why, candidate),
         )
-        self._move_aside(self._path(bad), _BROKEN)
+        self._set_aside(bad)
       self._metrics[candidate] = manifest['metric']
       self._sound[candidate] = _sha256(manifest)
       return candidate, state, manifest['metadata']
@@ -269,6 +282,25 @@ class Checkpoints:
         'Restore the folder from a copy, or start afresh in another one.'
       )
     return None
+
+  def is_of(self, step: int, state) -> bool:
+    """Whether a step was saved of this very state, as far as digests tell.
+
+    Its arrays need not verify, only the manifest.
+    """
+    manifest, _ = distributed.on_main(
+      functools.partial(self._manifest_or_why, step), f'checkpoint {step}'
+    )
+    leaves = describe(named_leaves(state))
+    return manifest is not None and manifest['leaves'] == leaves
+
+  def _set_aside(self, step):
+    if not self._read_only:
+      try:
+        leftovers.move_aside(self._path(step), leftovers.BROKEN)
+      except OSError as error:
+        # Whatever saves this step anew replaces it.
+        _log.warning('Could not rename it: %s', one_line(error))
 
   def _load(self, step, template, part):
     manifest, why = distributed.on_main(
@@ -338,19 +370,7 @@ class Checkpoints:
 
   def _compare(self, step, stored, wanted):
     """Raises UserError if the stored leaves are not those of the template."""
-    shapes = {name: shape_of(leaf) for name, leaf in wanted.items()}
-    problems = [
-      f'{name} is missing from it' for name in shapes if name not in stored
-    ]
-    for name, leaf in stored.items():
-      if name not in shapes:
-        problems.append(f'{name} is in it only')
-      elif (leaf['dtype'], leaf['shape']) != shapes[name]:
-        dtype, shape = shapes[name]
-        problems.append(
-          f'{name} is {leaf["dtype"]}{leaf["shape"]} in it, '
-          f'the program wants {dtype}{shape}'
-        )
+    problems = differences(stored, wanted)
     if problems:
       more = len(problems) - 2
       raise UserError(
@@ -364,7 +384,7 @@ class Checkpoints:
     return self.folder / f'{step:08d}'
 
   def _replaced(self, step):
-    return self.folder / f'{step:08d}{_REPLACED}'
+    return self.folder / f'{step:08d}{leftovers.REPLACED}'
 
   def _stored(self, step):
     """Where a step is: while it is saved anew, its old content."""
@@ -373,13 +393,15 @@ class Checkpoints:
 
   def _ranked(self):
     """Steps that have a metric, best first."""
-    for step in self._steps():
+    for step in leftovers.steps(self.folder):
       if step not in self._metrics:
         try:
           self._metrics[step] = self._manifest(step)['metric']
         except BrokenError:
           self._metrics[step] = None
-    known = [(self._metrics[step], step) for step in self._steps()]
+    known = [
+      (self._metrics[step], step) for step in leftovers.steps(self.folder)
+    ]
     # A NaN is no metric: it must never count as the best.
     known = [
       pair for pair in known if pair[0] is not None and pair[0] == pair[0]
@@ -387,59 +409,32 @@ class Checkpoints:
     return [step for _, step in sorted(known, reverse=True)]
 
   def _prune(self, saved):
-    kept = set(self._steps()[-self._keep_latest :])
+    kept = set(leftovers.steps(self.folder)[-self._keep_latest :])
     kept.update(self._ranked()[: self._keep_best])
-    for step in set(self._steps()) - kept:
-      self._discard(self._path(step))
-      self._discard(self._replaced(step))
+    for step in set(leftovers.steps(self.folder)) - kept:
+      leftovers.discard(self._path(step))
+      leftovers.discard(self._replaced(step))
     # The run has passed the place where these broke: they only take room.
-    for path in self.folder.glob(f'*{_BROKEN}'):
-      if int(path.name.removesuffix(_BROKEN)) <= saved:
-        self._discard(path)
-
-  def _clean(self):
-    if self.folder.is_dir() and distributed.is_main():
-      for path in self.folder.iterdir():
-        if _TEMPORARY in path.name or path.name.endswith(_DISCARDED):
-          shutil.rmtree(path)
-      # A save ended too early: what it was to replace is the step again.
-      for path in self.folder.glob(f'*{_REPLACED}'):
-        twin = path.with_name(path.name.removesuffix(_REPLACED))
-        if twin.exists():
-          self._discard(path)
-        else:
-          path.rename(twin)
+    leftovers.discard_broken(self.folder, saved)
 
   def _free(self):
     """Removes what a failed save has written."""
-    try:
-      self._clean()
-    except OSError as error:
-      _log.warning('Could not remove a failed save: %s', one_line(error))
-
-  def _discard(self, path):
-    """Removes a folder such that a crash halfway leaves no step behind."""
-    if path.exists():
-      dead = path.with_name(path.name + _DISCARDED)
-      if dead.exists():
-        shutil.rmtree(dead)
-      path.rename(dead)
-      shutil.rmtree(dead)
-
-  def _move_aside(self, path, suffix):
-    if path.exists() and not self._read_only:
-      aside = path.with_name(path.name + suffix)
-      self._discard(aside)
-      path.rename(aside)
+    if distributed.is_main():
+      try:
+        self._check()
+        leftovers.clean(self.folder)
+      except (OSError, UserError) as error:
+        _log.warning('Could not remove a failed save: %s', one_line(error))
 
   def _failed(self, step, error):
     """Frees what a failed save has written, and makes the error to raise."""
     self._unclean = True
     self._free()
+    kept = leftovers.steps(self.folder)
     return UserError(
       f'Saving checkpoint step {step} in {self.folder} failed:\n'
       f'{one_line(error)}\n'
-      f'Steps kept: {self._steps()}.  Make room or mend the disk, then resume.'
+      f'Steps kept: {kept}.  Make room or mend the disk, then resume.'
     )
 
 

@@ -63,6 +63,29 @@ def describe(leaves: dict) -> dict:
   return described
 
 
+def differences(stored: dict, wanted: dict) -> list[str]:
+  """What keeps stored leaves from being the wanted ones, a phrase for each.
+
+  Args:
+    stored: as `describe` has them.
+    wanted: arrays or their shapes, by name.
+  """
+  shapes = {name: shape_of(leaf) for name, leaf in wanted.items()}
+  problems = [
+    f'{name} is missing from it' for name in shapes if name not in stored
+  ]
+  for name, leaf in stored.items():
+    if name not in shapes:
+      problems.append(f'{name} is in it only')
+    elif (leaf['dtype'], leaf['shape']) != shapes[name]:
+      dtype, shape = shapes[name]
+      problems.append(
+        f'{name} is {leaf["dtype"]}{leaf["shape"]} in it, '
+        f'the program wants {dtype}{shape}'
+      )
+  return problems
+
+
 def digest(array) -> jax.Array:
   """A digest of an array's bits that does not depend on its sharding.
 

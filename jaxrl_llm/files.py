@@ -1,11 +1,21 @@
 """JSON values, and files that a reader sees whole: the old or the new one."""
 
+import errno
 import json
 import os
 import pathlib
 from typing import Any
 
 from jaxrl_llm.errors import UserError
+
+# What file systems say that do not sync folders: their names are on the disk
+# when they will be.
+_NO_SYNC = frozenset(
+  (
+    *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
+    *(errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
+  )
+)
 
 
 def as_json(value: Any, name: str, allow_nan: bool = False) -> Any:
@@ -62,6 +72,44 @@ def write_atomically(path, content: str | bytes) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
   except OSError:
     temporary.unlink(missing_ok=True)
     raise
+
+
+def sync_tree(path) -> None:
+  """Returns when a folder and all that is in it are on the disk.
+
+  Raises:
+    OSError: something could not be written, or the folder is not there.
+  """
+  for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
+    for name in names:
+      _sync(os.path.join(folder, name))
+    sync_folder(folder)
+
+
+def sync_folder(path) -> None:
+  """Returns when the names in a folder are on the disk.
+
+  Raises:
+    OSError: they could not be written; none where folders are not synced.
+  """
+  try:
+    _sync(path)
+  except OSError as error:
+    if error.errno not in _NO_SYNC:
+      raise
+
+
+def _sync(path):
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _raise(error):
+  raise error

@@ -226,7 +226,7 @@ def save(path: pathlib.Path, pool: Pool) -> None:
   memory = io.BytesIO()
   np.savez_compressed(memory, **arrays)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, memory.getvalue())
   except OSError as error:
     raise UserError(

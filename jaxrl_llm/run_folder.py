@@ -1,10 +1,12 @@
 """One folder per run: a lock, what the run was, and how it is asked to stop.
 
 A run folder holds `config.json` (what was asked), `env.json` (what ran it last)
-and `lock` (who owns it now) beside the records and checkpoints of the run.
+and `lock` (who owns it now) beside the records and checkpoints of the run.  A
+resume writes the first two anew once it is known that the run goes on.
 """
 
 import datetime
+import errno
 import fcntl
 import gc
 import hashlib
@@ -96,12 +98,64 @@ class RunFolder:
     changed: list[str],
     lock,
     former: dict | None = None,
+    description: dict | None = None,
   ):
     self.path = path
     self.resuming = resuming
     self.changed = changed
     self.former = former
+    self._description = description
     self._lock = lock
+
+  def describe(self) -> None:
+    """Writes `config.json` and `env.json`.  All processes call it.
+
+    A new run has them from the start.  On a resume it is for where the run is
+    known to go on: one that is refused leaves them as they were.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written.
+    """
+    distributed.on_main(self._describe, 'the description of the run')
+
+  def _describe(self):
+    try:
+      for name, content in (self._description or {}).items():
+        text = json.dumps(content, indent=2) + '\n'
+        write_atomically(self.path / f'{name}.json', text)
+    except OSError as error:
+      raise _unusable(self.path, error) from error
+
+  def check(self) -> None:
+    """Raises UserError if the folder is this run's no longer.
+
+    The lock guards a file, not its name: who removes the folder, or the lock,
+    lets another run begin there.  All processes make the same calls.
+    """
+    if distributed.agree(self._is_lost(), 'a look at the run folder'):
+      raise self._lost()
+
+  def check_alone(self) -> None:
+    """The same for process 0 alone; in the others it does nothing."""
+    if self._is_lost():
+      raise self._lost()
+
+  def _is_lost(self) -> bool:
+    if self._lock is None:
+      return False
+    try:
+      own = os.fstat(self._lock.fileno())
+      return not os.path.samestat(own, os.stat(self.path / 'lock'))
+    except OSError as error:
+      # A file system that does not answer just now has lost nothing.
+      return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+  def _lost(self) -> UserError:
+    return UserError(
+      f'{self.path} was removed, or taken over by another run: its lock is not '
+      "this run's.\nWhat is there now is left alone: start again in another "
+      '--workdir.'
+    )
 
   def close(self) -> None:
     """Gives the lock back.  The folder stays as it is."""
@@ -133,10 +187,10 @@ def open_run(
     workdir: the folder; created where missing.
     resume: continue the run that the folder holds.
     config: the run's nested configuration, as JSON values (tuples become
-      lists), written to `config.json`.
+      lists), for `config.json`.
     allowed: dotted keys, such as `'steps'` or `'log'` (with all below it),
       that may differ from the stored configuration on resume.  The new values
-      are stored.
+      are stored by `RunFolder.describe`.
     code: files of the user's that the run executes; their sha256 goes into
       `env.json`.  Of what they import nothing is recorded.
 
@@ -173,19 +227,25 @@ def _open(path, resume, config, allowed, code) -> RunFolder:
     env['code_sha256'] = {str(file): _file_sha256(file) for file in code}
     if stored is not None:
       changed = _changed(path, env['code_sha256'])
-    for name, content in (('config', config), ('env', env)):
-      text = json.dumps(content, indent=2) + '\n'
-      write_atomically(path / f'{name}.json', text)
+    description = {'config': config, 'env': env}
+    resuming = stored is not None
+    folder = RunFolder(path, resuming, changed, lock, stored, description)
+    if not resuming:
+      folder._describe()
   except OSError as error:
     _give_back(lock)
-    raise UserError(
-      f'The run folder {path} cannot be used: {error.strerror or error}.\n'
-      'Make room or change its permissions, or name another --workdir.'
-    ) from error
+    raise _unusable(path, error) from error
   except BaseException:
     _give_back(lock)
     raise
-  return RunFolder(path, stored is not None, changed, lock, stored)
+  return folder
+
+
+def _unusable(path, error) -> UserError:
+  return UserError(
+    f'The run folder {path} cannot be used: {error.strerror or error}.\n'
+    'Make room or change its permissions, or name another --workdir.'
+  )
 
 
 def _refuse_credentials(path, config):
@@ -311,10 +371,12 @@ def _shown(values, key):
 
 
 class StopSignal:
-  """Turns SIGTERM and the first SIGINT into a request that a loop polls.
+  """Turns a signal into a request that a loop polls.
 
-  A second SIGINT raises KeyboardInterrupt at once.  The former handlers come
-  back on exit.  Enter it in the main thread, where Python delivers signals.
+  SIGTERM, the first SIGINT, and SIGHUP, which a terminal that is closed sends,
+  unless that is ignored, as under nohup.  A second SIGINT raises
+  KeyboardInterrupt at once.  The former handlers come back on exit.  Enter it
+  in the main thread, where Python delivers signals.
 
   With several processes a signal to any of them stops all, at the same `check`:
   all of them make the same calls of it.
@@ -369,7 +431,10 @@ class StopSignal:
     self.name = self.name or signal.Signals(number).name
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      numbers.append(signal.SIGHUP)
+    for number in numbers:
       self._former[number] = signal.signal(number, self._handle)
     return self
 

@@ -1,7 +1,9 @@
 """A checkpoint that is sound is not lost: to a kill, or to a passing fault."""
 
+import concurrent.futures
 import errno
 import os
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from checkpoints_failures_test import restored_right
 from checkpoints_test import META, assert_same, lines, make_state, save_steps
 from orbax.checkpoint import v1 as ocp
 
-from jaxrl_llm import orbax_io
+from jaxrl_llm import leftovers, orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
 
@@ -151,3 +153,89 @@ def test_a_metric_that_could_not_be_read_costs_no_checkpoint(
   checkpoints.save(5, state, {}, metric=0.3)
   checkpoints.wait()
   assert checkpoints.steps() == [1, 5]
+
+
+def test_a_step_is_on_the_disk_before_an_older_one_goes(tmp_path, monkeypatch):
+  sync, discard, done = os.fsync, leftovers.discard, []
+
+  def place(status):
+    return status.st_dev, status.st_ino
+
+  def synced(descriptor):
+    sync(descriptor)
+    done.append(place(os.fstat(descriptor)))
+
+  def discarded(path):
+    if path.exists():
+      step = tmp_path / '00000002'
+      parts = [tmp_path, step, *step.rglob('*')]
+      assert len(parts) > 8
+      missing = [part for part in parts if place(part.stat()) not in done]
+      assert not missing
+      done.append(path.name)
+    discard(path)
+
+  with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+    checkpoints.save(1, make_state(1), META)
+    checkpoints.wait()
+    monkeypatch.setattr(os, 'fsync', synced)
+    monkeypatch.setattr(leftovers, 'discard', discarded)
+    checkpoints.save(2, make_state(2), META)
+    checkpoints.wait()
+  assert done[-1] == '00000001'
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.EIO])
+def test_folders_that_are_not_synced(number, tmp_path, monkeypatch):
+  """A file system may refuse; what it fails at may be lost."""
+  sync = os.fsync
+
+  def fails(descriptor):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+      raise OSError(number, os.strerror(number))
+    sync(descriptor)
+
+  checkpoints = Checkpoints(tmp_path, keep_latest=1)
+  checkpoints.save(1, make_state(1), META)
+  checkpoints.wait()
+  monkeypatch.setattr(os, 'fsync', fails)
+  checkpoints.save(2, make_state(2), META)
+  if number == errno.EINVAL:
+    checkpoints.wait()
+    assert os.listdir(tmp_path) == ['00000002']
+  else:
+    with pytest.raises(UserError, match='Saving checkpoint step 2'):
+      checkpoints.wait()
+    assert sorted(os.listdir(tmp_path)) == ['00000001', '00000002']
+
+
+def test_the_checkpoints_of_whoever_took_the_folder_are_left_alone(
+  tmp_path, caplog
+):
+  owned = [True]
+
+  def check():
+    if not owned:
+      raise UserError('taken over')
+
+  checkpoints = Checkpoints(tmp_path, keep_latest=1, check=check)
+  checkpoints.save(8, make_state(8), META)
+  concurrent.futures.wait([checkpoints._pending[1]])
+  owned.clear()
+  save_steps(tmp_path, [3, 4])
+  (tmp_path / '00000005.orbax-checkpoint-tmp').mkdir()
+  before = sorted(tmp_path.rglob('*'))
+  checkpoints.wait()
+  assert 'taken over' in caplog.text
+  for step in (4, 9):
+    with pytest.raises(UserError, match='taken over'):
+      checkpoints.save(step, make_state(5), META)
+  checkpoints.close()
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(tmp_path):
+  checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
+  with pytest.raises(UserError, match='No such file or directory'):
+    checkpoints.save(1, make_state(1), META)
+  assert os.listdir(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from logging_test import draw, sample
@@ -63,6 +64,35 @@ def test_a_run_goes_on_without_its_samples_and_says_so(kept, tmp_path):
     log.write_html('Run', old, found[len(old) :])
   left = kept or 0
   text = (tmp_path / 'samples.html').read_text()
-  assert f'{3 - left} held-out prompts have no sample of before' in text
+  assert f'{3 - left} held-out prompts have no sample of before or' in text
   table = draw(logging.before_after_table(old, after), width=200)
   assert f'({left} of 3: samples.jsonl lacks the rest)' in table
+
+
+@pytest.mark.parametrize(
+  'before, after, pairs',
+  [
+    ('abc', 'a', 'a'),  # the last lines are gone
+    ('abc', 'ac', 'ac'),
+    ('bc', 'ab', 'b'),
+    ('abcabc', 'abc', 'abc'),  # doubled
+    ('ab', 'cd', ''),
+  ],
+)
+def test_what_has_no_counterpart_is_left_out_and_counted(
+  before, after, pairs, tmp_path
+):
+  old = [sample(0, f'{prompt}0', prompt=prompt) for prompt in before]
+  new = [sample(2, f'{prompt}2', prompt=prompt) for prompt in after]
+  table = logging.before_after_table(old, new, title='T')
+  text = draw(table, width=200)
+  total = len(before) + len(after) - len(pairs)
+  assert f'T ({len(pairs)} of {total}: samples.jsonl lacks the rest)' in text
+  for prompt in pairs:
+    assert re.search(f'{prompt} +{prompt}0 +{prompt}2 ', text)
+  assert len(table.rows) == len(pairs)
+  with logging.SampleLog(tmp_path) as log:
+    log.write(old + new)
+    log.write_html('Run', old, new)
+  text = (tmp_path / 'samples.html').read_text()
+  assert f'{total - len(pairs)} held-out prompts have no sample of' in text

@@ -324,10 +324,7 @@ def test_before_and_after():
   text = draw(logging.before_after_table(before, after))
   row = next(line for line in text.splitlines() if 'five' in line)
   assert row.split() == ['2', '+', '2', '=', 'five', 'four', '0', '1']
-  with pytest.raises(ValueError, match='different prompts'):
-    logging.before_after_table(before, after[::-1])
-  with pytest.raises(ValueError, match='different prompts'):
-    logging.before_after_table(before, after[:1])
+  assert 'lacks' not in text
   assert page.change(before[0], after[0]) == 'good'
   assert page.change(after[0], before[0]) == 'bad'
   assert page.change(before[1], after[1]) == ''

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -205,6 +206,22 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, values, words):
     train(config, tmp_path / 'run')
   assert len(str(caught.value).splitlines()) <= 3
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_calibration_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+  phase = object.__new__(reward_model.RewardModeling)
+  phase._critic = phase._model = types.SimpleNamespace(
+    config=None, tokenizer=None, source=None
+  )
+  monkeypatch.setattr(phase, '_margins', lambda trainable: np.ones(4))
+  monkeypatch.setattr(
+    reward_model.pretrained, 'save_trunk', lambda *args, **kwargs: None
+  )
+  (tmp_path / 'calibration.json').mkdir()  # no file can take its place
+  params = {'critic': {'trunk': None, 'value': None}}
+  with pytest.raises(UserError, match='calibration.json cannot be') as error:
+    phase.finish(params, tmp_path)
+  assert len(str(error.value).splitlines()) == 2
 
 
 @pytest.fixture(scope='module')

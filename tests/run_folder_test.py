@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,32 @@ def test_same_process_cannot_take_the_lock_twice(tmp_path):
     run_folder.open_run(tmp_path, True, {})
 
 
+@pytest.mark.parametrize('gone', ['folder', 'lock', 'file in its place'])
+def test_a_folder_that_is_removed_or_taken_over_is_told(gone, tmp_path):
+  folder = tmp_path / 'run'
+  run = run_folder.open_run(folder, False, {'steps': 1})
+  run.check()
+  if gone == 'lock':
+    (folder / 'lock').unlink()
+  else:
+    shutil.rmtree(folder)
+  if gone == 'file in its place':
+    folder.write_text('')
+  for check in (run.check, run.check_alone):
+    with pytest.raises(UserError, match='was removed, or taken over') as error:
+      check()
+    assert len(lines(error)) == 2
+  if gone != 'file in its place':
+    with run_folder.open_run(folder, True, {'steps': 1}) as other:
+      other.check()
+      with pytest.raises(UserError, match=f'{folder} was removed'):
+        run.check()
+      run.close()
+      other.check()
+      assert str(os.getpid()) in (folder / 'lock').read_text()
+  run.close()
+
+
 def test_resume_of_an_empty_folder_starts_afresh(tmp_path):
   with run_folder.open_run(tmp_path / 'new', True, {'steps': 1}) as run:
     assert not run.resuming
@@ -140,7 +167,12 @@ def test_resume_compares_the_configuration(tmp_path):
   # A refused resume leaves the stored configuration alone.
   assert json.loads((tmp_path / 'config.json').read_text()) == old
   new.update(lr=0.1, a={'b': 1})
-  run_folder.open_run(tmp_path, True, new, allowed={'steps', 'log'}).close()
+  with run_folder.open_run(
+    tmp_path, True, new, allowed={'steps', 'log'}
+  ) as run:
+    # So does one that is refused later on, for what else the folder holds.
+    assert json.loads((tmp_path / 'config.json').read_text()) == old
+    run.describe()
   assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 9
 
 
@@ -154,6 +186,7 @@ def test_changed_code_is_told_once(tmp_path):
     with run_folder.open_run(
       tmp_path / 'run', True, config or {}, code=code
     ) as run:
+      run.describe()
       return run.changed
 
   assert changed() == changed() == []
@@ -170,6 +203,14 @@ def test_changed_code_is_told_once(tmp_path):
     files[0].write_text(text)
     (tmp_path / 'run' / 'env.json').write_text(text)
     assert changed() == []
+
+
+def test_a_description_that_cannot_be_written_is_told(tmp_path):
+  with run_folder.open_run(tmp_path, False, {}) as run:
+    (tmp_path / 'config.json').unlink()
+    (tmp_path / 'config.json').mkdir()
+    with pytest.raises(UserError, match='cannot be used: Is a directory'):
+      run.describe()
 
 
 def test_many_differences_are_counted(tmp_path):
@@ -199,7 +240,7 @@ def test_unusable_folder_is_named(tmp_path):
     run_folder.open_run(tmp_path / 'file', False, {})
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_stop_signal_is_polled(name):
   number = signal.Signals[name]
   before = signal.getsignal(number)
@@ -211,6 +252,18 @@ def test_stop_signal_is_polled(name):
     with pytest.raises(run_folder.StopRequested, match=name):
       stop.check()
   assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch):
+  """As under nohup."""
+  former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with run_folder.StopSignal() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stop.requested
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, former)
 
 
 def test_second_interrupt_stops_at_once():

@@ -1,7 +1,11 @@
 """Prompts keep one BOS and stay within budget; their order needs no state."""
 
+import datetime
+import decimal
+import hashlib
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -295,6 +299,51 @@ def test_the_fingerprint_changes_with_whatever_changes_a_batch():
     fingerprint(chat_template='{{ messages[0].content }}'),
   }
   assert base not in others and len(others) == 7
+
+
+def rows_digest(*values):
+  rows = [{'prompt': '1', 'answer': value} for value in values]
+  encoded = prompts.encode_prompts(rows, digits(), 7)
+  return sources.PromptSource(encoded, 1, 0).fingerprint()['rows_sha256']
+
+
+def test_the_fingerprint_of_plain_rows_is_that_of_their_json():
+  values = ['é', 1, 0.1, None, True, [1, [2]], {'b': 1, 'a': [float('nan')]}]
+  rows = [{'answer': value, 'prompt': '1'} for value in values]
+  text = json.dumps(rows, sort_keys=True).encode()
+  assert rows_digest(*values) == hashlib.sha256(text).hexdigest()
+
+
+def test_values_with_one_form_are_those_of_the_form():
+  pairs = [
+    ((1, (2, 3)), [1, [2, 3]]),
+    (np.arange(2000).reshape(2, -1), np.arange(2000).reshape(2, -1).tolist()),
+    (np.float32(0.1), float(np.float32(0.1))),
+    ({'a': np.int64(3)}, {'a': 3}),
+    (jnp.ones(2), [1.0, 1.0]),
+    (np.array(['a', None], object), ['a', None]),
+  ]
+  for value, form in pairs:
+    assert rows_digest(value) == rows_digest(form), value
+  # `repr` would leave out what is in the middle.
+  long = np.zeros(2000)
+  other = long.copy()
+  other[1000] = 1
+  assert rows_digest(long) != rows_digest(other)
+  day = datetime.date(2024, 2, 29)
+  for value in (b'1', decimal.Decimal('0.10'), day, [day]):
+    assert rows_digest(value) == rows_digest(value)
+  assert rows_digest(b'1') != rows_digest(b'2')
+
+
+@pytest.mark.parametrize(
+  'value',
+  [{'a', 'b'}, object(), [{1}], {'a': len}, {(1, 2): 3}, {1: 2, 'a': 3}],
+)
+def test_what_is_another_thing_in_each_process_is_refused(value):
+  with pytest.raises(UserError, match="row 1 .* 'answer' .* cannot") as error:
+    rows_digest('1', value)
+  assert len(str(error.value).splitlines()) <= 3
 
 
 def test_columns_repeat_each_row_in_place():

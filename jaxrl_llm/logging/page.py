@@ -95,7 +95,7 @@ def reward_names(samples) -> list[str]:
   return names
 
 
-def render(title: str, samples, pairs, steps: int, unpaired: int = 0) -> str:
+def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
   """The page.
 
   Args:
@@ -103,7 +103,7 @@ def render(title: str, samples, pairs, steps: int, unpaired: int = 0) -> str:
     samples: all samples, by step ascending.
     pairs: (before, after) samples of the same prompts; may be empty.
     steps: how many of the latest steps to show.
-    unpaired: how many samples of after have none of before.
+    alone: how many samples of before or after have no counterpart.
   """
   by_step = {}
   for sample in samples:
@@ -123,9 +123,9 @@ def render(title: str, samples, pairs, steps: int, unpaired: int = 0) -> str:
   ]
   if pairs:
     parts.append(_before_after(pairs))
-  if unpaired:
+  if alone:
     parts.append(
-      f'<p>{unpaired} held-out prompts have no sample of before: '
+      f'<p>{alone} held-out prompts have no sample of before or none of after: '
       'samples.jsonl lacks it.</p>\n'
     )
   parts += [_step_table(step, by_step[step]) for step in latest]

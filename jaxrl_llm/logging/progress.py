@@ -1,6 +1,17 @@
 """A progress bar on a terminal; a plain line now and then elsewhere."""
 
+import contextlib
 import sys
+
+
+def say(text: str) -> None:
+  """Prints on the standard error stream; nothing where it cannot be written."""
+  with contextlib.suppress(OSError):
+    print(text, file=sys.stderr, flush=True)
+
+
+def _raise():
+  raise  # what is being handled
 
 
 class Progress:
@@ -9,6 +20,9 @@ class Progress:
     with Progress(total=steps, initial=restored) as progress:
       for step in ...:
         progress.update(step, reward=0.4)
+
+  From where the stream cannot be written (its reader is gone, the disk is full)
+  it says nothing more: a run does not end for want of somebody who watches it.
 
   Args:
     total: the last step.
@@ -33,20 +47,29 @@ class Progress:
     self._label = label
     self._step = initial
     self._bar = None
+    self._silent = False
     if self._stream.isatty():
       from tqdm import tqdm
 
-      self._bar = tqdm(
-        total=total,
-        initial=initial,
-        desc=label,
-        file=self._stream,
-        dynamic_ncols=True,
-      )
+      with self._or_silent():
+        self._bar = tqdm(
+          total=total,
+          initial=initial,
+          desc=label,
+          file=self._stream,
+          dynamic_ncols=True,
+        )
 
   def update(self, step: int, **numbers: float) -> None:
     """Moves to a step and shows its numbers, such as `reward=0.4`."""
     shown = {name: f'{value:.4g}' for name, value in numbers.items()}
+    with self._or_silent():
+      self._show(step, shown)
+    self._step = step
+
+  def _show(self, step, shown):
+    if self._silent:
+      return
     if self._bar is not None:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(step - self._step)
@@ -54,23 +77,39 @@ class Progress:
       pairs = ''.join(f'  {name} {value}' for name, value in shown.items())
       line = f'{self._label} {step}/{self._total}{pairs}'
       print(line, file=self._stream, flush=True)
-    self._step = step
 
   def print(self, *renderables) -> None:
     """Prints text or rich tables above the bar."""
     from rich.console import Console
 
-    if self._bar is not None:
-      self._bar.clear()
+    if self._silent:
+      return
     console = Console(file=self._stream, highlight=False)
-    for renderable in renderables:
-      console.print(renderable, markup=False)
-    if self._bar is not None:
-      self._bar.refresh()
+    console.on_broken_pipe = _raise  # it would end the process
+    with self._or_silent():
+      if self._bar is not None:
+        self._bar.clear()
+      for renderable in renderables:
+        console.print(renderable, markup=False)
+      if self._bar is not None:
+        self._bar.refresh()
 
   def close(self) -> None:
     if self._bar is not None:
-      self._bar.close()
+      with self._or_silent():
+        self._bar.close()
+
+  @contextlib.contextmanager
+  def _or_silent(self):
+    try:
+      yield
+    except OSError:
+      self._silent = True
+      if self._bar is not None:
+        # Closed it writes nothing more, neither from its own thread.
+        with contextlib.suppress(OSError):
+          self._bar.close()
+        self._bar = None
 
   def __enter__(self):
     return self

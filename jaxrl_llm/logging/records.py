@@ -101,37 +101,64 @@ def _parse(line):
 
 
 def cut(path, step: int | None, complete: bool = False) -> None:
-  """Removes the records after a step, and a broken last line.
+  """Removes the records after a step, and what is broken behind it.
 
   Atomic: the file is the old one or the cut one.  What stays keeps its bytes.
 
   Args:
     path: the file; may be absent.
     step: the last step to keep; None keeps nothing.
-    complete: also require the record of `step` itself, if that is above 0.
+    complete: also require one record for each step, from 0 or 1 to `step`
+      itself (if that is above 0).
 
   Raises:
-    UserError: a line other than the last is broken, or records are missing.
+    UserError: a line before the last to keep is broken, or records are missing.
   """
   path = pathlib.Path(path)
-  last = None
+  lines = []
   if path.exists():
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
-    for count, line in enumerate(lines, 1):
-      record = _parse(line)
-      if record is None and count < len(lines) and step is not None:
-        raise UserError(
-          f'{path}, line {count}: not a record.\nRemove the line, then resume.'
-        )
-      if record and step is not None and record['step'] <= step:
-        kept.append(line)
-        last = record['step']
-    if len(kept) < len(lines):
-      write_atomically(path, b''.join(kept))
-  if complete and step and last != step:
-    found = 'has no record' if last is None else f'ends at step {last}'
-    raise UserError(
-      f'{path} {found}, but the checkpoint is of step {step}.\n'
-      'Restore the file from a copy, or start afresh in another folder.'
+  records = [_parse(line) for line in lines]
+  kept = [i for i, each in enumerate(records) if _is_kept(each, step)]
+  if complete:
+    # What stands behind the record of `step` goes, whatever it is.
+    last = [i for i in kept if records[i]['step'] == step]
+    kept = kept[: kept.index(last[0]) + 1] if last else kept
+  end = kept[-1] + 1 if kept else 0
+  for count, record in enumerate(records[:end], 1):
+    if record is None:
+      raise _broken(path, count, complete)
+  if complete:
+    _check_complete(path, [each['step'] for each in records[:end]], step)
+  if len(kept) < len(lines):
+    write_atomically(path, b''.join(lines[i] for i in kept))
+
+
+def _is_kept(record: dict | None, step: int | None) -> bool:
+  return record is not None and step is not None and record['step'] <= step
+
+
+def _broken(path: pathlib.Path, count: int, complete: bool) -> UserError:
+  remedy = 'Remove the line, then resume.'
+  if complete:
+    remedy = 'Restore the file from a copy, or start afresh in another folder.'
+  return UserError(f'{path}, line {count}: not a record.\n{remedy}')
+
+
+def _check_complete(path, found: list[int], step: int | None) -> None:
+  """Raises UserError if these are not the steps up to `step`, each once."""
+  first = found[0] if found and found[0] == 0 else 1
+  gap = next((i for i, at in enumerate(found) if at != first + i), None)
+  if gap is not None:
+    problem = (
+      f'{path}, line {gap + 1}: of step {found[gap]}, not of step {first + gap}'
     )
+  elif step and found[-1:] != [step]:
+    ends = f'ends at step {found[-1]}' if found else 'has no record'
+    problem = f'{path} {ends}, but the checkpoint is of step {step}'
+  else:
+    return
+  raise UserError(
+    f'{problem}.\n'
+    'Restore the file from a copy, or start afresh in another folder.'
+  )

@@ -62,20 +62,7 @@ class SampleLog:
   def write(self, samples: Sequence[Sample]) -> None:
     """Appends samples, each one line."""
     for sample in samples:
-      record = dataclasses.asdict(sample)
-      record['rewards'] = {
-        name: None if value is None else number(value, name)
-        for name, value in sample.rewards.items()
-      }
-      for name in ('reward', 'advantage'):
-        if record[name] is not None:
-          record[name] = number(record[name], name)
-      record.update(
-        step=int(sample.step),
-        tokens=int(sample.tokens),
-        finished=bool(sample.finished),
-      )
-      self._file.write(record)
+      self._file.write(to_record(sample))
 
   def sync(self) -> None:
     """Returns when every sample is on the disk; call it before a checkpoint."""
@@ -105,7 +92,7 @@ class SampleLog:
       title: the page's heading.
       before: held-out samples of the model as it was, to be set beside
       after: those of the same prompts now; where the file has lost some of
-        those of before, the page says of how many prompts.
+        either, the page says of how many prompts.
       steps: show only this many of the latest steps (the page says so).
 
     Raises:
@@ -113,8 +100,8 @@ class SampleLog:
     """
     samples = read_samples(self._workdir / 'samples.jsonl')
     pairs = _pairs(before, after)
-    unpaired = len(after) - len(pairs)
-    text = page.render(title, samples, pairs, steps, unpaired)
+    alone = len(before) + len(after) - 2 * len(pairs)
+    text = page.render(title, samples, pairs, steps, alone)
     page.write(self._workdir / 'samples.html', text)
 
 
@@ -127,7 +114,7 @@ def read_samples(path) -> list[Sample]:
   samples = []
   for count, record in enumerate(read_records(path), 1):
     try:
-      samples.append(_sample(record))
+      samples.append(from_record(record))
     except (TypeError, ValueError, OverflowError) as error:
       raise UserError(
         f'{path}, line {count}: not a sample.\nRemove the line.'
@@ -147,8 +134,26 @@ _TYPES = {
 }
 
 
-def _sample(record: dict) -> Sample:
-  """The sample of a record.
+def to_record(sample: Sample) -> dict:
+  """The sample as JSON values: the line that `samples.jsonl` has of it."""
+  record = dataclasses.asdict(sample)
+  record['rewards'] = {
+    name: None if value is None else number(value, name)
+    for name, value in sample.rewards.items()
+  }
+  for name in ('reward', 'advantage'):
+    if record[name] is not None:
+      record[name] = number(record[name], name)
+  record.update(
+    step=int(sample.step),
+    tokens=int(sample.tokens),
+    finished=bool(sample.finished),
+  )
+  return record
+
+
+def from_record(record: dict) -> Sample:
+  """The sample of which `to_record` made a record.
 
   Raises:
     TypeError, ValueError, OverflowError: it is none.
@@ -217,23 +222,22 @@ def before_after_table(
   """The responses of two models to the same prompts, side by side.
 
   Args:
-    before: one response per prompt; some may be lost, as the title then says.
-    after: responses to the same prompts in the same order.
+    before: one response per prompt.
+    after: responses to the same prompts in the same order; of either some may
+      be lost, as the title then says.
     title: above the table.
     width: as in `sample_table`.
 
   Returns:
     A `rich.table.Table`.
-
-  Raises:
-    ValueError: the prompts differ.
   """
   from rich.text import Text
 
   columns = ['prompt', 'before', 'after', 'reward before', 'reward after']
   pairs = _pairs(before, after)
-  if len(pairs) < len(after):
-    title += f' ({len(pairs)} of {len(after)}: samples.jsonl lacks the rest)'
+  prompts = len(before) + len(after) - len(pairs)
+  if len(pairs) < prompts:
+    title += f' ({len(pairs)} of {prompts}: samples.jsonl lacks the rest)'
   table = _table(title, columns, texts=3)
   for old, new in pairs:
     style = {'good': 'green', 'bad': 'red', '': ''}[page.change(old, new)]
@@ -248,13 +252,14 @@ def before_after_table(
 
 
 def _pairs(before, after):
-  """Samples of the same prompts; none where there is none of before."""
-  pairs, rest = [], iter(after)
+  """Samples of the same prompts; what has no counterpart is left out."""
+  pairs, rest = [], list(after)
   for old in before:
-    new = next((new for new in rest if new.prompt == old.prompt), None)
-    if new is None:
-      raise ValueError('The samples before and after are of different prompts.')
-    pairs.append((old, new))
+    prompts = [new.prompt for new in rest]
+    if old.prompt in prompts:
+      place = prompts.index(old.prompt)
+      pairs.append((old, rest[place]))
+      rest = rest[place + 1 :]
   return pairs
 
 

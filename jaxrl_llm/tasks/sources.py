@@ -1,13 +1,23 @@
 """Orders over a data set that keep no state: which prompts a step takes."""
 
+import datetime
+import decimal
+import fractions
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch, gather
+
+# Types of which `repr` says the value and nothing else.
+_EXACT = (
+  *(bytes, complex, decimal.Decimal, fractions.Fraction),
+  *(datetime.date, datetime.time, datetime.timedelta),
+)
 
 
 class PromptSource:
@@ -62,12 +72,16 @@ class PromptSource:
     return gather(self._encoded, self.indices(step), bucket=self._bucket)
 
   def fingerprint(self) -> dict[str, Any]:
-    """What must be equal for a stored step number to mean the same prompts."""
+    """What must be equal for a stored step number to mean the same prompts.
+
+    Raises:
+      UserError: a row holds what has no form that is the same in every process.
+    """
     digest = hashlib.sha256()
     for ids in self._encoded.tokens:
       digest.update(len(ids).to_bytes(8, 'little'))
       digest.update(np.ascontiguousarray(ids, '<i4').tobytes())
-    rows = json.dumps(self._encoded.rows, sort_keys=True, default=repr)
+    rows = _canonical(self._encoded.rows)
     return {
       'seed': self._seed,
       'rows': len(self._encoded.rows),
@@ -83,6 +97,42 @@ class PromptSource:
     # but not what Generator.permutation makes of them.
     bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
     return np.argsort(bits.random_raw(len(self._encoded.rows)), kind='stable')
+
+
+def _canonical(rows: Sequence[dict]) -> str:
+  """Rows as JSON; tuples and arrays are lists in it.
+
+  Raises:
+    UserError: one cannot be written so; the message names row and column.
+  """
+  try:
+    return json.dumps(rows, sort_keys=True, default=_plain)
+  except (TypeError, ValueError, RecursionError):
+    for i, row in enumerate(rows):
+      for column, value in row.items():
+        try:
+          json.dumps({column: value}, sort_keys=True, default=_plain)
+        except (TypeError, ValueError, RecursionError) as error:
+          raise UserError(
+            f'row {i} has in its column {column!r:.40} what JSON cannot '
+            f'express: {" ".join(str(error).split()):.80}\n'
+            'a resumed run could not tell whether it is the same: use numbers, '
+            'strings, lists and\ndictionaries (of a set a sorted list)'
+          ) from error
+    raise
+
+
+def _plain(value: Any) -> Any:
+  """What stands for a value that JSON does not have.
+
+  The `repr` of other objects has their address in it, and that of a set an
+  order that is another in each process.
+  """
+  if isinstance(value, _EXACT):
+    return repr(value)
+  if hasattr(value, 'tolist'):  # arrays and scalars of NumPy and the like
+    return value.tolist()
+  raise TypeError(f'a {type(value).__name__}')
 
 
 def derive_seed(seed: int, name: str) -> int:
