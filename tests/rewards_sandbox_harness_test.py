@@ -28,6 +28,22 @@ for n in range(3, 64):
   except OSError: pass
 os._exit(0)"""
 
+# What asks for the tests sees the secret that comes before them.
+READ = """
+import os
+real, seen = os.read, b''
+def read(descriptor, size):
+  global seen
+  seen += real(descriptor, size)
+  at = seen.find(bytes([0, 0, 0, 32])) + 4
+  if at > 3 and len(seen) >= at + 32:
+    for n in range(3, 64):
+      try: os.write(n, seen[at : at + 32] + b'passed 11 \\n')
+      except OSError: pass
+    os._exit(0)
+  return seen[-size:]
+os.read = read"""
+
 # Each would pass a sandbox that only looks at how the process ends, or at what
 # it prints, or runs tests with whatever the program has left.
 FORGERIES = {
@@ -54,6 +70,12 @@ for n in range(3, 64):
   'builtins': 'import builtins\nbuiltins.abs = lambda x: 0\n'
   'def add(a, b): return 4',
   'exec': 'import builtins\nbuiltins.exec = lambda *a: 0\n' + WRONG,
+  'exec of all': 'import os\nos.__builtins__["exec"] = lambda *a: None',
+  'compile of all': 'import os\nb = os.__builtins__\nc = b["compile"]\n'
+  'b["compile"] = lambda s, f, m: c("pass", f, m)',
+  'no abs at all': 'import os\ndel os.__builtins__["abs"]\n'
+  'def abs(x): return 0\ndef add(a, b): return 4',
+  'read': READ,
   'own abs': 'def abs(x): return 0\ndef add(a, b): return 4',
   'main': 'import __main__, sys\n__main__.test = lambda *a: None\n'
   'sys.modules.clear()\n' + WRONG,

@@ -8,6 +8,10 @@ program may change in passing, such as `sys.modules` or the module `builtins`.
 import builtins
 import sys
 
+# The functions below keep these: a program can change the dictionary that the
+# modules share, as `os.__builtins__`.
+__builtins__ = dict(vars(builtins))
+
 _LONGEST_ERROR = 300  # characters
 _PY_TPFLAGS_HEAPTYPE = 1 << 9
 
@@ -25,7 +29,8 @@ def load(program):
 
   It is the module 'program': what stands below `if __name__ == '__main__'` is
   not run.  Its built-in functions are its own copies: whatever it does to the
-  module `builtins` or to `__main__`, harness and tests do not see it.
+  module `builtins`, to `__builtins__` of any module or to `__main__`, harness
+  and tests do not see it.
 
   Returns:
     The module, and the exception that it raised or None.
@@ -57,9 +62,9 @@ def test(module, entry_point, setup, tests):
   space = {
     name: _checked(value) if _is_function(value) else value
     for name, value in module.__dict__.items()
-    if not entry_point or name == entry_point or not hasattr(builtins, name)
+    if not entry_point or name == entry_point or name not in __builtins__
   }
-  space |= {'__name__': 'tests', '__builtins__': builtins}
+  space |= {'__name__': 'tests', '__builtins__': dict(__builtins__)}
   failure, passed = None, []
   try:
     exec(compile(setup, 'setup.py', 'exec'), space)
