@@ -74,6 +74,7 @@ def _first_line(descriptor: int) -> bytes:
 def _work(spec: dict[str, Any], kind: str) -> int:
   """Loads the function and answers requests until there are no more."""
   requests, replies = _take_channel()
+  _close_in_children([requests, replies])
   _restore_path(spec['pythonpath'])
   limited = _limit(spec['memory'])
   try:
@@ -140,6 +141,20 @@ def _take_channel() -> tuple[int, int]:
     os.dup2(nothing, descriptor)
   os.close(nothing)
   return requests, replies
+
+
+def _close_in_children(descriptors: list[int]) -> None:
+  """Keeps the channel from processes that the function forks.
+
+  One that is left behind could read later requests, tokens and all, and answer
+  them.
+  """
+
+  def close():
+    while descriptors:  # Once: its own children may use the numbers anew.
+      os.close(descriptors.pop())
+
+  os.register_at_fork(after_in_child=close)
 
 
 def _send(descriptor: int, message: Any) -> None:
