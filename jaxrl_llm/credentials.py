@@ -31,7 +31,7 @@ _POINTERS = frozenset(
 )
 
 _IN_ADDRESS = re.compile(r'(?i)(\bhttps?://)[^/\s@]+@|(://)[^/\s:@]*:[^/\s@]+@')
-_IN_QUERY = re.compile(r'([?&]([^=&\s]+)=)[^&\s]+')
+_IN_QUERY = re.compile(r'([?&]([^=&?\s]+)=)[^&\s]+')
 # Of Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS; HTTP.
 _KNOWN = re.compile(
   r'\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[opsu]_[A-Za-z0-9]{20,}'
@@ -71,8 +71,19 @@ def masked(arguments: Sequence[str]) -> list[str]:
     hidden = name.startswith('-') and is_name(name)
     if hidden and equals:
       argument, hidden = f'{name}={_HIDDEN}', False
-    shown.append(_without_forms(argument))
+    shown.append(censored(argument))
   return shown
+
+
+def censored(text: str) -> str:
+  """A text with '***' for what shows by its form that it is a credential."""
+  text = _IN_ADDRESS.sub(
+    lambda match: f'{match[1] or match[2]}{_HIDDEN}@', text
+  )
+  text = _IN_QUERY.sub(
+    lambda match: match[1] + _HIDDEN if is_name(match[2]) else match[0], text
+  )
+  return _KNOWN.sub(_HIDDEN, text)
 
 
 def find(settings: Any, name: str = '') -> str | None:
@@ -100,18 +111,7 @@ def find(settings: Any, name: str = '') -> str | None:
 def _is_credential(name: str, value: Any) -> bool:
   if isinstance(value, str):
     named = bool(value.strip()) and is_name(name)
-    return named or _without_forms(value) != value
+    return named or censored(value) != value
   # A number named 'token' is one of a vocabulary.
   number = isinstance(value, int | float) and not isinstance(value, bool)
   return number and is_name(name) and not name.lower().endswith('token')
-
-
-def _without_forms(text: str) -> str:
-  """The text without what shows by its form that it is a credential."""
-  text = _IN_ADDRESS.sub(
-    lambda match: f'{match[1] or match[2]}{_HIDDEN}@', text
-  )
-  text = _IN_QUERY.sub(
-    lambda match: match[1] + _HIDDEN if is_name(match[2]) else match[0], text
-  )
-  return _KNOWN.sub(_HIDDEN, text)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import time
 
 import pytest
 from ml_collections import ConfigDict
@@ -59,6 +60,59 @@ def test_a_worker_reads_only_what_is_named(rewards, monkeypatch):
   wanted |= {'PATH': os.environ['PATH'], 'JAX_PLATFORMS': 'cpu'}
   with isolated(f'{rewards}:score', 1, environment=('MY_OWN',)) as workers:
     assert workers.submit([''], [json.dumps(wanted)], {}).result() == [1.0]
+
+
+# Repeats what it should not, in the way that the completion says.
+SAY = """
+import os
+from jaxrl_llm.errors import UserError
+def score(completions, **columns):
+  text = completions[0].replace('KEY', os.environ['MY_OWN'])
+  if completions[0] == 'return':
+    return [os.environ['MY_OWN']]
+  raise (UserError if 'user' in text else ValueError)(text)
+"""
+
+
+@pytest.mark.parametrize(
+  'completion, shown',
+  [
+    ('401 for https://api/v1?api_key=KEY', 'https://api/v1?api_key=***'),
+    ('bad key KEY, my key', 'bad key ***, my key'),
+    ('.' * 170 + 'KEY', '.***'),  # Where the message is cut off.
+    ('a hf_' + 'x1' * 12, 'a ***'),
+    ('user of KEY', 'user of ***'),
+    ('return', "returned ['***']"),
+  ],
+)
+def test_messages_of_a_worker_hide_credentials(
+  completion, shown, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('MY_OWN', 'hunter2-hunter2-hunter2')
+  (tmp_path / 'say.py').write_text(SAY)
+  name = f'{tmp_path / "say.py"}:score'
+  workers = isolated(name, 1, environment=('MY_OWN',))
+  with workers, pytest.raises(UserError) as caught:
+    workers([''], [completion])
+  said = str(caught.value).partition('(sample')[0]
+  assert shown in said and 'hunter2' not in said and 'x1' not in said
+
+
+def test_a_worker_that_does_not_load_hides_credentials(tmp_path, monkeypatch):
+  monkeypatch.setenv('MY_OWN', 'hunter2')
+  (tmp_path / 'say.py').write_text('import os\n{}[os.environ["MY_OWN"]]')
+  with pytest.raises(UserError) as caught:
+    isolated(f'{tmp_path / "say.py"}:f', 1, environment=('MY_OWN',))
+  assert "KeyError: '***'" in str(caught.value)
+
+
+def test_hiding_costs_no_more_than_the_length(monkeypatch):
+  monkeypatch.setenv('ONE', '1')
+  hide = environment.hiding(['ONE', 'NONE'])
+  for text in ('?' * 50_000, 'sk-' * 20_000, '://a:' * 20_000, '&a1' * 20_000):
+    began = time.process_time()
+    assert hide(text).replace('***', '') in text
+    assert time.process_time() - began < 0.5
 
 
 def test_settings_are_not_on_the_command_line(rewards, marked):

@@ -61,8 +61,7 @@ class WorkerProcess:
   Used by one thread at a time, except for `terminate`.
 
   Args:
-    spec: as `worker` reads it, but for 'pythonpath', which is added, and with
-      'environment': the variables that are kept besides the usual ones.
+    spec: as `worker` reads it, but for 'pythonpath', which is added.
     folder: in which it works.
 
   Attributes:
@@ -81,7 +80,6 @@ class WorkerProcess:
     kept = environment.scrubbed(os.environ, spec['environment'])
     # Not on the command line, which all users of the machine can read.
     sent = {**spec, 'pythonpath': os.environ.get('PYTHONPATH')}
-    del sent['environment']
     self._unsent = json.dumps(sent).encode() + b'\n'
     try:
       self._process = subprocess.Popen(
