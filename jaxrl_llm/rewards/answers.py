@@ -6,6 +6,7 @@ so that hostile text costs no more than its length.
 """
 
 import re
+import string
 from fractions import Fraction
 
 # More characters than this are no answer, and arithmetic on them would be slow.
@@ -26,26 +27,44 @@ _IN_TEXT = re.compile(
   r'(?:(?<![\w)\]])-)?\$?(?:\d+ (?=\d+/\d))?'
   rf'(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?'
 )
+_AROUND_SLASH = re.compile(r'\s*/\s*')
+_SCALE = re.compile(r'(degrees?) [CF]\b')
+_VOWEL = re.compile('[aeiouy]')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
 _LATEX_TEXT = re.compile(r'\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}')
 
 # Words after a number that change it: "2 million" is not 2.
 _CHANGING_WORDS = frozenset(
-  ('half', 'dozen', 'hundred', 'thousand', 'million', 'billion', 'trillion')
-  + ('k', 'pi', 'squared', 'cubed', 'and', 'or', 'to', 'plus', 'minus')
-  + ('times', 'over', 'by')
+  ('half', 'halve', 'third', 'quarter', 'fourth', 'fifth', 'sixth', 'seventh')
+  + ('eighth', 'ninth', 'tenth', 'eleventh', 'twelfth', 'dozen', 'hundred')
+  + ('thousand', 'million', 'billion', 'trillion', 'mil', 'mill', 'bil', 'tril')
+  + ('squared', 'cubed', 'factorial', 'choose', 'mod', 'modulo', 'root', 'sqrt')
+  + ('and', 'or', 'to', 'plus', 'minus', 'times', 'over', 'by')
+  + ('sin', 'cos', 'tan', 'log', 'exp', 'pi', 'alpha', 'beta', 'gamma', 'delta')
+  + ('theta', 'lambda', 'sigma', 'phi', 'omega', 'infty', 'infinity')
 )
-# Of all other letters one alone is a variable.
-_UNIT_LETTERS = frozenset('dghlms')
+_NOT_IN_PLURAL = frozenset(('roots', 'logs'))
+_PARTS = ('teenth', 'tieth', 'dredth', 'sandth', 'illionth')
+# Of all other letters one alone is a variable, or a power of ten.
+_UNIT_LETTERS = frozenset('dghlmsL')
+# Of words of two letters, or of three without a vowel; others are products.
+_SHORT_UNITS = frozenset(
+  ('cc', 'cd', 'cm', 'cu', 'dl', 'ft', 'gb', 'hr', 'hz', 'in', 'kb', 'kg', 'kj')
+  + ('km', 'kph', 'kw', 'kwh', 'lb', 'mb', 'mg', 'mi', 'ml', 'mm', 'mpg', 'mph')
+  + ('oz', 'pt', 'qt', 'rpm', 'sq', 'tbs', 'tv', 'wpm', 'yd')
+)
+# Within a unit only.
+_LITTLE_WORDS = frozenset(('a', 'an', 'at', 'is', 'it', 'of', 'on', 'so', 'us'))
 
 
 def parse_number(text: str) -> Fraction | None:
   r"""The number that the whole of `text` is, or None.
 
   Allowed around it: spaces, a sign, `$`, `%`, emphasis, a final full stop, and
-  up to four words after it as a unit, unless one of them changes the number
-  (`2 million`, `3 x`).  Within it: thousands commas, decimals, powers of ten
-  up to two digits (`1.5e3`), `a/b`, `\frac{a}{b}`, mixed numbers (`1 1/2`).
+  up to four words after it as a unit, unless they change the number
+  (`2 million`, `3 x`, `3 xy`).  Within it: thousands commas, decimals, powers
+  of ten up to two digits (`1.5e3`), `a/b`, `\frac{a}{b}`, mixed numbers
+  (`1 1/2`).
   """
   text = text.strip()
   if len(text) > _MAX_CHARACTERS:
@@ -74,12 +93,31 @@ def parse_number(text: str) -> Fraction | None:
 def is_unit(text: str) -> bool:
   """Whether words behind a number leave it what it is, as "miles" do.
 
-  A lone letter is a variable rather than a unit, but for d, g, h, l, m, s.
+  A lone letter is a variable rather than a unit, but for d, g, h, l, m, s, and
+  so are letters that follow each other in the alphabet.  Two letters, or three
+  without a vowel, are a product unless the unit is a known one.  (A product
+  such as "axy" is taken for a word.)
   """
-  words = text.lower().split()
-  if len(words) == 1 and len(words[0]) == 1:
-    return words[0] in _UNIT_LETTERS
-  return not _CHANGING_WORDS & set(words)
+  text = _AROUND_SLASH.sub('/', text.replace('.', ' '))
+  words = _SCALE.sub(r'\1', text).split()
+  if len(words) > 1 and all(len(word) == 1 for word in words):
+    return False
+  if words and _LITTLE_WORDS.issuperset(map(str.lower, words)):
+    return False
+  return all(_is_of_unit(part) for word in words for part in word.split('/'))
+
+
+def _is_of_unit(word: str) -> bool:
+  """Whether a word may be one of a unit."""
+  if word in _UNIT_LETTERS or word.lower() in _LITTLE_WORDS:
+    return True
+  word = word.lower()
+  one = word if word in _NOT_IN_PLURAL else word.removesuffix('s')
+  if not _CHANGING_WORDS.isdisjoint((word, one)) or one.endswith(_PARTS):
+    return False
+  if len(word) == 2 or len(word) == 3 and not _VOWEL.search(word):
+    return not _SHORT_UNITS.isdisjoint((word, one))
+  return len(word) > 2 and word not in string.ascii_lowercase
 
 
 def marked_number(text: str) -> Fraction | None:

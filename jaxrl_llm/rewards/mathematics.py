@@ -50,7 +50,7 @@ _THOUSANDS = re.compile(r'(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])')
 # Not xy, which is a product.
 _WORDS = re.compile(r'(?=.*(?:[A-Za-z]{3}|[A-Z]{2}))[A-Za-z]+(?: +[A-Za-z]+)*')
 _UNIT = re.compile(
-  r'(?<=[\w})\]])((?:\s+(?:[A-Za-z]{3,}|cm|mm|km|ft|kg|sq)\.?){1,4})'
+  r'(?<=[\w})\]])((?:\s+[A-Za-z]{2,}\.?){1,4})'
   r'(?:\s*\^\s*\{?\d\}?)?$'
 )
 # What may stand before "=" without being a part of the answer: a letter, a
