@@ -5,6 +5,7 @@ is 0.3.  Nothing is evaluated: the grammar is fixed and every size is bounded,
 so that hostile text costs no more than its length.
 """
 
+import collections
 import re
 import string
 from fractions import Fraction
@@ -30,7 +31,22 @@ _IN_TEXT = re.compile(
 _AROUND_SLASH = re.compile(r'\s*/\s*')
 _SCALE = re.compile(r'(degrees?) [CF]\b')
 _VOWEL = re.compile('[aeiouy]')
+# A box, or one around a single character that ends its formula or its line.
+_BOX = re.compile(
+  r'\\(?:boxed|fbox)[ \t]{0,4}'
+  r'(?:\{|(\w)(?=[ \t]{0,4}(?:\$|\\[\])]|[.,]?[ \t]{0,4}(?:\n|\Z))))'
+)
+_FINAL_MARK = re.compile(r'[.,;]\Z')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
+# What is a space in LaTeX; not the one behind a line break.
+_SPACE = re.compile(r'\\\\|\\[ ,;:]|[~\u00a0\u2009\u202f]')
+# A letter, or a word; not xy, which is a product.
+_NAMED = re.compile(r'[\s$*]*(?:[A-Za-z]|[A-Za-z]{3,})\s*=(?!.*=)(.*)')
+# Thousands apart, as in 1 000 and 1\,000.
+_SPACED = re.compile(r'(?<![\d.,/])\d{1,3}(?:(?: |\\,)\d{3})+(?![\d,]|\s*/)')
+# Spaces, so that digits around it do not become one number; two of them, which
+# do not separate thousands.
+_APART = '  '
 _LATEX_TEXT = re.compile(r'\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}')
 
 # Words after a number that change it: "2 million" is not 2.
@@ -69,12 +85,14 @@ def parse_number(text: str) -> Fraction | None:
   text = text.strip()
   if len(text) > _MAX_CHARACTERS:
     return None
-  text = text.replace('−', '-').replace('{,}', ',')
-  for mark in ('\\!', '\\,', '\\$', '\\%', '$', '%'):
-    text = text.replace(mark, '')
+  text = text.replace('−', '-').replace('{,}', ',').replace('\\!', '')
+  text = with_spaces(text)
+  text = _SPACED.sub(lambda match: match[0].replace(' ', ''), text)
+  for mark in ('\\$', '\\%', '$', '%'):
+    text = text.replace(mark, _APART)
   text = _LATEX_TEXT.sub(r' \1', text)
-  text = _FRAC.sub(lambda m: f' {m[1] or m[2]}/{m[3] or m[4]}', text)
-  text = text.strip(' *_`').removesuffix('.').strip(' *_`')
+  text = _FRAC.sub(lambda m: f' {m[1] or m[2]}/{m[3] or m[4]}{_APART}', text)
+  text = _FINAL_MARK.sub('', text.strip(' *_`')).strip(' *_`')
   match = _NUMBER.fullmatch(text)
   if match is None:
     return None
@@ -88,6 +106,17 @@ def parse_number(text: str) -> Fraction | None:
       return None
     value = value / divisor + int(whole or 0)
   return -value if sign == '-' else value
+
+
+def with_spaces(text: str) -> str:
+  r"""The text with a space for each of LaTeX's, none within `1\,000`.
+
+  A line break at the end, or what is left of a space there, is dropped.
+  """
+  text = _SPACED.sub(
+    lambda match: match[0].replace('\\,', ''), text.strip().rstrip('\\ ')
+  )
+  return _SPACE.sub(lambda match: match[0] if match[0] == '\\\\' else ' ', text)
 
 
 def is_unit(text: str) -> bool:
@@ -124,14 +153,19 @@ def marked_number(text: str) -> Fraction | None:
   r"""The number that `text` gives as its answer, or None.
 
   The last line that has `####` and a number after it; failing that, the last
-  `\boxed{…}`, which must hold a number and nothing else.
+  `\boxed{…}`, which must hold a number and nothing else, but for `x =`.
   """
   for line in hash_lines(text):
-    number = parse_number(line)
+    number = _named_number(line)
     if number is not None:
       return number
   content = last_boxed(text)
-  return None if content is None else parse_number(content)
+  return None if content is None else _named_number(content)
+
+
+def _named_number(text: str) -> Fraction | None:
+  named = len(text) <= 2 * _MAX_CHARACTERS and _NAMED.fullmatch(text)
+  return parse_number(named[1] if named else text)
 
 
 def hash_lines(text: str) -> list[str]:
@@ -141,20 +175,26 @@ def hash_lines(text: str) -> list[str]:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""What stands between the braces of the last closed `\boxed{…}`, or None.
+  r"""What the last closed `\boxed{…}` or `\fbox{…}` holds, or None.
 
-  Closed is one that ends within 1000 characters; the last 20 are looked at.
+  Closed is one that ends within 1000 characters; one that holds nothing is
+  none.  The last 20 are looked at.
   """
-  end = len(text)
-  for _ in range(_MAX_MARKS):
-    end = text.rfind('\\boxed{', 0, end)
-    if end < 0:
-      return None
-    start, depth = end + len('\\boxed{'), 1
-    for match in _BRACE.finditer(text, start, start + _MAX_BOX):
-      depth += {'{': 1, '}': -1}.get(match[0], 0)
-      if not depth:
-        return text[start : match.start()]
+  boxes = collections.deque(_BOX.finditer(text), _MAX_MARKS)
+  for box in reversed(boxes):
+    content = box[1] or _group(text, box.end())
+    if content and not content.isspace():
+      return content
+  return None
+
+
+def _group(text: str, start: int) -> str | None:
+  """The text from `start` to the brace that closes; None if it is too long."""
+  depth = 1
+  for match in _BRACE.finditer(text, start, start + _MAX_BOX):
+    depth += {'{': 1, '}': -1}.get(match[0], 0)
+    if not depth:
+      return text[start : match.start()]
   return None
 
 

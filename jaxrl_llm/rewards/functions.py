@@ -380,7 +380,7 @@ def _right_answers(completions, answer, same) -> list[float]:
   for i, (text, gold) in enumerate(
     zip(completions, _texts(answer), strict=True)
   ):
-    marked = '\\boxed{' in gold or '####' in gold
+    marked = any(mark in gold for mark in ('\\boxed', '\\fbox', '####'))
     truth = mathematics.marked_text(gold) if marked else gold
     if truth is None or mathematics.read_answer(truth) is None:
       raise UserError(
