@@ -321,7 +321,24 @@ def _vader():
       'the reward sentiment needs the package vaderSentiment.\n'
       "Install it with: pip install 'jaxrl_llm[sentiment]'"
     ) from error
-  return vaderSentiment.SentimentIntensityAnalyzer()
+  whole = vaderSentiment.SentimentIntensityAnalyzer
+
+  # VADER lower-cases all words of the text for each that has a sentiment.  What
+  # the checks look at are the three words before it and the two behind it.
+  class Analyzer(whole):
+    @staticmethod
+    def _special_idioms_check(valence, words, i):
+      first = max(0, i - 3)
+      near = words[first : i + 3]
+      return whole._special_idioms_check(valence, near, i - first)
+
+    @staticmethod
+    def _negation_check(valence, words, start_i, i):
+      first = max(0, i - 3)
+      near = words[first : i + 1]
+      return whole._negation_check(valence, near, start_i, i - first)
+
+  return Analyzer()
 
 
 def _result(text: str) -> str:
