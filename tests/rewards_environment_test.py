@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -113,6 +115,49 @@ def test_hiding_costs_no_more_than_the_length(monkeypatch):
     began = time.process_time()
     assert hide(text).replace('***', '') in text
     assert time.process_time() - began < 0.5
+
+
+# Scores the processes that it finds in whose environment the completion stands.
+LOOK = """
+import os, pathlib
+def score(completions, **columns):
+  assert os.getpid() < 10 and pathlib.Path('/proc/self/stat').exists()
+  found = 0
+  for place in pathlib.Path('/proc').glob('[0-9]*/environ'):
+    try:
+      found += completions[0].encode() in place.read_bytes()
+    except OSError:
+      pass
+  return [found]
+"""
+
+
+def test_a_worker_does_not_see_its_parents_environment(
+  tmp_path, monkeypatch, allowed_kinds
+):
+  """Which /proc/PID/environ holds as it was when that process began.
+
+  So the parent is a process of its own.
+  """
+  if 'namespace' not in allowed_kinds or not _may_mount_proc():
+    pytest.skip('the kernel does not allow it')
+  (tmp_path / 'look.py').write_text(LOOK)
+  code = f"""
+from jaxrl_llm.rewards import isolated
+with isolated({str(tmp_path / 'look.py:score')!r}, 1) as workers:
+  print(workers([''], ['MY_OWN=hunter2']))
+"""
+  monkeypatch.setenv('MY_OWN', 'hunter2')
+  command = [sys.executable, '-c', code]
+  root = pathlib.Path(__file__).parents[1]
+  found = subprocess.check_output(command, text=True, cwd=root)
+  assert found == '[0.0]\n'
+
+
+def _may_mount_proc():
+  user = ['--user', '--map-root-user'] if os.geteuid() else []
+  command = ['unshare', *user, '--pid', '--fork', '--mount-proc', 'true']
+  return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def test_settings_are_not_on_the_command_line(rewards, marked):

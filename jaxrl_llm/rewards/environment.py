@@ -6,8 +6,8 @@ and the dynamic loader read to find files, a locale and devices.  Proxies, whose
 addresses may hold passwords, are not.
 
 What is left out is out of reach of what the function and its libraries send or
-log by themselves.  It is no wall: the function has the user's files, and on
-Linux may read /proc.
+log by themselves.  It is no wall: the function has the user's files, and where
+`containment` cannot hide other processes it may read theirs in /proc.
 """
 
 import os
