@@ -108,13 +108,17 @@ def test_a_worker_that_does_not_load_hides_credentials(tmp_path, monkeypatch):
   assert "KeyError: '***'" in str(caught.value)
 
 
-def test_hiding_costs_no_more_than_the_length(monkeypatch):
+@pytest.mark.parametrize(
+  'part',
+  ['?', 'sk-', '://a:', '&a1', 'eyJ-', 'eyJ-.', '"a":', '"a":[', "'a':\""],
+)
+def test_hiding_costs_no_more_than_the_length(part, monkeypatch):
   monkeypatch.setenv('ONE', '1')
-  hide = environment.hiding(['ONE', 'NONE'])
-  for text in ('?' * 50_000, 'sk-' * 20_000, '://a:' * 20_000, '&a1' * 20_000):
-    began = time.process_time()
-    assert hide(text).replace('***', '') in text
-    assert time.process_time() - began < 0.5
+  hide, text = environment.hiding(['ONE', 'NONE']), part * 50_000
+  began = time.process_time()
+  # Neither what is short nor what is not set.
+  assert hide('1') == '1' and '***1' not in hide(text)
+  assert time.process_time() - began < 1.0
 
 
 # Scores the processes that it finds in whose environment the completion stands.
