@@ -276,6 +276,17 @@ def test_script_share_agrees_with_unicodes_blocks():
     assert share == [right / (right + wrong)]
 
 
+def test_marks_on_letters_do_not_count_and_do_not_cost():
+  share = functions.script_share(['HANGUL', 'LATIN'])
+  # A syllable of three parts is one letter.
+  assert share(['\u1112\u1161\u11ab' + 'e\u0323\u0301' + 'ж']) == [2 / 3]
+  assert share(['e' + '\u0301' * 35 + '\u0323' * 35 + 'ж']) == [1 / 2]
+  for marks in ('\u0301\u0323', '\u0f73', '\u0344\u0323'):
+    began = time.process_time()
+    assert share(['a' + marks * 30_000]) == [1.0]
+    assert time.process_time() - began < 1.0
+
+
 def test_sentiment_is_vaders_compound_score():
   pytest.importorskip('vaderSentiment')
   texts = ['She was very happy and loved it!', 'He hated it. A sad day.', '']
