@@ -94,24 +94,30 @@ def _train(
   files.enter_context(waiting.checked(stop.check_alone))
   try:
     run = Run(config, folder, stop, files, script.phase)
-  except UserError:
+  except (UserError, StopRequested) as error:
     # Nothing has begun: leave the folder to the corrected configuration.
     if not folder.resuming:
       _leave_unused(folder)
-    raise
+    if isinstance(error, UserError):
+      raise
+    return _stopped(error, 'before it began: repeat the command')
   if folder.resuming:
     folder.describe()
   try:
     run.train()
     run.finish()
   except StopRequested as request:
-    if distributed.is_main():
-      say(
-        f'stopped by {request} after step {run.course.step}; '
-        'everything is saved: continue with --resume'
-      )
-    return 128 + signal.Signals[str(request)]
+    step = run.course.step
+    where = f'after step {step}; everything is saved: continue with --resume'
+    return _stopped(request, where)
   return 0
+
+
+def _stopped(request: StopRequested, where: str) -> int:
+  """Says where a signal has stopped the run; gives the exit status."""
+  if distributed.is_main():
+    say(f'stopped by {request} {where}')
+  return 128 + signal.Signals[str(request)]
 
 
 def _leave_unused(folder: RunFolder) -> None:

@@ -18,6 +18,9 @@ TOKEN = 'hf_' + 'a1B2' * 8
     *('token', 'hub_token', 'HF_TOKEN', 'HFToken', 'GITHUB_TOKEN_2'),
     *('api_key', 'apikey', 'apiKey', 'OPENAI_API_KEY', 'AWS_ACCESS_KEY_ID'),
     *('private_key', 'password', 'db_passwd', 'client_secret', 'auth'),
+    *('WANDB_KEY', 'openai_key', 'OPENAI_KEY_2', 'SOME_KEY', 'DB_PASS'),
+    *('db_pass', 'PGPASS', 'PGPASSWORD', 'GH_PAT', 'github_pat'),
+    *('SLACK_WEBHOOK', 'slack_webhook_url'),
     *('Authorization', 'GOOGLE_CREDENTIALS', 'config.rewards.j.auth'),
   ],
 )
@@ -31,6 +34,9 @@ def test_names_of_credentials(name):
     *('max_tokens', 'config.tokens', 'every_tokens', 'pad_token'),
     *('eos_token_id', 'token_mean', 'key', 'keys', 'author', 'monkey'),
     *('api_key_file', 'password_env', 'secret_word.weight', 'tokenizer', ''),
+    *('sort_key', 'num_keys', 'key_heads', 'num_key_value_heads', 'KEY'),
+    *('pass_rates', 'max_pass_rate', 'forward_pass', 'pattern', 'PAT'),
+    *('webhook_file', 'hooks', 'wandb', 'wandb_project', 'openai_url'),
     *('turkey_token_id', 'keep_latest', 'LC_ALL'),
   ],
 )
@@ -58,6 +64,22 @@ COMMANDS = [
   ),
   ([f'--x={TOKEN}'], ['--x=***']),
   (['--say=Bearer ' + 'x9' * 10], ['--say=***']),
+  (['--x', 'AIza' + 'x_-9z' * 7], ['--x', '***']),
+  (['--x=ASIA' + 'Z9' * 8], ['--x=***']),
+  (['eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefgh'], ['***']),
+  (
+    [f'--config.rewards.j.settings={{"api_key":"{SECRET}","n":1}}'],
+    ['--config.rewards.j.settings={"api_key":"***","n":1}'],
+  ),
+  (
+    [f"--settings={{'a': {{'db_pass' : 'x\\'{SECRET}', 'n': 'x'}}}}"],
+    ["--settings={'a': {'db_pass' : \"***\", 'n': 'x'}}"],
+  ),
+  (
+    [f'--settings={{"api_keys": ["{SECRET}", "{SECRET}"], "pwd": 12}}'],
+    ['--settings={"api_keys": "***", "pwd": "***"}'],
+  ),
+  (['--settings={"max_tokens": 5, "key": "a", "n": {"a": [1]}}'], None),
   (['--config.rollout.max_tokens=12', '--config.tokens=5'], None),
   (['--config.evaluation.every_tokens', '12'], None),
   (['--config.tokenizer=gpt2', 'hub_token'], None),
@@ -104,9 +126,11 @@ def test_what_is_no_credential_is_stored(tmp_path):
     auth=False,
     api_key='',
     environment=['OPENAI_API_KEY'],
+    pass_rates='rates.jsonl',
     api_key_env='OPENAI_API_KEY',
     rollout=dict(max_tokens=12),
     url='https://host/path?model=a',
+    template='Answer in JSON: {"password": "…"}',
     text='ask the bearer of the ring; what about task-oriented sk- words?',
   )
   run_folder.open_run(tmp_path, False, settings).close()

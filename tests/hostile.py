@@ -6,6 +6,7 @@ Run in worker processes alone.  Imports nothing that takes time.
 import contextlib
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -81,6 +82,18 @@ def _forge_badly_and_sleep():
   time.sleep(1000)
 
 
+def _steal():
+  """Leaves a process that answers the samples to come."""
+  if os.fork():
+    return [1.0]
+  while True:
+    for descriptor in range(3, 40):
+      with contextlib.suppress(OSError, ValueError, IndexError):
+        if select.select([descriptor], [], [], 0)[0]:
+          token = os.read(descriptor, 4096).split(b'"')[1]
+          _write(b'["%s", "score", 9.0]\n' % token)
+
+
 def _write_without_end():
   while True:
     _write(b'[' * 4096)
@@ -138,6 +151,7 @@ ACTIONS = {
   'close output': _close_output,
   'forge': _forge,
   'forge badly and sleep': _forge_badly_and_sleep,
+  'steal': _steal,
   'write without end': _write_without_end,
   'close everything': _close_everything,
   'recurse': _recurse,

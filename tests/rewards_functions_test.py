@@ -5,6 +5,7 @@ import inspect
 import random
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -275,6 +276,17 @@ def test_script_share_agrees_with_unicodes_blocks():
     assert share == [right / (right + wrong)]
 
 
+def test_marks_on_letters_do_not_count_and_do_not_cost():
+  share = functions.script_share(['HANGUL', 'LATIN'])
+  # A syllable of three parts is one letter.
+  assert share(['\u1112\u1161\u11ab' + 'e\u0323\u0301' + 'ж']) == [2 / 3]
+  assert share(['e' + '\u0301' * 35 + '\u0323' * 35 + 'ж']) == [1 / 2]
+  for marks in ('\u0301\u0323', '\u0f73', '\u0344\u0323'):
+    began = time.process_time()
+    assert share(['a' + marks * 30_000]) == [1.0]
+    assert time.process_time() - began < 1.0
+
+
 def test_sentiment_is_vaders_compound_score():
   pytest.importorskip('vaderSentiment')
   texts = ['She was very happy and loved it!', 'He hated it. A sad day.', '']
@@ -293,6 +305,34 @@ def test_sentiment_agrees_with_the_lexicon(shared):
       np.testing.assert_allclose(
         functions.sentiment([word]), [v / (v * v + 15) ** 0.5], atol=1e-4
       )
+
+
+def test_sentiment_is_that_of_whole_texts(shared):
+  """Also where it looks only at the words near each."""
+  vader = pytest.importorskip('vaderSentiment.vaderSentiment')
+  analyzer = vader.SentimentIntensityAnalyzer()
+  rng = random.Random(0)
+  words = [*analyzer.lexicon][:1500] + 60 * [
+    *('never', 'so', 'this', 'without', 'doubt', 'the', 'not', 'very', 'but'),
+    *('kind', 'of', 'at', 'least', 'no', 'or', 'BAD', 'ass', 'shit', "isn't"),
+    *('yeah right', 'hand to mouth', 'kiss of death', 'the bomb', 'sort of'),
+  ]
+  texts = [
+    ' '.join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(700)
+  ]
+  play = (shared / 'data' / 'text' / 'tinyshakespeare.txt').read_text()
+  texts += play[:60_000].split('\n\n')
+  assert functions.sentiment(texts) == [
+    analyzer.polarity_scores(text)['compound'] for text in texts
+  ]
+
+
+@pytest.mark.parametrize('text', ['a good ' * 6000, '\U0001f600' * 6000])
+def test_sentiment_is_cheap(text):
+  functions.sentiment([''])
+  began = time.process_time()
+  functions.sentiment([text])
+  assert time.process_time() - began < 2.0
 
 
 def test_sentiment_without_its_package_names_the_extra(monkeypatch):

@@ -28,6 +28,26 @@ for n in range(3, 64):
   except OSError: pass
 os._exit(0)"""
 
+# What asks for the tests sees the secret that comes before them.
+READ = """
+import os
+real, seen = os.read, b''
+def read(descriptor, size):
+  global seen
+  seen += real(descriptor, size)
+  at = seen.find(bytes([0, 0, 0, 32])) + 4
+  if at > 3 and len(seen) >= at + 32:
+    for n in range(3, 64):
+      try: os.write(n, seen[at : at + 32] + b'passed 11 \\n')
+      except OSError: pass
+    os._exit(0)
+  return seen[-size:]
+os.read = read"""
+
+LIAR = 'class A:\n  def __init__(self, *a): pass\n'
+LIAR += '  def __eq__(self, other): return True\n'
+LIAR += '  def __sub__(self, other): return 0\n'
+
 # Each would pass a sandbox that only looks at how the process ends, or at what
 # it prints, or runs tests with whatever the program has left.
 FORGERIES = {
@@ -54,6 +74,12 @@ for n in range(3, 64):
   'builtins': 'import builtins\nbuiltins.abs = lambda x: 0\n'
   'def add(a, b): return 4',
   'exec': 'import builtins\nbuiltins.exec = lambda *a: 0\n' + WRONG,
+  'exec of all': 'import os\nos.__builtins__["exec"] = lambda *a: None',
+  'compile of all': 'import os\nb = os.__builtins__\nc = b["compile"]\n'
+  'b["compile"] = lambda s, f, m: c("pass", f, m)',
+  'no abs at all': 'import os\ndel os.__builtins__["abs"]\n'
+  'def abs(x): return 0\ndef add(a, b): return 4',
+  'read': READ,
   'own abs': 'def abs(x): return 0\ndef add(a, b): return 4',
   'main': 'import __main__, sys\n__main__.test = lambda *a: None\n'
   'sys.modules.clear()\n' + WRONG,
@@ -65,6 +91,11 @@ for n in range(3, 64):
   'by metaclass': 'class M(type):\n  __eq__ = lambda a, b: True\n'
   '  __sub__ = lambda a, b: 0\nclass A(metaclass=M): pass\n'
   'add = lambda a, b: A',
+  'class': LIAR.replace('A', 'add'),
+  'class that makes another': LIAR + 'class add:\n  __new__ = lambda *a: A()',
+  'class of another name': LIAR + 'add = A',
+  'weak proxy': LIAR + 'import weakref\nliar = A()\n'
+  'add = lambda *a: weakref.proxy(liar)',
   'fork': 'import os\nif os.fork(): os._exit(0)\n' + WRONG,
   'trace': 'import sys\nsys.settrace(lambda *a: sys.exit(0))\n' + WRONG,
 }
@@ -75,6 +106,74 @@ def test_forged_verdicts_fail(name):
   result = run(FORGERIES[name], TESTS, entry_point='add')
   assert result.outcome is not Outcome.PASSED
   assert not all(result.passed)
+
+
+@pytest.mark.parametrize(
+  'program, test',
+  [
+    ('f = lambda: deque([A()])', 'f() == deque([4])'),
+    ('f = lambda: OrderedDict(a=A()).values()', 'list(f()) == [4]'),
+    ('def f(): yield A()', 'list(f()) == [4]'),
+    ('f = lambda: map(A, "a")', 'next(f()) == 4'),
+    ('f = lambda: ((A() for _ in "a") for _ in "a")', 'list(*f()) == [4]'),
+    ('f = lambda: [(A() for _ in "a")]', 'list(*f()) == [4]'),
+    (
+      'def f():\n  x = Fraction(1)\n  x._numerator = A()\n  return x',
+      'f() == 4',
+    ),
+    (
+      'n = iter([4, 1] * 2 + [A(), A()] * 9)\nclass f(Fraction):\n'
+      '  _numerator = property(lambda s: next(n), print)\n'
+      '  _denominator = property(lambda s: 1, print)',
+      'f() == 4',
+    ),
+    ('from unittest.mock import ANY\nf = lambda: ANY', 'f() == 4'),
+    (
+      'import types\nclass D(A, dict): pass\n'
+      'f = lambda: types.MappingProxyType(D())',
+      'f() == 4',
+    ),
+    (
+      'def f():\n  x = UserString("")\n  x.data = A()\n  return x',
+      'f() == "4"',
+    ),
+  ],
+)
+def test_liars_within_results_are_found(program, test):
+  modules = 'from collections import *\nfrom fractions import Fraction\n'
+  result = run(modules + LIAR + program, [f'assert {test}'], entry_point='f')
+  assert result.outcome is Outcome.FAILED and 'TypeError' in result.error
+
+
+@pytest.mark.parametrize(
+  'program, test',
+  [
+    ('f = lambda: (i * i for i in range(3))', 'list(f()) == [0, 1, 4]'),
+    ('f = lambda: zip("ab", [1, 2])', 'dict(f()) == {"a": 1, "b": 2}'),
+    ('f = lambda: {1: 2}.items()', 'list(f()) == [(1, 2)]'),
+    ('f = namedtuple("f", "x y")', 'isinstance(f(1, 2), f) and f._fields'),
+    (
+      'class f:\n  __new__ = lambda c: object.__new__(c)\n  x = 1',
+      'f().x == 1',
+    ),
+    ('class f:\n  def g(self): return 3', 'f().g() == 3'),
+    ('class f(list):\n  __len__ = lambda self: 3', 'len(f()) == 3'),
+  ],
+)
+def test_honest_iterators_and_classes_pass(program, test):
+  program = f'from collections import *\n{program}'
+  for name in ('', 'f'):
+    result = run(program, [f'assert {test}'], entry_point=name)
+    assert result == (Outcome.PASSED, (True,), '', '')
+
+
+def test_a_program_may_take_objects_of_its_own_classes():
+  """With an entry point others are there to make its arguments."""
+  program = 'class N(int):\n  def __lt__(self, other): return True\n'
+  program += 'def f(n): return int(n)'
+  assert run(program, ['assert f(N(4)) == 4'], entry_point='f').passed == (
+    True,
+  )
 
 
 @pytest.mark.parametrize(

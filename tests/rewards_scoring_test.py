@@ -58,6 +58,14 @@ def test_none_makes_only_its_own_sample_invalid():
   np.testing.assert_array_equal(scores.parts['b'], [10, 20, 30])
 
 
+def test_what_an_array_masks_is_no_score():
+  masked = np.ma.array([1.0, 5.0, 3.0], mask=[False, True, False])
+  for value in (masked, list(masked)):
+    scores = run(returns(value))
+    assert scores.valid.tolist() == [True, False, True]
+    np.testing.assert_array_equal(scores.total, [1, 0, 3])
+
+
 @pytest.mark.parametrize(
   'value',
   [

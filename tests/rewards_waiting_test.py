@@ -6,6 +6,7 @@ import time
 import hostile
 import pytest
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart, Workers, start, waiting
 from jaxrl_llm.rewards.code import code_tests
 from jaxrl_llm.run_folder import StopRequested
@@ -36,6 +37,18 @@ def test_a_stop_ends_the_wait_for_workers(marked):
       scoring()
     assert time.monotonic() - began < SOON
   assert not marked()
+
+
+def test_a_stop_ends_the_wait_for_a_function_that_loads(marked, tmp_path):
+  file = tmp_path / 'slow.py'
+  file.write_text('import time; time.sleep(1000)\ndef score(**columns): ...')
+  began = time.monotonic()
+  with waiting.checked(Stop().check), pytest.raises(StopRequested):
+    Workers(f'{file}:score', workers=1, load_timeout=60.0)
+  assert time.monotonic() - began < SOON
+  assert not marked()
+  with waiting.checked(lambda: None), pytest.raises(UserError, match='0.3 s'):
+    Workers(f'{file}:score', workers=1, load_timeout=0.3)
 
 
 def test_scores_that_come_in_time_are_unchanged_by_questions():

@@ -166,6 +166,14 @@ def test_a_process_serves_until_it_has_to_be_replaced():
   assert first == again != fresh
 
 
+def test_a_process_that_a_sample_leaves_does_not_answer_later_ones():
+  samples = ['steal', *(['2'] * 200)]
+  with Workers(HOSTILE, workers=1, spares=0, timeout=TIMEOUT) as workers:
+    pending = hostile.begin(workers, samples)
+    assert pending.result() == [1.0] + [2.0] * 200
+    assert not pending.failures().total
+
+
 def test_a_forged_reply_is_no_score():
   with Workers(HOSTILE, workers=1) as workers:
     pending = hostile.begin(workers, ['forge'])

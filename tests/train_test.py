@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import threading
 import time
 
 import jax
@@ -15,6 +16,7 @@ import scripts
 from experiments import build, run, train
 from experiments.configs import quickstart
 from jaxrl_llm.logging import read_metrics
+from jaxrl_llm.rewards import waiting
 from jaxrl_llm.run_folder import open_run
 
 FLAGS = ['--config.warm_start.steps=0']
@@ -145,6 +147,29 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
   with open_run(
     tmp_path / 'run', True, config.get_config().to_dict()
   ) as folder:
+    assert folder.resuming
+
+
+def test_a_stop_while_rewards_load_leaves_the_folder_as_it_was(
+  tmp_path, monkeypatch, capsys
+):
+  def load(self, *arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    waiting.wait(threading.Event().wait)
+
+  monkeypatch.setattr(run.Run, '__init__', load)
+  config = importlib.import_module('experiments.configs.quickstart')
+  config, workdir = config.get_config().lock(), tmp_path / 'run'
+  for resume in (False, True, False):
+    code = train.train(config, workdir, resume)
+    assert code == 128 + signal.SIGTERM
+    said = 'stopped by SIGTERM before it began: repeat the command\n'
+    assert capsys.readouterr().err == said
+  # A run that has begun stays one.
+  with open_run(workdir, False, config.to_dict()) as folder:
+    assert not folder.resuming
+  assert train.train(config, workdir, resume=True) == 128 + signal.SIGTERM
+  with open_run(workdir, True, config.to_dict()) as folder:
     assert folder.resuming
 
 

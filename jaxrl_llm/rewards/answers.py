@@ -5,7 +5,9 @@ is 0.3.  Nothing is evaluated: the grammar is fixed and every size is bounded,
 so that hostile text costs no more than its length.
 """
 
+import collections
 import re
+import string
 from fractions import Fraction
 
 # More characters than this are no answer, and arithmetic on them would be slow.
@@ -26,36 +28,71 @@ _IN_TEXT = re.compile(
   r'(?:(?<![\w)\]])-)?\$?(?:\d+ (?=\d+/\d))?'
   rf'(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?'
 )
+_AROUND_SLASH = re.compile(r'\s*/\s*')
+_SCALE = re.compile(r'(degrees?) [CF]\b')
+_VOWEL = re.compile('[aeiouy]')
+# A box, or one around a single character that ends its formula or its line.
+_BOX = re.compile(
+  r'\\(?:boxed|fbox)[ \t]{0,4}'
+  r'(?:\{|(\w)(?=[ \t]{0,4}(?:\$|\\[\])]|[.,]?[ \t]{0,4}(?:\n|\Z))))'
+)
+_FINAL_MARK = re.compile(r'[.,;]\Z')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
+# What is a space in LaTeX; not the one behind a line break.
+_SPACE = re.compile(r'\\\\|\\[ ,;:]|[~\u00a0\u2009\u202f]')
+# A letter, or a word; not xy, which is a product.
+_NAMED = re.compile(r'[\s$*]*(?:[A-Za-z]|[A-Za-z]{3,})\s*=(?!.*=)(.*)')
+# Thousands apart, as in 1 000 and 1\,000.
+_SPACED = re.compile(r'(?<![\d.,/])\d{1,3}(?:(?: |\\,)\d{3})+(?![\d,]|\s*/)')
+# Spaces, so that digits around it do not become one number; two of them, which
+# do not separate thousands.
+_APART = '  '
 _LATEX_TEXT = re.compile(r'\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}')
 
 # Words after a number that change it: "2 million" is not 2.
 _CHANGING_WORDS = frozenset(
-  ('half', 'dozen', 'hundred', 'thousand', 'million', 'billion', 'trillion')
-  + ('k', 'pi', 'squared', 'cubed', 'and', 'or', 'to', 'plus', 'minus')
-  + ('times', 'over', 'by')
+  ('half', 'halve', 'third', 'quarter', 'fourth', 'fifth', 'sixth', 'seventh')
+  + ('eighth', 'ninth', 'tenth', 'eleventh', 'twelfth', 'dozen', 'hundred')
+  + ('thousand', 'million', 'billion', 'trillion', 'mil', 'mill', 'bil', 'tril')
+  + ('squared', 'cubed', 'factorial', 'choose', 'mod', 'modulo', 'root', 'sqrt')
+  + ('and', 'or', 'to', 'plus', 'minus', 'times', 'over', 'by')
+  + ('sin', 'cos', 'tan', 'log', 'exp', 'pi', 'alpha', 'beta', 'gamma', 'delta')
+  + ('theta', 'lambda', 'sigma', 'phi', 'omega', 'infty', 'infinity')
 )
-# Of all other letters one alone is a variable.
-_UNIT_LETTERS = frozenset('dghlms')
+_NOT_IN_PLURAL = frozenset(('roots', 'logs'))
+_PARTS = ('teenth', 'tieth', 'dredth', 'sandth', 'illionth')
+# Of all other letters one alone is a variable, or a power of ten.
+_UNIT_LETTERS = frozenset('dghlmsL')
+# Of words of two letters, or of three without a vowel; others are products.
+_SHORT_UNITS = frozenset(
+  ('cc', 'cd', 'cm', 'cu', 'dl', 'ft', 'gb', 'hr', 'hz', 'in', 'kb', 'kg', 'kj')
+  + ('km', 'kph', 'kw', 'kwh', 'lb', 'mb', 'mg', 'mi', 'ml', 'mm', 'mpg', 'mph')
+  + ('oz', 'pt', 'qt', 'rpm', 'sq', 'tbs', 'tv', 'wpm', 'yd')
+)
+# Within a unit only.
+_LITTLE_WORDS = frozenset(('a', 'an', 'at', 'is', 'it', 'of', 'on', 'so', 'us'))
 
 
 def parse_number(text: str) -> Fraction | None:
   r"""The number that the whole of `text` is, or None.
 
   Allowed around it: spaces, a sign, `$`, `%`, emphasis, a final full stop, and
-  up to four words after it as a unit, unless one of them changes the number
-  (`2 million`, `3 x`).  Within it: thousands commas, decimals, powers of ten
-  up to two digits (`1.5e3`), `a/b`, `\frac{a}{b}`, mixed numbers (`1 1/2`).
+  up to four words after it as a unit, unless they change the number
+  (`2 million`, `3 x`, `3 xy`).  Within it: thousands commas, decimals, powers
+  of ten up to two digits (`1.5e3`), `a/b`, `\frac{a}{b}`, mixed numbers
+  (`1 1/2`).
   """
   text = text.strip()
   if len(text) > _MAX_CHARACTERS:
     return None
-  text = text.replace('−', '-').replace('{,}', ',')
-  for mark in ('\\!', '\\,', '\\$', '\\%', '$', '%'):
-    text = text.replace(mark, '')
+  text = text.replace('−', '-').replace('{,}', ',').replace('\\!', '')
+  text = with_spaces(text)
+  text = _SPACED.sub(lambda match: match[0].replace(' ', ''), text)
+  for mark in ('\\$', '\\%', '$', '%'):
+    text = text.replace(mark, _APART)
   text = _LATEX_TEXT.sub(r' \1', text)
-  text = _FRAC.sub(lambda m: f' {m[1] or m[2]}/{m[3] or m[4]}', text)
-  text = text.strip(' *_`').removesuffix('.').strip(' *_`')
+  text = _FRAC.sub(lambda m: f' {m[1] or m[2]}/{m[3] or m[4]}{_APART}', text)
+  text = _FINAL_MARK.sub('', text.strip(' *_`')).strip(' *_`')
   match = _NUMBER.fullmatch(text)
   if match is None:
     return None
@@ -71,29 +108,64 @@ def parse_number(text: str) -> Fraction | None:
   return -value if sign == '-' else value
 
 
+def with_spaces(text: str) -> str:
+  r"""The text with a space for each of LaTeX's, none within `1\,000`.
+
+  A line break at the end, or what is left of a space there, is dropped.
+  """
+  text = _SPACED.sub(
+    lambda match: match[0].replace('\\,', ''), text.strip().rstrip('\\ ')
+  )
+  return _SPACE.sub(lambda match: match[0] if match[0] == '\\\\' else ' ', text)
+
+
 def is_unit(text: str) -> bool:
   """Whether words behind a number leave it what it is, as "miles" do.
 
-  A lone letter is a variable rather than a unit, but for d, g, h, l, m, s.
+  A lone letter is a variable rather than a unit, but for d, g, h, l, m, s, and
+  so are letters that follow each other in the alphabet.  Two letters, or three
+  without a vowel, are a product unless the unit is a known one.  (A product
+  such as "axy" is taken for a word.)
   """
-  words = text.lower().split()
-  if len(words) == 1 and len(words[0]) == 1:
-    return words[0] in _UNIT_LETTERS
-  return not _CHANGING_WORDS & set(words)
+  text = _AROUND_SLASH.sub('/', text.replace('.', ' '))
+  words = _SCALE.sub(r'\1', text).split()
+  if len(words) > 1 and all(len(word) == 1 for word in words):
+    return False
+  if words and _LITTLE_WORDS.issuperset(map(str.lower, words)):
+    return False
+  return all(_is_of_unit(part) for word in words for part in word.split('/'))
+
+
+def _is_of_unit(word: str) -> bool:
+  """Whether a word may be one of a unit."""
+  if word in _UNIT_LETTERS or word.lower() in _LITTLE_WORDS:
+    return True
+  word = word.lower()
+  one = word if word in _NOT_IN_PLURAL else word.removesuffix('s')
+  if not _CHANGING_WORDS.isdisjoint((word, one)) or one.endswith(_PARTS):
+    return False
+  if len(word) == 2 or len(word) == 3 and not _VOWEL.search(word):
+    return not _SHORT_UNITS.isdisjoint((word, one))
+  return len(word) > 2 and word not in string.ascii_lowercase
 
 
 def marked_number(text: str) -> Fraction | None:
   r"""The number that `text` gives as its answer, or None.
 
   The last line that has `####` and a number after it; failing that, the last
-  `\boxed{…}`, which must hold a number and nothing else.
+  `\boxed{…}`, which must hold a number and nothing else, but for `x =`.
   """
   for line in hash_lines(text):
-    number = parse_number(line)
+    number = _named_number(line)
     if number is not None:
       return number
   content = last_boxed(text)
-  return None if content is None else parse_number(content)
+  return None if content is None else _named_number(content)
+
+
+def _named_number(text: str) -> Fraction | None:
+  named = len(text) <= 2 * _MAX_CHARACTERS and _NAMED.fullmatch(text)
+  return parse_number(named[1] if named else text)
 
 
 def hash_lines(text: str) -> list[str]:
@@ -103,20 +175,26 @@ def hash_lines(text: str) -> list[str]:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""What stands between the braces of the last closed `\boxed{…}`, or None.
+  r"""What the last closed `\boxed{…}` or `\fbox{…}` holds, or None.
 
-  Closed is one that ends within 1000 characters; the last 20 are looked at.
+  Closed is one that ends within 1000 characters; one that holds nothing is
+  none.  The last 20 are looked at.
   """
-  end = len(text)
-  for _ in range(_MAX_MARKS):
-    end = text.rfind('\\boxed{', 0, end)
-    if end < 0:
-      return None
-    start, depth = end + len('\\boxed{'), 1
-    for match in _BRACE.finditer(text, start, start + _MAX_BOX):
-      depth += {'{': 1, '}': -1}.get(match[0], 0)
-      if not depth:
-        return text[start : match.start()]
+  boxes = collections.deque(_BOX.finditer(text), _MAX_MARKS)
+  for box in reversed(boxes):
+    content = box[1] or _group(text, box.end())
+    if content and not content.isspace():
+      return content
+  return None
+
+
+def _group(text: str, start: int) -> str | None:
+  """The text from `start` to the brace that closes; None if it is too long."""
+  depth = 1
+  for match in _BRACE.finditer(text, start, start + _MAX_BOX):
+    depth += {'{': 1, '}': -1}.get(match[0], 0)
+    if not depth:
+      return text[start : match.start()]
   return None
 
 

@@ -13,7 +13,9 @@ How it finds what the child has started, the strongest first:
                (a third process, number 1 of the namespace, stands between).
                When that ends the kernel kills all within.  Nothing is left, and
                from within no process outside can be signalled.  Process numbers
-               are the namespace's own, but /proc shows those outside.
+               are the namespace's own, and so is what /proc shows where the
+               kernel lets it be mounted anew, which it does not in a container
+               that covers parts of /proc.
   'subreaper'  any Linux: what the child leaves behind, also with setsid,
                becomes the supervisor's child and is killed by it.  Left is what
                forks faster than it is killed, and all that had left the group
@@ -40,10 +42,16 @@ from collections.abc import Callable, Iterator
 KINDS = ('namespace', 'subreaper', 'group')
 
 # Of linux/sched.h and linux/prctl.h.
+_CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWPID = 0x20000000
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+
+# Of linux/mount.h: mounts made outside show within, not the other way round;
+# no set-user-id, no devices, no programs.
+_MS_ALL_SLAVES = 1 << 19 | 1 << 14
+_MS_OF_PROC = 1 << 1 | 1 << 2 | 1 << 3
 
 
 def strongest() -> str:
@@ -153,11 +161,27 @@ def _fork(body: Callable[[], int]) -> int:
 
 def _init(function: Callable[[], int]) -> int:
   """Process 1 of a namespace: collects orphans, and ends with the function."""
+  _hide_others()
   child = _fork(lambda: _lead(function))
   while True:
     pid, status = os.wait()
     if pid == child:
       return _exit_status(status)
+
+
+def _hide_others() -> None:
+  """Shows in /proc, where the kernel lets it, this namespace's processes alone.
+
+  Hidden are the environments, memory and open files of all others.  This is no
+  wall: who may unmount finds the former /proc below.
+  """
+  libc = ctypes.CDLL(None, use_errno=True)
+  if libc.unshare(_CLONE_NEWNS) != 0:
+    return
+  kind, flags = map(ctypes.c_ulong, (_MS_ALL_SLAVES, _MS_OF_PROC))
+  # Unless the mounts are apart the other /proc would be that of all.
+  if libc.mount(b'none', b'/', None, kind, None) == 0:
+    libc.mount(b'proc', b'/proc', b'proc', flags, None)
 
 
 def _lead(function: Callable[[], int]) -> int:

@@ -6,13 +6,13 @@ and the dynamic loader read to find files, a locale and devices.  Proxies, whose
 addresses may hold passwords, are not.
 
 What is left out is out of reach of what the function and its libraries send or
-log by themselves.  It is no wall: the function has the user's files, and on
-Linux may read /proc.
+log by themselves.  It is no wall: the function has the user's files, and where
+`containment` cannot hide other processes it may read theirs in /proc.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrl_llm import credentials
@@ -46,6 +46,9 @@ _SET = {
   'OPENBLAS_NUM_THREADS': '1',
 }
 
+# Characters.  What is shorter, such as a 1, is in every text.
+_SHORTEST_SECRET = 4
+
 _NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_]*')
 
 
@@ -67,6 +70,25 @@ def scrubbed(
     and not credentials.is_name(name)
   }
   return kept | {n: value for n, value in _SET.items() if n not in named}
+
+
+def hiding(named: Sequence[str]) -> Callable[[str], str]:
+  """What puts '***' in a message for credentials.
+
+  For those that have the form of one, and for the values that the named
+  variables have now.
+  """
+  values = {os.environ.get(name, '') for name in named}
+  # The longer first: one may be a part of another.
+  secrets = sorted(values, key=len, reverse=True)
+
+  def hide(text: str) -> str:
+    for secret in secrets:
+      if len(secret) >= _SHORTEST_SECRET:
+        text = text.replace(secret, '***')
+    return credentials.censored(text)
+
+  return hide
 
 
 def check(named: Any, field: str) -> None:

@@ -38,9 +38,9 @@ _SYMBOLS = frozenset(
   ['pi', 'theta', 'alpha', 'beta', 'gamma', 'delta', 'epsilon', 'lambda', 'mu']
   + ['phi', 'varphi', 'omega', 'rho', 'sigma', 'tau', 'infty']
 )
-_FUNCTIONS = frozenset(
-  ['sin', 'cos', 'tan', 'cot', 'sec', 'csc', 'arcsin', 'arccos', 'arctan']
-  + ['log', 'ln', 'exp']
+_INVERTIBLE = frozenset(['sin', 'cos', 'tan', 'cot', 'sec', 'csc'])
+_FUNCTIONS = _INVERTIBLE | frozenset(
+  ['arcsin', 'arccos', 'arctan', 'log', 'ln', 'exp']
 )
 
 
@@ -182,14 +182,20 @@ class _Reader:
     raise surds.UnreadableError
 
   def function(self, name: str) -> surds.Sum:
-    r"""A function of a bracket, or of a product up to the next function."""
+    r"""A function of a bracket, or of a product up to the next function.
+
+    `\sin(x)^2` is `\sin^2 x`, and `\sin^{-1} x` is `\arcsin x`.
+    """
     exponent = surds.number(1)
     index = self.index()
     if self.next() == '^':
       self.at += 1
       exponent = self.exponent()
+    if name in _INVERTIBLE and surds.rational(exponent) == -1:
+      name, exponent = f'arc{name}', surds.number(1)
     self.deeper(1)
-    argument = self.factor()
+    # What stands behind round brackets is done to the function.
+    argument = self.base() if self.next() in ('(', '[') else self.factor()
     bracket = self.text[self.at - 1] in ')]}'
     while not bracket and (mark := self.next()):
       command = _COMMAND.match(self.text, self.at)

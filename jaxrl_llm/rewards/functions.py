@@ -279,13 +279,36 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
   def shares_script(completions, **kwargs):
     scores = []
     for text in completions:
-      found = [_script(c) for c in unicodedata.normalize('NFKC', text)]
+      compatible = unicodedata.normalize('NFKC', _stream_safe(text))
+      found = [_script(c) for c in compatible]
       letters = [script for script in found if script is not None]
       right = sum(script in scripts for script in letters)
       scores.append(right / len(letters) if letters else 1.0)
     return scores
 
   return shares_script
+
+
+def _stream_safe(text: str) -> str:
+  """The text with a joiner after every 30 marks on a letter.
+
+  Marks are sorted by normalisation, in a time that is quadratic.  No language
+  has so many (Unicode Standard Annex 15, "Stream-Safe Text Format").
+  """
+  pieces, marks = [], 0
+  for character in text:
+    marks = marks + 1 if _is_mark(character) else 0
+    if marks > 30:
+      pieces.append('\N{COMBINING GRAPHEME JOINER}')
+      marks = 1
+    pieces.append(character)
+  return ''.join(pieces)
+
+
+@functools.lru_cache(1 << 12)
+def _is_mark(character: str) -> bool:
+  """Whether it is one, or made of such, that normalisation may move."""
+  return unicodedata.combining(unicodedata.normalize('NFKD', character)[0]) > 0
 
 
 @functools.cache
@@ -321,7 +344,24 @@ def _vader():
       'the reward sentiment needs the package vaderSentiment.\n'
       "Install it with: pip install 'jaxrl_llm[sentiment]'"
     ) from error
-  return vaderSentiment.SentimentIntensityAnalyzer()
+  whole = vaderSentiment.SentimentIntensityAnalyzer
+
+  # VADER lower-cases all words of the text for each that has a sentiment.  What
+  # the checks look at are the three words before it and the two behind it.
+  class Analyzer(whole):
+    @staticmethod
+    def _special_idioms_check(valence, words, i):
+      first = max(0, i - 3)
+      near = words[first : i + 3]
+      return whole._special_idioms_check(valence, near, i - first)
+
+    @staticmethod
+    def _negation_check(valence, words, start_i, i):
+      first = max(0, i - 3)
+      near = words[first : i + 1]
+      return whole._negation_check(valence, near, start_i, i - first)
+
+  return Analyzer()
 
 
 def _result(text: str) -> str:
@@ -380,7 +420,7 @@ def _right_answers(completions, answer, same) -> list[float]:
   for i, (text, gold) in enumerate(
     zip(completions, _texts(answer), strict=True)
   ):
-    marked = '\\boxed{' in gold or '####' in gold
+    marked = any(mark in gold for mark in ('\\boxed', '\\fbox', '####'))
     truth = mathematics.marked_text(gold) if marked else gold
     if truth is None or mathematics.read_answer(truth) is None:
       raise UserError(

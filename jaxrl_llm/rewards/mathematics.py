@@ -6,8 +6,9 @@ r"""Canonical forms of mathematical answers: numbers, lists, intervals, words.
 
 Forms can be compared and hashed, so that majorities can be counted.  Sets, and
 lists without brackets, are in any order; tuples are not.  Units, degree and
-per-cent signs do not count.  What is not understood is compared as text without
-spaces.  Nothing is evaluated and every size is bounded, as in `expressions`.
+per-cent signs do not count, nor does what follows the letter of a choice, as in
+`\textbf{(C)}\ 5`.  What is not understood is compared as text without spaces.
+Nothing is evaluated and every size is bounded, as in `expressions`.
 """
 
 import re
@@ -23,17 +24,20 @@ _MOST_PARTS = 32  # of a list; longer ones are text
 _MEANINGS = {
   **dict.fromkeys(['dfrac', 'tfrac', 'cfrac'], '\\frac'),
   **dict.fromkeys(['left', 'right', 'big', 'Big', 'displaystyle'], ''),
+  **dict.fromkeys(['boldsymbol', 'bm', 'bf', 'rm', 'underline'], ' '),
   **dict.fromkeys(['quad', 'qquad'], ' '),
   **dict.fromkeys(['le', 'leq', 'leqslant'], '≤'),
   **dict.fromkeys(['ge', 'geq', 'geqslant'], '≥'),
   **dict.fromkeys(['ne', 'neq'], '≠'),
   **dict.fromkeys(['cdot', 'times'], '*'),
   **dict.fromkeys(['circ', 'degree'], '°'),
+  **dict.fromkeys(['emptyset', 'varnothing'], '∅'),
+  **dict(langle='(', rangle=')'),
   **dict(div='/', lt='<', gt='>', cup='∪', pm='±', approx='≈'),
   **{'in': '∈', 'lbrace': '⦃', 'rbrace': '⦄', '{': '⦃', '}': '⦄', '\\': '⏎'},
 }
 _CHARACTERS = str.maketrans(
-  {'−': '-', '–': '-', '×': '*', '·': '*', '÷': '/', '\u00a0': ' ', '~': ' '}
+  {'−': '-', '–': '-', '×': '*', '·': '*', '÷': '/'}
   | {'π': '\\pi ', '∞': '\\infty ', '√': '\\sqrt '}
 )
 _COMMAND = re.compile(r'\\([A-Za-z]+|.)', re.DOTALL)
@@ -41,16 +45,28 @@ _WORDS_IN_LATEX = re.compile(
   r'\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|operatorname)\s*'
   r'\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?'
 )
-_MATRIX = re.compile(r'\\(begin|end)\s*\{[pb]?matrix\}')
-_LAYOUT = re.compile(r'\s*\\!\s*|\\?[$%]|\\phantom\s*(?:\{[^{}]*\}|.)')
-_DEGREE = re.compile(r'\^\s*\{?\s*°\s*\}?|°')
+_MATRIX = re.compile(
+  r'\\(begin|end)\s*\{(?:[pb]?matrix|array)\}(?:(?<=y\})\s*\{[clr|\s]*\})?'
+)
+_LAYOUT = re.compile(
+  r'\s*\\!\s*|\\phantom\s*(?:\{[^{}]*\}|.)|\\(?:text)?color\s*\{\w*\}'
+  r'|(?<=\\\\)\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]'
+)
+# Spaces, which keep the digits around it apart.
+_MONEY = re.compile(r'\\?[$%]')
+_DEGREE = re.compile(r'(?:\^\s*\{?\s*°\s*\}?|°)(\s*\d)?')
+# \textbf{(C)}\ 5, of which the letter is the answer.
+_CHOICE = re.compile(
+  r'\\(?:text(?:bf|rm)?|math(?:rm|bf))\s*\{\s*\(([A-E])\)\s*\}'
+  r'(?:[-\w{}^./ ]|\\(?:[dt]?frac|sqrt|pi)\b)*\d[\w{}^./ ]*'
+)
 _PLAIN_COMMAND = re.compile(r'(?<![\\A-Za-z])(pi|sqrt|infty)(?![A-Za-z])')
 _CONJUNCTION = re.compile(r'\b(?:and|or)\b')
 _THOUSANDS = re.compile(r'(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])')
 # Not xy, which is a product.
 _WORDS = re.compile(r'(?=.*(?:[A-Za-z]{3}|[A-Z]{2}))[A-Za-z]+(?: +[A-Za-z]+)*')
 _UNIT = re.compile(
-  r'(?<=[\w})\]])((?:\s+(?:[A-Za-z]{3,}|cm|mm|km|ft|kg|sq)\.?){1,4})'
+  r'(?<=[\w})\]])((?:\s+[A-Za-z]{2,}\.?){1,4})'
   r'(?:\s*\^\s*\{?\d\}?)?$'
 )
 # What may stand before "=" without being a part of the answer: a letter, a
@@ -108,11 +124,13 @@ def marked_text(text: str) -> str | None:
 
 def _cleaned(text: str) -> str:
   """The text with one notation for what has several."""
-  text = _LAYOUT.sub('', text.translate(_CHARACTERS))
+  text = answers.with_spaces(text).translate(_CHARACTERS)
+  text = _MONEY.sub('  ', _LAYOUT.sub('', text)).strip()
+  text = _CHOICE.sub(r'\1', text) if _CHOICE.fullmatch(text) else text
   text = _MATRIX.sub(lambda m: '⟦' if m[1] == 'begin' else '⟧', text)
   text = _WORDS_IN_LATEX.sub(_words, text)
   text = _COMMAND.sub(_meaning, text)
-  text = _DEGREE.sub('', text)
+  text = _DEGREE.sub(lambda m: '°' + m[1] if m[1] else '', text)
   text = _CONJUNCTION.sub(',', text)
   text = _PLAIN_COMMAND.sub(r'\\\1', text)
   if not any(mark in text for mark in '([⦃⟦'):
@@ -124,7 +142,8 @@ def _words(match: re.Match) -> str:
   r"""What `\text{…}` stands for: nothing where it is a unit."""
   words, before = match[1].strip(), match.string[: match.start()].rstrip()
   after_value = before[-1:].isalnum() or before[-1:] in tuple('})]')
-  if after_value and re.fullmatch(r'[A-Za-z/. ]+', words):
+  if after_value and re.fullmatch(r'[A-Za-z/. ]+|\([A-Za-z/. ]+\)', words):
+    words = words.strip('()')
     clock = words.lower().replace('.', '') in ('am', 'pm')
     if answers.is_unit(words) and not clock:
       return ' '
@@ -202,7 +221,9 @@ def _read_value(text: str, depth: int) -> Hashable:
     return 'matrix', tuple(cells)
   if kind == '⦃⦄':
     value = read(inner)
-    return ('text', kind) if value is None else value
+    return ('text', '∅') if value is None else value
+  if kind == '{}':
+    return read(inner)
   parts = _split(inner, ',;')[::2]
   if len(parts) > 1:
     return kind, tuple(map(read, parts))
@@ -256,8 +277,8 @@ def _split(text: str, separators: str) -> list[str] | None:
 
 
 def _in_one_bracket(text: str) -> bool:
-  """Whether the first bracket is no group of LaTeX and closes at the end."""
-  if text[:1] not in tuple('([⦃⟦'):
+  """Whether the first bracket closes at the end."""
+  if text[:1] not in tuple(_CLOSING):
     return False
   depth = 0
   for i, character in enumerate(text):

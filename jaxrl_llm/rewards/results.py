@@ -12,7 +12,8 @@ def as_list(name: str, result: Any, count: int) -> list:
 
   Args:
     name: of the function, for the message.
-    result: what it returned; lists, tuples and arrays [count] will do.
+    result: what it returned; lists, tuples and arrays [count] will do.  What
+      an array masks is None.
     count: of the completions.
 
   Raises:
@@ -21,7 +22,7 @@ def as_list(name: str, result: Any, count: int) -> list:
   if hasattr(result, '__array__'):
     import numpy as np  # Late: worker processes start faster without it.
 
-    result = np.asarray(result)
+    result = np.asanyarray(result)  # A mask stays.
     kind = f'an array of shape {result.shape}'
     values = result.tolist() if result.ndim == 1 else None
   else:
@@ -50,10 +51,10 @@ def as_float(value: Any) -> float:
   Raises:
     ValueError: it is no real number, or neither finite nor at most `LARGEST`.
   """
+  if getattr(value, 'shape', None) == () and hasattr(value, 'tolist'):
+    value = value.tolist()  # A scalar of NumPy or JAX; None if it is masked.
   if value is None:
     return math.nan
-  if getattr(value, 'shape', None) == () and hasattr(value, 'item'):
-    value = value.item()  # A scalar of NumPy or JAX.
   number = math.nan
   if isinstance(value, numbers.Real):
     try:

@@ -36,9 +36,9 @@ disk with many files of permitted size, which take their time to remove.  Nor is
 the verdict proof against an attacker: tests run in the program's process.  The
 early ways out (`os._exit`, `SystemExit`, a printed or forged word of success),
 built-in functions or `__main__` replaced, and results that claim to equal
-everything fail; a program that searches its own process for the harness or
-speaks its protocol, or that replaces functions of a module that the tests
-import, can still pass.
+everything fail; what methods return and attributes hold is not checked, and a
+program that searches its own process for the harness, speaks its protocol, or
+replaces parts of a module that the tests or harness import can still pass.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import environment
+from jaxrl_llm.rewards import environment, waiting
 from jaxrl_llm.rewards.arguments import Parameters
 
 # Bytes of a line that a worker may send; anything longer is no reply.
@@ -61,8 +61,7 @@ class WorkerProcess:
   Used by one thread at a time, except for `terminate`.
 
   Args:
-    spec: as `worker` reads it, but for 'pythonpath', which is added, and with
-      'environment': the variables that are kept besides the usual ones.
+    spec: as `worker` reads it, but for 'pythonpath', which is added.
     folder: in which it works.
 
   Attributes:
@@ -81,7 +80,6 @@ class WorkerProcess:
     kept = environment.scrubbed(os.environ, spec['environment'])
     # Not on the command line, which all users of the machine can read.
     sent = {**spec, 'pythonpath': os.environ.get('PYTHONPATH')}
-    del sent['environment']
     self._unsent = json.dumps(sent).encode() + b'\n'
     try:
       self._process = subprocess.Popen(
@@ -104,12 +102,14 @@ class WorkerProcess:
   def wait_ready(self, seconds: float) -> Ready:
     """Waits until the function is loaded.
 
+    What `waiting.checked` was given may end the wait.
+
     Raises:
       UserError: it cannot be, or not in time.
     """
     field, name = self._spec['field'], self._spec['name']
     try:
-      kind, content = json.loads(self._exchange(b'', seconds))
+      kind, content = json.loads(self._first_line(seconds))
     except TimeoutError as error:
       raise UserError(
         f'{field}: {name} does not load within {seconds:g} s'
@@ -175,6 +175,22 @@ class WorkerProcess:
       with contextlib.suppress(subprocess.TimeoutExpired):
         self._process.wait(_GRACE)
     self._process.stdout.close()
+
+  def _first_line(self, seconds: float) -> bytes:
+    """What the worker says of itself; raises as `_exchange` does."""
+    deadline, lines = time.monotonic() + seconds, []
+
+    def said(pause: float | None) -> bool:
+      left = deadline - time.monotonic()
+      try:
+        lines.append(self._exchange(b'', min(left, pause or left)))
+      except TimeoutError:
+        if time.monotonic() >= deadline:
+          raise
+      return bool(lines)
+
+    waiting.wait(said)
+    return lines[0]
 
   def _exchange(self, request: bytes, seconds: float) -> bytes:
     """Sends a line, if any, and gives the one that comes back.
