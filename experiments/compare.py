@@ -50,7 +50,7 @@ from experiments import (
 from jaxrl_llm import logging
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json, write_atomically
-from jaxrl_llm.run_folder import StopSignal
+from jaxrl_llm.stopping import StopSignal
 
 # What a comparison's configuration holds, and what a method brings to it.
 _FIELDS = {

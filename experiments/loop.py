@@ -23,7 +23,7 @@ from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.samples import from_record, read_samples, to_record
-from jaxrl_llm.run_folder import StopRequested
+from jaxrl_llm.stopping import StopRequested
 
 _MAX_SKIPPED = 3
 # Seconds that a process which fails waits for the others to fail too.

@@ -13,7 +13,7 @@ from experiments.course import Round
 from jaxrl_llm import rollouts, training
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.rewards.failures import Failures
-from jaxrl_llm.run_folder import StopSignal
+from jaxrl_llm.stopping import StopSignal
 
 
 class Result(NamedTuple):

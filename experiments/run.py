@@ -14,12 +14,8 @@ from jaxrl_llm import distributed, membership, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.progress import say
 from jaxrl_llm.rewards import waiting
-from jaxrl_llm.run_folder import (
-  RunFolder,
-  StopRequested,
-  StopSignal,
-  open_run,
-)
+from jaxrl_llm.run_folder import RunFolder, open_run
+from jaxrl_llm.stopping import StopRequested, StopSignal
 
 # What may differ when a run is resumed.
 _MUTABLE = frozenset({'steps', 'tokens', 'mesh', 'checkpoints', 'log.samples'})

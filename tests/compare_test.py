@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from experiments import build, checks, compare, memory, processes, runs
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging import read_metrics
-from jaxrl_llm.run_folder import StopSignal
+from jaxrl_llm.stopping import StopSignal
 
 TOKENS = 400
 CONFIGS = pathlib.Path(compare.__file__).parent / 'configs'

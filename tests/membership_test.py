@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_llm import distributed, membership
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_folder import StopRequested, StopSignal
+from jaxrl_llm.stopping import StopRequested, StopSignal
 
 SLURM = {
   'SLURM_JOB_ID': '7',

@@ -16,7 +16,7 @@ from jaxrl_llm import logging, pools, rollouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.policy import Decoding
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.run_folder import StopRequested
+from jaxrl_llm.stopping import StopRequested
 
 SCRIPTS = {'rest_em': rest_em, 'dpo': preference, 'sft': sft}
 

@@ -9,7 +9,7 @@ import pytest
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart, Workers, start, waiting
 from jaxrl_llm.rewards.code import code_tests
-from jaxrl_llm.run_folder import StopRequested
+from jaxrl_llm.stopping import StopRequested
 
 # Seconds: what is asked ten times a second, on a machine that is busy.
 SOON = 10.0

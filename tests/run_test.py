@@ -14,7 +14,7 @@ from experiments.course import Round
 from experiments.phase import Evaluation, Result, Script
 from jaxrl_llm import estimators, training
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_folder import StopRequested
+from jaxrl_llm.stopping import StopRequested
 
 
 class Doubling:
