@@ -96,21 +96,25 @@ class Run:
     self._metrics = self._samples = self._progress = logging.Silent()
     self._watch = logging.Silent()
     if distributed.is_main() and not silent:
-      self._metrics = files.enter_context(
-        logging.MetricsWriter(self._folder, written)
-      )
-      records = logging.read_metrics(self._folder / 'metrics.jsonl')
-      self._watch = logging.Watch(
-        self._folder, [each for each in records if self._is_main(each['step'])]
-      )
-      self._samples = files.enter_context(
-        logging.SampleLog(self._folder, written)
-      )
-      self._progress = files.enter_context(
-        logging.Progress(self.course.total, self.course.step)
-      )
+      self._open_records(files, written)
     mended = [] if silent else self._reference.mend()
     self._describe(found, restored, mended)
+
+  def _open_records(self, files, written: int | None) -> None:
+    """Opens what is recorded and shown, which is kept up to a step."""
+    self._metrics = files.enter_context(
+      logging.MetricsWriter(self._folder, written)
+    )
+    records = logging.read_metrics(self._folder / 'metrics.jsonl')
+    self._watch = logging.Watch(
+      self._folder, [each for each in records if self._is_main(each['step'])]
+    )
+    self._samples = files.enter_context(
+      logging.SampleLog(self._folder, written)
+    )
+    self._progress = files.enter_context(
+      logging.Progress(self.course.total, self.course.step)
+    )
 
   def train(self) -> None:
     """Runs what is left of the run; saves also when it is cut short."""
@@ -142,8 +146,6 @@ class Run:
     except UserError as error:
       # What that save wrote is cleared: there may be room for another one.
       failed = error
-    # The main phase may have begun with a state of another kind, of which
-    # nothing is learned yet: the end of the warm start is what counts.
     # One process alone cannot save: what it failed at the others may not.
     if (failed or not self._saved) and distributed.all_come(
       'the end', _FAIL_TOGETHER
@@ -238,6 +240,9 @@ class Run:
   def _begin_main(self) -> None:
     """Fixes what the main phase starts from: its state, a reference."""
     if self.course.first:
+      # A state of another kind, which is no checkpoint of this step: if the
+      # save of the warm start's end has failed, it must not be tried with this.
+      self._keep.wait()
       self.state = self._main.begin(self.state.trainable['policy'])
     if self._main.keeps_reference:
       policy = self.state.trainable['policy']

@@ -53,11 +53,13 @@ class Writing(boundaries_test.Reading):
 
 
 def train(
-  workdir, in_step=None, in_evaluation=None, every=2, phase=Writing
+  workdir, in_step=None, in_evaluation=None, every=2, phase=Writing, warm=0
 ) -> int:
   """Trains to the end, or to what cuts it short; gives the status."""
   config = boundaries_test.configuration(PROMPTS).lock()
   config.checkpoints.every = every
+  config.warm_start.update(steps=warm, batch=2)
+  config.warm_start.optimizer.warmup_updates = 0
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Writing, 'interrupts', in_step or {})
     patch.setattr(Writing, 'in_evaluation', in_evaluation or {})
@@ -137,28 +139,55 @@ def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
   assert left(workdir) == left(whole)
 
 
-def test_a_stop_is_saved_although_the_save_before_has_failed(
-  whole, tmp_path, monkeypatch
-):
-  workdir, start = tmp_path / 'run', orbax_io.start_save
+def fail_unseen(patch, name: str) -> None:
+  """The first save of a step fails, and nobody looks at it."""
+  start, names = orbax_io.start_save, [name]
 
   class Full:
     def result(self):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def start_save(path, *args):
-    return Full() if path.name == '00000004' else start(path, *args)
+    if path.name in names:
+      names.remove(path.name)
+      return Full()
+    return start(path, *args)
 
+  patch.setattr(orbax_io, 'start_save', start_save)
+  patch.setattr(checkpoints, '_AFTERMATH', 0.0)
+  patch.setattr(loop.Checkpoints, 'poll', lambda self: None)
+
+
+def test_a_stop_is_saved_although_the_save_before_has_failed(
+  whole, tmp_path, monkeypatch
+):
+  workdir = tmp_path / 'run'
   with monkeypatch.context() as patch:
-    patch.setattr(orbax_io, 'start_save', start_save)
-    patch.setattr(checkpoints, '_AFTERMATH', 0.0)
-    # Nobody has looked at the save that failed when the signal comes.
-    patch.setattr(loop.Checkpoints, 'poll', lambda self: None)
+    fail_unseen(patch, '00000004')
     stop = {5: lambda: os.kill(os.getpid(), signal.SIGTERM)}
     assert train(workdir, in_step=stop) == 143
   assert newest(workdir)['step'] == 5
   assert train(workdir) == 0
   assert left(workdir) == left(whole)
+
+
+@pytest.mark.slow
+def test_a_main_phase_that_has_begun_is_no_checkpoint_of_the_warm_start(
+  tmp_path, monkeypatch
+):
+  """The save of the warm start's end has failed, and then the first step."""
+  workdir = tmp_path / 'run'
+
+  def fails():
+    raise UserError('a reward is NaN')
+
+  with monkeypatch.context() as patch:
+    fail_unseen(patch, '00000001')
+    with pytest.raises(UserError, match='Saving checkpoint step 1'):
+      train(workdir, in_step={1: fails}, warm=1)
+  with pytest.raises(UserError, match='a reward is NaN'):
+    train(workdir, in_step={1: fails}, warm=1)
+  assert newest(workdir)['step'] == 1
 
 
 def test_a_run_whose_folder_is_taken_over_leaves_it_alone(tmp_path):
