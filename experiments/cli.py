@@ -180,7 +180,7 @@ def _parse(arguments: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(arguments)
     for name in _PATHS:
-      if name in flags.FLAGS and flags.FLAGS[name].value == '':
+      if name in flags.FLAGS and _is_empty(flags.FLAGS[name]):
         _fail(f'--{name} is empty\nis a variable not set that it is made of?')
     return rest
   except flags.UnrecognizedFlagError as error:
@@ -213,6 +213,10 @@ def _parse(arguments: list[str]) -> list[str]:
     if isinstance(error, TypeError | ValueError):
       _fail(f'--config: {_described(error)}')
     raise
+
+
+def _is_empty(flag: flags.Flag) -> bool:
+  return bool(flag.present) and flag.value == ''
 
 
 def _config_path(arguments: list[str]) -> pathlib.Path | None:

@@ -90,7 +90,9 @@ class Progress:
       if self._bar is not None:
         self._bar.clear()
       for renderable in renderables:
-        console.print(renderable, markup=False)
+        # Rich would break lines at 80 characters, and paths in their middle.
+        whole = isinstance(renderable, str)
+        console.print(renderable, markup=False, soft_wrap=whole)
       if self._bar is not None:
         self._bar.refresh()
 
