@@ -31,7 +31,13 @@ def minibatches(tree: Any, count: int, key: Array) -> Iterator[Any]:
     return
   order = jax.random.permutation(key, prompts).reshape(count, -1)
   for rows in order:
-    yield jax.tree.map(lambda x, rows=rows: x[rows], tree)
+    yield _take(tree, rows)
+
+
+# One program: of several processes each array's own would be a meeting of all.
+@jax.jit
+def _take(tree: Any, rows: Array) -> Any:
+  return jax.tree.map(lambda x: x[rows], tree)
 
 
 def split_prompts(tree: Any, micro_prompts: int) -> Any:
