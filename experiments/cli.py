@@ -128,7 +128,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _fail(no_backend(error))
       if distributed.count() == 1:
         raise
-      if isinstance(error, jax.errors.JaxRuntimeError):
+      if _is_of_runtime(error):
         membership.wait_for_loss()
       membership.fail(1, traceback.print_exc)
 
@@ -141,6 +141,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     app.run(guarded, flags_parser=_parse)
   except BrokenPipeError:  # of --help
     sys.exit(_leave_output())
+
+
+def _is_of_runtime(error: Exception) -> bool:
+  """Whether XLA failed, as a collective does when a process is lost.
+
+  Called from C++, an error of an unknown kind is a ValueError.
+  """
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return True
+  return isinstance(error, ValueError) and str(error).startswith('UNKNOWN: ')
 
 
 def starting_backend(error: Exception) -> bool:

@@ -11,6 +11,7 @@ import jax
 import pytest
 import scripts
 
+from experiments import cli
 from jaxrl_llm.models import pretrained, transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.tasks import arithmetic, vocabulary
@@ -277,6 +278,14 @@ def test_nobody_reads_what_is_printed(arguments):
   ended = command(f'experiments.{name}', *rest, stdout=write)
   os.close(write)
   assert ended.stderr == '' and ended.returncode == 128 + signal.SIGPIPE
+
+
+def test_errors_of_collectives_are_told_from_others():
+  """Behind a jitted function those of gloo are no JaxRuntimeError."""
+  lost = 'UNKNOWN: Gloo AllGather failed: Connection reset by peer'
+  assert cli._is_of_runtime(ValueError(lost))
+  assert cli._is_of_runtime(jax.errors.JaxRuntimeError(lost))
+  assert not cli._is_of_runtime(ValueError('shapes differ'))
 
 
 def test_the_command_itself(tmp_path):

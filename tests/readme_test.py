@@ -15,7 +15,11 @@ PAGES = [README, *(p.read_text() for p in sorted((ROOT / 'docs').glob('*.md')))]
 INSTALL, TEST = re.findall(r'```bash\n(pip install -e .*)\n```', README)
 
 # Few steps of the first command: what is tried is that it begins and ends.
-SHORT = '--config.steps=2 --config.warm_start.steps=2 --workdir=runs/short'
+SHORT = (
+  '--config.steps=2 --config.optimizer.warmup_updates=0 '
+  '--config.warm_start.steps=2 --config.warm_start.optimizer.warmup_updates=0 '
+  '--workdir=runs/short'
+)
 
 
 def test_the_two_commands():

@@ -190,13 +190,10 @@ def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
   config = scripts.write_config(tmp_path / 'config', text, body)
   workdir, reward = tmp_path / 'run', config.with_name('reward.py')
 
-  def processes():
-    found = [path / 'cmdline' for path in pathlib.Path('/proc').glob('[0-9]*')]
-    return [p for p in found if str(reward).encode() in contents(p)]
-
   script = start(workdir, config, *FLAGS)
   scripts.wait_until(reward.with_name('reward.py.hangs').exists, script)
-  assert processes()
+  workers = descendants(script.pid)
+  assert workers
   time.sleep(5.0)  # The device is told all it has to do.
   began = time.monotonic()
   script.signal(signal.SIGTERM)
@@ -207,14 +204,26 @@ def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
   assert time.monotonic() - began < 20.0
   assert scripts.steps_written(workdir) == records
   assert os.listdir(workdir / 'checkpoints') == ['00000000']
-  assert not processes()
+  assert not [pid for pid in workers if parent_of(pid)]
 
 
-def contents(path) -> bytes:
+def descendants(pid: int) -> set[int]:
+  """Numbers of the processes that come of one, however far."""
+  listed = [int(p.name) for p in pathlib.Path('/proc').glob('[0-9]*')]
+  parents, found = {each: parent_of(each) for each in listed}, {pid}
+  while more := {each for each in listed if parents[each] in found} - found:
+    found |= more
+  return found - {pid}
+
+
+def parent_of(pid: int) -> int | None:
+  """None of a process that has ended."""
   try:
-    return path.read_bytes()
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
   except OSError:
-    return b''  # The process has ended.
+    return None
+  state, parent = stat.rpartition(')')[2].split()[:2]
+  return None if state == 'Z' else int(parent)
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ class ModelConfig:
     remat: recompute each layer in the backward pass instead of storing it.
     unroll: layers per step of the scan of training and scoring, as of
       `jax.lax.scan`: with all of them nothing is stacked or picked out of a
-      stack, and every layer is compiled.
+      stack, and every layer is compiled.  Then `remat` saves little on CPU,
+      where XLA computes early what it can.
     attention: one of `ATTENTION`: which kernel training and scoring use;
       'auto' is that of the platform (`kernels.choose`).
     family: the checkpoint format, one of `FAMILIES`.
