@@ -190,6 +190,7 @@ def test_no_branch_at_all(model):
   assert found.tokens == 0 and found.statistics['branches/forks'] == 0
 
 
+@pytest.mark.slow
 def test_branches_that_train_are_rows(model):
   estimator = est.trepo_tree(COUNT, SAMPLES, RULES['fixed'])
   responses, found, own, rows = sampled(model, estimator)

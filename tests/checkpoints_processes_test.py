@@ -147,6 +147,7 @@ def damage_newest(folder):
   distributed.barrier('the damage')
 
 
+@pytest.mark.slow
 def test_two_processes_to_one(tmp_path):
   peers.run(two_processes, tmp_path, count=2, devices=4)
   with Checkpoints(tmp_path) as checkpoints:

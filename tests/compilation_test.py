@@ -61,6 +61,7 @@ def test_a_c_library_without_trimming_is_left_alone(monkeypatch):
   compilation.give_back_memory.__wrapped__()
 
 
+@pytest.mark.slow
 def test_a_run_compiles_at_its_beginnings_alone():
   """Warm start, first checkpoint, first evaluation, first step of RL."""
   records = read_metrics(scripts.undisturbed() / 'timings.jsonl')

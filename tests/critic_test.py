@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_models
 import toys
+from selection import mostly_slow
 
 from jaxrl_llm import critic
 from jaxrl_llm.errors import UserError
@@ -48,7 +49,7 @@ def read_folder(folder):
   return config, *pretrained.load_trunk(folder, config)
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+@pytest.mark.parametrize('name', mostly_slow(['llama', 'gpt2'], 'llama'))
 def test_values_are_the_scores_of_a_reward_model(name, tmp_path):
   """Index t is the model's own score of the prompt and the first t tokens."""
   torch = pytest.importorskip('torch')

@@ -47,6 +47,7 @@ def told(ended) -> str:
   return message
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit(tmp_path):
   """A limit on the size of files stands for a full disk."""
   workdir, after = tmp_path / 'run', scripts.WARM + 12

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import toys
+from selection import mostly_slow
 
 from experiments import build, held_out
 from experiments.configs import base
@@ -64,7 +65,7 @@ def reference(params):
 
 
 @pytest.mark.parametrize('batch', [pytest.param(5, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize('micro_prompts', [1, 2, 5, 99])
+@pytest.mark.parametrize('micro_prompts', mostly_slow([1, 2, 5, 99], 2, 99))
 def test_kl_is_scored_in_parts(micro_prompts, batch, monkeypatch):
   _, params = toys.make_policy('llama')
   score, sizes = rollouts.score_tokens, []

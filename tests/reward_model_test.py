@@ -78,6 +78,7 @@ def a_batch(lengths, rewards, width=4):
   return est.reward_model().prepare(rollouts)
 
 
+@pytest.mark.slow
 def test_training_reads_the_score_that_scoring_gives():
   """The loss of an update is that of the margins of `score`."""
   config, params = a_model()

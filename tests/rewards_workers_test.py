@@ -136,6 +136,7 @@ def test_a_spare_process_serves_while_a_sample_hangs():
     assert first.done()
 
 
+@pytest.mark.slow
 def test_spares_are_no_more_than_said_and_end(marked):
   def processes():
     """Those that this one has started itself: one for each worker."""

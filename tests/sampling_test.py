@@ -247,6 +247,7 @@ def greedy(config, params, prompts):
   )
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_plain_passes():
   config, params = toys.make_policy()
   prompts = toys.make_prompts([4, 1])
@@ -260,6 +261,7 @@ def test_greedy_is_the_argmax_of_plain_passes():
   np.testing.assert_allclose(samples.log_probs[mask], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_neither_width_nor_company_changes_greedy_output():
   config, params = toys.make_policy()
   prompts = toys.make_prompts([4, 1, 2], width=9)

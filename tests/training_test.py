@@ -336,6 +336,7 @@ def test_a_shared_trunk_learns_the_value_as_well(gradients):
   assert_close(both['policy'], expected)
 
 
+@pytest.mark.slow
 def test_norms_of_both_gradients_are_reported():
   """And what is not finite in one part skips the update of both."""
   trainable, prompts, batch = bigram_case(est.ppo())
@@ -364,6 +365,7 @@ def test_norms_of_both_gradients_are_reported():
   assert_equal(state.trainable, before)
 
 
+@pytest.mark.slow
 def test_schedules():
   values = lambda *args: [
     float(training.schedule(*args)(step)) for step in range(13)

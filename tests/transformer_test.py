@@ -121,6 +121,7 @@ def params():
   return transformer.init(make_config(), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_several_tokens_per_decoding_step(params):
   config = make_config(window=4)
   tokens = random_tokens(2, 9) % 11
