@@ -78,7 +78,8 @@ def test_eight_devices_of_several_processes(tmp_path, count, devices):
   processes = start(workdir, *mesh, count=count, devices=devices)
   first, *others = (process.wait() for process in processes)
   assert first.code == 0, first.err
-  assert all(other.code == 0 and quiet(other) for other in others)
+  for other in others:
+    assert other.code == 0 and quiet(other), other
   assert assert_like_one_process(workdir) == scripts.TOTAL
 
 
