@@ -122,6 +122,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       membership.fail(128 + signal.SIGINT)
       return 128 + signal.SIGINT
     except BrokenPipeError:
+      if not _output_is_closed():  # It is of another pipe.
+        raise
       return _leave_output()
     except Exception as error:
       if starting_backend(error):
@@ -173,6 +175,15 @@ def no_backend(error: Exception) -> str:
     "pip install -e '.[cuda13]', '.[cuda12]' or '.[tpu]', or unset "
     'JAX_PLATFORMS'
   )
+
+
+def _output_is_closed() -> bool:
+  """Whether what is left to print finds no reader."""
+  try:
+    sys.stdout.flush()
+  except BrokenPipeError:
+    return True
+  return False
 
 
 def _leave_output() -> int:
