@@ -49,6 +49,7 @@ from jaxrl_llm import reward_model as reward_model_lib
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.files import write_atomically
+from jaxrl_llm.logging.records import cannot_write
 from jaxrl_llm.models import pretrained
 from jaxrl_llm.rollouts import to_prompts
 from jaxrl_llm.tasks import pairs as pairs_lib
@@ -286,10 +287,7 @@ def _write(path: pathlib.Path, text: str) -> None:
   try:
     write_atomically(path, text)
   except OSError as error:
-    raise UserError(
-      f'{path} cannot be written: {error.strerror}\n'
-      'make room or mend the disk, then resume'
-    ) from error
+    raise cannot_write(path, error.strerror) from error
 
 
 def _plot(path: pathlib.Path, found: calibration.Calibration) -> None:
