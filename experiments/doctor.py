@@ -2,10 +2,11 @@
 
     python -m experiments.doctor [--workdir=RUN]
 
-Versions, memory, settings and devices; then a model of some 10,000 parameters
-samples, scores what it sampled and takes one update, in float32, and a
-checkpoint is written and read back.  Status 0 if all of that is right, else 1.
-With a run's folder: also how that run is (`health.log`).
+Versions, memory, settings and devices; a sum over many rows, which jax 0.10.2
+compiled wrongly on CPU; then a model of some 10,000 parameters samples, scores
+what it sampled and takes one update, in float32, and a checkpoint is written
+and read back.  Status 0 if all of that is right, else 1.  With a run's folder:
+also how that run is (`health.log`).
 """
 
 import contextlib
@@ -150,10 +151,33 @@ def check() -> dict[str, Callable[[], str]]:
 
   return {
     'devices': _devices,
+    'compiler': compiler,
     'sampler = scorer': lambda: _same(config, *made(), sampled()),
     'update': lambda: _update(config, *made(), sampled()),
     'checkpoint': lambda: _round_trip(made()[0]),
   }
+
+
+def compiler() -> str:
+  """Checks a jitted `vmap` over 32,769 float32 rows, row i = (i, 0, 0).
+
+  jax 0.10.2 returns 1065369600 for the last row's square norm on CPU, not
+  32,768² (jax issue 39103).
+
+  Raises:
+    UserError: a row is wrong.
+  """
+  rows = jnp.zeros((32_769, 3)).at[:, 0].set(jnp.arange(32_769))
+  norm = lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)
+  found = np.asarray(jax.jit(lambda rows: jax.vmap(norm)(rows))(rows))
+  expected = np.arange(32_769, dtype=np.float32) ** 2
+  wrong = int((np.abs(found - expected) > 1e-4 * expected).sum())
+  if wrong:
+    raise UserError(
+      f'{wrong:,} of 32,769 rows are wrong, as with jax 0.10.2 on CPU\n'
+      "install a sound jax: pip install -e '.'"
+    )
+  return 'rows of a jitted vmap are right'
 
 
 def _same(config, params, prompts, samples) -> str:

@@ -6,6 +6,7 @@ options, JAX's version and the kind of device.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -14,6 +15,7 @@ import tempfile
 import zlib
 
 import jax
+from jaxlib import utils
 
 # Bytes that the folder may hold when a process begins.
 LIMIT = 1 << 30
@@ -26,6 +28,7 @@ _THRESHOLDS = {
 ENTRIES = '*-cache'  # as JAX names the files of programs
 _CHECKED = 'checked'  # its time is that of the last look at new entries
 _ZLIB = b'\x78'  # the first byte of what zlib compressed
+_REQUEST = '/jax/compilation_cache/compile_requests_use_cache'
 
 
 def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
@@ -46,6 +49,8 @@ def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
   Returns:
     Why there is none, in one line, where the folder cannot be used; else None.
   """
+  if jax.__version__.startswith('0.10.'):
+    quiet_loader()
   for name, value in _THRESHOLDS.items():
     if name.upper() not in os.environ:
       jax.config.update(name, value)
@@ -71,6 +76,24 @@ def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
   jax.config.update('jax_compilation_cache_max_size', -1)
   jax.config.update('jax_compilation_cache_dir', str(folder))
   return None
+
+
+@functools.cache
+def quiet_loader() -> None:
+  """Silences an error that jaxlib 0.10 logs for each program it reads on CPU.
+
+  It warns of SIGILL because the program was compiled for the feature
+  "prefer-no-gather", which the host lacks.  That is a preference of LLVM, not
+  an instruction; real features are part of the folder's name.  With a GPU or
+  TPU as default backend nothing is silenced.
+  """
+
+  def listen(event: str, **kwargs) -> None:
+    del kwargs
+    if event == _REQUEST and jax.default_backend() == 'cpu':
+      utils.absl_set_min_log_level(3)  # The next one above errors: fatal ones.
+
+  jax.monitoring.register_event_listener(listen)
 
 
 def leave() -> None:

@@ -36,6 +36,7 @@ def start(home, **variables):
   return subprocess.Popen(
     [sys.executable, '-c', PROGRAM],
     stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     env=taken
     | {'XDG_CACHE_HOME': str(home), 'JAX_PLATFORMS': 'cpu'}
     | variables,
@@ -43,8 +44,9 @@ def start(home, **variables):
 
 
 def ended(process):
-  out, _ = process.communicate()
+  out, err = process.communicate()
   assert process.returncode == 0
+  assert err == b'', 'such as jaxlib 0.10 logs for each program that it reads'
   return json.loads(out)
 
 

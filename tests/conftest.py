@@ -11,6 +11,7 @@ import jax
 import pytest
 import scripts
 
+from jaxrl_llm import compilation_cache
 from jaxrl_llm.rewards import Workers, containment
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -18,13 +19,14 @@ jax.config.update('jax_platforms', 'cpu')
 # Compiling takes most of the time of models as small as the tests'.  What is
 # measured as users run it asks for `optimized`.
 jax.config.update('jax_disable_most_optimizations', True)
-# XLA reads it when the first program is compiled.  Without optimisation its
-# older emitters of fused loops take a quarter of the time, and small programs
-# in one piece instead of up to 32 three quarters of that.
-os.environ['XLA_FLAGS'] = (
-  f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false '
-  '--xla_cpu_parallel_codegen_split_count=1'
-)
+# XLA reads it when the first program is compiled.  Small programs in one piece
+# instead of up to 32 take three quarters of the time, and without optimisation
+# the older emitters of fused loops, which jax 0.12 lacks, a quarter of that.
+_XLA = ['--xla_cpu_parallel_codegen_split_count=1']
+if jax.__version_info__ < (0, 11):
+  _XLA.append('--xla_cpu_use_fusion_emitters=false')
+  compilation_cache.quiet_loader()
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_XLA])
 
 # As scripts do: tests trace even more programs.
 gc.set_threshold(50_000, 10, 10)

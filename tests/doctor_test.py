@@ -29,6 +29,7 @@ def test_a_sound_installation(capsys):
   assert doctor.report() == 0
   assert attempts(capsys.readouterr().out) == [
     ('ok', 'devices'),
+    ('ok', 'compiler'),
     ('ok', 'sampler = scorer'),
     ('ok', 'update'),
     ('ok', 'checkpoint'),
@@ -47,6 +48,7 @@ def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
   said = capsys.readouterr().out
   assert attempts(said) == [
     ('ok', 'devices'),
+    ('ok', 'compiler'),
     ('FAILED', 'sampler = scorer'),
     ('FAILED', 'update'),
     ('ok', 'checkpoint'),
@@ -73,6 +75,7 @@ def test_a_sampler_that_is_off_is_told(monkeypatch, capsys):
   said = capsys.readouterr().out
   assert attempts(said) == [
     ('ok', 'devices'),
+    ('ok', 'compiler'),
     ('FAILED', 'sampler = scorer'),
     ('ok', 'update'),
     ('ok', 'checkpoint'),
