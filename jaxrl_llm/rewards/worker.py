@@ -16,7 +16,7 @@ The first line out is
   ["ready", {…}]         the fields of `worker_process.Ready`
 
 before which there is no request, and then, for every request
-[token, arguments], one reply [token, kind, x]:
+[number, arguments], one reply [number, kind, x]:
 
   "score"   x is a finite number or null
   "error"   x is a message: the function raised, or gave what is no score
@@ -103,12 +103,12 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   own = os.getpid()
   with open(requests, 'rb') as lines:
     for line in lines:
-      token, given = json.loads(line)
+      number, given = json.loads(line)
       _limit_cpu(spec['timeout'])
       reply = _score(spec['name'], function, given, hide)
       if os.getpid() != own:
         return 1  # The function has forked and come back twice.
-      _send(replies, [token, *reply])
+      _send(replies, [number, *reply])
   return 0
 
 
@@ -155,8 +155,7 @@ def _take_channel() -> tuple[int, int]:
 def _close_in_children(descriptors: list[int]) -> None:
   """Keeps the channel from processes that the function forks.
 
-  One that is left behind could read later requests, tokens and all, and answer
-  them.
+  One that is left behind could read later requests and answer them.
   """
 
   def close():
