@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import select
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import environment, waiting
+from jaxrl_llm.rewards import waiting
 from jaxrl_llm.rewards.arguments import Parameters
 
 _WROTE = 'wrote to the channel of its worker'
@@ -21,6 +22,18 @@ _WROTE = 'wrote to the channel of its worker'
 _MAX_LINE = 1 << 16
 # Seconds that a supervisor has to end with all that it watches.
 _GRACE = 5.0
+
+# Environment variables that a worker gets: what finds files and devices.  A
+# secret need not show in its name, so this lists what is kept.
+_KEPT = re.compile(
+  'HOME|LANG|LANGUAGE|LOGNAME|PATH|SHELL|TERM|TZ|USER|TE?MP|TMPDIR|VIRTUAL_ENV'
+  '|CONDA_PREFIX|GLIBC_TUNABLES|(DY)?LD_.*|(CUDA|JAX|LC|NVIDIA|XLA)_.*'
+  '|PYTHON[A-Z0-9]*|XDG_.*_HOME|(CURL|REQUESTS)_CA_BUNDLE|SSL_CERT_(DIR|FILE)'
+  '|(HF|JAVA|TORCH)_HOME|(HF_HUB|HF_DATASETS|TRANSFORMERS)_(CACHE|OFFLINE)'
+)
+# A worker computes on one core and leaves accelerators alone.
+_SET = {'JAX_PLATFORMS': 'cpu', 'MKL_NUM_THREADS': '1'}
+_SET |= {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 
 
 class Ready(NamedTuple):
@@ -76,7 +89,8 @@ class WorkerProcess:
     self._received = b''
     # What can be imported here can be imported there.
     path = os.pathsep.join(entry or folder for entry in sys.path)
-    kept = environment.scrubbed(os.environ, spec['environment'])
+    kept = {n: value for n, value in os.environ.items() if _KEPT.fullmatch(n)}
+    named = {n: os.environ[n] for n in spec['environment'] if n in os.environ}
     # Not on the command line, which all users of the machine can read.
     sent = {**spec, 'pythonpath': os.environ.get('PYTHONPATH')}
     self._unsent = json.dumps(sent).encode() + b'\n'
@@ -87,7 +101,7 @@ class WorkerProcess:
         stdout=subprocess.PIPE,
         bufsize=0,
         cwd=folder,
-        env={**kept, 'PYTHONPATH': path},
+        env=kept | _SET | named | {'PYTHONPATH': path},
         start_new_session=True,  # Ctrl-C is for the parent to decide on.
       )
     except OSError as error:

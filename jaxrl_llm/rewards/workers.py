@@ -9,6 +9,7 @@ is left where); a new process takes its place while the others go on.
 
 import functools
 import math
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
-from jaxrl_llm.rewards import environment as environment_lib
 from jaxrl_llm.rewards import learned, waiting
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.failures import FAILURES, Failures
@@ -53,10 +53,10 @@ class Workers:
   time-outs.  Scores that depend on a time-out are not reproducible.
 
   What the function prints is discarded.  Its process has the user's files and
-  network: it is killable, not a sandbox.  Of this process's environment it has
-  what `rewards.environment` keeps, in which there is no credential.  Processes
-  survive Ctrl-C and end with `close`, when the last reference is gone, and when
-  this process ends, however it does.
+  network: it is killable, not a sandbox.  It has the environment variables that
+  find files and devices, and those that `environment` names.  Processes survive
+  Ctrl-C and end with `close`, when the last reference is gone, and when this
+  process ends, however it does.
 
   Args:
     name: of a function or a factory of `rewards.functions` or `.code`, or
@@ -284,7 +284,15 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
       f"{field}: {spec['name']} computes on this process's devices\n"
       'leave out workers'
     )
-  environment_lib.check(spec['environment'], field)
+  named = spec['environment']
+  if not isinstance(named, list | tuple) or not all(
+    isinstance(name, str) and name in os.environ for name in named
+  ):
+    # Not shown: it may be the secret itself.
+    raise UserError(
+      f'{field}: environment is not a list of names of variables that are set\n'
+      "export them in the shell and write environment=('OPENAI_API_KEY',)"
+    )
   kinds = containment_lib.KINDS
   if spec['containment'] not in (None, *kinds):
     raise UserError(
