@@ -39,7 +39,7 @@ ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
 
 # What a reward in worker processes is given, besides what its factory takes.
-_LIMITS = ('workers', 'timeout', 'memory', 'spares', 'environment')
+_LIMITS = ('workers', 'timeout', 'memory', 'environment')
 
 # What a recipe raises for an argument that it cannot compute with.
 _WRONG = (ArithmeticError, TypeError, ValueError)

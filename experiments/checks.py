@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +13,7 @@ from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs
 from jaxrl_llm.models.config import ATTENTION, DTYPES
+from jaxrl_llm.run_folder import SECRET
 from jaxrl_llm.tasks import hints
 
 # The scripts of the algorithms that `train` does not train by.
@@ -132,6 +133,7 @@ def check_fields(config: ConfigDict) -> None:
   is missing would fail in the middle of a run.  Types are those of the
   defaults: JSON, which a run's configuration is read back from, has others.
   """
+  _check_secrets(config)
   fields, known = dict(leaves(config)), dict(leaves(base.get_config()))
   for name in fields:
     if name not in known:
@@ -160,6 +162,16 @@ def check_fields(config: ConfigDict) -> None:
   _check_numbers(config)
   _check_prompts(config.prompts)
   _check_hints(config.rollout)
+
+
+def _check_secrets(config: ConfigDict) -> None:
+  for name, value in leaves(config, free=()):
+    if value and isinstance(value, str) and SECRET.search(name):
+      raise UserError(
+        f"config.{name} looks like a secret, which the run's folder would keep"
+        '\nhave the function read a variable: with workers, '
+        "environment=('OPENAI_API_KEY',)\nif it is not a secret, rename it"
+      )
 
 
 def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
@@ -399,11 +411,13 @@ def _check_unset(
       )
 
 
-def leaves(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+def leaves(
+  config: ConfigDict, prefix: str = '', free: Container[str] = _FREE
+) -> Iterator[tuple[str, Any]]:
   """(dotted name, value) of every field; a free section is one field."""
   for key, value in config.items():
     name = prefix + key
-    if isinstance(value, ConfigDict) and name not in _FREE:
-      yield from leaves(value, f'{name}.')
+    if isinstance(value, ConfigDict) and name not in free:
+      yield from leaves(value, f'{name}.', free)
     else:
       yield name, value

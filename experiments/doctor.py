@@ -28,7 +28,6 @@ from absl import flags
 from experiments import cli
 from jaxrl_llm import (
   compilation_cache,
-  credentials,
   estimators,
   logging,
   policy,
@@ -64,9 +63,8 @@ def system() -> Iterator[str]:
   settings = [
     f'{name}={value}'
     for name, value in os.environ.items()
-    if _SETTING.fullmatch(name) and not credentials.is_name(name)
+    if _SETTING.fullmatch(name) and not run_folder.SECRET.search(name)
   ]
-  settings = credentials.masked(settings)
   yield f'settings: {", ".join(sorted(settings)) or "none"}'
 
 

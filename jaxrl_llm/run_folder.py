@@ -14,13 +14,14 @@ import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from jaxrl_llm import credentials, distributed
+from jaxrl_llm import distributed
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.files import as_json, write_atomically
 
@@ -35,11 +36,17 @@ _PACKAGES = (
   'numpy',
 )
 
+# Names whose values are not to be written down: api_key, HF_TOKEN, apiKey.
+SECRET = re.compile(
+  r'(?i)((api|access|private)_?key|passw(or)?d|secret|credentials|auth'
+  r'|authorization|(?<!eos_|pad_|end_)(?<!mask_|stop_)token)$'
+)
+
 
 def software() -> dict:
   """Versions, platform and command line; no environment variables.
 
-  In the command line '***' stands for credentials.
+  The command line is None if a flag's name is that of a secret.
   """
   versions = {'python': platform.python_version()}
   for package in _PACKAGES:
@@ -51,7 +58,9 @@ def software() -> dict:
     'versions': versions,
     'platform': platform.platform(),
     'machine': platform.machine(),
-    'command': credentials.masked(sys.argv),
+    'command': None
+    if any(SECRET.search(item.partition('=')[0]) for item in sys.argv)
+    else list(sys.argv),
   }
 
 
@@ -193,7 +202,7 @@ def open_run(
 
   Raises:
     UserError: the folder is in use, holds a run and `resume` is off, or holds
-      a run of another configuration; a setting is a credential.
+      a run of another configuration.
   """
   path, opened = pathlib.Path(workdir), []
 
@@ -207,7 +216,6 @@ def open_run(
 
 def _open(path, resume, config, allowed, code) -> RunFolder:
   config = as_json(config, 'configuration')
-  _refuse_credentials(path, config)
   lock, changed = None, []
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -243,20 +251,6 @@ def _unusable(path, error) -> UserError:
     f'The run folder {path} cannot be used: {error.strerror or error}.\n'
     'Make room or change its permissions, or name another --workdir.'
   )
-
-
-def _refuse_credentials(path, config):
-  # Whoever reads the run, on a shared disk or in a published folder, would have
-  # it.  Masked or hashed the value would be lost to a resume and an evaluation,
-  # which build the reward from this file, and a short one can be guessed.
-  name = credentials.find(config)
-  if name is not None:
-    raise UserError(
-      f'config.{name} looks like a credential, which {path / "config.json"} '
-      'would keep.\nHave the function read a variable of the environment; with '
-      "workers, name it:\nenvironment=('OPENAI_API_KEY',).  If it is none, "
-      'rename the setting.'
-    )
 
 
 def _take_lock(path):

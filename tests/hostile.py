@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 # Of the reward function, for `Workers`.
@@ -73,7 +74,32 @@ def _write(line):
 
 def _forge():
   for number in range(100):
-    _write(b'[%d, "score", 9.0]\n["%d", "score", 9.0]\n' % (number, number))
+    _write(b'[%d, "score", 9.0]\n' % number)
+  return [1.0]
+
+
+def _forge_reply_to(ahead, seconds=0.0):
+  """Writes a reply to this request or one after it, maybe some time later."""
+
+  def forge(number):
+    time.sleep(seconds)
+    _write(b'[%d, "score", 9.0]\n' % number)
+
+  thread = threading.Thread(target=forge, args=(score.calls + ahead,))
+  thread.start()
+  if not seconds:
+    thread.join()
+  return [1.0]
+
+
+def _write_a_line():
+  _write(b'5\n')
+  return [1.0]
+
+
+def _print_a_line():
+  print(f'[{score.calls + 1}, "score", 9.0]', flush=True)
+  os.write(1, b'5\n')
   return [1.0]
 
 
@@ -90,8 +116,8 @@ def _steal():
     for descriptor in range(3, 40):
       with contextlib.suppress(OSError, ValueError, IndexError):
         if select.select([descriptor], [], [], 0)[0]:
-          token = os.read(descriptor, 4096).split(b'"')[1]
-          _write(b'["%s", "score", 9.0]\n' % token)
+          number = os.read(descriptor, 4096).split(b',')[0][1:]
+          _write(b'[%s, "score", 9.0]\n' % number)
 
 
 def _write_without_end():
@@ -151,6 +177,11 @@ ACTIONS = {
   'close output': _close_output,
   'forge': _forge,
   'forge badly and sleep': _forge_badly_and_sleep,
+  'forge this': lambda: _forge_reply_to(0),
+  'forge the next': lambda: _forge_reply_to(1),
+  'forge the next later': lambda: _forge_reply_to(1, 0.2),
+  'write a line': _write_a_line,
+  'print a line': _print_a_line,
   'steal': _steal,
   'write without end': _write_without_end,
   'close everything': _close_everything,
@@ -180,9 +211,13 @@ ACTIONS = {
 def score(completions, **columns):
   """Reward: the number that a completion is, or what its action gives."""
   (completion,) = completions
+  score.calls += 1
   if completion in ACTIONS:
     return ACTIONS[completion]()
   return [float(completion)]
+
+
+score.calls = 0  # The number of a request in its process.
 
 
 def begin(workers, completions):

@@ -78,7 +78,7 @@ def test_arrows(name):
   elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
     allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
     if within(name, 'jaxrl_llm.rewards'):
-      allowed = *allowed, 'jaxrl_llm.naming', 'jaxrl_llm.credentials'
+      allowed = *allowed, 'jaxrl_llm.naming'
     if name == 'jaxrl_llm.rewards.learned':
       allowed = *allowed, 'jaxrl_llm.reward_model', 'jaxrl_llm.models'
   elif name == 'jaxrl_llm.sharding':

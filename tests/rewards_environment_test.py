@@ -1,18 +1,18 @@
-"""Worker processes have no credentials of the process that starts them."""
+"""Worker processes get the environment variables they need, no others."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import build
+from experiments import build, checks
+from experiments.configs import base
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import Workers, environment, isolated
+from jaxrl_llm.rewards import Workers, isolated
 
 # Scores 1 if the completion, a JSON object of variables, is its environment's.
 SCORE = """
@@ -31,94 +31,21 @@ def rewards(tmp_path):
   return f'{tmp_path / "own.py"}'
 
 
-CREDENTIALS = ['HF_TOKEN', 'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'MY_OWN']
-
-
-def test_what_is_kept_and_what_is_not():
-  kept = dict.fromkeys(
-    ['PATH', 'HOME', 'LANG', 'LC_ALL', 'TMPDIR', 'LD_LIBRARY_PATH']
-    + ['PYTHONHASHSEED', 'JAX_ENABLE_X64', 'XLA_FLAGS', 'CUDA_HOME', 'HF_HOME'],
-    'x',
-  )
-  dropped = dict.fromkeys(
-    ['HF_TOKEN', 'WANDB_API_KEY', 'AWS_ACCESS_KEY_ID', 'PGPASSWORD', 'SESSION']
-    + ['HTTPS_PROXY', 'PYTHON_KEYRING_PASSWORD', 'JAX_TOKEN', 'LS_COLORS'],
-    'x',
-  )
-  found = environment.scrubbed({**kept, **dropped}, ())
-  assert kept.items() <= found.items() and not dropped.keys() & found.keys()
-  assert found['JAX_PLATFORMS'] == 'cpu' and found['OMP_NUM_THREADS'] == '1'
-  named = environment.scrubbed(
-    {**dropped, 'OMP_NUM_THREADS': '3'}, ('SESSION', 'OMP_NUM_THREADS')
-  )
-  assert named['SESSION'] == 'x' and named['OMP_NUM_THREADS'] == '3'
-  assert 'HF_TOKEN' not in named
+DROPPED = ['HF_TOKEN', 'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'PGPASSWORD']
+DROPPED += ['HTTPS_PROXY', 'PYTHON_KEYRING_PASSWORD', 'LS_COLORS', 'SESSION']
+KEPT = ['LC_ALL', 'PYTHONHASHSEED', 'JAX_ENABLE_X64', 'XLA_FLAGS', 'CUDA_HOME']
+KEPT += ['HF_HOME', 'HF_HUB_CACHE', 'LD_LIBRARY_PATH', 'XDG_CACHE_HOME']
 
 
 def test_a_worker_reads_only_what_is_named(rewards, monkeypatch):
-  for name in CREDENTIALS:
-    monkeypatch.setenv(name, 'hunter2')
-  wanted = {name: None for name in CREDENTIALS} | {'MY_OWN': 'hunter2'}
+  named = ('MY_OWN', 'HF_TOKEN', 'MKL_NUM_THREADS')
+  for name in (*DROPPED, *KEPT, *named):
+    monkeypatch.setenv(name, '3')
+  wanted = dict.fromkeys(DROPPED) | dict.fromkeys([*KEPT, *named], '3')
   wanted |= {'PATH': os.environ['PATH'], 'JAX_PLATFORMS': 'cpu'}
-  with isolated(f'{rewards}:score', 1, environment=('MY_OWN',)) as workers:
+  wanted |= {'OMP_NUM_THREADS': '1'}
+  with isolated(f'{rewards}:score', 1, environment=named) as workers:
     assert workers.submit([''], [json.dumps(wanted)], {}).result() == [1.0]
-
-
-# Repeats what it should not, in the way that the completion says.
-SAY = """
-import os
-from jaxrl_llm.errors import UserError
-def score(completions, **columns):
-  text = completions[0].replace('KEY', os.environ['MY_OWN'])
-  if completions[0] == 'return':
-    return [os.environ['MY_OWN']]
-  raise (UserError if 'user' in text else ValueError)(text)
-"""
-
-
-@pytest.mark.parametrize(
-  'completion, shown',
-  [
-    ('401 for https://api/v1?api_key=KEY', 'https://api/v1?api_key=***'),
-    ('bad key KEY, my key', 'bad key ***, my key'),
-    ('.' * 170 + 'KEY', '.***'),  # Where the message is cut off.
-    ('a hf_' + 'x1' * 12, 'a ***'),
-    ('user of KEY', 'user of ***'),
-    ('return', "returned ['***']"),
-  ],
-)
-def test_messages_of_a_worker_hide_credentials(
-  completion, shown, tmp_path, monkeypatch
-):
-  monkeypatch.setenv('MY_OWN', 'hunter2-hunter2-hunter2')
-  (tmp_path / 'say.py').write_text(SAY)
-  name = f'{tmp_path / "say.py"}:score'
-  workers = isolated(name, 1, environment=('MY_OWN',))
-  with workers, pytest.raises(UserError) as caught:
-    workers([''], [completion])
-  said = str(caught.value).partition('(sample')[0]
-  assert shown in said and 'hunter2' not in said and 'x1' not in said
-
-
-def test_a_worker_that_does_not_load_hides_credentials(tmp_path, monkeypatch):
-  monkeypatch.setenv('MY_OWN', 'hunter2')
-  (tmp_path / 'say.py').write_text('import os\n{}[os.environ["MY_OWN"]]')
-  with pytest.raises(UserError) as caught:
-    isolated(f'{tmp_path / "say.py"}:f', 1, environment=('MY_OWN',))
-  assert "KeyError: '***'" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-  'part',
-  ['?', 'sk-', '://a:', '&a1', 'eyJ-', 'eyJ-.', '"a":', '"a":[', "'a':\""],
-)
-def test_hiding_costs_no_more_than_the_length(part, monkeypatch):
-  monkeypatch.setenv('ONE', '1')
-  hide, text = environment.hiding(['ONE', 'NONE']), part * 50_000
-  began = time.process_time()
-  # Neither what is short nor what is not set.
-  assert hide('1') == '1' and '***1' not in hide(text)
-  assert time.process_time() - began < 1.0
 
 
 # Scores the processes that it finds in whose environment the completion stands.
@@ -183,16 +110,16 @@ def test_large_settings_arrive(rewards):
 
 
 @pytest.mark.parametrize(
-  'named, text',
+  'named',
   [
-    ('OPENAI_API_KEY', 'no list of names'),
-    (['sk-hunter2'], 'no list of names'),
-    ([1], 'no list of names'),
-    (['NOBODY_HAS_SET_THIS'], 'NOBODY_HAS_SET_THIS, which is not set'),
+    'PATH',
+    ['sk-hunter2'],
+    [1],
+    ['PATH', 'NOBODY_HAS_SET_THIS'],
   ],
 )
-def test_wrong_names_are_refused(named, text, rewards):
-  with pytest.raises(UserError, match=text) as caught:
+def test_wrong_names_are_refused(named, rewards):
+  with pytest.raises(UserError, match='not a list of names') as caught:
     Workers(f'{rewards}:score', field='config.rewards.j', environment=named)
   message = str(caught.value)
   assert message.startswith('config.rewards.j: environment')
@@ -206,3 +133,36 @@ def test_the_configuration_names_variables(rewards, monkeypatch):
   (part,) = build.reward_parts(config)
   with part.function as workers:
     assert workers([''], [json.dumps({'MY_OWN': 'hunter2'})]) == [1.0]
+
+
+@pytest.mark.parametrize(
+  'section, name',
+  [
+    ('rewards', 'j.api_key'),
+    ('rewards', 'j.headers.Authorization'),
+    ('rewards', 'j.HF_TOKEN'),
+    ('task', 'password'),
+    ('algorithm', 'clientSecret'),
+  ],
+)
+def test_a_secret_in_the_configuration_is_refused(section, name):
+  def made(value):
+    for part in reversed(name.split('.')):
+      value = {part: value}
+    config = base.get_config()
+    config[section] = ConfigDict({'name': 'x', **value})
+    return config
+
+  with pytest.raises(UserError, match=f'{section}.{name} looks') as caught:
+    checks.check_fields(made('hunter2'))
+  message = str(caught.value)
+  assert len(message.splitlines()) <= 3 and 'hunter2' not in message
+  for harmless in ('', 7):
+    checks.check_fields(made(harmless))
+
+
+def test_what_only_resembles_a_secret_is_accepted():
+  config = base.get_config()
+  names = ['pad_token', 'api_key_file', 'tokenizer', 'key', 'author', 'tokens']
+  config.task = ConfigDict(dict.fromkeys(names, 'x'))
+  checks.check_fields(config)

@@ -74,10 +74,13 @@ def test_new_folder_holds_config_and_environment(tmp_path):
 
 def test_environment_keeps_secrets_out(tmp_path, monkeypatch):
   monkeypatch.setenv('SOME_TOKEN', 'hunter2')
-  monkeypatch.setattr(sys, 'argv', ['train', '--hub_token=hunter2', '--n=4'])
-  text = json.dumps(run_folder.environment())
-  assert 'hunter2' not in text
-  assert '--hub_token=***' in text and '--n=4' in text
+  for secret in (['--hub_token=hunter2'], ['--config.rewards.j.apiKey', 'x']):
+    monkeypatch.setattr(sys, 'argv', ['train', *secret])
+    found = run_folder.environment()
+    assert 'hunter2' not in json.dumps(found) and found['command'] is None
+  command = ['train', '--config.rollout.max_tokens=4']
+  monkeypatch.setattr(sys, 'argv', command)
+  assert run_folder.environment()['command'] == command
 
 
 def test_second_run_is_refused_and_names_the_owner(tmp_path, owner):

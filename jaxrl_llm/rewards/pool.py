@@ -1,6 +1,5 @@
 """Processes that score samples, a thread for each, and what waits for them."""
 
-import contextlib
 import os
 import queue
 import threading
@@ -32,20 +31,14 @@ class Job(NamedTuple):
 class Pool:
   """Processes, a thread for each, and the samples that wait for them.
 
-  Holds no reference to the `Workers`, whose end closes it.  There are as many
-  threads as workers, and one more for each late sample while spares last: one
-  begins when a sample is late and others wait, and the first to be done with
-  its sample when there are too many ends.
+  Holds no reference to the `Workers`, whose end closes it.  A process that has
+  ended is replaced when the next sample is there.
 
   Attributes:
     worked: whether the function has ever given a score.
   """
 
-  def __init__(
-    self, spec: dict[str, Any], load_timeout: float, workers: int, spares: int
-  ):
-    self._workers, self._spares = workers, spares
-    self._serving = self._late = 0  # Threads; samples that they wait for long.
+  def __init__(self, spec: dict[str, Any], load_timeout: float):
     self._jobs = queue.SimpleQueue()
     self.worked = False
     self._spec = spec
@@ -81,7 +74,6 @@ class Pool:
     )
     with self._lock:
       thread.start()
-      self._serving += 1
       self._threads.append(thread)
 
   def put(self, jobs: Sequence[Job]) -> None:
@@ -90,7 +82,6 @@ class Pool:
       self._check_open()
       for job in jobs:
         self._jobs.put(job)
-      self._reinforce()
 
   def close(self) -> None:
     """Ends processes and threads; samples that wait are settled as failed."""
@@ -108,21 +99,12 @@ class Pool:
         thread.join(_JOIN_SECONDS)
 
   def _work(self, process: WorkerProcess | None) -> None:
-    """Has samples scored one after another until there is no more need."""
-    while not self._retires():
-      if process is None:
-        # Ahead of the next sample, for which it is tried again if need be.
-        with contextlib.suppress(Exception):
-          process, _ = self.launch()
-      job = self._jobs.get()
-      if job is None:
-        break
+    """Has samples scored one after another until the pool is closed."""
+    while (job := self._jobs.get()) is not None:
       process, reply = self._score(process, job.arguments)
       job.settle(reply)
     if process is not None:
       self._end(process)
-    with self._lock:
-      self._threads.remove(threading.current_thread())
 
   def _score(
     self, process: WorkerProcess | None, arguments: bytes
@@ -133,7 +115,7 @@ class Pool:
       if process is None:
         process, _ = self.launch()
       fresh = not process.asked
-      reply = self._ask(process, arguments)
+      reply = process.ask(arguments, self._spec['timeout'])
       self._check_open()
       if reply.kind not in _FATAL:
         self.worked = self.worked or reply.kind == 'score'
@@ -147,43 +129,6 @@ class Pool:
       return None, error
     # What earlier samples did to the process may be the reason.
     return self._score(None, arguments)
-
-  def _ask(self, process: WorkerProcess, arguments: bytes) -> Reply:
-    """A process's reply; until it is there the sample may come to be late."""
-    late = 0
-
-    def take_note():
-      nonlocal late
-      with self._lock:
-        late = 1
-        self._late += 1
-        self._reinforce()
-
-    try:
-      return process.ask(arguments, self._spec['timeout'], take_note)
-    finally:
-      with self._lock:
-        self._late -= late
-
-  def _excess(self) -> int:
-    """Threads more than there may be; negative where there may be more."""
-    return self._serving - self._workers - min(self._late, self._spares)
-
-  def _reinforce(self) -> None:
-    """Adds the threads that there may be and that samples wait for."""
-    if not self._open:
-      return  # What waits are the threads' ends.
-    # Where the system starts no more, those that there are go on.
-    with contextlib.suppress(RuntimeError):
-      for _ in range(min(-self._excess(), self._jobs.qsize())):
-        self.serve(None)
-
-  def _retires(self) -> bool:
-    """Whether this thread is one too many and is to end."""
-    with self._lock:
-      retires = self._excess() > 0
-      self._serving -= retires
-      return retires
 
   def _end(self, process: WorkerProcess) -> None:
     process.close()

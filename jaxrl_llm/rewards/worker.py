@@ -6,7 +6,7 @@ Started by `workers.Workers` alone.  The first line of descriptor 0 is JSON:
   containment             a kind of `containment.KINDS`; null for the strongest
   memory                  bytes
   timeout                 seconds
-  environment             variables that it has besides the usual ones
+  environment             names of variables; read by the parent alone
   pythonpath              value of PYTHONPATH for the function; null for none
 
 Requests come behind it and replies go out on descriptor 1, a line of JSON each.
@@ -16,14 +16,12 @@ The first line out is
   ["ready", {…}]         the fields of `worker_process.Ready`
 
 before which there is no request, and then, for every request
-[token, arguments], one reply [token, kind, x]:
+[number, arguments], one reply [number, kind, x]:
 
   "score"   x is a finite number or null
   "error"   x is a message: the function raised, or gave what is no score
   "memory"  x is a message: the function asked for too much
   "user"    x is the message of a UserError
-
-Messages do not repeat credentials, as far as `environment.hiding` finds them.
 """
 
 import contextlib
@@ -41,7 +39,7 @@ from typing import Any
 
 from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import containment, environment, loading
+from jaxrl_llm.rewards import containment, loading
 from jaxrl_llm.rewards.arguments import parameters
 from jaxrl_llm.rewards.results import as_float, as_list, shortened
 
@@ -80,17 +78,15 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   _close_in_children([requests, replies])
   _restore_path(spec['pythonpath'])
   limited = _limit(spec['memory'])
-  hide = environment.hiding(spec['environment'])
   try:
     function = loading.load(
       spec['name'], spec['settings'], spec['field'], killable=True
     )
   except UserError as error:
-    _send(replies, ['failed', hide(str(error))[:_MAX_MESSAGE]])
+    _send(replies, ['failed', str(error)[:_MAX_MESSAGE]])
     return 1
   except BaseException as error:
-    said = _said(error, hide)
-    message = f'{spec["field"]}: {spec["name"]} does not load\n{said}'
+    message = f'{spec["field"]}: {spec["name"]} does not load\n{_said(error)}'
     _send(replies, ['failed', message])
     return 1
   ready = {
@@ -103,39 +99,36 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   own = os.getpid()
   with open(requests, 'rb') as lines:
     for line in lines:
-      token, given = json.loads(line)
+      number, given = json.loads(line)
       _limit_cpu(spec['timeout'])
-      reply = _score(spec['name'], function, given, hide)
+      reply = _score(spec['name'], function, given)
       if os.getpid() != own:
         return 1  # The function has forked and come back twice.
-      _send(replies, [token, *reply])
+      _send(replies, [number, *reply])
   return 0
 
 
-def _score(
-  name: str, function: Callable, given: dict, hide: Callable[[str], str]
-) -> tuple[str, Any]:
+def _score(name: str, function: Callable, given: dict) -> tuple[str, Any]:
   """Calls the function on one sample, whatever it does."""
   try:
     try:
       result = function(**given)
     except UserError as error:
-      return 'user', hide(str(error))[:_MAX_MESSAGE]
+      return 'user', str(error)[:_MAX_MESSAGE]
     try:
       score = as_float(as_list(name, result, 1)[0])
     except ValueError:
-      return 'error', f'returned {shortened(hide(repr(result)))}'
+      return 'error', f'returned {shortened(repr(result))}'
   except MemoryError as error:
-    return 'memory', _said(error, hide)
+    return 'memory', _said(error)
   except BaseException as error:
-    return 'error', _said(error, hide)
+    return 'error', _said(error)
   return 'score', None if math.isnan(score) else score
 
 
-def _said(error: BaseException, hide: Callable[[str], str]) -> str:
+def _said(error: BaseException) -> str:
   """Type and message of an exception, in a line."""
-  # Hidden first: of what is cut off in its middle too much would be left.
-  text = hide(f'{type(error).__name__}: {error}'.removesuffix(': '))
+  text = f'{type(error).__name__}: {error}'.removesuffix(': ')
   return shortened(text, 200)
 
 
@@ -155,8 +148,7 @@ def _take_channel() -> tuple[int, int]:
 def _close_in_children(descriptors: list[int]) -> None:
   """Keeps the channel from processes that the function forks.
 
-  One that is left behind could read later requests, tokens and all, and answer
-  them.
+  One that is left behind could read later requests and answer them.
   """
 
   def close():

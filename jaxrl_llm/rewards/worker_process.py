@@ -4,24 +4,36 @@ import contextlib
 import json
 import math
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import environment, waiting
+from jaxrl_llm.rewards import waiting
 from jaxrl_llm.rewards.arguments import Parameters
 
+_WROTE = 'wrote to the channel of its worker'
 # Bytes of a line that a worker may send; anything longer is no reply.
 _MAX_LINE = 1 << 16
-# Share of its time after which a sample is late.
-_LATE = 0.25
 # Seconds that a supervisor has to end with all that it watches.
 _GRACE = 5.0
+
+# Environment variables that a worker gets: what finds files and devices.  A
+# secret need not show in its name, so this lists what is kept.
+_KEPT = re.compile(
+  'HOME|LANG|LANGUAGE|LOGNAME|PATH|SHELL|TERM|TZ|USER|TE?MP|TMPDIR|VIRTUAL_ENV'
+  '|CONDA_PREFIX|GLIBC_TUNABLES|(DY)?LD_.*|(CUDA|JAX|LC|NVIDIA|XLA)_.*'
+  '|PYTHON[A-Z0-9]*|XDG_.*_HOME|(CURL|REQUESTS)_CA_BUNDLE|SSL_CERT_(DIR|FILE)'
+  '|(HF|JAVA|TORCH)_HOME|(HF_HUB|HF_DATASETS|TRANSFORMERS)_(CACHE|OFFLINE)'
+)
+# A worker computes on one core and leaves accelerators alone.
+_SET = {'JAX_PLATFORMS': 'cpu', 'MKL_NUM_THREADS': '1'}
+_SET |= {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 
 
 class Ready(NamedTuple):
@@ -77,7 +89,8 @@ class WorkerProcess:
     self._received = b''
     # What can be imported here can be imported there.
     path = os.pathsep.join(entry or folder for entry in sys.path)
-    kept = environment.scrubbed(os.environ, spec['environment'])
+    kept = {n: value for n, value in os.environ.items() if _KEPT.fullmatch(n)}
+    named = {n: os.environ[n] for n in spec['environment'] if n in os.environ}
     # Not on the command line, which all users of the machine can read.
     sent = {**spec, 'pythonpath': os.environ.get('PYTHONPATH')}
     self._unsent = json.dumps(sent).encode() + b'\n'
@@ -88,7 +101,7 @@ class WorkerProcess:
         stdout=subprocess.PIPE,
         bufsize=0,
         cwd=folder,
-        env={**kept, 'PYTHONPATH': path},
+        env=kept | _SET | named | {'PYTHONPATH': path},
         start_new_session=True,  # Ctrl-C is for the parent to decide on.
       )
     except OSError as error:
@@ -126,37 +139,29 @@ class WorkerProcess:
     taken = Parameters(tuple(named), tuple(required), rest)
     return Ready(**content, parameters=taken)
 
-  def ask(
-    self, arguments: bytes, seconds: float, late: Callable[[], None]
-  ) -> Reply:
+  def ask(self, arguments: bytes, seconds: float) -> Reply:
     """Has one sample scored.
 
     Args:
       arguments: a JSON object.
       seconds: of wall time that it may take.
-      late: called when a quarter of them has passed without an answer.
 
     Returns:
       A reply.  Of the kinds 'timeout', 'crash' and 'memory' it was the last
       of this process, which is then to be closed.
     """
     self.asked += 1
-    # Not to be guessed: what a function writes to the channel is no reply.
-    token = os.urandom(8).hex()
-    line = b'["%s", %s]\n' % (token.encode(), arguments)
+    line = b'[%d, %s]\n' % (self.asked, arguments)
     try:
-      try:
-        received = self._exchange(line, _LATE * seconds)
-      except TimeoutError:
-        late()
-        received = self._exchange(b'', (1.0 - _LATE) * seconds)
+      self._check_silent()
+      received = self._exchange(line, seconds)
     except TimeoutError:
       return Reply('timeout', message=f'no answer in {seconds:g} s')
     except EOFError:
       return self._ending()
     except ValueError as error:
       return Reply('crash', message=str(error))
-    return _parsed(received, token)
+    return _parsed(received, self.asked)
 
   def terminate(self) -> None:
     """Asks the process to end, with all that it has started, and returns."""
@@ -220,9 +225,18 @@ class WorkerProcess:
         self._send()
         if not self._unsent:
           poll.unregister(self._requests)
-    # What may follow is no reply to the next request: its token is another.
     line, _, self._received = self._received.partition(b'\n')
+    if self._received:
+      raise ValueError(_WROTE)
     return line
+
+  def _check_silent(self) -> None:
+    """Raises as `_exchange` does if anything came after the last reply."""
+    poll = select.poll()
+    poll.register(self._replies, select.POLLIN)
+    if poll.poll(0):
+      self._receive()
+      raise ValueError(_WROTE)
 
   def _receive(self) -> None:
     received = os.read(self._replies, _MAX_LINE)
@@ -230,7 +244,7 @@ class WorkerProcess:
       raise EOFError
     self._received += received
     if len(self._received) > _MAX_LINE:
-      raise ValueError('wrote to the channel of its worker')
+      raise ValueError(_WROTE)
 
   def _send(self) -> None:
     """Sends what the channel takes."""
@@ -260,15 +274,15 @@ class WorkerProcess:
     )
 
 
-def _parsed(line: bytes, token: str) -> Reply:
-  """A reply, if the line is one to the request with this token."""
+def _parsed(line: bytes, number: int) -> Reply:
+  """A reply, if the line is one to the request with this number."""
   try:
     answered, kind, content = json.loads(line)
-    if answered == token:
+    if answered == number:
       if kind == 'score' and (content is None or math.isfinite(content)):
         return Reply('score', score=content)
       if kind in ('error', 'memory', 'user') and isinstance(content, str):
         return Reply(kind, message=content)
   except (TypeError, ValueError, RecursionError, OverflowError):
     pass
-  return Reply('crash', message='wrote to the channel of its worker')
+  return Reply('crash', message=_WROTE)

@@ -4,12 +4,12 @@ Math parsers hang in C code and generated programs do what they like.  A
 time-out by signal fails in threads, and a pool's `future.result(timeout)` does
 not free the worker.  So a process scores one sample at a time, and what does
 not answer is killed with all it has started (`containment` says how, and what
-is left where); a new process takes its place while the others go on.  A sample
-that hangs until then does no useful work: a spare process does it meanwhile.
+is left where); a new process takes its place while the others go on.
 """
 
 import functools
 import math
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
-from jaxrl_llm.rewards import environment as environment_lib
 from jaxrl_llm.rewards import learned, waiting
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.failures import FAILURES, Failures
@@ -50,28 +49,24 @@ class Workers:
   A sample without an answer after `timeout` seconds has no score, and neither
   has one that crashes its process, asks for more memory, raises an exception or
   returns anything but a finite number: None, counted by kind in
-  `Pending.failures`.  While a sample is late, a quarter of its time gone, and
-  others wait, one process more than `workers` is at work, up to `spares` more.
-  So h samples that hang delay a batch by ⌈h / (workers + spares)⌉ time-outs and
-  a quarter.  Scores that hang on a time-out are not reproducible.
+  `Pending.failures`.  So h samples that hang delay a batch by ⌈h / workers⌉
+  time-outs.  Scores that depend on a time-out are not reproducible.
 
   What the function prints is discarded.  Its process has the user's files and
-  network: it is killable, not a sandbox.  Of this process's environment it has
-  what `rewards.environment` keeps, in which there is no credential.  Processes
-  survive Ctrl-C and end with `close`, when the last reference is gone, and when
-  this process ends, however it does.
+  network: it is killable, not a sandbox.  It has the environment variables that
+  find files and devices, and those that `environment` names.  Processes survive
+  Ctrl-C and end with `close`, when the last reference is gone, and when this
+  process ends, however it does.
 
   Args:
     name: of a function or a factory of `rewards.functions` or `.code`, or
       'file.py:function', or 'module:function'.  Loaded in the workers alone.
     settings: arguments of a factory, JSON values.
-    workers: number of processes, but for `spares`.
+    workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
     memory: bytes of its own that a process may write to, the interpreter's
       10 MB and what libraries take included.  Processes that the function
       starts may have as many each.
-    spares: processes more at the most, one for each sample that is late; as
-      many as `workers` by default.  All may take `memory` at one time.
     containment: a kind of `containment.KINDS`; the strongest by default.
     environment: names of variables that the function reads besides, such as
       ('OPENAI_API_KEY',).
@@ -96,7 +91,6 @@ class Workers:
     workers: int = 2,
     timeout: float = 5.0,
     memory: int = 2 << 30,
-    spares: int | None = None,
     containment: str | None = None,
     environment: Sequence[str] = (),
     load_timeout: float = 120.0,
@@ -112,9 +106,8 @@ class Workers:
       'timeout': timeout,
       'environment': environment,
     }
-    spares = workers if spares is None else spares
-    _check(spec, workers, spares)
-    self._pool = Pool(spec, load_timeout, workers, spares)
+    _check(spec, workers)
+    self._pool = Pool(spec, load_timeout)
     self._finalizer = weakref.finalize(self, self._pool.close)
     first, ready = self._pool.launch()
     self.parameters = ready.parameters
@@ -270,7 +263,7 @@ class Pending:
     return Failures(counts, messages)
 
 
-def _check(spec: Mapping[str, Any], workers: int, spares: int) -> None:
+def _check(spec: Mapping[str, Any], workers: int) -> None:
   """Raises UserError for an argument that makes no sense."""
 
   def is_number(value, kinds):
@@ -279,8 +272,6 @@ def _check(spec: Mapping[str, Any], workers: int, spares: int) -> None:
   field, timeout, memory = spec['field'], spec['timeout'], spec['memory']
   if not is_number(workers, int) or workers < 1:
     raise UserError(f'{field}: workers is {workers!r}, not a positive integer')
-  if not is_number(spares, int) or spares < 0:
-    raise UserError(f'{field}: spares is {spares!r}, not an integer from 0 on')
   if not is_number(timeout, (int, float)) or not 0 < timeout < math.inf:
     raise UserError(f'{field}: timeout is {timeout!r}, not a number of seconds')
   if not is_number(memory, int) or memory < _LEAST_MEMORY:
@@ -293,7 +284,15 @@ def _check(spec: Mapping[str, Any], workers: int, spares: int) -> None:
       f"{field}: {spec['name']} computes on this process's devices\n"
       'leave out workers'
     )
-  environment_lib.check(spec['environment'], field)
+  named = spec['environment']
+  if not isinstance(named, list | tuple) or not all(
+    isinstance(name, str) and name in os.environ for name in named
+  ):
+    # Not shown: it may be the secret itself.
+    raise UserError(
+      f'{field}: environment is not a list of names of variables that are set\n'
+      "export them in the shell and write environment=('OPENAI_API_KEY',)"
+    )
   kinds = containment_lib.KINDS
   if spec['containment'] not in (None, *kinds):
     raise UserError(
