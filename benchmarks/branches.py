@@ -136,7 +136,9 @@ def main() -> None:
   """Measures what the flags name."""
   given = flags.FLAGS
   compilations = measuring.Compilations()
-  subject = audit_draws.of_run(given.run, given.step, given.prompts)
+  subject = audit_draws.of_run(
+    given.run, given.step, given.prompts, given.trust_code
+  )
   wanted = estimators.Branches(
     given.positions, given.branches, estimators.positions.uniform()
   )
@@ -162,4 +164,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('positions', 4, 'Of each response.')
   flags.DEFINE_integer('branches', 4, 'At each position.')
   flags.DEFINE_integer('rounds', 10, 'Timed ones.')
+  cli.define_trust_flag()
   cli.run(main)

@@ -21,7 +21,9 @@ branches: those of few branches, of the prompt's other responses, of a critic.
 rollout=…)}: an algorithm as configurations have it, and what differs in the
 sampling.  The label 'reference' replaces RLOO; it has to be unbiased.
 
-Files that the configuration, the run or --estimators name are executed.
+The files of --config and --estimators are executed.  Functions that a run's
+configuration names as file.py:function or module:function are executed with
+--trust_code alone: read them first.
 """
 
 import pathlib
@@ -140,6 +142,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer('branches', 256, 'For the true value of a state.', 0)
   flags.DEFINE_integer('dimension', 2**14, 'Numbers kept of a gradient.', 1)
+  cli.define_trust_flag()
   cli.define_config_flag()
 
 
@@ -163,7 +166,9 @@ def main() -> None:
     raise UserError(f'--dimension is {values.dimension}, no power of two')
   specs = read_estimators(values.estimators)
   if values.run is not None:
-    subject = audit_draws.of_run(values.run, values.step, values.prompts)
+    subject = audit_draws.of_run(
+      values.run, values.step, values.prompts, values.trust_code
+    )
   else:
     subject = audit_draws.of_config(cli.config(), values.prompts)
   workdir = pathlib.Path(values.workdir)

@@ -66,9 +66,19 @@ class Draws(NamedTuple):
   equal_groups: np.ndarray
 
 
-def of_run(folder: str, step: str, prompts: int) -> Subject:
-  """A checkpoint of a run: its policy, critic and reference policy."""
-  config, model, number = runs.load(folder, step)
+def of_run(
+  folder: str, step: str, prompts: int, trust_code: bool = False
+) -> Subject:
+  """A checkpoint of a run: its policy, critic and reference policy.
+
+  Args:
+    folder: of the run.
+    step: 'newest', 'best' or a number.
+    prompts: how many training prompts.
+    trust_code: execute functions of a user's that its configuration names.
+  """
+  untrusted = () if trust_code else build.CODE
+  config, model, number = runs.load(folder, step, untrusted)
   rl = build.estimator(config)
   path = pathlib.Path(folder)
   critic = reference = None

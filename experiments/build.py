@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,9 @@ from jaxrl_llm.tasks import prompts as prompts_lib
 # that its arguments may.
 ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
+
+# Sections whose specifications may name functions of a user's.
+CODE = ('task', 'algorithm', 'rewards')
 
 # What a reward in worker processes is given, besides what its factory takes.
 _LIMITS = ('workers', 'timeout', 'memory', 'environment')
@@ -349,9 +353,7 @@ def code_files(config) -> list[str]:
 
   One that cannot be read is left to what loads it and can name the field.
   """
-  specs = [config.task, config.algorithm, *config.rewards.values()]
-  names = [name for spec in specs for name in _names(spec)]
-  files = [naming.file_of(name) for name in names]
+  files = [naming.file_of(name) for name in code_names(config).values()]
   return [
     file
     for file in dict.fromkeys(files)
@@ -359,13 +361,24 @@ def code_files(config) -> list[str]:
   ]
 
 
-def _names(spec) -> list[str]:
+def code_names(config, sections: Sequence[str] = CODE) -> dict[str, str]:
+  """Returns field → 'file.py:function' or 'module:function' of sections."""
+  return {
+    field: name
+    for section in sections
+    for field, name in _names(config[section], f'config.{section}')
+    if ':' in name
+  }
+
+
+def _names(spec, field: str) -> Iterator[tuple[str, str]]:
   """The functions that a specification names, also for its arguments."""
   if not isinstance(spec, ConfigDict):
-    return []
-  own = spec.get('name')
-  inner = [name for value in spec.values() for name in _names(value)]
-  return [own, *inner] if isinstance(own, str) else inner
+    return
+  for key, value in spec.items():
+    if key == 'name' and isinstance(value, str):
+      yield f'{field}.name', value
+    yield from _names(value, f'{field}.{key}')
 
 
 def optimizer(config, total_updates: int):

@@ -36,6 +36,15 @@ def define_config_flag() -> None:
   )
 
 
+def define_trust_flag() -> None:
+  """Defines `--trust_code`, for a script that reads the folder of a run."""
+  flags.DEFINE_bool(
+    'trust_code',
+    False,
+    "Execute functions of a user's that the run's config.json names.",
+  )
+
+
 def define_process_flags() -> None:
   """Defines `--coordinator`, `--num_processes` and `--process_id`."""
   flags.DEFINE_string(
@@ -207,6 +216,8 @@ def _parse(arguments: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
     hint = f'did you mean --{near[0]}?' if near else '--help lists the flags'
+    if error.flagname.startswith('config.'):
+      hint = 'it changes a field of the file that --config=FILE.py names'
     _fail(f'unknown flag --{error.flagname}\n{hint}')
   except flags.Error as error:
     _fail(_without_traceback(str(error), _config_path(arguments)))

@@ -24,8 +24,8 @@ on is a reward of weight 0.
 Greedy decoding needs no samples: --greedy adds its accuracy to the numbers of
 sampling, at the cost of one response more per prompt.
 
-A reward, estimator or task that the configuration names as file.py:function is
-executed, with all that its file does: evaluate only runs whose code you trust.
+A reward or task that a run's configuration names as file.py:function or
+module:function is executed with --trust_code alone: read it first.
 """
 
 import json
@@ -328,6 +328,7 @@ def define_subject_flags() -> None:
   flags.DEFINE_string('model', None, 'Hugging Face folder, with --config.')
   flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
   flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
+  cli.define_trust_flag()
   cli.define_config_flag()
 
 
@@ -356,7 +357,8 @@ def subject() -> tuple[ConfigDict, build.Model, str]:
       raise UserError(
         "--workdir brings the run's own configuration: leave out --config"
       )
-    config, model, step = runs.load(values.workdir, values.step)
+    untrusted = () if values.trust_code else ('task', 'rewards')
+    config, model, step = runs.load(values.workdir, values.step, untrusted)
     return config, model, f'{values.workdir}, step {step}'
   config = cli.config()
   config.model.path = values.model

@@ -25,7 +25,8 @@ name jsonl.  A response that has not finished was cut off at
 `config.rollout.max_tokens`; they put no end token behind it.  Of a prompt's
 responses with the same tokens only the first may be in a pair.
 
-A reward or task that the configuration names as file.py:function is executed.
+A reward or task that a run's configuration names as file.py:function or
+module:function is executed with --trust_code alone: read it first.
 """
 
 import json

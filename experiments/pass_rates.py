@@ -20,7 +20,8 @@ before any filter; they are sampled as in training, unless flags say otherwise.
 Until it is complete the file is called OUTPUT.partial.  The same command goes
 on where that ends, and gives the same file as in one go.
 
-A reward or task that the configuration names as file.py:function is executed.
+A reward or task that a run's configuration names as file.py:function or
+module:function is executed with --trust_code alone: read it first.
 """
 
 import contextlib

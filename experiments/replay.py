@@ -18,6 +18,9 @@ With --output what one needs to find out what is wrong with the step:
 
 A step that samples nothing (a warm start's, or one that learns from what is
 given) leaves the first two.
+
+Functions that the run's configuration names as file.py:function or
+module:function are executed with --trust_code alone: read them first.
 """
 
 import contextlib
@@ -36,6 +39,7 @@ import numpy as np
 from absl import flags
 
 from experiments import (
+  build,
   checks,
   cli,
   preference,
@@ -72,23 +76,25 @@ def script(config) -> Script:
   return _SCRIPTS[checks.script(config.algorithm.get('name'))]
 
 
-def replay(workdir, step: int, output=None) -> int:
+def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
   """Computes a step again, says what came of it, and writes it down.
 
   Args:
     workdir: the run's folder, in which nothing is changed.
     step: of the run, from 1, warm start included.
     output: folder for what the step was made of; None writes nothing.
+    trust_code: execute functions of a user's that its configuration names.
 
   Returns:
     The exit status: 0 if the step is what the record says, else 1.
 
   Raises:
-    UserError: no run, no such step, or code that is not the run's.
+    UserError: no run, no such step, or code that is not the run's or not
+      trusted.
   """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   workdir = pathlib.Path(workdir)
-  config = runs.read_config(workdir)
+  config = runs.read_config(workdir, () if trust_code else build.CODE)
   if output:
     output = pathlib.Path(output)
     _make_output(output)
@@ -297,6 +303,7 @@ def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'Folder of a run.')
   flags.DEFINE_integer('step', None, 'Of the run, from 1.')
   flags.DEFINE_string('output', None, 'Folder for what the step was made of.')
+  cli.define_trust_flag()
 
 
 def main() -> int:
@@ -307,7 +314,7 @@ def main() -> int:
       raise UserError(
         f'--{name} is missing\nfor example --workdir=runs/quickstart --step=120'
       )
-  return replay(values.workdir, values.step, values.output)
+  return replay(values.workdir, values.step, values.output, values.trust_code)
 
 
 if __name__ == '__main__':

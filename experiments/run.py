@@ -6,8 +6,9 @@ import signal
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
-from experiments import build, cli
+from experiments import build, cli, runs
 from experiments.loop import Run
 from experiments.phase import Script
 from jaxrl_llm import distributed, membership, sharding
@@ -126,13 +127,24 @@ def define_flags() -> None:
   """Defines the flags of a script that trains."""
   flags.DEFINE_string('workdir', None, 'Folder of the run.')
   flags.DEFINE_bool('resume', False, 'Continue the run that the folder holds.')
+  cli.define_trust_flag()
   cli.define_process_flags()
   cli.define_config_flag()
 
 
+def _config() -> ConfigDict:
+  """The user's own configuration, or that of the folder to resume."""
+  values = flags.FLAGS
+  if values['config'].present or not values.resume or values.workdir is None:
+    return cli.config()
+  return runs.read_config(
+    values.workdir, () if values.trust_code else build.CODE
+  )
+
+
 def main(script: Script) -> int:
   """Reads the flags, joins the other processes and trains."""
-  config = cli.config()
+  config = _config()
   cli.join_processes()
   workdir = flags.FLAGS.workdir
   if workdir is None:

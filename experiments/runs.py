@@ -3,7 +3,7 @@
 import io
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +31,18 @@ class Trained(NamedTuple):
   step: int
 
 
-def read_config(workdir) -> ConfigDict:
+def read_config(workdir, untrusted: Sequence[str] = ()) -> ConfigDict:
   """The configuration that a run stored, locked and checked field by field.
 
+  Args:
+    workdir: the run's folder.
+    untrusted: sections of `build.CODE` whose functions the caller will execute
+      without the user's consent to the folder's code: a user's function that is
+      named there is refused.
+
   Raises:
-    UserError: the folder holds no run, or its configuration was damaged.
+    UserError: the folder holds no run, its configuration was damaged, or an
+      untrusted section names code.
   """
   path = pathlib.Path(workdir) / 'config.json'
   try:
@@ -44,6 +51,7 @@ def read_config(workdir) -> ConfigDict:
       raise UserError('it is not a JSON object')
     config = ConfigDict(stored).lock()
     checks.check_fields(config)
+    _refuse_code(build.code_names(config, untrusted))
   except FileNotFoundError as error:
     raise UserError(
       f'{workdir} holds no run: {path} is missing\n'
@@ -56,17 +64,30 @@ def read_config(workdir) -> ConfigDict:
   return config
 
 
-def load(workdir, step: str = 'newest') -> Trained:
+def _refuse_code(names: Mapping[str, str]) -> None:
+  if names:
+    shown = ', '.join(f'{field} is {name!r}' for field, name in names.items())
+    raise UserError(
+      f'{shown}: code that this command would execute\n'
+      'read it, then add --trust_code'
+    )
+
+
+def load(
+  workdir, step: str = 'newest', untrusted: Sequence[str] = ()
+) -> Trained:
   """The model of a run's checkpoint, verified.
 
   Args:
     workdir: the run's folder, in which nothing is changed.
     step: 'newest', 'best' (highest held-out reward) or a number.
+    untrusted: as in `read_config`; loading itself executes no code.
 
   Raises:
-    UserError: no run, no such checkpoint, or none that verifies.
+    UserError: no run, no such checkpoint, none that verifies, or code that is
+      not trusted.
   """
-  config = read_config(workdir)
+  config = read_config(workdir, untrusted)
   folder = pathlib.Path(workdir) / 'checkpoints'
   with Checkpoints(folder, read_only=True) as checkpoints:
     if not checkpoints.steps():

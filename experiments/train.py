@@ -3,7 +3,12 @@
     python -m experiments.train --config=experiments/configs/quickstart.py
 
 A run writes everything into one folder, `--workdir` (default: runs/ and the
-configuration's name), and `--resume` continues it, bit for bit.
+configuration's name), and `--resume` continues it, bit for bit:
+
+    python -m experiments.train --workdir=runs/quickstart --resume
+
+Without --config it is continued by its own config.json, whose functions named
+as file.py:function or module:function are executed with --trust_code alone.
 """
 
 import types

@@ -1,7 +1,9 @@
 """`dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`, wrong keys refused.
 
 A name is that of a public function of the library's module, or
-'file.py:function' or 'package.module:function' for a user's own.
+'file.py:function' or 'package.module:function' for a user's own.  The standard
+library's functions are refused: none of them is a reward or an estimator, and
+some run commands.
 """
 
 import difflib
@@ -11,13 +13,16 @@ import inspect
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from jaxrl_llm.errors import UserError
 
 # Where the functions live that a name may mean.
 Modules = ModuleType | Sequence[ModuleType]
+
+# Callables that know the module which defined them.
+_DEFINED = (BuiltinFunctionType, FunctionType, MethodType, type)
 
 
 def find(modules: Modules, name: str, field: str) -> Callable:
@@ -144,6 +149,8 @@ def file_of(name: str) -> str | None:
 def _load(name: str, field: str) -> Callable:
   """'file.py:function' or 'module:function' → the function."""
   path, _, attribute = name.rpartition(':')
+  if not path.endswith('.py') and _is_standard(path):
+    raise _standard(name, field)
   try:
     module = _module(path, field)
   except UserError:
@@ -164,7 +171,22 @@ def _load(name: str, field: str) -> Callable:
       f'{field}: no function {attribute!r} in {path}\n'
       f'it has {", ".join(functions) or "none"}'
     )
+  # Modules re-export what they import, as `from os import system` does.
+  if isinstance(function, _DEFINED) and _is_standard(function.__module__ or ''):
+    raise _standard(name, field)
   return function
+
+
+def _is_standard(module: str) -> bool:
+  return module.partition('.')[0] in sys.stdlib_module_names
+
+
+def _standard(name: str, field: str) -> UserError:
+  return UserError(
+    f'{field}: {name} is a function of the standard library\n'
+    "name one of your own: 'file.py:function' or 'module:function' of an "
+    'installed package'
+  )
 
 
 def _module(path: str, field: str) -> ModuleType:

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_a_run(config, subject, tmp_path):
     checkpoints.save(3, {'state': state}, {})
     checkpoints.wait()
   (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
-  found = audit_draws.of_run(str(tmp_path), 'newest', PROMPTS)
+  found = audit_draws.of_run(str(tmp_path), 'newest', PROMPTS, trust_code=True)
   assert found.title.endswith('step 3') and found.rows == subject.rows
   for x, y in zip(
     *map(jax.tree.leaves, (found.model.params, params)), strict=True

@@ -260,7 +260,7 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
   flags = ['--metric=correct', '--prompts=5', '--k=1,2', '--temperature=0.7']
   config = scripts.shared_folder() / 'config' / 'config.py'
   sources = (
-    [f'--workdir={run}'],
+    [f'--workdir={run}', '--trust_code'],
     [f'--model={run / "hf"}', f'--config={config}'],
   )
   for source, output in zip(sources, outputs, strict=True):
@@ -293,7 +293,11 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
 def test_script_as_it_is_usually_called(flags, shown):
   run = scripts.undisturbed()
   ended = scripts.run(
-    'evaluate', f'--workdir={run}', *flags, cache=scripts.cache()
+    'evaluate',
+    f'--workdir={run}',
+    '--trust_code',
+    *flags,
+    cache=scripts.cache(),
   )
   assert ended.code == 0, ended.err
   for text in shown:
@@ -326,7 +330,7 @@ def test_script_refuses(flags, text):
   }
   for name, value in names.items():
     flags = [flag.replace(name, value) for flag in flags]
-  ended = scripts.run('evaluate', *flags)
+  ended = scripts.run('evaluate', *flags, '--trust_code')
   assert ended.code == 2 and text in ended.err, ended
   assert len(ended.err.splitlines()) <= 3
 

@@ -1,8 +1,8 @@
 """Functions named by a configuration."""
 
-import json
 import types
 
+import optax
 import pytest
 
 from jaxrl_llm import naming
@@ -59,14 +59,54 @@ def test_extra_goes_to_functions_that_take_it():
 
 
 def test_a_function_of_a_module_that_can_be_imported():
-  assert naming.find(module, 'json.decoder:JSONDecoder', 'f') is (
-    json.decoder.JSONDecoder
-  )
-  with pytest.raises(UserError, match="f: no function 'dmps' in json\nit has"):
-    naming.find(module, 'json:dmps', 'f')
-  for absent in ('jsn', 'json.decodr', 'json.decodr.deeper'):
+  assert naming.find(module, 'optax.losses:l2_loss', 'f') is optax.l2_loss
+  with pytest.raises(UserError, match="f: no function 'l3' in optax\nit has"):
+    naming.find(module, 'optax:l3', 'f')
+  for absent in ('optx', 'optax.loses', 'optax.loses.deeper'):
     with pytest.raises(UserError, match=f'no such Python file: {absent}\n'):
-      naming.find(module, f'{absent}:dumps', 'f')
+      naming.find(module, f'{absent}:l2_loss', 'f')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'os:system',
+    'builtins:exec',
+    'os.path:join',
+    'multiprocessing.util:spawnv_passfds',
+    # What other modules have imported of it.
+    'six.moves.builtins:eval',
+    'exporting.py:system',
+    'exporting.py:Popen',
+    'exporting.py:choice',
+  ],
+)
+def test_functions_of_the_standard_library_are_refused(name, tmp_path):
+  (tmp_path / 'exporting.py').write_text(
+    'from os import system\n'
+    'from random import choice\n'
+    'from subprocess import Popen\n'
+  )
+  where = name.replace('exporting.py', str(tmp_path / 'exporting.py'))
+  with pytest.raises(UserError, match='^f: .* of the standard library\n') as e:
+    naming.find(module, where, 'f')
+  assert len(str(e.value).splitlines()) <= 3
+
+
+def test_a_users_file_may_be_called_as_a_module_of_the_standard_library(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'code.py').write_text(
+    'import functools\n'
+    'def double(x):\n'
+    '  return 2 * x\n'
+    'four = functools.partial(double, 2)\n'
+    'cached = functools.cache(double)\n'
+  )
+  monkeypatch.chdir(tmp_path)
+  assert naming.find(module, 'code.py:double', 'f')(3) == 6
+  assert naming.find(module, 'code.py:four', 'f')() == 4
+  assert naming.find(module, 'code.py:cached', 'f')(1) == 2
 
 
 def test_the_file_of_a_name(tmp_path, monkeypatch):
@@ -75,8 +115,8 @@ def test_the_file_of_a_name(tmp_path, monkeypatch):
   assert naming.file_of('square') is None
   assert naming.file_of('no/such.py:f') == 'no/such.py'
   assert naming.file_of('my_rewards:f') == str(tmp_path / 'my_rewards.py')
-  assert naming.file_of('json.decoder:f') == json.decoder.__file__
-  for absent in ('jsn', 'json.decodr.deeper', 'a/b'):
+  assert naming.file_of('optax.losses:f') == optax.losses.__file__
+  for absent in ('optx', 'optax.loses.deeper', 'a/b'):
     assert naming.file_of(f'{absent}:f') == absent
 
 

@@ -1,5 +1,6 @@
 """Stops and resumes: the records are those of an undisturbed run."""
 
+import json
 import os
 import shutil
 import signal
@@ -77,6 +78,48 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path):
   ended = scripts.train(workdir, config, '--config.steps=3').wait()
   refused(ended, 'steps was 20, is 3')
   scripts.assert_same_run(workdir)
+
+
+def test_without_a_configuration_file(tmp_path):
+  """The records are those of a run that was always given its file."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(scripts.undisturbed(), workdir)
+  stored = (workdir / 'config.json').read_bytes()
+  newest = max((workdir / 'checkpoints').iterdir())
+  shutil.rmtree(newest)
+  shutil.rmtree(workdir / 'hf')
+  alone = f'--workdir={workdir}', '--resume'
+  for script, flags, texts in (
+    ('train', [], ['config.rewards.symbols.name is', 'add --trust_code']),
+    ('train', ['--config.steps=3'], ['--config.steps', '--config=FILE.py']),
+    ('sft', ['--trust_code'], ['train by it with experiments.train']),
+  ):
+    refused(scripts.run(script, *alone, *flags), *texts)
+  assert not newest.exists()
+  ended = scripts.run('train', *alone, '--trust_code', cache=scripts.cache())
+  assert ended.code == 0, ended.err
+  assert 'resumed at step' in ended.err and newest.exists()
+  scripts.assert_same_run(workdir)
+  assert (workdir / 'config.json').read_bytes() == stored
+
+
+def test_without_a_configuration_file_or_code_of_the_users(tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(scripts.undisturbed(), workdir)
+  path = workdir / 'config.json'
+  stored = json.loads(path.read_text())
+  del stored['rewards']['symbols']
+  path.write_text(json.dumps(stored))
+  alone = f'--workdir={workdir}', '--resume'
+  ended = scripts.run('train', *alone, cache=scripts.cache())
+  assert ended.code == 0, ended.err
+
+
+def test_without_a_configuration_file_or_a_run(tmp_path):
+  ended = scripts.run('train', f'--workdir={tmp_path}', '--resume')
+  refused(ended, f'{tmp_path} holds no run')
+  ended = scripts.run('train', f'--workdir={tmp_path}')
+  refused(ended, '--config is missing')
 
 
 @pytest.mark.parametrize(

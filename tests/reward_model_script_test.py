@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import scripts
 import tiny_models
 
 from experiments import build, reward_model, run
@@ -159,7 +160,8 @@ def test_what_it_leaves_is_the_calibration_of_what_transformers_reads(whole):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_with_the_same_bits(whole, tmp_path):
+@pytest.mark.parametrize('by_itself', [False, True])
+def test_a_resumed_run_ends_with_the_same_bits(by_itself, whole, tmp_path):
   config, folder = whole
   shutil.copytree(folder, tmp_path / 'run')
   kept = tmp_path / 'run' / 'checkpoints'
@@ -168,7 +170,12 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, tmp_path):
   for path in later:
     shutil.rmtree(path)
   shutil.rmtree(tmp_path / 'run' / 'hf')
-  train(config, tmp_path / 'run', resume=True)
+  if by_itself:  # By its own config.json.
+    flags = f'--workdir={tmp_path / "run"}', '--resume'
+    ended = scripts.run('reward_model', *flags, cache=scripts.cache())
+    assert ended.code == 0, ended.err
+  else:
+    train(config, tmp_path / 'run', resume=True)
   for name in ('hf/model.safetensors', 'metrics.jsonl', 'calibration.json'):
     one, other = ((f / name).read_bytes() for f in (folder, tmp_path / 'run'))
     assert one == other, name
