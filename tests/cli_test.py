@@ -245,10 +245,10 @@ def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
   refused(ended, 'exceed 3 tokens')
 
 
-def command(*arguments, **settings):
+def command(*arguments, option='-m', **settings):
   """As a user types it: a fresh interpreter, from the repository."""
   given = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | settings
-  line = [sys.executable, '-m', *arguments]
+  line = [sys.executable, option, *arguments]
   return subprocess.run(line, cwd=ROOT, text=True, timeout=120, **given)
 
 
@@ -291,6 +291,14 @@ def test_errors_of_collectives_are_told_from_others():
   assert cli._is_of_runtime(ValueError(lost))
   assert cli._is_of_runtime(jax.errors.JaxRuntimeError(lost))
   assert not cli._is_of_runtime(ValueError('shapes differ'))
+
+
+def test_nothing_is_said_of_a_missing_torch():
+  hidden = "import sys; sys.modules['torch'] = None; "
+  ended = command(f'{hidden}import experiments.build', option='-c')
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, '', '')
+  ended = command(f'{hidden}import transformers', option='-c')
+  assert 'PyTorch was not found' in ended.stderr  # which is then filtered
 
 
 def test_the_command_itself(tmp_path):
