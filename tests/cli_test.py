@@ -293,6 +293,44 @@ def test_errors_of_collectives_are_told_from_others():
   assert not cli._is_of_runtime(ValueError('shapes differ'))
 
 
+@pytest.mark.parametrize(
+  'plugin, device, complains',
+  [
+    ('xla_cuda13', False, False),
+    ('xla_cuda13', True, True),
+    ('other', False, True),
+  ],
+)
+def test_plugins_without_a_device_are_left_out(
+  plugin, device, complains, tmp_path
+):
+  """A plug-in, as the extra `plan` installs one, that finds no library."""
+  module = tmp_path / 'jax_plugins' / plugin
+  module.mkdir(parents=True)
+  (module / '__init__.py').write_text(
+    'import jax\n'
+    'def initialize():\n'
+    "  if jax.config.jax_platforms != 'cpu':\n"
+    "    raise RuntimeError('no cuDNN')\n"
+  )
+  metadata = tmp_path / 'plugin-1.dist-info'
+  metadata.mkdir()
+  (metadata / 'entry_points.txt').write_text(
+    f'[jax_plugins]\n{plugin} = jax_plugins.{plugin}\n'
+  )
+  program = (
+    'import jax; from experiments import cli; '
+    f'cli._ACCELERATORS = ({str(tmp_path if device else "/absent")!r},); '
+    'cli.run(lambda: print(jax.default_backend()))'
+  )
+  environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+  environment.pop('JAX_PLATFORMS', None)
+  ended = command(program, option='-c', env=environment)
+  assert ended.returncode == 0 and ended.stdout == 'cpu\n'
+  assert ('no cuDNN' in ended.stderr) == complains
+  assert complains or ended.stderr == ''
+
+
 def test_nothing_is_said_of_a_missing_torch():
   hidden = "import sys; sys.modules['torch'] = None; "
   ended = command(f'{hidden}import experiments.build', option='-c')
