@@ -83,13 +83,12 @@ def config() -> ConfigDict:
       '--config is missing\nfor example --config=experiments/configs/'
       'quickstart.py'
     )
-  if not pathlib.Path(flag.config_filename).is_file():
+  path = pathlib.Path(flag.config_filename)
+  if not path.is_file():
     known = sorted(path.stem for path in _CONFIGS.glob('*.py'))
-    near = difflib.get_close_matches(
-      pathlib.Path(flag.config_filename).stem, known, 1
-    )
+    near = difflib.get_close_matches(path.stem, known, 1)
     hint = f'\ndid you mean {_CONFIGS / near[0]}.py?' if near else ''
-    raise UserError(f'--config: no such file: {flag.config_filename}{hint}')
+    raise UserError(f'--config: no such file: {path.absolute()}{hint}')
   if not isinstance(flag.value, ConfigDict):
     raise UserError(
       f'--config: get_config() of {flag.config_filename} returns '

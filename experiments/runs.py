@@ -46,7 +46,7 @@ def read_config(workdir) -> ConfigDict:
     checks.check_fields(config)
   except FileNotFoundError as error:
     raise UserError(
-      f'{workdir} holds no run: {path} is missing\n'
+      f'{workdir} holds no run: {path.absolute()} is missing\n'
       'name the folder of a run, as runs/quickstart after the quickstart'
     ) from error
   except UserError as error:

@@ -49,7 +49,15 @@ FLAGS = {
   ),
   'does not divide': (
     ['--config.training.minibatches=3'],
-    ['minibatches is 3', '4 prompts', '[1, 2, 4]'],
+    ['minibatches is 3', '4 prompts (config.rollout.prompts)', '[1, 2, 4]'],
+  ),
+  'does not divide a minibatch': (
+    ['--config.training.micro_prompts=4'],
+    [
+      'micro_prompts is 4, which does not divide 2 prompts (of a minibatch: '
+      'config.rollout.prompts, 4, divided by config.training.minibatches, 2)',
+      '[1, 2]',
+    ],
   ),
   'one sample': (
     ['--config.rollout.samples=1'],
@@ -192,6 +200,18 @@ def test_configuration_missing(tmp_path):
   named = train('quickstrat', tmp_path / 'run')
   refused(named, 'did you mean experiments/configs/quickstart.py?')
   refused(scripts.run('train'), '--config is missing', 'quickstart.py')
+
+
+def test_what_is_missing_is_named_by_its_absolute_path(config, tmp_path):
+  for flag, name in (
+    ('model.path={}', 'absent'),
+    ('rewards.symbols.name={}:f', 'absent.py'),
+    ('prompts.pass_rates={}', 'absent.jsonl'),
+  ):
+    flag = f'--config.{flag.format(name)}'
+    ended = train(config, tmp_path / 'run', flag)
+    refused(ended, str(pathlib.Path.cwd() / name))
+  refused(train('absent.py', tmp_path), str(pathlib.Path.cwd() / 'absent.py'))
 
 
 @pytest.mark.parametrize(
