@@ -93,10 +93,15 @@ def check(config: ConfigDict) -> None:
   _check_on_policy(config, needs)
   _check_regrouping(config, needs)
   prompts, settings = config.rollout.prompts, config.training
-  check_divides(settings.minibatches, prompts, 'config.training.minibatches')
-  minibatch = prompts // settings.minibatches
-  name = 'config.training.micro_prompts'
-  check_divides(build.micro_prompts(config), minibatch, name)
+  name = 'config.training.minibatches'
+  check_divides(settings.minibatches, prompts, name, 'config.rollout.prompts')
+  check_divides(
+    build.micro_prompts(config),
+    prompts // settings.minibatches,
+    'config.training.micro_prompts',
+    f'of a minibatch: config.rollout.prompts, {prompts}, divided by {name}, '
+    f'{settings.minibatches}',
+  )
 
 
 def check_name(config: ConfigDict, names: Sequence[str]) -> None:

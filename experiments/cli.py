@@ -2,6 +2,8 @@
 
 import difflib
 import gc
+import glob
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -27,6 +29,9 @@ _OPEN = frozenset({'algorithm', 'task', 'rewards', 'architecture'})
 
 # Flags that name a file or a folder: '' is a variable that the shell lacks.
 _PATHS = ('workdir', 'output', 'run', 'model', 'estimators')
+
+# Files of the devices that the extras of setup.cfg have plug-ins for.
+_ACCELERATORS = ('/dev/nvidia*', '/dev/dxg', '/dev/accel*', '/dev/vfio/[0-9]*')
 
 
 def define_config_flag() -> None:
@@ -87,13 +92,12 @@ def config() -> ConfigDict:
       '--config is missing\nfor example --config=experiments/configs/'
       'quickstart.py'
     )
-  if not pathlib.Path(flag.config_filename).is_file():
+  path = pathlib.Path(flag.config_filename)
+  if not path.is_file():
     known = sorted(path.stem for path in _CONFIGS.glob('*.py'))
-    near = difflib.get_close_matches(
-      pathlib.Path(flag.config_filename).stem, known, 1
-    )
+    near = difflib.get_close_matches(path.stem, known, 1)
     hint = f'\ndid you mean {_CONFIGS / near[0]}.py?' if near else ''
-    raise UserError(f'--config: no such file: {flag.config_filename}{hint}')
+    raise UserError(f'--config: no such file: {path.absolute()}{hint}')
   if not isinstance(flag.value, ConfigDict):
     raise UserError(
       f'--config: get_config() of {flag.config_filename} returns '
@@ -146,12 +150,27 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   # Making data and tracing programs allocate hundreds of thousands of objects
   # that stay: with Python's 700 a tenth of the start goes into looking at them.
   gc.set_threshold(50_000, 10, 10)
+  _leave_out_plugins()
   # What is wrong with a configuration is said once, by `_parse`.
   logging.set_verbosity(logging.ERROR)
   try:
     app.run(guarded, flags_parser=_parse)
   except BrokenPipeError:  # of --help
     sys.exit(_leave_output())
+
+
+def _leave_out_plugins() -> None:
+  """Has JAX use CPUs where its plug-ins would look for devices in vain.
+
+  `experiments.plan` needs them on such machines, and there each would say at
+  length what it lacks.  Plug-ins of other devices, and a choice of the user's
+  or of JAX's on a TPU machine, are left alone.
+  """
+  if jax.config.jax_platforms or any(map(glob.glob, _ACCELERATORS)):
+    return
+  plugins = importlib.metadata.entry_points(group='jax_plugins')
+  if all('cuda' in plugin.name for plugin in plugins):
+    jax.config.update('jax_platforms', 'cpu')
 
 
 def _is_of_runtime(error: Exception) -> bool:

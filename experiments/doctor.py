@@ -299,7 +299,7 @@ def of_run(workdir) -> list[str]:
     records = logging.read_metrics(path)
   except OSError as error:
     raise UserError(
-      f'{path}: {error.strerror}\nname the folder of a run'
+      f'{path.absolute()}: {error.strerror}\nname the folder of a run'
     ) from error
   # Main phases alone have a loss or a reward without a prefix.
   records = [each for each in records if 'loss' in each or 'reward' in each]

@@ -37,7 +37,8 @@ def check(
       )
   batch = config.rounds.batch
   micro = config.training.micro_prompts or batch
-  check_divides(micro, batch, 'config.training.micro_prompts')
+  name = 'config.training.micro_prompts'
+  check_divides(micro, batch, name, 'config.rounds.batch')
   checks.check_schedule('optimizer', config.optimizer, offline.updates(config))
   checks.check_schedule(
     'warm_start.optimizer', config.warm_start.optimizer, config.warm_start.steps

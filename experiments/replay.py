@@ -183,7 +183,7 @@ def _check_code(workdir: pathlib.Path) -> None:
     else:
       continue
     raise UserError(
-      f'{file} is {now} since the run last began\n'
+      f'{path.absolute()} is {now} since the run last began\n'
       'put the old file back: a step can be replayed by its own code alone'
     )
 

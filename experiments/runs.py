@@ -54,7 +54,7 @@ def read_config(workdir, untrusted: Sequence[str] = ()) -> ConfigDict:
     _refuse_code(build.code_names(config, untrusted))
   except FileNotFoundError as error:
     raise UserError(
-      f'{workdir} holds no run: {path} is missing\n'
+      f'{workdir} holds no run: {path.absolute()} is missing\n'
       'name the folder of a run, as runs/quickstart after the quickstart'
     ) from error
   except UserError as error:

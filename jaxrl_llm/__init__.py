@@ -5,4 +5,11 @@ token log-probabilities and trajectory rewards (`jaxrl_llm.estimators`).  The
 rest of the package supplies what an estimator asks for.
 """
 
+import logging as _logging
+
+# At its import, before anything else is said: the models here are JAX's.
+_logging.getLogger('transformers').addFilter(
+  lambda record: not record.getMessage().startswith('PyTorch was not found')
+)
+
 __version__ = '0.1.0'

@@ -58,17 +58,21 @@ def split_prompts(tree: Any, micro_prompts: int) -> Any:
   return jax.tree.map(split, tree)
 
 
-def check_divides(number: int, prompts: int, name: str) -> None:
+def check_divides(
+  number: int, prompts: int, name: str, source: str = ''
+) -> None:
   """Raises UserError, with what would do, if `number` does not divide P.
 
   Args:
     number: of parts, or of prompts per part.
     prompts: P.
     name: of the number, for the message.
+    source: of P, for the message.
   """
   if number < 1 or prompts % number:
     possible = [n for n in range(1, prompts + 1) if prompts % n == 0]
     raise UserError(
-      f'{name} is {number}, which does not divide {prompts} prompts\n'
+      f'{name} is {number}, which does not divide {prompts} prompts'
+      f'{source and f" ({source})"}\n'
       f'choose one of {possible}'
     )

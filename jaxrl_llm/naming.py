@@ -209,6 +209,6 @@ def _module(path: str, field: str) -> ModuleType:
         raise
   raise UserError(
     f'{field}: no such Python file: {path}\n'
-    f"it is looked for from {pathlib.Path.cwd()}; write 'file.py:function' or "
+    f"it is looked for at {file.absolute()}; write 'file.py:function' or "
     "'module:function'"
   )

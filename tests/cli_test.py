@@ -49,7 +49,15 @@ FLAGS = {
   ),
   'does not divide': (
     ['--config.training.minibatches=3'],
-    ['minibatches is 3', '4 prompts', '[1, 2, 4]'],
+    ['minibatches is 3', '4 prompts (config.rollout.prompts)', '[1, 2, 4]'],
+  ),
+  'does not divide a minibatch': (
+    ['--config.training.micro_prompts=4'],
+    [
+      'micro_prompts is 4, which does not divide 2 prompts (of a minibatch: '
+      'config.rollout.prompts, 4, divided by config.training.minibatches, 2)',
+      '[1, 2]',
+    ],
   ),
   'one sample': (
     ['--config.rollout.samples=1'],
@@ -194,6 +202,18 @@ def test_configuration_missing(tmp_path):
   refused(scripts.run('train'), '--config is missing', 'quickstart.py')
 
 
+def test_what_is_missing_is_named_by_its_absolute_path(config, tmp_path):
+  for flag, name in (
+    ('model.path={}', 'absent'),
+    ('rewards.symbols.name={}:f', 'absent.py'),
+    ('prompts.pass_rates={}', 'absent.jsonl'),
+  ):
+    flag = f'--config.{flag.format(name)}'
+    ended = train(config, tmp_path / 'run', flag)
+    refused(ended, str(pathlib.Path.cwd() / name))
+  refused(train('absent.py', tmp_path), str(pathlib.Path.cwd() / 'absent.py'))
+
+
 @pytest.mark.parametrize(
   'content, texts',
   [
@@ -245,10 +265,10 @@ def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
   refused(ended, 'exceed 3 tokens')
 
 
-def command(*arguments, **settings):
+def command(*arguments, option='-m', **settings):
   """As a user types it: a fresh interpreter, from the repository."""
   given = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | settings
-  line = [sys.executable, '-m', *arguments]
+  line = [sys.executable, option, *arguments]
   return subprocess.run(line, cwd=ROOT, text=True, timeout=120, **given)
 
 
@@ -291,6 +311,52 @@ def test_errors_of_collectives_are_told_from_others():
   assert cli._is_of_runtime(ValueError(lost))
   assert cli._is_of_runtime(jax.errors.JaxRuntimeError(lost))
   assert not cli._is_of_runtime(ValueError('shapes differ'))
+
+
+@pytest.mark.parametrize(
+  'plugin, device, complains',
+  [
+    ('xla_cuda13', False, False),
+    ('xla_cuda13', True, True),
+    ('other', False, True),
+  ],
+)
+def test_plugins_without_a_device_are_left_out(
+  plugin, device, complains, tmp_path
+):
+  """A plug-in, as the extra `plan` installs one, that finds no library."""
+  module = tmp_path / 'jax_plugins' / plugin
+  module.mkdir(parents=True)
+  (module / '__init__.py').write_text(
+    'import jax\n'
+    'def initialize():\n'
+    "  if jax.config.jax_platforms != 'cpu':\n"
+    "    raise RuntimeError('no cuDNN')\n"
+  )
+  metadata = tmp_path / 'plugin-1.dist-info'
+  metadata.mkdir()
+  (metadata / 'entry_points.txt').write_text(
+    f'[jax_plugins]\n{plugin} = jax_plugins.{plugin}\n'
+  )
+  program = (
+    'import jax; from experiments import cli; '
+    f'cli._ACCELERATORS = ({str(tmp_path if device else "/absent")!r},); '
+    'cli.run(lambda: print(jax.default_backend()))'
+  )
+  environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+  environment.pop('JAX_PLATFORMS', None)
+  ended = command(program, option='-c', env=environment)
+  assert ended.returncode == 0 and ended.stdout == 'cpu\n'
+  assert ('no cuDNN' in ended.stderr) == complains
+  assert complains or ended.stderr == ''
+
+
+def test_nothing_is_said_of_a_missing_torch():
+  hidden = "import sys; sys.modules['torch'] = None; "
+  ended = command(f'{hidden}import experiments.build', option='-c')
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, '', '')
+  ended = command(f'{hidden}import transformers', option='-c')
+  assert 'PyTorch was not found' in ended.stderr  # which is then filtered
 
 
 def test_the_command_itself(tmp_path):

@@ -171,6 +171,11 @@ def test_a_nan_in_a_mean_is_left_out():
   assert told(records) == {}
 
 
+def test_effective_samples_may_be_rounded_to_above_1():
+  rounded = {'sampler/effective_samples': 1.0000001}
+  assert told(run((WINDOW, rounded))) == {}
+
+
 def test_watch_writes_a_line_per_step_and_tells_what_is_new(tmp_path):
   records = run((WINDOW, {}), (2 * WINDOW, FAULTS['kl']), (WINDOW, {}))
   watch, heard = Watch(tmp_path), []
@@ -216,7 +221,7 @@ def test_docs_have_the_ranges():
   text = docs.read_text()
   for each in health.RANGES:
     names = ' + '.join(f'`{name}`' for name in each.metrics)
-    row = f'| {each.label} | {names} | {each.low:g} to {each.high:g} |'
+    row = f'| {each.label} | {names} | {each.healthy} |'
     assert row in text, row
 
 

@@ -54,6 +54,43 @@ def test_folder_is_complete(whole):
   assert env['command'][1:] and env['device_count'] == 1
 
 
+def test_the_defaults_say_nothing_to_worry_about(tmp_path):
+  """With nothing set but the model, the task, the reward and the algorithm."""
+  lines = scripts.CONFIG.splitlines(keepends=True)
+  first = next(i for i, x in enumerate(lines) if 'config.prompts' in x)
+  text = ''.join(lines[:first]).replace('max_length=64', 'max_length=512')
+  text += (
+    "  config.rewards = dict(correct=dict(name='arithmetic_answer'))\n"
+    "  config.algorithm = dict(name='grpo')\n"
+    '  return config\n'
+  )
+  config = scripts.write_config(tmp_path, text)
+  ended = scripts.run(
+    'train',
+    f'--config={config}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.steps=10',  # of which the mean is judged
+    cache=scripts.cache(),
+  )
+  assert ended.code == 0, ended.err
+  for worry in ('sampler and trainer', 'recomputes', 'effective_samples'):
+    assert worry not in ended.err, ended.err
+
+
+def test_log_probs_of_float32_differ_by_less_than_the_default(monkeypatch):
+  config = quickstart.get_config()
+  config.task.update(train=12, held_out=8)
+  model = build.model(config.model, config.seed)
+  data = build.dataset(config, model.tokenizer)
+  online = train.Online(config, model, data, jax.random.key(0), None)
+  # The first is what trained models have.
+  for nats, lines in ((1.6e-5, 0), (2e-4, 1)):
+    monkeypatch.setattr(
+      online._rl, 'log_prob_difference', lambda *_, nats=nats: nats
+    )
+    assert len(online.start(None)) == lines
+
+
 def test_what_is_left_out_or_repeated_is_said():
   config = quickstart.get_config()
   config.task.update(train=12, held_out=8, operations=(1, 3))

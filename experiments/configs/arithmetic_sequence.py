@@ -60,9 +60,7 @@ def get_config():
     entropy=0.3,
   )
   # Two tokens: what follows the first mistake earns nothing and is noise.
-  config.rollout.update(
-    prompts=64, samples=16, max_tokens=2, log_prob_tolerance=1e-4
-  )
+  config.rollout.update(prompts=64, samples=16, max_tokens=2)
   config.training.minibatches = 4
   config.steps = 600
   config.optimizer = base.optimizer(1e-3, warmup_updates=10)

@@ -118,7 +118,7 @@ def get_config() -> ConfigDict:
         hint_template='{prompt}{hint}',
         # The trainer recomputes log-probabilities if the sampler's differ by
         # more at the start, in nats.
-        log_prob_tolerance=1e-5,
+        log_prob_tolerance=1e-4,
       ),
       training=dict(
         epochs=1,

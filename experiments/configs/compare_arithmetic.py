@@ -89,9 +89,7 @@ def base_config() -> ConfigDict:
   config.prompts.max_tokens = 10
   config.rewards = dict(correct=dict(name='arithmetic_answer'))
   config.algorithm = dict(name='rloo')
-  config.rollout.update(
-    prompts=32, samples=8, max_tokens=22, log_prob_tolerance=1e-4
-  )
+  config.rollout.update(prompts=32, samples=8, max_tokens=22)
   config.steps = 100_000  # the budget of tokens ends a run
   config.optimizer = base.optimizer(2e-4, warmup_updates=5)
   config.warm_start.update(steps=500, batch=64)

@@ -47,9 +47,7 @@ def get_config():
   config.prompts.max_tokens = 8
   config.rewards = dict(correct=dict(name='arithmetic_answer'))
   config.algorithm = dict(name='grpo', kl=0.0)
-  config.rollout.update(
-    prompts=32, samples=8, max_tokens=14, log_prob_tolerance=1e-4
-  )
+  config.rollout.update(prompts=32, samples=8, max_tokens=14)
   config.steps = 80
   config.optimizer = base.optimizer(2e-4, warmup_updates=10)
   config.warm_start.update(steps=400, batch=64)

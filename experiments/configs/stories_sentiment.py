@@ -57,9 +57,7 @@ def get_config():
   config.prompts.max_tokens = 16
   config.rewards = dict(sentiment=dict(name='sentiment'))
   config.algorithm = dict(name='grpo', kl=0.33)
-  config.rollout.update(
-    prompts=32, samples=8, max_tokens=64, log_prob_tolerance=1e-4
-  )
+  config.rollout.update(prompts=32, samples=8, max_tokens=64)
   config.steps = 120
   config.optimizer = base.optimizer(5e-4, warmup_updates=5, decay='linear')
   config.evaluation.update(

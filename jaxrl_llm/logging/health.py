@@ -38,6 +38,13 @@ class Range(NamedTuple):
   high: float
   cause: str
 
+  @property
+  def healthy(self) -> str:
+    """The range in words."""
+    if math.isinf(self.high):
+      return f'at least {self.low:g}'
+    return f'{self.low:g} to {self.high:g}'
+
 
 RANGES = (
   Range(
@@ -76,7 +83,7 @@ RANGES = (
     'effective',
     ('sampler/effective_samples',),
     0.3,
-    1.0,
+    math.inf,
     'sampler and trainer differ so much that few responses carry the weights '
     "of all\ncompare with config.model.attention='xla' and dtype='float32'",
   ),
@@ -152,7 +159,7 @@ def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
     if len(recent) == WINDOW and not each.low <= mean <= each.high:
       found[each.label] = (
         f'{" + ".join(each.metrics)} is {mean:.3g} over {WINDOW} steps, '
-        f'healthy is {each.low:g} to {each.high:g}: {each.cause}'
+        f'healthy is {each.healthy}: {each.cause}'
       )
   for label, names in _counts(now).items():
     shown.append(f'{label} {sum(now[name] for name in names):g}')

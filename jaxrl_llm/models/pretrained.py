@@ -103,7 +103,8 @@ def resolve(path) -> pathlib.Path:
   if os.path.isdir(folder):
     return folder
   if os.path.exists(folder) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
-    shown = str(path) if str(path).isprintable() else repr(str(path))
+    shown = str(folder.absolute())
+    shown = shown if shown.isprintable() else repr(shown)
     raise UserError(
       f'There is no model folder {shown:.300}.\n'
       'Name a Hugging Face folder, or org/name of the hub.'
@@ -112,7 +113,8 @@ def resolve(path) -> pathlib.Path:
     from huggingface_hub import snapshot_download
   except ImportError:
     raise UserError(
-      f'There is no folder {path}; to download it, pip install huggingface_hub.'
+      f'There is no folder {folder.absolute()}; to download {path}, '
+      'pip install huggingface_hub.'
     ) from None
   files = ['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']
   try:
@@ -120,13 +122,16 @@ def resolve(path) -> pathlib.Path:
   except Exception as error:  # of the network, the hub, the disk
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'There is no folder {path}, and it could not be downloaded: {reason}'
+      f'There is no folder {folder.absolute()}, and {path} could not be '
+      f'downloaded: {reason}'
     ) from error
 
 
 def _read_json(path: pathlib.Path) -> dict:
   if not path.is_file():
-    raise UserError(f'{path} is missing; is its folder a model folder?')
+    raise UserError(
+      f'{path.absolute()} is missing; is its folder a model folder?'
+    )
   try:
     contents = json.loads(path.read_text())
   except (ValueError, RecursionError) as error:
@@ -153,7 +158,9 @@ def load_tokenizer(path):
     )
   except Exception as error:  # tokenizers raises nothing narrower
     reason = ' '.join(str(error).split())[:200]
-    raise UserError(f'{folder} has no usable tokenizer: {reason}') from error
+    raise UserError(
+      f'{folder.absolute()} has no usable tokenizer: {reason}'
+    ) from error
 
 
 def check_vocabulary(config: ModelConfig, tokenizer) -> None:

@@ -129,7 +129,9 @@ def _file(path: str | pathlib.Path, *names: str) -> pathlib.Path:
     return path
   found = [path / name for name in names if (path / name).exists()]
   if not found:
-    raise UserError(f'{path}: the folder holds no {" or ".join(names)}.')
+    raise UserError(
+      f'{path.absolute()}: the folder holds no {" or ".join(names)}.'
+    )
   return found[0]
 
 

@@ -183,7 +183,8 @@ def read_text(path: pathlib.Path) -> str:
       data = gzip.decompress(data)
     return data.decode('utf-8')
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f'{path}: cannot be read: {error}.') from error
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{path.absolute()}: cannot be read: {reason}.') from error
   except UnicodeDecodeError as error:
     line = error.object[: error.start].count(b'\n') + 1
     raise UserError(f'{path}, line {line}: the text is not UTF-8.') from error

@@ -255,6 +255,7 @@ def _file(path: pathlib.Path, split: str) -> pathlib.Path:
   found = [path / name for name in names if (path / name).exists()]
   if not found:
     raise UserError(
-      f'{path}: the folder holds no {" or ".join(names)}; name a file.'
+      f'{path.absolute()}: the folder holds no {" or ".join(names)}; '
+      'name a file.'
     )
   return found[0]
