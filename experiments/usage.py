@@ -47,6 +47,15 @@ def text(config: ConfigDict | None, title: str) -> str:
   return '\n'.join(parts)
 
 
+def values(config: ConfigDict) -> list[str]:
+  """A line for every field, without comments."""
+  return [
+    f'{name} = {value!r}'
+    for name, value in fields(config)
+    if not isinstance(value, ConfigDict)
+  ]
+
+
 def fields(config: ConfigDict) -> list[tuple[str, Any]]:
   """(dotted name, value) of sections and fields, in the order of `base`."""
   order = list(comments())

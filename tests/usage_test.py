@@ -1,6 +1,7 @@
 """The text of --help, and --dry_run."""
 
 import inspect
+import pathlib
 import re
 
 import pytest
@@ -55,6 +56,53 @@ def test_help_shows_what_a_file_and_flags_set(tmp_path):
     assert line in ended.out.splitlines()
   ended = scripts.run('train', '--config=absent.py', '--help')
   assert ended.code == 2 and 'no such file' in ended.err
+
+
+def test_a_dry_run_prints_what_would_be_and_writes_nothing(tmp_path):
+  config, workdir = scripts.write_config(tmp_path), tmp_path / 'runs' / 'run'
+  flags = f'--config={config}', f'--workdir={workdir}', '--dry_run'
+  ended = scripts.run('train', *flags, '--config.steps=21')
+  assert ended.code == 0 and ended.err == ''
+  lines = ended.out.splitlines()
+  assert 'steps = 21' in lines and "task.name = 'arithmetic'" in lines
+  assert lines[lines.index('') + 1 :] == [
+    'llama model, 2,880 parameters, 17 tokens; 1 cpu device(s)',
+    '24 training and 8 held-out prompts; dropped as over budget: 0 and 0',
+    'warm start: 8 steps, each an update on 8',
+    'training: 21 steps, each of 4 prompts x 4 responses and 2 update(s)',
+    'at most 8 tokens per prompt and 6 per response',
+  ]
+  assert not workdir.parent.exists()
+  ended = scripts.run('train', *flags, '--config.prompts.max_tokens=3')
+  assert ended.code == 2 and 'exceed 3 tokens' in ended.err
+  assert not workdir.parent.exists()
+
+
+@pytest.mark.parametrize(
+  'name, config, line',
+  [
+    (
+      'train',
+      'arithmetic_ppo',
+      'training: 80 steps, each of 32 prompts x 8 responses and 1 update(s)',
+    ),
+    ('sft', 'arithmetic_sft', 'training: 80 steps, each an update on 256'),
+    ('preference', 'arithmetic_dpop', 'training: 240 steps'),
+    ('rest_em', 'arithmetic_rest_em', 'training: 320 steps'),
+  ],
+)
+def test_dry_runs_of_all_that_trains(name, config, line):
+  path = f'--config=experiments/configs/{config}.py'
+  small = '--config.task.train=300', '--config.task.demonstrations=300'
+  ended = scripts.run(name, path, *small, '--dry_run')
+  assert ended.code == 0, ended.err
+  assert line in ended.out.splitlines()
+  assert not pathlib.Path('runs', config).exists()
+
+
+def test_a_script_that_does_not_train_has_no_dry_run():
+  ended = scripts.run('evaluate', '--dry_run')
+  assert ended.code == 2 and 'unknown flag --dry_run' in ended.err
 
 
 def test_help_of_a_script_without_configurations():
