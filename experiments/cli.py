@@ -17,6 +17,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments import usage
+from experiments.configs import base
 from jaxrl_llm import compilation, compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.progress import say
@@ -29,6 +31,8 @@ _OPEN = frozenset({'algorithm', 'task', 'rewards', 'architecture'})
 
 # Flags that name a file or a folder: '' is a variable that the shell lacks.
 _PATHS = ('workdir', 'output', 'run', 'model', 'estimators')
+
+_HELP = frozenset({'--help', '-help'})
 
 # Files of the devices that the extras of setup.cfg have plug-ins for.
 _ACCELERATORS = ('/dev/nvidia*', '/dev/dxg', '/dev/accel*', '/dev/vfio/[0-9]*')
@@ -227,11 +231,10 @@ def _leave_output() -> int:
 
 def _parse(arguments: list[str]) -> list[str]:
   try:
-    rest = flags.FLAGS(arguments)
+    rest = flags.FLAGS([each for each in arguments if each not in _HELP])
     for name in _PATHS:
       if name in flags.FLAGS and _is_empty(flags.FLAGS[name]):
         _fail(f'--{name} is empty\nis a variable not set that it is made of?')
-    return rest
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
     hint = f'did you mean --{near[0]}?' if near else '--help lists the flags'
@@ -264,6 +267,24 @@ def _parse(arguments: list[str]) -> list[str]:
     if isinstance(error, TypeError | ValueError):
       _fail(f'--config: {_described(error)}')
     raise
+  if _HELP.intersection(arguments):
+    _help()
+  return rest
+
+
+def _help() -> NoReturn:
+  """Prints the flags and what the configuration, if there is one, has."""
+  shown, title = None, 'fields of a configuration, with their defaults'
+  if 'config' in flags.FLAGS:
+    shown = base.get_config()
+    if flags.FLAGS['config'].present:
+      title = f'fields of {flags.FLAGS["config"].config_filename}'
+      try:
+        shown = config()
+      except UserError as error:
+        _fail(str(error))
+  print(usage.text(shown, title), flush=True)
+  sys.exit(0)
 
 
 def _is_empty(flag: flags.Flag) -> bool:
@@ -304,7 +325,7 @@ def _unknown_field(error: Exception, arguments: list[str]) -> str:
   elif set(flag.split('.')) & _OPEN:
     hint = 'such a field has to be in the file before a flag can set it'
   else:
-    hint = 'experiments/configs/base.py lists the fields'
+    hint = '--help lists the fields'
   return f'{flag}: the configuration has no such field\n{hint}'
 
 

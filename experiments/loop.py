@@ -388,15 +388,8 @@ class Run:
 
   def _describe(self, found: data.Data, restored: bool, mended) -> None:
     """Says what the run is, a line each."""
-    trained = self.state.trainable.get('policy', self.state.trainable)
-    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    tokenizer = len(self._model.tokenizer)
     lines = [
-      f'{self._model.config.family} model, {size:,} parameters, '
-      f'{tokenizer} tokens; {jax.device_count()} {jax.default_backend()} '
-      f'device(s){_mesh()}',
-      *self._main.describe(),
-      *found.notes,
+      *_parts(self._model, self.state, self._main, found),
       *mended,
     ]
     if restored:
@@ -404,6 +397,29 @@ class Run:
     elif self._resuming:
       lines.append('no checkpoint yet: the run starts from its beginning')
     self._progress.print(*lines)
+
+
+def plan(config, make_phase: MakePhase) -> list[str]:
+  """Lines about a run that is not begun, from the shapes of its parameters."""
+  model = build.outline(config.model)
+  found = build.dataset(config, model.tokenizer)
+  WarmStart(config, model, found.demonstrations)  # for what it refuses
+  key = jax.random.key(config.seed)
+  main = make_phase(config, model._replace(params=None), found, key, '')
+  return _parts(model, main.shapes(model.params), main, found)
+
+
+def _parts(model: build.Model, state, main, found: data.Data) -> list[str]:
+  """Lines about model, devices, main phase and data."""
+  trained = state.trainable.get('policy', state.trainable)
+  size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+  return [
+    f'{model.config.family} model, {size:,} parameters, '
+    f'{len(model.tokenizer)} tokens; {jax.device_count()} '
+    f'{jax.default_backend()} device(s){_mesh()}',
+    *main.describe(),
+    *found.notes,
+  ]
 
 
 def _mesh() -> str:

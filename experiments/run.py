@@ -8,7 +8,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, cli, runs
+from experiments import build, checks, cli, loop, runs, usage
 from experiments.loop import Run
 from experiments.phase import Script
 from jaxrl_llm import distributed, membership, sharding
@@ -48,14 +48,63 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
   script.check(config)
   try:
     with contextlib.ExitStack() as files:
-      mesh = sharding.make_mesh(**config.mesh.to_dict())
-      if mesh.size > 1:
-        files.enter_context(jax.set_mesh(mesh))
+      files.enter_context(_mesh(config))
       return _train(script, config, workdir, resume, files)
   except KeyboardInterrupt:
     say('interrupted at once: --resume continues from the last checkpoint')
     membership.fail(128 + signal.SIGINT)
     return 128 + signal.SIGINT
+
+
+def _mesh(config):
+  """The context of the mesh that a configuration names."""
+  mesh = sharding.make_mesh(**config.mesh.to_dict())
+  return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def dry_run(script: Script, config) -> int:
+  """Prints the configuration and what a run would be; trains, writes nothing.
+
+  Args:
+    script: what would train.
+    config: as `configs.base` has it.
+
+  Returns:
+    The exit status, 0.
+
+  Raises:
+    UserError: as `train` before its first step.
+  """
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  script.check(config)
+  with _mesh(config):
+    lines = loop.plan(config, script.phase)
+  if distributed.is_main():
+    values = usage.values(config)
+    print('\n'.join([*values, '', *lines, *_counts(config)]))
+  return 0
+
+
+def _counts(config) -> list[str]:
+  """Lines about steps, updates and tokens."""
+  rollout, warm = config.rollout, config.warm_start
+  steps = f'training: {config.steps:,} steps'
+  if config.tokens:
+    steps += f' or {config.tokens:,} generated tokens'
+  if checks.script(config.algorithm.name) == 'train':
+    updates = config.training.epochs * config.training.minibatches
+    steps += (
+      f', each of {rollout.prompts:,} prompts x {rollout.samples:,} responses '
+      f'and {updates:,} update(s)'
+    )
+  elif not config.rounds.sampling:
+    steps += f', each an update on {config.rounds.batch:,}'
+  return [
+    f'warm start: {warm.steps:,} steps, each an update on {warm.batch:,}',
+    steps,
+    f'at most {config.prompts.max_tokens:,} tokens per prompt and '
+    f'{rollout.max_tokens:,} per response',
+  ]
 
 
 def _train(
@@ -128,6 +177,9 @@ def define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'Folder of the run.')
   flags.DEFINE_bool('resume', False, 'Continue the run that the folder holds.')
   cli.define_trust_flag()
+  flags.DEFINE_bool(
+    'dry_run', False, 'Print configuration and counts; train, write nothing.'
+  )
   cli.define_process_flags()
   cli.define_config_flag()
 
@@ -146,6 +198,8 @@ def main(script: Script) -> int:
   """Reads the flags, joins the other processes and trains."""
   config = _config()
   cli.join_processes()
+  if flags.FLAGS.dry_run:
+    return dry_run(script, config)
   workdir = flags.FLAGS.workdir
   if workdir is None:
     name = flags.FLAGS['config'].config_filename

@@ -12,7 +12,8 @@ def optimizer(learning_rate: float, **changes) -> ConfigDict:
     dict(
       learning_rate=learning_rate,
       warmup_updates=0,
-      decay='constant',  # or 'linear', 'cosine': to 0 at the last update
+      # 'constant', or 'linear' or 'cosine': to 0 at the last update.
+      decay='constant',
       b1=0.9,
       b2=0.95,
       eps=1e-8,
@@ -74,9 +75,10 @@ def get_config() -> ConfigDict:
       task=ConfigDict(dict(name='')),  # a function of experiments/data.py
       prompts=dict(
         max_tokens=256,
-        overlong='error',  # or 'drop'
+        overlong='error',  # 'error' or 'drop'
         suffix='',
-        chat_template='auto',  # where the tokenizer has one; '' never
+        # 'auto': where the tokenizer has one; '' never.
+        chat_template='auto',
         system_prompt='',
         # Data tools (docs/data_tools.md), of the training prompts of RL.
         # File of experiments.pass_rates: only prompts whose measured rate lies
@@ -138,7 +140,8 @@ def get_config() -> ConfigDict:
       ),
       optimizer=optimizer(1e-5),
       critic=dict(  # of an algorithm that has one
-        trunk='separate',  # or 'shared': a value head on the policy's
+        # 'separate', or 'shared': a value head on the policy's.
+        trunk='separate',
         # What a trunk of its own begins with: a Hugging Face folder or hub
         # name of a language model or of a reward model, with its head (the
         # layout *ForSequenceClassification); '' for a copy of the policy.

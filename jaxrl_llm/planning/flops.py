@@ -71,7 +71,8 @@ def _times(equation) -> int:
   if name == 'shard_map':
     # Of one device, along the axes that it splits.
     sizes = params['mesh'].shape
-    return math.prod(sizes[axis] for axis in params['newly_manual_axes'])
+    manual = 'manual_axes' if 'manual_axes' in params else 'newly_manual_axes'
+    return math.prod(sizes[axis] for axis in params[manual])
   return 1
 
 
