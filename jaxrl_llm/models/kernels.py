@@ -164,8 +164,6 @@ def attend(kernel: str, query, prefixes, lengths, own, *, scale, softcap=None):
     compute,
     in_specs=(queried, cached, cached, PartitionSpec(rows, None)),
     out_specs=queried,
-    # Within `sharding.over_rows` only the tensor axis is left.
-    axis_names=set(axes),
     # Kernels do not say over which axes their outputs vary.
     check_vma=False,
   )(query, keys, values, real)
