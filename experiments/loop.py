@@ -318,8 +318,7 @@ class Run:
 
   def _tree(self, state) -> dict:
     """What a checkpoint holds, for a state or the shapes of one."""
-    arrays, _ = self._main.save()
-    return {'state': state, 'key': jax.random.key_data(self._key), **arrays}
+    return {'state': state, 'key': jax.random.key_data(self._key)}
 
   def _fingerprint(self) -> dict:
     found = self._main.fingerprint()
@@ -336,7 +335,7 @@ class Run:
       {
         'tokens': self.course.tokens,
         'tokens_before': self.course.tokens_before,
-        'main': self._main.save()[1],
+        'main': self._main.save(),
         'prompts': self._prompts,
         'pending': self._pending,
         'score': self._score,
@@ -377,9 +376,8 @@ class Run:
         f'generated {course.tokens} tokens: more than the configuration asks '
         'for\nraise config.steps or config.tokens, whichever is below'
       )
-    steps = max(course.step - course.first, 0)
-    self._main.load(tree, metadata['main'], steps)
-    if steps and self._main.keeps_reference:
+    self._main.load(metadata['main'])
+    if course.step > course.first and self._main.keeps_reference:
       self._main.reference = self._reference.restore(
         self.state.trainable['policy'], None if course.first else params
       )
