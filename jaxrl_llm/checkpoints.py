@@ -24,7 +24,7 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
+from jaxrl_llm import distributed, leftovers, orbax_io
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, differences, named_leaves
 from jaxrl_llm.errors import UserError
@@ -66,7 +66,6 @@ class Checkpoints:
         f'Cannot keep {keep_latest} latest and {keep_best} best checkpoints.\n'
         'Keep at least 1 of the latest, and 0 or more of the best.'
       )
-    orbax_noise.hush()
     self.folder = pathlib.Path(folder).absolute()
     self._keep_latest = keep_latest
     self._keep_best = keep_best
