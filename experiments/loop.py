@@ -52,7 +52,6 @@ class Run:
     self._config = config
     self._silent = silent
     self._folder = folder.path
-    self._check_folder = folder.check
     self._resuming = folder.resuming
     self._stop = stop
     self._told = set()
@@ -75,12 +74,9 @@ class Run:
         self._folder / 'checkpoints',
         config.checkpoints.keep_latest,
         config.checkpoints.keep_best,
-        check=folder.check_alone,
       )
     )
-    self._reference = files.enter_context(
-      Reference(self._folder, folder.check_alone)
-    )
+    self._reference = files.enter_context(Reference(self._folder))
     # What is to be written of the step that `state` is of, while it is not yet
     # whole: an evaluation may fail or be stopped after the update is made.
     self._pending = None if warm else _unwritten({}, {})
@@ -163,7 +159,6 @@ class Run:
         finishes.
     """
     self._stop.check()
-    self._check_folder()
     left = self._main.finish(self.state.trainable, self._folder)
     if not distributed.is_main():
       return
@@ -212,7 +207,6 @@ class Run:
     # From here on a checkpoint is of this step, of which nothing is written.
     self._pending = _unwritten(result.metrics, result.timings, shown)
     self._score = None
-    self._check_folder()
     if result.messages:
       self._progress.print(*result.messages)
     self._record()
