@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, data, lost, runs
+from experiments import build, data, runs
 from experiments.course import Course
 from experiments.failures import failure_messages
 from experiments.held_out import to_samples
@@ -85,7 +85,9 @@ class Run:
     self._saved = False
     restored = self._restore(model.params)
     if not silent:
-      lost.check(folder, self.course, restored)
+      distributed.on_main(
+        lambda: _refuse_loss(folder, restored), 'what the run folder holds'
+      )
     written = self.course.step if restored else None
     if restored and self._pending is not None:
       written = written - 1 if written else None
@@ -396,6 +398,19 @@ class Run:
     elif self._resuming:
       lines.append('no checkpoint yet: the run starts from its beginning')
     self._progress.print(*lines)
+
+
+def _refuse_loss(folder, restored: bool) -> None:
+  """Raises UserError if samples or checkpoints of a resumed run are gone."""
+  lost, records = folder.path / 'samples.jsonl', folder.path / 'metrics.jsonl'
+  gone = restored and not lost.exists()
+  if not restored and records.exists():
+    # Two saves were due, and the second waits for the first.
+    due = 2 * folder.former['checkpoints']['every'] + 1
+    gone = records.read_bytes().count(b'\n') > due
+  if gone:
+    lost = lost if restored else folder.path / 'checkpoints'
+    raise UserError(f'{lost} is missing or empty: restore it from a copy')
 
 
 def _mesh() -> str:
