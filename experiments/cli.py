@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxrl_llm import compilation, compilation_cache, distributed, membership
+from jaxrl_llm import compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.progress import say
 
@@ -110,7 +110,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     missing = compilation_cache.use()
     if missing:
       say(missing)
-    compilation.give_back_memory()
     try:
       status = main()
       membership.finish()
