@@ -190,9 +190,8 @@ def begin(
   difference = rl.log_prob_difference(state, 0)
   rl.rescore = not difference <= config.rollout.log_prob_tolerance
   needs = rl.estimator.needs
-  if needs.running or rl.kept is not None:
-    # Running numbers are fixed from here on.  Values of states go on being
-    # kept, from draws on the same prompts and of the same policy.
+  if needs.running:
+    # Running numbers are fixed from here on.
     for step in range(_WARM_UP):
       own = rl.collect(state, step).own
       state = state.replace(running=estimators.update_running(needs, own))

@@ -288,7 +288,6 @@ def abstract_rollouts(
     'token_rewards': needs.token_rewards,
     'branch_values': valued,
     'branch_baselines': valued and wanted.score_weighted,
-    'kept_values': valued and wanted.kept > 0,
   }
   given = {name: numbers for name, due in asked.items() if due}
   greedy = array((prompts, 1, 1), 'float32')
@@ -300,7 +299,6 @@ def abstract_rollouts(
     rewards=array(whole, 'float32'),
     greedy_rewards=greedy if needs.greedy else None,
     branch_mask=array(shape, bool) if valued else None,
-    kept_mask=array(shape, bool) if 'kept_values' in given else None,
     parents=count if trained else None,
     forked_at=count if trained else None,
     running={part.name: array((), 'float32') for part in needs.running},

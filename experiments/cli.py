@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import usage
 from experiments.configs import base
-from jaxrl_llm import compilation, compilation_cache, distributed, membership
+from jaxrl_llm import compilation_cache, distributed, membership
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging.progress import say
 
@@ -127,7 +127,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     missing = compilation_cache.use()
     if missing:
       say(missing)
-    compilation.give_back_memory()
     try:
       status = main()
       membership.finish()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, data, lost, runs
+from experiments import build, data, runs
 from experiments.course import Course
 from experiments.failures import failure_messages
 from experiments.held_out import to_samples
@@ -52,7 +52,6 @@ class Run:
     self._config = config
     self._silent = silent
     self._folder = folder.path
-    self._check_folder = folder.check
     self._resuming = folder.resuming
     self._stop = stop
     self._told = set()
@@ -75,12 +74,9 @@ class Run:
         self._folder / 'checkpoints',
         config.checkpoints.keep_latest,
         config.checkpoints.keep_best,
-        check=folder.check_alone,
       )
     )
-    self._reference = files.enter_context(
-      Reference(self._folder, folder.check_alone)
-    )
+    self._reference = files.enter_context(Reference(self._folder))
     # What is to be written of the step that `state` is of, while it is not yet
     # whole: an evaluation may fail or be stopped after the update is made.
     self._pending = None if warm else _unwritten({}, {})
@@ -89,7 +85,9 @@ class Run:
     self._saved = False
     restored = self._restore(model.params)
     if not silent:
-      lost.check(folder, self.course, restored)
+      distributed.on_main(
+        lambda: _refuse_loss(folder, restored), 'what the run folder holds'
+      )
     written = self.course.step if restored else None
     if restored and self._pending is not None:
       written = written - 1 if written else None
@@ -163,7 +161,6 @@ class Run:
         finishes.
     """
     self._stop.check()
-    self._check_folder()
     left = self._main.finish(self.state.trainable, self._folder)
     if not distributed.is_main():
       return
@@ -212,7 +209,6 @@ class Run:
     # From here on a checkpoint is of this step, of which nothing is written.
     self._pending = _unwritten(result.metrics, result.timings, shown)
     self._score = None
-    self._check_folder()
     if result.messages:
       self._progress.print(*result.messages)
     self._record()
@@ -318,8 +314,7 @@ class Run:
 
   def _tree(self, state) -> dict:
     """What a checkpoint holds, for a state or the shapes of one."""
-    arrays, _ = self._main.save()
-    return {'state': state, 'key': jax.random.key_data(self._key), **arrays}
+    return {'state': state, 'key': jax.random.key_data(self._key)}
 
   def _fingerprint(self) -> dict:
     found = self._main.fingerprint()
@@ -336,7 +331,7 @@ class Run:
       {
         'tokens': self.course.tokens,
         'tokens_before': self.course.tokens_before,
-        'main': self._main.save()[1],
+        'main': self._main.save(),
         'prompts': self._prompts,
         'pending': self._pending,
         'score': self._score,
@@ -377,9 +372,8 @@ class Run:
         f'generated {course.tokens} tokens: more than the configuration asks '
         'for\nraise config.steps or config.tokens, whichever is below'
       )
-    steps = max(course.step - course.first, 0)
-    self._main.load(tree, metadata['main'], steps)
-    if steps and self._main.keeps_reference:
+    self._main.load(metadata['main'])
+    if course.step > course.first and self._main.keeps_reference:
       self._main.reference = self._reference.restore(
         self.state.trainable['policy'], None if course.first else params
       )
@@ -420,6 +414,19 @@ def _parts(model: build.Model, state, main, found: data.Data) -> list[str]:
     *main.describe(),
     *found.notes,
   ]
+
+
+def _refuse_loss(folder, restored: bool) -> None:
+  """Raises UserError if samples or checkpoints of a resumed run are gone."""
+  lost, records = folder.path / 'samples.jsonl', folder.path / 'metrics.jsonl'
+  gone = restored and not lost.exists()
+  if not restored and records.exists():
+    # Two saves were due, and the second waits for the first.
+    due = 2 * folder.former['checkpoints']['every'] + 1
+    gone = records.read_bytes().count(b'\n') > due
+  if gone:
+    lost = lost if restored else folder.path / 'checkpoints'
+    raise UserError(f'{lost} is missing or empty: restore it from a copy')
 
 
 def _mesh() -> str:

@@ -186,10 +186,10 @@ class Offline:
     return Result(state, metrics, {'step_time': time.perf_counter() - start})
 
   def save(self):
-    return {}, {}
+    return {}
 
-  def load(self, arrays, values, steps: int) -> None:
-    del arrays, values, steps  # a round's files are read when it is learned
+  def load(self, values) -> None:
+    del values  # a round's files are read when it is learned
 
   def fingerprint(self):
     prompts = sources.PromptSource(self._encoded, 1, self._config.seed)

@@ -90,13 +90,11 @@ class Phase(Protocol):
   ) -> Result:
     """Step `number` of the phase, from 0."""
 
-  def save(self) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arrays, JSON values) that a checkpoint holds beside the state."""
+  def save(self) -> dict[str, Any]:
+    """Returns the JSON values that a checkpoint holds beside the state."""
 
-  def load(
-    self, arrays: Mapping[str, Any], values: Mapping[str, Any], steps: int
-  ) -> None:
-    """Takes up what `save` gave after so many of the phase's steps."""
+  def load(self, values: Mapping[str, Any]) -> None:
+    """Restores what `save` returned."""
 
   def fingerprint(self) -> dict[str, Any]:
     """What must be equal for a step number to mean the same data."""

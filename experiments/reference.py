@@ -4,7 +4,6 @@ It lies in `reference/`, of a form that `jaxrl_llm.checkpoints` verifies.
 """
 
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +19,10 @@ class Reference:
 
   Args:
     run: the run's folder.
-    check: as of `Checkpoints`.
   """
 
-  def __init__(self, run: pathlib.Path, check: Callable[[], None]):
-    self._kept = Checkpoints(
-      run / 'reference', keep_latest=1, keep_best=0, check=check
-    )
+  def __init__(self, run: pathlib.Path):
+    self._kept = Checkpoints(run / 'reference', keep_latest=1, keep_best=0)
     self._unsaved = None  # (step, parameters) that took the place of damage
 
   def __enter__(self):

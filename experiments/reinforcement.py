@@ -1,8 +1,7 @@
 """Online RL: what one step samples, learns and records.
 
 A step depends on the state, the step's number and the configuration, on the
-reference, on whose log-probabilities count (`rescore`), and on the values kept
-from earlier steps, to which `collect` adds.
+reference, and on whose log-probabilities count (`rescore`).
 """
 
 import functools
@@ -31,7 +30,6 @@ from jaxrl_llm import (
   training,
 )
 from jaxrl_llm.estimators import diagnostics
-from jaxrl_llm.kept import KeptValues
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards.failures import Failures
 
@@ -73,8 +71,6 @@ class Reinforcement:
     reference: parameters of the reference policy, if the estimator needs it.
     estimator, critic, optimizer, begin, shapes: of a `Learner`.
     rescore: whether the trainer recomputes the sampler's log-probabilities.
-    kept: values of states from earlier steps; None unless the estimator keeps
-      them.
   """
 
   def __init__(self, config, model: build.Model, rows: list[dict], key):
@@ -108,9 +104,6 @@ class Reinforcement:
     self.reference = None
     self.rescore = False
     self._micro_prompts = learner.micro_prompts
-    self.kept = None
-    if needs.branches and needs.branches.kept:
-      self.kept = KeptValues(needs.branches.kept)
     if self.critic is not None:
       self._explained = jax.jit(critics.explained_variance(config))
     self._prepare = jax.jit(self.estimator.prepare)
@@ -183,10 +176,6 @@ class Reinforcement:
         data = branch_values.add_values(
           data, rows, branched.forks, needs.branches
         )
-        if self.kept is not None:
-          branch_values.keep_values(
-            self.kept, responses.prompts, data, branched.forks, step
-          )
       extra += branched.tokens
       record = record | branched.statistics
     if baseline is not None:
@@ -236,8 +225,6 @@ class Reinforcement:
       self._model.tokenizer,
       self.rewards,
       jax.random.fold_in(jax.random.fold_in(self.key, 3), step),
-      self.kept,
-      step,
     )
 
   def log_prob_difference(self, state: training.TrainState, step: int):

@@ -196,10 +196,10 @@ class RewardModeling:
     return Result(state, record, {'step_time': time.perf_counter() - start})
 
   def save(self):
-    return {}, {}
+    return {}
 
-  def load(self, arrays, values, steps: int) -> None:
-    del arrays, values, steps
+  def load(self, values) -> None:
+    del values
 
   def fingerprint(self):
     held, _ = self._held_out

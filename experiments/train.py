@@ -86,15 +86,9 @@ class Online:
     ]
 
   def save(self):
-    arrays = {}
-    if self._rl.kept is not None:
-      arrays['kept'] = self._rl.kept.tree
-    return arrays, {'rescore': self._rl.rescore}
+    return {'rescore': self._rl.rescore}
 
-  def load(self, arrays, values, steps: int) -> None:
-    del steps
-    if self._rl.kept is not None:
-      self._rl.kept.load(arrays['kept'])
+  def load(self, values) -> None:
     self._rl.rescore = values['rescore']
 
   def fingerprint(self):

@@ -4,9 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrl_llm import sharding
 from jaxrl_llm.branches import Forks, mark_rows
 from jaxrl_llm.estimators import (
   Branches,
@@ -15,8 +13,6 @@ from jaxrl_llm.estimators import (
   branch_returns,
   valid_responses,
 )
-from jaxrl_llm.kept import KeptValues, digests
-from jaxrl_llm.policy import Prompts
 
 Array = jax.Array
 
@@ -78,35 +74,7 @@ def add_values(
     # Nothing was random: all branches count alike.
     weights = jnp.where(total > 0, weights, 1.0)
     found['branch_baselines'] = at_places(weights)
-  if wanted.kept:
-    there = forks.kept_places
-    there = (there[..., None] == time) & (there[..., None] > 0)
-    values = jnp.where(there, forks.kept_values[..., None], 0.0)
-    found['kept_values'] = values.sum(axis=2)
-    found['kept_mask'] = there.any(axis=2)
   return rollouts.replace(**found)
-
-
-def keep_values(
-  kept: KeptValues,
-  prompts: Prompts,
-  rollouts: Rollouts,
-  forks: Forks,
-  step: int,
-) -> None:
-  """Keeps the values that `add_values` found, for later steps."""
-  tokens, places, values, mask = sharding.to_host(
-    (
-      rollouts.tokens,
-      forks.places,
-      rollouts.branch_values,
-      rollouts.branch_mask,
-    )
-  )
-  pick = lambda x: np.take_along_axis(x, places, axis=2)
-  places = np.where(pick(mask), places, 0)
-  keys = digests(prompts, tokens, places)
-  kept.keep(keys, pick(values), step)
 
 
 def _of_place(owners: Array, x: Array) -> Array:

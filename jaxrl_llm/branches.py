@@ -16,7 +16,6 @@ import numpy as np
 from jaxrl_llm import sampling, sharding
 from jaxrl_llm.estimators import Branches
 from jaxrl_llm.estimators.positions import mark
-from jaxrl_llm.kept import KeptValues, digests, none_kept
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rollouts import Generation, Responses, judge
@@ -34,8 +33,6 @@ class Forks(NamedTuple):
     parents: [P, R, 1] int32, the response that a branch forks from.
     forked_at: [P, R, 1] int32, how many of its tokens it keeps; 0 for none.
     key: the rule's: response i of [P·G] draws its state from split i.
-    kept_places: as `places`, where an earlier step's value is known instead.
-    kept_values: [P, G, M] float32 of these, 0 elsewhere.
   """
 
   places: Array
@@ -43,8 +40,6 @@ class Forks(NamedTuple):
   parents: Array
   forked_at: Array
   key: Array
-  kept_places: Array
-  kept_values: Array
 
 
 class Branched(NamedTuple):
@@ -56,13 +51,11 @@ class Branched(NamedTuple):
       branch has no tokens and is not valid.
     forks: where they fork.
     work: what decoding cost.
-    ages: [P, G, M] int32, of the kept values, steps; −1 where there is none.
   """
 
   responses: Responses
   forks: Forks
   work: sampling.Work
-  ages: np.ndarray
 
   @property
   def tokens(self) -> int:
@@ -78,21 +71,16 @@ class Branched(NamedTuple):
     branches/utilization: useful tokens / (rows × steps) of the decoding.
     branches/copied_bytes: of keys and values, which every row copies once and
       whenever it takes a response over.
-    branches/kept: share of the places with a value of an earlier step.
-    branches/staleness: mean age of these values, steps; 0 without any.
     """
     places, owners = sharding.to_host((self.forks.places, self.forks.owners))
-    kept, wanted = self.ages >= 0, places > 0
     own = owners == _slots(places.shape)
-    forks, shared = int((wanted & own).sum()), int((~own).sum())
+    forks, shared = int(((places > 0) & own).sum()), int((~own).sum())
     share = lambda part, of: float(part) / max(float(of), 1.0)
     return {
       'branches/forks': forks,
       'branches/shared': share(shared, forks + shared),
       'branches/utilization': share(self.work.tokens, self.work.row_steps),
       'branches/copied_bytes': float(self.work.copied),
-      'branches/kept': share(kept.sum(), kept.sum() + wanted.sum()),
-      'branches/staleness': share(self.ages[kept].sum(), kept.sum()),
     }
 
 
@@ -105,8 +93,6 @@ def branch(
   tokenizer: Any,
   rewards: Sequence[RewardPart],
   key: Array,
-  kept: KeptValues | None = None,
-  step: int = 0,
 ) -> Branched:
   """Samples and scores branches of responses.
 
@@ -121,8 +107,6 @@ def branch(
     wanted: how many branches, and where.
     tokenizer, rewards: as for the responses.
     key: PRNG key.
-    kept: values of earlier steps; states that have one are not forked.
-    step: the present one, for the values' age.
 
   Raises:
     UserError: as `judge` and `sampling.fork`.
@@ -133,22 +117,10 @@ def branch(
     wanted, samples.tokens, samples.mask, samples.entropy, rule_key
   )
   host_places, host_tokens = sharding.to_host((places, samples.tokens))
-  found = none_kept(host_places.shape)
-  if kept is not None:
-    keys = digests(responses.prompts, host_tokens, host_places)
-    found = kept.find(keys, host_places.shape, step)
-  kept_places = np.where(found.ages >= 0, host_places, 0)
-  host_places = np.where(found.ages >= 0, 0, host_places)
   owners = find_owners(host_places, host_tokens)
   own = np.where(owners == _slots(owners.shape), host_places, 0)
-  own, places, owners, kept_places, kept_values = sharding.place_rows(
-    (
-      own,
-      own if wanted.trained else host_places,
-      owners,
-      kept_places,
-      found.values,
-    )
+  own, places, owners = sharding.place_rows(
+    (own, own if wanted.trained else host_places, owners)
   )
   forked, work = sampling.fork(
     config,
@@ -168,16 +140,8 @@ def branch(
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scoring
   )
-  forks = Forks(
-    places,
-    owners,
-    parents,
-    forked_at,
-    rule_key,
-    kept_places,
-    kept_values,
-  )
-  return Branched(rows, forks, work, found.ages)
+  forks = Forks(places, owners, parents, forked_at, rule_key)
+  return Branched(rows, forks, work)
 
 
 @functools.partial(jax.jit, static_argnames='wanted')

@@ -22,9 +22,8 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable
 
-from jaxrl_llm import distributed, leftovers, orbax_io, orbax_noise
+from jaxrl_llm import distributed, leftovers, orbax_io
 from jaxrl_llm.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.digests import describe, differences, named_leaves
 from jaxrl_llm.errors import UserError
@@ -48,8 +47,6 @@ class Checkpoints:
     keep_best: how many of the steps with the highest metric to keep.
     read_only: another process may be writing: change nothing in the folder.
       Otherwise what a crashed save left behind is removed at once.
-    check: called in process 0 before anything is written or removed; raises
-      UserError where the folder is no longer the caller's.
   """
 
   def __init__(
@@ -59,19 +56,16 @@ class Checkpoints:
     keep_best: int = 1,
     *,
     read_only: bool = False,
-    check: Callable[[], None] = lambda: None,
   ):
     if keep_latest < 1 or keep_best < 0:
       raise UserError(
         f'Cannot keep {keep_latest} latest and {keep_best} best checkpoints.\n'
         'Keep at least 1 of the latest, and 0 or more of the best.'
       )
-    orbax_noise.hush()
     self.folder = pathlib.Path(folder).absolute()
     self._keep_latest = keep_latest
     self._keep_best = keep_best
     self._read_only = read_only
-    self._check = check
     self._pending = None  # (manifest, future of the running save)
     self._metrics = {}  # step -> metric or None, of the steps seen so far
     self._unclean = False  # whether a save has failed
@@ -144,7 +138,6 @@ class Checkpoints:
     """Makes room for a step, unless it is there as it is to be."""
     step, sha256 = manifest['step'], manifest['sha256']
     path = self._path(step)
-    self._check()
     if path.exists() and self._sound.get(step) == sha256:
       return True, sha256
     try:
@@ -194,7 +187,6 @@ class Checkpoints:
     self._sound[step] = manifest['sha256']
     try:
       if distributed.is_main():
-        self._check()
         leftovers.discard(self._replaced(step))
         self._prune(step)
     except (OSError, UserError) as error:
@@ -421,7 +413,6 @@ class Checkpoints:
     """Removes what a failed save has written."""
     if distributed.is_main():
       try:
-        self._check()
         leftovers.clean(self.folder)
       except (OSError, UserError) as error:
         _log.warning('Could not remove a failed save: %s', one_line(error))

@@ -1,6 +1,5 @@
-"""How much a process has compiled, and the memory that compiling leaves."""
+"""The number and time of the programs that a process has compiled."""
 
-import ctypes
 import functools
 import threading
 from typing import NamedTuple
@@ -10,9 +9,6 @@ import jax
 # JAX's event, once for every program that is compiled or, compiled before,
 # read from the persistent cache.
 _EVENT = '/jax/core/compile/backend_compile_duration'
-
-# Seconds of compiling after which memory is given back, in some 0.005.
-_LONG = 0.1
 
 _lock = threading.Lock()
 _total = [0, 0.0]
@@ -57,23 +53,3 @@ def _add(event: str, seconds: float, **kwargs) -> None:
     with _lock:
       _total[0] += 1
       _total[1] += seconds
-
-
-@functools.cache
-def give_back_memory() -> None:
-  """From now on, what a long compilation has freed goes back to the system.
-
-  The C library keeps it otherwise, for each of the compiler's threads; see the
-  peaks in docs/performance.md.  Does nothing where that is not glibc.
-  """
-  try:
-    trim = ctypes.CDLL(None).malloc_trim
-  except (AttributeError, OSError):
-    return
-
-  def listen(event: str, seconds: float, **kwargs) -> None:
-    del kwargs
-    if event == _EVENT and seconds > _LONG:
-      trim(0)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)

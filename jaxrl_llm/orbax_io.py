@@ -5,6 +5,7 @@ Orbax is slow to import: it is not, before it has something to do.
 """
 
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ def start_save(path, state, manifest: dict):
   """
   from orbax.checkpoint import v1 as ocp
 
+  # Each thread of a failed save logs the error that `result` raises.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   state = jax.tree.map(_as_global, _without_empty(state))
   with _context():
     return ocp.save_checkpointables_async(

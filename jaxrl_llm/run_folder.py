@@ -6,7 +6,6 @@ resume writes the first two anew once it is known that the run goes on.
 """
 
 import datetime
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -131,37 +130,6 @@ class RunFolder:
         write_atomically(self.path / f'{name}.json', text)
     except OSError as error:
       raise _unusable(self.path, error) from error
-
-  def check(self) -> None:
-    """Raises UserError if the folder is this run's no longer.
-
-    The lock guards a file, not its name: who removes the folder, or the lock,
-    lets another run begin there.  All processes make the same calls.
-    """
-    if distributed.agree(self._is_lost(), 'a look at the run folder'):
-      raise self._lost()
-
-  def check_alone(self) -> None:
-    """The same for process 0 alone; in the others it does nothing."""
-    if self._is_lost():
-      raise self._lost()
-
-  def _is_lost(self) -> bool:
-    if self._lock is None:
-      return False
-    try:
-      own = os.fstat(self._lock.fileno())
-      return not os.path.samestat(own, os.stat(self.path / 'lock'))
-    except OSError as error:
-      # A file system that does not answer just now has lost nothing.
-      return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-
-  def _lost(self) -> UserError:
-    return UserError(
-      f'{self.path} was removed, or taken over by another run: its lock is not '
-      "this run's.\nWhat is there now is left alone: start again in another "
-      '--workdir.'
-    )
 
   def close(self) -> None:
     """Gives the lock back.  The folder stays as it is."""

@@ -169,12 +169,12 @@ def next_fork(i, t):
   return min((p for p in i.forks if p > t), default=i.length)
 
 
-def held_with(beta, kept):
-  """From the last baseline before a token to the next fresh value."""
+def held_with(beta):
+  """From the last baseline before a token to the next value."""
 
   def advantage(i, t, group):
     baselines = {0: mean([earned(j, beta) for j in siblings(i, group)])}
-    baselines |= (i.kept_values if kept else {}) | i.forks
+    baselines |= i.forks
     a = max(p for p in baselines if p <= t)
     return return_to(i, a, next_fork(i, a), beta) - baselines[a]
 
@@ -210,8 +210,7 @@ FORMULAS = {
   'trepo, values interpolated': trepo(values_interpolated),
   'trepo, advantages interpolated': trepo(advantages_interpolated),
   'trepo, score-weighted': trepo(functools.partial(held, weighted=True)),
-  'trepo with KL': trepo(held_with(KL, kept=False)),
-  'trepo, kept': trepo(held_with(0.0, kept=True)),
+  'trepo with KL': trepo(held_with(KL)),
   'trepo_critic': trepo_critic,
   'trepo_tree': tree_surrogate(0.0),
   'trepo_tree with KL': tree_surrogate(KL),

@@ -229,7 +229,6 @@ def test_the_clipped_ratio_is_the_one_reported(config):
 @pytest.mark.parametrize(
   'algorithm',
   [
-    dict(name='trepo', kept=6),
     dict(name='trepo', score_weighted=True, kl=0.1),
     dict(name='trepo', positions=dict(name='fixed', positions=(1, 3))),
     dict(name='trepo', positions=dict(name='delimiter', token_ids=(1, 3))),

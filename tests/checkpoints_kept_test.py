@@ -1,6 +1,5 @@
 """A checkpoint that is sound is not lost: to a kill, or to a passing fault."""
 
-import concurrent.futures
 import errno
 import os
 import stat
@@ -207,31 +206,6 @@ def test_folders_that_are_not_synced(number, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='Saving checkpoint step 2'):
       checkpoints.wait()
     assert sorted(os.listdir(tmp_path)) == ['00000001', '00000002']
-
-
-def test_the_checkpoints_of_whoever_took_the_folder_are_left_alone(
-  tmp_path, caplog
-):
-  owned = [True]
-
-  def check():
-    if not owned:
-      raise UserError('taken over')
-
-  checkpoints = Checkpoints(tmp_path, keep_latest=1, check=check)
-  checkpoints.save(8, make_state(8), META)
-  concurrent.futures.wait([checkpoints._pending[1]])
-  owned.clear()
-  save_steps(tmp_path, [3, 4])
-  (tmp_path / '00000005.orbax-checkpoint-tmp').mkdir()
-  before = sorted(tmp_path.rglob('*'))
-  checkpoints.wait()
-  assert 'taken over' in caplog.text
-  for step in (4, 9):
-    with pytest.raises(UserError, match='taken over'):
-      checkpoints.save(step, make_state(5), META)
-  checkpoints.close()
-  assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_a_folder_that_is_gone_is_not_made_anew(tmp_path):

@@ -233,7 +233,7 @@ from jaxrl_llm import orbax_io
 from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.digests import named_leaves
 def main(argv):
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(logging.WARNING)  # as `cli.run` does
   with Checkpoints(argv[1]) as c:
     for step in range(4):
       c.save(step, {'x': jnp.zeros(3)}, {}, metric=step)

@@ -1,8 +1,6 @@
 """What a process compiles, and that a steady run compiles nothing."""
 
-import ctypes
 import threading
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ import scripts
 
 from experiments import build, reinforcement
 from experiments.configs import quickstart
-from jaxrl_llm import compilation
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.logging import read_metrics
 from jaxrl_llm.rewards import RewardPart
@@ -41,24 +38,6 @@ def test_meters_are_independent_and_hear_all_threads():
   thread.join()
   assert before == 1
   assert early.take() == late.take() and late.take().programs == 0
-
-
-def test_memory_is_given_back_after_a_long_compilation(monkeypatch):
-  trims = []
-  library = types.SimpleNamespace(malloc_trim=trims.append)
-  monkeypatch.setattr(ctypes, 'CDLL', lambda name: library)
-  compilation.give_back_memory.__wrapped__()
-  record = jax.monitoring.record_event_duration_secs
-  record('/jax/core/compile/backend_compile_duration', 0.01)
-  record('/jax/core/compile/jaxpr_trace_duration', 7.0)
-  assert not trims
-  record('/jax/core/compile/backend_compile_duration', 7.0)
-  assert trims == [0]
-
-
-def test_a_c_library_without_trimming_is_left_alone(monkeypatch):
-  monkeypatch.setattr(ctypes, 'CDLL', lambda name: types.SimpleNamespace())
-  compilation.give_back_memory.__wrapped__()
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_equal_configs_hash_equally():
     (dict(rope=Rope(kind='linear', factor=float('nan'))), 'positive factor'),
     (dict(rope=Rope(kind='llama3', factor=8.0)), 'original_length'),
     (
-      dict(rope=Rope(kind='dynamic', factor=2.0, original_length=64)),
+      dict(rope=Rope(kind='longrope', factor=2.0, original_length=64)),
       'max_length=64',
     ),
     (

@@ -288,7 +288,6 @@ def with_a_constant(matched):
       values=rollouts.values + more,
       branch_values=rollouts.branch_values + more,
       branch_baselines=rollouts.branch_baselines + more,
-      kept_values=rollouts.kept_values + more,
     )
     outputs = outputs.replace(values=outputs.values + more)
   return before, evaluate(rollouts, outputs)
@@ -319,8 +318,7 @@ def with_equal_rewards(rollouts, prompts, value):
     array[prompts] = value
     return array
 
-  names = ['rewards', 'greedy_rewards', 'kept_values']
-  names += ['branch_values', 'branch_baselines']
+  names = ['rewards', 'greedy_rewards', 'branch_values', 'branch_baselines']
   return rollouts.replace(
     **{name: fill(getattr(rollouts, name)) for name in names}
   )

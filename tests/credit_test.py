@@ -235,24 +235,6 @@ def test_score_weighted_baselines():
   assert weighted.needs.score_norms and not VALUES.needs.score_norms
 
 
-def test_kept_values_are_baselines_alone():
-  """Kept before tokens 1 and 4: what a token is credited with reaches over."""
-  data = branched(
-    [3],
-    kept_values=np.where(fork(1, 3, 4), 7.0, np.nan)[None],
-    kept_mask=fork(1, 3, 4)[None],
-  )
-  values = est.branches(4, 4, est.positions.uniform(), kept=2)
-  got = credit(data, values=values)
-  # The next fresh value is 30, then the reward, 5; at 3 it is fresh itself.
-  expected = [30 - 1.5, 30 - 7, 30 - 7, 5 - 30, 5 - 7, 5 - 7]
-  np.testing.assert_allclose(got[0], expected)
-  np.testing.assert_allclose(got[1], [1 - 3.5] + [1 - 7] * 5)
-  for fill in (est.interpolate_values, est.interpolate_advantages):
-    with pytest.raises(ValueError, match='baselines alone'):
-      est.gae(1.0, 0.0, values, fill)
-
-
 CRITIC = est.branches_with_critic(4, 4, est.positions.uniform())
 
 

@@ -84,7 +84,10 @@ def test_what_a_family_cannot_express_is_refused():
   [
     (dict(model_type='bert'), "'bert' is not supported"),
     (dict(hidden_act='relu'), "'relu'"),
-    (dict(rope_scaling=dict(rope_type='su', factor=2.0)), "'su' is not known"),
+    (
+      dict(rope_scaling=dict(rope_type='dynamic', factor=2.0)),
+      "'dynamic' is not known; known are default, linear",
+    ),
     (dict(rope_scaling=dict(rope_type='llama3')), 'high_freq_factor|factor'),
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor'),
     (dict(hidden_size='wide'), 'hidden_size'),

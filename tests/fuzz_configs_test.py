@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import build, checks, cli
 from experiments.configs import base
-from jaxrl_llm import compilation, sharding
+from jaxrl_llm import sharding
 
 FIELDS = [name for name, _ in checks.leaves(base.get_config())]
 NUMBERS = (
@@ -105,8 +105,6 @@ def command():
   with pytest.MonkeyPatch.context() as patch:
     start = lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))
     patch.setattr(app, 'run', start)
-    # It would be registered anew by every call.
-    patch.setattr(compilation, 'give_back_memory', lambda: None)
     known = set(flags.FLAGS)
     cli.define_config_flag()
 

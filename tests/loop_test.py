@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import time
 import types
 
 import boundaries_test
@@ -18,7 +17,6 @@ from jaxrl_llm.digests import describe, named_leaves
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.logging import Sample
 from jaxrl_llm.logging.records import RecordFile
-from jaxrl_llm.run_folder import open_run
 
 # Of its 9 steps it evaluates 0, 4, 8 and 9, and saves every second one.
 PROMPTS = 5
@@ -190,33 +188,6 @@ def test_a_main_phase_that_has_begun_is_no_checkpoint_of_the_warm_start(
   assert newest(workdir)['step'] == 1
 
 
-def test_a_run_whose_folder_is_taken_over_leaves_it_alone(tmp_path):
-  workdir, found = tmp_path / 'run', []
-
-  def remove():
-    while not (workdir / 'checkpoints' / '00000002').exists():
-      time.sleep(0.01)  # its save is under way
-    shutil.rmtree(workdir)
-
-  def take_over():
-    remove()
-    found.append(open_run(workdir, False, {'steps': 1}))
-    (workdir / 'checkpoints').mkdir()
-
-  for happens, left_over in (
-    (remove, None),
-    (take_over, ['checkpoints', 'config.json', 'env.json', 'lock']),
-  ):
-    with pytest.raises(UserError, match='was removed, or taken over'):
-      train(workdir, in_step={3: happens})
-    assert left_over == (
-      workdir.exists() and sorted(os.listdir(workdir)) or None
-    )
-  assert os.listdir(workdir / 'checkpoints') == []
-  found[0].check()
-  found[0].close()
-
-
 def test_a_resume_that_is_refused_leaves_the_configuration(whole, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(whole, workdir)
@@ -267,7 +238,7 @@ def test_a_damaged_reference_that_is_the_initial_model(
   shutil.copytree(whole, workdir)
   config = boundaries_test.configuration(PROMPTS)
   params = build.model(config.model, config.seed).params
-  with loop.Reference(workdir, lambda: None) as reference:
+  with loop.Reference(workdir) as reference:
     reference.save(0, params)
   folder = workdir / 'reference' / '00000000'
   for path in (folder / 'state').rglob('d/*'):

@@ -36,7 +36,6 @@ class Response:
   new_values: list
   forks: dict
   weighted_forks: dict
-  kept_values: dict
   parent: int
   forked_at: int
 
@@ -73,11 +72,6 @@ def groups_of(rollouts, outputs):
         forks=at_forks(rollouts.branch_values),
         weighted_forks=at_forks(rollouts.branch_baselines),
         parent=int(rollouts.parents[p, g, 0]),
-        kept_values={
-          t: float(rollouts.kept_values[p, g, t])
-          for t in range(1, length)
-          if rollouts.kept_mask[p, g, t]
-        },
         forked_at=int(rollouts.forked_at[p, g, 0]),
       )
     )

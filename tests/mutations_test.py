@@ -173,12 +173,6 @@ MUTATIONS = {
     'return needs._replace(branches=needs.branches._replace(shaping=own))',
     'values_test.py',
   ),
-  'kept values as first terms': Mutation(
-    'values.py',
-    'return Known(values, baselines, where, fresh)',
-    'return Known(baselines, baselines, where, where)',
-    'values_test.py',
-  ),
   'a critic bootstraps from itself': Mutation(
     'values.py',
     'return Known(rollouts.branch_values, rollouts.values, everywhere, fresh)',

@@ -277,7 +277,6 @@ EXACT = {
 FURTHER = {
   'rloo': (est.rloo(), 'plain'),
   'score-weighted': (trepo(RULES['fixed'], score_weighted=True), 'plain'),
-  'values kept': (trepo(RULES['uniform'], SHAPED, kept=1000), 'shaped'),
   'where uncertain': (trepo(est.positions.entropy_sum(1.5)), 'plain'),
   'a critic that knows nothing': (
     est.trepo_critic(COUNT, BRANCHES, RULES['uniform']),

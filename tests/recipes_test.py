@@ -24,8 +24,6 @@ def fields(needs):
     'branch_values': valued,
     'branch_mask': valued,
     'branch_baselines': valued and branches.score_weighted,
-    'kept_values': valued and branches.kept > 0,
-    'kept_mask': valued and branches.kept > 0,
     'parents': trained,
     'forked_at': trained,
     'running': bool(needs.running),

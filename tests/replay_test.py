@@ -209,9 +209,8 @@ def identical(workdir, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['ppo', 'kept values', 'tree'])
+@pytest.mark.parametrize('name', ['ppo', 'tree'])
 def test_steps_with_branches_and_a_critic(name, tmp_path):
-  """A critic, and values kept from steps before the checkpoint."""
   algorithm = resume_branches_test.ALGORITHMS[name]
   text = scripts.CONFIG.replace("dict(name='grpo', kl=0.04)", repr(algorithm))
   config = scripts.write_config(tmp_path / 'config', text)

@@ -1,4 +1,4 @@
-"""Kills of runs with branches, a critic, kept values: the records are equal."""
+"""Kills of runs with branches or a critic: the records are equal."""
 
 import signal
 
@@ -12,7 +12,6 @@ ALGORITHMS = {
   'ppo': dict(name='ppo', kl=0.05),
   'trepo': dict(name='trepo', score_weighted=True, **BRANCHES),
   'tree': dict(name='trepo_tree', **BRANCHES),
-  'kept values': dict(name='trepo', kept=6, **BRANCHES),
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -121,32 +120,6 @@ def test_same_process_cannot_take_the_lock_twice(tmp_path):
     pytest.raises(UserError, match='in use'),
   ):
     run_folder.open_run(tmp_path, True, {})
-
-
-@pytest.mark.parametrize('gone', ['folder', 'lock', 'file in its place'])
-def test_a_folder_that_is_removed_or_taken_over_is_told(gone, tmp_path):
-  folder = tmp_path / 'run'
-  run = run_folder.open_run(folder, False, {'steps': 1})
-  run.check()
-  if gone == 'lock':
-    (folder / 'lock').unlink()
-  else:
-    shutil.rmtree(folder)
-  if gone == 'file in its place':
-    folder.write_text('')
-  for check in (run.check, run.check_alone):
-    with pytest.raises(UserError, match='was removed, or taken over') as error:
-      check()
-    assert len(lines(error)) == 2
-  if gone != 'file in its place':
-    with run_folder.open_run(folder, True, {'steps': 1}) as other:
-      other.check()
-      with pytest.raises(UserError, match=f'{folder} was removed'):
-        run.check()
-      run.close()
-      other.check()
-      assert str(os.getpid()) in (folder / 'lock').read_text()
-  run.close()
 
 
 def test_resume_of_an_empty_folder_starts_afresh(tmp_path):

@@ -64,9 +64,6 @@ CASES = {
       mscale_all_dim=1.3,
     ),
   ),
-  'llama_dynamic': dict(
-    model_type='llama', rope_parameters=rope('dynamic', factor=4.0)
-  ),
   'llama_longrope': dict(
     model_type='llama',
     rope_parameters=rope(

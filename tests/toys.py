@@ -62,7 +62,6 @@ RECIPES = {
   ),
   'trepo, score-weighted': est.trepo(clip=CLIP, score_weighted=True),
   'trepo with KL': est.trepo(clip=CLIP, kl=KL),
-  'trepo, kept': est.trepo(clip=CLIP, kept=3),
   'trepo_critic': est.trepo_critic(
     clip=CLIP, kl=KL, value_coefficient=VALUE, value_clip=VALUE_CLIP
   ),
@@ -92,7 +91,7 @@ def random_rollouts(
 
   Everything that a recipe may need is there.  Lengths are ragged, with an
   empty and a full response.  Outside the mask stands NaN, and so it does where
-  no branch forks and no value is kept.  With `invalid`, two responses are
+  no branch forks.  With `invalid`, two responses are
   invalid: NaN all over.  With `full`, all were cut at the length limit.
 
   Returns:
@@ -123,8 +122,6 @@ def random_rollouts(
   forks = random.random(shape) < 0.5
   later = kept & (np.arange(length) > 0)[None, None]
   forked = later & forks
-  others = np.random.default_rng(seed + 1000)
-  kept_values, known = others.normal(size=shape), others.random(shape) < 0.3
   rollouts = est.Rollouts(
     tokens=tokens,
     mask=mask,
@@ -140,8 +137,6 @@ def random_rollouts(
     branch_values=inside(random.normal(size=shape), forked),
     branch_baselines=inside(random.normal(size=shape), forked),
     branch_mask=forks,
-    kept_values=inside(kept_values, later & known),
-    kept_mask=known,
     running=_some_batches_later(dtype),
   )
   outputs = est.Outputs(

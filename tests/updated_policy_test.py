@@ -91,7 +91,6 @@ def branches(rl, model, params, step):
   [
     dict(name='trepo', count=2, samples=2),
     dict(name='trepo_tree', count=2, samples=2),
-    dict(name='trepo', count=2, samples=2, kept=3),
     dict(name='ppo', kl=0.05),
     dict(name='trepo_critic', count=2, samples=2),
   ],

@@ -198,60 +198,6 @@ def test_what_the_critic_is_fitted_to_has_the_values_as_its_mean():
   assert np.abs(off).max() > 0.01
 
 
-STALE = np.random.default_rng(3).normal(size=LONG.values.shape)
-SOME = np.where(np.arange(len(LONG.prefixes)) == 2, STALE, np.nan)
-
-
-KEEPING = est.trepo(3, 1, positions.fixed(1, 2, 3), kept=5)
-
-
-@pytest.mark.parametrize('kept', [None, SOME, STALE])
-def test_kept_values_bias_nothing_and_cost_nothing(kept):
-  """Whatever they are; where one is kept, no branch is drawn."""
-  toy = LONG._replace(kept_values=kept)
-  report = enumeration.examine(KEEPING, toy)
-  assert report.exact
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
-  least = enumeration.examine(est.rloo(), LONG).tokens
-  if kept is STALE:
-    assert report.tokens == pytest.approx(least)
-  else:
-    assert report.tokens > 1.2 * least
-
-
-def test_kept_values_beside_score_weighted_ones():
-  rule = positions.fixed(1, 3)
-  estimator = est.trepo(2, 2, rule, kept=5, score_weighted=True)
-  report = enumeration.examine(estimator, LONG._replace(kept_values=SOME))
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
-
-
-def test_kept_values_that_replace_rewards_to_go_are_biased():
-  """As first terms they would have to be the present policy's."""
-  estimator = KEEPING
-
-  def prepare(rollouts):
-    kept = rollouts.kept_mask
-    values = jnp.where(kept, rollouts.kept_values, rollouts.branch_values)
-    fresh = rollouts.branch_mask | kept
-    return estimator.prepare(
-      rollouts.replace(branch_values=values, branch_mask=fresh)
-    )
-
-  toy = LONG._replace(kept_values=STALE)
-  report = enumeration.examine(estimator._replace(prepare=prepare), toy)
-  assert report.bias > 0.1
-
-
-def test_drawing_with_kept_values_agrees_with_summing():
-  toy = LONG._replace(kept_values=SOME)
-  exact = enumeration.examine(KEEPING, toy)
-  drawn = enumeration.examine(KEEPING, toy, limit=1, draws=40_000)
-  assert exact.exact and not drawn.exact
-  assert drawn.bias < 2.5 * drawn.standard_error
-  assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
-
-
 def test_responses_that_share_a_state_may_share_its_branches():
   """The first one's serve the second: nothing is biased, tokens are saved."""
   estimator, toy = est.trepo(2, 1, positions.delimiter(0)), LONG
@@ -276,9 +222,7 @@ def test_responses_that_share_a_state_may_share_its_branches():
 
 def test_what_does_not_fit_is_refused():
   for make in (
-    lambda: est.branches(1, 1, positions.uniform(), kept=-1),
     lambda: est.branches_with_critic(0, 1, positions.uniform()),
-    lambda: est.trepo(1, 1, kept=2, fill=est.interpolate_values),
     lambda: positions.entropy_sum(0.0),
     # Two sources in one estimator.
     lambda: est.estimator(

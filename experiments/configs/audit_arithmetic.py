@@ -38,15 +38,8 @@ def get_estimators() -> dict[str, dict]:
   }
   # The run's critic is PPO's, fitted to its own targets.
   found["TRePO, PPO's critic"] = found.pop('TRePO, critic of branches')
-  branched = dict(name='trepo', count=2, samples=4)
-  more = {
-    'TRePO, hold, score-weighted': dict(branched, score_weighted=True),
-    # The audit's prompts are the same in all draws, so nearly every state is
-    # one that was kept: in training few come back while the policy is the same.
-    'TRePO, hold, values all kept': dict(branched, kept=8),
-  }
-  samples = found['TRePO, hold']['rollout']
-  return found | {
-    title: dict(algorithm=algorithm, rollout=samples)
-    for title, algorithm in more.items()
-  }
+  found['TRePO, hold, score-weighted'] = dict(
+    algorithm=dict(name='trepo', count=2, samples=4, score_weighted=True),
+    rollout=found['TRePO, hold']['rollout'],
+  )
+  return found

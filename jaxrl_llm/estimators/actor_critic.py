@@ -159,7 +159,6 @@ def trepo(
   clip: float = 0.2,
   score_weighted: bool = False,
   kl: float | Running = 0.0,
-  kept: int = 0,
 ) -> Estimator:
   """Token-level advantages from Monte Carlo branches, without a critic.
 
@@ -183,8 +182,6 @@ def trepo(
     score_weighted: baselines weighted by the continuations' squared scores.
     kl: β, in units of the reward per nat, or `adaptive_kl`: charged to the
       responses and to their branches.
-    kept: for how many steps a state's value serves in place of fresh branches,
-      as a baseline; with `hold`.
 
   References:
     He et al., `Response-Level Rewards Are All You Need
@@ -194,7 +191,7 @@ def trepo(
     positions = uniform()
     if fill is interpolate_advantages:
       positions = pairs(positions)
-  values = branches(count, samples, positions, score_weighted, kept)
+  values = branches(count, samples, positions, score_weighted)
   return estimator(
     chain(_reward(kl), gae(1.0, 0.0, values, fill)),
     clipped(clip),

@@ -28,7 +28,6 @@ class Slots(NamedTuple):
   forks: np.ndarray | None = None  # [..., T], as are the next two
   values: np.ndarray | None = None
   baselines: np.ndarray | None = None
-  kept: np.ndarray | None = None  # [..., T], values of an earlier policy
   # Of branches that are trained: the responses as which they ended and, in
   # tokens, where they fork; 0 for no branch.
   ends: np.ndarray | None = None  # [..., M, K]
@@ -44,8 +43,6 @@ class Forest:
     trained: whether they are rows to train on, not values.
     most: M, the most forks that a response may have.
     forks: [P, N, C, T] bool under each of the C states of the rule.
-    kept: [P, N, C, T], values in place of branches, NaN where there is none;
-      None if the rule keeps none.
     weights: [P, N, C, T], squared score norms summed from here to the next
       fork of the same response, or to its end.
     returns: [P, N, T], what a branch that forks before token t earns, where
@@ -62,8 +59,7 @@ class Forest:
       self.returns = _returns(branches, rows)
     passing = through(toy)
     self.onward = passing.T * p[:, None] / (p @ passing)[..., None]
-    places = _forks(toy, branches, np.asarray(rows.entropy))
-    self.forks, self.kept = _keep(toy, branches, places)
+    self.forks = _forks(toy, branches, np.asarray(rows.entropy))
     self.most = int(self.forks.sum(axis=3).max(initial=1))
     norms = np.asarray(rows.score_norms) * toy.mask
     self.weights = np.zeros(self.forks.shape)
@@ -71,7 +67,7 @@ class Forest:
     for t in reversed(range(toy.mask.shape[1])):
       rest = norms[:, :, None, t] + rest
       self.weights[..., t] = rest
-      rest = np.where(places[..., t], 0.0, rest)
+      rest = np.where(self.forks[..., t], 0.0, rest)
 
   def tokens(self, p) -> float:
     """Expected tokens of one response's branches, summed over prompts."""
@@ -116,17 +112,6 @@ class Forest:
       share = orders * p[list(chosen)].prod()
       found[outcome] = found.get(outcome, 0.0) + share
     return found
-
-
-def _keep(toy: Toy, branches: Branches, places: np.ndarray):
-  """Divides places into those of branches and those of values kept."""
-  if not branches.kept:
-    return places, None
-  known = np.full((len(toy.rewards), len(toy.prefixes)), np.nan)
-  if toy.kept_values is not None:
-    known = toy.kept_values
-  kept = np.where(places, known[:, toy.states][:, :, None], np.nan)
-  return places & np.isnan(kept), kept
 
 
 def _returns(branches: Branches, rows: Rollouts) -> np.ndarray:
@@ -201,10 +186,7 @@ def _list_forked(p, forest: Forest, prompt, limit) -> Slots | None:
     for picked in itertools.product(*options):
       found = [outcome for outcome, _ in picked]
       weight = math.prod((share for _, share in picked), start=p[prompt, n])
-      slot = _slot(forest, n, forks, at, found, weight / choices)
-      if forest.kept is not None:
-        slot = slot._replace(kept=forest.kept[prompt, n, choice])
-      rows.append(slot)
+      rows.append(_slot(forest, n, forks, at, found, weight / choices))
   return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
@@ -269,10 +251,7 @@ def draw(
       values[..., t] = forest.values(
         prompt[..., None], ended(t), choice[..., None], t
       )
-    slots = Slots(response, forks, *np.where(forks, values, 0.0))
-    if forest.kept is not None:
-      slots = slots._replace(kept=forest.kept[prompt, response, choice])
-    yield weights, slots
+    yield weights, Slots(response, forks, *np.where(forks, values, 0.0))
 
 
 def _draw_branches(p, forest: Forest, response, random, at) -> np.ndarray:

@@ -189,7 +189,7 @@ def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
 def _check(rollouts: Rollouts, needs: Needs) -> None:
   prompts, samples, length = rollouts.tokens.shape
   shapes = dict.fromkeys(PER_TOKEN, (prompts, samples, length))
-  masks = ('mask', 'branch_mask', 'kept_mask')
+  masks = ('mask', 'branch_mask')
   shapes |= dict.fromkeys(masks, (prompts, samples, length))
   per_row = ('rewards', 'valid', 'parents', 'forked_at')
   shapes |= dict.fromkeys(per_row, (prompts, samples, 1))
@@ -225,8 +225,6 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
     'branch_values': branched,
     'branch_mask': branched,
     'branch_baselines': branched and needs.branches.score_weighted,
-    'kept_values': branched and needs.branches.kept > 0,
-    'kept_mask': branched and needs.branches.kept > 0,
     'parents': rows,
     'forked_at': rows,
     'running': bool(needs.running),

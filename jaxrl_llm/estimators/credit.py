@@ -153,8 +153,6 @@ def gae(
   if not 0 <= gamma <= 1 or not (callable(lam) or 0 <= lam <= 1):
     raise ValueError(f'{gamma=} and {lam=} have to be between 0 and 1')
   fill = fill or hold
-  if fill is not hold and values.needs.branches and values.needs.branches.kept:
-    raise ValueError('kept values are baselines alone: they need `hold`')
 
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
     known = values.apply(advantages, rollouts)

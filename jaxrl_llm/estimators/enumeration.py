@@ -363,8 +363,6 @@ def _summed(prepare, loss):
       branch_values=slots.values,
       branch_baselines=slots.baselines,
       branch_mask=slots.forks,
-      kept_values=slots.kept,
-      kept_mask=None if slots.kept is None else ~jnp.isnan(slots.kept),
       running=running,
       **fields,
     )

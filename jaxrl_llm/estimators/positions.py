@@ -53,9 +53,6 @@ class Branches(NamedTuple):
       all that `chain` found in front of the values; None for nothing.
     trained: whether the branches are wanted as further rows of the rollouts,
       to be trained on, and not as values.
-    kept: how many steps old the branches of a state may be before it is sampled
-      from again.  Until then its value stands in `kept_values`, and no branch
-      forks there; 0 keeps none.
   """
 
   count: int
@@ -64,7 +61,6 @@ class Branches(NamedTuple):
   score_weighted: bool = False
   shaping: AdvantageTransform | None = None
   trained: bool = False
-  kept: int = 0
 
 
 def check_branches(

@@ -35,8 +35,6 @@ class Toy(NamedTuple):
     sampler: [P, S, V] logits of the program that sampled, where it differs.
     token_rewards: [P, S, V], what estimators get that need known rewards of
       tokens.  They are no part of `rewards` by themselves: see `discounted`.
-    kept_values: [P, S], values that are kept from an earlier policy and stand
-      in for branches; NaN in states that have none, None where none is kept.
     branch_rewards: [P, N], where branches are not scored by `rewards`: a
       mistake whose bias can be studied.
   """
@@ -54,7 +52,6 @@ class Toy(NamedTuple):
   old_params: Any = None
   sampler: np.ndarray | None = None
   token_rewards: np.ndarray | None = None
-  kept_values: np.ndarray | None = None
   branch_rewards: np.ndarray | None = None
 
 
@@ -256,7 +253,6 @@ def check(toy: Toy) -> None:
     'sampler': (toy.sampler, (prompts, states, tokens)),
     'token_rewards': (toy.token_rewards, (prompts, states, tokens)),
     'values': (toy.values, (prompts, states)),
-    'kept_values': (toy.kept_values, (prompts, states)),
   }
   for name, (array, shape) in shapes.items():
     if array is not None and np.shape(array) != shape:

@@ -37,9 +37,6 @@ class Rollouts:
     branch_values: [P, G, T] Monte Carlo value of the state before token t.
     branch_baselines: [P, G, T] score-weighted value of the same state.
     branch_mask: [P, G, T] bool, where the two above are known.
-    kept_values: [P, G, T] what branches of an earlier policy said of the state
-      before token t; a baseline only.
-    kept_mask: [P, G, T] bool, where that is known.
     parents: [P, G, 1] int32, the row along axis 1 that a row forked from, its
       own for whole responses.  None where all rows are whole responses.
     forked_at: [P, G, 1] int32, how many of its parent's tokens a row kept: it
@@ -62,8 +59,6 @@ class Rollouts:
   branch_values: Array | None = None
   branch_baselines: Array | None = None
   branch_mask: Array | None = None
-  kept_values: Array | None = None
-  kept_mask: Array | None = None
   parents: Array | None = None
   forked_at: Array | None = None
   running: dict[str, Array] | None = None
@@ -264,7 +259,6 @@ PER_TOKEN = (
   'score_norms',
   'branch_values',
   'branch_baselines',
-  'kept_values',
 )
 
 

@@ -77,7 +77,6 @@ def branches(
   samples: int,
   positions: Positions,
   score_weighted: bool = False,
-  kept: int = 0,
 ) -> Values:
   """Monte Carlo values at a few states; the first from the other responses.
 
@@ -91,21 +90,15 @@ def branches(
     positions: a rule of `positions`.
     score_weighted: takes advantages against the score-weighted mean of the
       same continuations, which has lower variance than their mean.
-    kept: how many steps the values of states are kept for.  Instead of fresh
-      branches a state that has one gets it as a baseline, for which it need not
-      be that of the present policy; what came before is credited with what the
-      next fresh branches, or the response, earn.  0 keeps none.
   """
   check_branches('branches', count, samples, positions)
-  if kept < 0:
-    raise ValueError(f'branches: {kept=} has to be ≥ 0')
   others = subtract_leave_one_out_mean()
   weighted = subtract_weighted_leave_one_out_mean(score_norm())
 
   def apply(rewards: Array, rollouts: Rollouts) -> Known:
     first = jnp.arange(rollouts.mask.shape[2]) == 0
     first = jnp.broadcast_to(first, rollouts.mask.shape)
-    where = fresh = first | rollouts.branch_mask
+    where = first | rollouts.branch_mask
     earned = _earned(rewards, rollouts)
     siblings = valid_responses(rollouts).sum(axis=1, keepdims=True) > 1
     root = lambda without: jnp.where(
@@ -115,12 +108,9 @@ def branches(
     baselines = values
     if score_weighted:
       baselines = jnp.where(first, root(weighted), rollouts.branch_baselines)
-    if kept:
-      where = fresh | rollouts.kept_mask
-      baselines = jnp.where(fresh, baselines, rollouts.kept_values)
-    return Known(values, baselines, where, fresh)
+    return Known(values, baselines, where)
 
-  rule = Branches(count, samples, positions, score_weighted, kept=kept)
+  rule = Branches(count, samples, positions, score_weighted)
   needs = Needs(
     samples=2,
     branches=rule,

@@ -16,7 +16,7 @@ FAMILIES = (
 )
 DTYPES = ('float32', 'bfloat16')
 ATTENTION = ('auto', 'xla', 'splash', 'cudnn')
-ROPE_KINDS = ('default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope')
+ROPE_KINDS = ('default', 'linear', 'llama3', 'yarn', 'longrope')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rope:
     kind: one of `ROPE_KINDS`.
     factor: how many times longer than in pre-training positions may get.
     original_length: positions of the pre-training, in tokens (llama3, yarn,
-      dynamic, longrope).
+      longrope).
     low_frequency, high_frequency: llama3's two limits, in periods per
       `original_length`.
     beta_fast, beta_slow, truncate: yarn's two limits, in rotations per
@@ -223,13 +223,12 @@ def _validate_rope(config: ModelConfig, rope: Rope):
       raise UserError(f'RoPE needs a positive {name}, got {value!r}.')
   if config.head_dim % 2:
     raise UserError(f'RoPE needs an even head_dim, got {config.head_dim}.')
-  if rope.kind in ('dynamic', 'longrope', 'llama3', 'yarn'):
+  if rope.kind in ('llama3', 'yarn', 'longrope'):
     if not rope.original_length:
       raise UserError(f'RoPE type {rope.kind!r} needs original_length.')
-    # Beyond it these two change the frequencies with the current length, so
+    # Beyond it longrope changes the frequencies with the current length, so
     # that keys already in a cache would be wrong.
-    changing = rope.kind in ('dynamic', 'longrope')
-    if changing and config.max_length > rope.original_length:
+    if rope.kind == 'longrope' and config.max_length > rope.original_length:
       raise UserError(
         f'RoPE type {rope.kind!r} is supported up to its original '
         f'{rope.original_length} tokens, max_length is {config.max_length}.\n'

@@ -203,11 +203,9 @@ def _read_rope(raw: dict, source) -> Rope:
   factor = raw.get('factor')
   if kind in ('yarn', 'longrope') and factor is None:
     factor = longest / original
-  if kind in ('linear', 'dynamic', 'llama3', 'yarn', 'longrope'):
+  if kind in ('linear', 'llama3', 'yarn', 'longrope'):
     fields['factor'] = float(factor)
-  if kind == 'dynamic':
-    fields['original_length'] = longest
-  elif kind == 'llama3':
+  if kind == 'llama3':
     fields |= dict(
       original_length=original,
       low_frequency=float(raw['low_freq_factor']),

@@ -30,8 +30,6 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     base = _llama3(rope, base)
   elif rope.kind == 'yarn':
     base = _yarn(rope, base)
-  # 'dynamic' equals 'default' up to its original length, and the config
-  # refuses more.
   return base.astype(np.float32)
 
 
