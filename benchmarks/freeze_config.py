@@ -1,4 +1,4 @@
-"""Configurations of `benchmarks.freeze`: seconds each, every way of training.
+"""Configurations of `benchmarks.freeze`, each of which runs for seconds.
 
 Both sides load copies of this file, each named after the configuration that
 `get_config` returns.
