@@ -12,7 +12,7 @@ MARK = 'freeze: '  # begins this file's own lines in a log
 # Sections that are set as a whole.
 _WHOLE = 'algorithm', 'task', 'rewards', 'architecture'
 _SHAPE = dict(hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2)
-# All prompts occur three times: values kept for a state are used again.
+# Every prompt occurs three times.
 _SIZES = dict(train=8, held_out=8, demonstrations=8)
 _RANGES = dict(operations=(1, 2), operands=(0, 9), operators='+', modulus=10)
 _COMMON = dict(
@@ -60,7 +60,7 @@ CONFIGURATIONS = {
   'trepo': (
     'train',
     dict(
-      algorithm=dict(name='trepo', count=2, samples=2, kl=0.05, kept=4),
+      algorithm=dict(name='trepo', count=2, samples=2, kl=0.05),
       training=dict(micro_prompts=2),
     ),
   ),
