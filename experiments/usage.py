@@ -25,8 +25,8 @@ def text(config: ConfigDict | None, title: str) -> str:
   """
   modules = [
     module
-    for module in flags.FLAGS.flags_by_module_dict()
-    if module == sys.argv[0] or module.startswith('experiments.')
+    for module, defined in flags.FLAGS.flags_by_module_dict().items()
+    if defined and (module == sys.argv[0] or module.startswith('experiments.'))
   ]
   # The first two lines name the module.
   shown = [

@@ -32,7 +32,8 @@ print(json.dumps(dict(found, bits=jax.device_get(y).tobytes().hex())))
 
 
 def start(home, **variables):
-  taken = {k: v for k, v in os.environ.items() if not k.startswith('JAX_')}
+  ours = 'JAX_', 'TF_CPP_'
+  taken = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
   return subprocess.Popen(
     [sys.executable, '-c', PROGRAM],
     stdout=subprocess.PIPE,

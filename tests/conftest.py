@@ -26,6 +26,8 @@ _XLA = ['--xla_cpu_parallel_codegen_split_count=1']
 if jax.__version_info__ < (0, 11):
   _XLA.append('--xla_cpu_use_fusion_emitters=false')
   compilation_cache.quiet_loader()
+  # Of processes that are started, some use no cache of the user's.
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_XLA])
 
 # As scripts do: tests trace even more programs.
