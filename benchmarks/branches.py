@@ -26,8 +26,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import measuring
-from experiments import audit_draws, build, cli
-from jaxrl_llm import branches, estimators, rollouts, sampling
+from experiments import build, cli
+from experiments.studies import audit_draws
+from jaxrl_llm import estimators, rollouts, sampling
+from jaxrl_llm.rollouts import branches
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 

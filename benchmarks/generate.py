@@ -16,8 +16,10 @@ from absl import flags
 
 from benchmarks import arithmetic, job, measuring
 from experiments import cli
-from jaxrl_llm import policy, rollouts, sharding
-from jaxrl_llm.models import pretrained, transformer
+from jaxrl_llm import rollouts, sharding
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -32,10 +34,10 @@ class Sampler:
   """
 
   def __init__(self, folder, dtype: str, prompt_tokens: int, new_tokens: int):
-    self.config, params = pretrained.load(folder, dtype, dtype=dtype)
+    self.config, params = folders.load(folder, dtype, dtype=dtype)
     self._params = transformer.sampling_layout(self.config, params)
-    self._tokenizer = pretrained.load_tokenizer(folder)
-    self._eos_ids = pretrained.eos_token_ids(folder, self._tokenizer)
+    self._tokenizer = folders.load_tokenizer(folder)
+    self._eos_ids = folders.eos_token_ids(folder, self._tokenizer)
     self._prompt_tokens = prompt_tokens
     self._new_tokens = new_tokens
 

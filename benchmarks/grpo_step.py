@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from benchmarks import arithmetic, job, measuring, reward
 from experiments import cli, train
 from experiments.configs import base
-from jaxrl_llm import logging
+from jaxrl_llm import runs
 
 
 def configuration(
@@ -90,7 +90,7 @@ def run(model: pathlib.Path, dtype: str, given) -> dict[str, list[float]]:
     # Of standard output this command has one line.
     with contextlib.redirect_stdout(sys.stderr):
       train.train(config, folder / 'run')
-    records = logging.read_metrics(folder / 'run' / 'timings.jsonl')
+    records = runs.read_metrics(folder / 'run' / 'timings.jsonl')
   own = [record for record in records if 'rollout_time' in record]
   own = own[given.warmup :]
   # Evaluations call the reward too: before the first step, after the last.

@@ -17,8 +17,9 @@ import jax
 from absl import flags
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import pretrained, transformer
+from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig, Rope
+from jaxrl_llm.models.huggingface import folders
 
 _PAD = '<|pad|>'
 _PAIRS = list(itertools.product(string.ascii_lowercase, repeat=2))
@@ -97,11 +98,11 @@ def folder(wanted: Shape, models) -> pathlib.Path:
     models: folder that holds those of all shapes.
   """
   path = pathlib.Path(models, wanted.name).absolute()
-  settings = path / pretrained.GENERATION
+  settings = path / folders.GENERATION
   if not path.is_dir():
     made = config(wanted)
     params = transformer.init(made, jax.random.key(0), wanted.dtype)
-    pretrained.save(path, made, params, tokenizer(wanted.vocabulary))
+    folders.save(path, made, params, tokenizer(wanted.vocabulary))
   ids = {'eos_token_id': end_id(wanted), 'pad_token_id': 0}
   settings.write_text(json.dumps(ids), encoding='utf-8')
   return path

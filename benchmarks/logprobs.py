@@ -15,8 +15,9 @@ from absl import flags
 
 from benchmarks import arithmetic, job, measuring
 from experiments import cli
-from jaxrl_llm import policy, rollouts
-from jaxrl_llm.models import pretrained
+from jaxrl_llm import rollouts
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 
@@ -26,10 +27,10 @@ def main() -> None:
   compilations = measuring.Compilations()
   shape = job.shape()
   folder = job.folder(shape, given.models)
-  config, params = pretrained.load(folder, shape.dtype, dtype=shape.dtype)
+  config, params = folders.load(folder, shape.dtype, dtype=shape.dtype)
   encoded = prompts_lib.encode_prompts(
     [{'prompt': x} for x in job.prompts(given.prompts, given.prompt_tokens)],
-    pretrained.load_tokenizer(folder),
+    folders.load_tokenizer(folder),
     given.prompt_tokens,
   )
   prompts = rollouts.to_prompts(

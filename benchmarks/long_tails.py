@@ -25,9 +25,10 @@ from absl import flags
 
 from benchmarks import measuring
 from experiments import cli
-from jaxrl_llm import policy, sampling
+from jaxrl_llm import sampling
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.sampling import policy
 
 _VOCABULARY = 256
 _END = _VOCABULARY - 1

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import estimators as est
-from jaxrl_llm.estimators import actor_critic, algorithms, references
+from jaxrl_llm.estimators import actor_critic, algorithms, supervised_preference
 
 PAGE = pathlib.Path(__file__).with_name('estimators.md')
 SAMPLES = 4
@@ -136,7 +136,7 @@ it. `sft`, fed its own samples, has nothing to climb: what is left is the tilt
 of `token_mean`. Nor is a score-weighted baseline always worth its weights: here
 the best constant one gains 3 % over E[R], and from three siblings an estimate
 of it is noisier than their mean. On two other toys it gains 15 times, or
-nothing: `tests/variance_test.py`.
+nothing: `tests/estimators/variance_test.py`.
 
 ## A recipe of one's own
 
@@ -155,10 +155,11 @@ print(f'bias {{report.bias:.3f}}, cosine {{report.cosine:.3f}}')
 
 To add it to the library: write it as a function with a docstring (formula,
 `Bias:` line, reference) in `algorithms.py`, `actor_critic.py` or
-`references.py`, export it in `estimators/__init__.py`, give its formula as
-loops in `tests/algorithms_test.py`, its bias in `tests/unbiasedness_test.py`,
-and run `python docs/make_estimators.py`. `notebooks/estimators.ipynb` shows how
-to find what biases an estimator and how to mend it.
+`supervised_preference.py`, export it in `estimators/__init__.py`, give its
+formula as loops in `tests/estimators/algorithms_test.py`, its bias in
+`tests/estimators/unbiasedness_test.py`, and run
+`python docs/make_estimators.py`. `notebooks/estimators.ipynb` shows how to find
+what biases an estimator and how to fix it.
 """
 
 
@@ -197,7 +198,7 @@ def page() -> str:
 def recipes() -> dict[str, Callable[..., est.Estimator]]:
   """{name: function} of all recipes, in their order in the source."""
   found = {}
-  for module in (algorithms, actor_critic, references):
+  for module in (algorithms, actor_critic, supervised_preference):
     for name, value in vars(module).items():
       own = inspect.isfunction(value) and value.__module__ == module.__name__
       if own and inspect.signature(value).return_annotation is est.Estimator:

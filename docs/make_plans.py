@@ -1,4 +1,4 @@
-"""Writes docs/plans.md from what `experiments.plan --output` wrote.
+"""Writes docs/plans.md from what `experiments.planning.plan --output` wrote.
 
     python docs/make_plans.py FOLDER
 
@@ -10,14 +10,14 @@ import json
 import pathlib
 import sys
 
-from experiments import plan_report
+from experiments.planning import plan_report
 
 HEAD = """# Plans
 
 <!-- written by docs/make_plans.py -->
 
 What a step of RL takes on chips that were not there: compiled ahead of time by
-`python -m experiments.plan` on a CPU, from shapes alone.  Nothing here was
+`python -m experiments.planning.plan` on a CPU, from shapes alone.  Nothing was
 measured on an accelerator.  The configuration is
 `experiments/configs/qwen2_5_7b_tpu.py` (GRPO with a reference, prompts of 512
 and responses of 1,024 tokens, float32 parameters, bfloat16 products) but for

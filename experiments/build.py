@@ -11,14 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import data
-from jaxrl_llm import (
-  estimators,
-  naming,
-  policy,
-  rollouts,
-  sharding,
-  training,
-)
+from jaxrl_llm import estimators, naming, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import (
   actor_critic,
@@ -26,11 +19,13 @@ from jaxrl_llm.estimators import (
   algorithms,
   diagnostics,
   positions,
-  references,
+  supervised_preference,
 )
-from jaxrl_llm.models import pretrained, transformer
+from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.rewards import RewardPart, Workers, loading
+from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import pass_rates, vocabulary
 from jaxrl_llm.tasks import prompts as prompts_lib
 
@@ -69,7 +64,7 @@ def model(config, seed: int) -> Model:
   """Loads `config.path`, or makes a model of `config.architecture`."""
   built = outline(config)
   if config.path:
-    _, params = pretrained.load(
+    _, params = folders.load(
       config.path,
       config.param_dtype,
       shardings=sharding.shardings(built.params),
@@ -85,9 +80,9 @@ def outline(config) -> Model:
   """The model that `model` gives, with shapes in place of parameters."""
   settings = model_settings(config)
   if config.path:
-    shape = pretrained.load_config(config.path, **settings)
-    tokenizer = pretrained.load_tokenizer(config.path)
-    eos_ids = pretrained.eos_token_ids(config.path, tokenizer)
+    shape = folders.load_config(config.path, **settings)
+    tokenizer = folders.load_tokenizer(config.path)
+    eos_ids = folders.eos_token_ids(config.path, tokenizer)
   else:
     if not config.alphabet:
       raise UserError(
@@ -96,8 +91,8 @@ def outline(config) -> Model:
       )
     tokenizer = vocabulary.character_tokenizer(config.alphabet)
     shape = _architecture(config.architecture, len(tokenizer), settings)
-    eos_ids = pretrained.eos_token_ids(tokenizer=tokenizer)
-  pretrained.check_vocabulary(shape, tokenizer)
+    eos_ids = folders.eos_token_ids(tokenizer=tokenizer)
+  folders.check_vocabulary(shape, tokenizer)
   params = jax.eval_shape(
     lambda: transformer.init(shape, jax.random.key(0), config.param_dtype)
   )
@@ -245,10 +240,10 @@ def named_estimator(spec) -> estimators.Estimator:
 
 
 def reference(config) -> estimators.Estimator:
-  """The recipe of `jaxrl_llm.estimators.references` that is named."""
+  """Returns the named recipe of `estimators.supervised_preference`."""
   spec = config.algorithm.to_dict()
   try:
-    return naming.call(references, spec, 'config.algorithm')
+    return naming.call(supervised_preference, spec, 'config.algorithm')
   except UserError:
     raise
   except _WRONG as error:

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 
 from experiments import build, critics
 from experiments.configs import base
-from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs
+from jaxrl_llm.minibatches import check_divides
 from jaxrl_llm.models.config import ATTENTION, DTYPES
-from jaxrl_llm.run_folder import SECRET
+from jaxrl_llm.runs.folder import SECRET
 from jaxrl_llm.tasks import hints
 
 # The scripts of the algorithms that `train` does not train by.

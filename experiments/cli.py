@@ -19,9 +19,10 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import usage
 from experiments.configs import base
-from jaxrl_llm import compilation_cache, distributed, membership
+from jaxrl_llm import compilation, processes
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.progress import say
+from jaxrl_llm.runs import membership
+from jaxrl_llm.runs.progress import say
 
 _CONFIGS = pathlib.Path('experiments') / 'configs'
 
@@ -80,8 +81,8 @@ def join_processes() -> None:
   membership.initialize(
     values.coordinator, values.num_processes, values.process_id
   )
-  if distributed.count() > 1:
-    compilation_cache.leave()
+  if processes.count() > 1:
+    compilation.leave()
 
 
 def config() -> ConfigDict:
@@ -124,7 +125,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     logging.set_verbosity(logging.WARNING)
     if len(arguments) > 1:
       _fail(f'unexpected argument {arguments[1]!r}\nflags begin with --')
-    missing = compilation_cache.use()
+    missing = compilation.use()
     if missing:
       say(missing)
     try:
@@ -144,7 +145,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
       if starting_backend(error):
         _fail(no_backend(error))
-      if distributed.count() == 1:
+      if processes.count() == 1:
         raise
       if _is_of_runtime(error):
         membership.wait_for_loss()
@@ -165,9 +166,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def _leave_out_plugins() -> None:
   """Has JAX use CPUs where its plug-ins would look for devices in vain.
 
-  `experiments.plan` needs them on such machines, and there each would say at
-  length what it lacks.  Plug-ins of other devices, and a choice of the user's
-  or of JAX's on a TPU machine, are left alone.
+  `experiments.planning.plan` needs them on such machines, and there each would
+  say at length what it lacks.  Plug-ins of other devices, and a choice of the
+  user's or of JAX's on a TPU machine, are left alone.
   """
   if jax.config.jax_platforms or any(map(glob.glob, _ACCELERATORS)):
     return

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm import regroup, sharding
+from jaxrl_llm import sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import Responses
+from jaxrl_llm.rollouts import groups as regroup
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
 from jaxrl_llm.tasks.curriculum import Curriculum

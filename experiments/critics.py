@@ -6,11 +6,12 @@ from collections.abc import Callable
 import jax
 
 from experiments import build
-from jaxrl_llm import critic as critic_lib
 from jaxrl_llm import estimators, naming, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
-from jaxrl_llm.models import pretrained, transformer
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.training import critic as critic_lib
 
 # What `config.critic.trunk` may name.
 TRUNKS = {'separate': critic_lib.separate, 'shared': critic_lib.shared}
@@ -26,11 +27,11 @@ def critic(config, built: build.Model) -> critic_lib.Critic:
   section = config.critic
   if not section.path:
     return TRUNKS[section.trunk](built.config)
-  shape = pretrained.load_trunk_config(
+  shape = folders.load_trunk_config(
     section.path, **build.model_settings(config.model)
   )
-  pretrained.check_vocabulary(shape, built.tokenizer)
-  known = pretrained.load_tokenizer(section.path).get_vocab()
+  folders.check_vocabulary(shape, built.tokenizer)
+  known = folders.load_tokenizer(section.path).get_vocab()
   for token, i in built.tokenizer.get_vocab().items():
     if known.get(token) != i:
       raise UserError(
@@ -60,7 +61,7 @@ def start(config, built: critic_lib.Critic, policy_params):
   """What a critic begins with: a copy of the policy, or its folder."""
   if not config.critic.path:
     return sharding.place(built.init(policy_params))
-  trunk, score = pretrained.load_trunk(
+  trunk, score = folders.load_trunk(
     config.critic.path,
     built.config,
     config.model.param_dtype,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import arithmetic as arithmetic_lib
-from jaxrl_llm.tasks import code, files, pairs, splits
+from jaxrl_llm.tasks import code, datasets, pairs, splits
 from jaxrl_llm.tasks import text as text_lib
 
 
@@ -73,8 +73,8 @@ def gsm8k(path: str = '', held_out: int = 0) -> Data:
     path: folder with train.jsonl and test.jsonl; '' for the hub.
     held_out: the first so many test problems; 0 for all.
   """
-  train = files.gsm8k(path or None, 'train')
-  test = files.gsm8k(path or None, 'test')
+  train = datasets.gsm8k(path or None, 'train')
+  test = datasets.gsm8k(path or None, 'test')
   return Data(train, test[: held_out or None], train)
 
 
@@ -117,8 +117,8 @@ def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
     split: 'math500' or 'test', of which problems are held out.
     held_out: the first so many of them; 0 for all.
   """
-  rows = files.math(path or None, 'train')
-  tests = files.math(path or None, split)[: held_out or None]
+  rows = datasets.math(path or None, 'train')
+  tests = datasets.math(path or None, split)[: held_out or None]
   shown, held = (
     [row for row in part if row['answer'] is not None] for part in (rows, tests)
   )
@@ -158,8 +158,8 @@ def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:
     train, held_out: paths.
     prompt_column: None takes `prompt`, `question` or `problem`.
   """
-  rows = files.read_rows(train, prompt_column=prompt_column)
-  held = files.read_rows(held_out, prompt_column=prompt_column)
+  rows = datasets.read_rows(train, prompt_column=prompt_column)
+  held = datasets.read_rows(held_out, prompt_column=prompt_column)
   shown = [row for row in rows if 'solution' in row]
   common = {row['prompt'] for row in rows}
   kept = [row for row in held if row['prompt'] not in common]

@@ -26,19 +26,13 @@ import optax
 from absl import flags
 
 from experiments import cli
-from jaxrl_llm import (
-  compilation_cache,
-  estimators,
-  logging,
-  policy,
-  run_folder,
-  sampling,
-  training,
-)
-from jaxrl_llm.checkpoints import Checkpoints
+from jaxrl_llm import compilation, estimators, runs, sampling, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.runs import folder as run_folder
+from jaxrl_llm.runs.checkpoints import Checkpoints
+from jaxrl_llm.sampling import policy
 
 # Of two float32 computations of one log-probability, in nats.
 _TOLERANCE = 1e-4
@@ -108,7 +102,7 @@ def _cache() -> str:
   folder = jax.config.jax_compilation_cache_dir
   if not folder:
     return 'none'
-  entries = list(pathlib.Path(folder).glob(compilation_cache.ENTRIES))
+  entries = list(pathlib.Path(folder).glob(compilation.ENTRIES))
   size = sum(path.stat().st_size for path in entries)
   return f'{folder}, {len(entries)} programs, {size / _MIB:,.0f} MiB'
 
@@ -296,7 +290,7 @@ def of_run(workdir) -> list[str]:
   """
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   try:
-    records = logging.read_metrics(path)
+    records = runs.read_metrics(path)
   except OSError as error:
     raise UserError(
       f'{path.absolute()}: {error.strerror}\nname the folder of a run'
@@ -305,7 +299,7 @@ def of_run(workdir) -> list[str]:
   records = [each for each in records if 'loss' in each or 'reward' in each]
   if not records:
     return [f'{workdir}: no step of the main phase yet']
-  health = logging.assess(records[: logging.WINDOW], records[-logging.WINDOW :])
+  health = runs.assess(records[: runs.WINDOW], records[-runs.WINDOW :])
   return [f'{workdir}: step {health.line}', *health.warnings.values()]
 
 

@@ -38,11 +38,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, held_out, runs
+from experiments import build, checks, cli, stored_runs, validation
 from experiments.failures import failure_counts, failure_messages
 from jaxrl_llm import evaluation, naming, rollouts
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.files import write_atomically
 from jaxrl_llm.rewards import RewardPart, functions
 
 
@@ -107,15 +107,15 @@ def measure(
   # The key of the evaluations during training: with equal settings the numbers
   # of the run's record come out again.
   key = jax.random.fold_in(jax.random.key(config.seed), 4)
-  held = held_out.build_held_out(
+  held = validation.build_held_out(
     config, model, data.held_out, rewards, key, **changes
   )
   settings = held.generation
   asked = {'pass': ks, 'maj': majs, 'best_of': best_of}
   _check_samples(settings, asked, greedy)
-  answers = held_out.answer(held, model.params, step=0)
+  answers = validation.answer(held, model.params, step=0)
   right, scored = _right(answers, metric, threshold)
-  numbers = held_out.summary(answers)
+  numbers = validation.summary(answers)
   _tell_failures(answers, 'held-out responses', tell)
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
@@ -224,7 +224,7 @@ def _check_samples(
 
 
 def _right(
-  answers: held_out.Answers, metric: str, threshold: float
+  answers: validation.Answers, metric: str, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
   """[P', n] whether responses are right, and [P] which P' prompts are scored.
 
@@ -239,7 +239,7 @@ def _right(
 
 
 def _best_of(
-  answers: held_out.Answers,
+  answers: validation.Answers,
   scored: np.ndarray,
   right: np.ndarray,
   metric: str,
@@ -266,10 +266,10 @@ def _best_of(
 
 
 def _greedy(
-  held: held_out.HeldOut, model: build.Model, metric: str, threshold, tell
+  held: validation.HeldOut, model: build.Model, metric: str, threshold, tell
 ) -> tuple[dict[str, int], np.ndarray]:
   """Counts, and whether the greedy responses to scored prompts are right."""
-  answers = held_out.answer(held, model.params, step=0)
+  answers = validation.answer(held, model.params, step=0)
   _tell_failures(answers, 'greedy responses', tell)
   right, scored = _right(answers, metric, threshold)
   counts = {'greedy/unscored': int((~scored).sum())}
@@ -278,7 +278,7 @@ def _greedy(
   return counts, right[:, 0]
 
 
-def _tell_failures(answers: held_out.Answers, of: str, tell) -> None:
+def _tell_failures(answers: validation.Answers, of: str, tell) -> None:
   for line in failure_messages(answers.failures, f'of the {of}', set()):
     tell(line.removeprefix('eval/'))
 
@@ -297,7 +297,9 @@ def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
   )
 
 
-def _votes(answers: held_out.Answers, scored: np.ndarray, reader) -> np.ndarray:
+def _votes(
+  answers: validation.Answers, scored: np.ndarray, reader
+) -> np.ndarray:
   """[P, n] numbers of the answers to the prompts that are scored."""
   texts = np.array([sample.response for sample in answers.samples], object)
   return evaluation.votes(texts.reshape(len(scored), -1)[scored], reader)
@@ -358,7 +360,9 @@ def subject() -> tuple[ConfigDict, build.Model, str]:
         "--workdir brings the run's own configuration: leave out --config"
       )
     untrusted = () if values.trust_code else ('task', 'rewards')
-    config, model, step = runs.load(values.workdir, values.step, untrusted)
+    config, model, step = stored_runs.load(
+      values.workdir, values.step, untrusted
+    )
     return config, model, f'{values.workdir}, step {step}'
   config = cli.config()
   config.model.path = values.model

@@ -11,7 +11,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, runs
+from experiments import cli, stored_runs
 from jaxrl_llm.errors import UserError
 
 
@@ -31,8 +31,8 @@ def main() -> None:
         f'--{name} is missing\n'
         'for example --workdir=runs/quickstart --output=FOLDER'
       )
-  trained = runs.load(values.workdir, values.step)
-  runs.export(trained.model, values.output)
+  trained = stored_runs.load(values.workdir, values.step)
+  stored_runs.export(trained.model, values.output)
   print(f'step {trained.step} of {values.workdir} → {values.output}')
   for file in sorted(pathlib.Path(values.output).iterdir()):
     print(f'  {file.name:28} {file.stat().st_size:>14,} bytes')

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, data, runs
-from experiments.course import Course
+from experiments import build, data, stored_runs
 from experiments.failures import failure_messages
-from experiments.held_out import to_samples
 from experiments.phase import MakePhase, Result
 from experiments.reference import Reference
+from experiments.schedule import Course
 from experiments.supervised import WarmStart
-from jaxrl_llm import distributed, logging, sharding, training
-from jaxrl_llm.checkpoints import Checkpoints
+from experiments.validation import to_samples
+from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.samples import from_record, read_samples, to_record
-from jaxrl_llm.stopping import StopRequested
+from jaxrl_llm.runs.checkpoints import Checkpoints
+from jaxrl_llm.runs.samples import from_record, read_samples, to_record
+from jaxrl_llm.signals import StopRequested
 
 _MAX_SKIPPED = 3
 # Seconds that a process which fails waits for the others to fail too.
@@ -85,15 +85,15 @@ class Run:
     self._saved = False
     restored = self._restore(model.params)
     if not silent:
-      distributed.on_main(
+      processes.on_main(
         lambda: _refuse_loss(folder, restored), 'what the run folder holds'
       )
     written = self.course.step if restored else None
     if restored and self._pending is not None:
       written = written - 1 if written else None
-    self._metrics = self._samples = self._progress = logging.Silent()
-    self._watch = logging.Silent()
-    if distributed.is_main() and not silent:
+    self._metrics = self._samples = self._progress = runs.Silent()
+    self._watch = runs.Silent()
+    if processes.is_main() and not silent:
       self._open_records(files, written)
     mended = [] if silent else self._reference.mend()
     self._describe(found, restored, mended)
@@ -101,17 +101,15 @@ class Run:
   def _open_records(self, files, written: int | None) -> None:
     """Opens what is recorded and shown, which is kept up to a step."""
     self._metrics = files.enter_context(
-      logging.MetricsWriter(self._folder, written)
+      runs.MetricsWriter(self._folder, written)
     )
-    records = logging.read_metrics(self._folder / 'metrics.jsonl')
-    self._watch = logging.Watch(
+    records = runs.read_metrics(self._folder / 'metrics.jsonl')
+    self._watch = runs.Watch(
       self._folder, [each for each in records if self._is_main(each['step'])]
     )
-    self._samples = files.enter_context(
-      logging.SampleLog(self._folder, written)
-    )
+    self._samples = files.enter_context(runs.SampleLog(self._folder, written))
     self._progress = files.enter_context(
-      logging.Progress(self.course.total, self.course.step)
+      runs.Progress(self.course.total, self.course.step)
     )
 
   def train(self) -> None:
@@ -145,7 +143,7 @@ class Run:
       # What that save wrote is cleared: there may be room for another one.
       failed = error
     # One process alone cannot save: what it failed at the others may not.
-    if (failed or not self._saved) and distributed.all_come(
+    if (failed or not self._saved) and processes.all_come(
       'the end', _FAIL_TOGETHER
     ):
       self._save()
@@ -162,19 +160,19 @@ class Run:
     """
     self._stop.check()
     left = self._main.finish(self.state.trainable, self._folder)
-    if not distributed.is_main():
+    if not processes.is_main():
       return
-    records = logging.read_metrics(self._folder / 'metrics.jsonl')
-    runs.plot(
+    records = runs.read_metrics(self._folder / 'metrics.jsonl')
+    stored_runs.plot(
       self._folder / 'curve.png', records, self._main.curves, self.course.first
     )
     before, after = self._before_after()
     written = ['curve.png', *left]
     if before or after:
       self._samples.write_html(self._folder.name, before, after)
-      self._progress.print(logging.before_after_table(before, after))
+      self._progress.print(runs.before_after_table(before, after))
       written.insert(1, 'samples.html')
-    print('\n'.join(runs.changes(records)))
+    print('\n'.join(stored_runs.changes(records)))
     print(f'{self._folder}: {", ".join(written)}')
 
   def advance(self) -> Result:
@@ -214,7 +212,7 @@ class Run:
     self._record()
     if shown and self._score is not None:
       title = f'Step {course.step}'
-      self._progress.print(logging.sample_table(shown, title=title))
+      self._progress.print(runs.sample_table(shown, title=title))
       self._samples.write_html(self._folder.name)
     if result.metrics.get('skipped', 0) >= _MAX_SKIPPED:
       self._abort(result)
@@ -224,7 +222,7 @@ class Run:
     kept = 'look at what is learned from'
     if result.responses is not None:
       path = self._folder / 'nonfinite_batch.npz'
-      runs.write_batch(path, result.responses, result.advantages)
+      stored_runs.write_batch(path, result.responses, result.advantages)
       kept = f'look at the batch in {path}'
     skipped = int(result.metrics['skipped'])
     raise UserError(

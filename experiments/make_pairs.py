@@ -32,18 +32,18 @@ module:function is executed with --trust_code alone: read it first.
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, evaluate, held_out
+from experiments import build, cli, evaluate, validation
 from experiments.failures import failure_messages
-from jaxrl_llm import pools
+from jaxrl_llm.atomic import as_json, write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.files import as_json, write_atomically
+from jaxrl_llm.rollouts import stored
 from jaxrl_llm.tasks import pairs
 
 SPLITS = ('train', 'held_out')
@@ -71,6 +71,38 @@ class Made(NamedTuple):
   tied: int
   flipped: int
   unfinished: int
+
+
+def noisy_pairs(
+  pairs: np.ndarray, rewards: np.ndarray, noise: float, seed: Sequence[int]
+) -> np.ndarray:
+  """Pairs of which one is preferred at random, as Bradley and Terry have it.
+
+    P(first preferred) = σ((r₁ − r₂) / noise)
+
+  Args:
+    pairs: [N, 3] int, as `ranked_pairs` gives them.
+    rewards: [P, G].
+    noise: in the rewards' units; 0 prefers the higher one, for sure.
+    seed: of the draws.
+
+  Returns:
+    [N, 3] int: prompt, preferred and rejected response, in the same order.
+
+  References:
+    Bradley and Terry, `Rank Analysis of Incomplete Block Designs
+    <https://doi.org/10.2307/2334029>`_, 1952
+  """
+  prompts, first, second = pairs.T
+  margins = rewards[prompts, first] - rewards[prompts, second]
+  if noise > 0:
+    from scipy import special  # slow to import
+
+    draws = np.random.default_rng(seed).random(len(pairs))
+    swapped = draws >= special.expit(margins / noise)
+  else:
+    swapped = margins < 0
+  return np.where(swapped[:, None], pairs[:, [0, 2, 1]], pairs)
 
 
 def make(
@@ -111,7 +143,7 @@ def make(
   index = SPLITS.index(split)
   seed = config.seed if seed is None else seed
   rows = getattr(build.task(config, model.tokenizer), split)
-  held = held_out.build_held_out(
+  held = validation.build_held_out(
     config,
     model,
     rows,
@@ -122,7 +154,7 @@ def make(
     prompts=prompts,
     batch=batch or config.evaluation.batch,
   )
-  answers = held_out.answer(held, model.params, step=0)
+  answers = validation.answer(held, model.params, step=0)
   for line in failure_messages(answers.failures, 'of the responses', set()):
     tell(line.removeprefix('eval/'))
   made = _paired(config, held, answers, per_prompt, noise, (seed, index))
@@ -137,8 +169,8 @@ def make(
 
 def _paired(
   config,
-  held: held_out.HeldOut,
-  answers: held_out.Answers,
+  held: validation.HeldOut,
+  answers: validation.Answers,
   per_prompt: int,
   noise: float,
   seed: tuple[int, int],
@@ -147,11 +179,11 @@ def _paired(
   scored = ~np.isnan(answers.rewards)
   repeated = _repeated(config, held.model, answers, scored)
   usable = scored & ~repeated
-  ranked = pools.ranked_pairs(answers.rewards, usable)
+  ranked = stored.ranked_pairs(answers.rewards, usable)
   # The first of every prompt, whose pairs stand together.
   before = np.searchsorted(ranked[:, 0], ranked[:, 0])
   ranked = ranked[np.arange(len(ranked)) - before < per_prompt]
-  chosen = pools.noisy_pairs(ranked, answers.rewards, noise, seed)
+  chosen = noisy_pairs(ranked, answers.rewards, noise, seed)
   possible = np.minimum(usable.sum(axis=1) // 2, per_prompt).sum()
   members = chosen[:, :1], chosen[:, 1:]
   return Made(
@@ -180,7 +212,7 @@ def _check(samples: int, noise: float, temperature: float) -> None:
 
 
 def _repeated(
-  config, model: build.Model, answers: held_out.Answers, scored: np.ndarray
+  config, model: build.Model, answers: validation.Answers, scored: np.ndarray
 ) -> np.ndarray:
   """[P, n] whether an earlier scored response to the prompt reads the same."""
   samples = answers.samples
@@ -203,7 +235,11 @@ def _repeated(
 
 
 def _row(
-  row: dict, answers: held_out.Answers, prompt: int, chosen: int, rejected: int
+  row: dict,
+  answers: validation.Answers,
+  prompt: int,
+  chosen: int,
+  rejected: int,
 ) -> dict[str, Any]:
   """The line of a pair."""
   pair = {}

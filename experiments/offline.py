@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, held_out, reinforcement, runs, supervised
-from experiments.course import Round
+from experiments import (
+  build,
+  reinforcement,
+  stored_runs,
+  supervised,
+  validation,
+)
 from experiments.data import Data
 from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.phase import Evaluation, Result
-from jaxrl_llm import (
-  distributed,
-  estimators,
-  pools,
-  rollouts,
-  sharding,
-  training,
-)
+from experiments.schedule import Round
+from jaxrl_llm import estimators, processes, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollouts import stored
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
 
@@ -44,7 +44,7 @@ class Given(NamedTuple):
   """
 
   encoded: prompts_lib.EncodedPrompts
-  pool: pools.Pool
+  pool: stored.Pool
   notes: tuple[str, ...] = ()
 
 
@@ -55,7 +55,7 @@ class Method(NamedTuple):
     given: (configuration, model, data) → what the task's data gives to learn
       from.
     choose: (valid, rewards), [P, G] each, → groups of a step's responses, as
-      `pools.singles` gives them; `valid` is False for those without a reward
+      `stored.singles` gives them; `valid` is False for those without a reward
       and those that the estimator does not keep.
     restarts: whether every round begins with the policy that the first began
       with, or with the one that sampled.
@@ -132,7 +132,7 @@ class Offline:
     self._update = supervised.make_update(
       config, model, self.estimator, self._optimizer
     )
-    self._held_out = held_out.build_held_out(
+    self._held_out = validation.build_held_out(
       config, model, data.held_out, self.rewards, None
     )
 
@@ -201,7 +201,7 @@ class Offline:
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
     held = self._held_out._replace(key=jax.random.fold_in(self.key, 4))
     policy = trainable['policy']
-    found = held_out.evaluate(
+    found = validation.evaluate(
       held, policy, step, self._config.log.table, stop=stop
     )
     if self._pairs is None:
@@ -220,7 +220,7 @@ class Offline:
 
   def finish(self, trainable, folder) -> list[str]:
     trained = self._model._replace(params=trainable['policy'])
-    runs.export(trained, folder / 'hf')
+    stored_runs.export(trained, folder / 'hf')
     return ['hf/ (for transformers)']
 
   def describe(self) -> list[str]:
@@ -281,7 +281,7 @@ class Offline:
     groups = self._method.choose(
       valid[..., 0] & self._kept(data), rewards[..., 0]
     )
-    pool = pools.choose(
+    pool = stored.choose(
       self._sampling.indices(at),
       groups,
       tokens,
@@ -311,7 +311,7 @@ class Offline:
       return np.ones(data.mask.shape[:2], bool)
     return sharding.to_host(self.estimator.prepare(data).valid)[..., 0]
 
-  def _open(self, turn: int) -> tuple[pools.Pool, sources.PromptSource]:
+  def _open(self, turn: int) -> tuple[stored.Pool, sources.PromptSource]:
     """What a round learns from, and the order of it."""
     pool = self._pool(turn)
     source = sources.PromptSource(
@@ -319,17 +319,17 @@ class Offline:
       self._config.rounds.batch,
       self._config.seed + turn,
     )
-    return pools.narrowed(pool), source
+    return stored.narrowed(pool), source
 
-  def _pool(self, turn: int) -> pools.Pool:
+  def _pool(self, turn: int) -> stored.Pool:
     if self._given is not None:
       if self.estimator.needs.reference:
-        return pools.load(self._folder / 'given.npz')
+        return stored.load(self._folder / 'given.npz')
       return self._given.pool
     first = turn * self.round.steps
-    pool = pools.join(
+    pool = stored.join(
       [
-        pools.load(self._file(number))
+        stored.load(self._file(number))
         for number in range(first, first + self.round.sampling)
       ]
     )
@@ -339,7 +339,7 @@ class Offline:
         f'pair, is what {self._config.algorithm.name} keeps\n'
         'sample more (config.rounds.sampling), or begin with a better model'
       )
-    return pools.limit(pool, self._config.rounds.per_prompt)
+    return stored.limit(pool, self._config.rounds.per_prompt)
 
   def _ask_reference(self, params, stop) -> None:
     """Writes down what the reference says of given pairs."""
@@ -348,11 +348,11 @@ class Offline:
       self._write(self._folder / f'{name}.npz', scored)
 
   @staticmethod
-  def _write(path, pool: pools.Pool) -> None:
+  def _write(path, pool: stored.Pool) -> None:
     """Process 0 writes what all processes have, and all read later on."""
-    distributed.on_main(lambda: pools.save(path, pool), str(path))
+    processes.on_main(lambda: stored.save(path, pool), str(path))
 
-  def _scored(self, params, given: Given, stop) -> pools.Pool:
+  def _scored(self, params, given: Given, stop) -> stored.Pool:
     """The pool with log-probabilities of a policy as the reference's."""
     scored = supervised.score_pool(
       self._config, self._model, params, given.pool, given.encoded, stop
@@ -361,7 +361,7 @@ class Offline:
 
   def _margins(self, params, stop) -> np.ndarray:
     """[N] margins h of the held-out pairs, nats."""
-    before = pools.load(self._folder / 'held_out.npz').ref_log_probs
+    before = stored.load(self._folder / 'held_out.npz').ref_log_probs
     now = self._scored(params, self._pairs, stop).ref_log_probs
     ratios = (now - before).sum(axis=2)
     return ratios[:, 0] - ratios[:, 1]

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from experiments import build, checks, offline
 from experiments.configs import base
-from jaxrl_llm.batches import check_divides
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.minibatches import check_divides
 
 
 def check(

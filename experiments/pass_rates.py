@@ -37,11 +37,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, evaluate, held_out
-from jaxrl_llm import digests
+from experiments import build, cli, evaluate, validation
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.files import write_atomically
-from jaxrl_llm.logging.records import RecordFile
+from jaxrl_llm.runs import digests
+from jaxrl_llm.runs.records import RecordFile
 from jaxrl_llm.tasks import sources
 
 
@@ -92,7 +92,7 @@ def measure(
   if pathlib.Path(output).exists():
     raise UserError(f'--output {output} exists\nremove it, or name another')
   rows = build.task(config, model.tokenizer).train
-  held = held_out.build_held_out(
+  held = validation.build_held_out(
     config,
     model,
     rows,
@@ -128,7 +128,7 @@ def measure(
   return records
 
 
-def _settings(config, held: held_out.HeldOut, params) -> dict[str, Any]:
+def _settings(config, held: validation.HeldOut, params) -> dict[str, Any]:
   """What must be equal for two measurements to give the same numbers."""
   weights = digests.describe(digests.named_leaves(params))
   source = sources.PromptSource(held.encoded, held.batch, config.seed)
@@ -143,7 +143,7 @@ def _settings(config, held: held_out.HeldOut, params) -> dict[str, Any]:
 
 
 def _rates(
-  held: held_out.HeldOut, params, first: int, metric: str, threshold: float
+  held: validation.HeldOut, params, first: int, metric: str, threshold: float
 ) -> Iterator[list[dict[str, Any]]]:
   """Records of one batch of prompts after the other, from the first on."""
   encoded = held.encoded
@@ -156,7 +156,7 @@ def _rates(
       # Of the place, not of where the measurement began.
       key=jax.random.fold_in(held.key, start),
     )
-    scores = held_out.answer(part, params, step=0).parts[metric]
+    scores = validation.answer(part, params, step=0).parts[metric]
     yield [
       _record(row['prompt'], known, threshold)
       for row, known in zip(part.encoded.rows, scores, strict=True)

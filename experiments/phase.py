@@ -9,11 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, data
-from experiments.course import Round
+from experiments.schedule import Round
 from jaxrl_llm import rollouts, training
-from jaxrl_llm.logging import Sample
 from jaxrl_llm.rewards.failures import Failures
-from jaxrl_llm.stopping import StopSignal
+from jaxrl_llm.runs import Sample
+from jaxrl_llm.signals import StopSignal
 
 
 class Result(NamedTuple):

@@ -23,8 +23,8 @@ import numpy as np
 
 from experiments import build, cli, offline, offline_checks, run
 from experiments.phase import Script
-from jaxrl_llm import pools
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollouts import stored
 from jaxrl_llm.tasks import pairs as pairs_lib
 from jaxrl_llm.tasks import prompts as prompts_lib
 
@@ -58,7 +58,7 @@ def given(config, model, data) -> offline.Given:
       f'config.rollout.max_tokens, {budget}; the longest has {longest}\n'
       "raise it, or leave them out with config.prompts.overlong='drop'"
     )
-  pool = pools.given(
+  pool = stored.given(
     range(len(kept)),
     [pairs[i] for i in kept],
     [[1.0, 0.0]] * len(kept),
@@ -80,7 +80,7 @@ def _encode_side(config, rows, model, column: str) -> list:
 
 
 METHOD = offline.Method(
-  given, lambda valid, rewards: pools.ranked_pairs(rewards, valid)
+  given, lambda valid, rewards: stored.ranked_pairs(rewards, valid)
 )
 SCRIPT = Script(
   functools.partial(offline_checks.check, names=('dpo', 'dpop', 'ipo')),

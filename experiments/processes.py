@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.stopping import StopSignal
+from jaxrl_llm.signals import StopSignal
 
 _ATTEMPT = '--- an attempt begins\n'
 

@@ -1,6 +1,6 @@
 """The policy that the main phase begins with, kept where an estimator needs it.
 
-It lies in `reference/`, of a form that `jaxrl_llm.checkpoints` verifies.
+It lies in `reference/`, of a form that `jaxrl_llm.runs.checkpoints` verifies.
 """
 
 import pathlib
@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxrl_llm.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs.checkpoints import Checkpoints
 
 
 class Reference:

@@ -19,19 +19,12 @@ from experiments.collection import Collection
 from experiments.failures import failure_counts, failure_messages, of_step
 from experiments.learner import Learner
 from experiments.phase import Result
-from jaxrl_llm import (
-  batches,
-  branch_values,
-  branches,
-  critic,
-  estimators,
-  rollouts,
-  sharding,
-  training,
-)
+from jaxrl_llm import estimators, minibatches, rollouts, sharding, training
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards.failures import Failures
+from jaxrl_llm.rollouts import branch_values, branches
+from jaxrl_llm.training import critic
 
 
 class Collected(NamedTuple):
@@ -264,7 +257,7 @@ class Reinforcement:
     rates = self._learner.rates(int(state.updates))
     records = []
     for epoch in range(self._config.training.epochs):
-      for prompts, batch in batches.minibatches(
+      for prompts, batch in minibatches.minibatches(
         whole, self._config.training.minibatches, jax.random.fold_in(key, epoch)
       ):
         batch = self._weigh(batch)

@@ -12,7 +12,7 @@ With --output what one needs to find out what is wrong with the step:
 
   record.json       the numbers, as recorded and as computed now
   parameters.jsonl  norm of each parameter before it, and of its change
-  batch.npz         prompts, responses, rewards, advantages (`runs.write_batch`)
+  batch.npz         prompts, responses, rewards, advantages
   samples.jsonl     the same as text, every response
   samples.html      the same as a page
 
@@ -45,18 +45,19 @@ from experiments import (
   preference,
   rest_em,
   reward_model,
-  runs,
   sft,
+  stored_runs,
   train,
 )
-from experiments.held_out import to_samples
 from experiments.loop import Run
 from experiments.phase import Result, Script
-from jaxrl_llm import logging, run_folder, sharding
-from jaxrl_llm.digests import named_leaves
+from experiments.validation import to_samples
+from jaxrl_llm import runs, sharding
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.files import write_atomically
-from jaxrl_llm.logging.records import number
+from jaxrl_llm.runs import folder as run_folder
+from jaxrl_llm.runs.digests import named_leaves
+from jaxrl_llm.runs.records import number
 
 _SCRIPTS = {
   'train': train.SCRIPT,
@@ -94,7 +95,7 @@ def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
   """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   workdir = pathlib.Path(workdir)
-  config = runs.read_config(workdir, () if trust_code else build.CODE)
+  config = stored_runs.read_config(workdir, () if trust_code else build.CODE)
   if output:
     output = pathlib.Path(output)
     _make_output(output)
@@ -153,7 +154,7 @@ def _recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   """What metrics.jsonl has of a step, evaluations left out."""
   path = workdir / 'metrics.jsonl'
   try:
-    records = logging.read_records(path)
+    records = runs.read_records(path)
   except FileNotFoundError:
     records = []
   for record in records:
@@ -286,10 +287,10 @@ def _write(
     write_atomically(output / written[1], text)
     if result.responses is not None:
       step = numbers['step']
-      runs.write_batch(
+      stored_runs.write_batch(
         output / 'batch.npz', result.responses, result.advantages
       )
-      with logging.SampleLog(output) as log:
+      with runs.SampleLog(output) as log:
         log.write(to_samples(result.responses, step, result.advantages))
         log.write_html(f'Step {step}')
       written += ['batch.npz', 'samples.jsonl', 'samples.html']

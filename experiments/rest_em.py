@@ -18,8 +18,8 @@ import functools
 
 from experiments import cli, offline, offline_checks, run
 from experiments.phase import Script
-from jaxrl_llm import pools
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollouts import stored
 
 
 def given(config, model, data) -> offline.Given:
@@ -29,7 +29,7 @@ def given(config, model, data) -> offline.Given:
 
 
 METHOD = offline.Method(
-  given, lambda valid, rewards: pools.singles(valid), restarts=True
+  given, lambda valid, rewards: stored.singles(valid), restarts=True
 )
 SCRIPT = Script(
   functools.partial(offline_checks.check, names=('rest_em',), sampled=True),

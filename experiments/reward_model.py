@@ -34,27 +34,21 @@ import jax
 import numpy as np
 
 from experiments import build, cli, offline_checks, run, supervised
-from experiments.course import Round
 from experiments.phase import Evaluation, Result, Script
-from jaxrl_llm import (
-  calibration,
-  critic,
-  distributed,
-  logging,
-  pools,
-  sharding,
-  training,
-)
-from jaxrl_llm import reward_model as reward_model_lib
+from experiments.schedule import Round
+from jaxrl_llm import calibration, processes, runs, sharding, training
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
-from jaxrl_llm.files import write_atomically
-from jaxrl_llm.logging.records import cannot_write
-from jaxrl_llm.models import pretrained
-from jaxrl_llm.rollouts import to_prompts
+from jaxrl_llm.models import value_head
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.rollouts import stored, to_prompts
+from jaxrl_llm.runs.records import cannot_write
 from jaxrl_llm.tasks import pairs as pairs_lib
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
+from jaxrl_llm.training import critic
+from jaxrl_llm.training import reward_model as reward_model_lib
 
 
 def check(config) -> None:
@@ -115,13 +109,13 @@ def encode(config, model: build.Model, rows: list[dict]):
     model.tokenizer,
     shared,
   )._replace(dropped=long)
-  pool = pools.given(
+  pool = stored.given(
     range(len(kept)),
     [responses[i] for i in kept],
     [[1.0, 0.0]] * len(kept),
     encoded.pad_id,
   )
-  return encoded, pools.narrowed(pool)
+  return encoded, stored.narrowed(pool)
 
 
 class RewardModeling:
@@ -222,7 +216,7 @@ class RewardModeling:
 
   def finish(self, trainable, folder: pathlib.Path) -> list[str]:
     params = trainable['critic']
-    pretrained.save_trunk(
+    folders.save_trunk(
       folder / 'hf',
       self._critic.config,
       params['trunk'],
@@ -232,7 +226,7 @@ class RewardModeling:
     )
     found = calibration.examine(self._margins(trainable))
     text = json.dumps(_plain(found), indent=1, allow_nan=False) + '\n'
-    if distributed.is_main():
+    if processes.is_main():
       _write(folder / 'calibration.json', text)
       _plot(folder / 'calibration.png', found)
     return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
@@ -255,12 +249,12 @@ class RewardModeling:
       # The last part is filled up, so that few shapes are compiled.
       part = [min(i, count - 1) for i in range(start, start + self._micro)]
       scores.append(
-        reward_model_lib.score(
+        value_head.score(
           self._model.config,
           trainable['critic'],
           to_prompts(prompts_lib.gather(encoded, part)),
-          pools.take(pool, part).tokens,
-          pools.take(pool, part).lengths,
+          stored.take(pool, part).tokens,
+          stored.take(pool, part).lengths,
           self._micro,
         )
       )
@@ -294,7 +288,7 @@ def _plot(path: pathlib.Path, found: calibration.Calibration) -> None:
   """The reliability diagram."""
   filled = [one for one in found.bins if one.count]
   points = np.array([[one.confidence, one.accuracy] for one in filled]).T
-  logging.plot_curve(
+  runs.plot_curve(
     path,
     {
       f'{found.count:,} held-out pairs': (points[0], points[1]),

@@ -8,15 +8,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, loop, runs, usage
+from experiments import build, checks, cli, loop, stored_runs, usage
 from experiments.loop import Run
 from experiments.phase import Script
-from jaxrl_llm import distributed, membership, sharding
+from jaxrl_llm import processes, sharding
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.logging.progress import say
-from jaxrl_llm.rewards import waiting
-from jaxrl_llm.run_folder import RunFolder, open_run
-from jaxrl_llm.stopping import StopRequested, StopSignal
+from jaxrl_llm.rewards import interruptible
+from jaxrl_llm.runs import membership
+from jaxrl_llm.runs.folder import RunFolder, open_run
+from jaxrl_llm.runs.progress import say
+from jaxrl_llm.signals import StopRequested, StopSignal
 
 # What may differ when a run is resumed.
 _MUTABLE = frozenset({'steps', 'tokens', 'mesh', 'checkpoints', 'log.samples'})
@@ -79,7 +80,7 @@ def dry_run(script: Script, config) -> int:
   script.check(config)
   with _mesh(config):
     lines = loop.plan(config, script.phase)
-  if distributed.is_main():
+  if processes.is_main():
     values = usage.values(config)
     print('\n'.join([*values, '', *lines, *_counts(config)]))
   return 0
@@ -119,14 +120,14 @@ def _train(
       build.code_files(config),
     )
   )
-  if folder.changed and distributed.is_main():
+  if folder.changed and processes.is_main():
     say(
       'warning: changed since this run last began: '
       f'{", ".join(folder.changed)}\n'
       'the records so far are of the old code, what follows is of the new\n'
       'put the old file back if they are to be one run'
     )
-  found = distributed.on_main(
+  found = processes.on_main(
     lambda: [name for name in _RECORDS if (folder.path / name).exists()],
     'records of the run folder',
   )
@@ -137,7 +138,7 @@ def _train(
       'name another --workdir, or restore config.json and --resume'
     )
   stop = files.enter_context(StopSignal())
-  files.enter_context(waiting.checked(stop.check_alone))
+  files.enter_context(interruptible.checked(stop.check_alone))
   try:
     run = Run(config, folder, stop, files, script.phase)
   except (UserError, StopRequested) as error:
@@ -161,14 +162,14 @@ def _train(
 
 def _stopped(request: StopRequested, where: str) -> int:
   """Says where a signal has stopped the run; gives the exit status."""
-  if distributed.is_main():
+  if processes.is_main():
     say(f'stopped by {request} {where}')
   return 128 + signal.Signals[str(request)]
 
 
 def _leave_unused(folder: RunFolder) -> None:
   """Takes back what says that the folder holds a run."""
-  if distributed.is_main():
+  if processes.is_main():
     (folder.path / 'config.json').unlink()
 
 
@@ -189,7 +190,7 @@ def _config() -> ConfigDict:
   values = flags.FLAGS
   if values['config'].present or not values.resume or values.workdir is None:
     return cli.config()
-  return runs.read_config(
+  return stored_runs.read_config(
     values.workdir, () if values.trust_code else build.CODE
   )
 

@@ -11,8 +11,8 @@ import functools
 
 from experiments import cli, offline, offline_checks, run, supervised
 from experiments.phase import Script
-from jaxrl_llm import pools
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollouts import stored
 
 
 def given(config, model, data) -> offline.Given:
@@ -27,7 +27,7 @@ def given(config, model, data) -> offline.Given:
   return offline.Given(encoded, pool, (f'{len(rows):,} demonstrations',))
 
 
-METHOD = offline.Method(given, lambda valid, rewards: pools.singles(valid))
+METHOD = offline.Method(given, lambda valid, rewards: stored.singles(valid))
 SCRIPT = Script(
   functools.partial(offline_checks.check, names=('sft',), sampled=False),
   functools.partial(offline.Offline, method=METHOD),

@@ -12,16 +12,11 @@ import numpy as np
 
 from experiments import build
 from experiments.phase import Result
-from jaxrl_llm import (
-  estimators,
-  policy,
-  pools,
-  rollouts,
-  sharding,
-  training,
-)
+from jaxrl_llm import estimators, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
+from jaxrl_llm.rollouts import stored
+from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
 
@@ -52,7 +47,7 @@ def score_pool(
   config,
   model: build.Model,
   params,
-  pool: pools.Pool,
+  pool: stored.Pool,
   encoded: prompts_lib.EncodedPrompts,
   stop=None,
 ) -> np.ndarray:
@@ -74,7 +69,7 @@ def score_pool(
       stop.check()
     # The last part is filled up, so that one shape is compiled.
     part = [min(i, count - 1) for i in range(start, start + size)]
-    groups = pools.take(pool, part)
+    groups = stored.take(pool, part)
     found = rollouts.score_tokens(
       model.config,
       params,
@@ -95,7 +90,7 @@ def take_update(
   update: training.Update,
   estimator: estimators.Estimator,
   state: training.TrainState,
-  pool: pools.Pool,
+  pool: stored.Pool,
   source: sources.PromptSource,
   number: int,
 ) -> tuple[training.TrainState, dict[str, Any]]:
@@ -112,8 +107,8 @@ def take_update(
   Returns:
     The new state, and the metrics on the host.
   """
-  chosen = pools.take(pool, source.indices(number))
-  batch = jax.jit(estimator.prepare)(pools.to_rollouts(chosen))
+  chosen = stored.take(pool, source.indices(number))
+  batch = jax.jit(estimator.prepare)(stored.to_rollouts(chosen))
   prompts = rollouts.to_prompts(source.batch(number))
   state, metrics = update(state, None, prompts, batch)
   return state, jax.device_get(metrics)
@@ -121,7 +116,7 @@ def take_update(
 
 def demonstrations(
   config, model: build.Model, rows: list[dict]
-) -> tuple[prompts_lib.EncodedPrompts, pools.Pool]:
+) -> tuple[prompts_lib.EncodedPrompts, stored.Pool]:
   """Prompts and worked solutions as token ids.
 
   Args:
@@ -136,7 +131,7 @@ def demonstrations(
   encoded = build.encode(config, rows, model.tokenizer)
   solutions = build.encode_targets(config, encoded.rows, model, 'solution')
   count = len(solutions)
-  pool = pools.given(
+  pool = stored.given(
     range(count),
     [[ids] for ids in solutions],
     [[1.0]] * count,

@@ -16,10 +16,18 @@ import types
 import jax
 import numpy as np
 
-from experiments import build, checks, cli, critics, held_out, run, runs
-from experiments.course import Round
+from experiments import (
+  build,
+  checks,
+  cli,
+  critics,
+  run,
+  stored_runs,
+  validation,
+)
 from experiments.phase import Evaluation, Script
 from experiments.reinforcement import Reinforcement
+from experiments.schedule import Round
 from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
 
@@ -43,7 +51,7 @@ class Online:
     self._config, self._model = config, model
     self._rl = Reinforcement(config, model, data.train, key)
     self._prompts = len(data.train)
-    self._held_out = held_out.build_held_out(
+    self._held_out = validation.build_held_out(
       config, model, data.held_out, self._rl.rewards, _held_out_key(key)
     )
     self.estimator = self._rl.estimator
@@ -98,7 +106,7 @@ class Online:
     }
 
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
-    return held_out.evaluate(
+    return validation.evaluate(
       self._held_out,
       trainable['policy'],
       step,
@@ -109,7 +117,7 @@ class Online:
 
   def finish(self, trainable, folder) -> list[str]:
     trained = self._model._replace(params=trainable['policy'])
-    runs.export(trained, folder / 'hf')
+    stored_runs.export(trained, folder / 'hf')
     return ['hf/ (for transformers)']
 
   def describe(self) -> list[str]:

@@ -10,14 +10,14 @@ import zlib
 import jax
 import pytest
 
-from jaxrl_llm import compilation_cache
+from jaxrl_llm import compilation
 
 PROGRAM = """
 import json
 import jax
-from jaxrl_llm import compilation_cache
+from jaxrl_llm import compilation
 
-found = {'hits': 0, 'misses': 0, 'told': compilation_cache.use()}
+found = {'hits': 0, 'misses': 0, 'told': compilation.use()}
 
 def listen(event, **kwargs):
   name = event.removeprefix('/jax/compilation_cache/cache_')
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_used_is_told(why, tmp_path, unset):
     folder.chmod(0o777)
   else:
     folder.touch()
-  told = compilation_cache.use(folder)
+  told = compilation.use(folder)
   assert told.startswith('no compilation cache') and str(folder) in told
   assert '\n' not in told
   assert jax.config.jax_compilation_cache_dir is None
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_used_is_told(why, tmp_path, unset):
 )
 def test_switches(name, tmp_path, unset):
   jax.config.update(f'jax_{name}', 0)
-  assert compilation_cache.use(tmp_path / 'programs') is None
+  assert compilation.use(tmp_path / 'programs') is None
   assert jax.config.jax_compilation_cache_dir is None
   assert not list(tmp_path.iterdir())
 
@@ -120,29 +120,29 @@ def test_switches(name, tmp_path, unset):
 def test_without_a_home(monkeypatch, unset):
   monkeypatch.setenv('XDG_CACHE_HOME', 'relative')
   monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
-  told = compilation_cache.use()
+  told = compilation.use()
   assert told.endswith('the home folder is not known')
 
 
 def test_several_processes_leave_it(monkeypatch, tmp_path, unset):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  assert compilation_cache.use() is None
-  folder = str(compilation_cache.default_folder())
+  assert compilation.use() is None
+  folder = str(compilation.default_folder())
   assert jax.config.jax_compilation_cache_dir == folder
-  compilation_cache.leave()
+  compilation.leave()
   assert jax.config.jax_compilation_cache_dir is None
   jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'own'))
-  compilation_cache.leave()
+  compilation.leave()
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'own')
 
 
 def test_folder_of_the_user(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  first = compilation_cache.default_folder()
+  first = compilation.default_folder()
   assert first.is_relative_to(tmp_path / 'jaxrl_llm')
   monkeypatch.delenv('XDG_CACHE_HOME')
   monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-  second = compilation_cache.default_folder()
+  second = compilation.default_folder()
   assert second.is_relative_to(tmp_path / 'home' / '.cache' / 'jaxrl_llm')
   assert first.name == second.name, 'the machine is the same'
 
@@ -159,15 +159,15 @@ def test_programs_cut_short_go(tmp_path):
   whole = entry(tmp_path, 'whole', content, 1000)
   for i, cut in enumerate([content[:-1], content[:100], b'']):
     entry(tmp_path, f'cut{i}', cut, 1000)
-  compilation_cache.tidy(tmp_path, 1 << 20)
+  compilation.tidy(tmp_path, 1 << 20)
   assert programs(tmp_path) == [whole]
   # Zstandard's frames, which JAX writes where it can, are left alone.
   other = entry(tmp_path, 'zstd', b'\x28\xb5\x2f\xfd' + content, 4e9)
-  compilation_cache.tidy(tmp_path, 1 << 20)
+  compilation.tidy(tmp_path, 1 << 20)
   assert programs(tmp_path) == [whole, other]
   # What was looked at before is not read again.
   old = entry(tmp_path, 'old', content[:-1], 1000)
-  compilation_cache.tidy(tmp_path, 1 << 20)
+  compilation.tidy(tmp_path, 1 << 20)
   assert old.exists()
 
 
@@ -179,8 +179,8 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
   ]
   other = tmp_path / 'xla_gpu_per_fusion_autotune_cache_dir'
   other.mkdir()
-  compilation_cache.tidy(tmp_path, 2 * len(content) + 1)
+  compilation.tidy(tmp_path, 2 * len(content) + 1)
   assert programs(tmp_path) == [paths[0], paths[3]]
   assert other.exists()
-  compilation_cache.tidy(tmp_path, 0)
+  compilation.tidy(tmp_path, 0)
   assert not programs(tmp_path)

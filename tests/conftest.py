@@ -11,7 +11,7 @@ import jax
 import pytest
 import scripts
 
-from jaxrl_llm import compilation_cache
+from jaxrl_llm import compilation
 from jaxrl_llm.rewards import Workers, containment
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -25,7 +25,7 @@ jax.config.update('jax_disable_most_optimizations', True)
 _XLA = ['--xla_cpu_parallel_codegen_split_count=1']
 if jax.__version_info__ < (0, 11):
   _XLA.append('--xla_cpu_use_fusion_emitters=false')
-  compilation_cache.quiet_loader()
+  compilation.quiet_loader()
   # Of processes that are started, some use no cache of the user's.
   os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_XLA])

@@ -10,7 +10,8 @@ import scipy.stats
 
 from jaxrl_llm import evaluation
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import answers, mathematics
+from jaxrl_llm.rewards import mathematics
+from jaxrl_llm.tasks import answers
 
 
 @pytest.mark.parametrize('k', [1, 2, 3, 6])

@@ -27,13 +27,13 @@ PLACES = {
   'model': ('experiments.build', 'model'),
   'warm start': ('experiments.supervised', 'WarmStart.step'),
   'rollout': ('jaxrl_llm.rollouts', 'generate'),
-  'branches': ('jaxrl_llm.branches', 'branch'),
+  'branches': ('jaxrl_llm.rollouts.branches', 'branch'),
   'reward': ('jaxrl_llm.rollouts', 'start_scoring'),
   'update': ('jaxrl_llm.training', 'make_update'),
-  'record': ('jaxrl_llm.logging', 'MetricsWriter.write'),
-  'save': ('jaxrl_llm.checkpoints', 'Checkpoints.save'),
-  'evaluation': ('experiments.held_out', 'evaluate'),
-  'export': ('experiments.runs', 'export'),
+  'record': ('jaxrl_llm.runs', 'MetricsWriter.write'),
+  'save': ('jaxrl_llm.runs.checkpoints', 'Checkpoints.save'),
+  'evaluation': ('experiments.validation', 'evaluate'),
+  'export': ('experiments.stored_runs', 'export'),
 }
 MADE = ('reward', 'update')
 
@@ -199,8 +199,8 @@ def nan_gradients(workdir, where) -> None:
 
 def tell_restored(path) -> None:
   """Writes the sha256 of each array that the run restores, by its name."""
-  from jaxrl_llm.checkpoints import Checkpoints
-  from jaxrl_llm.digests import named_leaves
+  from jaxrl_llm.runs.checkpoints import Checkpoints
+  from jaxrl_llm.runs.digests import named_leaves
 
   restore = Checkpoints.restore
 

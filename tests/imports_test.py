@@ -54,50 +54,54 @@ def own(name):
 
 def test_the_walk_sees_the_package():
   assert 'jaxrl_llm.estimators' in GRAPH['experiments.reinforcement']
-  assert 'jaxrl_llm.policy' in GRAPH['jaxrl_llm.sampling']
+  assert 'jaxrl_llm.sampling.policy' in GRAPH['jaxrl_llm.sampling.sampler']
   assert 'jax.numpy' in GRAPH['jaxrl_llm.estimators.weights']
   assert len(FILES) > 40
 
 
-SAMPLER = tuple(
-  f'jaxrl_llm.{name}'
-  for name in ('policy', 'choice', 'scheduling', 'decoding', 'sampling')
-)
+# A room imports from the layers above it in this list, and within its own layer
+# only where it stands alone.
+LAYERS = [
+  'errors',
+  'estimators sharding processes signals atomic minibatches compilation '
+  'naming tasks',
+  'models',
+  'sampling rewards',
+  'rollouts',
+  'training',
+  'evaluation audit calibration',
+]
+LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms.split()}
+BESIDE = {('signals', 'processes'), ('calibration', 'evaluation')}
+CORE = ('estimators', 'models', 'sampling', 'rollouts', 'training')
+
+
+def room(name):
+  return name.split('.')[1] if '.' in name else ''
 
 
 @pytest.mark.parametrize('name', [n for n in FILES if within(n, 'jaxrl_llm')])
 def test_arrows(name):
-  allowed = ('jaxrl_llm',)
-  if within(name, 'jaxrl_llm.estimators'):
-    allowed = ('jaxrl_llm.estimators',)
-    known = {*sys.stdlib_module_names, 'jax', 'chex', 'numpy', 'jaxrl_llm'}
-    assert {other.split('.')[0] for other in GRAPH[name]} <= known
-  elif within(name, 'jaxrl_llm.models'):
-    allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', 'jaxrl_llm.sharding'
-    allowed = *allowed, 'jaxrl_llm.distributed'
-  elif within(name, 'jaxrl_llm.rewards', 'jaxrl_llm.tasks'):
-    allowed = 'jaxrl_llm.rewards', 'jaxrl_llm.tasks', 'jaxrl_llm.errors'
-    if within(name, 'jaxrl_llm.rewards'):
-      allowed = *allowed, 'jaxrl_llm.naming'
-    if name == 'jaxrl_llm.rewards.learned':
-      allowed = *allowed, 'jaxrl_llm.reward_model', 'jaxrl_llm.models'
-  elif name == 'jaxrl_llm.sharding':
-    allowed = ('jaxrl_llm.errors',)
-  elif name == 'jaxrl_llm.scheduling':
-    allowed = ()
-  elif name == 'jaxrl_llm.distributed':
-    allowed = ('jaxrl_llm.errors',)
-  elif name == 'jaxrl_llm.membership':
-    allowed = 'jaxrl_llm.errors', 'jaxrl_llm.distributed'
-  elif within(name, *SAMPLER):
-    allowed = 'jaxrl_llm.models', 'jaxrl_llm.errors', *SAMPLER
-    allowed = *allowed, 'jaxrl_llm.sharding'
-  else:
-    allowed = ('jaxrl_llm',)
-  assert all(within(other, *allowed) for other in own(name)), own(name)
-  if name == 'jaxrl_llm.training':
-    late = 'jaxrl_llm.sampling', 'jaxrl_llm.rollouts', 'jaxrl_llm.rewards'
-    assert not any(within(other, *late) for other in own(name))
+  here = room(name)
+  if not here:
+    return
+  for there in {room(other) for other in own(name)} - {here}:
+    if here == 'runs':
+      assert there in ('errors', 'processes', 'sharding', 'atomic'), there
+    else:
+      lower = LEVEL[there] < LEVEL[here]
+      assert lower or (here, there) in BESIDE, f'{name} imports {there}'
+
+
+@pytest.mark.parametrize('name', [n for n in FILES if room(n) in CORE])
+def test_the_core_needs_five_packages(name):
+  if within(name, 'jaxrl_llm.models.huggingface'):
+    return
+  known = {*sys.stdlib_module_names, *PACKAGES}
+  known |= {'jax', 'jaxlib', 'flax', 'optax', 'chex', 'numpy'}
+  if room(name) == 'estimators':
+    known -= {'flax', 'optax'}
+  assert {other.split('.')[0] for other in GRAPH[name]} <= known
 
 
 def test_order_within_the_estimators():
@@ -107,7 +111,7 @@ def test_order_within_the_estimators():
     'advantages ratios trees values weights preferences',
     'credit token_losses',
     'compose',
-    'algorithms actor_critic references',
+    'algorithms actor_critic supervised_preference',
   ]
   level = {
     f'jaxrl_llm.estimators.{name}': i

@@ -79,7 +79,7 @@ def _main(function, arguments, address, count, index, devices, output):
     os.dup2(file, number)
   import jax
 
-  from jaxrl_llm import membership
+  from jaxrl_llm.runs import membership
 
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', devices)

@@ -34,9 +34,9 @@ def test_the_two_commands():
 def test_what_commands_name_is_there():
   found = set()
   for page in PAGES:
-    found |= set(re.findall(r'\b(?:tests|benchmarks)/\w+\.py', page))
+    found |= set(re.findall(r'\b(?:tests|benchmarks)/[\w/]+\.py', page))
     found |= set(re.findall(r'\bexperiments/configs/[a-z]\w*\.py', page))
-    modules = re.findall(r'-m ((?:experiments|benchmarks)\.\w+)', page)
+    modules = re.findall(r'-m ((?:experiments|benchmarks)[.\w]*\w)', page)
     found |= {f'{name.replace(".", "/")}.py' for name in modules}
   assert len(found) > 50
   missing = [path for path in sorted(found) if not (ROOT / path).is_file()]

@@ -22,9 +22,9 @@ import types
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(
   [
-    'experiments.runs',
+    'experiments.stored_runs',
     'experiments.reinforcement',
-    'experiments.held_out',
+    'experiments.validation',
     'matplotlib.pyplot',
     'orbax.checkpoint.v1',
     'scipy.special',

@@ -9,7 +9,7 @@ import numpy as np
 from jaxrl_llm import estimators as est
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.policy import Prompts
+from jaxrl_llm.sampling.policy import Prompts
 
 NAN = float('nan')
 # Settings of the recipes below, for formulas to share.  Clips are narrow, so

@@ -2,7 +2,7 @@
 
     python -m experiments.train --workdir=runs/half_way \\
       --config=experiments/configs/audit_arithmetic.py
-    python -m experiments.audit --workdir=runs/audit_arithmetic \\
+    python -m experiments.studies.audit --workdir=runs/audit_arithmetic \\
       --run=runs/half_way --tokens=100_000 --reference_tokens=800_000 \\
       --branches=64 --estimators=experiments/configs/audit_arithmetic.py
 

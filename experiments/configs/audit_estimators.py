@@ -1,6 +1,6 @@
-"""Estimators for `experiments.audit`, on a task like the quickstart's.
+"""Estimators for `experiments.studies.audit`, on a task like the quickstart's.
 
-    python -m experiments.audit --run=runs/quickstart \\
+    python -m experiments.studies.audit --run=runs/quickstart \\
       --estimators=experiments/configs/audit_estimators.py \\
       --workdir=runs/quickstart_audit
 """

@@ -32,7 +32,7 @@ def method(
   samples: int | None = None,
   **changes,
 ) -> dict:
-  """A line of a comparison (`experiments.compare`).
+  """A line of a comparison (`experiments.studies.compare`).
 
   Args:
     label: names its runs.

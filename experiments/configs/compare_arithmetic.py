@@ -1,6 +1,6 @@
 r"""Estimators compared on multi-step arithmetic, at equal generated tokens.
 
-    python -m experiments.compare --jobs=2 \
+    python -m experiments.studies.compare --jobs=2 \
       --config=experiments/configs/compare_arithmetic.py
 
 One datum: '8+5*7+8*8=' → '8+5+8*8=8+5+4=3+4=7', answer '7' (every result is

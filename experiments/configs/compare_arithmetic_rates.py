@@ -1,6 +1,6 @@
 r"""Learning rates for `compare_arithmetic.py`, on a seed of their own.
 
-    python -m experiments.compare --jobs=2 \
+    python -m experiments.studies.compare --jobs=2 \
       --config=experiments/configs/compare_arithmetic_rates.py
 
 Every method at every rate, one run of 200,000 tokens each: half and twice the

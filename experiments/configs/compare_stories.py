@@ -1,6 +1,6 @@
 r"""Estimators compared on stories with sentiment, at equal generated tokens.
 
-    python -m experiments.compare --jobs=2 \
+    python -m experiments.studies.compare --jobs=2 \
       --config=experiments/configs/compare_stories.py \
       --config.base.model.path=PATH/TO/stories260k \
       --config.base.task.path=PATH/TO/tinystories_1000.json

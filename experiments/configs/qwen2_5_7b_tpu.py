@@ -12,7 +12,8 @@ gsm8k_grpo.py says.
 Hardware: 256 chips of TPU v5e, or 64 of v5p or v6e.  What it takes there and
 how long a step lasts at best:
 
-    python -m experiments.plan --config=experiments/configs/qwen2_5_7b_tpu.py \
+    python -m experiments.planning.plan \
+      --config=experiments/configs/qwen2_5_7b_tpu.py \
       --topology=v5e:16x16 --model=qwen2.5-7b
 
 It has been compiled for these chips, not run on them: docs/plans.md holds the

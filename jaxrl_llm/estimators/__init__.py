@@ -6,7 +6,7 @@ mine = est.estimator(
 )
 """
 
-from jaxrl_llm.estimators import diagnostics, enumeration, positions
+from jaxrl_llm.estimators import diagnostics, positions
 from jaxrl_llm.estimators.actor_critic import (
   ppo,
   trepo,
@@ -77,6 +77,7 @@ from jaxrl_llm.estimators.credit import (
   subtract_token_kl,
   whiten,
 )
+from jaxrl_llm.estimators.exact import enumeration
 from jaxrl_llm.estimators.positions import (
   Branches,
   Positions,
@@ -100,7 +101,7 @@ from jaxrl_llm.estimators.ratios import (
   trajectory_ratio,
   truncate,
 )
-from jaxrl_llm.estimators.references import (
+from jaxrl_llm.estimators.supervised_preference import (
   dpo,
   dpop,
   ipo,

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import grades, programs, sandbox, waiting
+from jaxrl_llm.rewards import interruptible, programs, sandbox, test_scores
 
 __all__ = ['code_tests']
 
 
 def code_tests(
-  score: grades.Grade | None = None,
+  score: test_scores.Grade | None = None,
   stop: Sequence[str] = programs.STOP,
   timeout: float = 10.0,
   memory: int = 2**29,
@@ -33,7 +33,7 @@ def code_tests(
   It needs no worker processes (`workers`), whose time-out would leave a program
   that never ends without a score.  Programs run in parallel, equal ones once.
   A batch of N takes up to N · timeout / parallel seconds; where it is given up
-  (`waiting.checked`), programs that are running end by their own limits.
+  (`interruptible.checked`), programs that are running end by their own limits.
   Scores of programs that use chance, the clock or nearly all of their time need
   not repeat.
 
@@ -54,7 +54,7 @@ def code_tests(
     raise UserError(f'code_tests: stop={stop!r} must be a list of texts.')
   if parallel is not None and parallel < 1:
     raise UserError(f'code_tests: parallel={parallel} must be at least 1.')
-  grade = score or grades.all_passed()
+  grade = score or test_scores.all_passed()
 
   def run(job):
     program, entry_point, (setup, tests) = job
@@ -100,7 +100,7 @@ def _results(run, jobs: list, parallel: int) -> dict:
   try:
     futures = {job: pool.submit(run, job) for job in jobs}
     left = lambda s: concurrent.futures.wait(futures.values(), s).not_done
-    waiting.wait(lambda seconds: not left(seconds))
+    interruptible.wait(lambda seconds: not left(seconds))
     return {job: future.result() for job, future in futures.items()}
   finally:
     pool.shutdown(wait=False, cancel_futures=True)

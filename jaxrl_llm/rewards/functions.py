@@ -16,7 +16,8 @@ from fractions import Fraction
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import answers, mathematics, symbolic
+from jaxrl_llm.rewards import mathematics, symbolic
+from jaxrl_llm.tasks import answers
 
 __all__ = [
   'arithmetic_answer',
@@ -126,7 +127,7 @@ def math_answer(
 
   Of 142,405 right answers, made of all 12,470 of MATH by rewriting them, none
   was missed, and of 69,754 wrong ones none taken for right (`pytest -m slow
-  tests/rewards_mathematics_test.py`).  Missed is what only algebra shows, as
+  tests/rewards/mathematics_test.py`).  Missed is what only algebra shows, as
   that `x^2-1` is `(x-1)(x+1)`, and a line's `2x-y+3=0` for `y=2x+3`.
 
   References:

@@ -34,7 +34,7 @@ def reward_model(
 
   Args:
     path: a folder or hub name with the layout *ForSequenceClassification and
-      one label, such as `pretrained.save_trunk` writes.
+      one label, such as `folders.save_trunk` writes.
     chat_template, system_prompt, suffix: as in `tasks.prompts.encode_prompts`;
       '' is as good as None.
     end_token: whether, without a chat template, the end token follows a
@@ -52,8 +52,8 @@ def reward_model(
     UserError: no such model, one that gives no single score, or a setting that
       makes no sense.
   """
-  from jaxrl_llm import reward_model as model
-  from jaxrl_llm.models import pretrained
+  from jaxrl_llm.models.huggingface import folders
+  from jaxrl_llm.models.huggingface import reward_model as model
   from jaxrl_llm.tasks.pairs import encode_responses
   from jaxrl_llm.tasks.templates import template_text
 
@@ -71,9 +71,9 @@ def reward_model(
       f'{field}: max_tokens is {max_tokens}; {path} reads 1 to '
       f'{config.max_length} tokens'
     )
-  tokenizer = pretrained.load_tokenizer(path)
-  pretrained.check_vocabulary(config, tokenizer)
-  padding = pretrained.pad_token_id(path)
+  tokenizer = folders.load_tokenizer(path)
+  folders.check_vocabulary(config, tokenizer)
+  padding = folders.pad_token_id(path)
   settings = dict(
     chat_template=chat_template or None,
     system_prompt=system_prompt or None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import code, functions, grades, learned
+from jaxrl_llm.rewards import code, functions, learned, test_scores
 
 # Modules with the functions that may be named by themselves.
 _MODULES = (functions, code, learned)
@@ -47,7 +47,7 @@ def load(
     for parameter in taken
   ):
     # What a mapping means to a user's own function is the user's affair.
-    parts = () if ':' in name else grades
+    parts = () if ':' in name else test_scores
     return naming.call(_MODULES, {**settings, 'name': name}, field, parts)
   if settings:
     raise UserError(f'{field}: {name} has no setting {next(iter(settings))!r}')

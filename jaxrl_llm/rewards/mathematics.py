@@ -14,7 +14,8 @@ Nothing is evaluated and every size is bounded, as in `expressions`.
 import re
 from collections.abc import Hashable
 
-from jaxrl_llm.rewards import answers, expressions
+from jaxrl_llm.rewards import expressions
+from jaxrl_llm.tasks import answers
 
 _MAX_CHARACTERS = 300
 _DEEPEST = 6  # brackets of tuples, sets and matrices within each other

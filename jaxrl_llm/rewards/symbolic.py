@@ -23,7 +23,7 @@ def equal(answer: str, gold: str) -> bool:
   reads loosely: `52_8` as 52, `3:1` as 3, words without \text as products of
   letters.  On 10,483 answers made of those to MATH's test problems its recall
   is 0.9945 and its precision 0.9990 (`pytest -m slow
-  tests/rewards_symbolic_test.py`), at 20 ms each.
+  tests/rewards/symbolic_test.py`), at 20 ms each.
 
   Raises:
     UserError: math-verify is not installed.

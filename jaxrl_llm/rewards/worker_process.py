@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import waiting
+from jaxrl_llm.rewards import interruptible
 from jaxrl_llm.rewards.arguments import Parameters
 
 _WROTE = 'wrote to the channel of its worker'
@@ -115,7 +115,7 @@ class WorkerProcess:
   def wait_ready(self, seconds: float) -> Ready:
     """Waits until the function is loaded.
 
-    What `waiting.checked` was given may end the wait.
+    What `interruptible.checked` was given may end the wait.
 
     Raises:
       UserError: it cannot be, or not in time.
@@ -194,7 +194,7 @@ class WorkerProcess:
           raise
       return bool(lines)
 
-    waiting.wait(said)
+    interruptible.wait(said)
     return lines[0]
 
   def _exchange(self, request: bytes, seconds: float) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
-from jaxrl_llm.rewards import learned, waiting
+from jaxrl_llm.rewards import interruptible, learned
 from jaxrl_llm.rewards.arguments import encode_each, is_json, select
 from jaxrl_llm.rewards.failures import FAILURES, Failures
 from jaxrl_llm.rewards.pool import Job, Pool
@@ -223,8 +223,8 @@ class Pending:
   def result(self) -> list[float | None]:
     """Waits for the N scores; None where there is none.
 
-    What `waiting.checked` was given may end the wait.  The samples stay with
-    the workers.
+    What `interruptible.checked` was given may end the wait.  The samples stay
+    with the workers.
 
     Raises:
       UserError: the function raised one; or every sample failed with an error
@@ -232,7 +232,7 @@ class Pending:
         the responses; or the workers were closed, or cannot be started any
         more, or the function's file has changed when one was replaced.
     """
-    waiting.wait(self._done.wait)
+    interruptible.wait(self._done.wait)
     for index, reply in enumerate(self._replies):
       if isinstance(reply, Exception):
         raise reply
@@ -250,7 +250,7 @@ class Pending:
 
   def failures(self) -> Failures:
     """Waits, and tells how many samples failed, and why."""
-    waiting.wait(self._done.wait)
+    interruptible.wait(self._done.wait)
     counts, messages = dict.fromkeys(FAILURES, 0), {}
     for index, reply in enumerate(self._replies):
       kind = getattr(reply, 'kind', None)

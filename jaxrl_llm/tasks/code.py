@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import files
+from jaxrl_llm.tasks import datasets
 
 # Task numbers of MBPP's splits (Austin et al., 2021, section 2.1).
 MBPP_SPLITS = {
@@ -29,10 +29,10 @@ def human_eval(path: str | pathlib.Path | None) -> list[dict]:
   """
   if path is None:
     source = 'openai/openai_humaneval'
-    rows = files.read_hub(source, 'test')
+    rows = datasets.read_hub(source, 'test')
   else:
     source = _file(path, 'HumanEval.jsonl.gz', 'HumanEval.jsonl')
-    rows = files.read_rows(source)
+    rows = datasets.read_rows(source)
   names = {'solution': 'canonical_solution', 'test': 'test'}
   names |= {'entry_point': 'entry_point', 'task_id': 'task_id'}
   return [
@@ -65,10 +65,10 @@ def mbpp(
     raise UserError(f'MBPP: shown_tests={shown_tests} must be at least 1.')
   if path is None:
     source = 'google-research-datasets/mbpp'
-    rows = files.read_hub(source, split, config='full', prompt_column='text')
+    rows = datasets.read_hub(source, split, config='full', prompt_column='text')
   else:
     source = _file(path, 'mbpp.jsonl')
-    rows = files.read_rows(source, prompt_column='text')
+    rows = datasets.read_rows(source, prompt_column='text')
   result = []
   for i, row in enumerate(rows):
     where = f'{source}: row {i}'

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import files, prompts, templates
+from jaxrl_llm.tasks import datasets, prompts, templates
 
 # What a response of HH-RLHF follows, and what no response of it holds.
 _ANSWER, _QUESTION = '\n\nAssistant:', '\n\nHuman:'
@@ -53,8 +53,8 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     split: 'train' or 'test', of the hub or of a folder; a file has only one.
 
   Raises:
-    UserError: as `files.read_rows`; a row is no pair of such dialogues, or all
-      are left out.
+    UserError: as `datasets.read_rows`; a row is no pair of such dialogues, or
+      all are left out.
 
   References:
     Bai et al., `Training a Helpful and Harmless Assistant
@@ -64,10 +64,10 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     raise UserError(f"HH-RLHF has the splits 'train' and 'test', not {split!r}")
   if path is None:
     source = 'Anthropic/hh-rlhf'
-    found = files.read_hub(source, split, prompt_column='chosen')
+    found = datasets.read_hub(source, split, prompt_column='chosen')
   else:
     source = _file(pathlib.Path(path), split)
-    found = files.read_rows(source, prompt_column='chosen')
+    found = datasets.read_rows(source, prompt_column='chosen')
   rows, left_out = [], {'apart': 0, 'equal': 0, 'empty': 0}
   for i, row in enumerate(found):
     where = f'{source}: row {i}'

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import files
+from jaxrl_llm.tasks import datasets
 
 COLUMN = 'pass_rate'
 
@@ -45,7 +45,7 @@ def read(path: str) -> dict[str, float | None]:
   """
   sums = {}
   # Not splitlines: JSON strings may hold U+2028, which it takes for a line end.
-  lines = files.read_text(pathlib.Path(path)).split('\n')
+  lines = datasets.read_text(pathlib.Path(path)).split('\n')
   for number, line in enumerate(lines, 1):
     record = _record(line, f'{path}, line {number}') if line.strip() else None
     if record is None:

@@ -5,7 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.files import read_text
+from jaxrl_llm.tasks.datasets import read_text
 from jaxrl_llm.tasks.prompts import encode_text
 
 

@@ -1,0 +1,270 @@
+"""Scores a model on held-out prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build
+from experiments.failures import failure_counts
+from experiments.phase import Evaluation
+from jaxrl_llm import evaluation, rollouts, sharding
+from jaxrl_llm.models import transformer
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rewards.failures import Failures, merge
+from jaxrl_llm.runs import Sample
+from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks import sources
+
+
+class HeldOut(NamedTuple):
+  """A held-out set and how responses to it are drawn and scored.
+
+  Attributes:
+    model: configuration and tokenizer of the model.
+    encoded: the prompts.
+    generation: samples per prompt, temperature, length.
+    rewards: as in training.
+    batch: prompts at one time.
+    micro_prompts: prompts whose responses are scored at one time for the KL.
+    key: PRNG key, the same at every evaluation.
+    chunk: positions whose logits exist at one time.
+  """
+
+  model: build.Model
+  encoded: prompts_lib.EncodedPrompts
+  generation: rollouts.Generation
+  rewards: Sequence[RewardPart]
+  batch: int
+  micro_prompts: int
+  key: Any
+  chunk: int
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What must be equal for the numbers to be of the same prompts."""
+    return sources.PromptSource(self.encoded, 1, 0).fingerprint()
+
+
+def build_held_out(
+  config, model: build.Model, rows, rewards, key, **changes
+) -> HeldOut:
+  """The held-out set of a configuration; `changes` go over its evaluation."""
+  settings = config.evaluation.to_dict() | changes
+  encoded = build.encode(
+    config, rows[: settings['prompts'] or None], model.tokenizer
+  )
+  generation = build.generation(
+    config,
+    model,
+    encoded.pad_id,
+    samples=settings['samples'],
+    temperature=settings['temperature'],
+  )
+  # As many responses as in a micro-batch of training, whose memory suffices.
+  responses = build.micro_prompts(config) * config.rollout.samples
+  return HeldOut(
+    model,
+    encoded,
+    generation,
+    rewards,
+    settings['batch'],
+    max(responses // settings['samples'], 1),
+    key,
+    config.training.chunk,
+  )
+
+
+class Answers(NamedTuple):
+  """Responses to N held-out prompts, n each, in the prompts' order.
+
+  Attributes:
+    rewards: [N, n] weighted sums, NaN where a part gave None.
+    parts: the same by reward function.
+    lengths: [N, n] tokens, EOS included.
+    finished: [N, n] whether the response ended with EOS.
+    tokens: N·n lists of token ids.
+    samples: N·n rows for a sample table.
+    kl: mean of log π − log π_ref over the tokens, nats; None without.
+    failures: of rewards in worker processes, by name in the record.
+  """
+
+  rewards: np.ndarray
+  parts: dict[str, np.ndarray]
+  lengths: np.ndarray
+  finished: np.ndarray
+  tokens: list[list[int]]
+  samples: list[Sample]
+  kl: float | None
+  failures: Mapping[str, Failures]
+
+
+def answer(
+  held_out: HeldOut, params, step: int, reference=None, stop=None
+) -> Answers:
+  """Samples and scores responses to the whole set.
+
+  Args:
+    held_out: the set.
+    params: the model's parameters.
+    step: for the sample table.
+    reference: parameters of a reference policy; gives `kl` if the responses
+      are sampled (of greedy ones the mean log-ratio is no KL).
+    stop: polled between batches.
+  """
+  if held_out.generation.decoding.greedy:
+    reference = None
+  sampled_by = transformer.sampling_layout(held_out.model.config, params)
+  count = len(held_out.encoded.rows)
+  pieces, kl_sum = [], 0.0
+  for start in range(0, count, held_out.batch):
+    if stop is not None:
+      stop.check()
+    chosen = range(start, min(start + held_out.batch, count))
+    responses = rollouts.respond(
+      held_out.model.config,
+      sampled_by,
+      prompts_lib.gather(held_out.encoded, chosen),
+      held_out.generation,
+      held_out.model.tokenizer,
+      held_out.rewards,
+      jax.random.fold_in(held_out.key, start),
+    )
+    pieces.append(responses)
+    if reference is not None:
+      kl_sum += _kl_sum(held_out, params, reference, responses)
+  samples = [s for piece in pieces for s in to_samples(piece, step)]
+  shape = (count, held_out.generation.samples)
+  host = [sharding.to_host(piece.samples) for piece in pieces]
+  masks = [np.concatenate(piece.mask) for piece in host]
+  tokens = [
+    row[mask].tolist()
+    for piece, piece_mask in zip(host, masks, strict=True)
+    for row, mask in zip(np.concatenate(piece.tokens), piece_mask, strict=True)
+  ]
+  lengths = np.array([len(row) for row in tokens]).reshape(shape)
+  rewards = [
+    np.where(piece.scores.valid, piece.scores.total, np.nan) for piece in pieces
+  ]
+  parts = {
+    part.name: np.concatenate(
+      [piece.scores.parts[part.name] for piece in pieces]
+    ).reshape(shape)
+    for part in held_out.rewards
+  }
+  failed = merge(piece.scores.failures for piece in pieces)
+  return Answers(
+    rewards=np.concatenate(rewards).reshape(shape),
+    parts=parts,
+    lengths=lengths,
+    finished=np.array([s.finished for s in samples]).reshape(shape),
+    tokens=tokens,
+    samples=samples,
+    kl=None if reference is None else kl_sum / max(lengths.sum(), 1),
+    failures={f'eval/rewards/{name}': each for name, each in failed.items()},
+  )
+
+
+def evaluate(
+  held_out: HeldOut, params, step: int, table: int, reference=None, stop=None
+) -> Evaluation:
+  """Answers the whole set; gives its numbers and rows for a sample table.
+
+  Args:
+    held_out, params, step, reference, stop: as for `answer`.
+    table: prompts whose first response is shown.
+  """
+  answers = answer(held_out, params, step, reference, stop)
+  per_prompt = held_out.generation.samples
+  shown = answers.samples[: table * per_prompt : per_prompt]
+  return Evaluation(summary(answers), shown, answers.failures)
+
+
+def summary(answers: Answers) -> dict[str, float]:
+  """Means over the held-out responses, named for the training record.
+
+  eval/rewards/NAME/failed is no mean: it counts the responses that a reward in
+  worker processes failed on.
+  """
+  metrics = {'eval/reward': mean(answers.rewards)}
+  for name, scores in answers.parts.items():
+    metrics[f'eval/rewards/{name}'] = mean(scores)
+  metrics |= failure_counts(answers.failures)
+  metrics['eval/completions/mean_length'] = answers.lengths.mean()
+  metrics['eval/completions/clipped_ratio'] = 1.0 - answers.finished.mean()
+  metrics['eval/distinct_bigrams'] = evaluation.distinct_ngrams(answers.tokens)
+  if answers.kl is not None:
+    metrics['eval/kl'] = answers.kl
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def mean(scores: np.ndarray) -> float:
+  """Mean of the scores that are known; NaN where none is."""
+  known = scores[~np.isnan(scores)]
+  return float(known.mean()) if known.size else np.nan
+
+
+def to_samples(
+  responses: rollouts.Responses,
+  step: int,
+  advantages: np.ndarray | None = None,
+  limit: int | None = None,
+) -> list[Sample]:
+  """Rows for a sample table; [P, G] advantages where known.
+
+  With a `limit`, so many rows spread over the prompts.
+  """
+  mask, finished = sharding.to_host(
+    (responses.samples.mask, responses.samples.finished)
+  )
+  mask, finished = np.concatenate(mask), finished.reshape(-1)
+  scores = responses.scores
+  per_prompt = len(mask) // len(responses.rows)
+
+  def sample(i: int) -> Sample:
+    parts = {
+      name: None if np.isnan(values[i]) else float(values[i])
+      for name, values in scores.parts.items()
+    }
+    return Sample(
+      step=step,
+      prompt=responses.rows[i // per_prompt]['prompt'],
+      response=responses.completions[i],
+      rewards=parts,
+      reward=float(scores.total[i]) if scores.valid[i] else None,
+      advantage=None if advantages is None else float(advantages.flat[i]),
+      tokens=int(mask[i].sum()),
+      finished=bool(finished[i]),
+    )
+
+  if limit is None:
+    return [sample(i) for i in range(len(mask))]
+  count = min(limit, len(mask))
+  return [sample(i * len(mask) // count) for i in range(count)]
+
+
+def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
+  """Σ log π − log π_ref over the responses' tokens, nats."""
+  samples = responses.samples
+  total = 0.0
+  for start in range(0, len(responses.rows), held_out.micro_prompts):
+    rows = slice(start, start + held_out.micro_prompts)
+    prompts, tokens, mask = jax.tree.map(
+      lambda x, rows=rows: x[rows],
+      (responses.prompts, samples.tokens, samples.mask),
+    )
+    now, before = (
+      rollouts.score_tokens(
+        held_out.model.config,
+        weights,
+        prompts,
+        tokens,
+        held_out.generation.decoding,
+        len(tokens),
+        held_out.chunk,
+      ).log_probs
+      for weights in (params, reference)
+    )
+    total += float(jnp.where(mask, now - before, 0.0).sum())
+  return total

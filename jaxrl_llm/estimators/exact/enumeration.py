@@ -1,0 +1,394 @@
+"""Toy languages whose every response is listed: is an estimator biased?
+
+The gradient of E[R] is then a finite sum, and so is the expected gradient of an
+estimator over everything random: groups, greedy responses, branches, random
+positions.  A new estimator is tested in ten lines:
+
+  from jaxrl_llm import estimators as est
+
+  mine = est.estimator(
+    est.chain(est.subtract_group_mean(), est.at_every_token()),
+    est.clipped(0.2),
+    est.sequence_mean(),
+  )
+  toy = est.enumeration.toy(seed=0, words=2, max_length=3)
+  report = est.enumeration.examine(mine, toy, samples=3)
+  print(f'{report.bias:.0%} off, cosine {report.cosine:.3f}')
+
+Vary a toy with `toy._replace(rewards=…)`.  Everything is computed in float64.
+
+Shapes: P prompts, N responses, S prefixes (states), T the length limit in
+tokens, V words and EOS.  The N responses are the same for every prompt, their
+probabilities and rewards are not.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jaxrl_llm.estimators.compose import Estimator
+from jaxrl_llm.estimators.exact.languages import (
+  Toy,
+  check,
+  discounted,
+  exact_gradient,
+  exact_values,
+  floats,
+  greedy_responses,
+  in_float64,
+  old_logits,
+  response_probabilities,
+  sampling_probabilities,
+  toy,
+)
+from jaxrl_llm.estimators.exact.outcomes import (
+  Forest,
+  Slots,
+  combine,
+  draw,
+  list_slots,
+)
+from jaxrl_llm.estimators.types import Array, Outputs, Rollouts
+
+__all__ = [
+  'Report',
+  'Toy',
+  'discounted',
+  'exact_gradient',
+  'exact_values',
+  'examine',
+  'expected_gradient',
+  'response_probabilities',
+  'toy',
+]
+
+_CHUNK = 2**12  # combinations at a time, and fewer where
+_FLOATS = 2**23  # they would need more memory than this
+
+
+class Report(NamedTuple):
+  """What an estimator's gradient is, on average and in spread.
+
+  Attributes:
+    gradient: E[g], g = −∇ loss, a tree like `Toy.params`.
+    exact_gradient: ∇J, alike.
+    bias: ‖E[g] − ∇J‖ / ‖∇J‖.
+    cosine: of the angle between E[g] and ∇J; 1 where only the scale differs.
+    scale: the multiple of ∇J that is nearest to E[g].
+    variance: E‖g‖² − ‖E[g]‖², the trace of the covariance.
+    standard_error: of E[g], relative to ‖∇J‖; 0 where it is a whole sum.
+    tokens: expected number of tokens that one g costs: responses, greedy
+      responses and branches.
+    draws: how many combinations were summed, or drawn.
+    exact: True if these are all combinations, weighted by probability.
+  """
+
+  gradient: Any
+  exact_gradient: Any
+  bias: float
+  cosine: float
+  scale: float
+  variance: float
+  standard_error: float
+  tokens: float
+  draws: int
+  exact: bool
+
+
+@in_float64
+def examine(
+  estimator: Estimator,
+  toy: Toy,
+  samples: int = 2,
+  *,
+  exact: Any = None,
+  running: dict[str, float] | None = None,
+  limit: int = 200_000,
+  draws: int = 20_000,
+  seed: int = 0,
+) -> Report:
+  """The mean and the spread of an estimator's gradient g = −∇ loss.
+
+  The mean is over groups of `samples` responses to every prompt, their
+  branches and random positions (each response draws its own).  All
+  combinations are summed if there are at most `limit`; else `draws` of them
+  are drawn, and `standard_error` says how far off the mean may be.
+
+  Args:
+    estimator: any; a critic's own gradient is left out.
+    toy: language, policy and reward.
+    samples: G.
+    exact: the gradient to compare with; `exact_gradient(toy)` if None.
+    running: values of the estimator's running numbers; their initial ones if
+      None.
+    limit: the most combinations that are summed.
+    draws: how many are drawn otherwise.
+    seed: of the drawing.
+
+  Raises:
+    ValueError: too few samples, an array of the toy of a wrong shape, or an
+      exact gradient of 0.
+  """
+  exact = exact_gradient(toy) if exact is None else exact
+  flat = np.asarray(ravel_pytree(floats(exact))[0])
+  norm = math.sqrt(flat @ flat)
+  if norm <= 1e-13 * np.abs(toy.rewards).max():
+    raise ValueError(
+      'the exact gradient is 0, so a relative bias has no meaning: let rewards '
+      'differ, or pass the gradient to compare with as `exact`'
+    )
+  mean, square, tokens, count, whole = _moments(
+    estimator, toy, samples, running, limit, draws, seed
+  )
+  variance = max(square - mean @ mean, 0.0)
+  own = math.sqrt(mean @ mean)
+  return Report(
+    gradient=_like_params(toy, mean),
+    exact_gradient=exact,
+    bias=math.sqrt(np.square(mean - flat).sum()) / norm,
+    cosine=float(mean @ flat / (own * norm)) if own else 0.0,
+    scale=float(mean @ flat / norm**2),
+    variance=float(variance),
+    standard_error=0.0 if whole else math.sqrt(variance / count) / norm,
+    tokens=float(tokens),
+    draws=count,
+    exact=whole,
+  )
+
+
+@in_float64
+def expected_gradient(
+  estimator: Estimator,
+  toy: Toy,
+  samples: int = 2,
+  *,
+  running: dict[str, float] | None = None,
+  limit: int = 200_000,
+  draws: int = 20_000,
+  seed: int = 0,
+) -> Any:
+  """E[−∇ loss], a tree like `Toy.params`; the arguments are `examine`'s."""
+  mean, *_ = _moments(estimator, toy, samples, running, limit, draws, seed)
+  return _like_params(toy, mean)
+
+
+def _moments(estimator, toy, samples, running, limit, draws, seed):
+  """(E g [D], E‖g‖², tokens of one g, combinations, whether these are all)."""
+  check(toy)
+  needs = estimator.needs
+  if samples < needs.samples:
+    raise ValueError(
+      f'this estimator needs at least {needs.samples} responses per prompt: '
+      f'{samples=} is too few'
+    )
+  if needs.token_rewards and toy.token_rewards is None:
+    raise ValueError(
+      'this estimator needs rewards of tokens: take toy(gamma=…), or '
+      'toy._replace(token_rewards=…)'
+    )
+  tables = _tabulate(toy)
+  p = sampling_probabilities(toy)
+  if running is None:
+    running = {part.name: part.initial for part in needs.running}
+  running = floats(running)
+  forest = needs.branches and _plant(toy, tables, p, needs.branches, running)
+  lists = list_slots(p, forest, samples, limit)
+  shape = (len(p), samples)
+  rows = 1 + forest.most * forest.samples if forest and forest.trained else 1
+  size = math.prod(shape) * rows * toy.mask.shape[1] * tables.scores.shape[-1]
+  size = min(_CHUNK, 2 ** int(math.log2(max(_FLOATS / size, 1))))
+  if lists is None:
+    random = np.random.default_rng(seed)
+    chunks = draw(p, forest, shape, draws, size, random)
+  else:
+    chunks = combine(lists, shape, size)
+    draws = math.prod(len(slots.weight) for slots in lists) ** samples
+  mean, square = 0.0, 0.0
+  summed = _summed(estimator.prepare, estimator.loss)
+  for weights, slots in chunks:
+    add = summed(tables, running, weights, slots)
+    mean, square = mean + np.asarray(add[0]), square + float(add[1])
+  lengths = toy.mask.sum(axis=1)
+  tokens = samples * (p @ lengths).sum()
+  if needs.greedy:
+    tokens += lengths[greedy_responses(toy)].sum()
+  if forest:
+    tokens += samples * forest.tokens(p)
+  return mean, square, tokens, draws, lists is not None
+
+
+def _plant(toy: Toy, tables, p, branches, running) -> Forest:
+  """The branches of all responses, scored as the toy says."""
+  rewards = toy.rewards if toy.branch_rewards is None else toy.branch_rewards
+  every = np.broadcast_to(np.arange(p.shape[1]), p.shape)
+  # NumPy's arrays: op by op there is nothing to compile.
+  tables = jax.tree.map(np.asarray, tables)
+  rows = _rollouts(tables, every, running=running)
+  rows = rows.replace(rewards=floats(rewards)[..., None])
+  return Forest(toy, rows, p, branches)
+
+
+class _Tables(NamedTuple):
+  """Of each response to each prompt, [P, N, T] unless said otherwise."""
+
+  tokens: Array  # [N, T]
+  mask: Array  # [N, T]
+  log_probs: Array  # of the policy that is trained
+  next_entropy: Array  # of the same
+  scores: Array  # [P, N, T, D], gradients of `log_probs`
+  entropy_scores: Array  # [P, N, T, D], of `next_entropy`
+  old_log_probs: Array  # of the policy that sampled
+  entropy: Array  # of the same, as `score_norms`
+  score_norms: Array
+  sampler_log_probs: Array | None
+  ref_log_probs: Array
+  values: Array
+  token_rewards: Array | None
+  rewards: Array  # [P, N, 1]
+  greedy_rewards: Array  # [P, 1, 1]
+
+
+def _tabulate(toy: Toy) -> _Tables:
+  optional = {'sampler': toy.sampler, 'token_rewards': toy.token_rewards}
+  optional = {k: floats(x) for k, x in optional.items() if x is not None}
+  greedy = np.array(greedy_responses(toy))[:, None]
+  return _tabulated(
+    toy.logits,
+    floats(toy.params),
+    floats(old_logits(toy)),
+    floats((toy.reference, toy.values)),
+    optional,
+    toy.tokens,
+    toy.mask,
+    toy.states,
+    floats(toy.rewards)[..., None],
+    floats(np.take_along_axis(toy.rewards, greedy, axis=1))[..., None],
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tabulated(
+  logits, params, old, others, optional, tokens, mask, states, rewards, greedy
+) -> _Tables:
+  flat, unravel = ravel_pytree(params)
+  log = lambda x: jax.nn.log_softmax(x, axis=-1)
+  rows = lambda flat: log(logits(unravel(flat)))
+  entropy = lambda rows: -(jnp.exp(rows) * rows).sum(axis=-1)
+  here = lambda x: x[:, states, tokens]
+  before = lambda x: x[:, states]
+  known = dict(optional)
+  if 'sampler' in known:
+    known['sampler'] = log(known['sampler'])
+  known = {name: here(x) for name, x in known.items()}
+  old = log(old)
+  norms = 1 - 2 * jnp.exp(old) + jnp.exp(2 * old).sum(axis=-1, keepdims=True)
+  return _Tables(
+    tokens=tokens,
+    mask=mask,
+    log_probs=here(rows(flat)),
+    next_entropy=before(entropy(rows(flat))),
+    scores=here(jax.jacrev(rows)(flat)),
+    entropy_scores=before(jax.jacrev(lambda x: entropy(rows(x)))(flat)),
+    old_log_probs=here(old),
+    entropy=before(entropy(old)),
+    score_norms=here(norms),
+    sampler_log_probs=known.get('sampler'),
+    ref_log_probs=here(log(others[0])),
+    values=before(others[1]),
+    token_rewards=known.get('token_rewards'),
+    rewards=rewards,
+    greedy_rewards=greedy,
+  )
+
+
+def _rollouts(tables: _Tables, response: Array, **fields) -> Rollouts:
+  """The responses whose numbers are `response`, [P, G], as rollouts."""
+  at = functools.partial(_at, response)
+  return Rollouts(
+    tokens=tables.tokens[response],
+    mask=tables.mask[response],
+    log_probs=at(tables.old_log_probs),
+    rewards=at(tables.rewards),
+    sampler_log_probs=at(tables.sampler_log_probs),
+    token_rewards=at(tables.token_rewards),
+    greedy_rewards=tables.greedy_rewards,
+    ref_log_probs=at(tables.ref_log_probs),
+    values=at(tables.values),
+    entropy=at(tables.entropy),
+    score_norms=at(tables.score_norms),
+    **fields,
+  )
+
+
+def _at(response: Array, table: Array | None) -> Array | None:
+  """[P, N, ...] at responses [P, G] → [P, G, ...]."""
+  prompts = np.arange(response.shape[0])[:, None]
+  return None if table is None else table[prompts, response]
+
+
+def _branch_rows(slots: Slots) -> tuple[Array, dict[str, Array]]:
+  """The numbers of responses and branches as rows, and how they are related."""
+  prompts, samples, most, branches = slots.ends.shape
+  flat = lambda x: x.reshape(prompts, -1)
+  own = jnp.broadcast_to(jnp.arange(samples), (prompts, samples))
+  join = lambda *x: jnp.concatenate(x, axis=1)
+  parents = jnp.repeat(own, most * branches, axis=1)
+  forked_at = jnp.repeat(flat(slots.places), branches, axis=1)
+  fields = {
+    'parents': join(own, parents),
+    'forked_at': join(jnp.zeros_like(own), forked_at),
+    'valid': join(jnp.ones_like(own, bool), forked_at > 0),
+  }
+  fields = {name: x[..., None] for name, x in fields.items()}
+  return join(slots.response, flat(slots.ends)), fields
+
+
+@functools.lru_cache(maxsize=256)
+def _summed(prepare, loss):
+  """(tables, running, weights [b], slots [b, P, G]) → Σ w g [D], Σ w ‖g‖²."""
+
+  def gradient(tables, running, slots):
+    response, fields = slots.response, {}
+    if slots.ends is not None:
+      response, fields = _branch_rows(slots)
+    at = functools.partial(_at, response)
+    rollouts = _rollouts(
+      tables,
+      response,
+      branch_values=slots.values,
+      branch_baselines=slots.baselines,
+      branch_mask=slots.forks,
+      running=running,
+      **fields,
+    )
+    batch = prepare(rollouts)
+
+    def objective(log_probs, entropy):
+      outputs = Outputs(
+        log_probs=log_probs, entropy=entropy, values=at(tables.values)
+      )
+      return -loss(outputs, batch)
+
+    by_log_probs, by_entropy = jax.grad(objective, argnums=(0, 1))(
+      at(tables.log_probs), at(tables.next_entropy)
+    )
+    return jnp.einsum(
+      'pgt,pgtd->d', by_log_probs, at(tables.scores)
+    ) + jnp.einsum('pgt,pgtd->d', by_entropy, at(tables.entropy_scores))
+
+  def total(tables, running, weights, slots):
+    g = jax.vmap(gradient, (None, None, 0))(tables, running, slots)
+    return weights @ g, weights @ jnp.square(g).sum(axis=1)
+
+  # It runs for less time than its compilation takes.
+  return jax.jit(total, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def _like_params(toy: Toy, flat: np.ndarray) -> Any:
+  _, unravel = ravel_pytree(floats(toy.params))
+  return jax.tree.map(np.asarray, unravel(jnp.asarray(flat)))

@@ -1,0 +1,296 @@
+"""Monte Carlo branches: fresh continuations from inside finished responses.
+
+A branch is a response.  It keeps the first tokens of another one, has its
+settings and the budget that it had left, and is scored as a whole.
+`branch_values` makes values of states of them, or rows to train on.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import sampling, sharding
+from jaxrl_llm.estimators import Branches
+from jaxrl_llm.estimators.positions import mark
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.rewards import RewardPart, Scores
+from jaxrl_llm.rollouts.responses import Generation, Responses, judge
+
+Array = jax.Array
+
+
+class Forks(NamedTuple):
+  """Where branches fork; M places per response, K branches each, R = G·M·K.
+
+  Attributes:
+    places: [P, G, M] int32, where the rule forks, in tokens; 0 for nowhere.
+    owners: [P, G, M] int32, the place g·M + m whose branches value this one:
+      responses that begin alike share a state.
+    parents: [P, R, 1] int32, the response that a branch forks from.
+    forked_at: [P, R, 1] int32, how many of its tokens it keeps; 0 for none.
+    key: the rule's: response i of [P·G] draws its state from split i.
+  """
+
+  places: Array
+  owners: Array
+  parents: Array
+  forked_at: Array
+  key: Array
+
+
+class Branched(NamedTuple):
+  """Branches of P prompts' responses.
+
+  Attributes:
+    responses: the branches as whole responses, prefix and continuation: R rows
+      per prompt in the order of responses, places, branches.  A row without a
+      branch has no tokens and is not valid.
+    forks: where they fork.
+    work: what decoding cost.
+  """
+
+  responses: Responses
+  forks: Forks
+  work: sampling.Work
+
+  @property
+  def tokens(self) -> int:
+    """How many were generated: the continuations' alone."""
+    return int(self.work.tokens)
+
+  @property
+  def statistics(self) -> dict[str, float]:
+    """Numbers of the sampling, for the record.
+
+    branches/forks: states that branches were drawn from.
+    branches/shared: share of the places that another place's branches serve.
+    branches/utilization: useful tokens / (rows × steps) of the decoding.
+    branches/copied_bytes: of keys and values, which every row copies once and
+      whenever it takes a response over.
+    """
+    places, owners = sharding.to_host((self.forks.places, self.forks.owners))
+    own = owners == _slots(places.shape)
+    forks, shared = int(((places > 0) & own).sum()), int((~own).sum())
+    share = lambda part, of: float(part) / max(float(of), 1.0)
+    return {
+      'branches/forks': forks,
+      'branches/shared': share(shared, forks + shared),
+      'branches/utilization': share(self.work.tokens, self.work.row_steps),
+      'branches/copied_bytes': float(self.work.copied),
+    }
+
+
+def branch(
+  config: ModelConfig,
+  params: Any,
+  responses: Responses,
+  generation: Generation,
+  wanted: Branches,
+  tokenizer: Any,
+  rewards: Sequence[RewardPart],
+  key: Array,
+) -> Branched:
+  """Samples and scores branches of responses.
+
+  No state is sampled from twice: of the responses to a prompt that agree up to
+  a place, the first one's branches serve all.  Where the branches themselves
+  are trained on, the others have no fork there.
+
+  Args:
+    config, params: the model that sampled.
+    responses: with their cache, and with entropies if the rule reads them.
+    generation: the settings that they were generated with.
+    wanted: how many branches, and where.
+    tokenizer, rewards: as for the responses.
+    key: PRNG key.
+
+  Raises:
+    UserError: as `judge` and `sampling.fork`.
+  """
+  samples = responses.samples
+  rule_key, sample_key = jax.random.split(key)
+  places = fork_places(
+    wanted, samples.tokens, samples.mask, samples.entropy, rule_key
+  )
+  host_places, host_tokens = sharding.to_host((places, samples.tokens))
+  owners = find_owners(host_places, host_tokens)
+  own = np.where(owners == _slots(owners.shape), host_places, 0)
+  own, places, owners = sharding.place_rows(
+    (own, own if wanted.trained else host_places, owners)
+  )
+  forked, work = sampling.fork(
+    config,
+    params,
+    responses.cache,
+    samples,
+    own,
+    sample_key,
+    branches=wanted.samples,
+    decoding=generation.decoding,
+    eos_ids=generation.eos_ids,
+    pad_id=generation.pad_id,
+    statistics=generation.statistics,
+  )
+  whole, parents, forked_at = _as_rows(samples, forked, own)
+  completions, scoring = _judge_rows(responses, whole, tokenizer, rewards)
+  rows = Responses(
+    responses.prompts, responses.rows, whole, completions, scoring
+  )
+  forks = Forks(places, owners, parents, forked_at, rule_key)
+  return Branched(rows, forks, work)
+
+
+@functools.partial(jax.jit, static_argnames='wanted')
+def fork_places(
+  wanted: Branches,
+  tokens: Array,
+  mask: Array,
+  entropy: Array | None,
+  key: Array,
+) -> Array:
+  """[P, G, M] int32: branches keep so many tokens of a response; 0 for none.
+
+  Every response draws its own state of the rule.
+  """
+  shape = mask.shape
+  count = min(wanted.count, max(shape[2] - 1, 1))
+  forks = mark_rows(wanted, tokens, mask, entropy, key)
+  time = jnp.broadcast_to(jnp.arange(shape[2]), shape)
+  first = jnp.sort(jnp.where(forks, time, shape[2]), axis=2)[..., :count]
+  return jnp.where(first < shape[2], first, 0).astype(jnp.int32)
+
+
+def mark_rows(
+  wanted: Branches,
+  tokens: Array,
+  mask: Array,
+  entropy: Array | None,
+  key: Array,
+) -> Array:
+  """`mark` of rows [P, G, ..., T]; rows of one response share its state."""
+  length = mask.shape[-1]
+  responses = mask.shape[0] * mask.shape[1]
+  if entropy is None:
+    if wanted.positions.reads_entropy:
+      raise ValueError("these positions need the sampler's 'entropy'")
+    entropy = jnp.zeros(mask.shape)
+
+  def of_response(key, *rows):
+    state = wanted.positions.init(key, wanted.count, length)
+    return jax.vmap(functools.partial(mark, wanted, state))(*rows)
+
+  rows = [x.reshape(responses, -1, length) for x in (tokens, mask, entropy)]
+  forks = jax.vmap(of_response)(jax.random.split(key, responses), *rows)
+  return forks.reshape(mask.shape)
+
+
+def find_owners(places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+  """[P, G, M] int32: the first place g·M + m of the prompt with this state.
+
+  Args:
+    places: [P, G, M], of `fork_places`.
+    tokens: [P, G, T].
+  """
+  owners = _slots(places.shape).copy()
+  first: dict[tuple, int] = {}
+  for p, g, m in zip(*np.nonzero(places), strict=True):
+    state = (p, tokens[p, g, : places[p, g, m]].tobytes())
+    owners[p, g, m] = first.setdefault(state, owners[p, g, m])
+  return owners
+
+
+def _slots(shape: tuple[int, ...]) -> np.ndarray:
+  """[P, G, M] int32: the number g·M + m of each place."""
+  numbers = np.arange(shape[1] * shape[2], dtype=np.int32)
+  return np.broadcast_to(numbers.reshape(1, *shape[1:]), shape)
+
+
+@jax.jit
+def _as_rows(samples, forked, places):
+  """Prefixes and continuations as whole responses.
+
+  Args:
+    samples: [P, G, T].
+    forked: [P, G, M, K, T − 1].
+    places: [P, G, M], 0 without branches.
+
+  Returns:
+    `Samples` [P, R, T], parents [P, R, 1] and forked_at [P, R, 1].
+  """
+  num_prompts, groups, length = samples.tokens.shape
+  count, branches = forked.tokens.shape[2:4]
+  rows = groups * count * branches
+  time = jnp.arange(length)[None, None, None, None]
+  at = places[..., None, None]
+  later = jnp.maximum(time - at, 0)
+  later = jnp.broadcast_to(later, (*forked.tokens.shape[:4], length))
+  # One place more than the longest continuation: nothing is ever read there.
+  pad = [(0, 0)] * 4 + [(0, 1)]
+
+  def join(prefix, continuation):
+    if prefix is None:
+      return None
+    suffix = jnp.take_along_axis(jnp.pad(continuation, pad), later, axis=4)
+    whole = jnp.where(time < at, prefix[:, :, None, None], suffix)
+    return whole.reshape(num_prompts, rows, length)
+
+  present = jnp.broadcast_to(at > 0, (*forked.tokens.shape[:4], 1))
+  present = present.reshape(num_prompts, rows, 1)
+  whole = jax.tree.map(
+    join,
+    samples.replace(finished=None),
+    forked.replace(finished=None),
+    is_leaf=lambda x: x is None,
+  )
+  whole = whole.replace(
+    mask=whole.mask & present,
+    finished=forked.finished.reshape(num_prompts, rows, 1) & present,
+  )
+  each = count * branches
+  parents = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), each)
+  parents = jnp.broadcast_to(parents[None, :, None], (num_prompts, rows, 1))
+  forked_at = jnp.repeat(places.reshape(num_prompts, -1), branches, axis=1)
+  return whole, parents, forked_at[..., None]
+
+
+def _judge_rows(responses, whole, tokenizer, rewards):
+  """Texts and scores of the rows [P, R] that are branches; '' and no score.
+
+  As `judge`.
+  """
+  tokens, mask, finished = sharding.to_host(
+    (whole.tokens, whole.mask, whole.finished)
+  )
+  num_prompts, rows = mask.shape[:2]
+  present = [tuple(i) for i in np.argwhere(mask.any(axis=2))]
+  flat = np.array([p * rows + r for p, r in present], int)
+  texts = [''] * (num_prompts * rows)
+  scoring = None
+  if present:
+    completions, scoring = judge(
+      tokenizer,
+      rewards,
+      [responses.rows[p] for p, _ in present],
+      [tokens[i][mask[i]].tolist() for i in present],
+      [bool(finished[i][0]) for i in present],
+    )
+    for i, text in zip(flat, completions, strict=True):
+      texts[i] = text
+
+  @functools.cache
+  def finish() -> Scores:
+    total, valid = np.zeros(len(texts)), np.zeros(len(texts), bool)
+    parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
+    if scoring is None:
+      return Scores(total, valid, parts)
+    scores = scoring()
+    total[flat], valid[flat] = scores.total, scores.valid
+    for name, values in scores.parts.items():
+      parts[name][flat] = values
+    return Scores(total, valid, parts, scores.failures)
+
+  return texts, finish

@@ -1,0 +1,224 @@
+"""Responses that are there, given or sampled before, and are trained on.
+
+A pool holds groups: single responses for a likelihood, pairs for a preference.
+It lives in host memory, and in files where it was sampled.
+"""
+
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm import sharding
+from jaxrl_llm.atomic import write_atomically
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Rollouts
+
+
+class Pool(NamedTuple):
+  """N groups of g responses, each to one prompt.
+
+  Attributes:
+    prompts: [N] int32, positions of the prompts in the data set.
+    tokens: [N, g, T] int32; anything behind a response's end.
+    lengths: [N, g] int32, tokens, the end token included.
+    rewards: [N, g] float32.
+    ref_log_probs: [N, g, T] float32 of the reference policy, nats; None where
+      no estimator asks for them.
+  """
+
+  prompts: np.ndarray
+  tokens: np.ndarray
+  lengths: np.ndarray
+  rewards: np.ndarray
+  ref_log_probs: np.ndarray | None = None
+
+
+def given(
+  prompts: Sequence[int],
+  responses: Sequence[Sequence[Sequence[int]]],
+  rewards: Sequence[Sequence[float]],
+  pad_id: int,
+) -> Pool:
+  """A pool of token lists.
+
+  Args:
+    prompts: N positions in the data set.
+    responses: N groups of g responses, lists of token ids.
+    rewards: N groups of g numbers.
+    pad_id: stands behind a response's end.
+  """
+  lengths = np.array([[len(ids) for ids in group] for group in responses])
+  shape = (*lengths.shape, int(lengths.max(initial=1)))
+  tokens = np.full(shape, pad_id, np.int32)
+  for i, group in enumerate(responses):
+    for j, ids in enumerate(group):
+      tokens[i, j, : len(ids)] = ids
+  return Pool(
+    np.asarray(prompts, np.int32),
+    tokens,
+    lengths.astype(np.int32),
+    np.asarray(rewards, np.float32),
+  )
+
+
+def singles(keep: np.ndarray) -> np.ndarray:
+  """Groups of one response for each that is kept.
+
+  Args:
+    keep: [P, G] bool.
+
+  Returns:
+    [N, 2] int: prompt and response of each group.
+  """
+  return np.stack(np.nonzero(keep), axis=1)
+
+
+def ranked_pairs(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+  """Pairs of each prompt's best with its worst, second best with second worst.
+
+  No response is in two pairs, and no pair has equal rewards.  Among equals the
+  first sampled counts as better.
+
+  Args:
+    rewards: [P, G].
+    valid: [P, G] bool, False for responses to leave out.
+
+  Returns:
+    [N, 3] int: prompt, preferred and rejected response of each pair; those of
+    one prompt by falling difference of their rewards.
+  """
+  pairs = []
+  for p, (row, known) in enumerate(zip(rewards, valid, strict=True)):
+    order = [g for g in np.argsort(-row, kind='stable') if known[g]]
+    for i in range(len(order) // 2):
+      best, worst = order[i], order[-1 - i]
+      if row[best] > row[worst]:
+        pairs.append((p, best, worst))
+  return np.array(pairs, np.int64).reshape(-1, 3)
+
+
+def choose(
+  prompts: Sequence[int],
+  groups: np.ndarray,
+  tokens: np.ndarray,
+  lengths: np.ndarray,
+  rewards: np.ndarray,
+) -> Pool:
+  """The pool of some of a step's responses.
+
+  Args:
+    prompts: P positions in the data set.
+    groups: [N, 1 + g] int, as `singles` and `ranked_pairs` give them.
+    tokens: [P, G, T] int32.
+    lengths, rewards: [P, G].
+  """
+  of, members = groups[:, :1], groups[:, 1:]
+  return Pool(
+    np.asarray(prompts, np.int32)[groups[:, 0]],
+    np.asarray(tokens, np.int32)[of, members],
+    np.asarray(lengths, np.int32)[of, members],
+    np.asarray(rewards, np.float32)[of, members],
+  )
+
+
+def join(pools: Sequence[Pool]) -> Pool:
+  """One pool of several, in their order; all have, or lack, the same arrays."""
+  return Pool(
+    *(
+      None if arrays[0] is None else np.concatenate(arrays)
+      for arrays in zip(*pools, strict=True)
+    )
+  )
+
+
+def limit(pool: Pool, per_prompt: int) -> Pool:
+  """Keeps the first `per_prompt` groups of every prompt; the order stays."""
+  seen, kept = {}, []
+  for i, prompt in enumerate(pool.prompts.tolist()):
+    seen[prompt] = seen.get(prompt, 0) + 1
+    if seen[prompt] <= per_prompt:
+      kept.append(i)
+  return take(pool, kept)
+
+
+def take(pool: Pool, indices: Sequence[int]) -> Pool:
+  """The groups at `indices`, in that order."""
+  chosen = np.asarray(indices, np.int64)
+  return Pool(*(None if x is None else x[chosen] for x in pool))
+
+
+def narrowed(pool: Pool, bucket: int = 32) -> Pool:
+  """Cuts off columns behind the longest response, up to multiples of `bucket`.
+
+  So few shapes are compiled as there are multiples.
+  """
+  longest = int(pool.lengths.max(initial=1))
+  width = min(-(-longest // bucket) * bucket, pool.tokens.shape[2])
+  ref = pool.ref_log_probs
+  return pool._replace(
+    tokens=pool.tokens[..., :width],
+    ref_log_probs=None if ref is None else ref[..., :width],
+  )
+
+
+def to_rollouts(pool: Pool) -> Rollouts:
+  """What an estimator's `prepare` takes: prompts are groups, [N, g, T].
+
+  The log-probabilities of who wrote the responses are those of the reference
+  where they are known, and otherwise 0, which no likelihood reads.
+  """
+  mask = np.arange(pool.tokens.shape[2]) < pool.lengths[..., None]
+  ref = pool.ref_log_probs
+  known = np.zeros(mask.shape, np.float32) if ref is None else ref
+  return sharding.place_rows(
+    Rollouts(
+      tokens=pool.tokens,
+      mask=mask,
+      log_probs=known,
+      rewards=pool.rewards[..., None],
+      ref_log_probs=ref,
+    )
+  )
+
+
+def save(path: pathlib.Path, pool: Pool) -> None:
+  """Writes a pool as npz; the file is the old one or the whole new one.
+
+  Raises:
+    UserError: the disk is full or the folder cannot be written.
+  """
+  arrays = {k: v for k, v in pool._asdict().items() if v is not None}
+  memory = io.BytesIO()
+  np.savez_compressed(memory, **arrays)
+  try:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, memory.getvalue())
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be written: {error.strerror}\n'
+      'make room or mend the disk, then resume'
+    ) from error
+
+
+def load(path: pathlib.Path) -> Pool:
+  """Reads what `save` wrote.
+
+  Raises:
+    UserError: the file is missing or damaged.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      return Pool(**{name: _array(stored, name) for name in Pool._fields})
+  except Exception as error:  # A damaged file can raise what it likes.
+    raise UserError(
+      f'{path} cannot be read: {" ".join(str(error).split())[:200]}\n'
+      'restore it from a copy, or start in another --workdir'
+    ) from error
+
+
+def _array(stored: Any, name: str) -> np.ndarray | None:
+  optional = name in Pool._field_defaults
+  return None if optional and name not in stored else stored[name]

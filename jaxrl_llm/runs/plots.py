@@ -1,0 +1,268 @@
+"""Curves of a run, or of many, as a picture."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.runs.records import cannot_write
+
+
+def plot_curve(
+  path,
+  series: dict,
+  *,
+  xlabel: str,
+  ylabel: str,
+  title: str,
+  marks: dict | None = None,
+  below: dict | None = None,
+) -> None:
+  """Draws numbers against steps and saves a PNG.
+
+  Args:
+    path: the picture's path; replaced atomically.
+    series: label -> (x, y), equally long.  NaNs leave gaps.
+    xlabel: with its unit.
+    ylabel: with its unit.
+    title: one line.
+    marks: label -> x of a vertical line, such as the end of a warm start.
+    below: label -> (x, y) of more curves, of whatever scale: each has a panel
+      of its own under the main one.
+
+  Raises:
+    ValueError: a series' x and y differ in length.
+    UserError: the disk is full or the folder cannot be written.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  # The object interface: no global state, no window, any thread.
+  below = below or {}
+  figure = Figure(
+    figsize=(7, 4.2 + 1.7 * len(below)), dpi=150, layout='constrained'
+  )
+  FigureCanvasAgg(figure)
+  axes, *others = figure.subplots(
+    1 + len(below),
+    sharex=True,
+    squeeze=False,
+    height_ratios=[2.4] + [1] * len(below),
+  )[:, 0]
+  for label, points in series.items():
+    _draw(axes, label, *points)
+  for panel, (label, points) in zip(others, below.items(), strict=True):
+    _draw(panel, label, *points)
+    panel.set_ylabel(label)
+  for label, x in (marks or {}).items():
+    for panel in (axes, *others):
+      panel.axvline(x, color='0.45', linestyle='--', linewidth=1)
+    axes.annotate(
+      label,
+      (x, 1),
+      xycoords=('data', 'axes fraction'),
+      xytext=(4, -4),
+      textcoords='offset points',
+      va='top',
+      fontsize=8,
+      color='0.35',
+    )
+  axes.set_ylabel(ylabel)
+  axes.set_title(title, loc='left', fontsize=11)
+  (axes, *others)[-1].set_xlabel(xlabel)
+  for panel in (axes, *others):
+    _style(panel)
+  if len(series) > 1:
+    axes.legend(frameon=False, fontsize=9)
+  save(figure, path)
+
+
+def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
+  """One curve, with points where there are few."""
+  if len(x) != len(y):
+    raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
+  marker = 'o' if len(x) <= 40 else None
+  axes.plot(x, y, label=label, linewidth=1.8, marker=marker, markersize=3.5)
+
+
+class Band(NamedTuple):
+  """A curve with an interval around it; all arrays [N].
+
+  Attributes:
+    x: where.
+    mean: the curve.
+    low, high: the interval's bounds; NaNs leave it out.
+  """
+
+  x: np.ndarray
+  mean: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+
+
+# Twelve lines that colour-blind eyes tell apart: six colours of Okabe and Ito,
+# then the same ones dashed.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
+
+
+def plot_bands(
+  path,
+  panels: Sequence[dict[str, Band]],
+  *,
+  xlabels: Sequence[str],
+  ylabel: str,
+  title: str,
+) -> None:
+  """Draws the same methods in panels side by side and saves a PNG.
+
+  The legend, in the order of the first panel, stands to the right of all.
+
+  Args:
+    path: the picture's path; replaced atomically.
+    panels: label → `Band`, the same labels in each.
+    xlabels: one per panel, with its unit.
+    ylabel: with its unit.
+    title: one line.
+
+  Raises:
+    ValueError: the panels' labels differ.
+    UserError: the disk is full or the folder cannot be written.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  labels = list(panels[0])
+  if any(list(panel) != labels for panel in panels):
+    raise ValueError('The panels have to have the same labels in one order.')
+  width = 4.6 * len(panels) + 1.6
+  figure = Figure(figsize=(width, 4.4), dpi=150, layout='constrained')
+  FigureCanvasAgg(figure)
+  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  for axes, panel, xlabel in zip(row, panels, xlabels, strict=True):
+    for i, (label, band) in enumerate(panel.items()):
+      dashes, colour = divmod(i, len(_COLOURS))
+      style = {'color': _COLOURS[colour]}
+      axes.fill_between(
+        band.x, band.low, band.high, alpha=0.12, linewidth=0, **style
+      )
+      style['linestyle'] = _DASHES[dashes % len(_DASHES)]
+      axes.plot(band.x, band.mean, label=label, linewidth=1.7, **style)
+    axes.set_xlabel(xlabel)
+    axes.margins(x=0.01)
+    _style(axes)
+  row[0].set_ylabel(ylabel)
+  row[0].set_title(title, loc='left', fontsize=11)
+  handles, labels = row[0].get_legend_handles_labels()
+  figure.legend(
+    handles,
+    labels,
+    loc='outside right center',
+    frameon=False,
+    fontsize=9,
+    handlelength=2.6,
+  )
+  save(figure, path)
+
+
+class Panel(NamedTuple):
+  """One number of several things, to be drawn as points with intervals.
+
+  Attributes:
+    xlabel: what the number is, with its unit.
+    points: label → (value, low, high); NaNs leave a gap.
+    log: whether the axis is logarithmic; what is not positive is left out.
+    line: a value to compare with, such as that of no bias.
+  """
+
+  xlabel: str
+  points: dict[str, tuple[float, float, float]]
+  log: bool = False
+  line: float | None = None
+
+
+def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
+  """Draws several numbers of the same things side by side and saves a PNG.
+
+  Args:
+    path: the picture's path; replaced atomically.
+    panels: one per number; their rows are the labels of the first one, from
+      top to bottom.
+    title: one line.
+
+  Raises:
+    ValueError: the panels' labels differ.
+    UserError: the disk is full or the folder cannot be written.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import LogLocator, NullFormatter
+
+  labels = list(panels[0].points)
+  if any(set(panel.points) != set(labels) for panel in panels):
+    raise ValueError('The panels have to have the same labels.')
+  width = 2.6 * len(panels) + 0.09 * max(map(len, labels)) + 0.6
+  figure = Figure(
+    figsize=(width, 1.4 + 0.3 * len(labels)), dpi=150, layout='constrained'
+  )
+  FigureCanvasAgg(figure)
+  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  for axes, panel in zip(row, panels, strict=True):
+    points = np.array([panel.points[label] for label in labels], float)
+    value, low, high = points.T
+    if panel.log:
+      axes.set_xscale('log')
+      value, high = (np.where(x > 0, x, np.nan) for x in (value, high))
+      # An interval that reaches 0 goes on to the edge.
+      low = np.where(low > 0, low, value / 1e3)
+    places = np.arange(len(labels))
+    axes.hlines(places, low, high, color=_COLOURS[0], linewidth=2, alpha=0.45)
+    axes.plot(value, places, 'o', color=_COLOURS[0], markersize=4.5)
+    if panel.log and (value > 0).any():
+      edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
+      axes.set_xlim(*edges)
+      narrow = edges[1] < 50 * edges[0]  # labels of many decades would overlap
+      subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
+      axes.xaxis.set_major_locator(LogLocator(subs=subs))
+      axes.xaxis.set_major_formatter('{x:g}')
+      axes.xaxis.set_minor_formatter(NullFormatter())
+    if panel.line is not None:
+      axes.axvline(panel.line, color='0.45', linestyle='--', linewidth=1)
+    axes.set_xlabel(panel.xlabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    _style(axes)
+  row[0].set_yticks(np.arange(len(labels)), labels, fontsize=9)
+  row[0].set_ylim(len(labels) - 0.5, -0.5)
+  figure.suptitle(title, x=0.01, ha='left', fontsize=11)
+  save(figure, path)
+
+
+def _style(axes: Any) -> None:
+  axes.grid(color='0.9', linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right']].set_visible(False)
+
+
+def save(figure: Any, path) -> None:
+  """Writes a figure as a PNG: the same numbers give the same bytes.
+
+  Args:
+    figure: of matplotlib.
+    path: the picture's path; replaced atomically.
+
+  Raises:
+    UserError: the disk is full or the folder cannot be written.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + '.tmp')
+  try:
+    try:
+      # The version stamp would differ between machines.
+      figure.savefig(temporary, format='png', metadata={'Software': None})
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+  except OSError as error:
+    raise cannot_write(path, error.strerror or error) from error

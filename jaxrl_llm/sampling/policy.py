@@ -1,0 +1,261 @@
+"""The policy: which distribution tokens are drawn from and scored under.
+
+Temperature, top-k, top-p and the vocabulary limit are defined here once.  The
+sampler draws from `adjust_logits`; `score` gives log-probabilities and entropy
+of given tokens under the same adjusted distribution.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm import sharding
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import head
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.prompts import Prompts, read
+
+Array = jax.Array
+
+_BLOCK = 128  # tokens, of the two-level inversion in `draw_token`
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How the next token is drawn.  Hashable: static under jit.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the likeliest token (and then
+      log-probabilities are those of temperature 1).
+    top_k: keeps the k largest logits; 0 keeps all.
+    top_p: keeps the smallest set of tokens whose probability reaches top_p.
+    num_tokens: ids from here on are never drawn (vocabulary rows that only
+      pad the embedding); None allows all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  num_tokens: int | None = None
+
+  def __post_init__(self):
+    if not 0 <= self.temperature < float('inf'):
+      raise UserError(
+        f'temperature is {self.temperature}; it must be ≥ 0 and finite'
+      )
+    if self.top_k < 0:
+      raise UserError(f'top_k is {self.top_k}; it must be ≥ 0 (0: off)')
+    if not 0 < self.top_p <= 1:
+      raise UserError(f'top_p is {self.top_p}; it must be in (0, 1] (1: off)')
+    if self.num_tokens is not None and self.num_tokens < 1:
+      raise UserError(
+        f'num_tokens is {self.num_tokens}; it must be ≥ 1 (None: all)'
+      )
+
+  @property
+  def greedy(self) -> bool:
+    return self.temperature == 0
+
+
+def adjust_logits(
+  logits: Array, decoding: Decoding, chosen: Array | None = None
+) -> Array:
+  """Logits of the distribution that tokens are drawn from.
+
+  Temperature first, then top-k, then top-p of what is left; excluded tokens
+  get −inf.  Tokens tied with the last one kept are kept.
+
+  Args:
+    logits: [N, V] float32.
+    decoding: settings.
+    chosen: [N] tokens that are kept in any case.  A scorer passes the tokens
+      that were drawn: an update may move them out of the present top-k, where
+      a log-probability of −inf has no gradient.
+
+  Returns:
+    [N, V] float32; its softmax is the distribution.
+  """
+  ids = jnp.arange(logits.shape[-1])[None]
+  if decoding.num_tokens is not None:
+    logits = jnp.where(ids < decoding.num_tokens, logits, -jnp.inf)
+  if not decoding.greedy:
+    logits = logits / decoding.temperature
+  keep = jnp.ones(logits.shape, bool)
+  fixed = jax.lax.stop_gradient(logits)
+  if 0 < decoding.top_k < logits.shape[-1]:
+    count = lambda kept: kept.sum(axis=-1) >= decoding.top_k
+    keep &= _highest_cut(fixed, count)
+  if decoding.top_p < 1:
+    probabilities = jax.nn.softmax(jnp.where(keep, fixed, -jnp.inf))
+    mass = lambda kept: (
+      jnp.where(kept, probabilities, 0.0).sum(axis=-1) >= decoding.top_p
+    )
+    keep &= _highest_cut(probabilities, mass)
+  if chosen is not None:
+    keep |= ids == chosen[:, None]
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
+  """The smallest set {v : xᵥ ≥ cut} of each row that is `enough`.
+
+  The cut is found bit by bit on the order-preserving integer form of a
+  float32, in 32 passes over `x`: exact, and without a sort, which is what a
+  CPU does slowest here.  The cut becomes a float again before it is compared,
+  so that no second array like `x` exists.
+
+  Args:
+    x: [N, V] float32.
+    enough: maps a set, [N, V] bool, to [N] bool; monotone in the set.
+
+  Returns:
+    [N, V] bool; all True where no set is enough.
+  """
+  sign = jnp.uint32(1 << 31)
+
+  def at_least(cut: Array) -> Array:
+    # From −inf to inf: what is beyond them are NaNs.
+    cut = jnp.clip(cut, jnp.uint32(0x007FFFFF), jnp.uint32(0xFF800000))
+    bits = jnp.where(cut & sign, cut ^ sign, ~cut)
+    # Not x ≥ cut: a NaN stays in the set, and so in sight.
+    return ~(x < jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None])
+
+  def raise_cut(i: Array, cut: Array) -> Array:
+    higher = cut | (sign >> jnp.uint32(i))
+    return jnp.where(enough(at_least(higher)), higher, cut)
+
+  start = jnp.zeros(x.shape[0], jnp.uint32)
+  return at_least(jax.lax.fori_loop(0, 32, raise_cut, start))
+
+
+def draw_token(
+  logits: Array, uniform: Array, decoding: Decoding
+) -> tuple[Array, head.TokenStatistics]:
+  """Draws one token per row, by inversion of the distribution function.
+
+  Args:
+    logits: [N, V] float32, not adjusted.
+    uniform: [N] float32 in [0, 1), which alone decides; not read by greedy
+      decoding.
+    decoding: temperature, top-k, top-p.
+
+  Returns:
+    Tokens [N] int32, and what `score` finds of them.
+  """
+  adjusted = adjust_logits(logits, decoding)
+  if decoding.greedy:
+    token = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    normalizer = jax.nn.logsumexp(adjusted, axis=-1)
+  else:
+    highest = adjusted.max(axis=-1, keepdims=True)
+    token, total = _inverse_cdf(jnp.exp(adjusted - highest), uniform[:, None])
+    normalizer = highest[:, 0] + jnp.log(total)
+  chosen = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0]
+  log_probs = chosen - normalizer
+  return token, head.statistics(adjusted, token).replace(log_probs=log_probs)
+
+
+def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
+  """Draws an index of each row in proportion to `weights`, [N, V]; their sum.
+
+  One uniform number per row, [N, 1], first a block of 128 tokens, then a token
+  of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
+  token of weight 0 is never drawn.  No block lies on two devices of a mesh
+  whose tensor axis splits the vocabulary.
+  """
+  rows, vocabulary = weights.shape
+  shards = sharding.tensor_shards(vocabulary)
+  own = vocabulary // shards
+  blocks = weights.reshape(rows, shards, own)
+  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -own % _BLOCK)))
+  blocks = blocks.reshape(rows, -1, _BLOCK)
+  blocks = sharding.constrain(blocks, None, sharding.TENSOR, None)
+  sums = blocks.sum(axis=-1)
+  total = sums.sum(axis=-1, keepdims=True)
+  target = uniform * total
+  block, below = _first_above(sums, target)
+  within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
+  index, _ = _first_above(within, target - below)
+  shard, block = jnp.divmod(block, -(-own // _BLOCK))
+  found = shard * own + block * _BLOCK + index
+  return found[:, 0].astype(jnp.int32), total[:, 0]
+
+
+def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
+  """Index [N, 1] where the cumulative sum first exceeds `target`; its start.
+
+  XLA adds long sums up as a tree: their rounding lets the cumulative sum fall,
+  or rise at a weight of 0.  So only positive weights count, and a target that
+  rounding has put past the end takes the last of them.
+  """
+  possible = weights > 0
+  cumulative = jnp.where(possible, jnp.cumsum(weights, axis=-1), 0.0)
+  highest = cumulative.max(axis=-1, keepdims=True)
+  target = jnp.clip(target, 0.0, highest * (1.0 - 2.0**-23))
+  index = jnp.argmax(cumulative > target, axis=-1, keepdims=True)
+  start = jnp.take_along_axis(cumulative - weights, index, axis=-1)
+  return index, start
+
+
+def score(
+  config: ModelConfig,
+  params,
+  prompts: Prompts,
+  responses: Array,
+  decoding: Decoding = Decoding(),
+  chunk: int = 256,
+) -> head.TokenStatistics:
+  """Log-probabilities and entropy of responses under the sampling policy.
+
+  Only response positions reach the head, `chunk` of them at a time.
+
+  Args:
+    config, params: the model.
+    prompts: P prompts.
+    responses: [P, G, T] int32; anything may stand behind a response's end.
+    decoding: the settings that the responses were sampled with.
+    chunk: positions whose logits, [chunk, V] float32, exist at one time.
+
+  Returns:
+    `TokenStatistics` with arrays [P, G, T] in nats.  Differentiable.
+
+  Raises:
+    UserError: as `read`.
+  """
+  hidden = read(config, params, prompts, responses)
+  return token_statistics(config, params, hidden, responses, decoding, chunk)
+
+
+def token_statistics(
+  config: ModelConfig,
+  params,
+  hidden: Array,
+  responses: Array,
+  decoding: Decoding = Decoding(),
+  chunk: int = 256,
+) -> head.TokenStatistics:
+  """What `score` gives, of hidden states that have been read.
+
+  Args:
+    config, params: the model; only its head is used.
+    hidden: [P, G, T, D] of `read`.
+    responses: [P, G, T] int32.
+    decoding, chunk: as in `score`.
+  """
+  return head.token_statistics(
+    config,
+    params,
+    hidden,
+    responses,
+    adjust=functools.partial(_adjust_for_chosen, decoding),
+    chunk=chunk,
+  )
+
+
+def _adjust_for_chosen(
+  decoding: Decoding, logits: Array, chosen: Array
+) -> Array:
+  return adjust_logits(logits, decoding, chosen)

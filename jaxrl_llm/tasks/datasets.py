@@ -1,0 +1,242 @@
+"""Rows from JSON files and from the Hugging Face hub.
+
+One row of a file, whose other columns are kept:
+
+  {"prompt": "17+26-8=", "answer": "35"}
+"""
+
+import gzip
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import answers
+
+# Names under which published data sets keep their prompts, best first.
+PROMPT_COLUMNS = ('prompt', 'question', 'problem')
+
+# Of MATH: the file, and the data set of the hub with its split.
+_MATH = {
+  'train': ('train.json', 'DigitalLearningGmbH/MATH-lighteval', 'train'),
+  'test': ('test.jsonl', 'DigitalLearningGmbH/MATH-lighteval', 'test'),
+  'math500': ('math500.jsonl', 'HuggingFaceH4/MATH-500', 'test'),
+}
+
+
+def read_rows(
+  path: str | pathlib.Path, prompt_column: str | None = None
+) -> list[dict]:
+  """Reads a file of rows and calls the prompt 'prompt'.
+
+  Args:
+    path: `.jsonl`, `.jsonl.gz` (one object per line; blank lines are allowed)
+      or `.json` (one list of objects).
+    prompt_column: its name in the file; None for the first of prompt, question
+      and problem that a row has.
+
+  Returns:
+    One dictionary per row, in the file's order, the prompt column renamed.
+
+  Raises:
+    UserError: naming file and line, for anything that is not such a row.
+  """
+  path = pathlib.Path(path)
+  if path.name.endswith(('.jsonl', '.jsonl.gz')):
+    rows = list(_json_lines(path))
+  elif path.suffix == '.json':
+    rows = list(_json_list(path))
+  else:
+    raise UserError(f'{path}: rows are read from .jsonl, .jsonl.gz and .json.')
+  if not rows:
+    raise UserError(f'{path}: the file holds no rows.')
+  return [_with_prompt(where, row, prompt_column) for where, row in rows]
+
+
+def read_hub(
+  name: str,
+  split: str,
+  *,
+  config: str | None = None,
+  prompt_column: str | None = None,
+) -> list[dict]:
+  """Reads a data set of the Hugging Face hub through `datasets`.
+
+  Args:
+    name: of the data set, such as 'openai/gsm8k'.
+    split: such as 'train'.
+    config: of the data set, where it has several.
+    prompt_column: as in `read_rows`.
+
+  Raises:
+    UserError: without `datasets`, or when the data set cannot be loaded.
+  """
+  try:
+    import datasets
+  except ImportError as error:
+    raise UserError(
+      f'reading {name} from the hub needs the package datasets.\n'
+      "Install it with: pip install 'jaxrl_llm[data]', or give a local file."
+    ) from error
+  try:
+    rows = list(datasets.load_dataset(name, config, split=split))
+  except Exception as error:  # Whatever the network and the hub can raise.
+    raise UserError(
+      f'cannot load {name} ({split}) from the hub: {type(error).__name__}: '
+      f'{" ".join(str(error).split())[:200]}\n'
+      'Check name, split and network, or give a local file.'
+    ) from error
+  if not rows:
+    raise UserError(f'{name} ({split}) holds no rows.')
+  return [
+    _with_prompt(f'{name} ({split}), row {i}', row, prompt_column)
+    for i, row in enumerate(rows)
+  ]
+
+
+def gsm8k(path: str | pathlib.Path | None, split: str) -> list[dict]:
+  """Grade-school mathematics (Cobbe et al., 2021) with its final numbers.
+
+  Args:
+    path: folder with train.jsonl and test.jsonl; None for the hub.
+    split: 'train' or 'test'.
+
+  Returns:
+    Rows of prompt (the question), answer (the final number's text, without
+    commas) and solution (the whole text, which ends in '#### number').
+  """
+  if split not in ('train', 'test'):
+    raise UserError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
+  if path is None:
+    source = 'openai/gsm8k'
+    rows = read_hub(source, split, config='main')
+  else:
+    source = pathlib.Path(path) / f'{split}.jsonl'
+    rows = read_rows(source)
+  result = []
+  for i, row in enumerate(rows):
+    solution = str(row.get('answer', ''))
+    _, marker, number = solution.rpartition('####')
+    if not marker or not number.strip():
+      raise UserError(
+        f'{source}: row {i} has no answer that ends in "#### number".'
+      )
+    result.append(
+      {
+        'prompt': row['prompt'],
+        'answer': number.strip().replace(',', ''),
+        'solution': solution,
+      }
+    )
+  return result
+
+
+def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
+  r"""Competition mathematics (Hendrycks et al., 2021) with its final answers.
+
+  Args:
+    path: folder with train.json, test.jsonl and math500.jsonl; None for the
+      hub.
+    split: 'train', 'test', or 'math500', the 500 problems of 'test' that
+      Lightman et al., 2023, held out.
+
+  Returns:
+    Rows of prompt (the problem), answer (its LaTeX; None where there is none,
+    as in four rows of one published train.json) and, where the source has
+    them, solution (the whole text, with the answer in `\boxed{…}`) and
+    difficulty (1, easy, to 5; of a few training problems 0).
+  """
+  if split not in _MATH:
+    raise UserError(f'MATH has the splits {", ".join(_MATH)}, not {split!r}.')
+  name, source, hub_split = _MATH[split]
+  if path is None:
+    rows = read_hub(source, hub_split)
+  else:
+    source = pathlib.Path(path) / name
+    rows = read_rows(source)
+  result = []
+  for i, row in enumerate(rows):
+    if 'answer' not in row and 'solution' not in row:
+      raise UserError(f'{source}: row {i} has neither answer nor solution.')
+    kept = {'solution': row['solution']} if 'solution' in row else {}
+    # One published file has numbers, the others 'Level 5' or 5.
+    level = str(row.get('difficulty', row.get('level'))).removeprefix('Level ')
+    if level.removesuffix('.0').isdecimal():
+      kept['difficulty'] = int(level.removesuffix('.0'))
+    answer = row.get('answer')
+    if answer in (None, ''):
+      answer = answers.last_boxed(str(kept.get('solution')))
+    result.append({'prompt': row['prompt'], 'answer': answer, **kept})
+  return result
+
+
+def read_text(path: pathlib.Path) -> str:
+  """The whole text of a file, unpacked if its name ends in `.gz`.
+
+  Raises:
+    UserError: where it is missing, damaged or not UTF-8.
+  """
+  try:
+    data = path.read_bytes()
+    if path.suffix == '.gz':
+      data = gzip.decompress(data)
+    return data.decode('utf-8')
+  except (OSError, EOFError, zlib.error) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{path.absolute()}: cannot be read: {reason}.') from error
+  except UnicodeDecodeError as error:
+    line = error.object[: error.start].count(b'\n') + 1
+    raise UserError(f'{path}, line {line}: the text is not UTF-8.') from error
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+  # Not splitlines: JSON strings may hold U+2028, which it takes for a line end.
+  for number, line in enumerate(read_text(path).split('\n'), 1):
+    if not line.strip():
+      continue
+    where = f'{path}, line {number}'
+    try:
+      yield where, json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise UserError(f'{where}: this is not JSON: {error}.') from error
+
+
+def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+  text = read_text(path)
+  try:
+    rows = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path}: this is not JSON: {error}.') from error
+  if not isinstance(rows, list):
+    raise UserError(
+      f'{path}: a .json file must hold one list of rows, not a '
+      f'{type(rows).__name__}.'
+    )
+  for index, row in enumerate(rows):
+    yield f'{path}, row {index}', row
+
+
+def _with_prompt(where: str, row: dict, column: str | None) -> dict:
+  """The row with its prompt under 'prompt'."""
+  if not isinstance(row, dict):
+    raise UserError(f'{where}: a row must be an object, not {row!r:.60}.')
+  if column is None:
+    column = next((name for name in PROMPT_COLUMNS if name in row), None)
+  if column is None or column not in row:
+    wanted = column or ', '.join(PROMPT_COLUMNS)
+    raise UserError(
+      f'{where}: there is no prompt: no column {wanted} among {sorted(row)}.\n'
+      'Name the column that holds it with prompt_column.'
+    )
+  if column != 'prompt' and 'prompt' in row:
+    raise UserError(
+      f'{where}: {column!r} cannot become the prompt beside a column prompt.\n'
+      'Remove or rename one of the two.'
+    )
+  if not isinstance(row[column], str):
+    raise UserError(
+      f'{where}: the prompt must be text, not {row[column]!r:.60}.'
+    )
+  rest = {name: value for name, value in row.items() if name != column}
+  return {'prompt': row[column], **rest}

@@ -1,0 +1,293 @@
+"""The audit of a tiny model: gradients as in training, values, report."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import build
+from experiments.configs import quickstart
+from experiments.studies import audit, audit_draws, audit_values
+from jaxrl_llm import rollouts, training
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs.checkpoints import Checkpoints
+
+# Half of the prompts earn the same whatever the response: groups are equal.
+REWARD = """
+def ones(prompts, completions):
+  return [
+    0.5 if len(prompt) % 2 else text.count('1') / 4
+    for prompt, text in zip(prompts, completions)
+  ]
+"""
+PROMPTS, SAMPLES = 6, 4
+RLOO = dict(algorithm=dict(name='rloo'))
+DR_GRPO = dict(algorithm=dict(name='dr_grpo', max_length=6))
+RL_ZVP = dict(algorithm=dict(name='rl_zvp'))
+# It runs for less time than its compilation takes.
+QUICK = {'xla_backend_optimization_level': 0}
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  file = tmp_path_factory.mktemp('reward') / 'reward.py'
+  file.write_text(REWARD)
+  config = quickstart.get_config()
+  config.model.architecture.update(
+    hidden_size=16, intermediate_size=16, num_layers=1
+  )
+  config.task.update(train=40, held_out=4, demonstrations=4)
+  config.task.operands = (1, 99)
+  config.prompts.max_tokens = 16
+  config.rewards = dict(ones=dict(name=f'{file}:ones'))
+  config.rollout.update(samples=SAMPLES, max_tokens=6)
+  config.training.update(micro_prompts=2, chunk=64)
+  return config
+
+
+@pytest.fixture(scope='module')
+def subject(config):
+  model = build.model(config.model, config.seed)
+  rows = audit_draws.choose_prompts(config, model, PROMPTS)
+  return audit_draws.Subject(config, model, rows, None, None, 'tiny')
+
+
+def test_prompts_are_chosen_once_and_for_all(config, subject):
+  again = audit_draws.choose_prompts(config, subject.model, PROMPTS)
+  assert again == subject.rows and len({r['prompt'] for r in again}) > 3
+  odd = {len(row['prompt']) % 2 for row in again}
+  assert odd == {0, 1}
+  with pytest.raises(UserError, match='--prompts is 41'):
+    audit_draws.choose_prompts(config, subject.model, 41)
+
+
+@pytest.fixture(scope='module')
+def step(subject):
+  """(phase, state, what a step of RL-ZVP's sampled)."""
+  config = audit_draws.variant(subject, 'RL-ZVP', RL_ZVP)
+  rl, state = audit_draws.begin(subject, config, 'RL-ZVP')
+  # A step in which a group is equal, but not by what its prompt is.
+  for number in range(50):
+    found = rl.collect(state, number)
+    equal = np.asarray(audit_draws.equal_rewards(found.own))
+    if (equal[:, 0] & (np.asarray(found.own.rewards)[:, 0] != 0.5)).any():
+      return rl, state, found
+  raise AssertionError('no such step')
+
+
+def test_equal_groups_by_hand(step):
+  _, _, found = step
+  equal = np.asarray(audit_draws.equal_rewards(found.own))
+  rewards = np.asarray(found.own.rewards)[..., 0]
+  assert equal.shape == (PROMPTS, 1, 1) and 0 < equal.sum() < PROMPTS
+  for p, row in enumerate(rewards):
+    assert equal[p, 0, 0] == (len(set(row.tolist())) == 1)
+  # A response without a reward is no response.
+  odd = jnp.asarray(np.where(equal, 0.0, found.own.rewards)).at[0, 0].set(9.0)
+  valid = jnp.ones(odd.shape, bool).at[0, 0].set(False)
+  given = found.own.replace(rewards=odd, valid=valid)
+  again = np.asarray(audit_draws.equal_rewards(given))
+  assert again[0, 0, 0] == (len(set(rewards[0, 1:].tolist())) == 1)
+
+
+@pytest.mark.slow
+def test_parts_add_up_to_the_gradient_of_training(step, subject):
+  rl, state, found = step
+  params, prompts = state.trainable['policy'], found.responses.prompts
+  prepare = jax.jit(rl.estimator.prepare, compiler_options=QUICK)
+  batch = prepare(found.rollouts)
+  equal = audit_draws.equal_rewards(found.own)
+  decoding = rl.generation.decoding
+  settings = dict(decoding=decoding, micro_prompts=2, chunk=64)
+  outputs = rollouts.score_tokens(
+    subject.model.config, params, prompts, batch.tokens, **settings
+  )
+  forward = training.policy_forward(subject.model.config, decoding, 64)
+  weigh = jax.jit(functools.partial(audit_draws.token_weights, rl.estimator))
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  @jax.grad
+  def direct(params, where):
+    kept = batch.replace(weights=jnp.where(where, batch.weights, 0.0))
+    found = forward({'policy': params}, None, prompts, kept)
+    # An entropy bonus, so that entropies matter.
+    bonus = 0.1 * (kept.weights * found.entropy).sum()
+    return bonus - rl.estimator.loss(found, kept)
+
+  for where in (equal, ~equal):
+    by_log_probs, by_entropy = weigh(batch, outputs, where)
+    assert not by_entropy.any()
+    by_entropy = 0.1 * jnp.where(where, batch.weights, 0.0)
+    got = audit_draws.weighted_gradient(
+      subject.model.config,
+      params,
+      prompts,
+      batch.tokens,
+      by_log_probs,
+      by_entropy,
+      **settings,
+    )
+    expected = direct(params, where)
+    for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+      np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
+    # It gives groups of equal rewards something to learn as well.
+    assert jnp.abs(by_log_probs).max() > 1e-4
+
+
+def test_what_does_not_fit_is_refused(subject, tmp_path):
+  def refused(match, **spec):
+    with pytest.raises(UserError, match=match) as caught:
+      audit_draws.variant(subject, 'mine', spec)
+    assert str(caught.value).startswith('mine: ')
+    assert len(str(caught.value).splitlines()) <= 3
+
+  refused('rloo', algorithm=dict(name='rlo'))
+  refused('critic', algorithm=dict(name='ppo'))
+  refused('the same for all', **RLOO, rollout=dict(prompts=3))
+  refused('sample', **RLOO, rollout=dict(sample=3))
+  refused('at least 2', **RLOO, rollout=dict(samples=1))
+  config = audit_draws.variant(subject, 'x', RLOO | {'rollout': {'samples': 2}})
+  assert config.rollout.samples == 2 and config.rollout.prompts == PROMPTS
+  for text, match in (
+    ('def get_estimators():\n  return {}', 'no dictionary'),
+    ('def other():\n  pass', "no function 'get_estimators'"),
+    ("def get_estimators():\n  return {'a': dict(name='rloo')}", "'a'"),
+    (
+      'def get_estimators():\n'
+      "  spec = dict(algorithm=dict(name='rloo'))\n"
+      "  return {'a b': spec, 'a, b': spec}",
+      'punctuation',
+    ),
+  ):
+    (tmp_path / 'file.py').write_text(text)
+    with pytest.raises(UserError, match=match):
+      audit.read_estimators(str(tmp_path / 'file.py'))
+
+
+@pytest.mark.slow
+def test_a_whole_audit_and_again(subject, tmp_path, capsys):
+  run = functools.partial(
+    audit.audit,
+    subject,
+    {'RLOO': RLOO, 'Dr. GRPO': DR_GRPO},
+    tmp_path,
+    tokens=2500,
+    reference_tokens=4000,
+    branches=16,
+    dimension=1024,
+  )
+  run()
+  first = capsys.readouterr().out
+  assert first.count('stored') == 0
+  text = (tmp_path / 'audit.json').read_text()
+  result = json.loads(text)
+  assert list(result['estimators']) == ['RLOO', 'Dr. GRPO']
+  assert result['reference']['tokens'] >= 4000
+  for row in result['estimators'].values():
+    assert row['tokens'] * row['draws'] >= 2500
+  # Dr. GRPO's gradient is RLOO's, (G − 1)/G and 1/6 of it.
+  scale = {'RLOO': 1.0, 'Dr. GRPO': 3 / 4 / 6}
+  for label, row in result['estimators'].items():
+    found, true = row['scale'], scale[label]
+    assert abs(found['value'] - true) < 4 * found['error'] < true, label
+    assert row['signal']['value'] > 0
+  rloo = result['estimators']['RLOO']['equal_groups']
+  assert 0.3 < rloo['share'] < 1 and rloo['squared_norm']['value'] == 0
+  assert rloo['cosine']['value'] is None  # no NaN in JSON
+  for name in ('audit.png', 'values.png', 'audit.md'):
+    assert (tmp_path / name).stat().st_size > 100
+  table = (tmp_path / 'audit.md').read_text()
+  assert '| Dr. GRPO |' in table and 'nan' not in table
+  # What is there is not drawn again, and says the same.
+  run(branches=0)
+  assert capsys.readouterr().out.count('stored') == 3
+  again = json.loads((tmp_path / 'audit.json').read_text())
+  assert again['estimators'] == result['estimators']
+
+
+def test_other_settings_are_drawn_anew(subject):
+  """Whatever draws depend on is in their digest."""
+  digests = set()
+  for spec, label, tokens, dimension in (
+    (RLOO, 'a', 5, 8),
+    (RL_ZVP, 'a', 5, 8),
+    (RLOO | {'rollout': {'samples': 3}}, 'a', 5, 8),
+    (RLOO, 'b', 5, 8),
+    (RLOO, 'a', 6, 8),
+    (RLOO, 'a', 5, 16),
+  ):
+    config = audit_draws.variant(subject, label, spec)
+    digests.add(audit_draws._digest(subject, config, label, tokens, dimension))
+  params = jax.tree.map(lambda x: x + 1e-6, subject.model.params)
+  for other in (
+    subject._replace(model=subject.model._replace(params=params)),
+    subject._replace(rows=subject.rows[:-1]),
+    subject._replace(reference=params),
+  ):
+    config = audit_draws.variant(subject, 'a', RLOO)
+    digests.add(audit_draws._digest(other, config, 'a', 5, 8))
+  assert len(digests) == 9
+
+
+def test_a_checkpoint_of_a_run(config, subject, tmp_path):
+  params = jax.tree.map(lambda x: 2 * x, subject.model.params)
+  state = {'trainable': {'policy': params}}
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(3, {'state': state}, {})
+    checkpoints.wait()
+  (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+  found = audit_draws.of_run(str(tmp_path), 'newest', PROMPTS, trust_code=True)
+  assert found.title.endswith('step 3') and found.rows == subject.rows
+  for x, y in zip(
+    *map(jax.tree.leaves, (found.model.params, params)), strict=True
+  ):
+    np.testing.assert_array_equal(x, y)
+  assert found.critic is None and found.reference is None
+
+
+@pytest.fixture(scope='module')
+def measured(subject):
+  config = audit_draws.variant(subject, 'reference', RLOO)
+  return audit_values.measure(subject, config, count=40, places=2)
+
+
+def test_states_and_their_returns(measured, subject):
+  count = len(measured.places)
+  assert measured.returns.shape == (count, 48)  # a multiple of 16
+  assert set(measured.places) == {2, 4} and count > PROMPTS
+  odd = np.array([len(row['prompt']) % 2 for row in subject.rows])
+  # Prompts are in the batch's order; odd ones earn 0.5 whatever is written.
+  earned = measured.others.std(axis=1)
+  assert (earned == 0).sum() == odd.sum()
+  same = earned[measured.prompts] == 0
+  assert (measured.returns[same] == 0.5).all()
+  assert measured.returns[~same].std(axis=1).max() > 0.1
+  for name, values in measured.predictions.items():
+    siblings = int(name.split()[2])
+    expected = measured.others[:, :siblings].mean(axis=1)
+    np.testing.assert_allclose(values, expected[measured.prompts])
+  # Every state belongs to one place of one response.
+  known = measured.states[measured.states >= 0]
+  np.testing.assert_array_equal(np.sort(known), np.arange(count))
+  rows, _ = np.nonzero(measured.states >= 0)
+  prompts = measured.of_response[rows]
+  np.testing.assert_array_equal(prompts, measured.prompts[known])
+
+
+def test_a_report_of_values(measured):
+  found = audit_values.report(measured)
+  sources = found['sources']
+  assert found['states'] == len(measured.places) and found['branches'] == 48
+  assert list(found['by_place']) == ['2', '4']
+  one, four = (
+    sources[f'mean of {k} branches']['error']['value'] for k in (1, 4)
+  )
+  assert one == pytest.approx(2 * four) and one > 0
+  spread = measured.returns.var(axis=1, ddof=1).mean()
+  assert one == pytest.approx(np.sqrt(spread), rel=0.02)
+  difference = found['doob']['difference']
+  assert abs(difference['value']) < 4 * difference['error']
+  assert json.dumps(found)

@@ -1,0 +1,398 @@
+"""Runs of a comparison: what they are, which are done, and where they run."""
+
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import scripts
+from ml_collections import ConfigDict
+
+from experiments import build, checks, processes
+from experiments import stored_runs as runs
+from experiments.planning import memory
+from experiments.studies import compare
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs import read_metrics
+from jaxrl_llm.signals import StopSignal
+
+TOKENS = 400
+CONFIGS = pathlib.Path(compare.__file__).parents[1] / 'configs'
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  """The configuration of the tests' tiny run."""
+  path = scripts.write_config(tmp_path_factory.mktemp('config'))
+  spec = importlib.util.spec_from_file_location('tiny_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.steps = 50
+  config.optimizer.decay = 'constant'
+  config.training.minibatches = 1
+  config.evaluation.every = 50
+  return config
+
+
+@pytest.fixture
+def config(base):
+  return ConfigDict(
+    dict(
+      base=base.copy_and_resolve_references(),
+      init='Init SFT',
+      tokens=TOKENS,
+      evaluations=4,
+      seeds=(0, 1),
+      metrics=(
+        dict(name='eval/rewards/symbols', title='share', scale=100, digits=1),
+        dict(name='eval/distinct_bigrams', title='bigrams', scale=1, digits=3),
+      ),
+      methods=(
+        dict(
+          label='rloo',
+          title='RLOO',
+          algorithm=dict(name='rloo'),
+          rollout=dict(prompts=6),
+        ),
+        dict(
+          label='grpo',
+          title='GRPO',
+          algorithm=dict(name='grpo', kl=0.04),
+          optimizer=dict(learning_rate=1e-3),
+        ),
+      ),
+    )
+  ).lock()
+
+
+@pytest.mark.parametrize(
+  'name', [path.stem for path in CONFIGS.glob('compare_*.py')]
+)
+def test_configurations_of_comparisons_are_sound(name, tmp_path):
+  module = importlib.import_module(f'experiments.configs.{name}')
+  assert 'python -m experiments.studies.compare' in module.__doc__
+  assert f'--config=experiments/configs/{name}.py' in module.__doc__
+  found = compare.jobs(module.get_config().lock(), tmp_path)
+  compare.check_runs(found)
+
+
+def test_jobs_are_runs_of_one_budget_from_one_model(config, tmp_path):
+  init, *runs = compare.jobs(config, tmp_path)
+  assert [job.name for job in runs] == ['rloo-0', 'grpo-0', 'rloo-1', 'grpo-1']
+  assert init.config.steps == 0 and init.config.warm_start.steps == scripts.WARM
+  for job in runs:
+    assert job.config.tokens == TOKENS and job.config.seed == job.seed
+    assert job.config.evaluation.every_tokens == TOKENS // 4
+    assert job.config.warm_start.steps == 0
+    assert pathlib.Path(job.config.model.path) == init.folder / 'hf'
+    checks.check(job.config)
+  rloo, grpo = runs[0].config, runs[1].config
+  assert rloo.algorithm.to_dict() == dict(name='rloo')
+  assert rloo.rollout.prompts == 6 and grpo.rollout.prompts == scripts.PROMPTS
+  assert grpo.optimizer.learning_rate == 1e-3 != rloo.optimizer.learning_rate
+  # The configuration itself stays as it was.
+  assert config.base.algorithm.name == 'grpo' and config.base.tokens == 0
+
+
+def test_a_digest_is_of_what_the_result_depends_on(config, tmp_path):
+  def digests(folder=tmp_path, **changes):
+    changed = ConfigDict(config.to_dict())
+    changed.update_from_flattened_dict(changes)
+    return {job.name: job.digest for job in compare.jobs(changed, folder)}
+
+  before = digests()
+  assert len(set(before.values())) == len(before) == 5
+  assert digests(tmp_path / 'elsewhere') == before
+  for change in (
+    {'tokens': TOKENS + 1},
+    {'base.warm_start.batch': 9},
+    {'base.rollout.temperature': 0.9},
+  ):
+    now = digests(**change)
+    assert not {now[name] for name in now if name != 'init'} & {
+      *before.values()
+    }
+
+
+def test_a_digest_is_of_the_users_code_too(config, tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'def symbols(completions):\n  return [0.0] * len(completions)'
+  )
+  config.base.rewards.symbols.name = f'{file}:symbols'
+  before = [job.digest for job in compare.jobs(config, tmp_path)]
+  file.write_text(file.read_text().replace('0.0', '1.0'))
+  after = [job.digest for job in compare.jobs(config, tmp_path)]
+  assert not set(before) & set(after)
+
+
+def test_a_folder_of_another_run_is_refused(config, tmp_path):
+  job = compare.jobs(config, tmp_path)[1]
+  job.folder.mkdir(parents=True)
+  (job.folder / 'digest').write_text('of other settings')
+  with pytest.raises(UserError, match='rloo-0 holds a run of other settings'):
+    compare.train_run(job)
+
+
+def test_without_a_warm_start_the_given_model_is_the_first(config, tmp_path):
+  config.base.warm_start.steps = 0
+  with pytest.raises(UserError, match='nothing to begin with'):
+    compare.jobs(config, tmp_path)
+  config.base.model.path = 'given'
+  found = compare.jobs(config, tmp_path)
+  assert len(found) == 4 and found[0].config.model.path == 'given'
+
+
+@pytest.mark.parametrize(
+  'changes, text',
+  [
+    (dict(token=3), 'nothing reads config.token'),
+    (dict(tokens=0), 'config.tokens is 0'),
+    (dict(seeds=()), 'config.seeds is empty or repeats'),
+    (dict(seeds=(1, 1)), 'config.seeds is empty or repeats'),
+    (
+      dict(
+        methods=tuple(
+          dict(label=label, title='RLOO', algorithm=dict(name='rloo'))
+          for label in ('rloo', 'again')
+        )
+      ),
+      'config.methods is empty or repeats',
+    ),
+    (
+      dict(
+        methods=(
+          dict(
+            label='long',
+            title='RLOO',
+            algorithm=dict(name='rloo'),
+            tokens=10**9,
+          ),
+        )
+      ),
+      'long sets tokens',
+    ),
+    (dict(metrics=(dict(name='x'),)), "has no 'digits'"),
+    (dict(methods=(dict(label='a', title='A'),)), "has no 'algorithm'"),
+    (
+      dict(methods=(dict(label='a/b', title='A', algorithm={}),)),
+      "names such as 'grpo'",
+    ),
+    (
+      dict(
+        methods=(
+          dict(
+            label='rloo',
+            title='RLOO',
+            algorithm=dict(name='rloo'),
+            rollout=dict(promts=3),
+          ),
+        )
+      ),
+      'method rloo do not fit config.base',
+    ),
+  ],
+)
+def test_wrong_comparisons_are_refused(changes, text, config, tmp_path):
+  config = ConfigDict({**config.to_dict(), **changes})
+  with pytest.raises(UserError, match=text) as caught:
+    compare.jobs(config, tmp_path)
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_method_that_would_not_begin_is_named(config, tmp_path):
+  config.methods = (
+    dict(label='one', title='1', algorithm=dict(name='rloo', clip=0.2)),
+  )
+  with pytest.raises(UserError, match="one: config.algorithm: .*'clip'"):
+    compare.check_runs(compare.jobs(config, tmp_path))
+
+
+def test_choice(config, tmp_path):
+  everything = compare.jobs(config, tmp_path)
+  names = lambda *args: [job.name for job in compare.choose(everything, *args)]
+  assert names([], []) == [job.name for job in everything]
+  assert names(['grpo'], []) == ['init', 'grpo-0', 'grpo-1']
+  assert names(['grpo'], ['1']) == ['init', 'grpo-1']
+  for only, seeds in ((['ppo'], []), ([], ['7'])):
+    with pytest.raises(UserError, match='the configuration has'):
+      compare.choose(everything, only, seeds)
+
+
+def test_cores_are_shared_out(monkeypatch):
+  monkeypatch.setattr(processes, 'own_cores', lambda: {0, 2, 3, 5, 8})
+  assert processes.slots(1) == [{0, 2, 3, 5, 8}]
+  assert processes.slots(2) == [{0, 2}, {3, 5, 8}]
+  assert len(processes.slots(5)) == 5
+  for count in (0, 6):
+    with pytest.raises(UserError, match='5 cores'):
+      processes.slots(count)
+
+
+# In place of a training: says where it runs, and takes orders by its name.
+STAND_IN = """
+import os, signal, sys, time
+name = sys.argv[1].removeprefix('--run=')
+signal.signal(signal.SIGTERM, lambda *args: sys.exit(143))
+print(sorted(os.sched_getaffinity(0)), os.environ['JAX_COMPILATION_CACHE_DIR'])
+if name.startswith('grpo'):
+  sys.exit('error: too bad\\nsorry')
+time.sleep(30 if name == 'rloo-1' else 0.1)
+"""
+
+
+@pytest.mark.skipif(
+  not hasattr(os, 'sched_setaffinity'), reason='cores cannot be pinned here'
+)
+def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
+  waiting = compare.jobs(config, tmp_path)
+  own = os.sched_getaffinity(0)
+  places = [{core} for core in sorted(own)[:2]]
+  command = [sys.executable, '-c', STAND_IN]
+  codes, start = {}, time.monotonic()
+  with StopSignal() as stop:
+    for job, code, seconds in processes.launch(
+      waiting, tmp_path, places, command, stop
+    ):
+      codes[job.name] = code
+      assert 0 < seconds < 20
+      if len(codes) == 4:  # all but rloo-1, which would go on
+        os.kill(os.getpid(), signal.SIGTERM)
+  assert time.monotonic() - start < 20
+  assert os.sched_getaffinity(0) == own
+  assert codes == {
+    'init': 0, 'rloo-0': 0, 'grpo-0': 1, 'grpo-1': 1, 'rloo-1': 143
+  }  # fmt: skip
+  said = [path.read_text().split('\n')[1] for path in tmp_path.glob('logs/*')]
+  for i, place in enumerate(places):
+    assert f'{sorted(place)} {tmp_path}/cache/{i}' in said
+  assert {line.split()[0] for line in said} <= {str([c]) for c in own}
+  job = next(job for job in waiting if job.name == 'grpo-0')
+  assert processes.why(tmp_path, job, 1) == 'too bad (status 1)'
+  assert processes.why(tmp_path, job, -9) == 'killed by SIGKILL'
+  # Of two attempts the last one counts.
+  worse = [sys.executable, '-c', "raise SystemExit('Traceback: worse')"]
+  with StopSignal() as stop:
+    list(processes.launch([job], tmp_path, places, worse, stop))
+  assert processes.why(tmp_path, job, 1) == 'Traceback: worse (status 1)'
+
+
+def test_no_run_outlives_its_comparison(config, tmp_path):
+  waiting = [j for j in compare.jobs(config, tmp_path) if j.seed == 1]
+  places = [{core} for core in sorted(os.sched_getaffinity(0))[:2]]
+  command = [sys.executable, '-c', STAND_IN]
+  start = time.monotonic()
+  with StopSignal() as stop, pytest.raises(ZeroDivisionError):
+    for _ in processes.launch(waiting, tmp_path, places, command, stop):
+      raise ZeroDivisionError  # while rloo-1 would go on for 30 s
+  assert time.monotonic() - start < 20
+
+
+@pytest.fixture
+def from_a_folder(config, tmp_path_factory):
+  """The comparison, but with an initial model that is given."""
+  model = build.model(config.base.model, 0)
+  folder = tmp_path_factory.mktemp('model') / 'hf'
+  runs.export(model, folder)
+  config.base.model.path = str(folder)
+  config.base.warm_start.steps = 0
+  return config
+
+
+@pytest.mark.slow
+def test_a_run_ends_at_the_budget_and_is_done_once(
+  from_a_folder, tmp_path, monkeypatch, capsys
+):
+  config, workdir = from_a_folder, tmp_path / 'compare'
+  monkeypatch.setattr(
+    memory, 'measure', lambda config: memory.Memory(*[0] * 6, peak=5 * 2**20)
+  )
+  everything = compare.jobs(config, workdir)
+  chosen = [job for job in everything if job.name == 'rloo-0']
+  assert not chosen[0].complete
+  assert compare.train_run(chosen[0]) == 0 and chosen[0].complete
+  records = read_metrics(chosen[0].folder / 'metrics.jsonl')
+  counts = [record['num_tokens'] for record in records]
+  assert counts[-2] < TOKENS <= counts[-1]
+
+  # Nothing is left to do, and what there is is reported.
+  nothing = [sys.executable, '-c', 'raise SystemExit("it ran")']
+  capsys.readouterr()
+  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 0
+  out = capsys.readouterr().out
+  table = (workdir / 'table.md').read_text()
+  assert out.startswith('0 runs to do') and table in out
+  row = next(line for line in table.splitlines() if 'RLOO' in line)
+  cells = [cell.strip() for cell in row.split('|')[1:-1]]
+  end = 100 * records[-1]['eval/rewards/symbols']
+  assert cells[:3] == ['RLOO', '1 of 2', f'{end:.1f}']
+  assert cells[-1] == '5.0'
+  (run,) = json.loads((workdir / 'results.json').read_text())['runs'].values()
+  assert run['peak_rss'] > 100 * 2**20
+  assert (workdir / 'figure.png').read_bytes().startswith(b'\x89PNG')
+
+  # results.json outlives the runs.
+  shutil.rmtree(workdir / 'runs')
+  assert compare.compare(config, workdir, [], [{0}], nothing) == 0
+  assert (workdir / 'table.md').read_text() == table
+
+  # Another budget is another comparison: to be trained, and not in the table.
+  config.tokens = 2 * TOKENS
+  chosen = [j for j in compare.jobs(config, workdir) if j.name == 'rloo-0']
+  capsys.readouterr()
+  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 1
+  out = capsys.readouterr().out
+  assert 'failed: rloo-0: it ran (status 1)' in out and '| RLOO' not in out
+
+
+@pytest.mark.slow
+def test_the_whole_script(tmp_path, base):
+  """Two methods from one warm start, stopped on the way and taken up again."""
+  path = scripts.write_config(tmp_path)
+  (tmp_path / 'comparison.py').write_text(COMPARISON.format(base=path))
+  workdir = tmp_path / 'run'
+  arguments = (
+    f'--config={tmp_path / "comparison.py"}',
+    f'--workdir={workdir}',
+    '--only=rloo',
+  )
+  script = scripts.Script('compare', *arguments)
+  started = workdir / 'runs' / 'rloo-0' / 'metrics.jsonl'
+  scripts.wait_until(started.exists, script, 300)
+  script.signal(signal.SIGTERM)
+  ended = script.wait(300)
+  assert ended.code == 128 + signal.SIGTERM, ended
+  assert 'rloo-0: stopped' in ended.out
+  ended = scripts.Script('compare', *arguments).wait(300)
+  assert ended.code == 0, ended
+  assert 'rloo-0: done' in ended.out and '| RLOO | 1 of 1 |' in ended.out
+  assert ended.out.startswith('1 runs to do')
+
+
+COMPARISON = """
+import importlib.util
+from ml_collections import ConfigDict
+
+def get_config():
+  spec = importlib.util.spec_from_file_location('base', '{base}')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  base = module.get_config()
+  base.optimizer.decay = 'constant'
+  return ConfigDict(dict(
+    base=base, init='Init', tokens=600, evaluations=2, seeds=(0,),
+    metrics=(dict(name='eval/reward', title='reward', scale=1, digits=2),),
+    methods=(
+      dict(label='rloo', title='RLOO', algorithm=dict(name='rloo'),
+           training=dict(minibatches=1)),
+      dict(label='grpo', title='GRPO', algorithm=dict(name='grpo')),
+    ),
+  ))
+"""

@@ -1,0 +1,114 @@
+"""The data sets that a configuration can name."""
+
+import json
+
+import pytest
+
+from experiments import data
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.rewards import mathematics
+
+
+def prompts(rows):
+  return [row['prompt'] for row in rows]
+
+
+def test_arithmetic_keeps_held_out_prompts_apart():
+  found = data.arithmetic(train=60, held_out=20, demonstrations=15, seed=3)
+  assert (len(found.train), len(found.held_out)) == (60, 20)
+  assert len(set(prompts(found.train + found.held_out))) == 80
+  assert found.demonstrations == found.train[:15]
+  assert all('solution' in row for row in found.demonstrations)
+  again = data.arithmetic(train=60, held_out=20, demonstrations=15, seed=3)
+  assert again == found
+  other = data.arithmetic(train=60, held_out=20, demonstrations=15, seed=4)
+  assert other.train != found.train
+
+
+def test_arithmetic_from_lists_as_json_has_them():
+  given = data.arithmetic(train=5, held_out=5, operations=(1, 2))
+  assert data.arithmetic(train=5, held_out=5, operations=[1, 2]) == given
+  with pytest.raises(UserError, match=r'config.task.operands is \(3,\)'):
+    data.arithmetic(operands=(3,))
+
+
+def test_gsm8k_holds_its_test_split_out(shared):
+  folder = shared / 'data' / 'gsm8k'
+  found = data.gsm8k(str(folder), held_out=10)
+  first = json.loads((folder / 'test.jsonl').read_text().split('\n', 1)[0])
+  assert len(found.train) == 7473 and len(found.held_out) == 10
+  assert found.held_out[0]['prompt'] == first['question']
+  assert first['answer'].endswith(f'#### {found.held_out[0]["answer"]}')
+  assert len(data.gsm8k(str(folder)).held_out) == 1319
+  assert not set(prompts(found.train)) & set(prompts(found.held_out))
+
+
+def test_math_leaves_out_what_cannot_be_judged_or_is_held_out(shared):
+  folder = str(shared / 'data' / 'math')
+  found = data.math(folder)
+  assert (len(found.train), len(found.held_out)) == (7470, 500)
+  assert '4 problems without an answer, 0 training' in found.notes[0]
+  found = data.math(folder, split='test', held_out=0)
+  assert (len(found.train), len(found.held_out)) == (7468, 5000)
+  assert '4 problems without an answer, 2 training' in found.notes[0]
+  bare = lambda rows: {''.join(row['prompt'].split()) for row in rows}
+  assert not bare(found.train) & bare(found.held_out)
+  for row in found.train + found.held_out:
+    assert mathematics.read_answer(row['answer']) is not None, row
+  assert len(data.math(folder, held_out=10).held_out) == 10
+  assert found.demonstrations == []
+
+
+def test_jsonl_leaves_known_prompts_out(tmp_path):
+  def write(name, rows):
+    path = tmp_path / name
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(path)
+
+  train = write(
+    'train.jsonl',
+    [{'question': 'a', 'solution': 's'}, {'question': 'b', 'level': 2}],
+  )
+  held = write('held.jsonl', [{'question': 'b'}, {'question': 'c'}])
+  found = data.jsonl(train, held)
+  assert prompts(found.train) == ['a', 'b'] and prompts(found.held_out) == ['c']
+  assert prompts(found.demonstrations) == ['a']
+  assert found.notes == (f'1 held-out prompts occur in {train}: left out',)
+  assert data.jsonl(train, write('new.jsonl', [{'question': 'd'}])).notes == ()
+  with pytest.raises(UserError, match='every prompt of'):
+    data.jsonl(train, train)
+
+
+def test_text_prompts_have_one_length(shared):
+  tokenizer = folders.load_tokenizer(shared / 'models' / 'stories260k')
+  path = shared / 'data' / 'text' / 'tinystories_1000.json'
+  found = data.text(str(path), tokenizer, prompt_tokens=8, held_out=30)
+  assert len(found.held_out) == 30 and len(found.train) > 200
+  assert not set(prompts(found.train)) & set(prompts(found.held_out))
+  stories = json.loads(path.read_text())
+  for row in found.held_out[:5]:
+    assert len(tokenizer(row['prompt'])['input_ids']) == 8
+    assert any(story.startswith(row['prompt']) for story in stories)
+  assert '8 tokens' in found.notes[0]
+
+
+def test_hh_rlhf_keeps_held_out_prompts_apart(shared):
+  path = shared / 'data' / 'hh_rlhf' / 'harmless-base-test.jsonl.gz'
+  found = data.hh_rlhf(str(path), held_out=100, seed=1)
+  assert len(set(prompts(found.held_out))) == 100
+  assert len(found.train) + len(found.held_out) == 2303
+  assert not set(prompts(found.train)) & set(prompts(found.held_out))
+  assert set(found.train[0]) == {'prompt', 'chosen', 'rejected'}
+  assert found.demonstrations == []
+  assert '2303 pairs; left out 5 that differ' in found.notes[0]
+
+
+def test_jsonl_carries_preferences(tmp_path):
+  for name in ('train', 'held'):
+    row = {'prompt': name, 'chosen': 'a', 'rejected': 'b'}
+    (tmp_path / f'{name}.jsonl').write_text(json.dumps(row))
+  files = (str(tmp_path / f'{name}.jsonl') for name in ('train', 'held'))
+  found = data.jsonl(*files)
+  assert found.train == [{'prompt': 'train', 'chosen': 'a', 'rejected': 'b'}]
+  assert found.held_out == [{'prompt': 'held', 'chosen': 'a', 'rejected': 'b'}]

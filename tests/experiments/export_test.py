@@ -1,0 +1,115 @@
+"""A run's checkpoint as a folder that `transformers` opens."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import scripts
+
+from experiments import stored_runs
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.runs.digests import named_leaves
+
+
+def export(output, *flags):
+  run = scripts.undisturbed()
+  return scripts.run(
+    'export',
+    f'--workdir={run}',
+    f'--output={output}',
+    *flags,
+    cache=scripts.cache(),
+  )
+
+
+def test_newest_step_is_what_the_run_wrote(tmp_path):
+  ended = export(tmp_path / 'out')
+  assert ended.code == 0, ended.err
+  assert f'step {scripts.TOTAL} of' in ended.out
+  written = scripts.undisturbed() / 'hf'
+  names = sorted(os.listdir(written))
+  assert sorted(os.listdir(tmp_path / 'out')) == names
+  for name in names:
+    assert name in ended.out
+    content = (tmp_path / 'out' / name).read_bytes()
+    assert content == (written / name).read_bytes(), name
+  # Once more: what it wrote itself may be replaced.
+  assert export(tmp_path / 'out').code == 0
+
+
+def test_another_step_is_that_checkpoint(tmp_path):
+  run = scripts.undisturbed()
+  step = min(int(name) for name in os.listdir(run / 'checkpoints'))
+  assert step < scripts.TOTAL
+  assert export(tmp_path / 'out', f'--step={step}').code == 0
+  _, params = folders.load(tmp_path / 'out')
+  found = named_leaves(params)
+  stored = stored_runs.load(run, str(step)).model.params
+  for name, leaf in named_leaves(stored).items():
+    np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+  differ = (run / 'hf' / 'model.safetensors').read_bytes()
+  assert (tmp_path / 'out' / 'model.safetensors').read_bytes() != differ
+
+
+def test_transformers_generates_the_samples_of_the_run():
+  torch = pytest.importorskip('torch')
+  import transformers
+
+  run = scripts.undisturbed()
+  model = transformers.AutoModelForCausalLM.from_pretrained(run / 'hf')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(run / 'hf')
+  lines = (run / 'samples.jsonl').read_text().splitlines()
+  samples = [json.loads(line) for line in lines]
+  greedy = [
+    sample
+    for sample in samples
+    if sample['step'] == scripts.TOTAL and sample['advantage'] is None
+  ]
+  assert len(greedy) >= 5
+  for sample in greedy:
+    ids = tokenizer(sample['prompt'], return_tensors='pt')['input_ids']
+    with torch.no_grad():
+      found = model.generate(ids, do_sample=False, max_new_tokens=6)
+    text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    assert text == sample['response']
+
+
+def test_refusals(tmp_path):
+  (tmp_path / 'mine.txt').write_text('keep me')
+  ended = export(tmp_path)
+  assert ended.code == 2 and 'mine.txt' in ended.err
+  assert os.listdir(tmp_path) == ['mine.txt']
+  ended = scripts.run('export', '--output=somewhere')
+  assert ended.code == 2 and '--workdir is missing' in ended.err
+  ended = scripts.run('export', '--workdir=/no/run', f'--output={tmp_path}/x')
+  assert ended.code == 2 and '/no/run holds no run' in ended.err
+
+
+def test_export_that_does_not_read_back_is_refused(tmp_path, monkeypatch):
+  model = stored_runs.load(scripts.undisturbed()).model
+  write = safetensors.numpy.save_file
+
+  def damaged(arrays, path, **kwargs):
+    write({name: array + 1 for name, array in arrays.items()}, path, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(safetensors.numpy, 'save_file', damaged)
+    with pytest.raises(UserError, match='does not hold what was written'):
+      stored_runs.export(model, tmp_path / 'out')
+  assert not os.listdir(tmp_path)
+
+  save = folders.save
+
+  def other_tokenizer(path, *args, **kwargs):
+    save(path, *args, **kwargs)
+    file = path / 'tokenizer.json'
+    text = json.dumps(json.loads(file.read_text()), separators=(',', ':'))
+    assert '"7":' in text
+    file.write_text(text.replace('"7":', '"seven":'))
+
+  monkeypatch.setattr(folders, 'save', other_tokenizer)
+  with pytest.raises(UserError, match='the tokenizer differs'):
+    stored_runs.export(model, tmp_path / 'out')

@@ -1,0 +1,261 @@
+"""Runs that fail between an update and its record, and go on bit for bit."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import types
+
+import pytest
+
+from experiments import build, loop, run
+from experiments.phase import Script
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs import Sample, checkpoints, orbax_io
+from jaxrl_llm.runs.digests import describe, named_leaves
+from jaxrl_llm.runs.records import RecordFile
+from tests.experiments import boundaries_test
+
+# Of its 9 steps it evaluates 0, 4, 8 and 9, and saves every second one.
+PROMPTS = 5
+
+
+def samples(step, advantage=None):
+  texts = [f'{step}: {i}' for i in range(3)]
+  return [
+    Sample(step, f'prompt {i}', text, {'a': 0.1}, 0.1, advantage, 3, True)
+    for i, text in enumerate(texts)
+  ]
+
+
+class Writing(boundaries_test.Reading):
+  """A main phase with samples, of its steps and of its evaluations.
+
+  Attributes:
+    in_evaluation: step → what happens before its evaluation.
+  """
+
+  in_evaluation = types.MappingProxyType({})
+
+  def step(self, state, number, stop):
+    found = super().step(state, number, stop)
+    return found._replace(responses=number + 1)
+
+  def evaluate(self, trainable, step, stop):
+    self.in_evaluation.pop(step, lambda: None)()
+    stop.check()
+    found = super().evaluate(trainable, step, stop)
+    return found._replace(samples=samples(step))
+
+
+def train(
+  workdir, in_step=None, in_evaluation=None, every=2, phase=Writing, warm=0
+) -> int:
+  """Trains to the end, or to what cuts it short; gives the status."""
+  config = boundaries_test.configuration(PROMPTS).lock()
+  config.checkpoints.every = every
+  config.warm_start.update(steps=warm, batch=2)
+  config.warm_start.optimizer.warmup_updates = 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Writing, 'interrupts', in_step or {})
+    patch.setattr(Writing, 'in_evaluation', in_evaluation or {})
+    patch.setattr(
+      loop, 'to_samples', lambda of, step, *rest: samples(step, float(of))
+    )
+    script = Script(lambda config: None, phase)
+    return run.train(script, config, workdir, resume=True)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """The folder of an undisturbed run."""
+  folder = tmp_path_factory.mktemp('whole') / 'run'
+  assert train(folder) == 0
+  return folder
+
+
+def left(workdir) -> dict:
+  names = ('metrics.jsonl', 'samples.jsonl', 'number')
+  return {name: (workdir / name).read_text() for name in names}
+
+
+def newest(workdir) -> dict:
+  """The manifest of the newest checkpoint."""
+  folder = max((workdir / 'checkpoints').iterdir())
+  return json.loads((folder / 'manifest' / 'data.json').read_text())
+
+
+def fail_once(monkeypatch, name: str, step: int, place: int) -> None:
+  """The disk is full at a step's line number `place` (from 0) of a file."""
+  write, seen = RecordFile.write, []
+
+  def full(self, record):
+    if self.path.name == name and record['step'] == step:
+      seen.append(record)
+      if len(seen) == place + 1:
+        raise self._failed(os.strerror(errno.ENOSPC))
+    write(self, record)
+
+  monkeypatch.setattr(RecordFile, 'write', full)
+
+
+def test_a_record_that_fails_is_written_on_resume(whole, tmp_path, monkeypatch):
+  workdir = tmp_path / 'run'
+  for name, step, place in (
+    ('timings.jsonl', 3, 0),
+    ('samples.jsonl', 5, 1),  # the step before was evaluated
+    ('samples.jsonl', 8, 4),  # in its own evaluation
+  ):
+    with monkeypatch.context() as patch:
+      fail_once(patch, name, step, place)
+      text = f'{name} cannot be written: No space'
+      with pytest.raises(UserError, match=text):
+        train(workdir)
+    found = newest(workdir)
+    assert found['step'] == step
+    assert found['metric'] is None and found['metadata']['score'] is None
+  assert train(workdir) == 0
+  assert left(workdir) == left(whole)
+
+
+def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
+  whole, tmp_path, monkeypatch
+):
+  """Stopped in it; then killed behind it, before that is saved."""
+  workdir = tmp_path / 'run'
+  stop = {0: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+  assert train(workdir, in_evaluation=stop) == 143
+  assert newest(workdir)['metadata']['pending'] is not None
+  with monkeypatch.context() as patch:
+    # Like SIGKILL, this is caught by nothing on its way.
+    ends = lambda self: boundaries_test.end_at_once()
+    patch.setattr(loop.Run, '_save', ends)
+    assert train(workdir) == 130
+  assert train(workdir) == 0
+  assert left(workdir) == left(whole)
+
+
+def fail_unseen(patch, name: str) -> None:
+  """The first save of a step fails, and nobody looks at it."""
+  start, names = orbax_io.start_save, [name]
+
+  class Full:
+    def result(self):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def start_save(path, *args):
+    if path.name in names:
+      names.remove(path.name)
+      return Full()
+    return start(path, *args)
+
+  patch.setattr(orbax_io, 'start_save', start_save)
+  patch.setattr(checkpoints, '_AFTERMATH', 0.0)
+  patch.setattr(loop.Checkpoints, 'poll', lambda self: None)
+
+
+def test_a_stop_is_saved_although_the_save_before_has_failed(
+  whole, tmp_path, monkeypatch
+):
+  workdir = tmp_path / 'run'
+  with monkeypatch.context() as patch:
+    fail_unseen(patch, '00000004')
+    stop = {5: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    assert train(workdir, in_step=stop) == 143
+  assert newest(workdir)['step'] == 5
+  assert train(workdir) == 0
+  assert left(workdir) == left(whole)
+
+
+@pytest.mark.slow
+def test_a_main_phase_that_has_begun_is_no_checkpoint_of_the_warm_start(
+  tmp_path, monkeypatch
+):
+  """The save of the warm start's end has failed, and then the first step."""
+  workdir = tmp_path / 'run'
+
+  def fails():
+    raise UserError('a reward is NaN')
+
+  with monkeypatch.context() as patch:
+    fail_unseen(patch, '00000001')
+    with pytest.raises(UserError, match='Saving checkpoint step 1'):
+      train(workdir, in_step={1: fails}, warm=1)
+  with pytest.raises(UserError, match='a reward is NaN'):
+    train(workdir, in_step={1: fails}, warm=1)
+  assert newest(workdir)['step'] == 1
+
+
+def test_a_resume_that_is_refused_leaves_the_configuration(whole, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  (workdir / 'samples.jsonl').unlink()
+  files = [workdir / name for name in ('config.json', 'env.json')]
+  before = [file.read_bytes() for file in files]
+  with pytest.raises(UserError, match='samples.jsonl is missing'):
+    train(workdir, every=3)
+  assert [file.read_bytes() for file in files] == before
+  (workdir / 'samples.jsonl').touch()
+  assert train(workdir, every=3) == 0
+  stored = json.loads((workdir / 'config.json').read_text())
+  assert stored['checkpoints']['every'] == 3
+
+
+def test_rows_that_a_resume_could_not_compare_are_refused_at_the_start(
+  tmp_path, monkeypatch
+):
+  dataset = build.dataset
+
+  def with_sets(*args):
+    found = dataset(*args)
+    rows = [row | {'operators': {'+', '-'}} for row in found.train]
+    return found._replace(train=rows)
+
+  monkeypatch.setattr(build, 'dataset', with_sets)
+  with pytest.raises(UserError, match="row 0 .* 'operators' .* a set"):
+    train(tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+class Referring(Writing):
+  """One that needs the policy it begins with."""
+
+  keeps_reference = True
+
+  def finish(self, trainable, folder):
+    digests = describe(named_leaves(self.reference))
+    (folder / 'reference.json').write_text(json.dumps(digests))
+    return super().finish(trainable, folder)
+
+
+@pytest.mark.parametrize('sound', ['manifest', 'nothing'])
+def test_a_damaged_reference_that_is_the_initial_model(
+  sound, whole, tmp_path, monkeypatch, capsys
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  config = boundaries_test.configuration(PROMPTS)
+  params = build.model(config.model, config.seed).params
+  with loop.Reference(workdir) as reference:
+    reference.save(0, params)
+  folder = workdir / 'reference' / '00000000'
+  for path in (folder / 'state').rglob('d/*'):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+  if sound == 'nothing':
+    (folder / 'manifest' / 'data.json').unlink()
+    with pytest.raises(UserError, match='reference verifies'):
+      train(workdir, phase=Referring)
+    return
+  assert train(workdir, phase=Referring) == 0
+  found = json.loads((workdir / 'reference.json').read_text())
+  assert found == describe(named_leaves(params))
+  line = f'{workdir / "reference"} was damaged: the initial model has the same'
+  said = ' '.join(capsys.readouterr().err.split())
+  assert said.count(line) == 1
+  assert os.listdir(workdir / 'reference') == ['00000000']
+  # It is saved anew.
+  assert train(workdir, phase=Referring) == 0
+  assert 'damaged' not in capsys.readouterr().err

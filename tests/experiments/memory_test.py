@@ -1,0 +1,137 @@
+"""The compiled update's bytes: of TRePO as of GRPO, and as counted by hand."""
+
+import jax
+import pytest
+import scripts
+
+from experiments import build
+from experiments.configs import base
+from experiments.planning import memory
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.tasks import arithmetic
+
+
+def get_config(hidden_size=32, num_layers=2):
+  config = base.get_config()
+  config.model.alphabet = arithmetic.ALPHABET
+  config.model.architecture = dict(
+    hidden_size=hidden_size,
+    intermediate_size=2 * hidden_size,
+    num_layers=num_layers,
+    num_heads=2,
+    tied=True,
+    max_length=64,
+  )
+  config.task = dict(name='a data set that is not read')
+  config.prompts.max_tokens = 8
+  config.rewards = dict(correct=dict(name='arithmetic_answer'))
+  config.algorithm = dict(name='rloo')
+  config.rollout.update(prompts=4, samples=4, max_tokens=10)
+  return config
+
+
+def count(config) -> int:
+  """Parameters of the tied model, counted by hand."""
+  shape = config.model.architecture
+  d, f = shape.hidden_size, shape.intermediate_size
+  vocabulary = 3 + len(arithmetic.ALPHABET)
+  # Queries, keys, values, output; gate, up, down; two norms.
+  layer = 4 * d * d + 3 * d * f + 2 * d
+  return vocabulary * d + shape.num_layers * layer + d
+
+
+@pytest.fixture(scope='module')
+def measured():
+  return memory.measure_all(get_config(), ['grpo:kl=0.0', 'trepo', 'ppo'])
+
+
+@pytest.mark.slow
+def test_trepo_takes_what_grpo_takes(measured):
+  grpo, trepo, ppo = measured.values()
+  assert 0.99 <= trepo.peak / grpo.peak <= 1.01
+  # A second trunk: its parameters, moments and gradients, and its activations.
+  assert ppo.peak - grpo.peak > 4 * grpo.parameters
+
+
+@pytest.mark.slow
+def test_bytes_are_as_counted_by_hand(measured):
+  grpo, trepo, ppo = measured.values()
+  by_hand = 4 * count(get_config())
+  assert grpo.parameters == trepo.parameters == by_hand
+  value_head = 4 * (32 + 1)
+  assert ppo.parameters == 2 * by_hand + value_head
+  for found in measured.values():
+    # Adam's two moments and a few counters.
+    assert 0 <= found.optimizer - 2 * found.parameters < 100
+    state = found.parameters + found.optimizer
+    # The whole state is donated, and comes back in place.
+    assert state <= found.aliased <= found.outputs < state + 1000
+    # Every gradient exists at one time, beside the activations.
+    assert found.temporary > found.parameters
+    # State, batch and temporaries: outputs take no room of their own.
+    whole = state + found.batch + found.temporary
+    assert abs(found.peak - whole) < 0.02 * whole
+
+
+def test_a_model_is_measured_that_does_not_exist(monkeypatch):
+  def fail(*args, **kwargs):
+    raise AssertionError('parameters are made')
+
+  monkeypatch.setattr(build, 'model', fail)
+  monkeypatch.setattr(folders, 'load', fail)
+  config = get_config(hidden_size=8192, num_layers=20)
+  config.algorithm = dict(name='reinforce')
+  before = sum(x.nbytes for x in jax.live_arrays())
+  found = memory.measure(config)
+  assert sum(x.nbytes for x in jax.live_arrays()) - before < 1e6
+  assert found.parameters == 4 * count(config) > 50e9
+  assert found.peak > 4 * found.parameters
+
+
+def test_a_folder_is_measured_by_its_config_alone(tmp_path):
+  config = get_config()
+  model = build.model(config.model, 0)
+  folder = tmp_path / 'model'
+  folders.save(folder, model.config, model.params, tokenizer=model.tokenizer)
+  (folder / 'model.safetensors').unlink()
+  config.model.path = str(folder)
+  outline = build.outline(config.model)
+  shapes = jax.eval_shape(
+    lambda: transformer.init(outline.config, jax.random.key(0))
+  )
+  assert jax.tree.map(lambda x: x.shape, outline.params) == jax.tree.map(
+    lambda x: x.shape, model.params
+  )
+  assert jax.tree.structure(shapes) == jax.tree.structure(model.params)
+
+
+@pytest.mark.parametrize(
+  'text, spec',
+  [
+    ('grpo', dict(name='grpo')),
+    ('ppo:lam=0.9:kl=0', dict(name='ppo', lam=0.9, kl=0)),
+    ('vine_ppo:delimiters=[16]', dict(name='vine_ppo', delimiters=[16])),
+    ('mine.py:best:clip=0.1', dict(name='mine.py:best', clip=0.1)),
+  ],
+)
+def test_algorithms_of_the_command_line(text, spec):
+  assert memory.parse(text) == spec
+
+
+def test_an_algorithm_without_a_critic_beside_one_with():
+  config = get_config()
+  config.algorithm = dict(name='ppo')
+  config.critic.warmup = 3
+  assert memory.with_algorithm(config, dict(name='grpo')).critic.warmup == 0
+  assert memory.with_algorithm(config, dict(name='vapo')).critic.warmup == 3
+
+
+def test_mistakes_are_told():
+  with pytest.raises(UserError, match='write grpo:clip=NUMBER'):
+    memory.parse('grpo:clip=wide')
+  with pytest.raises(UserError, match="no 'gpro'"):
+    memory.measure_all(get_config(), ['gpro'])
+  ended = scripts.run('memory', '--config=nowhere.py')
+  assert ended.code == 2 and 'no such file' in ended.err

@@ -1,0 +1,421 @@
+"""Learning from responses that are there: rounds, restarts, resuming, pairs."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import (
+  build,
+  preference,
+  rest_em,
+  run,
+  sft,
+  stored_runs,
+  supervised,
+)
+from experiments.configs import arithmetic_dpop, arithmetic_rest_em, quickstart
+from experiments.data import Data
+from jaxrl_llm import rollouts, runs
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rollouts import stored as pools
+from jaxrl_llm.sampling.policy import Decoding
+from jaxrl_llm.signals import StopRequested
+
+SCRIPTS = {'rest_em': rest_em, 'dpo': preference, 'sft': sft}
+
+
+def tiny(algorithm, **rounds):
+  config = quickstart.get_config()
+  config.rollout.update(prompts=4, samples=4, max_tokens=12)
+  config.model.architecture.update(
+    hidden_size=16, intermediate_size=16, num_layers=1
+  )
+  config.task.update(train=24, held_out=8, demonstrations=20)
+  config.warm_start.steps = 0
+  config.warm_start.optimizer.warmup_updates = 0
+  config.optimizer.warmup_updates = 0
+  config.evaluation.update(prompts=8, batch=8)
+  config.algorithm = algorithm
+  config.rounds.update(rounds)
+  return config
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once():
+  """Configurations with the same update share it, as processes share none."""
+  made, make = {}, supervised.make_update
+
+  def shared(config, *rest):
+    key = str((config.algorithm, config.optimizer, config.rounds.batch))
+    if key not in made:
+      made[key] = make(config, *rest)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(supervised, 'make_update', shared)
+    yield
+
+
+@functools.cache
+def setting():
+  """A model made from scratch and its data set."""
+  config = tiny(dict(name='rest_em'))
+  model = build.model(config.model, config.seed)
+  return model, build.dataset(config, model.tokenizer)
+
+
+def count_ones(completions):
+  """Something that random responses earn."""
+  return [text.count('1') / 4 for text in completions]
+
+
+def phase_of(config, folder, data=None):
+  """A script's main phase and the state that it begins with."""
+  model, own = setting()
+  script = SCRIPTS[config.algorithm.name].SCRIPT
+  script.check(config)
+  phase = script.phase(config, model, data or own, jax.random.key(0), folder)
+  phase.rewards = [RewardPart('ones', count_ones)]
+  phase.reference = model.params
+  return phase, phase.begin(jax.tree.map(jnp.copy, model.params))
+
+
+def steps(phase, state, numbers):
+  """States and results of some steps; states are copies."""
+  found = []
+  for number in numbers:
+    result = phase.step(state, number, None)
+    state = result.state
+    found.append((jax.tree.map(jnp.copy, state), result))
+  return found
+
+
+def params(state):
+  return jax.tree.leaves(jax.device_get(state.trainable))
+
+
+def assert_equal(one, other):
+  for x, y in zip(params(one), params(other), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+REST = dict(sampling=2, learning=2, batch=4, per_prompt=2)
+
+
+@pytest.fixture(scope='module')
+def rest(tmp_path_factory):
+  """Two rounds of RestEM, undisturbed."""
+  folder = tmp_path_factory.mktemp('rest')
+  config = tiny(dict(name='rest_em', threshold=0.0), **REST)
+  config.steps = 8
+  phase, state = phase_of(config, folder)
+  return config, folder, steps(phase, state, range(8))
+
+
+def test_a_round_learns_what_was_right_and_no_more_than_allowed(rest):
+  config, folder, found = rest
+  files = sorted(path.name for path in (folder / 'rounds').iterdir())
+  assert files == [f'{i:08d}.npz' for i in (0, 1, 4, 5)]
+  sampled, chosen = 0, []
+  for number in (0, 1):
+    result = found[number][1]
+    pool = pools.load(folder / 'rounds' / files[number])
+    samples = jax.device_get(result.responses.samples)
+    right = [
+      np.reshape(samples.tokens, (-1, 12))[i][: len(ids)].tolist()
+      for i, (text, ids) in enumerate(
+        zip(
+          result.responses.completions,
+          [m.sum() * [0] for m in np.reshape(samples.mask, (-1, 12))],
+          strict=True,
+        )
+      )
+      if '1' in text
+    ]
+    kept = [
+      row[0, : length[0]].tolist()
+      for row, length in zip(pool.tokens, pool.lengths, strict=True)
+    ]
+    assert kept == right and len(kept) == result.metrics['rounds/chosen'] > 0
+    sampled += int(samples.mask.sum())
+    chosen += pool.prompts.tolist()
+    assert result.tokens == samples.mask.sum()
+    assert result.advantages.sum() == len(kept)
+  allowed = sum(min(chosen.count(p), 2) for p in set(chosen))
+  assert found[2][1].metrics['rounds/groups'] == allowed
+  assert found[2][1].tokens == 0 and found[2][1].responses is None
+  # Learning sees these rows alone: the loss of the first update, by hand.
+  pool = pools.limit(
+    pools.join([pools.load(folder / 'rounds' / name) for name in files[:2]]), 2
+  )
+  assert len(pool.prompts) == allowed
+
+
+def test_a_round_begins_with_the_initial_model(rest):
+  config, folder, found = rest
+  phase, _ = phase_of(config, folder)
+  changed = jax.tree.map(lambda x: x + 1.0, found[1][0].trainable['policy'])
+  again = steps(phase, phase.begin(changed), [2])
+  assert_equal(again[0][0], found[2][0])
+
+
+@pytest.mark.slow
+def test_a_preference_goes_on_from_the_policy_that_sampled(tmp_path):
+  dpo = tiny(dict(name='dpo'), **REST)
+  dpo.steps = 4
+  phase, state = phase_of(dpo, tmp_path)
+  done = steps(phase, state, range(3))
+  changed = jax.tree.map(lambda x: 1.01 * x, done[1][0].trainable['policy'])
+  other = steps(phase, phase.begin(changed), [2])
+  with pytest.raises(AssertionError):
+    assert_equal(other[0][0], done[2][0])
+
+
+@pytest.mark.parametrize(
+  'at', [5, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 3, 7))]
+)
+def test_a_new_process_goes_on_where_the_old_one_was(rest, at):
+  config, folder, found = rest
+  phase, _ = phase_of(config, folder)
+  state = jax.tree.map(jnp.copy, found[at - 1][0])
+  again = steps(phase, state, range(at, 8))
+  assert_equal(again[-1][0], found[-1][0])
+  for (_, new), (_, old) in zip(again, found[at:], strict=True):
+    assert {k: v for k, v in new.metrics.items() if np.isfinite(v)} == {
+      k: v for k, v in old.metrics.items() if np.isfinite(v)
+    }
+
+
+def test_what_has_no_reward_is_not_learned(tmp_path):
+  config = tiny(dict(name='rest_em', threshold=0.0), **REST)
+  config.steps = 4
+  phase, state = phase_of(config, tmp_path)
+  phase.rewards = [
+    RewardPart(
+      'some',
+      lambda completions: [
+        None if i % 3 else 1.0 for i in range(len(completions))
+      ],
+    )
+  ]
+  result = phase.step(state, 0, None)
+  pool = pools.load(tmp_path / 'rounds' / '00000000.npz')
+  # Of 16 responses those numbered 0, 3, 6, … are scored.
+  assert result.metrics['rewards/some/none'] == 10
+  assert len(pool.prompts) == result.metrics['rounds/chosen'] == 6
+  np.testing.assert_array_equal(
+    result.advantages.ravel(), [0.0 if i % 3 else 1.0 for i in range(16)]
+  )
+
+
+def test_nothing_right_is_said_and_not_trained_on(tmp_path):
+  config = tiny(dict(name='rest_em', threshold=9.0), **REST)
+  config.steps = 4
+  phase, state = phase_of(config, tmp_path)
+  done = steps(phase, state, range(2))
+  with pytest.raises(UserError, match='round 0 has nothing to learn from'):
+    phase.step(done[-1][0], 2, None)
+
+
+def pair_config(**rounds):
+  config = tiny(dict(name='dpo', beta=0.5), batch=4, **rounds)
+  config.rewards = dict(length=dict(name='length_in_tokens'))
+  return config
+
+
+def pair_data(count=12):
+  rows = [
+    {'prompt': f'{i % 9 + 1}+1=', 'chosen': '2=2', 'rejected': '1+1+1'}
+    for i in range(count)
+  ]
+  # Longer ones than are evaluated: nothing reads them.
+  return Data(rows, [*rows[:8], {'prompt': '1+1='}], [])
+
+
+def test_given_pairs_are_learned_against_the_initial_model(tmp_path):
+  config = pair_config()
+  config.steps = 3
+  phase, state = phase_of(config, tmp_path, pair_data())
+  model, _ = setting()
+  done = steps(phase, state, range(3))
+  stored = pools.load(tmp_path / 'rounds' / 'given.npz')
+  encoded = build.encode(config, pair_data().train, model.tokenizer)
+  whole = rollouts.score_tokens(
+    model.config,
+    model.params,
+    rollouts.to_prompts(
+      preference.prompts_lib.gather(encoded, range(len(encoded.rows)))
+    ),
+    jnp.asarray(stored.tokens),
+    Decoding(num_tokens=build.known_tokens(model)),
+    12,
+  ).log_probs
+  mask = np.arange(stored.tokens.shape[2]) < stored.lengths[..., None]
+  np.testing.assert_allclose(
+    stored.ref_log_probs, np.where(mask, whole, 0.0), atol=1e-5
+  )
+  first, last = done[0][1].metrics, done[-1][1].metrics
+  # The policy is the reference still: every margin is 0.
+  assert first['loss'] == pytest.approx(math.log(2), abs=1e-5)
+  assert first['preference/accuracy'] == pytest.approx(0.5, abs=0.5)
+  assert abs(first['preference/margin']) < 1e-4
+  assert last['loss'] < first['loss']
+  assert last['preference/margin'] > 0 and last['preference/accuracy'] == 1
+  assert last['preference/margin'] == pytest.approx(
+    last['preference/chosen'] - last['preference/rejected'], abs=1e-5
+  )
+  evaluated = phase.evaluate(done[-1][0].trainable, 3, None).metrics
+  assert evaluated['eval/preference/accuracy'] == 1
+  assert evaluated['eval/preference/margin'] > last['preference/margin'] / 2
+  at_start = phase.evaluate({'policy': model.params}, 0, None).metrics
+  # As the loss counts a margin of 0.
+  assert at_start['eval/preference/accuracy'] == 0.5
+  assert at_start['eval/preference/margin'] == 0.0
+  assert set(at_start) == set(evaluated)
+  held_out = pools.load(tmp_path / 'rounds' / 'held_out.npz')
+  assert len(held_out.prompts) == config.evaluation.prompts == 8
+
+
+def test_a_stop_is_heard_while_the_reference_is_asked(tmp_path):
+  config = pair_config()
+  config.steps = 1
+  phase, state = phase_of(config, tmp_path, pair_data())
+
+  class Stop:
+    def check(self):
+      raise StopRequested('SIGTERM')
+
+  with pytest.raises(StopRequested):
+    phase.step(state, 0, Stop())
+  assert not (tmp_path / 'rounds').exists()
+
+
+def test_pairs_of_equal_responses_are_refused(tmp_path):
+  data = pair_data()
+  data.train[3] = data.train[3] | {'chosen': '1+1', 'rejected': '1+1'}
+  config = pair_config()
+  config.steps = 1
+  with pytest.raises(UserError, match=r"1 of 12 .* prompt '4\+1='"):
+    phase_of(config, tmp_path, data)
+
+
+def test_pairs_over_budget_are_an_error_or_counted(tmp_path):
+  config = pair_config()
+  config.steps = 1
+  long = pair_data()
+  long.train[3] = long.train[3] | {'rejected': '1' * 12}
+  with pytest.raises(UserError, match='1 of 12 pairs .* of more than'):
+    phase_of(config, tmp_path, long)
+  config.prompts.overlong = 'drop'
+  phase, _ = phase_of(config, tmp_path, long)
+  assert any(
+    '11 pairs' in line and '1 with a response' in line
+    for line in phase.describe()
+  )
+
+
+@pytest.mark.slow
+def test_sft_from_the_command_line(tmp_path):
+  config = tiny(dict(name='sft'), batch=8).lock()
+  config.steps = 12
+  config.optimizer.learning_rate = 3e-3
+  config.evaluation.every = 6
+  assert run.train(sft.SCRIPT, config, tmp_path / 'run') == 0
+  records = runs.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  assert [r['step'] for r in records if 'eval/reward' in r] == [0, 6, 12]
+  assert records[-1]['loss'] < records[1]['loss'] - 0.1
+  assert records[-1]['rounds/epoch'] == pytest.approx(12 * 8 / 20)
+  trained = stored_runs.load(tmp_path / 'run')
+  assert trained.step == 12
+  assert (tmp_path / 'run' / 'hf' / 'config.json').exists()
+
+
+# Of a configuration with rounds, what makes it one without.
+GIVEN = {
+  'rounds.sampling': 0,
+  'rounds.learning': 0,
+  'rounds.per_prompt': 4,
+}
+
+
+def changed(config: ConfigDict, **values):
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(values)
+  return config
+
+
+@pytest.mark.parametrize(
+  'name, values, said',
+  [
+    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script learns by"),
+    ('rest_em', {'rounds.sampling': 0}, 'learns from its own samples'),
+    ('rest_em', {'rounds.learning': 0}, 'a round would learn nothing'),
+    ('rest_em', {'steps': 61}, 'set it to 60 or 80'),
+    ('rest_em', {'steps': 15}, 'set it to 20$'),
+    ('rest_em', {'rollout.refill': 2}, 'refill is 2, but rest_em does not'),
+    ('dpo', {'rollout.hints': (0.5,)}, 'for experiments.train'),
+    (
+      'rest_em',
+      {'prompts.curriculum': 'x', 'prompts.curriculum_steps': 9},
+      "curriculum is 'x'",
+    ),
+    ('rest_em', {'training.epochs': 2}, 'a step of rest_em is one update'),
+    ('rest_em', {'critic.warmup': 2}, 'has no critic'),
+    ('rest_em', {'rollout.temperature': 0.0}, 'all samples would be equal'),
+    ('rest_em', {'optimizer.warmup_updates': 40}, 'config.optimizer'),
+    ('dpo', {'rollout.samples': 1}, 'needs at least 2 per prompt'),
+    ('dpo', {'training.micro_prompts': 3}, 'does not divide'),
+    ('dpo', {'rounds.sampling': 0}, 'config.rounds.learning is 10'),
+    ('sft', {}, 'learns from what the task gives'),
+    ('sft', {'rounds.sampling': 0, 'rounds.learning': 0}, 'set it to 4'),
+    ('sft', GIVEN | {'prompts.pass_rates': 'x'}, 'learns from demonstrations'),
+    ('sft', GIVEN | {'tokens': 9}, 'config.tokens is 9, but nothing'),
+  ],
+)
+def test_what_does_not_fit_is_said_before_anything_begins(name, values, said):
+  base = arithmetic_dpop if name == 'dpo' else arithmetic_rest_em
+  config = base.get_config()
+  config.algorithm = dict(name=name)
+  config.rounds.per_prompt = 3
+  with pytest.raises(UserError, match=said) as error:
+    SCRIPTS[name].SCRIPT.check(changed(config, **values))
+  assert len(str(error.value).splitlines()) <= 3
+
+
+def test_online_rl_has_no_rounds():
+  from experiments import train
+
+  config = tiny(dict(name='rloo'), sampling=2)
+  with pytest.raises(UserError, match=r'config\.rounds\.sampling is 2'):
+    train.SCRIPT.check(config)
+
+
+@pytest.mark.parametrize(
+  'script, algorithm, said',
+  [
+    ('train', 'sft', 'experiments.sft'),
+    ('train', 'ipo', 'experiments.preference'),
+    ('train', 'rest_em', 'experiments.rest_em'),
+    ('sft', 'dpop', 'set sft, or train by it with experiments.preference'),
+    ('dpo', 'grpo', 'set dpo, dpop or ipo, or .* with experiments.train'),
+    ('rest_em', '', 'set rest_em$'),
+  ],
+)
+def test_the_script_of_an_algorithm_is_named(script, algorithm, said):
+  from experiments import train
+
+  config = tiny(dict(name=algorithm), batch=8)
+  with pytest.raises(UserError, match=said):
+    (SCRIPTS | {'train': train})[script].SCRIPT.check(config)
+
+
+def test_no_steps_only_evaluate():
+  config = tiny(dict(name='sft'), batch=8)
+  config.steps, config.optimizer.warmup_updates = 0, 10
+  sft.SCRIPT.check(config)

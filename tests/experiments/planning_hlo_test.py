@@ -1,0 +1,224 @@
+"""Collectives, loops and FLOPs of programs whose numbers are known by hand."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.planning import collectives, flops, hlo
+from experiments.planning.hardware import CHIPS
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# On each of 8 devices, 2 × 4: all that it sends is spelled out.
+PROGRAM = """
+import json, os
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from experiments.planning import collectives, flops, hlo
+
+jax.config.update('jax_platforms', 'cpu')
+mesh = jax.make_mesh(
+  (2, 4), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+)
+
+def body(x, w):
+  # x [16, 8] and w [8, 8] float32 on each device.
+  def layer(x, _):
+    whole = jax.lax.all_gather(w * x[:8], 'b', tiled=True)
+    return jnp.tanh(x + x @ whole[:8]), None
+
+  x, _ = jax.lax.scan(layer, x, None, length=5)
+
+  def more(state):
+    return (state[0] < 3) & (state[1].sum() < 1e9)
+
+  def step(state):
+    total = jax.lax.psum(state[1] @ w, 'a')
+    return state[0] + 1, jnp.sin(total)
+
+  _, x = jax.lax.while_loop(more, step, (0, x))
+  x = jnp.cos(jax.lax.ppermute(x, 'a', [(0, 1), (1, 0)]))
+  x = jnp.exp(jax.lax.all_to_all(x, 'b', 0, 1, tiled=True))
+
+  def open_ended(x):
+    return jnp.tanh(jax.lax.psum_scatter(x @ x.T, 'b', tiled=True))[:, :4]
+
+  return jax.lax.while_loop(
+    lambda x: x.sum() > 0, lambda x: jnp.tile(open_ended(x), (4, 8)), x
+  )
+
+f = jax.jit(jax.shard_map(
+  body, mesh=mesh, in_specs=(P('a', 'b'), P('a', 'b')),
+  out_specs=P('a', 'b'), check_vma=False,
+))
+x, w = jnp.zeros((32, 32)), jnp.zeros((16, 32))
+traced = f.trace(x, w)
+module = hlo.parse(traced.lower().compile().as_text())
+print(json.dumps(dict(
+  found=[
+    (c.kind, list(c.group), c.times, c.sent)
+    for c in collectives.find(module, (7,))
+  ],
+  once=sum(c.times for c in collectives.find(module)),
+  compiled=flops.of_module(module, (7,)),
+  traced=flops.of_jaxpr(traced.jaxpr, (7,)).total,
+)))
+"""
+
+
+def run(code):
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout)
+
+
+@pytest.fixture(scope='module')
+def measured():
+  return run(PROGRAM)
+
+
+def test_collectives_are_as_counted_by_hand(measured):
+  found = {kind: rest for kind, *rest in measured['found']}
+  # [8, 8] float32 of each to the three others, in 5 layers.
+  assert found['all-gather'] == [[0, 1, 2, 3], 5, 5 * 3 * 256]
+  # [16, 8] float32, summed over two: half there and half back, three times.
+  assert found['all-reduce'] == [[0, 4], 3, 3 * 512]
+  assert found['collective-permute'] == [[0, 4], 1, 512]
+  assert found['all-to-all'][:2] == [[0, 1, 2, 3], 1]
+  assert found['all-to-all'][2] == pytest.approx(512 * 3 / 4)
+  # Of a loop that tells nothing: as often as was said.
+  assert found['reduce-scatter'] == [[0, 1, 2, 3], 7, 7 * 4 * 4 * 4 * 3 / 4]
+  assert measured['once'] == sum(c[2] for c in measured['found']) - 7
+
+
+def test_flops_are_as_counted_by_hand(measured):
+  layers, steps = 5 * 2 * 16 * 8 * 8, 3 * 2 * 16 * 8 * 8
+  last = 7 * 2 * 4 * 4 * 32
+  assert measured['compiled'] == layers + steps + last
+  # No static bound: a loop of which nothing is said is not counted.
+  assert measured['traced'] == 8 * (layers + 7 * 2 * 16 * 8 * 8)
+
+
+@pytest.mark.parametrize(
+  'text, kind, group',
+  [
+    ('replica_groups={{0,2},{1,3}}, x', 'all-gather', (0, 2)),
+    ('replica_groups=[2,4]<=[8], x', 'all-gather', (0, 1, 2, 3)),
+    ('replica_groups=[4,2]<=[2,4]T(1,0), x', 'all-gather', (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", 'all-gather', (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 'all-gather', (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=8] {'a':(2)4}", 'all-gather', (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}", 'all-gather', (0, 4)),
+    ('source_target_pairs={{3,1},{1,3}}', 'collective-permute', (3, 1)),
+  ],
+)
+def test_groups_of_every_notation(text, kind, group):
+  found = hlo.Instruction('x', 'f32[2]', kind, (), text)
+  assert collectives.first_group(found, kind) == group
+
+
+def test_bandwidth_of_links():
+  chip = CHIPS['v5e']
+  line = np.array([[i, 0] for i in range(16)])
+  half, pair = line[:8], line[:2]
+  square = np.array([[i, j] for i in range(16) for j in range(4)])
+  rate = lambda places: collectives.bandwidth(chip, (16, 16), places)
+  assert rate(line) == 2 * chip.link
+  assert rate(half) == rate(pair) == chip.link
+  assert rate(square) == 3 * chip.link
+  gpu = CHIPS['h100']
+  rate = lambda places: collectives.bandwidth(gpu, (8, 8), places)
+  assert rate(np.array([[0, i] for i in range(8)])) == 450e9
+  assert rate(np.array([[i, 0] for i in range(8)])) == 50e9
+  assert rate(np.array([[i, j] for i in range(8) for j in range(8)])) == 400e9
+
+
+def test_flops_equal_those_of_the_unrolled_program(optimized):
+  """Of XLA's own count, which knows no loops: hence unrolled."""
+
+  def layers(unroll):
+    def f(x, ws):
+      layer = lambda x, w: (jnp.sin(x @ w), None)
+      return jnp.cos(jax.lax.scan(layer, x, ws, unroll=unroll)[0]).sum()
+
+    return jax.jit(jax.grad(f, (0, 1)))
+
+  x, ws = jnp.zeros((64, 32)), jnp.zeros((6, 32, 32))
+  traced = layers(1).trace(x, ws)
+  compiled = traced.lower().compile()
+  found = flops.of_module(hlo.parse(compiled.as_text()))
+  unrolled = layers(6).lower(x, ws).compile().cost_analysis()['flops']
+  assert compiled.cost_analysis()['flops'] < unrolled / 3
+  # Forward, and two products backward; XLA counts sums and sines, too.
+  assert found == flops.of_jaxpr(traced.jaxpr).total == 6 * 3 * 2 * 64 * 32 * 32
+  assert found < unrolled < 1.05 * found
+
+
+def test_convolutions_of_tpus():
+  """A matrix product and a batch of them, as libtpu writes them."""
+  text = """
+ENTRY %main (a: bf16[512,64], b: bf16[64,32]) -> bf16[512,32] {
+  %a = bf16[512,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = bf16[512,32]{1,0:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
+}
+"""
+  assert flops.of_module(hlo.parse(text)) == 2 * 512 * 64 * 32
+  text = """
+ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
+  %a = bf16[4,512,64]{2,1,0} parameter(0)
+  %b = bf16[4,64,32]{2,1,0} parameter(1)
+  ROOT %c = bf16[4,512,32]{2,1,0} convolution(%a, %b), WINDOW
+}
+"""
+  window = 'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, '
+  text = text.replace('WINDOW', window + 'dim_labels=0bf_0io->0bf')
+  assert flops.of_module(hlo.parse(text)) == 4 * 2 * 512 * 64 * 32
+
+
+def test_flops_of_a_kernel():
+  """A Pallas kernel's products count once per place of its grid."""
+  from jax.experimental import pallas
+
+  def kernel(x, y, out):
+    out[...] = x[...] @ y[...]
+
+  multiply = pallas.pallas_call(
+    kernel,
+    jax.ShapeDtypeStruct((64, 16), jnp.float32),
+    grid=(8,),
+    in_specs=[
+      pallas.BlockSpec((8, 32), lambda i: (i, 0)),
+      pallas.BlockSpec((32, 16), lambda i: (0, 0)),
+    ],
+    out_specs=pallas.BlockSpec((8, 16), lambda i: (i, 0)),
+    interpret=True,
+  )
+  x, y = jnp.zeros((64, 32)), jnp.zeros((32, 16))
+  found = flops.of_jaxpr(jax.jit(multiply).trace(x, y).jaxpr)
+  assert found == (2 * 64 * 32 * 16,) * 2
+
+
+def test_descriptions_of_kernels_span_lines():
+  text = """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
+"block": 512
+}}, metadata={op_name="kernel"}
+  ROOT %b = f32[8]{0} copy(%k)
+}
+"""
+  assert list(hlo.parse(text).computations['main']) == ['a', 'k', 'b']

@@ -1,0 +1,349 @@
+"""A step of every algorithm that the loop can supply, on a tiny model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import build, checks, reinforcement, stored_runs
+from experiments.configs import quickstart
+from jaxrl_llm.compilation import Meter
+from jaxrl_llm.models import transformer
+from jaxrl_llm.rewards import RewardPart, Workers
+from jaxrl_llm.rollouts import branches
+from jaxrl_llm.runs.checkpoints import Checkpoints
+
+CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
+# One for each thing that an estimator may need, and what its record holds
+# beside the usual.
+ALGORITHMS = {
+  'reinforce_baseline': set(),
+  'remax': set(),
+  'obl_reinforce': set(),
+  'rl_zvp': CLIPS,
+  'reinforce_plus_plus': CLIPS | {'kl'},
+}
+
+
+@pytest.fixture(scope='module')
+def setting():
+  config = quickstart.get_config()
+  config.rollout.update(prompts=4, samples=4, max_tokens=12)
+  config.model.architecture.update(
+    hidden_size=16, intermediate_size=16, num_layers=1
+  )
+  model = build.model(config.model, config.seed)
+  return config, model, build.dataset(config, model.tokenizer)
+
+
+def count_ones(completions):
+  """Something that random responses earn."""
+  return [text.count('1') / 4 for text in completions]
+
+
+def begin(setting, algorithm, critic=None):
+  config, model, data = setting
+  config = config.copy_and_resolve_references()
+  config.algorithm = algorithm
+  config.critic.update(critic or {})
+  checks.check(config)
+  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl.reference = model.params
+  rl.rewards = [RewardPart('ones', count_ones)]
+  params = jax.tree.map(jnp.copy, model.params)
+  return rl, rl.begin(params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALGORITHMS)
+def test_a_step(setting, name):
+  extra = ALGORITHMS[name]
+  rl, state = begin(setting, dict(name=name))
+  before = jax.device_get(state.trainable)
+  result = rl.step(state, 0)
+  assert extra <= set(result.metrics)
+  assert not (CLIPS - extra) & set(result.metrics)
+  for name, value in result.metrics.items():
+    assert np.isfinite(value), name
+  assert result.metrics['skipped'] == 0 and result.metrics['grad_norm'] > 0
+  moved = jax.tree.map(
+    lambda x, y: np.abs(x - y).max(),
+    before,
+    jax.device_get(result.state.trainable),
+  )
+  assert max(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'name, prefix', [('rloo', None), ('remax', 'greedy/'), ('trepo', 'branches/')]
+)
+def test_failures_in_workers_are_recorded(setting, name, prefix, tmp_path):
+  log = tmp_path / 'log'
+  (tmp_path / 'odd.py').write_text(
+    'def odd(completions):\n'
+    '  if len(completions[0]) % 2 == 0:\n'
+    f'    with open({str(log)!r}, "a") as file: file.write("1\\n")\n'
+    '    raise ValueError("even")\n'
+    '  return [1.0]\n'
+  )
+  rl, state = begin(setting, dict(name=name))
+  with Workers(f'{tmp_path}/odd.py:odd', workers=1, timeout=60) as workers:
+    rl.rewards = [RewardPart('odd', workers), *rl.rewards]
+    first = rl.step(state, 0)
+    raised = len(log.read_text().splitlines())
+    second = rl.step(first.state, 1)
+  for result in (first, second):
+    even = [len(text) % 2 == 0 for text in result.responses.completions]
+    assert 0 < sum(even) < len(even)
+    assert result.metrics['rewards/odd/failed'] == sum(even)
+    assert result.metrics['rewards/odd/none'] == sum(even)
+    assert 'rewards/ones/failed' not in result.metrics
+    np.testing.assert_array_equal(
+      result.responses.scores.valid, ~np.array(even)
+    )
+  # Every exception is counted under one of the names.
+  failed = {k: v for k, v in first.metrics.items() if k.endswith('/failed')}
+  others = {f'{prefix}rewards/odd/failed'} if prefix else set()
+  assert set(failed) == {'rewards/odd/failed'} | others
+  assert sum(failed.values()) == raised
+  assert len(first.messages) == len(failed)
+  for message in first.messages:
+    assert 'rewards/odd' in message and 'ValueError: even' in message
+  assert second.messages == []
+
+
+@pytest.mark.slow
+def test_running_numbers_move_once_per_batch(setting):
+  rl, state = begin(setting, dict(name='reinforce_baseline', decay=0.5))
+  assert float(state.running['reward_mean']) == 0.0
+  mean = 0.0
+  for step in range(2):
+    result = rl.step(state, step)
+    mean = 0.5 * mean + 0.5 * result.metrics['reward']
+    # What was subtracted is the mean of earlier batches.
+    state = result.state
+    assert float(state.running['reward_mean']) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_checkpoint_holds_running_numbers(setting, tmp_path):
+  rl, state = begin(setting, dict(name='reinforce_baseline', decay=0.5))
+  state = rl.step(state, 0).state
+  tree = {'state': state, 'key': jax.random.key_data(rl.key)}
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(1, tree, {})
+    checkpoints.wait()
+    _, restored, _ = checkpoints.restore(tree)
+  expected = float(state.running['reward_mean'])
+  assert (
+    expected and float(restored['state'].running['reward_mean']) == expected
+  )
+  # A model is read without the algorithm, whose file may be gone.
+  config = setting[0].copy_and_resolve_references()
+  config.algorithm = dict(name='gone.py:mine')
+  (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+  params = stored_runs.load(tmp_path).model.params
+  for ours, theirs in zip(
+    jax.tree.leaves(params),
+    jax.tree.leaves(state.trainable['policy']),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_step_with_branches(setting, monkeypatch):
+  """TRePO: its advantages are differences of the branches' mean rewards."""
+  rl, state = begin(setting, dict(name='trepo', count=2, samples=3))
+  params = jax.tree.map(jnp.copy, state.trainable['policy'])
+  collected = rl.collect(state, 0)
+  data, extra = collected.rollouts, collected.tokens
+  where, values = np.asarray(data.branch_mask), np.asarray(data.branch_values)
+  mask, rewards = np.asarray(data.mask), np.asarray(data.rewards)
+  assert 0 < where.sum(axis=2).max() <= 2 and not where[..., 0].any()
+  assert not (where & ~mask).any() and len(np.unique(values[where])) > 3
+  forks = collected.record['branches/forks']
+  assert extra >= forks * 3 > 0  # of at least one token each
+  batch = rl.estimator.prepare(data)
+  for p, g in np.ndindex(mask.shape[:2]):
+    others = np.delete(rewards[p, :, 0], g).mean()
+    knots = [0, *np.flatnonzero(where[p, g]), mask[p, g].sum()]
+    known = [others, *values[p, g][where[p, g]], rewards[p, g, 0]]
+    for a, b, low, high in zip(
+      knots, knots[1:], known, known[1:], strict=False
+    ):
+      np.testing.assert_allclose(
+        batch.advantages[p, g, a:b], high - low, rtol=0, atol=1e-6
+      )
+  # The same step again is the same, branches included.
+  state = state.replace(trainable={'policy': params})
+  again = rl.collect(state, 0).rollouts
+  np.testing.assert_array_equal(again.branch_values, values)
+  result = rl.step(state, 0)
+  assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
+  assert result.tokens == mask.sum() + extra
+  assert result.metrics['branches/forks'] == forks
+  assert 0 < result.metrics['branches/utilization'] <= 1
+  compiled, sampled_by = Meter(), []
+  branch = branches.branch
+
+  def watched(config, params, *rest):
+    sampled_by.append(jax.tree.map(np.array, params))
+    return branch(config, params, *rest)
+
+  monkeypatch.setattr(branches, 'branch', watched)
+  before = values = None
+  for step in (1, 2):
+    layout = transformer.sampling_layout(
+      setting[1].config, result.state.trainable['policy']
+    )
+    before, values = values, jax.tree.map(np.array, layout)
+    compiled.take()
+    result = rl.step(result.state, step)
+    assert compiled.take().programs == 0
+    # Branches continue with what the last update has left.
+    jax.tree.map(np.testing.assert_array_equal, sampled_by[-1], values)
+  assert moved(before, values) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'algorithm',
+  [
+    dict(name='trepo', count=2, samples=2, score_weighted=True),
+    dict(name='trepo_tree', count=2, samples=2),
+    dict(name='vine_ppo', delimiters=(4,), count=2, samples=2),
+  ],
+)
+def test_every_use_of_branches_trains(setting, algorithm):
+  rl, state = begin(setting, algorithm)
+  result = rl.step(state, 0)
+  assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
+  assert result.advantages.shape == (4, 4)
+  assert all(np.isfinite(x) for x in result.metrics.values())
+  # Branches are no responses: these statistics are of responses alone.
+  rewards = result.responses.scores.total
+  assert result.metrics['reward'] == pytest.approx(rewards.mean(), abs=1e-6)
+
+
+ADAPTIVE = dict(name='adaptive_kl', initial=0.1, target=0.5, horizon=20)
+WITH_CRITIC = {
+  'ppo': (dict(name='ppo', kl=ADAPTIVE), dict(trunk='separate', warmup=1)),
+  'vapo': (dict(name='vapo'), dict(trunk='shared')),
+}
+
+
+@pytest.fixture(
+  scope='module',
+  params=['ppo', pytest.param('vapo', marks=pytest.mark.slow)],
+)
+def actor_critic(request, setting):
+  """(name, phase, its first state on the host, three results).
+
+  Of their timings only how many programs were compiled.
+  """
+  algorithm, section = WITH_CRITIC[request.param]
+  rl, state = begin(setting, algorithm, section)
+  # Before an update: a step takes the state over.
+  start, results, compiled = jax.tree.map(np.array, state), [], Meter()
+  for step in range(3):
+    result = rl.step(state, step)
+    state = result.state
+    host = jax.tree.map(np.array, state)
+    timings = {'programs': compiled.take().programs}
+    results.append(result._replace(state=host, timings=timings))
+  return request.param, rl, start, results
+
+
+def moved(old, new):
+  gaps = jax.tree.map(lambda x, y: np.abs(x - y).max(), old, new)
+  return max(jax.tree.leaves(gaps))
+
+
+def test_steps_with_a_critic(actor_critic):
+  name, _, start, results = actor_critic
+  states = [start] + [result.state for result in results]
+  steps = list(zip(states, states[1:], strict=False))
+  late = name == 'ppo'
+  for i, (old, new) in enumerate(steps):
+    assert moved(old.trainable['critic'], new.trainable['critic']) > 0
+    waits = late and i == 0
+    assert (
+      moved(old.trainable['policy'], new.trainable['policy']) > 0
+    ) != waits
+    metrics = results[i].metrics
+    assert (metrics['learning_rate'] == 0) == waits
+    assert metrics['critic/learning_rate'] > 0
+    assert metrics['critic/grad_norm'] > 0 and metrics['grad_norm'] > 0
+    assert metrics['skipped'] == 0 and set(metrics) >= CLIPS
+    assert all(np.isfinite(value) for value in metrics.values())
+  # The head begins at zero, and a warm-up has a schedule of its own.
+  assert results[0].metrics['critic/value_mean'] == 0.0
+  assert results[0].metrics['critic/explained_variance'] == 0.0
+  assert results[2].metrics['critic/value_mean'] != 0.0
+  rate = results[int(late)].metrics['learning_rate']
+  assert rate == pytest.approx(2e-4 / 10)
+
+
+def test_steps_with_a_critic_compile_once(actor_critic):
+  programs = [result.timings['programs'] for result in actor_critic[3]]
+  # After the critic's warm-up the policy's schedule is one more.
+  assert programs[0] and programs[1] <= 1 and not programs[2]
+
+
+def test_an_adaptive_kl_named_in_a_configuration(actor_critic):
+  name, rl, start, results = actor_critic
+  if name != 'ppo':
+    assert not start.running
+    return
+  assert rl.estimator.needs.reference
+  beta = 0.1
+  assert start.running['kl_coefficient'] == np.float32(beta)
+  for result in results:
+    responses, lengths = 16, result.metrics['completions/mean_length']
+    # Sampled by the policy itself, whose reference it still nearly is.
+    kl = result.metrics['kl'] * lengths if result.metrics['kl'] else 0.0
+    error = np.clip(kl / 0.5 - 1, -0.2, 0.2)
+    beta *= 1 + min(1, responses / 20) * error
+    found = float(result.state.running['kl_coefficient'])
+    assert found == pytest.approx(beta, rel=1e-3)
+
+
+def test_a_restored_critic_goes_on_bit_for_bit(setting, actor_critic, tmp_path):
+  _, rl, start, results = actor_critic
+  state = jax.tree.map(jnp.array, results[1].state)
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(2, {'state': state}, {})
+    checkpoints.wait()
+    template = {'state': rl.shapes(start.trainable['policy'])}
+    _, restored, _ = checkpoints.restore(template)
+  # By way of the host: an array that is bound to its device compiles anew.
+  host = jax.tree.map(np.array, restored['state'])
+  result = rl.step(jax.tree.map(jnp.array, host), 2)
+  assert jax.tree.structure(result.state) == jax.tree.structure(
+    results[2].state
+  )
+  for x, y in zip(
+    *map(jax.tree.leaves, (result.state, results[2].state)), strict=True
+  ):
+    np.testing.assert_array_equal(x, y)
+  assert result.metrics == results[2].metrics
+  # The policy is read alone.
+  (tmp_path / 'config.json').write_text(json.dumps(setting[0].to_dict()))
+  params = stored_runs.load(tmp_path).model.params
+  assert moved(params, results[1].state.trainable['policy']) == 0
+
+
+def test_a_fraction_of_a_reward_stays_one(actor_critic):
+  _, rl, start, _ = actor_critic
+  quarter = lambda completions: [0.25] * len(completions)
+  rl.rewards = [RewardPart('quarter', quarter)]
+  data = rl.collect(jax.tree.map(jnp.array, start), 0).rollouts
+  data = data.replace(
+    values=jnp.zeros_like(data.values), ref_log_probs=data.log_probs
+  )
+  batch = rl.estimator.prepare(data)
+  last = np.asarray(data.mask).sum(axis=2, keepdims=True) - 1
+  targets = np.take_along_axis(np.asarray(batch.value_targets), last, axis=2)
+  np.testing.assert_array_equal(targets, 0.25)

@@ -1,0 +1,138 @@
+"""Code that only a run's config.json names runs with --trust_code alone."""
+
+import functools
+import json
+import os
+import shutil
+
+import pytest
+import scripts
+
+from experiments import replay, stored_runs
+from experiments.studies import audit_draws
+from jaxrl_llm.errors import UserError
+
+# A file that a downloaded folder may hold; '{mark}' is created if it is run.
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+
+
+def score(completions, **kwargs):
+  return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def mark(tmp_path):
+  """A file that exists once code of the run's folder has been executed."""
+  return tmp_path / 'executed'
+
+
+@pytest.fixture
+def folder(tmp_path, mark):
+  """A copy of the tiny run that brings a file of code."""
+  path = tmp_path / 'run'
+  shutil.copytree(scripts.undisturbed(), path)
+  (path / 'evil.py').write_text(EVIL.format(mark=str(mark)))
+  return path
+
+
+def store(folder, **sections):
+  """Replaces sections of config.json."""
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | sections))
+
+
+def specs(mark):
+  """Specifications of functions that leave the mark."""
+  command = f'touch {mark}'
+  return {
+    'subprocess': dict(name='subprocess:getoutput', cmd=command),
+    'os': dict(name='os:system', command=command),
+    'file': dict(name='evil.py:score'),
+    'worker': dict(name='evil.py:score', workers=1, timeout=5.0),
+  }
+
+
+def run(script, folder, *flags):
+  """Runs a script in the run's folder, as a relative name requires."""
+  return scripts.Script(
+    script,
+    *flags,
+    cache=scripts.cache(),
+    before=functools.partial(os.chdir, folder),
+  ).wait()
+
+
+def refused(ended, *texts):
+  assert ended.code == 2, ended
+  # XLA may have logged something before.
+  lines = ended.err[ended.err.index('error: ') :].splitlines()
+  assert len(lines) <= 3, lines
+  for text in texts:
+    assert text in ended.err, (text, ended.err)
+
+
+@pytest.mark.parametrize('kind', ['subprocess', 'os', 'file', 'worker'])
+def test_evaluate_executes_no_reward(kind, folder, mark):
+  spec = specs(mark)[kind]
+  store(folder, rewards={'score': spec})
+  ended = run('evaluate', folder, f'--workdir={folder}')
+  refused(
+    ended,
+    f'{folder}/config.json: config.rewards.score.name is {spec["name"]!r}',
+    '--trust_code',
+  )
+  assert not mark.exists()
+
+
+@pytest.mark.parametrize('script', ['pass_rates', 'make_pairs'])
+def test_other_scripts_execute_no_task(script, folder, mark, tmp_path):
+  store(folder, task=dict(name='evil.py:score'))
+  output = tmp_path / 'output.jsonl'
+  ended = run(script, folder, f'--workdir={folder}', f'--output={output}')
+  refused(ended, "config.task.name is 'evil.py:score'", '--trust_code')
+  assert not mark.exists()
+
+
+@pytest.mark.parametrize('part', [False, True])
+def test_neither_replay_nor_audit_executes_an_algorithm(part, folder, mark):
+  spec = specs(mark)['subprocess']
+  algorithm = dict(name='grpo', kl=spec) if part else spec
+  correct = dict(name='arithmetic_answer')
+  store(folder, rewards={'correct': correct}, algorithm=algorithm)
+  field = 'config.algorithm.kl.name' if part else 'config.algorithm.name'
+  for read in (
+    lambda: replay.replay(folder, scripts.TOTAL),
+    lambda: audit_draws.of_run(str(folder), 'newest', 4),
+  ):
+    with pytest.raises(UserError, match=f"{field} is 'subprocess:getout"):
+      read()
+  assert not mark.exists()
+  # What executes no algorithm needs no trust in it.
+  assert (
+    stored_runs.load(folder, untrusted=('task', 'rewards')).step
+    == scripts.TOTAL
+  )
+
+
+def test_with_trust_the_folders_code_is_executed(folder, mark):
+  store(folder, rewards={'score': specs(mark)['file']})
+  flags = f'--workdir={folder}', '--trust_code'
+  ended = run('evaluate', folder, *flags)
+  assert ended.code == 0 and 'accuracy' in ended.out, ended
+  assert mark.exists()
+  mark.unlink()
+  store(folder, rewards={'score': specs(mark)['subprocess']})
+  refused(run('evaluate', folder, *flags), 'of the standard library')
+  assert not mark.exists()
+
+
+def test_replay_from_the_command_line():
+  flags = f'--workdir={scripts.undisturbed()}', '--step=2'
+  refused(scripts.run('replay', *flags), 'reward.py:symbols', '--trust_code')
+  trusting = scripts.run(
+    'replay', *flags, '--trust_code', cache=scripts.cache()
+  )
+  assert trusting.code == 0 and 'identical' in trusting.out, trusting

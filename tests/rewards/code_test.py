@@ -1,0 +1,394 @@
+"""Programs are found, run and graded; plain `exec` is the oracle."""
+
+import ast
+import concurrent.futures
+import inspect
+import time
+
+import pytest
+
+from experiments import build
+from experiments.configs import base
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import (
+  RewardPart,
+  code,
+  programs,
+  sandbox,
+  score,
+  test_scores,
+)
+from jaxrl_llm.tasks import code as tasks
+
+COLUMNS = ('test', 'entry_point', 'test_list', 'test_setup_code')
+
+
+def rewards(rows, completions, **settings):
+  columns = {name: [row.get(name) for row in rows] for name in COLUMNS}
+  # Long enough for a loaded machine.
+  function = code.code_tests(**dict(timeout=60.0) | settings)
+  prompts = [row['prompt'] for row in rows]
+  return function(prompts=prompts, completions=completions, **columns)
+
+
+def fenced(program):
+  return f'Here it is:\n```python\n{program}\n```\nIt adds.'
+
+
+# HumanEval ------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def human_eval(shared):
+  return tasks.human_eval(shared / 'data' / 'human_eval')
+
+
+class NoneReturned(ast.NodeTransformer):
+  def visit_Return(self, node):
+    return ast.Return(ast.Constant(None))
+
+
+SPOIL = """
+def _spoil(value):
+  if isinstance(value, bool): return not value
+  if isinstance(value, (int, float)): return value + 1
+  if isinstance(value, (str, list, tuple)):
+    return value[1:] if value else type(value)('x')
+  return 0
+
+_right = {name}
+def {name}(*args):
+  return _spoil(_right(*args))
+"""
+
+
+def sabotaged(row, kind):
+  """A program that differs from the solution in what it returns."""
+  program = row['prompt'] + row['solution']
+  if kind == 'none':
+    return ast.unparse(NoneReturned().visit(ast.parse(program)))
+  return program + SPOIL.format(name=row['entry_point'])
+
+
+def passes(row, program):
+  """The oracle: what the tests of HumanEval say in this very process."""
+  space = {}
+  exec(program + '\n' + row['test'], space)
+  try:
+    space['check'](space[row['entry_point']])
+  except Exception:
+    return False
+  return True
+
+
+def sabotage(human_eval):
+  """20 problems spread over all, each with a program that is wrong."""
+  rows = human_eval[::8][:20]
+  kinds = ['none', 'spoiled'] * 10
+  return rows, [sabotaged(*pair) for pair in zip(rows, kinds, strict=True)]
+
+
+def test_human_eval(human_eval):
+  # 32, 38 and 50 have helpers in the prompt, 53 and 64 lie on either side of
+  # a change in how tests are written.
+  rows = [human_eval[i] for i in (0, 32, 38, 50, 53, 64, 163)]
+  assert rewards(rows, [row['solution'] for row in rows]) == [1.0] * 7
+  whole = [fenced(row['prompt'] + row['solution']) for row in rows]
+  assert rewards(rows, whole) == [1.0] * 7
+  wrong, programs = sabotage(human_eval)
+  found = rewards(wrong[:6], [fenced(program) for program in programs[:6]])
+  assert found == [0.0] * 6
+
+
+@pytest.mark.slow
+def test_all_of_human_eval(human_eval):
+  assert len(human_eval) == 164
+  start = time.monotonic()
+  found = rewards(human_eval, [row['solution'] for row in human_eval])
+  seconds = time.monotonic() - start
+  assert found == [1.0] * 164
+  assert seconds < 60, f'{seconds:.0f} s'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'grade', [test_scores.all_passed(), test_scores.share_passed()]
+)
+def test_no_sabotage_passes(human_eval, grade):
+  rows, wrong = sabotage(human_eval)
+  for row, program in zip(rows, wrong, strict=True):
+    right = row['prompt'] + row['solution']
+    assert ast.dump(ast.parse(program)) != ast.dump(ast.parse(right))
+    assert passes(row, right) and not passes(row, program)
+  found = rewards(rows, [fenced(program) for program in wrong], score=grade)
+  assert len(found) == 20 and max(found) < 1
+
+
+def test_helpers_of_the_prompt_cannot_be_redefined(human_eval):
+  row = human_eval[32]  # Its test asks `poly` of the prompt.
+  assert row['entry_point'] == 'find_zero' and 'poly(coeffs' in row['test']
+  forged = 'def poly(*args): return 0\ndef find_zero(xs): return 0'
+  right = row['prompt'] + row['solution']
+  found = rewards([row] * 2, [fenced(forged), fenced(right)])
+  assert found == [0.0, 1.0]
+
+
+CHECK = """
+LIMIT = 3
+def check(candidate):
+  assert True, 'this prints'
+  for i in range(LIMIT):
+    assert candidate(i) == i
+  import math
+  big = 10
+  assert candidate(big) == big, 'big'
+  if math.pi > 3:
+    assert candidate(-1) == -1
+  print('end')
+"""
+
+
+def test_the_share_of_a_check_counts_its_assertions():
+  row = dict(prompt='Write f.', test=CHECK, entry_point='f')
+  answers = ['return x', 'return abs(x)', 'return x % 5', 'return 9', 'return']
+  answers = [f'def f(x): {answer}' for answer in answers]
+  rows = [row] * 5
+  share = rewards(rows, answers, score=test_scores.share_passed())
+  assert share == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+  assert rewards(rows, answers) == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+  'check',
+  [
+    'def check(f):\n  if f(1) == 1: return\n  assert f(1) == 2',
+    'def check(f):\n  global x\n  x = f(1)\n  assert x in (1, 2)',
+    'def check(f):\n  (lambda: f(1))()',
+    'def one(f):\n  return f(1)\ndef check(f):\n  assert one(f) in (1, 2)',
+  ],
+)
+def test_a_check_of_another_shape_is_run_all_the_same(check):
+  row = dict(prompt='', test=check, entry_point='f')
+  texts = ['def f(x): return x', 'def f(x): return 2', 'def f(x): 1 / 0']
+  found = rewards([row] * 3, texts, score=test_scores.share_passed())
+  assert found == [1, 1, 0]
+
+
+# MBPP -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def mbpp(shared):
+  folder = shared / 'data' / 'mbpp'
+  rows = [
+    row for split in tasks.MBPP_SPLITS for row in tasks.mbpp(folder, split)
+  ]
+  return {row['task_id']: row for row in rows}
+
+
+# A function called `sum`, two that build their arguments with a class of the
+# program in a set-up that must come after it, one that does so in its tests.
+ODD = (126, 367, 927, 601)
+
+
+def test_mbpp(mbpp):
+  rows = [mbpp[i] for i in (1, 2, *ODD)]
+  assert rewards(rows, [row['solution'] for row in rows]) == [1.0] * 6
+  wrong = [f'{row["solution"]}\n{row["entry_point"]} = len' for row in rows]
+  assert rewards(rows, wrong) == [0.0] * 6
+  without = [{**row, 'entry_point': None} for row in rows]
+  assert rewards(without, [row['solution'] for row in rows]) == [1.0] * 6
+
+
+@pytest.mark.slow
+def test_all_of_mbpp(mbpp):
+  assert len(mbpp) == 974
+  rows = list(mbpp.values())
+  found = rewards(rows, [row['solution'] for row in rows])
+  # The data breaks none of them.
+  wrong = [r['task_id'] for r, s in zip(rows, found, strict=True) if s < 1]
+  assert wrong == []
+
+
+# Finding the program --------------------------------------------------------
+
+HEAD = 'import math\n\ndef help(x):\n  return x\n\ndef f(x):\n  """Doc."""\n'
+BODY = '  return help(x)\n'
+
+
+@pytest.mark.parametrize(
+  'completion, program',
+  [
+    (BODY, HEAD + BODY),
+    ('\n' + BODY, HEAD + '\n' + BODY),
+    (BODY + '\ndef g():\n  pass', HEAD + BODY),
+    (BODY + '\n# Then', HEAD + BODY),
+    (BODY + '```\nThis returns x.', HEAD + BODY[:-1]),
+    (BODY + '\nif __name__ == 1:\n  f()\nprint(f)', HEAD + BODY),
+    ('  # a comment\n' + BODY, HEAD + '  # a comment\n' + BODY),
+    (f'```python\n{BODY}```', HEAD + BODY),
+    ('return x', HEAD + 'return x'),
+  ],
+)
+def test_a_completion_continues_a_prompt_that_is_code(completion, program):
+  assert programs.find_program(HEAD, completion, 'f') == program
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '{0}',
+    '```python\n{0}```',
+    '```py\n{0}```\n',
+    '```\n{0}```',
+    '```python\nprint("def f")\n```\nSo:\n```Python\n{0}```\n```sh\nls\n```',
+    '```python\n{0}```\nAs in\n```python\nf(3)\n```',
+    'It is\n```python\n{0}',  # Cut off, or never closed.
+    ' Sure!\n\n~~\n```python\n{0}```',
+  ],
+)
+@pytest.mark.parametrize('prompt', [HEAD, 'Write a function f(x).'])
+def test_a_completion_is_a_whole_program(text, prompt):
+  program = 'def f(x):\n  return x\n\n# End\nclass A:\n  pass\n'
+  found = programs.find_program(prompt, text.format(program), 'f')
+  rest = 'import math\n\ndef help(x):\n    return x\n' if prompt == HEAD else ''
+  assert found == rest + program
+
+
+@pytest.mark.parametrize(
+  'completion, program',
+  [
+    ('x = 1', 'x = 1'),
+    ('```\nx = 1\n```\n```python\nx = 2\n```', 'x = 2\n'),
+    (
+      '1. This:\n   ```python\n   if 1:\n     x = 2\n   ```',
+      'if 1:\n  x = 2\n',
+    ),
+    ('```js\nx\n```', '```js\nx\n```'),
+    ('```\nx = 1', '```\nx = 1'),
+    ('```python\n\n```', '```python\n\n```'),
+    ('', ''),
+  ],
+)
+def test_a_program_without_a_name_to_look_for(completion, program):
+  assert programs.find_program('Write.', completion) == program
+
+
+def test_stop_sequences_can_be_chosen():
+  text = BODY + 'DONE\n' + BODY
+  assert programs.find_program(HEAD, text, 'f', ('DONE',)) == HEAD + BODY
+  assert programs.find_program(HEAD, text, 'f', ()) == HEAD + text
+  head = 'def f(x):\n'  # No Python yet, but what it begins is.
+  assert programs.find_program(head, BODY + '\nprint(1)', 'f') == head + BODY
+  # A prompt that only mentions code is no code.
+  prompt = f'Complete this:\n```python\n{HEAD}```\n'
+  assert programs.find_program(prompt, 'x = 1', 'f') == 'x = 1'
+
+
+# The reward function --------------------------------------------------------
+
+ROW = dict(
+  prompt='Add.', entry_point='add', test_list=['assert add(1, 2) == 3'] * 2
+)
+RIGHT = 'def add(a, b): return a + b'
+
+
+def test_every_public_name_is_a_factory():
+  public = [
+    name
+    for name, value in vars(code).items()
+    if inspect.isfunction(value) and not name.startswith('_')
+  ]
+  assert public == code.__all__
+  assert code.code_tests.__doc__.startswith('Factory:')
+  columns = {name: [ROW.get(name)] * 2 for name in COLUMNS}
+  part = RewardPart('code', code.code_tests(timeout=60.0))
+  scores = score([part], ['Add.'] * 2, [RIGHT, 'x'], columns)
+  assert scores.total.tolist() == [1, 0] and scores.valid.all()
+
+
+def test_faults_of_the_program_score_0():
+  faults = ['', 'def add(', 'while True: pass', 'x = bytearray(2**31)']
+  faults += ['import os; os._exit(0)', 'import os; os.abort()']
+  found = rewards([ROW] * 7, [*faults, RIGHT], timeout=2.0, parallel=7)
+  assert found == [0.0] * 6 + [1.0]
+
+
+def test_equal_programs_run_once(monkeypatch):
+  ran = []
+
+  def count(program, *args, **kwargs):
+    ran.append(program)
+    return sandbox.Result(sandbox.Outcome.PASSED, (True, True), '', '')
+
+  monkeypatch.setattr(sandbox, 'run', count)
+  assert rewards([ROW] * 4, ['a', 'b', 'a', 'a']) == [1.0] * 4
+  assert sorted(ran) == ['a', 'b']
+
+
+def test_so_many_run_at_a_time(monkeypatch):
+  pools = []
+  real = concurrent.futures.ThreadPoolExecutor
+
+  def pool(parallel):
+    pools.append(parallel)
+    return real(parallel)
+
+  monkeypatch.setattr(concurrent.futures, 'ThreadPoolExecutor', pool)
+  rewards([ROW], [RIGHT], parallel=3)
+  rewards([ROW], [RIGHT])
+  assert pools[0] == 3 and pools[1] >= 1
+
+
+def test_a_sandbox_that_cannot_run_is_no_score(monkeypatch):
+  def fails(*args, **kwargs):
+    raise OSError(11, 'Resource temporarily unavailable')
+
+  sandbox.isolation()
+  monkeypatch.setattr(sandbox.subprocess, 'Popen', fails)
+  with pytest.raises(UserError, match='cannot start a program'):
+    rewards([ROW] * 3, [RIGHT] * 3)
+
+
+@pytest.mark.parametrize(
+  'change, text',
+  [
+    (dict(test_list=None), 'sample 1 needs either'),
+    (dict(test=CHECK), 'sample 1 needs either'),
+    (dict(test_list=[]), 'at least one test'),
+    (dict(test_list='assert'), 'test_list of sample 1 is str'),
+    (dict(test_list=[1]), 'at least one test'),
+    (dict(test_setup_code=3), 'test_setup_code of sample 1 is int 3'),
+    (dict(test_list=None, test='def check(', entry_point='f'), 'no Python'),
+    (dict(test_list=None, test='x = 1', entry_point='f'), 'no function check'),
+    (dict(test_list=None, test=CHECK, entry_point=None), 'sample 1 needs'),
+  ],
+)
+def test_rows_without_tests_are_refused(change, text):
+  with pytest.raises(UserError, match=text) as caught:
+    rewards([ROW, ROW | change], [RIGHT] * 2)
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_settings_are_checked():
+  for settings in (dict(stop='\ndef'), dict(stop=['']), dict(parallel=0)):
+    with pytest.raises(UserError, match='code_tests'):
+      code.code_tests(**settings)
+
+
+def test_a_configuration_can_name_it():
+  config = base.get_config()
+  spec = dict(name='code_tests', timeout=60.0, weight=2.0)
+  config.rewards = dict(
+    all=spec, share=spec | dict(score=dict(name='share_passed'))
+  )
+  parts = {part.name: part for part in build.reward_parts(config)}
+  half = dict(ROW, test_list=['assert add(1, 2) == 3', 'assert 0'])
+  columns = {name: [half.get(name)] for name in COLUMNS}
+  given = dict(prompts=['Add.'], completions=[RIGHT], **columns)
+  assert parts['all'].function(**given) == [0.0]
+  assert parts['share'].function(**given) == [0.5]
+  assert parts['share'].weight == 2.0
+  config.rewards = dict(all=spec | dict(score=dict(name='shared')))
+  with pytest.raises(UserError, match="did you mean 'share_passed'"):
+    build.reward_parts(config)

@@ -1,0 +1,344 @@
+"""Reward functions against hand-made cases, real answers, and the scorer."""
+
+import importlib.util
+import inspect
+import random
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rewards import (
+  RewardPart,
+  Workers,
+  functions,
+  loading,
+  score,
+  symbolic,
+)
+from jaxrl_llm.tasks import arithmetic, datasets
+
+SETTINGS = {
+  'format_match': dict(pattern='a+'),
+  'length_penalty': dict(limit=8, buffer=4),
+  'repetition_penalty': dict(n=2),
+  'script_share': dict(scripts=['LATIN']),
+}
+PACKAGES = {
+  'math_verify_answer': 'math_verify',
+  'sentiment': 'vaderSentiment',
+}
+
+
+def test_every_public_name_is_a_reward_or_a_factory_of_one():
+  columns = {
+    'answer': ['1', '2'],
+    'completion_ids': [[1], [1, 2]],
+    'finished': [True, False],
+  }
+  public = [
+    name
+    for name, value in vars(functions).items()
+    if inspect.isfunction(value) and not name.startswith('_')
+  ]
+  assert sorted(public) == functions.__all__
+  for name in public:
+    function = getattr(functions, name)
+    kind = 'Factory:' if name in SETTINGS else 'Reward:'
+    assert function.__doc__.startswith(kind)
+    if name in SETTINGS:
+      function = function(**SETTINGS[name])
+    if name in PACKAGES and not importlib.util.find_spec(PACKAGES[name]):
+      continue
+    scores = score(
+      [RewardPart(name, function)], ['p', 'q'], ['#### 1', 'a'], columns
+    )
+    assert scores.valid.all()
+
+
+def test_exact_match_ignores_only_outer_whitespace():
+  texts = [' 35\n', '3 5', '35', '', '35.0']
+  gold = ['35', '35', 35, '', '35']
+  assert functions.exact_match(texts, gold) == [1, 0, 1, 1, 0]
+  for missing in (None, True, [1]):
+    with pytest.raises(UserError, match='sample 1'):
+      functions.exact_match(['a', 'b'], ['a', missing])
+
+
+def test_arithmetic_answer_judges_what_follows_the_last_equals_sign():
+  rows = arithmetic.generate(100, 0, operations=(1, 4), operands=(0, 20))
+  gold = [row['answer'] for row in rows]
+  solutions = [row['solution'] for row in rows]
+  assert functions.arithmetic_answer(solutions, gold) == [1] * 100
+  assert functions.arithmetic_answer(gold, gold) == [1] * 100
+  wrong = [text + '0' for text in solutions]
+  assert functions.arithmetic_answer(wrong, gold) == [0] * 100
+  texts = ['3+4=7=', '3+4=7=8', '7=', '', '6=7', '3+4']
+  assert functions.arithmetic_answer(texts, ['7'] * 6) == [0, 0, 0, 0, 1, 0]
+
+
+def test_prefix_match_counts_the_end_as_a_symbol():
+  cases = [
+    # completion, answer, finished, reward
+    ('1,2', '1,2', True, 1),
+    ('1,2', '1,2', False, 3 / 4),
+    ('1,2,3', '1,2', True, 3 / 4),
+    ('1,', '1,2', True, 2 / 4),
+    ('1,3', '1,2', True, 2 / 4),
+    ('2,2', '1,2', True, 0),
+    ('', '1,2', True, 0),
+    ('', '', True, 1),
+    ('', '', False, 0),
+    ('7', '', True, 0),
+  ]
+  texts, gold, finished, rewards = zip(*cases, strict=True)
+  assert functions.prefix_match(texts, gold, finished) == list(rewards)
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_every_gsm8k_answer_is_right_by_itself(shared, split):
+  rows = datasets.gsm8k(shared / 'data' / 'gsm8k', split)
+  assert len(rows) == {'train': 7473, 'test': 1319}[split]
+  solutions = [row['solution'] for row in rows]
+  numbers = [row['answer'] for row in rows]
+  boxed = [f'so $\\boxed{{{number}}}$.' for number in numbers]
+  plain = [f'The answer is ${int(number):,}.' for number in numbers]
+  ones = [1.0] * len(rows)
+  assert functions.gsm8k_answer(solutions, numbers) == ones
+  assert functions.gsm8k_answer(solutions, solutions) == ones
+  assert functions.gsm8k_answer(boxed, solutions) == ones
+  assert functions.gsm8k_answer(plain, numbers) == [0.0] * len(rows)
+  assert functions.gsm8k_answer_or_last_number(plain, numbers) == ones
+
+
+def test_a_perturbed_gsm8k_answer_scores_0(shared):
+  rows = datasets.gsm8k(shared / 'data' / 'gsm8k', 'train')
+  # 0/7 is 0: no perturbation of an answer of 0.
+  rows = [row for row in rows if row['answer'] != '0'][:1000]
+  rng = random.Random(0)
+  wrong = []
+  for row in rows:
+    head, number = row['solution'].rsplit('####', 1)[0], int(row['answer'])
+    changed = rng.choice(
+      [number + 1, number - 1, 10 * number + 1, number + 0.5, f'{number}/7']
+      + [f'{number}.01', f'-{number + 1}', f'{number} million', '', 'x']
+    )
+    wrong.append(f'{head}#### {changed}')
+  gold = [row['answer'] for row in rows]
+  assert functions.gsm8k_answer(wrong, gold) == [0.0] * 1000
+
+
+def test_a_gold_answer_without_a_number_is_the_data_sets_mistake():
+  with pytest.raises(UserError, match='sample 1 .*no number') as caught:
+    functions.gsm8k_answer(['#### 1', '#### 1'], ['1', 'a lot'])
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_math_answer_compares_marked_answers():
+  texts = ['so \\boxed{\\frac{2}{4}}', '#### x=0.5', 'The answer is $1/2$.']
+  assert functions.math_answer(texts, ['\\frac12'] * 3) == [1, 1, 1]
+  assert functions.math_answer(texts, ['so $\\boxed{.5}$.'] * 3) == [1, 1, 1]
+  assert functions.math_answer(texts, [0.5, '1', '2']) == [1, 0, 0]
+  texts = ['1/2', '', '\\boxed{}', '\\boxed{1/2', '\\boxed{2} \\boxed{1/2}']
+  assert functions.math_answer(texts, ['1/2'] * 5) == [0, 0, 0, 0, 1]
+  for bad in ('', 'a' * 400, '\\boxed{}', None):
+    with pytest.raises(UserError, match='sample 1') as caught:
+      functions.math_answer(['\\boxed{1}'] * 2, ['1', bad])
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_math_verify_without_its_package_names_the_extra(monkeypatch):
+  symbolic._math_verify.cache_clear()
+  symbolic._parsed.cache_clear()
+  monkeypatch.setitem(sys.modules, 'math_verify', None)
+  assert functions.math_answer(['\\boxed{2}'], ['3']) == [0]
+  part = RewardPart('symbolic', functions.math_verify_answer)
+  with pytest.raises(UserError, match=r'pip install .jaxrl_llm\[math\]'):
+    score([part], ['p'], ['\\boxed{2}'], {'answer': ['3']})
+  symbolic._math_verify.cache_clear()
+
+
+def test_math_verify_runs_in_workers_alone():
+  """What it is given may never end, and here nothing could end it."""
+  name = 'math_verify_answer'
+  with pytest.raises(UserError, match='set workers, as in') as caught:
+    loading.load(name, {}, 'config.rewards.right')
+  assert str(caught.value).startswith(
+    'config.rewards.right: math_verify_answer'
+  )
+  assert len(str(caught.value).splitlines()) <= 3
+  with Workers(name, workers=1) as workers:
+    scores = workers.submit(['p'], ['\\boxed{2}'], {'answer': ['2']}).result()
+  assert scores == [1.0]
+
+
+def test_readers_read_what_their_rewards_judge():
+  answers = {
+    'exact_match': [' 12 ', '12'],
+    'arithmetic_answer': ['5+7=12', '12'],
+    'gsm8k_answer': ['#### 12', '\\boxed{12.0}'],
+    'gsm8k_answer_or_last_number': ['#### 12', 'it is 12.'],
+    'math_answer': ['\\boxed{x=12}', '#### \\frac{24}{2}'],
+    'math_verify_answer': ['\\boxed{x=12}', '#### \\frac{24}{2}'],
+  }
+  assert answers.keys() == functions.READERS.keys() <= set(functions.__all__)
+  for name, texts in answers.items():
+    reader = functions.READERS[name]
+    assert getattr(functions, name)(texts, ['12'] * 2) == [1, 1]
+    assert reader(texts[0]) == reader(texts[1]) is not None
+    assert reader(texts[0]) != reader(texts[1].replace('2', '3'))
+
+
+def test_format_match_is_about_the_whole_completion():
+  hashes = functions.format_match(r'.*#### -?[\d.,]+')
+  texts = ['a\nb\n#### 1,200\n', '#### -3', '#### 3 apples', 'a', '']
+  assert hashes(texts) == [1, 1, 0, 0, 0]
+  tags = functions.format_match(r'<think>.+</think>\s*<answer>.+</answer>')
+  texts = [
+    '<think>a\nb</think>\n<answer>3</answer>',
+    'x <think>a</think><answer>3</answer>',
+    '<think>a</think>',
+  ]
+  assert tags(completions=texts, prompts=texts) == [1, 0, 0]
+  with pytest.raises(UserError, match='not a regular expression'):
+    functions.format_match('(')
+
+
+def test_lengths_are_tokens_not_characters():
+  ids = [[5] * n for n in (0, 4, 5, 6, 8, 20)]
+  assert functions.length_in_tokens(ids) == [0, 4, 5, 6, 8, 20]
+  penalty = functions.length_penalty(limit=8, buffer=4)
+  assert penalty(ids) == [0, 0, -0.25, -0.5, -1, -1]
+  with pytest.raises(UserError, match='buffer=9'):
+    functions.length_penalty(limit=8, buffer=9)
+
+
+def test_repetition_is_the_share_of_ngrams_that_occurred_before():
+  # Of 1 2, 2 1, 1 2, 2 1, 1 2 three repeat; of 1 2 1, 2 1 2, … two of four.
+  ids = [[1, 2, 1, 2, 1, 2], [1, 2, 3, 4], [7] * 11, [1], []]
+  assert functions.repetition_penalty(2)(ids) == [-0.6, 0, -0.9, 0, 0]
+  assert functions.repetition_penalty(3)(ids[:1]) == [-0.5]
+  assert functions.repetition_penalty()([[5, 6, 7]]) == [0]
+  with pytest.raises(UserError, match='n=0'):
+    functions.repetition_penalty(0)
+
+
+def test_script_share_counts_letters():
+  latin = functions.script_share(['LATIN'])
+  texts = [
+    'So 3 + 4 = 7.',
+    'ab вг',
+    '12 + 34',
+    '',
+    'é',
+    'xπ',
+    '漢字 ok',
+    'ｆｘ 𝑓',
+  ]
+  assert latin(texts) == [1, 0.5, 1, 1, 1, 0.5, 0.5, 1]
+  japanese = functions.script_share(['CJK', 'HIRAGANA', 'KATAKANA'])
+  assert japanese(['時々カタカナとー、ok']) == [6 / 8]
+  for scripts, text in (
+    ('LATIN', 'must be a list'),
+    ([], 'must be a list'),
+    (['Latin'], "'Latin' is the script of no letter"),
+    ([None], 'None is the script of no letter'),
+  ):
+    with pytest.raises(UserError, match=text):
+      functions.script_share(scripts)
+
+
+def test_script_share_agrees_with_unicodes_blocks():
+  """All characters of a block are letters of its script."""
+  blocks = {
+    'GREEK': '\u03b1-\u03c9',
+    'CYRILLIC': '\u0400-\u0481',
+    'HEBREW': '\u05d0-\u05ea',
+    'HIRAGANA': '\u3041-\u3096',
+    'CJK': '\u4e00-\u9fff',
+    'HANGUL': '\uac00-\ud7a3',
+    'LATIN': 'a-zA-Z',
+  }
+  rng = random.Random(0)
+  pools = {
+    script: re.findall(f'[{block}]', ''.join(map(chr, range(0xD800))))
+    for script, block in blocks.items()
+  }
+  for script, other in zip(blocks, [*list(blocks)[1:], 'GREEK'], strict=True):
+    right, wrong = rng.choices(range(1, 40), k=2)
+    text = rng.choices(pools[script], k=right) + rng.choices('0 .%', k=5)
+    text += rng.choices(pools[other], k=wrong)
+    rng.shuffle(text)
+    share = functions.script_share([script])([''.join(text)])
+    assert share == [right / (right + wrong)]
+
+
+def test_marks_on_letters_do_not_count_and_do_not_cost():
+  share = functions.script_share(['HANGUL', 'LATIN'])
+  # A syllable of three parts is one letter.
+  assert share(['\u1112\u1161\u11ab' + 'e\u0323\u0301' + 'ж']) == [2 / 3]
+  assert share(['e' + '\u0301' * 35 + '\u0323' * 35 + 'ж']) == [1 / 2]
+  for marks in ('\u0301\u0323', '\u0f73', '\u0344\u0323'):
+    began = time.process_time()
+    assert share(['a' + marks * 30_000]) == [1.0]
+    assert time.process_time() - began < 1.0
+
+
+def test_sentiment_is_vaders_compound_score():
+  pytest.importorskip('vaderSentiment')
+  texts = ['She was very happy and loved it!', 'He hated it. A sad day.', '']
+  happy, sad, empty = functions.sentiment(texts)
+  assert 0.5 < happy <= 1 and -1 <= sad < -0.5 and empty == 0
+
+
+def test_sentiment_agrees_with_the_lexicon(shared):
+  pytest.importorskip('vaderSentiment')
+  path = shared / 'data' / 'lexicon' / 'vader_lexicon.txt'
+  for line in path.read_text().splitlines():
+    word, valence = line.split('\t')[:2]
+    if word in ('happy', 'sad', 'good', 'terrible', 'love'):
+      v = float(valence)
+      # Hutto and Gilbert's normalisation of a lone word.
+      np.testing.assert_allclose(
+        functions.sentiment([word]), [v / (v * v + 15) ** 0.5], atol=1e-4
+      )
+
+
+def test_sentiment_is_that_of_whole_texts(shared):
+  """Also where it looks only at the words near each."""
+  vader = pytest.importorskip('vaderSentiment.vaderSentiment')
+  analyzer = vader.SentimentIntensityAnalyzer()
+  rng = random.Random(0)
+  words = [*analyzer.lexicon][:1500] + 60 * [
+    *('never', 'so', 'this', 'without', 'doubt', 'the', 'not', 'very', 'but'),
+    *('kind', 'of', 'at', 'least', 'no', 'or', 'BAD', 'ass', 'shit', "isn't"),
+    *('yeah right', 'hand to mouth', 'kiss of death', 'the bomb', 'sort of'),
+  ]
+  texts = [
+    ' '.join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(700)
+  ]
+  play = (shared / 'data' / 'text' / 'tinyshakespeare.txt').read_text()
+  texts += play[:60_000].split('\n\n')
+  assert functions.sentiment(texts) == [
+    analyzer.polarity_scores(text)['compound'] for text in texts
+  ]
+
+
+@pytest.mark.parametrize('text', ['a good ' * 6000, '\U0001f600' * 6000])
+def test_sentiment_is_cheap(text):
+  functions.sentiment([''])
+  began = time.process_time()
+  functions.sentiment([text])
+  assert time.process_time() - began < 2.0
+
+
+def test_sentiment_without_its_package_names_the_extra(monkeypatch):
+  functions._vader.cache_clear()
+  monkeypatch.setitem(sys.modules, 'vaderSentiment', None)
+  part = RewardPart('sentiment', functions.sentiment)
+  with pytest.raises(UserError, match=r'jaxrl_llm\[sentiment\]'):
+    score([part], ['p'], ['c'], {})
+  functions._vader.cache_clear()

@@ -1,0 +1,329 @@
+"""Checkpoints: what comes back is what went in, or the step before."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scripts
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs import orbax_io
+from jaxrl_llm.runs.checkpoints import Checkpoints
+
+META = {'config': {'lr': 1e-3, 'sizes': [1, 2]}, 'cursor': 7}
+
+
+def make_state(seed=0, width=8):
+  key = jax.random.key(seed)
+  params = {
+    'layers': {'w': jax.random.normal(key, (2, width, 4))},
+    'head': jax.random.normal(key, (4, 3)).astype(jnp.bfloat16),
+  }
+  return {
+    'params': params,
+    'optimizer': optax.adamw(optax.constant_schedule(0.1)).init(params),
+    'key': key,
+    'key_data': jax.random.key_data(key),
+    'step': jnp.int32(seed),
+    'mask': jnp.array([True, False, True]),
+    'absent': None,
+    'empty': (),
+    'no_rows': jnp.zeros((0, 3), jnp.int32),
+  }
+
+
+def raw(leaf):
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(leaf).tobytes()
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype and x.shape == y.shape
+    assert raw(x) == raw(y)
+
+
+def abstract(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def save_steps(folder, steps, **kwargs):
+  with Checkpoints(folder, **kwargs) as checkpoints:
+    for step in steps:
+      checkpoints.save(step, make_state(step), {**META, 'step': step})
+
+
+def lines(error):
+  return str(error.value).splitlines()
+
+
+def run_script(text, *arguments, **environment):
+  return subprocess.run(
+    [sys.executable, '-c', text, *map(str, arguments)],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+
+
+def test_round_trip(tmp_path):
+  state = make_state(3)
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    assert checkpoints.restore(state) is None
+    checkpoints.save(30, state, META, metric=0.5)
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    for template in (state, abstract(state)):
+      step, restored, metadata = checkpoints.restore(template)
+      assert (step, metadata) == (30, META)
+      assert_same(restored, state)
+      assert type(restored['optimizer'][0]) is type(state['optimizer'][0])
+
+
+def test_a_part_is_read_and_verified_alone(tmp_path, monkeypatch):
+  state = make_state(3)
+  part = {'params': abstract(state)['params']}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, META)
+    step, restored, metadata = checkpoints.restore(part, part=True)
+    assert (step, metadata) == (1, META)
+    assert_same(restored, {'params': state['params']})
+    with pytest.raises(UserError, match='another configuration'):
+      checkpoints.restore(part)
+    wrong = {'params': {**part['params'], 'more': jnp.zeros(2)}}
+    with pytest.raises(UserError, match='params/more is missing from it'):
+      checkpoints.restore(wrong, part=True)
+    # What is read is compared with its digests.
+    load = orbax_io.load_state
+    spoilt = lambda *args: jax.tree.map(lambda x: x + 1, load(*args))
+    monkeypatch.setattr(orbax_io, 'load_state', spoilt)
+    with pytest.raises(UserError, match='the content of params/.* has changed'):
+      checkpoints.restore(part, part=True)
+
+
+def test_steps_may_hold_different_trees(tmp_path):
+  """As of two phases; the older is found where the newer is damaged."""
+  states = {1: {'x': jnp.ones(3)}, 2: {'x': jnp.ones(3), 'y': jnp.zeros(2)}}
+  with Checkpoints(tmp_path) as checkpoints:
+    for step, state in states.items():
+      checkpoints.save(step, state, META)
+    checkpoints.wait()
+    step, restored, _ = checkpoints.restore(states.get)
+    assert step == 2
+    assert_same(restored, states[2])
+    [manifest] = (tmp_path / '00000002').glob('manifest/data.json')
+    manifest.write_text(manifest.read_text().replace('2', '3'))
+    step, restored, _ = checkpoints.restore(states.get)
+    assert step == 1
+    assert_same(restored, states[1])
+
+
+def test_same_stream_of_random_numbers(tmp_path):
+  save_steps(tmp_path, [1])
+  _, restored, _ = Checkpoints(tmp_path).restore(make_state(0))
+  draws = [jax.random.normal(s['key'], (4,)) for s in (restored, make_state(1))]
+  np.testing.assert_array_equal(*draws)
+
+
+def test_keeps_latest_and_best(tmp_path):
+  metrics = [0.1, 0.9, float('nan'), 0.2, None, 0.9, 0.3, 0.0]
+  state = {'x': jnp.zeros(2)}
+  with Checkpoints(tmp_path, keep_latest=2, keep_best=2) as checkpoints:
+    for step, metric in enumerate(metrics):
+      checkpoints.save(step, state, {}, metric=metric)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 5, 6, 7]
+    assert checkpoints.best_step() == 5
+  # Another process knows the metrics from the manifests.
+  with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
+    assert checkpoints.best_step() == 5
+    checkpoints.save(8, state, {}, metric=0.4)
+    checkpoints.wait()
+    assert checkpoints.steps() == [5, 8]
+    assert checkpoints.restore(state, step=5)[0] == 5
+    with pytest.raises(UserError, match=r'no checkpoint step 6 .*\n.*\[5, 8\]'):
+      checkpoints.restore(state, step=6)
+
+
+def test_no_metric_no_best(tmp_path):
+  save_steps(tmp_path, [1, 2, 3])
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.steps() == [2, 3]
+  assert checkpoints.best_step() is None
+
+
+def test_saving_survives_donation(tmp_path):
+  update = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
+  x = jnp.arange(2_000_000, dtype=jnp.float32)
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in range(6):
+      expected = np.array(x)
+      checkpoints.save(step, {'x': x}, {})
+      for _ in range(3):
+        x = update(x)
+      _, restored, _ = checkpoints.restore({'x': x})
+      np.testing.assert_array_equal(restored['x'], expected)
+
+
+def test_saving_a_step_again(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'x': jnp.zeros(2)}, {})
+    checkpoints.wait()
+    inode = (tmp_path / '00000001').stat().st_ino
+    checkpoints.save(1, {'x': jnp.zeros(2)}, {})
+    checkpoints.wait()
+    assert (tmp_path / '00000001').stat().st_ino == inode
+    checkpoints.save(1, {'x': jnp.ones(2)}, {})
+    _, state, _ = checkpoints.restore({'x': jnp.zeros(2)})
+    assert state['x'].tolist() == [1, 1]
+
+
+def changed(state, name):
+  if name == 'missing':
+    return {**state, 'extra': jnp.zeros(2)}, 'extra is missing from it'
+  if name == 'extra':
+    return {**state, 'mask': None}, 'mask is in it only'
+  if name == 'shape':
+    return {**state, 'mask': jnp.zeros(4, bool)}, 'mask is bool[3] in it, the'
+  if name == 'rank':
+    return {**state, 'step': jnp.zeros(1, jnp.int32)}, 'step is int32[] in it'
+  return {**state, 'step': jnp.float32(0)}, 'the program wants float32[]'
+
+
+@pytest.mark.parametrize('name', ['missing', 'extra', 'shape', 'rank', 'dtype'])
+def test_another_configuration_is_refused_and_named(tmp_path, name):
+  save_steps(tmp_path, [1, 2])
+  template, message = changed(make_state(0), name)
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError) as error:
+      checkpoints.restore(template)
+    assert message in str(error.value) and 'step 2' in lines(error)[0]
+    assert len(lines(error)) == 3
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_read_only_changes_nothing(tmp_path):
+  save_steps(tmp_path, [1, 2])
+  (tmp_path / '00000002' / 'manifest' / 'data.json').write_text('{}')
+  (tmp_path / '00000003.orbax-checkpoint-tmp').mkdir()
+  before = sorted(tmp_path.rglob('*'))
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.restore(make_state(0))[0] == 1
+    with pytest.raises(UserError, match='read only'):
+      checkpoints.save(3, make_state(3), {})
+  assert sorted(tmp_path.rglob('*')) == before
+  # The run itself clears away what a crash has left.
+  Checkpoints(tmp_path)
+  assert not (tmp_path / '00000003.orbax-checkpoint-tmp').exists()
+
+
+def test_ordinary_use_is_silent(tmp_path):
+  script = """
+import sys
+import jax.numpy as jnp
+from absl import app, logging
+from jaxrl_llm import orbax_io
+from jaxrl_llm.runs.checkpoints import Checkpoints
+from jaxrl_llm.runs.digests import named_leaves
+def main(argv):
+  logging.set_verbosity(logging.WARNING)  # as `cli.run` does
+  with Checkpoints(argv[1]) as c:
+    for step in range(4):
+      c.save(step, {'x': jnp.zeros(3)}, {}, metric=step)
+    c.restore({'x': jnp.zeros(3)})
+app.run(main)
+"""
+  result = run_script(script, tmp_path)
+  assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
+
+
+TOPOLOGIES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxrl_llm import orbax_io
+from jaxrl_llm.runs.checkpoints import Checkpoints
+from jaxrl_llm.runs.digests import named_leaves
+from jaxrl_llm.runs.digests import digest
+
+def mesh(shape):
+  devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+  return jax.sharding.Mesh(devices, ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+
+def shard(m):
+  specs = {'w': P('a', 'b'), 'h': P('b'), 'n': P()}
+  return {name: NamedSharding(m, spec) for name, spec in specs.items()}
+
+host = {
+  'w': np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32),
+  'h': np.arange(8).astype(jnp.bfloat16),
+  'n': np.int32(5),
+}
+state = jax.device_put(host, shard(mesh((8, 1))))
+with Checkpoints(sys.argv[1]) as checkpoints:
+  checkpoints.save(1, state, {})
+  for shape in [(8, 1), (2, 4), (4, 1), (1, 2), (1, 1)]:
+    wanted = shard(mesh(shape))
+    template = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state, wanted)
+    _, restored, _ = checkpoints.restore(template)
+    for name in host:
+      assert restored[name].sharding == wanted[name], name
+      assert restored[name].dtype == host[name].dtype, name
+      np.testing.assert_array_equal(np.asarray(restored[name]), host[name])
+      assert (digest(restored[name]) == digest(host[name])).all(), name
+print('done', jax.device_count())
+"""
+
+
+def test_other_topologies(tmp_path):
+  flags = scripts.xla_flags(devices=8)
+  result = run_script(TOPOLOGIES, tmp_path, XLA_FLAGS=flags)
+  assert result.stdout == 'done 8\n', result.stderr
+  script = """
+import sys
+import jax.numpy as jnp
+from jaxrl_llm import orbax_io
+from jaxrl_llm.runs.checkpoints import Checkpoints
+from jaxrl_llm.runs.digests import named_leaves
+like = {'w': jnp.zeros((16, 24)), 'h': jnp.zeros(8, jnp.bfloat16),
+        'n': jnp.int32(0)}
+print(Checkpoints(sys.argv[1]).restore(like)[1]['n'])
+"""
+  result = run_script(script, tmp_path)
+  assert (result.stdout, result.stderr) == ('5\n', '')
+
+
+@pytest.mark.parametrize(
+  'metadata, message',
+  [
+    ({'a': {3: 1}}, 'checkpoint metadata has a key 3, at a/3'),
+    ({'a': np.zeros(2)}, 'cannot be written as JSON'),
+  ],
+)
+def test_metadata_that_is_not_json_is_refused(tmp_path, metadata, message):
+  with (
+    Checkpoints(tmp_path / 'c') as checkpoints,
+    pytest.raises(UserError, match=message),
+  ):
+    checkpoints.save(1, {'x': jnp.zeros(2)}, metadata)
+  assert not (tmp_path / 'c').exists()
+
+
+def test_a_negative_step_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='not -1'):
+    Checkpoints(tmp_path).save(-1, {'x': jnp.zeros(2)}, {})
+
+
+@pytest.mark.parametrize('keep', [(0, 1), (1, -1)])
+def test_what_to_keep_is_checked(tmp_path, keep):
+  with pytest.raises(UserError, match='Cannot keep'):
+    Checkpoints(tmp_path, *keep)

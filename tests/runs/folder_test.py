@@ -1,0 +1,215 @@
+"""Run folders: locks, configurations, and the environment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs import folder as run_folder
+
+# Takes the lock, optionally forks a child that outlives it, and waits.
+OWNER = """
+import os, sys, time
+from jaxrl_llm import run_folder
+run = run_folder.open_run(sys.argv[1], False, {'steps': 1})
+if sys.argv[2] == 'fork':
+  child = os.fork()
+  if child == 0:
+    time.sleep(60)
+  print(child, flush=True)
+else:
+  print(0, flush=True)
+time.sleep(60)
+"""
+
+
+def lines(error):
+  return str(error.value).splitlines()
+
+
+@pytest.fixture
+def owner(tmp_path):
+  """Starts a process that owns the folder `run`; gives (process, child)."""
+  started = []
+
+  def start(kind):
+    process = subprocess.Popen(
+      [sys.executable, '-W', 'ignore', '-c', OWNER, tmp_path / 'run', kind],
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    )
+    child = int(process.stdout.readline())
+    started.append((process, child))
+    return process, child
+
+  yield start
+  for process, child in started:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    if child:
+      os.kill(child, signal.SIGKILL)
+
+
+def test_new_folder_holds_config_and_environment(tmp_path):
+  with run_folder.open_run(
+    tmp_path / 'a' / 'b', False, {'seed': 3, 'model': {'sizes': (1, 2)}}
+  ) as run:
+    assert not run.resuming
+    config = json.loads((run.path / 'config.json').read_text())
+    assert config == {'seed': 3, 'model': {'sizes': [1, 2]}}
+    env = json.loads((run.path / 'env.json').read_text())
+  assert env['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
+  assert env['versions']['jax'] == __import__('jax').__version__
+  assert env['device_count'] >= 1
+  assert not list(run.path.glob('*.tmp'))
+
+
+def test_environment_keeps_secrets_out(tmp_path, monkeypatch):
+  monkeypatch.setenv('SOME_TOKEN', 'hunter2')
+  for secret in (['--hub_token=hunter2'], ['--config.rewards.j.apiKey', 'x']):
+    monkeypatch.setattr(sys, 'argv', ['train', *secret])
+    found = run_folder.environment()
+    assert 'hunter2' not in json.dumps(found) and found['command'] is None
+  command = ['train', '--config.rollout.max_tokens=4']
+  monkeypatch.setattr(sys, 'argv', command)
+  assert run_folder.environment()['command'] == command
+
+
+def test_second_run_is_refused_and_names_the_owner(tmp_path, owner):
+  process, _ = owner('alone')
+  start = time.monotonic()
+  with pytest.raises(UserError) as error:
+    run_folder.open_run(tmp_path / 'run', True, {'steps': 1})
+  assert time.monotonic() - start < 5
+  message = lines(error)
+  assert len(message) <= 3
+  assert f'pid {process.pid} on ' in message[0] and ' since 20' in message[0]
+  assert '--workdir' in message[-1]
+
+
+@pytest.mark.parametrize('kind', ['alone', 'fork'])
+def test_lock_of_a_killed_owner_is_free(tmp_path, owner, kind):
+  process, _ = owner(kind)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert str(process.pid) in (tmp_path / 'run' / 'lock').read_text()
+  with run_folder.open_run(tmp_path / 'run', True, {'steps': 1}) as run:
+    assert run.resuming
+    assert str(os.getpid()) in (run.path / 'lock').read_text()
+
+
+def test_lock_is_given_back_on_close_and_after_a_refusal(tmp_path):
+  run_folder.open_run(tmp_path, False, {'steps': 1}).close()
+  for _ in range(2):
+    with pytest.raises(UserError, match='already holds a run') as error:
+      run_folder.open_run(tmp_path, False, {'steps': 1})
+    assert '--resume' in lines(error)[1]
+  run_folder.open_run(tmp_path, True, {'steps': 1}).close()
+
+
+def test_same_process_cannot_take_the_lock_twice(tmp_path):
+  with (
+    run_folder.open_run(tmp_path, False, {}),
+    pytest.raises(UserError, match='in use'),
+  ):
+    run_folder.open_run(tmp_path, True, {})
+
+
+def test_resume_of_an_empty_folder_starts_afresh(tmp_path):
+  with run_folder.open_run(tmp_path / 'new', True, {'steps': 1}) as run:
+    assert not run.resuming
+
+
+def test_resume_compares_the_configuration(tmp_path):
+  old = {'steps': 5, 'log': {'every': 1, 'rows': 2}, 'lr': 0.1, 'a': {'b': 1}}
+  run_folder.open_run(tmp_path, False, old).close()
+  new = {'steps': 9, 'log': {'every': 7, 'rows': 3}, 'lr': 0.2, 'a': {'c': 1}}
+  with pytest.raises(UserError) as error:
+    run_folder.open_run(tmp_path, True, new, allowed={'steps', 'log'})
+  message = lines(error)
+  assert len(message) == 3
+  assert 'a.b was 1, is absent' in message[1]
+  assert 'a.c was absent, is 1' in message[1]
+  assert 'lr was 0.1, is 0.2' in message[1]
+  assert 'steps' not in message[1] and 'log' not in message[1]
+  # A refused resume leaves the stored configuration alone.
+  assert json.loads((tmp_path / 'config.json').read_text()) == old
+  new.update(lr=0.1, a={'b': 1})
+  with run_folder.open_run(
+    tmp_path, True, new, allowed={'steps', 'log'}
+  ) as run:
+    # So does one that is refused later on, for what else the folder holds.
+    assert json.loads((tmp_path / 'config.json').read_text()) == old
+    run.describe()
+  assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 9
+
+
+def test_changed_code_is_told_once(tmp_path):
+  files = [tmp_path / name for name in ('a.py', 'b.py')]
+  for file in files:
+    file.write_text('x = 1')
+  a, b = code = list(map(str, files))
+
+  def changed(config=None):
+    with run_folder.open_run(
+      tmp_path / 'run', True, config or {}, code=code
+    ) as run:
+      run.describe()
+      return run.changed
+
+  assert changed() == changed() == []
+  env = json.loads((tmp_path / 'run' / 'env.json').read_text())
+  digest = subprocess.run(['sha256sum', a], capture_output=True, text=True)
+  assert env['code_sha256'][a] == digest.stdout.split()[0]
+  files[1].write_text('x = 2')
+  # A resume that is refused has not told.
+  with pytest.raises(UserError):
+    changed({'steps': 1})
+  assert changed() == [b] and changed() == []
+  # Records that do not tell: of an older version, and damaged.
+  for text in ('{}', '{"code_sha256": 3}', '{', '[]'):
+    files[0].write_text(text)
+    (tmp_path / 'run' / 'env.json').write_text(text)
+    assert changed() == []
+
+
+def test_a_description_that_cannot_be_written_is_told(tmp_path):
+  with run_folder.open_run(tmp_path, False, {}) as run:
+    (tmp_path / 'config.json').unlink()
+    (tmp_path / 'config.json').mkdir()
+    with pytest.raises(UserError, match='cannot be used: Is a directory'):
+      run.describe()
+
+
+def test_many_differences_are_counted(tmp_path):
+  run_folder.open_run(tmp_path, False, {str(k): 0 for k in range(9)}).close()
+  with pytest.raises(UserError, match='and 6 more'):
+    run_folder.open_run(tmp_path, True, {str(k): 1 for k in range(9)})
+
+
+@pytest.mark.parametrize('value', [float('nan'), object()])
+def test_config_that_is_not_json_is_refused(tmp_path, value):
+  with pytest.raises(UserError, match='JSON'):
+    run_folder.open_run(tmp_path / 'run', False, {'x': value})
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('text', ['{"steps": ', '[1]', '"steps"'])
+def test_broken_stored_config_is_named(text, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match='config.json is not a JSON config') as e:
+    run_folder.open_run(tmp_path, True, {})
+  assert len(lines(e)) == 2
+
+
+def test_unusable_folder_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='file cannot be used'):
+    run_folder.open_run(tmp_path / 'file', False, {})
