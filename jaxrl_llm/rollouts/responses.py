@@ -32,18 +32,18 @@ class Generation:
   Attributes:
     samples: G, responses per prompt.
     max_tokens: T, EOS included.
-    decoding: temperature, top-k, top-p.
     eos_ids: any of these ends a response.
-    pad_id: stands behind a response's end.
+    pad_id: fills the places behind a response's end.
+    decoding: temperature, top-k, top-p.
     statistics: what the sampler records beside log-probabilities: 'entropy',
       'score_norms'.
   """
 
   samples: int
   max_tokens: int
-  decoding: policy.Decoding
   eos_ids: tuple[int, ...]
-  pad_id: int
+  pad_id: int = 0
+  decoding: policy.Decoding = policy.Decoding()
   statistics: tuple[str, ...] = ()
 
 
