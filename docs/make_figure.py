@@ -1,4 +1,4 @@
-"""Writes docs/figures/estimators.png: the bar chart of notebooks/estimators.ipynb.
+"""Writes docs/figures/estimators.png, the chart of the estimators notebook.
 
   python docs/make_figure.py  # 12 s on 2 CPU cores
 
