@@ -89,6 +89,8 @@ def test_the_configuration_of_ones_own_trains(tmp_path):
     '--workdir=runs/mine',
     f'--config.model.path={job.folder(shape, tmp_path)}',
     '--config.steps=2',
+    '--config.rollout.prompts=2',
+    '--config.evaluation.prompts=4',
     '--config.rollout.max_tokens=8',
     '--config.optimizer.warmup_updates=0',
     cache=scripts.cache(),
