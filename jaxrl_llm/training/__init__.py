@@ -5,6 +5,7 @@ from jaxrl_llm.training.offline import OfflineTrainer, offline, score_pool
 from jaxrl_llm.training.online import (
   Sampled,
   Trainer,
+  as_reward,
   log_prob_difference,
   online,
 )
@@ -33,6 +34,7 @@ __all__ = [
   'Update',
   'actor_critic_forward',
   'adamw',
+  'as_reward',
   'by_part',
   'delayed',
   'init_state',

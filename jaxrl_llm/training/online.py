@@ -157,7 +157,7 @@ def online(
     model,
     tokenizer,
     needs,
-    [_part(reward) for reward in rewards],
+    [as_reward(reward) for reward in rewards],
     generation,
     reference,
     values,
@@ -285,7 +285,8 @@ def _sampled(found: Collected, advantages: Array, seconds: float) -> Sampled:
   )
 
 
-def _part(reward: RewardPart | Callable) -> RewardPart:
+def as_reward(reward: RewardPart | Callable) -> RewardPart:
+  """Returns a function as a reward of weight 1 under its own name."""
   if isinstance(reward, RewardPart):
     return reward
   return RewardPart(getattr(reward, '__name__', 'reward'), reward)
