@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import build, checks, cli, reinforcement
+from experiments import build, checks, cli, online
 from jaxrl_llm import training
 from jaxrl_llm.rewards import RewardPart, Workers, loading
 
@@ -83,7 +83,7 @@ def ways(milliseconds: float, workers: int) -> Iterator[dict[str, Any]]:
 
 
 def measure(
-  rl: reinforcement.Reinforcement,
+  rl: online.Steps,
   state: training.TrainState,
   milliseconds: float,
   workers: int,
@@ -113,7 +113,7 @@ def main() -> None:
   checks.check(config)
   model = build.model(config.model, config.seed)
   data = build.dataset(config, model.tokenizer)
-  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl = online.Steps(config, model, data.train, jax.random.key(0))
   rl.reference = model.params
   state = rl.begin(jax.tree.map(jnp.copy, model.params))
   for text in values.milliseconds:

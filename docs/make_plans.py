@@ -1,9 +1,9 @@
-"""Writes docs/plans.md from what `experiments.planning.plan --output` wrote.
+"""Writes docs/plans.md from files of `experiments.planning.plan --output`.
 
     python docs/make_plans.py FOLDER
 
-FOLDER holds a JSON file per plan; those whose names begin with `weak_` are of
-the update alone and make the table of weak scaling.
+FOLDER contains a JSON file per plan.  Files whose names begin with `weak_`
+describe the update alone and make the table of weak scaling.
 """
 
 import json
@@ -16,43 +16,44 @@ HEAD = """# Plans
 
 <!-- written by docs/make_plans.py -->
 
-What a step of RL takes on chips that were not there: compiled ahead of time by
-`python -m experiments.planning.plan` on a CPU, from shapes alone.  Nothing was
-measured on an accelerator.  The configuration is
+Memory and time of an RL step on chips that were not available, compiled ahead
+of time by `python -m experiments.planning.plan` on a CPU, from shapes alone.
+Nothing here was measured on an accelerator.  The configuration is
 `experiments/configs/qwen2_5_7b_tpu.py` (GRPO with a reference, prompts of 512
-and responses of 1,024 tokens, float32 parameters, bfloat16 products) but for
-the model and what the first line of a plan says.
+and responses of 1,024 tokens, float32 parameters, bfloat16 products), except
+for the model and the values in the first line of each plan.
 
-`parameters`, `optimizer` and `reference` are there all the time; `other` are
-further arguments, such as the parameters in the layout of sampling.  `repeated`
-is how many times more FLOPs all chips compute together than the program asks
-for.  TPU programs are compiled at the lowest effort (`--effort=-1`), and the
-machine was busy: `compile s` is what it took there.  A chip's `limit` is what
-its compiler allows, of a GPU JAX's share of 75%.
+`parameters`, `optimizer` and `reference` are present throughout a step; `other`
+are further arguments, such as the parameters in the layout of sampling.
+`repeated` is the ratio of the FLOPs that all chips compute to those that the
+program needs.  TPU programs are compiled at the lowest effort (`--effort=-1`);
+`compile s` was measured on a busy machine.  A chip's `limit` is its compiler's;
+for a GPU it is JAX's share of 75%.
 """
 
 SCALING = """## Weak scaling
 
-The update with 8 responses per chip, on more and more chips, `tensor=1`: from
-the collectives of the compiled programs at the bandwidth of the links that they
-use.  `efficiency` is the time on the fewest chips over the time on these, with
-nothing sent while a chip computes; `if hidden` with all sent meanwhile.  Only
-bytes count: no latency, no contention, no slow host, so that this is a bound.
-On a v5p torus XLA gathers parameters by all-reducing padded slices, which sends
-twice the bytes of an all-gather; that is what is counted.
+The update with 8 responses per chip, on increasing numbers of chips,
+`tensor=1`, from the collectives of the compiled programs at the bandwidth of
+their links.  `efficiency` is the time on the fewest chips divided by the time
+on these if chips never compute and send at the same time; `if hidden` assumes
+that they always do.  Only bytes count: without latency, contention and slow
+hosts this is a bound.  On a v5p torus XLA gathers parameters by all-reducing
+padded slices, which sends twice the bytes of an all-gather; the table counts
+those.
 """
 
 
 def main(folder: str) -> None:
   """Reads a folder's plans and writes the page."""
-  told = {
+  plans = {
     path.stem: json.loads(path.read_text())
     for path in sorted(pathlib.Path(folder).glob('*.json'))
   }
-  weak = [told.pop(name) for name in list(told) if name.startswith('weak_')]
+  weak = [plans.pop(name) for name in list(plans) if name.startswith('weak_')]
   weak.sort(key=lambda numbers: numbers['chips'])
   parts = [HEAD]
-  for numbers in told.values():
+  for numbers in plans.values():
     title = f'## {numbers["model"]} on {numbers["topology"]}'
     parts += [title, plan_report.text(numbers)]
   if weak:

@@ -1,4 +1,4 @@
-"""What a configuration says of a critic and of who learns when."""
+"""Critic, optimiser and diagnostics that a configuration describes."""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from jaxrl_llm.models import transformer
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.training import critic as critic_lib
 
-# What `config.critic.trunk` may name.
+# Names that `config.critic.trunk` may have.
 TRUNKS = {'separate': critic_lib.separate, 'shared': critic_lib.shared}
 
 
 def critic(config, built: build.Model) -> critic_lib.Critic:
-  """The critic that `config.critic` describes.
+  """Returns the critic that `config.critic` describes.
 
   Raises:
     UserError: the folder it is to begin with holds no model whose values could
@@ -70,9 +70,22 @@ def start(config, built: critic_lib.Critic, policy_params):
   return sharding.place(built.init(trunk, score))
 
 
-def shapes(config, built: critic_lib.Critic):
-  """Shapes of `start`, from nothing."""
+def critic_shapes(config, built: critic_lib.Critic):
+  """Returns the shapes of `start`, from nothing."""
   return jax.eval_shape(built.init, _trunk_shapes(config, built))
+
+
+def shapes(
+  config, estimator, critic, optimizer, policy_params
+) -> training.TrainState:
+  """Returns the shapes of a first state, from those of the policy."""
+  critic_params = None if critic is None else critic_shapes(config, critic)
+  make = lambda policy, value: build.init_state(
+    policy, optimizer, estimator, value
+  )
+  return sharding.with_shardings(
+    jax.eval_shape(make, policy_params, critic_params)
+  )
 
 
 def _trunk_shapes(config, built: critic_lib.Critic):

@@ -39,7 +39,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import build, checks, cli, stored_runs, validation
-from experiments.failures import failure_counts, failure_messages
+from experiments.validation import failure_counts, failure_messages
 from jaxrl_llm import evaluation, naming, rollouts
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, data, stored_runs
-from experiments.failures import failure_messages
-from experiments.phase import MakePhase, Result
 from experiments.reference import Reference
-from experiments.schedule import Course
+from experiments.schedule import MakePhase, Result, Schedule
 from experiments.supervised import WarmStart
-from experiments.validation import to_samples
+from experiments.validation import failure_messages, to_samples
 from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
@@ -42,7 +40,7 @@ class Run:
     silent: says and records nothing, for `advance`.
 
   Attributes:
-    course: how far it is.
+    schedule: how far it is.
     state: the `TrainState` there.
   """
 
@@ -54,7 +52,7 @@ class Run:
     self._folder = folder.path
     self._resuming = folder.resuming
     self._stop = stop
-    self._told = set()
+    self._reported = set()
     self._compiled = Meter()
     self._key = jax.random.key(config.seed)
     model = build.model(config.model, config.seed)
@@ -64,8 +62,8 @@ class Run:
     self._warm = WarmStart(config, self._model, found.demonstrations)
     self._main = make_phase(config, self._model, found, self._key, self._folder)
     warm = config.warm_start.steps
-    self.course = Course(
-      warm, warm + config.steps, config.tokens, self._main.round
+    self.schedule = Schedule(
+      warm, warm + config.steps, config.tokens, self._main.cycle
     )
     # Taken before anything is trained: of some data there is none.
     self._prompts = self._fingerprint()
@@ -88,7 +86,7 @@ class Run:
       processes.on_main(
         lambda: _refuse_loss(folder, restored), 'what the run folder holds'
       )
-    written = self.course.step if restored else None
+    written = self.schedule.step if restored else None
     if restored and self._pending is not None:
       written = written - 1 if written else None
     self._metrics = self._samples = self._progress = runs.Silent()
@@ -109,7 +107,7 @@ class Run:
     )
     self._samples = files.enter_context(runs.SampleLog(self._folder, written))
     self._progress = files.enter_context(
-      runs.Progress(self.course.total, self.course.step)
+      runs.Progress(self.schedule.total, self.schedule.step)
     )
 
   def train(self) -> None:
@@ -117,12 +115,12 @@ class Run:
     try:
       if self._pending is not None:
         self._record()
-        if self.course.step:
+        if self.schedule.step:
           self._save()
-      while not self.course.ended:
+      while not self.schedule.ended:
         self._stop.check()
         self._one_step()
-        if self.course.checkpoint_is_due(self._config.checkpoints.every):
+        if self.schedule.checkpoint_is_due(self._config.checkpoints.every):
           self._save()
         self._keep.poll()
     except (UserError, StopRequested):
@@ -164,7 +162,10 @@ class Run:
       return
     records = runs.read_metrics(self._folder / 'metrics.jsonl')
     stored_runs.plot(
-      self._folder / 'curve.png', records, self._main.curves, self.course.first
+      self._folder / 'curve.png',
+      records,
+      self._main.curves,
+      self.schedule.first,
     )
     before, after = self._before_after()
     written = ['curve.png', *left]
@@ -181,37 +182,39 @@ class Run:
     What depends on a step alone follows from it: a run that is only advanced,
     never evaluated or saved, computes what one that trains does.
     """
-    course = self.course
-    if course.in_warm_start:
-      result = self._warm.step(self.state, course.step)
+    schedule = self.schedule
+    if schedule.in_warm_start:
+      result = self._warm.step(self.state, schedule.step)
     else:
-      number = course.step - course.first
+      number = schedule.step - schedule.first
       if not number:
         self._begin_main()
       result = self._main.step(self.state, number, self._stop)
     self.state, self._saved = result.state, False
-    course.advance(result.tokens)
+    schedule.advance(result.tokens)
     return result
 
   def _one_step(self) -> None:
     """One step, and its record."""
-    course, result = self.course, self.advance()
+    schedule, result = self.schedule, self.advance()
     shown = []
     if result.responses is not None:
       shown = to_samples(
         result.responses,
-        course.step,
+        schedule.step,
         result.advantages,
         self._config.log.samples,
       )
     # From here on a checkpoint is of this step, of which nothing is written.
     self._pending = _unwritten(result.metrics, result.timings, shown)
     self._score = None
-    if result.messages:
-      self._progress.print(*result.messages)
+    when = f'at step {schedule.step}'
+    self._progress.print(
+      *failure_messages(result.failures, when, self._reported)
+    )
     self._record()
     if shown and self._score is not None:
-      title = f'Step {course.step}'
+      title = f'Step {schedule.step}'
       self._progress.print(runs.sample_table(shown, title=title))
       self._samples.write_html(self._folder.name)
     if result.metrics.get('skipped', 0) >= _MAX_SKIPPED:
@@ -227,13 +230,13 @@ class Run:
     skipped = int(result.metrics['skipped'])
     raise UserError(
       f'{skipped} updates in a row were not finite, up to step '
-      f'{self.course.step}; parameters are those before\n'
+      f'{self.schedule.step}; parameters are those before\n'
       f'lower the learning rate, or {kept}'
     )
 
   def _begin_main(self) -> None:
     """Fixes what the main phase starts from: its state, a reference."""
-    if self.course.first:
+    if self.schedule.first:
       # A state of another kind, which is no checkpoint of this step: if the
       # save of the warm start's end has failed, it must not be tried with this.
       self._keep.wait()
@@ -243,7 +246,7 @@ class Run:
       # A copy: updates reuse the memory of the parameters they change.
       self._main.reference = jax.tree.map(jnp.copy, policy)
       if not self._silent:
-        self._reference.save(self.course.first, self._main.reference)
+        self._reference.save(self.schedule.first, self._main.reference)
     self._progress.print(*self._main.start(self.state))
 
   def _record(self) -> None:
@@ -252,39 +255,39 @@ class Run:
     self._saved = False
     self._samples.write([from_record(x) for x in self._pending['samples']])
     due = self._config.evaluation
-    if self.course.evaluation_is_due(due.every, due.every_tokens):
+    if self.schedule.evaluation_is_due(due.every, due.every_tokens):
       start = time.perf_counter()
       found = self._main.evaluate(
-        self.state.trainable, self.course.step, self._stop
+        self.state.trainable, self.schedule.step, self._stop
       )
       metrics = metrics | found.metrics
-      when = f'at step {self.course.step}'
-      told = failure_messages(found.failures, when, self._told)
+      when = f'at step {self.schedule.step}'
+      told = failure_messages(found.failures, when, self._reported)
       self._progress.print(*told)
       self._samples.write(found.samples)
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
-    metrics = metrics | {'num_tokens': self.course.tokens}
+    metrics = metrics | {'num_tokens': self.schedule.tokens}
     compiled = self._compiled.take()
     timings = timings | {
       'compile_time': compiled.seconds,
       'compiled_programs': compiled.programs,
     }
-    self._metrics.write(self.course.step, metrics, timings)
+    self._metrics.write(self.schedule.step, metrics, timings)
     self._pending = None
-    if self._is_main(self.course.step):
-      record = {'step': self.course.step, **_plain(metrics)}
+    if self._is_main(self.schedule.step):
+      record = {'step': self.schedule.step, **_plain(metrics)}
       self._progress.print(*self._watch.add(record))
     shown = ('warm_start/loss', 'loss', 'reward', *self._main.curves)
     if self._config.tokens:
       shown += ('num_tokens',)
     self._progress.update(
-      self.course.step, **{k: metrics[k] for k in shown if k in metrics}
+      self.schedule.step, **{k: metrics[k] for k in shown if k in metrics}
     )
 
   def _is_main(self, step: int) -> bool:
     """Whether a record is one of the main phase's steps."""
-    return step > self.course.first
+    return step > self.schedule.first
 
   def _before_after(self):
     """Held-out samples of the start and of the end of RL."""
@@ -292,17 +295,17 @@ class Run:
     kept = [sample for sample in samples if sample.advantage is None]
     return tuple(
       [sample for sample in kept if sample.step == step]
-      for step in (self.course.first, self.course.step)
+      for step in (self.schedule.first, self.schedule.step)
     )
 
   def _initial_state(self, params) -> training.TrainState:
-    if not self.course.first:
+    if not self.schedule.first:
       return self._main.begin(params)
     return build.init_state(params, self._warm.optimizer, self._main.estimator)
 
   def _template(self, params, step: int) -> dict:
     """Shapes of what a checkpoint holds: two states need not fit in memory."""
-    first = self.course.first
+    first = self.schedule.first
     if step > first or not first:
       state = self._main.shapes(params)
     else:
@@ -316,7 +319,7 @@ class Run:
 
   def _fingerprint(self) -> dict:
     found = self._main.fingerprint()
-    if self.course.first:
+    if self.schedule.first:
       found['warm_start'] = self._warm.source.fingerprint()
     return found
 
@@ -324,11 +327,11 @@ class Run:
     self._metrics.sync()
     self._samples.sync()
     self._keep.save(
-      self.course.step,
+      self.schedule.step,
       self._tree(self.state),
       {
-        'tokens': self.course.tokens,
-        'tokens_before': self.course.tokens_before,
+        'tokens': self.schedule.tokens,
+        'tokens_before': self.schedule.tokens_before,
         'main': self._main.save(),
         'prompts': self._prompts,
         'pending': self._pending,
@@ -344,36 +347,36 @@ class Run:
       self.state = self._initial_state(params)
       return False
     template = functools.partial(self._template, params)
-    course = self.course
-    course.step, tree, metadata = self._keep.restore(template)
+    schedule = self.schedule
+    schedule.step, tree, metadata = self._keep.restore(template)
     stored, now = metadata['prompts'], self._prompts
     if stored != now:
       phase = next(name for name in now if stored.get(name) != now[name])
       differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
       raise UserError(
-        f'the {phase} prompts are not those of step {course.step}: '
+        f'the {phase} prompts are not those of step {schedule.step}: '
         f'{", ".join(differ)} changed\nrestore the data and the tokenizer, or '
         'start in another --workdir'
       )
     self.state = tree['state']
     self._key = jax.random.wrap_key_data(tree['key'])
     self._main.key = self._key
-    course.tokens = metadata['tokens']
-    course.tokens_before = metadata['tokens_before']
+    schedule.tokens = metadata['tokens']
+    schedule.tokens_before = metadata['tokens_before']
     self._pending = metadata['pending']
     self._score = metadata['score']
     # A run evaluates where it ends: what has no score went on from there.
     unscored = self._pending is None and self._score is None
-    if course.ended and (unscored or course.overran):
+    if schedule.ended and (unscored or schedule.overran):
       raise UserError(
-        f'the run has done {course.step - course.first} steps of RL and '
-        f'generated {course.tokens} tokens: more than the configuration asks '
+        f'the run has done {schedule.step - schedule.first} steps of RL and '
+        f'generated {schedule.tokens} tokens: more than the configuration asks '
         'for\nraise config.steps or config.tokens, whichever is below'
       )
     self._main.load(metadata['main'])
-    if course.step > course.first and self._main.keeps_reference:
+    if schedule.step > schedule.first and self._main.keeps_reference:
       self._main.reference = self._reference.restore(
-        self.state.trainable['policy'], None if course.first else params
+        self.state.trainable['policy'], None if schedule.first else params
       )
     self._saved = True
     return True
@@ -385,7 +388,9 @@ class Run:
       *mended,
     ]
     if restored:
-      lines.append(f'resumed at step {self.course.step} of {self.course.total}')
+      lines.append(
+        f'resumed at step {self.schedule.step} of {self.schedule.total}'
+      )
     elif self._resuming:
       lines.append('no checkpoint yet: the run starts from its beginning')
     self._progress.print(*lines)

@@ -40,7 +40,7 @@ import numpy as np
 from absl import flags
 
 from experiments import build, cli, evaluate, validation
-from experiments.failures import failure_messages
+from experiments.validation import failure_messages
 from jaxrl_llm.atomic import as_json, write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored

@@ -16,20 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import (
-  build,
-  reinforcement,
-  stored_runs,
-  supervised,
-  validation,
-)
+from experiments import build, stored_runs, supervised, validation
 from experiments.data import Data
-from experiments.failures import failure_counts, failure_messages, of_step
-from experiments.phase import Evaluation, Result
-from experiments.schedule import Round
+from experiments.schedule import Cycle, Evaluation, Result
+from experiments.validation import failure_counts
 from jaxrl_llm import estimators, processes, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
+from jaxrl_llm.rollouts.collect import (
+  Setting,
+  complete,
+  failures_of_step,
+  reward_metrics,
+)
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
 
@@ -66,12 +65,12 @@ class Method(NamedTuple):
   restarts: bool = False
 
 
-def rounds(config) -> Round:
+def rounds(config) -> Cycle:
   """The rounds that a configuration describes; one for what the task gives."""
   settings = config.rounds
   if not settings.sampling:
-    return Round(0, config.steps or 1)
-  return Round(settings.sampling, settings.learning)
+    return Cycle(0, config.steps or 1)
+  return Cycle(settings.sampling, settings.learning)
 
 
 def updates(config) -> int:
@@ -97,14 +96,13 @@ class Offline:
   def __init__(self, config, model, data, key, folder, method: Method):
     self._config, self._model, self._method = config, model, method
     self.key = key
-    self.round = rounds(config)
+    self.cycle = rounds(config)
     self.estimator = build.reference(config)
     self.keeps_reference = method.restarts
     self._folder = pathlib.Path(folder) / 'rounds'
     self.rewards = build.reward_parts(config)
-    self._told = set()
     self._given = None
-    if self.round.sampling:
+    if self.cycle.sampling:
       self._encoded = build.encode(config, data.train, model.tokenizer)
       self._sampling = sources.PromptSource(
         self._encoded, config.rollout.prompts, config.seed
@@ -129,7 +127,7 @@ class Offline:
     self._optimizer, self._schedule = build.optimizer(
       config.optimizer, updates(config)
     )
-    self._update = supervised.make_update(
+    self._trainer = supervised.trainer(
       config, model, self.estimator, self._optimizer
     )
     self._held_out = validation.build_held_out(
@@ -148,15 +146,15 @@ class Offline:
     return []
 
   def step(self, state: training.TrainState, number: int, stop) -> Result:
-    turn, place = divmod(number, self.round.steps)
-    if place < self.round.sampling:
+    turn, place = divmod(number, self.cycle.steps)
+    if place < self.cycle.sampling:
       return self._sample(
-        state, number, turn * self.round.sampling + place, stop
+        state, number, turn * self.cycle.sampling + place, stop
       )
     if not number and self._pairs is not None:
       self._ask_reference(state.trainable['policy'], stop)
     start = time.perf_counter()
-    if place == self.round.sampling:
+    if place == self.cycle.sampling:
       params = state.trainable['policy']
       if self._method.restarts:
         params = jax.tree.map(jax.numpy.copy, self.reference)
@@ -164,11 +162,10 @@ class Offline:
     if self._learned is None or self._learned[0] != turn:
       self._learned = (turn, *self._open(turn))
     _, pool, source = self._learned
-    update = place - self.round.sampling
+    update = place - self.cycle.sampling
     rate = float(self._schedule(int(state.updates)))
-    state, metrics = supervised.take_update(
-      self._update, self.estimator, state, pool, source, update
-    )
+    groups = stored.take(pool, source.indices(update))
+    state, metrics = self._trainer.step(state, groups, source.batch(update))
     # Nothing of the pool was sampled by the policy that is trained.
     metrics = {
       name: value
@@ -232,8 +229,8 @@ class Offline:
     ]
     if self._given is None:
       lines.append(
-        f'rounds of {self.round.sampling} steps of sampling and '
-        f'{self.round.learning} updates of {settings.batch}; '
+        f'rounds of {self.cycle.sampling} steps of sampling and '
+        f'{self.cycle.learning} updates of {settings.batch}; '
         + (
           'each begins with the initial model'
           if self._method.restarts
@@ -266,15 +263,14 @@ class Offline:
     sampled = time.perf_counter()
     if stop is not None:
       stop.check()
-    data = rollouts.to_rollouts(
+    setting = Setting(
       self._model.config,
-      params,
-      None,
-      responses,
-      self._generation,
+      self._model.tokenizer,
       estimators.Needs(),
-      self._config.rollout.prompts,
+      self.rewards,
+      self._generation,
     )
+    data = complete(setting, state.trainable, {}, responses)
     mask, valid, rewards, tokens = sharding.to_host(
       (data.mask, data.valid, data.rewards, data.tokens)
     )
@@ -291,19 +287,17 @@ class Offline:
     if self.estimator.needs.reference:
       pool = self._scored(params, Given(self._encoded, pool), stop)
     self._write(self._file(number), pool)
-    metrics = reinforcement.reward_metrics(responses, data)
+    metrics = reward_metrics(responses, data)
     metrics['rounds/chosen'] = len(groups)
-    failures = of_step(responses)
+    failures = failures_of_step(responses)
     metrics |= failure_counts(failures)
-    when = f'at step {self._config.warm_start.steps + number + 1}'
-    messages = failure_messages(failures, when, self._told)
     timings = {
       'rollout_time': sampled - start,
       'step_time': time.perf_counter() - start,
     }
     tokens = int(mask.sum())
     shown = _signs(groups, rewards.shape[:2])
-    return Result(state, metrics, timings, tokens, responses, shown, messages)
+    return Result(state, metrics, timings, tokens, responses, shown, failures)
 
   def _kept(self, data: estimators.Rollouts) -> np.ndarray:
     """[P, G] which responses the estimator would train on one by one."""
@@ -326,11 +320,11 @@ class Offline:
       if self.estimator.needs.reference:
         return stored.load(self._folder / 'given.npz')
       return self._given.pool
-    first = turn * self.round.steps
+    first = turn * self.cycle.steps
     pool = stored.join(
       [
         stored.load(self._file(number))
-        for number in range(first, first + self.round.sampling)
+        for number in range(first, first + self.cycle.sampling)
       ]
     )
     if not len(pool.prompts):
@@ -354,8 +348,15 @@ class Offline:
 
   def _scored(self, params, given: Given, stop) -> stored.Pool:
     """The pool with log-probabilities of a policy as the reference's."""
-    scored = supervised.score_pool(
-      self._config, self._model, params, given.pool, given.encoded, stop
+    scored = training.score_pool(
+      self._model.config,
+      params,
+      given.pool,
+      given.encoded,
+      supervised.batch(self._config),
+      supervised.decoding(self._model),
+      self._config.training.chunk,
+      stop,
     )
     return given.pool._replace(ref_log_probs=scored)
 

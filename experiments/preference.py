@@ -22,7 +22,7 @@ import functools
 import numpy as np
 
 from experiments import build, cli, offline, offline_checks, run
-from experiments.phase import Script
+from experiments.schedule import Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
 from jaxrl_llm.tasks import pairs as pairs_lib

@@ -50,8 +50,8 @@ from experiments import (
   train,
 )
 from experiments.loop import Run
-from experiments.phase import Result, Script
-from experiments.validation import to_samples
+from experiments.schedule import Result, Script
+from experiments.validation import failure_messages, to_samples
 from jaxrl_llm import runs, sharding
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
@@ -109,15 +109,16 @@ def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
       files.enter_context(jax.set_mesh(mesh))
     folder = files.enter_context(_before(workdir, step))
     run = Run(config, folder, None, files, made_by.phase, silent=True)
-    start = run.course.step
+    start = run.schedule.step
     origin = f'checkpoint {start}' if start else 'the beginning'
     print(f'{workdir}: step {step}, {step - start} from {origin}', flush=True)
-    while run.course.step < step - 1:
+    while run.schedule.step < step - 1:
       run.advance()
     before = _host(run.state.trainable) if output else None
     result = run.advance()
-    print(*result.messages, sep='\n', end='\n' * bool(result.messages))
-    found = result.metrics | {'num_tokens': run.course.tokens}
+    for line in failure_messages(result.failures, f'at step {step}', set()):
+      print(line)
+    found = result.metrics | {'num_tokens': run.schedule.tokens}
     found = {name: number(value, name) for name, value in found.items()}
     different = _compare(workdir, recorded, found)
     if output:

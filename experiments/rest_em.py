@@ -17,7 +17,7 @@ Singh et al., `Beyond Human Data <https://arxiv.org/abs/2312.06585>`_, 2023
 import functools
 
 from experiments import cli, offline, offline_checks, run
-from experiments.phase import Script
+from experiments.schedule import Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
 

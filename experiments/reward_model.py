@@ -33,9 +33,8 @@ import types
 import jax
 import numpy as np
 
-from experiments import build, cli, offline_checks, run, supervised
-from experiments.phase import Evaluation, Result, Script
-from experiments.schedule import Round
+from experiments import build, cli, offline_checks, run
+from experiments.schedule import Cycle, Evaluation, Result, Script
 from jaxrl_llm import calibration, processes, runs, sharding, training
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
@@ -136,7 +135,7 @@ class RewardModeling:
   def __init__(self, config, model: build.Model, data, key, folder):
     self._config, self._model, self._folder = config, model, folder
     self.key = key
-    self.round = Round(0, config.steps or 1)
+    self.cycle = Cycle(0, config.steps or 1)
     self.estimator = build.reference(config)
     self._critic = critic.separate(model.config)
     self._encoded, self._pool = encode(config, model, data.train)
@@ -146,14 +145,15 @@ class RewardModeling:
       self._encoded, config.rounds.batch, config.seed
     )
     self._optimizer, self._schedule = build.optimizer(
-      config.optimizer, self.round.learning
+      config.optimizer, self.cycle.learning
     )
     self._micro = config.training.micro_prompts or config.rounds.batch
-    self._update = training.make_update(
-      reward_model_lib.forward(model.config),
+    self._trainer = training.offline(
+      model.config,
       self.estimator,
       self._optimizer,
-      self._micro,
+      micro_prompts=self._micro,
+      forward=reward_model_lib.forward(model.config),
       per_response=diagnostics.score_statistics(),
     )
 
@@ -174,9 +174,9 @@ class RewardModeling:
     del stop
     start = time.perf_counter()
     rate = float(self._schedule(int(state.updates)))
-    state, metrics = supervised.take_update(
-      self._update, self.estimator, state, self._pool, self._source, number
-    )
+    groups = stored.take(self._pool, self._source.indices(number))
+    prompts = self._source.batch(number)
+    state, metrics = self._trainer.step(state, groups, prompts)
     record = {
       'loss': metrics['loss'],
       'grad_norm': metrics['critic/grad_norm'],

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments import build, checks, cli, loop, stored_runs, usage
 from experiments.loop import Run
-from experiments.phase import Script
+from experiments.schedule import Script
 from jaxrl_llm import processes, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import interruptible
@@ -154,7 +154,7 @@ def _train(
     run.train()
     run.finish()
   except StopRequested as request:
-    step = run.course.step
+    step = run.schedule.step
     where = f'after step {step}; everything is saved: continue with --resume'
     return _stopped(request, where)
   return 0

@@ -10,7 +10,7 @@ as in `experiments.train`.
 import functools
 
 from experiments import cli, offline, offline_checks, run, supervised
-from experiments.phase import Script
+from experiments.schedule import Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
 

@@ -1,18 +1,10 @@
-"""Updates on responses that are there: a warm start, and what others build on.
-
-A batch is drawn from a pool by `PromptSource`: a function of the seed and the
-update's number.
-"""
+"""Maximum likelihood of worked solutions, and the trainer of stored groups."""
 
 import time
-from typing import Any
-
-import jax
-import numpy as np
 
 from experiments import build
-from experiments.phase import Result
-from jaxrl_llm import estimators, rollouts, sharding, training
+from experiments.schedule import Result
+from jaxrl_llm import estimators, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.rollouts import stored
@@ -22,96 +14,30 @@ from jaxrl_llm.tasks import sources
 
 
 def decoding(model: build.Model) -> policy.Decoding:
-  """The model's own distribution, of which likelihoods are maximised."""
+  """Returns the model's own distribution, whose likelihood is maximised."""
   return policy.Decoding(num_tokens=build.known_tokens(model))
 
 
-def make_update(
+def trainer(
   config, model: build.Model, estimator: estimators.Estimator, optimizer
-) -> training.Update:
-  """The update of `config.rounds.batch` groups at a time."""
+) -> training.OfflineTrainer:
+  """Builds the trainer of `config.rounds.batch` groups at a time."""
   preferences = estimator.needs.samples > 1
-  return training.make_update(
-    training.policy_forward(
-      model.config, decoding(model), config.training.chunk
-    ),
+  return training.offline(
+    model.config,
     estimator,
     optimizer,
-    config.training.micro_prompts or config.rounds.batch,
-    {'entropy': lambda outputs, batch: outputs.entropy},
-    diagnostics.preference_statistics() if preferences else None,
+    decoding=decoding(model),
+    micro_prompts=batch(config),
+    chunk=config.training.chunk,
+    per_token={'entropy': lambda outputs, batch: outputs.entropy},
+    per_response=diagnostics.preference_statistics() if preferences else None,
   )
 
 
-def score_pool(
-  config,
-  model: build.Model,
-  params,
-  pool: stored.Pool,
-  encoded: prompts_lib.EncodedPrompts,
-  stop=None,
-) -> np.ndarray:
-  """[N, g, T] log-probabilities of a pool's tokens, nats; 0 behind the ends.
-
-  Args:
-    config: the whole configuration.
-    model: outline of the policy.
-    params: of the policy.
-    pool: N groups.
-    encoded: what the pool's prompts are positions in.
-    stop: polled between parts.
-  """
-  count = len(pool.prompts)
-  size = config.training.micro_prompts or config.rounds.batch
-  scored = []
-  for start in range(0, count, size):
-    if stop is not None:
-      stop.check()
-    # The last part is filled up, so that one shape is compiled.
-    part = [min(i, count - 1) for i in range(start, start + size)]
-    groups = stored.take(pool, part)
-    found = rollouts.score_tokens(
-      model.config,
-      params,
-      rollouts.to_prompts(prompts_lib.gather(encoded, groups.prompts)),
-      sharding.place_rows(groups.tokens),
-      decoding(model),
-      size,
-      config.training.chunk,
-    )
-    mask = np.arange(groups.tokens.shape[2]) < groups.lengths[..., None]
-    scored.append(np.where(mask, sharding.to_host(found.log_probs), 0.0))
-  if not scored:
-    return np.zeros(pool.tokens.shape, np.float32)
-  return np.concatenate(scored)[:count].astype(np.float32)
-
-
-def take_update(
-  update: training.Update,
-  estimator: estimators.Estimator,
-  state: training.TrainState,
-  pool: stored.Pool,
-  source: sources.PromptSource,
-  number: int,
-) -> tuple[training.TrainState, dict[str, Any]]:
-  """One update on the groups that a source over a pool's prompts chooses.
-
-  Args:
-    update: of `training.make_update`.
-    estimator: of the same.
-    state: before it.
-    pool: what is trained on.
-    source: over the prompts of the pool's groups, in their order.
-    number: of the batch, from 0.
-
-  Returns:
-    The new state, and the metrics on the host.
-  """
-  chosen = stored.take(pool, source.indices(number))
-  batch = jax.jit(estimator.prepare)(stored.to_rollouts(chosen))
-  prompts = rollouts.to_prompts(source.batch(number))
-  state, metrics = update(state, None, prompts, batch)
-  return state, jax.device_get(metrics)
+def batch(config) -> int:
+  """Returns the number of groups in memory at one time."""
+  return config.training.micro_prompts or config.rounds.batch
 
 
 def demonstrations(
@@ -165,23 +91,20 @@ class WarmStart:
     sharding.check_rows(settings.batch, 1, 'config.warm_start.batch')
     encoded, self._pool = demonstrations(config, model, rows)
     self.source = sources.PromptSource(encoded, settings.batch, config.seed)
-    self._estimator = estimators.sft()
-    self._update = training.make_update(
-      training.policy_forward(
-        model.config, decoding(model), config.training.chunk
-      ),
-      self._estimator,
+    self._trainer = training.offline(
+      model.config,
+      estimators.sft(),
       self.optimizer,
-      settings.batch,
+      decoding=decoding(model),
+      chunk=config.training.chunk,
     )
 
   def step(self, state: training.TrainState, step: int) -> Result:
     """One supervised update."""
     start = time.perf_counter()
     rate = float(self._schedule(int(state.updates)))
-    state, metrics = take_update(
-      self._update, self._estimator, state, self._pool, self.source, step
-    )
+    groups = stored.take(self._pool, self.source.indices(step))
+    state, metrics = self._trainer.step(state, groups, self.source.batch(step))
     record = {
       'warm_start/loss': metrics['loss'],
       'warm_start/grad_norm': metrics['grad_norm'],

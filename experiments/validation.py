@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build
-from experiments.failures import failure_counts
-from experiments.phase import Evaluation
+from experiments.schedule import Evaluation
 from jaxrl_llm import evaluation, rollouts, sharding
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart
@@ -268,3 +267,30 @@ def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
     )
     total += float(jnp.where(mask, now - before, 0.0).sum())
   return total
+
+
+def failure_counts(failures: Mapping[str, Failures]) -> dict[str, int]:
+  """Numbers for the record: NAME/failed, of all kinds."""
+  return {f'{name}/failed': found.total for name, found in failures.items()}
+
+
+def failure_messages(
+  failures: Mapping[str, Failures], where: str, told: set[tuple[str, str]]
+) -> list[str]:
+  """A line for each kind of failure that was not told before.
+
+  Args:
+    failures: by name in the record.
+    where: such as 'at step 7'.
+    told: (name, kind) of what was told; what is now is added.
+  """
+  lines = []
+  for name, found in failures.items():
+    for kind, message in found.messages.items():
+      if (name, kind) not in told:
+        told.add((name, kind))
+        lines.append(
+          f'{name}: {found.counts[kind]} {where} without a score by {kind}: '
+          f'{message}'
+        )
+  return lines

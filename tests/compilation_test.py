@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import scripts
 
-from experiments import build, reinforcement
+from experiments import build, online
 from experiments.configs import quickstart
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.rewards import RewardPart
@@ -72,7 +72,7 @@ def test_a_repeated_step_compiles_nothing(algorithm):
   )
   model = build.model(config.model, config.seed)
   rows = build.dataset(config, model.tokenizer).train
-  rl = reinforcement.Reinforcement(config, model, rows, jax.random.key(0))
+  rl = online.Steps(config, model, rows, jax.random.key(0))
   rl.rewards = [
     RewardPart('ones', lambda completions: [len(c) for c in completions])
   ]

@@ -1,4 +1,4 @@
-"""The generated table of estimators: whole, fresh, and its example runs."""
+"""The generated pages and figures: whole, fresh, and their example runs."""
 
 import importlib.util
 import inspect
@@ -12,9 +12,9 @@ from jaxrl_llm import estimators as est
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 
 
-def load():
-  path = DOCS / 'make_estimators.py'
-  spec = importlib.util.spec_from_file_location('make_estimators', path)
+def load(name='make_estimators'):
+  path = DOCS / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
@@ -40,6 +40,14 @@ def row(name):
 def test_the_page_is_fresh(capsys):
   status = MAKER.main(['--check'])
   assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_figure_is_the_notebook_s_chart(tmp_path, monkeypatch):
+  maker = load('make_figure')
+  monkeypatch.setattr(maker, 'FIGURE', tmp_path / 'estimators.png')
+  maker.main()
+  assert maker.FIGURE.read_bytes().startswith(b'\x89PNG')
 
 
 def test_every_recipe_is_in_the_table():

@@ -53,7 +53,7 @@ def own(name):
 
 
 def test_the_walk_sees_the_package():
-  assert 'jaxrl_llm.estimators' in GRAPH['experiments.reinforcement']
+  assert 'jaxrl_llm.estimators' in GRAPH['jaxrl_llm.training.online']
   assert 'jaxrl_llm.sampling.policy' in GRAPH['jaxrl_llm.sampling.sampler']
   assert 'jax.numpy' in GRAPH['jaxrl_llm.estimators.weights']
   assert len(FILES) > 40

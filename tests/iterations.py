@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import build, reinforcement
+from experiments import build, online
 from experiments.configs import quickstart
 from jaxrl_llm import rollouts, sharding, training
 from jaxrl_llm.models import transformer
@@ -61,7 +61,7 @@ def iteration(algorithm: str) -> dict:
   config = configuration(algorithm)
   model = build.model(config.model, config.seed)
   data = build.dataset(config, model.tokenizer)
-  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl = online.Steps(config, model, data.train, jax.random.key(0))
   rl.rewards = [RewardPart('ones', count_ones)]
   # Another policy than the reference: its KL has a gradient.
   rl.reference = jax.tree.map(lambda x: 1.1 * x, model.params)

@@ -1,5 +1,7 @@
-"""The commands of the README: as pasted by a new user, and what they name."""
+"""The README's commands and code, as a new user pastes them."""
 
+import functools
+import json
 import os
 import pathlib
 import re
@@ -8,11 +10,16 @@ import subprocess
 import sys
 
 import pytest
+import scripts
+
+from benchmarks import job
+from jaxrl_llm.models.huggingface import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = [README, *(p.read_text() for p in sorted((ROOT / 'docs').glob('*.md')))]
 INSTALL, TEST = re.findall(r'```bash\n(pip install -e .*)\n```', README)
+BLOCKS = re.findall(r'```python\n(.*?)```', README, re.S)
 
 # Few steps of the first command: what is tried is that it begins and ends.
 SHORT = (
@@ -41,6 +48,59 @@ def test_what_commands_name_is_there():
   assert len(found) > 50
   missing = [path for path in sorted(found) if not (ROOT / path).is_file()]
   assert missing == []
+
+
+def test_the_readme_is_short():
+  assert README.count('\n') <= 150
+
+
+def test_links_of_pages_lead_somewhere():
+  pages = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', *ROOT.glob('docs/*.md')]
+  broken = [
+    f'{page.name}: {link}'
+    for page in pages
+    for link in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', page.read_text())
+    if not (page.parent / link).exists()
+  ]
+  assert broken == []
+
+
+def test_the_estimator_runs(capsys):
+  (source,) = [block for block in BLOCKS if 'enumeration.examine' in block]
+  exec(compile(source, 'README.md', 'exec'), {})
+  printed = capsys.readouterr().out
+  assert re.fullmatch(r'bias 0\.\d\d, cosine 0\.\d\d\n', printed)
+
+
+def test_the_configuration_of_ones_own_trains(tmp_path):
+  (source,) = [block for block in BLOCKS if 'def get_config' in block]
+  (tmp_path / 'mine.py').write_text(source)
+  for name, first in (('train', 0), ('test', 100)):
+    numbers = range(first, first + 40)
+    rows = [
+      json.dumps({'prompt': f'What is {n} + 1?', 'answer': str(n + 1)})
+      for n in numbers
+    ]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(rows))
+  shape = job.Shape(hidden=16, intermediate=24, layers=1, heads=2, kv_heads=1)
+  ended = scripts.Script(
+    'train',
+    '--config=mine.py',
+    '--workdir=runs/mine',
+    f'--config.model.path={job.folder(shape, tmp_path)}',
+    '--config.steps=2',
+    '--config.rollout.prompts=2',
+    '--config.evaluation.prompts=4',
+    '--config.rollout.max_tokens=8',
+    '--config.optimizer.warmup_updates=0',
+    cache=scripts.cache(),
+    before=functools.partial(os.chdir, tmp_path),
+  ).wait()
+  assert ended.code == 0, ended.err
+  *_, last = scripts.records(tmp_path / 'runs/mine')
+  assert last['step'] == 2
+  assert {'rewards/right/mean', 'rewards/repeats/mean'} <= set(last)
+  assert folders.load(tmp_path / 'runs/mine/hf')[0].vocab_size == 512
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import estimators as est
+from jaxrl_llm import rollouts
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.sampling.policy import Prompts
@@ -298,3 +299,34 @@ def adjusted_probabilities(logits, decoding):
   out = np.zeros_like(p)
   np.put_along_axis(out, order, p, axis=-1)
   return out
+
+
+def to_rollouts(
+  config,
+  params,
+  reference,
+  responses,
+  generation,
+  needs,
+  micro_prompts,
+  values=None,
+  baseline=None,
+  running=None,
+  at_once=None,
+  **settings,
+):
+  """`rollouts.complete` with all that it may read given one by one."""
+  setting = rollouts.Setting(
+    config,
+    None,
+    needs,
+    (),
+    generation,
+    reference,
+    None if values is None else lambda *inputs: values,
+    micro_prompts,
+    **settings,
+  )
+  return rollouts.complete(
+    setting, {'policy': params}, running, responses, baseline, at_once
+  )

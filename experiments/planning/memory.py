@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, learner, offline, supervised
+from experiments import build, checks, cli, critics, offline, online, supervised
 from experiments.configs import base
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.sampling import policy
@@ -66,11 +66,18 @@ def measure(config: ConfigDict) -> Memory:
     UserError: the configuration is wrong, or the backend keeps no account.
   """
   model = build.outline(config.model)
-  built = learner.Learner(config, model)
+  estimator = build.estimator(config)
+  needs = estimator.needs
+  critic = critics.critic(config, model) if needs.critic else None
+  optimizer, _ = critics.optimizer(config, needs)
+  state = critics.shapes(config, estimator, critic, optimizer, model.params)
+  update = online.trainer(config, model).make_update(
+    build.micro_prompts(config)
+  )
   prompts = config.rollout.prompts // config.training.minibatches
-  rollouts = build.abstract_rollouts(config, built.estimator.needs, prompts)
-  batch = jax.eval_shape(built.estimator.prepare, rollouts)
-  return account(config, built.update, built.shapes(model.params), batch)
+  rollouts = build.abstract_rollouts(config, needs, prompts)
+  batch = jax.eval_shape(estimator.prepare, rollouts)
+  return account(config, update, state, batch)
 
 
 def measure_offline(config: ConfigDict) -> Memory:
@@ -78,7 +85,8 @@ def measure_offline(config: ConfigDict) -> Memory:
   model = build.outline(config.model)
   estimator = build.reference(config)
   optimizer, _ = build.optimizer(config.optimizer, offline.updates(config))
-  update = supervised.make_update(config, model, estimator, optimizer)
+  trainer = supervised.trainer(config, model, estimator, optimizer)
+  update = trainer.make_update(supervised.batch(config))
   state = jax.eval_shape(
     lambda params: build.init_state(params, optimizer, estimator), model.params
   )

@@ -35,8 +35,7 @@ import pathlib
 import jax
 from absl import flags
 
-from experiments import build, checks, cli
-from experiments.learner import Learner
+from experiments import build, checks, cli, critics, online
 from experiments.planning import (
   hardware,
   memory_analysis,
@@ -67,28 +66,24 @@ def model(config, name: str) -> build.Model:
 
 def iteration(config, built: build.Model) -> programs.Iteration:
   """One step of `experiments.train` as shapes and functions."""
-  learner = Learner(config, built)
-  needs, settings = learner.estimator.needs, config.training
-  generation = build.generation(
-    config,
-    built,
-    0,
-    samples=config.rollout.samples,
-    temperature=config.rollout.temperature,
-  )
+  trainer, settings = online.trainer(config, built), config.training
+  estimator, needs = build.estimator(config), trainer.setting.needs
+  critic = critics.critic(config, built) if needs.critic else None
+  optimizer, _ = critics.optimizer(config, needs)
+  micro_prompts = build.micro_prompts(config)
   count = config.rollout.prompts // settings.minibatches
   return programs.Iteration(
     config=built.config,
-    state=learner.shapes(built.params),
-    update=learner.update,
-    prepare=learner.estimator.prepare,
+    state=critics.shapes(config, estimator, critic, optimizer, built.params),
+    update=trainer.make_update(micro_prompts),
+    prepare=estimator.prepare,
     needs=needs,
     rollouts=build.abstract_rollouts(config, needs, count),
-    critic=learner.critic,
-    generation=rollouts.with_statistics(generation, needs),
+    critic=critic,
+    generation=rollouts.with_statistics(trainer.setting.generation, needs),
     prompts=config.rollout.prompts,
     prompt_tokens=config.prompts.max_tokens,
-    micro_prompts=learner.micro_prompts,
+    micro_prompts=micro_prompts,
     chunk=settings.chunk,
     minibatches=settings.minibatches * settings.epochs,
     # Of bfloat16 the trainer recomputes what the sampler recorded.

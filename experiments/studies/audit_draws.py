@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, checks, critics, reinforcement, stored_runs
+from experiments import build, checks, critics, online, stored_runs
 from experiments.configs import base
 from jaxrl_llm import audit, estimators, rollouts, training
 from jaxrl_llm.atomic import as_json, write_atomically
@@ -84,7 +84,7 @@ def of_run(
   path = pathlib.Path(folder)
   critic = reference = None
   if rl.needs.critic and number > config.warm_start.steps:
-    shapes = critics.shapes(config, critics.critic(config, model))
+    shapes = critics.critic_shapes(config, critics.critic(config, model))
     template = {'state': {'trainable': {'critic': shapes}}}
     with Checkpoints(path / 'checkpoints', read_only=True) as checkpoints:
       _, tree, _ = checkpoints.restore(template, number, part=True)
@@ -174,22 +174,21 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
 
 def begin(
   subject: Subject, config: ConfigDict, label: str
-) -> tuple[reinforcement.Reinforcement, training.TrainState]:
+) -> tuple[online.Steps, training.TrainState]:
   """The phase that trains with an estimator, and its first state."""
   key = jax.random.fold_in(
     jax.random.key(config.seed), zlib.crc32(label.encode())
   )
-  rl = reinforcement.Reinforcement(config, subject.model, subject.rows, key)
-  rl.reference = subject.reference
-  if rl.reference is None:
-    rl.reference = subject.model.params
+  rl = online.Steps(config, subject.model, subject.rows, key)
+  reference = subject.reference
+  rl.fix(reference=subject.model.params if reference is None else reference)
   state = rl.begin(subject.model.params)
   if rl.critic is not None:
     state = state.replace(
       trainable=state.trainable | {'critic': subject.critic}
     )
   difference = rl.log_prob_difference(state, 0)
-  rl.rescore = not difference <= config.rollout.log_prob_tolerance
+  rl.fix(rescore=not difference <= config.rollout.log_prob_tolerance)
   needs = rl.estimator.needs
   if needs.running:
     # Running numbers are fixed from here on.
@@ -252,7 +251,7 @@ def draw(
   prepare = jax.jit(rl.estimator.prepare)
   differentiate = jax.jit(functools.partial(token_weights, rl.estimator))
   settings = {
-    'decoding': rl.generation.decoding,
+    'decoding': rl.trainer.setting.generation.decoding,
     'micro_prompts': build.micro_prompts(config),
     'chunk': config.training.chunk,
   }

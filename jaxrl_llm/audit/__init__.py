@@ -1,4 +1,4 @@
-"""How far off are gradient estimators, and values, on a real model?"""
+"""Errors of gradient estimators, and of state values, on a real model."""
 
 from jaxrl_llm.audit.estimates import Estimate, root
 from jaxrl_llm.audit.gradients import (

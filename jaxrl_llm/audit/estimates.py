@@ -14,13 +14,13 @@ class Estimate(NamedTuple):
 
 
 def jackknife(n: int, values: np.ndarray) -> Estimate:
-  """A function of means over n independent draws, and over m others.
+  """Estimates a function of means over n independent draws, and over m others.
 
-  Beside the standard error the jackknife gives the bias that such a function
-  has, of order 1/n, and takes it off.
+  Besides the standard error, the jackknife estimates the bias of such a
+  function, of order 1/n, and subtracts it.
 
   Args:
-    n: how many there are of the first kind.
+    n: number of draws of the first kind.
     values: [1 + n + m]; the function of all draws, then of all but each of the
       n, then of all but each of the m.  m may be 0.
   """
@@ -35,7 +35,7 @@ def jackknife(n: int, values: np.ndarray) -> Estimate:
 
 
 def leave_out(x: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-  """[F, 1 + C] means of [F, S]: of all, of all but each cluster."""
+  """Averages [F, S] to [F, 1 + C]: over all, over all but each cluster."""
   _, index = np.unique(clusters, return_inverse=True)
   inside = np.eye(index.max() + 1)[index]
   sums, sizes = x @ inside, inside.sum(axis=0)
@@ -45,10 +45,10 @@ def leave_out(x: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def root(square: Estimate, width: float = 1.96) -> tuple[float, float, float]:
-  """(√x, low, high) of an estimate of x ≥ 0 that may itself be negative.
+  """Returns (√x, low, high) of an estimate of x ≥ 0 that may be negative.
 
   Low and high are the roots of x ± `width` standard errors, and 0 where those
-  are negative: 0 says that nothing was found.
+  are negative: 0 means that nothing was detected.
   """
   positive = lambda x: math.sqrt(x) if not x < 0 else 0.0
   margin = width * square.error

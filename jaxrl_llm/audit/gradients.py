@@ -1,18 +1,18 @@
-"""How far off are gradient estimators on a model of any size?
+"""Bias and variance of gradient estimators on a model of any size.
 
-An estimator's gradient g is drawn again and again, independently, and so is a
-reference whose mean is taken for the true gradient G = ∇J.  What is reported
-of them is built of means of inner products ⟨gᵢ, gⱼ⟩ over *different* draws,
-which estimate ‖E g‖², ⟨E g, G⟩ and ‖G‖² without bias, however noisy the draws.
+An estimator's gradient g is drawn repeatedly and independently, and so is a
+reference whose mean is taken for the true gradient G = ∇J.  Reports are built
+from means of inner products ⟨gᵢ, gⱼ⟩ over *different* draws, which estimate
+‖E g‖², ⟨E g, G⟩ and ‖G‖² without bias, however noisy the draws.
 
   draws = audit.draw_gradients(lambda i: ({'all': gradient(i)}, tokens), …)
   report = audit.compare(draws['all'], reference)
 
-Inner products are all that is needed: of a large model sketches of the
-gradients are kept, which preserve them.
+Only inner products are needed: for a large model, sketches of the gradients
+are kept, which preserve them.
 
 Shapes: n draws of an estimator, m of the reference, D parameters, d numbers
-kept of each draw.
+kept per draw.
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxrl_llm.audit.estimates import Estimate, jackknife
 
 Array = jax.Array
 
-_COLUMNS = 2**16  # of the draws that are in float64 at one time
+_COLUMNS = 2**16  # of the draws, converted to float64 at a time
 
 
 class Gradients(NamedTuple):
@@ -46,20 +46,20 @@ class Gradients(NamedTuple):
 
 
 class Report(NamedTuple):
-  """An estimator's gradient g beside the true gradient G.
+  """An estimator's gradient g compared with the true gradient G.
 
   Attributes:
     draws: n.
     tokens: generated for one g, on average.
-    squared_bias: ‖E g − G‖² / ‖G‖².  Without bias, so it may be negative.
+    squared_bias: ‖E g − G‖² / ‖G‖².  An unbiased estimate: may be negative.
     scale: ⟨E g, G⟩ / ‖G‖², the multiple of G that is nearest to E g.
     cosine: of the angle between E g and G.
-    squared_tilt: 1 − cos², the squared bias that is left at the best scale:
+    squared_tilt: 1 − cos², the squared bias that remains at the best scale:
       ‖s E g − G‖² / ‖G‖², whatever the step size.  May be negative.
     variance: tr Cov g / ‖G‖².
     signal: to noise per 1,000 generated tokens,
-      1000 / tokens · ‖E g‖² cos² / tr Cov g.  The scale of g has no part in
-      it; unbiased estimators have cos = 1.
+      1000 / tokens · ‖E g‖² cos² / tr Cov g.  The scale of g does not matter;
+      unbiased estimators have cos = 1.
   """
 
   draws: int
@@ -73,7 +73,7 @@ class Report(NamedTuple):
 
 
 class Share(NamedTuple):
-  """What part h of an estimator's gradient g = h + … contributes.
+  """Contribution of a part h to an estimator's gradient g = h + ….
 
   Attributes:
     squared_norm: ‖E h‖² / ‖E g‖².
@@ -89,12 +89,12 @@ class Share(NamedTuple):
 
 
 def sketch(tree: Any, dimension: int, seed: int = 0) -> Array:
-  """A count sketch: parameters, with random signs, summed in random buckets.
+  """Sums parameters, with random signs, in random buckets: a count sketch.
 
     E⟨Sx, Sy⟩ = ⟨x, y⟩,   Var⟨Sx, Sy⟩ ≤ (‖x‖² ‖y‖² + ⟨x, y⟩²) / d
 
-  S is linear and the same for all: a squared norm of any combination of
-  gradients comes out within a factor 1 ± √(2 / d).
+  S is linear and the same for all: the squared norm of any combination of
+  gradients is preserved within a factor 1 ± √(2 / d).
 
   Args:
     tree: arrays, D numbers in all.
@@ -105,25 +105,25 @@ def sketch(tree: Any, dimension: int, seed: int = 0) -> Array:
     [d] float32.
 
   Raises:
-    ValueError: `dimension` is no power of two.
+    ValueError: `dimension` is not a power of two.
   """
   if dimension < 1 or dimension & (dimension - 1):
     raise ValueError(f'{dimension=} has to be a power of two')
-  found = jnp.zeros(dimension, jnp.float32)
+  sums = jnp.zeros(dimension, jnp.float32)
   for i, leaf in enumerate(jax.tree.leaves(tree)):
     key = jax.random.fold_in(jax.random.key(seed), i)
     bits = jax.random.bits(key, (leaf.size,), jnp.uint32)
     sign = 1.0 - 2.0 * (bits >> 31).astype(jnp.float32)
     bucket = (bits & jnp.uint32(dimension - 1)).astype(jnp.int32)
-    found = found.at[bucket].add(sign * leaf.reshape(-1).astype(jnp.float32))
-  return found
+    sums = sums.at[bucket].add(sign * leaf.reshape(-1).astype(jnp.float32))
+  return sums
 
 
 @functools.partial(jax.jit, static_argnames=('dimension', 'seed'))
 def _kept(
   tree: Any, dimension: int | None, seed: int
 ) -> tuple[Array, list[Array]]:
-  """What is kept of a gradient, [d], and the squares of its leaves' norms."""
+  """Returns the numbers kept of a gradient, [d], and its leaves' squares."""
   leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
   squares = [jnp.square(leaf).sum() for leaf in leaves]
   if dimension is None:
@@ -146,16 +146,16 @@ def draw_gradients(
       for different i.  Several names are parts of one gradient, or several
       estimators on the same responses.
     tokens: the budget.
-    least: draws in any case, at least 4.
+    least: minimum number of draws, at least 4.
     dimension: d of `sketch`; None keeps whole gradients, n · D numbers.
-    seed: of the sketch.  What is compared has to share d and seed.
+    seed: of the sketch.  Gradients to be compared must share d and seed.
 
   Raises:
-    ValueError: `least` is too small, a gradient is not finite.
+    ValueError: `least` is too small, or a gradient is not finite.
   """
   if least < 4:
     raise ValueError(f'{least=}: standard errors need at least 4 draws')
-  found, spent = {}, []
+  draws, spent = {}, []
   while len(spent) < least or sum(spent) < tokens:
     parts, cost = draw(len(spent))
     spent.append(cost)
@@ -164,29 +164,29 @@ def draw_gradients(
       square = math.fsum(squares)
       if not math.isfinite(square):
         raise ValueError(f'{name}: gradient {len(spent) - 1} is not finite')
-      found.setdefault(name, []).append((vector, square))
+      draws.setdefault(name, []).append((vector, square))
   return {
     name: Gradients(
       vectors=np.stack([vector for vector, _ in kept]),
       squared_norms=np.array([square for _, square in kept]),
       tokens=np.array(spent),
     )
-    for name, kept in found.items()
+    for name, kept in draws.items()
   }
 
 
 def compare(gradients: Gradients, reference: Gradients) -> Report:
-  """Bias, variance and signal of an estimator's gradient.
+  """Estimates bias, variance and signal of an estimator's gradient.
 
   Args:
-    gradients: n ≥ 4 draws of the estimator's.
+    gradients: n ≥ 4 draws of the estimator's gradient.
     reference: m ≥ 4 draws, independent of these, whose mean is G.
 
   Raises:
     ValueError: too few draws, or sketches of different sizes.
   """
   n, m = len(gradients.vectors), len(reference.vectors)
-  own = _Moments.of(gradients, m)
+  moments = _Moments.of(gradients, m)
   cross = _Cross.of(gradients, reference)
   true = _squared_mean(_products(reference.vectors, reference.vectors))
   # Deletions of the reference's draws come last.
@@ -196,24 +196,30 @@ def compare(gradients: Gradients, reference: Gradients) -> Report:
     return Report(
       draws=n,
       tokens=float(gradients.tokens.mean()),
-      squared_bias=estimate((own.squared - 2 * cross.mean + true) / true),
+      squared_bias=estimate((moments.squared - 2 * cross.mean + true) / true),
       scale=estimate(cross.mean / true),
-      cosine=estimate(cross.mean / np.sqrt(own.squared * true)),
-      squared_tilt=estimate(1.0 - cross.square / (own.squared * true)),
-      variance=estimate(own.variance / true),
-      signal=estimate(1000 / own.tokens * cross.square / (true * own.variance)),
+      cosine=estimate(cross.mean / np.sqrt(moments.squared * true)),
+      squared_tilt=estimate(1.0 - cross.square / (moments.squared * true)),
+      variance=estimate(moments.variance / true),
+      signal=estimate(
+        1000 / moments.tokens * cross.square / (true * moments.variance)
+      ),
     )
 
 
 def relative_error(reference: Gradients) -> float:
-  """√(tr Cov g / n) / ‖G‖: how far the mean of n ≥ 4 draws may be from G."""
-  own = _Moments.of(reference, 4)
-  n, true, variance = len(reference.vectors), own.squared[0], own.variance[0]
+  """Returns √(tr Cov g / n) / ‖G‖, the error of the mean of n ≥ 4 draws."""
+  moments = _Moments.of(reference, 4)
+  n, true, variance = (
+    len(reference.vectors),
+    moments.squared[0],
+    moments.variance[0],
+  )
   return math.sqrt(max(variance, 0.0) / n / true) if true > 0 else math.nan
 
 
 def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
-  """What a part of each gradient contributes to the whole.
+  """Estimates the contribution of a part of each gradient to the whole.
 
   Args:
     part, whole: n ≥ 4 draws, the i-th of one is a part of the other's i-th.
@@ -225,22 +231,22 @@ def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
   n, m = len(whole.vectors), len(reference.vectors)
   if len(part.vectors) != n:
     raise ValueError(f'{len(part.vectors)} draws of a part, {n} of the whole')
-  own, all_ = _Moments.of(part, m), _Moments.of(whole, m)
+  moments, all_ = _Moments.of(part, m), _Moments.of(whole, m)
   cross, of_whole = _Cross.of(part, reference), _Cross.of(whole, reference)
   true = _squared_mean(_products(reference.vectors, reference.vectors))
   true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
   estimate = functools.partial(jackknife, n)
   with np.errstate(invalid='ignore', divide='ignore'):
     return Share(
-      squared_norm=estimate(own.squared / all_.squared),
+      squared_norm=estimate(moments.squared / all_.squared),
       progress=estimate(cross.mean / of_whole.mean),
-      cosine=estimate(cross.mean / np.sqrt(own.squared * true)),
-      variance=estimate(own.variance / all_.variance),
+      cosine=estimate(cross.mean / np.sqrt(moments.squared * true)),
+      variance=estimate(moments.variance / all_.variance),
     )
 
 
 class _Moments(NamedTuple):
-  """Of one estimator's draws; [1 + n + m]: all draws, each one left out.
+  """Moments of an estimator, [1 + n + m]: of all draws, with each left out.
 
   The m deletions of the reference's draws change nothing here.
   """
@@ -261,7 +267,7 @@ class _Moments(NamedTuple):
 
 
 class _Cross(NamedTuple):
-  """Of two estimators' draws; [1 + n + m]: all draws, each one left out."""
+  """Moments of two estimators, [1 + n + m]: of all, with each left out."""
 
   mean: np.ndarray  # ⟨E g, G⟩
   square: np.ndarray  # ⟨E g, G⟩²
@@ -274,29 +280,31 @@ class _Cross(NamedTuple):
         f'{reference.vectors.shape[1]} numbers: draw both with one dimension'
       )
     products = _products(gradients.vectors, reference.vectors)
-    own, other = _cross_sums(products), _cross_sums(products.T)
-    both = (np.concatenate([x, y[1:]]) for x, y in zip(own, other, strict=True))
+    first, second = _cross_sums(products), _cross_sums(products.T)
+    both = (
+      np.concatenate([x, y[1:]]) for x, y in zip(first, second, strict=True)
+    )
     return cls(*both)
 
 
 def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """[n, m] float64 of inner products of rows."""
-  found = np.zeros((len(x), len(y)))
+  """Returns the inner products of rows, [n, m] float64."""
+  products = np.zeros((len(x), len(y)))
   for start in range(0, x.shape[1], _COLUMNS):
     part = slice(start, start + _COLUMNS)
-    found += x[:, part].astype(float) @ y[:, part].astype(float).T
-  return found
+    products += x[:, part].astype(float) @ y[:, part].astype(float).T
+  return products
 
 
 def _mean(x: np.ndarray, m: int) -> np.ndarray:
-  """[1 + n + m] means: of all, of all but each, and m times of all again."""
+  """Returns [1 + n + m] means: of all, of all but each, and m times of all."""
   n = len(x)
   left_out = (x.sum() - x) / (n - 1)
   return np.concatenate([[x.mean()], left_out, np.full(m, x.mean())])
 
 
 def _squared_mean(products: np.ndarray) -> np.ndarray:
-  """[1 + n] means over pairs of different rows: of all, of all but each."""
+  """Returns [1 + n] means over pairs of different rows: all, all but each."""
   n, diagonal = len(products), np.diagonal(products)
   total = products.sum() - diagonal.sum()
   without = total - 2 * (products.sum(axis=1) - diagonal)
@@ -306,7 +314,7 @@ def _squared_mean(products: np.ndarray) -> np.ndarray:
 
 
 def _cross_sums(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """[1 + n] twice: ⟨E g, G⟩ and its square, of all rows and of all but each.
+  """Returns ⟨E g, G⟩ and its square, [1 + n] each: all rows, all but each.
 
   The square is the mean of K[i, j] K[i', j'] over i ≠ i' and j ≠ j'.
   """

@@ -1,7 +1,7 @@
-"""How far off are values of states inside responses?
+"""Errors of the values of states inside responses.
 
 Values are compared with the mean return of very many branches from the same
-states.  The noise of that mean is taken off.
+states.  The noise of that mean is subtracted.
 
 Shapes: S states, N branches from each.
 """
@@ -16,7 +16,7 @@ from jaxrl_llm.audit.estimates import Estimate, jackknife, leave_out
 
 
 class Value(NamedTuple):
-  """How far a source of values is from the truth.
+  """Accuracy of a source of values.
 
   Attributes:
     squared_error: E (V − U)², U the expected return of the state.
@@ -28,7 +28,7 @@ class Value(NamedTuple):
 
 
 class Doob(NamedTuple):
-  """Two estimates of one number: martingale differences split the variance.
+  """Two estimates of one variance: by martingale differences, and directly.
 
   Attributes:
     squares: Σₖ E (Uₖ₊₁ − Uₖ)², from the prompt to the reward.
@@ -47,24 +47,24 @@ def value_errors(
   clusters: np.ndarray,
   counts: Sequence[int] = (),
 ) -> dict[str, Value]:
-  """Errors of values against the mean of very many branches.
+  """Estimates errors of values against the mean of very many branches.
 
-  The noise of that mean, s² / N, is taken off: errors are those against the
-  states' true values U, and may come out negative where there is none.
+  The noise of that mean, s² / N, is subtracted: errors are relative to the
+  states' true values U, and may be negative where there is none.
 
   Args:
-    returns: [S, N] of the branches from each state; NaN for one without.
-    predictions: name → [S], values that know nothing of `returns`.
+    returns: [S, N] of the branches from each state; NaN for a missing one.
+    predictions: name → [S], values that are independent of `returns`.
     clusters: [S] int; states that depend on each other, those of one prompt,
       share a number.  Standard errors are jackknifed over clusters.
     counts: K; adds 'mean of K branches', whose squared error is s² / K.
 
   Returns:
-    {name: Value}, 'truth' first: what the values themselves explain is the
-    most that any can.
+    {name: Value}, 'truth' first: the true values explain the most that any
+    can.
 
   Raises:
-    ValueError: a state with less than 2 returns, less than 2 clusters.
+    ValueError: fewer than 2 returns at a state, or fewer than 2 clusters.
   """
   returns = np.asarray(returns, float)
   number = np.isfinite(returns).sum(axis=1)
@@ -83,12 +83,12 @@ def value_errors(
     for name, values in predictions.items()
   }
   columns = [spread, mean, np.square(mean) - noise, *errors.values()]
-  within, first, second, *found = leave_out(np.stack(columns), clusters)
+  within, first, second, *means = leave_out(np.stack(columns), clusters)
   total = within + second - np.square(first)
   estimate = functools.partial(jackknife, len(total) - 1)
   return {
     name: Value(estimate(error), estimate(1.0 - (within + error) / total))
-    for name, error in zip(errors, found, strict=True)
+    for name, error in zip(errors, means, strict=True)
   }
 
 
@@ -100,28 +100,28 @@ def doob(
 ) -> Doob:
   """Checks that Σₖ E (Uₖ₊₁ − Uₖ)² = Var(R | prompt) for measured values.
 
-  It holds for any stopping times in a response, and for no values but the
-  expected rewards.
+  It holds for any stopping times in a response, and only for expected rewards
+  as values.
 
   Args:
-    values: [n, 1 + M] of n responses, of the prompt and then at up to M places
-      from left to right; NaN for no place.  Estimates that know nothing of
-      the response from there on, nor of each other.
+    values: [n, 1 + M] of n responses, at the prompt and then at up to M
+      positions from left to right; NaN for no position.  Estimates must be
+      independent of the response from there on, and of each other.
     noise: [n, 1 + M], variances of these estimates.
     rewards: [n] of the responses.
     clusters: [n] int, as in `value_errors`.
   """
   noise = np.where(np.isnan(values), 0.0, noise)
   squares, last, last_noise = 0.0, values[:, 0], noise[:, 0]
-  for value, own in zip(
+  for value, spread in zip(
     [*values.T[1:], rewards], [*noise.T[1:], 0.0 * rewards], strict=True
   ):
     known = ~np.isnan(value)
-    step = np.square(value - last) - own - last_noise
+    step = np.square(value - last) - spread - last_noise
     squares = squares + np.where(known, step, 0.0)
     last = np.where(known, value, last)
-    last_noise = np.where(known, own, last_noise)
+    last_noise = np.where(known, spread, last_noise)
   variance = np.square(rewards - values[:, 0]) - noise[:, 0]
-  found = leave_out(np.stack([squares, variance]), clusters)
-  estimate = functools.partial(jackknife, found.shape[1] - 1)
-  return Doob(*map(estimate, found), estimate(found[0] - found[1]))
+  means = leave_out(np.stack([squares, variance]), clusters)
+  estimate = functools.partial(jackknife, means.shape[1] - 1)
+  return Doob(*map(estimate, means), estimate(means[0] - means[1]))

@@ -126,7 +126,7 @@ from jaxrl_llm.estimators.trees import tree
 from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Batch,
-  Keep,
+  Filter,
   Needs,
   Outputs,
   Ratio,
@@ -160,7 +160,7 @@ __all__ = [
   'Branches',
   'Estimator',
   'Fill',
-  'Keep',
+  'Filter',
   'Known',
   'Needs',
   'Outputs',

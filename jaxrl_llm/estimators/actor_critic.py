@@ -1,4 +1,4 @@
-"""The named estimators that value states: by a critic or by branches.
+"""Named estimators that value states, by a critic or by branches.
 
 A is the advantage, V a value, ρ the ratio of the policy to the one that
 sampled, N the number of responses, ΣT that of tokens.
@@ -53,7 +53,7 @@ def ppo(
     L = 1/ΣT Σᵢ Σₜ [− min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ) + c/2 (V − V̂)²]
     A = whiten(GAE(1, λ)),   V̂ = V_old + GAE(1, λ),   r = R at the end − β k1
 
-  γ is 1: the reward is that of the whole response.
+  γ is 1, because the reward is for the whole response.
 
   Bias: as good as the critic; `whiten` and `token_mean` as their lines say.
 
@@ -62,8 +62,8 @@ def ppo(
     lam: λ.
     kl: β, in units of the reward per nat, or `adaptive_kl`.
     value_coefficient: c.
-    value_clip: how far the critic may move, in units of the reward.
-    dual_clip: the largest ratio that a negative advantage meets.
+    value_clip: maximum change of the critic, in units of the reward.
+    dual_clip: the largest ratio for a negative advantage.
 
   References:
     Schulman et al., `Proximal Policy Optimization Algorithms
@@ -87,7 +87,7 @@ def vapo(
   value_coefficient: float = 0.5,
   value_clip: float = 0.5,
 ) -> Estimator:
-  """PPO whose λ differs: 1 for the critic, by length for the policy.
+  """PPO with λ = 1 for the critic and a λ by length for the policy.
 
     A = whiten(GAE(1, 1 − 1/(α T))),   V̂ = R
 
@@ -128,16 +128,16 @@ def vine_ppo(
     L = − 1/ΣT Σᵢ Σₜ [min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ) − β k3ᵢₜ]
     Aᵢₜ = whiten(V̂_b − V̂_a)   for t in the step (a, b]
 
-  V̂ is the mean of K continuations, that of the prompt the siblings' mean.
+  V̂ is the mean of K continuations, and at the prompt the siblings' mean.
 
   Bias: none but what `whiten`, `token_mean` and the KL's gradient add.
 
   Args:
     delimiters: token ids that end a step.
-    count: the most steps, ours: the tail is one last step.
+    count: maximum number of steps, our addition: the tail is one last step.
     samples: K.
     clip: ε.
-    kl: β, in units of the advantage per nat.  At 0 no reference is asked for.
+    kl: β, in units of the advantage per nat.  At 0 no reference is needed.
 
   References:
     Kazemnejad et al., `VinePPO <https://arxiv.org/abs/2410.01679>`_, 2024
@@ -167,21 +167,21 @@ def trepo(
 
   V̂ at a position is the mean reward of K fresh continuations from there, at
   the prompt that of the siblings.  The authors approximate between positions
-  and leave open how: `interpolate_advantages` with `pairs(uniform())` reads
-  their words most literally, `hold` is ours and exact.
+  but do not specify how: `interpolate_advantages` with `pairs(uniform())` is
+  the most literal reading, `hold` is ours and exact.
 
   Bias: none with `hold`; the interpolations tilt.
 
   Args:
-    count: the most positions per response.
+    count: maximum number of positions per response.
     samples: K.
     positions: a rule of `positions`; if None `uniform()`, in `pairs` where the
       advantages are interpolated.
     fill: `hold`, `interpolate_values` or `interpolate_advantages`.
     clip: ε.
     score_weighted: baselines weighted by the continuations' squared scores.
-    kl: β, in units of the reward per nat, or `adaptive_kl`: charged to the
-      responses and to their branches.
+    kl: β, in units of the reward per nat, or `adaptive_kl`, for the responses
+      and their branches.
 
   References:
     He et al., `Response-Level Rewards Are All You Need
@@ -206,14 +206,14 @@ def trepo_tree(
   clip: float = 0.2,
   kl: float | Running = 0.0,
 ) -> Estimator:
-  """TRePO whose branches are trained on as well.
+  """TRePO that also trains on its branches.
 
     L = − 1/N Σ_rows Σₜ sₜ min(ρₜ Aₜ, clip(ρₜ, 1−ε, 1+ε) Aₜ)
     Aₜ = V(c) − mean of V of the other continuations
 
-  c is what continues with token t from the last fork before it; a fork is worth
-  the mean of its continuations, and the share s is 1/(K+1) for each fork that a
-  token stands behind.  N counts whole responses.
+  c is the continuation that contains token t, from the last fork before it.  V
+  of a fork is the mean of its continuations, and the share s has a factor
+  1/(K+1) for each fork before the token.  N counts whole responses.
 
   Bias: none.
 
@@ -242,14 +242,14 @@ def trepo_critic(
   value_coefficient: float = 0.5,
   value_clip: float | None = None,
 ) -> Estimator:
-  """Few branches, and a critic that has learnt from them for the baselines.
+  """Few branches, with baselines from a critic that is trained on them.
 
     L = 1/N Σᵢ Σₜ [− min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε, 1+ε) Aᵢₜ) + c/2 (Vφ − V̂)²]
     Aᵢₜ = V̂_b − Vφ(sₜ)   for a < t ≤ b,   V̂_T = Rᵢ
 
   V̂ at a position is the mean of K fresh continuations; Vφ(sₜ), of the state
-  before the token, is fitted to that of the next position, or to R, with
-  nothing bootstrapped.
+  before the token, is fitted to V̂ of the next position, or to R, without
+  bootstrapping.
 
   Bias: none for the policy, whatever the critic says.
 
@@ -274,6 +274,6 @@ def trepo_critic(
 
 
 def _reward(kl: float | Running) -> AdvantageTransform:
-  """The response's reward on its last token, less the KL of every token."""
+  """Puts the reward on the last token and subtracts every token's KL."""
   kl_part = (subtract_token_kl(kl),) if kl else ()
   return chain(at_last_token(), *kl_part)

@@ -1,9 +1,9 @@
 """Transforms of response rewards: chaining, shaping, KL.
 
 Each maps an array, [P, G, 1] or [P, G, T], to the next; `chain` applies them
-in reading order, beginning with the rewards.  `baselines` holds those that
-centre a reward, `credit` those that spread it over tokens.  A line `Bias:`
-states what a transform does to the expected on-policy policy gradient.
+in reading order, beginning with the rewards.  `baselines` contains transforms
+that centre a reward, `credit` those that spread it over tokens.  `Bias:` lines
+state a transform's effect on the expected on-policy policy gradient.
 """
 
 import dataclasses
@@ -24,25 +24,24 @@ from jaxrl_llm.estimators.types import (
 
 
 def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
-  """Applies `transforms` one after the other, the first one first.
+  """Applies `transforms` in order.
 
-  What stands in front of Monte Carlo values is part of the reward: the
-  branches' own rewards go through it as well (`Branches.shaping`).  Chains of
-  the same parts are equal.
+  Transforms before Monte Carlo values shape the reward, so they also apply to
+  the rewards of branches (`Branches.shaping`).  Chains of the same parts are
+  equal.
 
   Raises:
-    ValueError: an order that would be silently wrong: a transform gets tokens'
-      numbers and wants responses' or the reverse, or values of states are set
-      against something that is no reward, such as what a group statistic or a
-      baseline left of it.
+    ValueError: the order would be silently wrong: a transform expects numbers
+      per response and gets them per token, or vice versa; or state values are
+      compared with something that is not a reward, such as a baseline's output.
   """
   centred = takes_reward = False
   takes = level = None
   for place, transform in enumerate(transforms, 1):
     if centred and transform.takes_reward:
       raise ValueError(
-        f'transform {place} of the chain values states, but what it gets is '
-        'no reward any more: put baselines behind it, or leave them out'
+        f'transform {place} of the chain values states, but its input is no '
+        'longer a reward: put baselines after it, or omit them'
       )
     if transform.takes and level and transform.takes != level:
       raise ValueError(
@@ -66,7 +65,7 @@ def chain(*transforms: AdvantageTransform) -> AdvantageTransform:
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-  """Unlike closures, equal where the parts are: it is part of `Needs`."""
+  """A chain that equals one of equal parts, as `Needs` requires."""
 
   transforms: tuple[AdvantageTransform, ...]
 
@@ -79,11 +78,11 @@ class _Chain:
 def _shape_branches(
   needs: Needs, before: tuple[AdvantageTransform, ...]
 ) -> Needs:
-  """`needs` with branches whose rewards first go through `before`."""
+  """Prepends `before` to the shaping of branch rewards in `needs`."""
   if needs.branches is None or not before:
     return needs
-  own = needs.branches.shaping
-  parts = before if own is None else (*before, own)
+  inner = needs.branches.shaping
+  parts = before if inner is None else (*before, inner)
   shaping = parts[0] if len(parts) == 1 else chain(*parts)
   return needs._replace(branches=needs.branches._replace(shaping=shaping))
 
@@ -100,7 +99,7 @@ def identity() -> AdvantageTransform:
 
 
 def ones() -> AdvantageTransform:
-  """Weighs every response alike, whatever it earned: maximum likelihood.
+  """Weights all responses equally, whatever their reward: maximum likelihood.
 
     Aᵢ = 1
 
@@ -113,7 +112,7 @@ def ones() -> AdvantageTransform:
 
 
 def penalize_overlong(max_length: int, buffer: int) -> AdvantageTransform:
-  """Takes up to 1 from the reward of responses near the length limit.
+  """Subtracts up to 1 from the reward of responses near the length limit.
 
     R ← R − clip((T − (max_length − buffer)) / buffer, 0, 1)
 
@@ -121,8 +120,8 @@ def penalize_overlong(max_length: int, buffer: int) -> AdvantageTransform:
   Bias: none for the reward with its penalty.
 
   Args:
-    max_length: from here on the penalty is 1, tokens.
-    buffer: the width of the ramp, tokens.
+    max_length: tokens at which the penalty reaches 1.
+    buffer: width of the ramp, tokens.
 
   References:
     Yu et al., `DAPO <https://arxiv.org/abs/2503.14476>`_, 2025, eq. 13
@@ -141,13 +140,13 @@ def penalize_overlong(max_length: int, buffer: int) -> AdvantageTransform:
 def entropy_where_equal(
   coefficient: float, right: Callable[[Array], Array] = lambda r: r > 0.5
 ) -> AdvantageTransform:
-  """Gives groups whose rewards are all equal an advantage from the entropy.
+  """Replaces the advantages of groups with equal rewards by entropy terms.
 
     Aᵢₜ = α Hᵢₜ                  where all responses are right
     Aᵢₜ = − α (maxₛ Hᵢₛ − Hᵢₜ)   where all are equal and wrong
 
-  Every other group keeps its advantage.  H is the entropy at sampling time;
-  the maximum is over the response.  Equality is that of `rollouts.rewards`.
+  Other groups keep their advantages.  H is the entropy at sampling time; the
+  maximum is over the response.  Equality refers to `rollouts.rewards`.
 
   Level: [P, G, 1] → token, [P, G, T].
   Bias: on purpose, where a group's rewards are equal.
@@ -177,17 +176,17 @@ def entropy_where_equal(
 def adaptive_kl(
   initial: float, target: float, horizon: int, name: str = 'kl_coefficient'
 ) -> Running:
-  """A KL coefficient that steers the KL of the responses to a target.
+  """A KL coefficient that steers the responses' KL towards a target.
 
     β ← β (1 + min(1, n/horizon) · clip(KL/target − 1, −0.2, 0.2))
 
-  The step in proportion to the responses is that of the authors' code; the
-  paper has a constant, 0.1.  All three numbers are above 0.
+  The step is proportional to the responses, as in the authors' code; the paper
+  has a constant, 0.1.  All three numbers must be positive.
 
   Args:
     initial: β of the first batch.
     target: KL of a whole response, nats.
-    horizon: in responses; n is the number of responses of a batch.
+    horizon: in responses; n is the number of responses in a batch.
     name: of the running number.
 
   References:
@@ -208,12 +207,12 @@ def adaptive_kl(
 
 
 def subtract_response_kl(coefficient: float | Running) -> AdvantageTransform:
-  """Charges each response its own log-ratio to the reference policy.
+  """Subtracts from each response its log-ratio to the reference policy.
 
     Rᵢ ← Rᵢ − β Σₜ (log πᵢₜ − log π_refᵢₜ)
 
-  k1 inside the reward.  The sum over the response is part of the
-  response-level reward, so it goes before any baseline.
+  k1 inside the reward.  The sum is part of the response's reward, so it comes
+  before any baseline.
 
   Level: response, [P, G, 1] → [P, G, 1].
   Bias: none for the objective E[R] − β KL(π‖π_ref) of whole responses.
@@ -231,19 +230,19 @@ def subtract_response_kl(coefficient: float | Running) -> AdvantageTransform:
 
 
 def current(coefficient: float | Running, rollouts: Rollouts) -> float | Array:
-  """The value of a constant or running coefficient."""
+  """Returns the value of a constant or running coefficient."""
   if isinstance(coefficient, Running):
     return rollouts.running[coefficient.name]
   return coefficient
 
 
 def running_part(coefficient: float | Running) -> tuple[Running, ...]:
-  """What a coefficient adds to `Needs.running`."""
+  """Returns a coefficient's contribution to `Needs.running`."""
   return (coefficient,) if isinstance(coefficient, Running) else ()
 
 
 def token_kl(rollouts: Rollouts) -> Array:
-  """log π − log π_ref of the sampled tokens, [P, G, T] nats, 0 outside."""
+  """Returns log π − log π_ref of the sampled tokens, [P, G, T] nats."""
   kept = rollouts.mask & valid_responses(rollouts)
   return jnp.where(kept, rollouts.log_probs - rollouts.ref_log_probs, 0.0)
 

@@ -1,7 +1,7 @@
-"""The named estimators: each a docstring over a one-line composition.
+"""Named estimators with an advantage per response, as one-line compositions.
 
-Here are those with an advantage per response; `actor_critic` holds those that
-value states, `references` what is not reinforcement learning.
+`actor_critic` contains the estimators that value states,
+`supervised_preference` those that are not reinforcement learning.
 
 A is the advantage, ρ the ratio of the policy to the one that sampled, N the
 number of responses, Tᵢ the length of response i in tokens.
@@ -58,8 +58,8 @@ def reinforce() -> Estimator:
 
     L = − 1/N Σᵢ Σₜ Rᵢ log πᵢₜ
 
-  By the Trajectory Policy Gradient Theorem this models every token reward
-  that adds up to R, whatever the discount.
+  By the Trajectory Policy Gradient Theorem this models all token rewards that
+  add up to R, whatever the discount.
 
   Bias: none.
 
@@ -74,7 +74,7 @@ def reinforce() -> Estimator:
 
 
 def reinforce_baseline(decay: float = 0.9) -> Estimator:
-  """REINFORCE against an average reward of earlier batches.
+  """REINFORCE with the average reward of earlier batches as the baseline.
 
     L = − 1/N Σᵢ Σₜ (Rᵢ − b) log πᵢₜ,   b ← decay · b + (1 − decay) · mean R
 
@@ -89,7 +89,7 @@ def reinforce_baseline(decay: float = 0.9) -> Estimator:
 
 
 def remax() -> Estimator:
-  """REINFORCE against the reward of the greedy response.
+  """REINFORCE with the greedy response's reward as the baseline.
 
     L = − 1/N Σᵢ Σₜ (Rᵢ − R(greedy)) log πᵢₜ
 
@@ -111,7 +111,7 @@ def rloo(kl: float | Running = 0.0) -> Estimator:
 
   Args:
     kl: β, in units of the reward per nat, or `adaptive_kl`.  At 0 no reference
-      is asked for.
+      is needed.
 
   References:
     Ahmadian et al., `Back to Basics <https://arxiv.org/abs/2402.14740>`_, 2024
@@ -140,7 +140,7 @@ def reinforce_plus_plus(
   Args:
     clip: ε.
     kl: β, in units of the reward per nat, or `adaptive_kl`.  At 0 no reference
-      is asked for.
+      is needed.
 
   References:
     Hu et al., `REINFORCE++ <https://arxiv.org/abs/2501.03262>`_, 2025
@@ -167,7 +167,7 @@ def reinforce_plus_plus_baseline(
 
   Args:
     clip: ε.
-    kl: β, in units of the advantage per nat.  At 0 no reference is asked for.
+    kl: β, in units of the advantage per nat.  At 0 no reference is needed.
 
   References:
     Hu et al., `REINFORCE++ <https://arxiv.org/abs/2501.03262>`_, 2025
@@ -191,7 +191,7 @@ def grpo(clip: float = 0.2, kl: float = 0.04) -> Estimator:
 
   Args:
     clip: ε.
-    kl: β, in units of the advantage per nat.  At 0 no reference is asked for.
+    kl: β, in units of the advantage per nat.  At 0 no reference is needed.
 
   References:
     Shao et al., `DeepSeekMath <https://arxiv.org/abs/2402.03300>`_, 2024
@@ -236,8 +236,8 @@ def dapo(
     L = − 1/ΣT Σᵢ Σₜ min(ρᵢₜ Aᵢ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Aᵢ)
     Aᵢ = (R′ᵢ − mean R′) / std R′,   R′ = R less the overlong penalty
 
-  Groups of equal R are dropped and do not count; refilling them is the
-  driver's.  No KL.
+  Groups of equal R are dropped and do not count; the driver refills them.  No
+  KL.
 
   Bias: as `grpo`, with one mean over all tokens for 1/Tᵢ.
 
@@ -288,9 +288,9 @@ def cispo(low: float = 1.0, high: float = 0.28) -> Estimator:
     L = − 1/ΣT Σᵢ Σₜ sg[clip(ρᵢₜ, 1−ε_low, 1+ε_high)] Aᵢ log πᵢₜ
     Aᵢ = (Rᵢ − mean R) / std R
 
-  The paper tunes ε_high only and does not state it: the default is DAPO's.
-  Dynamic sampling and the overlong penalty, which the paper adds, are `dapo`'s
-  `mixed_outcomes` and `penalize_overlong`.
+  The paper tunes ε_high only and does not report it: the default is DAPO's.
+  Dynamic sampling and the overlong penalty, which the paper adds, are
+  `mixed_outcomes` and `penalize_overlong`, as in `dapo`.
 
   Bias: as `dapo` without the penalty; tokens of groups with equal rewards
   count in ΣT.
@@ -352,7 +352,7 @@ def obl_reinforce() -> Estimator:
 
 
 def rl_zvp(entropy: float = 0.1, clip: float = 0.2) -> Estimator:
-  """GRPO that learns from groups without variance, by entropy.
+  """GRPO that also learns from groups of equal rewards, by entropy.
 
     A as in `grpo`, but α Hᵢₜ where all are right and − α (maxₛ Hᵢₛ − Hᵢₜ)
     where all are wrong; right is a reward above 0.5.  No KL.
@@ -378,10 +378,9 @@ def p3o(clip: float = 0.2, ratio: Ratio = trajectory_ratio) -> Estimator:
 
     L = − 1/N Σᵢ min(ρᵢ Aᵢ, clip(ρᵢ, 1−ε, 1+ε) Aᵢ),   Aᵢ = Rᵢ − Rⱼ
 
-  j is the partner of i along G.  Chosen where the paper leaves it open: the
-  clipped form V1 takes each response's own trajectory ratio, V2 the product
-  of the pair's, the importance weight of drawing that pair.  No KL: the paper
-  controls it as well.
+  j is the partner of i along G.  The paper leaves the ratio open; we choose: V1
+  clips each response's own trajectory ratio, V2 the product of the pair's, the
+  importance weight of drawing that pair.  No KL, which the paper also controls.
 
   Bias: none on policy, where it is `rloo` with G = 2.
 

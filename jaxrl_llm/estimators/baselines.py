@@ -1,4 +1,4 @@
-"""Baselines: what is subtracted from a response's reward.
+"""Baselines that are subtracted from a response's reward.
 
 Group statistics are taken along axis 1 over the valid responses of a prompt.
 """
@@ -37,7 +37,7 @@ def subtract_greedy_reward() -> AdvantageTransform:
 
 
 def subtract_running_mean(decay: float = 0.9) -> AdvantageTransform:
-  """Subtracts an average reward of earlier batches.
+  """Subtracts a running mean reward of earlier batches.
 
     Aᵢ = Rᵢ − b,   b ← decay · b + (1 − decay) · mean R  after the batch
 
@@ -117,8 +117,8 @@ def standardize(epsilon: float = 1e-6) -> AdvantageTransform:
 
   The deviation has G−1 in its denominator (ddof = 1), as in TRL, verl and
   Tunix.  Their ε differ: 1e-4 in TRL, 1e-6 in verl and Tunix, 1e-9 in
-  OpenRLHF.  A group of equal rewards gives exactly 0, decided by comparing the
-  rewards: their deviation is not 0 in float32.
+  OpenRLHF.  A group of equal rewards yields exactly 0, detected by comparing
+  the rewards, because their deviation is not 0 in float32.
 
   Level: response, [P, G, 1] → [P, G, 1].
   Bias: reweights prompts, by about 1/std (that alone for binary rewards, and
@@ -146,7 +146,7 @@ def standardize(epsilon: float = 1e-6) -> AdvantageTransform:
   return _baseline(apply, Needs(samples=2))
 
 
-_TINY = 1e-30  # keeps 0/0 away where no response counts
+_TINY = 1e-30  # avoids 0/0 where no response counts
 
 
 def _baseline(apply, needs: Needs) -> AdvantageTransform:
@@ -154,7 +154,7 @@ def _baseline(apply, needs: Needs) -> AdvantageTransform:
 
 
 class ResponseWeight(NamedTuple):
-  """How much a response counts in a weighted baseline: [P, G, 1]."""
+  """A response's weight in a weighted baseline, [P, G, 1]."""
 
   apply: Callable[[Rollouts], Array]
   needs: Needs = Needs()
@@ -198,7 +198,7 @@ def subtract_weighted_mean(weight: ResponseWeight) -> AdvantageTransform:
     valid = valid_responses(rollouts)
     weights = jnp.where(valid, weight.apply(rollouts), 0.0)
     total = weights.sum(axis=1, keepdims=True)
-    # Nobody weighs anything: all alike.
+    # All weights are 0: weight the responses equally.
     weights = jnp.where(total > 0, weights, valid)
     total = jnp.where(total > 0, total, valid.sum(axis=1, keepdims=True))
     sums = (weights * advantages).sum(axis=1, keepdims=True)
@@ -215,8 +215,8 @@ def subtract_weighted_leave_one_out_mean(
 
     Aᵢ = Rᵢ − Σ_{j≠i} Wⱼ Rⱼ / Σ_{j≠i} Wⱼ
 
-  With `score_norm` an estimate of the baseline that minimises the variance
-  token by token.  Siblings that weigh nothing count alike.
+  With `score_norm`, estimates the baseline that minimises the variance token by
+  token.  Siblings whose weights are all 0 count equally.
 
   Level: response, [P, G, 1] → [P, G, 1].  Exactly 0 where all rewards of a
   group are equal, and for a response without a valid sibling.
@@ -241,11 +241,11 @@ def subtract_weighted_leave_one_out_mean(
 
 
 def subtract_partner() -> AdvantageTransform:
-  """Subtracts from each response the reward of the other of its pair.
+  """Subtracts from each response the reward of its partner.
 
     A₂ₖ = R₂ₖ − R₂ₖ₊₁,   A₂ₖ₊₁ = R₂ₖ₊₁ − R₂ₖ
 
-  Responses pair up along G in their order.  Without a valid partner: 0.
+  Responses pair up along G in order.  Without a valid partner, A is 0.
 
   Level: response, [P, G, 1] → [P, G, 1].
   Bias: none.
@@ -263,10 +263,10 @@ def subtract_partner() -> AdvantageTransform:
 
 
 def partner(x: Array) -> Array:
-  """Swaps the two of each pair along axis 1.
+  """Swaps the two members of each pair along axis 1.
 
   Raises:
-    ValueError: axis 1 is odd.
+    ValueError: axis 1 has an odd length.
   """
   prompts, samples, width = x.shape
   if samples % 2:
@@ -281,18 +281,18 @@ def group_mean(x: Array, valid: Array) -> Array:
 
 
 def varies(x: Array, valid: Array, axis: int | None = 1) -> Array:
-  """True for groups, [P, 1, ·], whose valid entries are not all equal."""
+  """Marks groups, [P, 1, ·] bool, whose valid entries are not all equal."""
   highest = jnp.where(valid, x, -jnp.inf).max(axis=axis, keepdims=True)
   lowest = jnp.where(valid, x, jnp.inf).min(axis=axis, keepdims=True)
-  # Not `highest > lowest`: a NaN stays in sight.
+  # Not `highest > lowest`, which would hide a NaN.
   return ~(highest <= lowest)
 
 
 def _siblings(x: Array, samples: int) -> Array:
-  """[P, G, 1] → [P, G, G, 1]: entry i holds x with 0 in place of xᵢ.
+  """[P, G, 1] → [P, G, G, 1]: entry i is x with 0 in place of xᵢ.
 
   Sums over axis 2 are sums over siblings, without the cancellation of
-  subtracting one's own part from the whole.
+  subtracting xᵢ from the total.
   """
   return jnp.where(
     jnp.eye(samples, dtype=bool)[None, :, :, None], 0, x[:, None]

@@ -1,4 +1,4 @@
-"""An estimator is a value: advantages, token loss and token weights."""
+"""Composes an estimator from advantages, a token loss and token weights."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Array,
   Batch,
-  Keep,
+  Filter,
   Needs,
   Outputs,
   Rollouts,
@@ -31,10 +31,10 @@ class Estimator(NamedTuple):
   """A policy-gradient estimator.
 
   Attributes:
-    needs: what must be sampled or computed first.
-    prepare: whole rollouts → batch.  Sees whole groups, stops gradients.
-    weigh: batch → batch with the token weights of these rows alone.  `prepare`
-      has done it for all rows; call it again on each optimiser minibatch.
+    needs: inputs that must be sampled or computed first.
+    prepare: whole rollouts → batch.  Uses whole groups and stops gradients.
+    weigh: batch → batch with token weights for its rows alone.  `prepare` does
+      this for all rows; call it again on each optimiser minibatch.
     loss: (outputs, batch) → scalar, a plain sum over tokens, so that the
       losses and gradients of micro-batches add up exactly.
   """
@@ -50,7 +50,7 @@ def estimator(
   token_loss: TokenLoss,
   weights: TokenWeights,
   *,
-  keep: Keep = valid_responses,
+  keep: Filter = valid_responses,
   value_target: AdvantageTransform | None = None,
 ) -> Estimator:
   """Composes an estimator.
@@ -60,15 +60,14 @@ def estimator(
   Args:
     advantages: response rewards → advantages.
     token_loss: the loss of each token.
-    weights: how tokens are summed.
-    keep: which responses are trained on and counted in N.  Group statistics
-      are taken over all valid ones before.
-    value_target: response rewards → what a critic should predict.
+    weights: token weights of the sum.
+    keep: selects the responses to train on and count in N.  Group statistics
+      still cover all valid responses.
+    value_target: response rewards → targets of a critic.
 
   Returns:
     An `Estimator`.  Its `prepare` raises ValueError for too few responses per
-    prompt, for a missing array that the parts need and for one of a wrong
-    shape.
+    prompt and for a required array that is missing or has the wrong shape.
 
   Raises:
     ValueError: the parts do not fit together.
@@ -90,7 +89,7 @@ def estimator(
 
   if needs.branches and needs.branches.trained and keep != valid_responses:
     raise ValueError(
-      '`keep` decides over whole groups, but rows may be branches: leave it out'
+      '`keep` selects among whole groups, but rows may be branches: omit it'
     )
 
   def weigh(batch: Batch) -> Batch:
@@ -126,9 +125,9 @@ def estimator(
     return jax.lax.stop_gradient(weigh(batch))
 
   def loss(outputs: Outputs, batch: Batch) -> Array:
-    given = (outputs.log_probs, outputs.entropy, outputs.values)
+    arrays = (outputs.log_probs, outputs.entropy, outputs.values)
     chex.assert_equal_shape(
-      [batch.log_probs, batch.weights, *(x for x in given if x is not None)]
+      [batch.log_probs, batch.weights, *(x for x in arrays if x is not None)]
     )
     outputs, batch = _blank_outside(outputs, batch)
     return jnp.sum(batch.weights * token_loss.apply(outputs, batch))
@@ -137,14 +136,14 @@ def estimator(
 
 
 def start_running(needs: Needs) -> dict[str, Array]:
-  """What `Rollouts.running` holds before the first batch."""
+  """Returns the `Rollouts.running` of the first batch."""
   return {part.name: jnp.float32(part.initial) for part in needs.running}
 
 
 def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
-  """What `Rollouts.running` holds for the batch after `rollouts`.
+  """Returns the `Rollouts.running` of the batch after `rollouts`.
 
-  Only whole responses count: branches are more of the same.
+  Only whole responses count, not branches.
   """
   running = rollouts.running or {}
   rollouts = blank_rollouts(rollouts)
@@ -158,16 +157,16 @@ def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
 
 
 def _own_tokens(rollouts: Rollouts) -> tuple[Array, ...]:
-  """The mask without what branches inherit, which rows are whole, shares."""
+  """Returns the mask without inherited tokens, the whole rows, and shares."""
   if rollouts.parents is None:
     return rollouts.mask, None, None
   time = jnp.arange(rollouts.mask.shape[2])[None, None]
-  own = rollouts.mask & (time >= rollouts.forked_at)
-  return own, whole_responses(rollouts), fork_shares(rollouts)
+  added = rollouts.mask & (time >= rollouts.forked_at)
+  return added, whole_responses(rollouts), fork_shares(rollouts)
 
 
 def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
-  """Zeros what stands outside the mask of a batch and its outputs."""
+  """Zeros entries of a batch and its outputs outside the mask."""
   inside = functools.partial(blank, batch.mask & batch.valid)
   return (
     outputs.replace(
@@ -197,7 +196,7 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
   for name, shape in shapes.items():
     array = getattr(rollouts, name)
     if array is not None and array.shape != shape:
-      # Broadcast, it would be another's reward or log-probability.
+      # Broadcasting would assign another response's reward or log-probability.
       raise ValueError(
         f'`{name}` in the rollouts is {list(array.shape)}; with tokens of '
         f'{list(rollouts.tokens.shape)} it has to be {list(shape)}'

@@ -1,4 +1,4 @@
-"""From a response's reward to advantages of its tokens.
+"""Turns a response's reward into advantages of its tokens.
 
 One `gae` over the segments between known `values` serves PPO, VinePPO and
 TRePO.
@@ -24,7 +24,7 @@ from jaxrl_llm.estimators.values import Known, Values, critic
 # Maps advantages at known states, [P, G, T], `where` they are known and the
 # mask to advantages of all tokens.
 Fill = Callable[[Array, Array, Array], Array]
-# γ-like numbers may depend on the responses' lengths, [P, G, 1] tokens.
+# λ, which may depend on the responses' lengths, [P, G, 1] tokens.
 Lambda = float | Callable[[Array], Array]
 
 
@@ -43,7 +43,7 @@ def at_last_token() -> AdvantageTransform:
 
 
 def at_every_token() -> AdvantageTransform:
-  """Gives every token its response's advantage, so that tokens are averaged.
+  """Assigns to every token its response's advantage, to average over tokens.
 
   Level: [P, G, 1] → token, [P, G, T].
   Bias: none.
@@ -57,7 +57,7 @@ def at_every_token() -> AdvantageTransform:
 
 
 def add_token_rewards() -> AdvantageTransform:
-  """Adds known rewards of tokens to those that flow.
+  """Adds known token rewards to the flowing ones.
 
   Level: token, [P, G, T] → [P, G, T].
   Bias: none for the sum of both rewards.
@@ -72,7 +72,7 @@ def add_token_rewards() -> AdvantageTransform:
 
 
 def subtract_token_kl(coefficient: float | Running) -> AdvantageTransform:
-  """Charges each token its log-ratio to the reference policy.
+  """Subtracts from each token its log-ratio to the reference policy.
 
     rᵢₜ ← rᵢₜ − β (log πᵢₜ − log π_refᵢₜ)
 
@@ -124,9 +124,9 @@ def gae(
     Aₖ = δₖ + λ γ^{length} Aₖ₊₁,   V after the last token = 0
 
   With a value at every token these are the textbook formulas, λ γ per token.
-  Segments end where a value replaces the rewards to go; where there is only a
-  baseline, an advantage is taken against it that reaches over to the next one.
-  λ hands on advantages against values, also where a state's own is against
+  Segments end where a value replaces the rewards to go; a state with only a
+  baseline gets an advantage against it that extends to the next such value.
+  λ passes on advantages against values, even where a state's own is against
   another baseline: their mean, given the prefix, is 0.
 
   Level: token, [P, G, T] → [P, G, T].
@@ -135,11 +135,10 @@ def gae(
   that knows the response's length tilts even with exact values.
 
   Args:
-    gamma: γ; with a reward for the whole response it has to be 1, as it has
-      with branches.
+    gamma: γ; must be 1 with branches or a reward for the whole response.
     lam: λ, a number or a function of the lengths, [P, G, 1] tokens.
     values: `critic()`, `branches(…)` or `branches_with_critic(…)`.
-    fill: what tokens between known states get; `hold` if None.
+    fill: assigns advantages between known states; `hold` if None.
 
   References:
     Schulman et al., `High-Dimensional Continuous Control Using Generalized
@@ -147,8 +146,8 @@ def gae(
   """
   if gamma != 1 and values.needs.branches is not None:
     raise ValueError(
-      f'{gamma=}: branches value states by what a whole response earns, '
-      'undiscounted: γ has to be 1'
+      f'{gamma=}: branches value states by the undiscounted reward of whole '
+      'responses: γ has to be 1'
     )
   if not 0 <= gamma <= 1 or not (callable(lam) or 0 <= lam <= 1):
     raise ValueError(f'{gamma=} and {lam=} have to be between 0 and 1')
@@ -158,8 +157,8 @@ def gae(
     known = values.apply(advantages, rollouts)
     lengths = rollouts.mask.sum(axis=2, keepdims=True)
     factor = lam(lengths) if callable(lam) else lam
-    found = _scan(advantages, known, rollouts.mask, gamma, factor)
-    return fill(found, known.where & rollouts.mask, rollouts.mask)
+    estimates = _scan(advantages, known, rollouts.mask, gamma, factor)
+    return fill(estimates, known.where & rollouts.mask, rollouts.mask)
 
   return AdvantageTransform(
     apply,
@@ -172,7 +171,7 @@ def gae(
 
 
 def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
-  """What a critic should predict: its value plus `gae`.
+  """Computes the targets of a critic: its values plus `gae`.
 
   Level: token, [P, G, T] → [P, G, T].
   """
@@ -185,7 +184,7 @@ def lambda_return(gamma: float, lam: Lambda) -> AdvantageTransform:
 
 
 def monte_carlo_return(values: Values) -> AdvantageTransform:
-  """What a critic should predict where branches say more than one response.
+  """Computes the targets of a critic from branches.
 
     targetₜ = V of the first state with branches at or after t, else R to go,
       and the rewards of the tokens before that state
@@ -195,7 +194,7 @@ def monte_carlo_return(values: Values) -> AdvantageTransform:
   Level: token, [P, G, T] → [P, G, T].
 
   Args:
-    values: the source that has the branches, the one that `gae` has.
+    values: the source of the branches, the same as in `gae`.
   """
 
   def apply(advantages: Array, rollouts: Rollouts) -> Array:
@@ -220,7 +219,7 @@ def monte_carlo_return(values: Values) -> AdvantageTransform:
 
 
 def length_adaptive(alpha: float) -> Lambda:
-  """λ = 1 − 1/(α T), and at least 0: the longer, the nearer to 1.
+  """λ = 1 − 1/(α T), at least 0; approaches 1 for long responses.
 
   Bias: the response's own length is in its weights: tilts, if only a little
   where the values are exact.
@@ -234,7 +233,7 @@ def length_adaptive(alpha: float) -> Lambda:
 
 
 def hold(advantages: Array, where: Array, mask: Array) -> Array:
-  """Every token of a segment gets the segment's advantage.
+  """Assigns to every token of a segment the segment's advantage.
 
     Aₜ = V_b − V_a   for a < t ≤ b
 
@@ -247,7 +246,7 @@ def hold(advantages: Array, where: Array, mask: Array) -> Array:
 
 
 def interpolate_values(advantages: Array, where: Array, mask: Array) -> Array:
-  """Values between known ones lie on a line: Aₜ = (V_b − V_a) / (b − a).
+  """Interpolates values linearly: Aₜ = (V_b − V_a) / (b − a).
 
   For λ = 0 and γ = 1.
 
@@ -260,10 +259,10 @@ def interpolate_values(advantages: Array, where: Array, mask: Array) -> Array:
 def interpolate_advantages(
   advantages: Array, where: Array, mask: Array
 ) -> Array:
-  """Advantages between exactly known ones lie on a line.
+  """Interpolates advantages linearly between exactly known ones.
 
-  Known exactly where a segment is one token long (`positions.pairs`); beyond
-  the outermost they are constant, and a response without any is held.
+  They are exact where a segment is one token long (`positions.pairs`), and
+  constant beyond the outermost; a response without any gets `hold`.
 
   Bias: tilts; TRePO as its authors' words read.
   """
@@ -290,9 +289,9 @@ def whiten(epsilon: float = 1e-8) -> AdvantageTransform:
 
     A ← (A − mean A) / √(var A + ε)
 
-  Over all tokens where the array is per token, over responses where it is
-  per response.  The variance has N in its denominator; TRL has N − 1.  A
-  batch of equal advantages gives exactly 0.
+  Both moments are over tokens if the array is per token, else over responses.
+  The variance has N in its denominator; TRL has N − 1.  A batch of equal
+  advantages yields exactly 0.
 
   Level: either.
   Bias: both moments contain the response itself.  Over responses with binary
@@ -318,7 +317,7 @@ def whiten(epsilon: float = 1e-8) -> AdvantageTransform:
 
 
 def _segment(where: Array, mask: Array) -> tuple[Array, Array]:
-  """Of each token: where its segment begins (−1: nowhere), and one past it."""
+  """Returns each token's segment: its first index (−1: none), one past it."""
   time = jnp.broadcast_to(jnp.arange(mask.shape[2]), mask.shape)
   start = jax.lax.cummax(jnp.where(where, time, -1), axis=2)
   later = jnp.where(where, time, _end(mask))
@@ -330,9 +329,9 @@ def _segment(where: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def _end(mask: Array) -> Array:
-  """[P, G, 1]: one past the last token that the policy chose, 0 for none.
+  """Returns one past the policy's last token, [P, G, 1]; 0 for none.
 
-  Not the number of such tokens: a tool's may stand between them.
+  This is not the number of such tokens: a tool's may lie between them.
   """
   time = jnp.arange(1, mask.shape[2] + 1)[None, None]
   return jnp.where(mask, time, 0).max(axis=2, keepdims=True)
@@ -341,7 +340,7 @@ def _end(mask: Array) -> Array:
 def _scan(
   rewards: Array, known: Known, mask: Array, gamma: float, lam: float | Array
 ) -> Array:
-  """From the last token to the first: A where known, else the return to go."""
+  """Scans from last to first token: A where known, else the return to go."""
   fresh = known.where if known.fresh is None else known.fresh
   lam = jnp.broadcast_to(lam, mask.shape[:2] + (1,))[..., 0]
 
@@ -352,7 +351,7 @@ def _scan(
     advantage = gamma * advantage
     here = to_go - baseline + lam * advantage
     fresh = fresh & inside
-    # What earlier tokens take over has mean 0, whatever the baseline.
+    # The part passed on to earlier tokens has mean 0, whatever the baseline.
     over = to_go - value + lam * advantage
     carry = (jnp.where(fresh, value, to_go), jnp.where(fresh, over, advantage))
     return carry, jnp.where(where & inside, here, to_go)
@@ -360,7 +359,7 @@ def _scan(
   by_time = lambda x: jnp.moveaxis(x, 2, 0)
   xs = (rewards, known.values, known.baselines, known.where, fresh, mask)
   zeros = jnp.zeros(mask.shape[:2], rewards.dtype)
-  _, found = jax.lax.scan(
+  _, results = jax.lax.scan(
     step, (zeros, zeros), jax.tree.map(by_time, xs), reverse=True
   )
-  return jnp.where(mask, jnp.moveaxis(found, 0, 2), 0.0)
+  return jnp.where(mask, jnp.moveaxis(results, 0, 2), 0.0)

@@ -1,4 +1,4 @@
-"""Pure metrics of a batch and of what the model says of it.
+"""Pure metrics of a batch and of the model's outputs for it.
 
 Names follow TRL's vocabulary.
 """
@@ -33,18 +33,18 @@ def per_token(
   Each maps (outputs, batch) to [P, G, T]:
     entropy: of the next-token distribution, nats.
     approx_kl: k3 of KL(π_old‖π), from the policy that sampled, nats.
-    clip_ratio/low, clip_ratio/high: whether the surrogate's gradient is cut,
-      where the estimator clips (a dual clip not counted).
+    clip_ratio/low, clip_ratio/high: whether clipping cuts the surrogate's
+      gradient, if the estimator clips (a dual clip does not count).
 
   Args:
     clip_low: ε below, None if the estimator does not clip.
     clip_high: ε above; `clip_low` if None.
-    ratio: what the estimator clips; `token_ratio` if None.
+    ratio: the ratio that the estimator clips; `token_ratio` if None.
   """
   ratio = ratio or token_ratio
   diagnostics = {
     'entropy': lambda outputs, batch: outputs.entropy,
-    # Tokens are of the policy that sampled, so that one comes first.
+    # Tokens come from the policy that sampled, so that one comes first.
     'approx_kl': lambda outputs, batch: k3(batch.log_probs, outputs.log_probs),
   }
   if clip_low is not None:
@@ -62,17 +62,17 @@ def preference_statistics() -> dict[str, Diagnostic]:
   """Diagnostics of pairs, [P, G, 1], to be averaged over the responses.
 
   preference/margin: h, the log-ratios' difference within the pair, nats.
-  preference/accuracy: whether it is above 0; at 0, where training begins
-    with the reference, a half.
+  preference/accuracy: whether it is above 0; a half at 0, where training
+    starts from the reference.
   preference/chosen, preference/rejected: log π/π_ref of the preferred and of
     the other response, nats.
   """
 
   def of_pair(preferred: bool) -> Diagnostic:
     def ratio(outputs: Outputs, batch: Batch) -> Array:
-      own = sequence_log_ratio(outputs, batch)
+      log_ratio = sequence_log_ratio(outputs, batch)
       mine = (batch.advantages > 0) == preferred
-      return jnp.where(mine, own, partner(own))
+      return jnp.where(mine, log_ratio, partner(log_ratio))
 
     return ratio
 
@@ -99,8 +99,8 @@ def score_statistics() -> dict[str, Diagnostic]:
   """
 
   def margin(outputs: Outputs, batch: Batch) -> Array:
-    own = last_value(outputs.values, batch.mask)
-    return batch.advantages * (own - partner(own))
+    score = last_value(outputs.values, batch.mask)
+    return batch.advantages * (score - partner(score))
 
   return {
     'score/margin': margin,
@@ -111,17 +111,16 @@ def score_statistics() -> dict[str, Diagnostic]:
 
 
 def critic_per_token(clip: float | None = None) -> dict[str, Diagnostic]:
-  """Diagnostics of a critic, as `per_token`.
+  """Diagnostics of a critic, in the form of `per_token`.
 
     critic/value_mean: V, in units of the reward.
-    critic/value_loss: half the squared error that the loss is made of, before
-      its coefficient.
-    critic/clip_ratio: whether the clipping cuts V's gradient, where there is
-      any.
+    critic/value_loss: half the squared error in the loss, before its
+      coefficient.
+    critic/clip_ratio: whether clipping cuts V's gradient, if the loss clips.
 
   Args:
-    clip: how far the loss lets the critic move, in units of the reward; None
-      if it does not clip.
+    clip: maximum change of V in the loss, in units of the reward; None if it
+      does not clip.
   """
   error = value_error(1.0, clip).apply
   diagnostics = {
@@ -137,19 +136,19 @@ def critic_per_token(clip: float | None = None) -> dict[str, Diagnostic]:
 
 
 def explained_variance(batch: Batch) -> Array:
-  """How much of what a critic should predict it predicted at sampling time.
+  """Returns the explained variance of a critic's targets at sampling time.
 
     1 − Var(V̂ − V) / Var(V̂)   over the tokens of valid responses
 
-  1 is perfect, 0 what any constant gets, and less is worse than a constant.
-  Targets that bootstrap flatter the critic, for they contain its values: give
+  1 is perfect, a constant gets 0, and less is worse than a constant.
+  Bootstrapped targets flatter the critic, because they contain its values: pass
   a batch prepared with λ = 1, whose V̂ is the shaped reward to go.
 
   Args:
     batch: with `values` and `value_targets`.
 
   Returns:
-    A scalar; NaN where the targets do not vary, beyond rounding.
+    A scalar; NaN if the targets do not vary beyond rounding.
   """
   where = batch.mask & batch.valid
   count = jnp.maximum(where.sum(), 1)
@@ -163,14 +162,14 @@ def explained_variance(batch: Batch) -> Array:
 
 
 def reference_kl(outputs: Outputs, batch: Batch) -> Array:
-  """log π − log π_ref, [P, G, T] nats; its mean over samples is the KL."""
+  """Returns log π − log π_ref, [P, G, T] nats, whose mean is the KL."""
   return k1(outputs.log_probs, batch.ref_log_probs)
 
 
 def log_prob_difference(outputs: Outputs, batch: Batch) -> Array:
-  """|log π_trainer − log π_sampler|, [P, G, T] nats.
+  """Returns |log π_trainer − log π_sampler|, [P, G, T] nats.
 
-  Rounding alone while the parameters are those that sampled.
+  It is only rounding error while the parameters are those that sampled.
   """
   sampler = batch.sampler_log_probs
   sampler = batch.log_probs if sampler is None else sampler
@@ -178,14 +177,14 @@ def log_prob_difference(outputs: Outputs, batch: Batch) -> Array:
 
 
 def effective_sample_size(log_ratios: Array, where: Array) -> Array:
-  """How many equally weighted samples the weighted ones are worth.
+  """Returns the effective number of equally weighted samples.
 
     ESS = (Σ w)² / Σ w²,   w = exp(log ratio)
 
   Args:
     log_ratios: of importance weights, any shape, nats; whole responses' are
       sums over their tokens.
-    where: bool, the same shape, which count.
+    where: bool, the same shape, True for the entries that count.
 
   Returns:
     A scalar between 1 and the number of entries; 0 where none counts.
@@ -218,9 +217,9 @@ def sampler_statistics(rollouts: Rollouts) -> dict[str, Array]:
 
 
 def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
-  """Scalars of the rewards; of single responses to a prompt the first alone.
+  """Scalars of the rewards; only `reward` with one response per prompt.
 
-  Each is NaN where there is nothing to take it of: no score is no score of 0.
+  Each is NaN, not 0, without any data.
 
   reward: mean over valid responses.
   reward_std: deviation within a group (ddof = 1), averaged over prompts with
@@ -230,17 +229,19 @@ def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   """
   valid = valid_responses(rollouts)
   rewards = jnp.where(valid, rollouts.rewards, 0.0)
-  mean = lambda x, of: jnp.where(
-    of.any(), jnp.where(of, x, 0).sum() / jnp.maximum(of.sum(), 1), jnp.nan
+  mean = lambda x, where: jnp.where(
+    where.any(),
+    jnp.where(where, x, 0).sum() / jnp.maximum(where.sum(), 1),
+    jnp.nan,
   )
-  found = {'reward': mean(rewards, valid)}
+  metrics = {'reward': mean(rewards, valid)}
   if rewards.shape[1] == 1:
-    return found
+    return metrics
   count = valid.sum(axis=1, keepdims=True)
   centred = rewards - group_mean(rewards, valid)
   squares = jnp.where(valid, jnp.square(centred), 0.0)
   variance = squares.sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
-  return found | {
+  return metrics | {
     'reward_std': mean(jnp.sqrt(variance), count > 1),
     'frac_reward_zero_std': mean(~varies(rewards, valid), count > 0),
   }

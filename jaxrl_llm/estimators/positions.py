@@ -1,11 +1,11 @@
-"""Where Monte Carlo branches fork from a response: stopping times only.
+"""Rules for the positions at which Monte Carlo branches fork from a response.
 
-A rule reads a response from left to right and says after each token whether a
-branch forks there.  It is shown one token at a time and never the response, so
-it cannot look ahead: its positions are stopping times, and with `hold` they
-keep the gradient exact.  Random positions come from a key alone.
+A rule reads a response one token at a time, from left to right, and decides
+after each token whether a branch forks there.  It cannot look ahead, so its
+positions are stopping times, and with `hold` the gradient stays exact.  Random
+positions depend on a key alone.
 
-Positions that know the end of the response (a random place in 1 … T−1, T/2,
+Positions that depend on the end of the response (a random one in 1 … T−1, T/2,
 the highest entropies of the finished response) bias the gradient by 29–40 %
 in a toy, and cannot be written as a rule.
 """
@@ -25,13 +25,13 @@ class Positions(NamedTuple):
 
   Attributes:
     init: (key, count, max_length) → state before the first token.  `count` is
-      the largest number of positions, `max_length` the budget of tokens.
+      the maximum number of positions, `max_length` the token budget.
     step: (state, t, token, entropy) → (state, fork).  `token` is the t-th of
       the response, counted from 1; `entropy`, in nats, is that of the
       distribution of the token after it.  `fork` is True to branch here.
-    reads_entropy: whether `step` looks at the entropy, which costs a pass.
+    reads_entropy: whether `step` uses the entropy, which costs a pass.
     states: (count, max_length) → all states that `init` may draw, equally
-      likely: for exact enumeration on short responses.
+      likely, for exact enumeration on short responses.
   """
 
   init: Callable[[Array, int, int], Any]
@@ -44,15 +44,15 @@ class Branches(NamedTuple):
   """Monte Carlo branches: fresh continuations from inside a response.
 
   Attributes:
-    count: the most positions per response; further ones, from left to right,
-      are ignored, so that the tail is one last segment.
+    count: maximum number of positions per response; later ones are ignored, so
+      that the tail is one last segment.
     samples: K, continuations per position.
     positions: the rule.
-    score_weighted: whether `branch_baselines` are asked for.
-    shaping: what the branches' own rewards go through, as the responses' do:
-      all that `chain` found in front of the values; None for nothing.
-    trained: whether the branches are wanted as further rows of the rollouts,
-      to be trained on, and not as values.
+    score_weighted: whether `branch_baselines` are needed.
+    shaping: transform of the branches' rewards, as of the responses': all that
+      comes before the values in `chain`; None for nothing.
+    trained: whether the branches become further rows of the rollouts to train
+      on, instead of values.
   """
 
   count: int
@@ -70,13 +70,13 @@ def check_branches(
   if count < 1 or samples < 1:
     raise ValueError(f'{name}: {count=} and {samples=} have to be ≥ 1')
   if not isinstance(positions, Positions):
-    raise ValueError(f'{name}: {positions=} is no rule, such as uniform()')
-  # A count that does not suit the rule is refused here, not in training.
+    raise ValueError(f'{name}: {positions=} is not a rule such as uniform()')
+  # Refuses a count that does not suit the rule here, not in training.
   jax.eval_shape(lambda: positions.init(jax.random.key(0), count, 2))
 
 
 def fixed(*positions: int) -> Positions:
-  """After the given numbers of tokens, each at least 1."""
+  """Forks after the given numbers of tokens, each at least 1."""
   if not positions or min(positions) < 1:
     raise ValueError(f'positions are numbers of tokens ≥ 1, not {positions}')
 
@@ -87,9 +87,9 @@ def fixed(*positions: int) -> Positions:
 
 
 def uniform() -> Positions:
-  """`count` different random positions in 1 … max_length − 1.
+  """Forks at `count` distinct random positions in 1 … max_length − 1.
 
-  Drawn before the response is seen: some may lie behind its end.
+  They are drawn before the response, so some may lie past its end.
   """
 
   def init(key, count, max_length):
@@ -102,16 +102,16 @@ def uniform() -> Positions:
   def states(count, max_length):
     places = range(1, max_length)
     chosen = itertools.combinations(places, min(count, len(places)))
-    at = jnp.arange(max_length + 1)
-    return [jnp.isin(at, jnp.array(c, int)) for c in chosen]
+    index = jnp.arange(max_length + 1)
+    return [jnp.isin(index, jnp.array(c, int)) for c in chosen]
 
   return Positions(init, step, states)
 
 
 def delimiter(*token_ids: int) -> Positions:
-  """Right after each of these tokens: the reasoning steps of VinePPO."""
+  """Forks right after each of these tokens: VinePPO's reasoning steps."""
   if not token_ids or not all(isinstance(i, int) for i in token_ids):
-    raise ValueError(f'delimiter() takes ids of tokens, not {token_ids}')
+    raise ValueError(f'delimiter() takes token ids, not {token_ids}')
 
   def step(state, t, token, entropy):
     return state, jnp.isin(token, jnp.array(token_ids))
@@ -120,7 +120,7 @@ def delimiter(*token_ids: int) -> Positions:
 
 
 def entropy_above(threshold: float) -> Positions:
-  """Where the next token's entropy exceeds `threshold`, nats."""
+  """Forks where the next token's entropy exceeds `threshold`, nats."""
 
   def step(state, t, token, entropy):
     return state, entropy > threshold
@@ -129,10 +129,10 @@ def entropy_above(threshold: float) -> Positions:
 
 
 def entropy_sum(nats: float) -> Positions:
-  """Each time the next tokens' entropies have added up to `nats`.
+  """Forks each time the next tokens' entropies have added up to `nats`.
 
-  Few forks where the policy is sure of what comes, many where it is not.  What
-  counts is what was to be expected, not how surprising the tokens were.
+  There are few forks where the policy is certain and many where it is not.  The
+  sum is of expected surprise, not that of the sampled tokens.
   """
   if not nats > 0:
     raise ValueError(f'entropy_sum: {nats=} has to be above 0')
@@ -151,10 +151,10 @@ def entropy_sum(nats: float) -> Positions:
 
 
 def pairs(positions: Positions) -> Positions:
-  """Each position and the next: brackets the token between them.
+  """Forks at each position and the next, bracketing the token between them.
 
-  What `interpolate_advantages` needs; the count is of positions, so twice that
-  of the tokens, and even.
+  `interpolate_advantages` needs this.  The count is of positions: twice that of
+  the tokens, and so even.
   """
 
   def half(count):
@@ -184,19 +184,19 @@ def mark(
 
   Args:
     branches: the rule and its cap.
-    state: of `positions.init` or one of `positions.states`.
+    state: from `positions.init` or one of `positions.states`.
     tokens, mask, entropy: [T] of one response.
 
   Returns:
     [T] bool: True at t where branches fork before token t, inside the
-    response.  Never at 0, the prompt: the other responses are its branches.
+    response.  Never at 0, the prompt, whose branches are the other responses.
   """
 
   def step(carry, x):
     state, left = carry
     *seen, inside = x
     state, fork = branches.positions.step(state, *seen)
-    # Also whose turn is next is known by now.
+    # Whether the policy writes the next token is known by now.
     fork &= (left > 0) & inside
     return (state, left - fork), fork
 

@@ -1,12 +1,12 @@
-"""Losses of pairs: of two responses to a prompt, one is preferred.
+"""Losses of pairs of responses to a prompt, one of which is preferred.
 
 Responses pair up along G in their order; the one with the higher reward is
-preferred.  A pair's loss stands at every token of both its responses, so
-`sequence_mean` averages over pairs.  h is the implicit reward's margin,
+preferred.  A pair's loss is repeated at every token of both its responses, so
+`sequence_mean` averages over pairs.  The implicit reward's margin is
 
     h = log π(y⁺)/π_ref(y⁺) − log π(y⁻)/π_ref(y⁻)   (sums over tokens, nats)
 
-and of a reward model's margin, s(y⁺) − s(y⁻).
+and a reward model's margin s(y⁺) − s(y⁻).
 """
 
 import jax
@@ -26,7 +26,7 @@ from jaxrl_llm.estimators.types import (
 
 
 def preference_sign() -> AdvantageTransform:
-  """+1 for the better response of each pair, −1 for the worse, 0 for equals.
+  """Maps the better response of each pair to +1, the worse to −1, ties to 0.
 
   Level: response, [P, G, 1] → [P, G, 1].
   Bias: another objective; for responses that were given, not sampled.
@@ -42,8 +42,8 @@ def preference_sign() -> AdvantageTransform:
 def distinct_pairs(rollouts: Rollouts) -> Array:
   """Keeps pairs of valid responses with tokens and with different rewards.
 
-  A pair's loss stands at its tokens: beside a response without any, its partner
-  would carry half of it.
+  A pair's loss lies at its tokens: if one response had none, its partner would
+  carry only half of it.
   """
   some = rollouts.mask.any(axis=2, keepdims=True) & valid_responses(rollouts)
   differ = rollouts.rewards != partner(rollouts.rewards)
@@ -57,8 +57,8 @@ def logistic_preference(beta: float, floor: float = 0.0) -> TokenLoss:
 
   Args:
     beta: β, in 1/nats.
-    floor: λ, how strongly the preferred response is kept as likely as under
-      the reference policy.
+    floor: λ, weight of keeping the preferred response as likely as under the
+      reference policy.
 
   References:
     Rafailov et al., `Direct Preference Optimization
@@ -114,12 +114,12 @@ def bradley_terry() -> TokenLoss:
 
     ℓ = − log σ(s⁺ − s⁻)
 
-  s is the score of a whole response: `Outputs.values` at its last token, which
-  a reward model gives for the state *after* each token, unlike a critic.  A
-  constant in s cancels: no data can tell it.
+  s is the score of a whole response: `Outputs.values` at its last token, where
+  index t of a reward model, unlike a critic's, is the state *after* token t.  A
+  constant in s cancels, so no data can determine it.
 
   Returns:
-    A loss that raises ValueError where the outputs have no values.
+    A loss that raises ValueError if the outputs have no values.
 
   References:
     Bradley and Terry, `Rank Analysis of Incomplete Block Designs
@@ -138,7 +138,7 @@ def bradley_terry() -> TokenLoss:
 
 
 def last_value(values: Array, mask: Array) -> Array:
-  """The values at the responses' last tokens, [P, G, 1]; 0 without any."""
+  """Selects values at the responses' last tokens, [P, G, 1]; 0 without any."""
   numbers = jnp.arange(1, mask.shape[2] + 1)[None, None]
   numbers = jnp.where(mask, numbers, 0)
   last = mask & (numbers == numbers.max(axis=2, keepdims=True))
@@ -146,11 +146,11 @@ def last_value(values: Array, mask: Array) -> Array:
 
 
 def sequence_log_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """log π(y)/π_ref(y) of whole responses, [P, G, 1] nats."""
+  """Returns log π(y)/π_ref(y) of whole responses, [P, G, 1] nats."""
   ratio = outputs.log_probs - batch.ref_log_probs
   return jnp.where(batch.mask, ratio, 0.0).sum(axis=2, keepdims=True)
 
 
 def _margin(x: Array, batch: Batch) -> Array:
-  """The preferred one's `x` less the other's, the same for both of a pair."""
+  """Returns the preferred `x` minus the rejected one, for both of a pair."""
   return batch.advantages * (x - partner(x))

@@ -1,7 +1,7 @@
-"""Importance ratios: of the trained policy to the one that sampled.
+"""Importance ratios of the trained policy to the one that sampled.
 
-Each maps (outputs, batch) to [P, G, T].  |log ρ| is cut at 20: beyond, ρ would
-overflow, and 0 · ∞ is NaN.
+Each maps (outputs, batch) to [P, G, T].  |log ρ| is clipped at 20 so that ρ
+cannot overflow: 0 · ∞ is NaN.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from jaxrl_llm.estimators.types import Array, Batch, Outputs, Ratio, TokenLoss
 
 
 def token_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """ρᵢₜ = πᵢₜ / π_oldᵢₜ: how the update changed each token.
+  """ρᵢₜ = πᵢₜ / π_oldᵢₜ: the update's effect on each token.
 
-  Off-policy it corrects the choice of the token, not that of the prefix.
+  Off policy it corrects the choice of the token but not of the prefix.
   """
   return _exp(outputs.log_probs - batch.log_probs)
 
@@ -33,52 +33,52 @@ def sequence_ratio(outputs: Outputs, batch: Batch) -> Array:
 
 
 def sequence_token_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """The value of `sequence_ratio`, the gradient of each token: GSPO-token.
+  """The value of `sequence_ratio` with per-token gradients: GSPO-token.
 
   sᵢₜ = sg[sᵢ] · πᵢₜ / sg[πᵢₜ]
   """
   ratio = jax.lax.stop_gradient(sequence_ratio(outputs, batch))
-  own = outputs.log_probs - jax.lax.stop_gradient(outputs.log_probs)
-  return ratio * jnp.exp(own)
+  change = outputs.log_probs - jax.lax.stop_gradient(outputs.log_probs)
+  return ratio * jnp.exp(change)
 
 
 def trajectory_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """ρᵢ = Πₜ πᵢₜ / π_oldᵢₜ: of the whole response.
+  """ρᵢ = Πₜ πᵢₜ / π_oldᵢₜ, the ratio of the whole response.
 
-  The exact correction off policy, at a variance that grows with the length.
-  It holds the whole gradient at each token: sum it with `sequence_mean`.
+  The exact off-policy correction, with a variance that grows with the length.
+  Each token carries the whole gradient: combine it with `sequence_mean`.
   """
   total, _ = _sum(outputs.log_probs - batch.log_probs, batch.mask)
   return jnp.broadcast_to(_exp(total), batch.mask.shape)
 
 
 def pair_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """ρᵢ · sg[ρⱼ], j the partner of i: how likely the pair has become.
+  """ρᵢ · sg[ρⱼ], the ratio of the pair of i and its partner j.
 
-  Responses pair up along G.  Each moves by its own gradient; both are clipped
-  together.  Like `trajectory_ratio`, it belongs to `sequence_mean`.
+  Responses pair up along G.  Each has its own gradient; both are clipped
+  together.  Like `trajectory_ratio`, combine it with `sequence_mean`.
   """
   total, _ = _sum(outputs.log_probs - batch.log_probs, batch.mask)
-  own = total - jax.lax.stop_gradient(total)
+  change = total - jax.lax.stop_gradient(total)
   both = jax.lax.stop_gradient(total + partner(total))
-  return jnp.broadcast_to(_exp(both) * jnp.exp(own), batch.mask.shape)
+  return jnp.broadcast_to(_exp(both) * jnp.exp(change), batch.mask.shape)
 
 
 def sampler_token_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """π_oldᵢₜ / π_samplerᵢₜ, where the sampler is another program; else 1."""
+  """π_oldᵢₜ / π_samplerᵢₜ if the sampler is another program, else 1."""
   del outputs
   return _exp(_sampler_log_ratio(batch))
 
 
 def sampler_trajectory_ratio(outputs: Outputs, batch: Batch) -> Array:
-  """Πₜ π_oldᵢₜ / π_samplerᵢₜ: exact where `sampler_token_ratio` is not."""
+  """Πₜ π_oldᵢₜ / π_samplerᵢₜ; exact, unlike `sampler_token_ratio`."""
   del outputs
   total, _ = _sum(_sampler_log_ratio(batch), batch.mask)
   return jnp.broadcast_to(_exp(total), batch.mask.shape)
 
 
 def truncate(highest: float = 2.0) -> Callable[[Array], Array]:
-  """Importance weights no larger than `highest`: little variance, some bias.
+  """Caps importance weights at `highest`: little variance, some bias.
 
   References:
     Ionides, `Truncated Importance Sampling
@@ -92,9 +92,9 @@ def truncate(highest: float = 2.0) -> Callable[[Array], Array]:
 def mask_outside(
   low: float = 0.5, high: float = 2.0
 ) -> Callable[[Array], Array]:
-  """Importance weights of 0 outside [low, high]."""
+  """Sets importance weights outside [low, high] to 0."""
   if not 0 <= low <= high:
-    raise ValueError(f'{low=} and {high=} have to be 0 ≤ low ≤ high')
+    raise ValueError(f'{low=} and {high=} have to satisfy 0 ≤ low ≤ high')
   return lambda ratio: jnp.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
@@ -103,14 +103,14 @@ def correct_sampler(
   weight: Callable[[Array], Array],
   ratio: Ratio = sampler_token_ratio,
 ) -> TokenLoss:
-  """Weighs a loss for a sampler whose probabilities differ from the trainer's.
+  """Weights a loss to correct for a sampler that differs from the trainer.
 
     ℓᵢₜ ← sg[weight(π_old / π_sampler)] ℓᵢₜ
 
   Bias: none with `sampler_trajectory_ratio` and weights left as they are.
 
   Args:
-    loss: of every token.
+    loss: the loss of every token.
     weight: `truncate`, `mask_outside` or any function of the ratio.
     ratio: `sampler_token_ratio` or `sampler_trajectory_ratio`.
   """

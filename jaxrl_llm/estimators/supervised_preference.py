@@ -1,4 +1,4 @@
-"""Non-RL references: likelihoods and preferences in the same algebra."""
+"""Supervised and preference estimators in the same algebra, without RL."""
 
 from jaxrl_llm.estimators.advantages import ones
 from jaxrl_llm.estimators.compose import Estimator, estimator
@@ -19,7 +19,7 @@ from jaxrl_llm.estimators.weights import (
 
 
 def sft() -> Estimator:
-  """Maximum likelihood of responses that were given, not sampled.
+  """Maximum likelihood of responses from a data set.
 
     L = − 1/ΣT Σᵢ Σₜ log πᵢₜ
 
@@ -29,7 +29,7 @@ def sft() -> Estimator:
 
 
 def rest_em(threshold: float = 0.5) -> Estimator:
-  """Maximum likelihood of sampled responses that earned enough.
+  """Maximum likelihood of sampled responses with a high enough reward.
 
     L = − 1/N Σ_{Rᵢ > threshold} Σₜ log πᵢₜ,   N = |{i : Rᵢ > threshold}|
 
@@ -40,7 +40,7 @@ def rest_em(threshold: float = 0.5) -> Estimator:
   at the rate of its expected share of the responses that are kept.
 
   Args:
-    threshold: in units of the reward; only what lies above is trained on.
+    threshold: in units of the reward; only responses above it are trained on.
 
   References:
     Singh et al., `Beyond Human Data <https://arxiv.org/abs/2312.06585>`_, 2023
@@ -131,8 +131,8 @@ def reward_model() -> Estimator:
 
   Responses pair up along G as in `dpo`.  s is the score of a whole response,
   in nats of the odds that it is preferred; see
-  `jaxrl_llm.training.reward_model` for the model that gives it.  No policy is
-  trained.
+  `jaxrl_llm.training.reward_model` for the model that computes it.  No policy
+  is trained.
 
   Bias: another objective.
 

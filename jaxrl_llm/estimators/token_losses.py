@@ -1,8 +1,8 @@
-"""The loss of every token, before weighting.
+"""Losses of every token, before weighting.
 
 Losses are minimised.  Each maps the model's `Outputs` and a prepared `Batch`
 to [P, G, T]; `add` sums several.  Entries outside the mask are finite and
-meet a weight of 0.
+have a weight of 0.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Divergence = Callable[[Array, Array], Array]
 
 
 def add(*losses: TokenLoss) -> TokenLoss:
-  """The sum of `losses`, token by token."""
+  """Sums `losses` token by token."""
 
   def apply(outputs: Outputs, batch: Batch) -> Array:
     return sum(loss.apply(outputs, batch) for loss in losses)
@@ -41,7 +41,7 @@ def score_function() -> TokenLoss:
 
     ℓᵢₜ = − Aᵢₜ log πᵢₜ
 
-  A policy gradient only while the policy is the one that sampled.
+  Its gradient is a policy gradient only while the sampling policy is current.
 
   References:
     Williams, `Simple statistical gradient-following algorithms for
@@ -56,7 +56,7 @@ def score_function() -> TokenLoss:
 
 
 def negative_log_likelihood() -> TokenLoss:
-  """Maximum likelihood, whoever wrote the responses and whatever they earned.
+  """Maximum likelihood, whatever the responses' source and reward.
 
   ℓᵢₜ = − log πᵢₜ
   """
@@ -74,16 +74,15 @@ def clipped(
     ℓᵢₜ = − min(ρᵢₜ Aᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Aᵢₜ)
     ℓᵢₜ ← min(ℓᵢₜ, − dual · Aᵢₜ)   where Aᵢₜ < 0
 
-  At the first update after sampling ρ = 1 and its gradient is that of
+  At the first update after sampling, ρ = 1 and its gradient is that of
   `score_function`.
 
   Args:
     low: ε_low.
     high: ε_high; ε_low if None.
-    ratio: ρ, at the level of tokens or of responses: see `ratios`.  Those of
-      responses hold the whole gradient at each token: use `sequence_mean`.
-    dual: the largest ratio that a negative advantage may meet, above 1; no
-      bound if None.
+    ratio: ρ, per token or per response: see `ratios`.  With a ratio per
+      response, each token carries the whole gradient: use `sequence_mean`.
+    dual: the largest ratio for a negative advantage, above 1; no bound if None.
 
   References:
     Schulman et al., `Proximal Policy Optimization Algorithms
@@ -120,7 +119,7 @@ def clipped_weight(
   Every token keeps a gradient, unlike in `clipped`.
 
   Args:
-    low: ε_low; 1 leaves small ratios as they are.
+    low: ε_low; 1 leaves small ratios unchanged.
     high: ε_high.
     ratio: ρ.
 
@@ -162,7 +161,7 @@ def k3(log_probs: Array, ref_log_probs: Array) -> Array:
     <http://joschu.net/blog/kl-approx.html>`_, 2020
   """
   difference = ref_log_probs - log_probs
-  # Cut where the exponential would overflow, as the ratios are.
+  # Clipped as the ratios are, so that the exponential cannot overflow.
   return jnp.expm1(jnp.clip(difference, -20.0, 20.0)) - difference
 
 
@@ -171,7 +170,7 @@ def kl_penalty(coefficient: float, divergence: Divergence = k3) -> TokenLoss:
 
     ℓᵢₜ = β d(log πᵢₜ, log π_refᵢₜ)
 
-  Blind to what a token does to later states, unlike a KL in the reward.
+  Ignores a token's effect on later states, unlike a KL in the reward.
 
   Args:
     coefficient: β, in units of the advantage per nat.
@@ -223,7 +222,7 @@ def value_error(coefficient: float, clip: float | None = None) -> TokenLoss:
 
 
 def entropy_bonus(coefficient: float) -> TokenLoss:
-  """Rewards entropy of the next-token distributions, blind to later states.
+  """Rewards entropy of the next-token distributions, ignoring later states.
 
     ℓᵢₜ = − c Hᵢₜ
 

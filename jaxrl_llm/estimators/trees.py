@@ -1,12 +1,12 @@
-"""The tree estimator: the branches that value a state are trained on, too.
+"""The tree estimator, which also trains on the branches that value a state.
 
 Given its prefix, a response and the K branches that fork there are K + 1
 exchangeable continuations.  Each is trained on, against the mean of the others
-and with 1/(K + 1) of the weight that the prefix has; a response with several
-forks is a tree, and a token's weight a product over the forks before it.
+and with 1/(K + 1) of the prefix's weight; a response with several forks is a
+tree, and a token's weight is a product over the forks before it.
 
-Rows are whole responses and branches of these: `Rollouts.parents` and
-`forked_at` say which.  All rows of a prompt stand along axis 1, R in number.
+Rows are whole responses and their branches, related by `Rollouts.parents` and
+`forked_at`.  All R rows of a prompt lie along axis 1.
 """
 
 from typing import NamedTuple
@@ -29,28 +29,27 @@ from jaxrl_llm.estimators.types import (
 
 
 def tree(count: int, samples: int, positions: Positions) -> AdvantageTransform:
-  """Sets every continuation against the others that fork from its state.
+  """Compares every continuation with the others that fork from its state.
 
     V(leaf) = R,   V(fork) = mean of its continuations' V
     Aₜ = V(c) − mean of the other continuations' V
 
-  c is what continues with token t from the last fork before it, up to its next
-  fork or its end, and V(c) the value there.  The prompt is a fork whose
-  continuations are the whole responses.  Token weights get a factor
+  c is the continuation that contains token t, from the last fork before it to
+  its next fork or its end, and V(c) the value there.  The prompt is a fork
+  whose continuations are the whole responses.  Token weights get a factor
   Π 1/(continuations) over the forks after the prompt: `Batch.shares`.
 
-  A state without another valid continuation is no fork: its tokens keep the
-  baseline of the fork before it, and at the prompt 0.  A branch of a response
-  without a reward is as invalid as that.  Where responses share a state, one
-  of them owns its branches; which one may depend on the others' tokens, not on
-  what anything earned.
+  A state without another valid continuation is not a fork: its tokens keep the
+  baseline of the fork before it, or 0 at the prompt.  Branches of an invalid
+  response are invalid.  If responses share a state, one of them has its
+  branches; the choice may depend on the others' tokens but not on any reward.
 
   Level: [P, R, 1] or [P, R, T] → token, [P, R, T], 0 where a row is its
   parent's.  What flows is summed over each row, prefix and all.
   Bias: none where positions are stopping times.
 
   Args:
-    count: the most positions per response, at least 1.
+    count: maximum number of positions per response, at least 1.
     samples: K, branches per position, at least 1.
     positions: a rule of `positions`.
   """
@@ -73,20 +72,20 @@ def tree(count: int, samples: int, positions: Positions) -> AdvantageTransform:
 
 
 class _Rows(NamedTuple):
-  """Which rows are what, bool, [P, R, 1]."""
+  """Valid whole responses and valid branches, bool, [P, R, 1]."""
 
   whole: Array
   branches: Array
 
 
 def whole_responses(rollouts: Rollouts) -> Array:
-  """[P, R, 1] bool: the rows that are no branches, valid or not."""
+  """Marks the rows that are not branches, valid or not, [P, R, 1] bool."""
   rows = jnp.arange(rollouts.mask.shape[1])[None, :, None]
   return rollouts.parents == rows
 
 
 def fork_shares(rollouts: Rollouts) -> Array:
-  """[P, R, T]: Π 1/(valid continuations) over the forks up to a token."""
+  """Returns Π 1/(valid continuations) over forks up to a token, [P, R, T]."""
   rows = _rows(rollouts)
   count = _at_forks(rollouts, rows.branches.astype(rollouts.log_probs.dtype))
   shares = jnp.cumprod(1.0 / (1.0 + count), axis=2)
@@ -103,7 +102,7 @@ def _advantages(rewards: Array, rollouts: Rollouts) -> Array:
   count = _at_forks(rollouts, rows.branches.astype(rewards.dtype))
   total = _at_forks(rollouts, jnp.where(rows.branches, rewards, 0.0))
   root, onward = _continue(rewards, count, total)
-  # Of whole responses, against what else continues from the last fork.
+  # Baselines of whole responses: other continuations from the last fork.
   responses = rows.whole.sum(axis=1, keepdims=True)
   others = jnp.where(rows.whole, root, 0.0).sum(axis=1, keepdims=True) - root
   others = jnp.where(
@@ -114,12 +113,12 @@ def _advantages(rewards: Array, rollouts: Rollouts) -> Array:
   mean = total / jnp.maximum(count, 1)
   mean = jnp.take_along_axis(mean, last, axis=2)
   baseline = jnp.where(jnp.cumsum(count, axis=2) > 0, mean, others)
-  # Of branches.
+  # Baselines of branches.
   rest = _of_fork(rollouts, total + onward) - rewards
   rest = rest / jnp.maximum(_of_fork(rollouts, count), 1)
   advantages = jnp.where(rows.whole, onward - baseline, rewards - rest)
-  own = jnp.arange(onward.shape[2])[None, None] >= rollouts.forked_at
-  return jnp.where(valid & own & rollouts.mask, advantages, 0.0)
+  added = jnp.arange(onward.shape[2])[None, None] >= rollouts.forked_at
+  return jnp.where(valid & added & rollouts.mask, advantages, 0.0)
 
 
 def _rows(rollouts: Rollouts) -> _Rows:
@@ -129,7 +128,7 @@ def _rows(rollouts: Rollouts) -> _Rows:
 
 
 def _at_forks(rollouts: Rollouts, x: Array) -> Array:
-  """Sums of x, [P, R, 1], at the forks of parents, [P, R, T]."""
+  """Sums x, [P, R, 1], at the forks of parents, [P, R, T]."""
 
   def of_prompt(parents, forked_at, x):
     sums = jnp.zeros(rollouts.mask.shape[1:], x.dtype)
@@ -140,17 +139,17 @@ def _at_forks(rollouts: Rollouts, x: Array) -> Array:
 
 
 def _of_fork(rollouts: Rollouts, x: Array) -> Array:
-  """x, [P, R, T], at the place where each row forked from its parent."""
+  """Selects x, [P, R, T], where each row forked from its parent."""
   of_parent = jnp.take_along_axis(x, rollouts.parents, axis=1)
   return jnp.take_along_axis(of_parent, rollouts.forked_at, axis=2)
 
 
 def _continue(rewards, count, total) -> tuple[Array, Array]:
-  """Values of whole responses from the end to the beginning.
+  """Computes values of whole responses from the end to the beginning.
 
   Returns:
-    [P, R, 1] at the prompt, and [P, R, T] of what goes on with token t, a
-    fork's branches left out.
+    [P, R, 1] at the prompt, and [P, R, T] of the response from token t on,
+    without the branches of a fork there.
   """
 
   def step(value, x):

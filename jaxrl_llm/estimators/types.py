@@ -1,8 +1,8 @@
 """The values that flow through an estimator.
 
 Shapes: P prompts, G responses per prompt, T token positions.  `[P, G, 1]` is
-constant over a response, `[P, G, T]` is per token.  Index t of any array is
-about token t: `log_probs[..., t]` is the log-probability, in nats, *of*
+constant over a response, `[P, G, T]` is per token.  Index t of any array refers
+to token t: `log_probs[..., t]` is the log-probability, in nats, *of*
 `tokens[..., t]`, and `values[..., t]` is the value of the state *before* it.
 """
 
@@ -18,15 +18,15 @@ Array = jax.Array
 
 @chex.dataclass(frozen=True)
 class Rollouts:
-  """What the policy wrote and what it earned.  None unless needed.
+  """Sampled responses and their rewards; optional fields are None if unneeded.
 
   Attributes:
     tokens: [P, G, T] int32.
     mask: [P, G, T] bool, True where the policy chose the token, EOS included.
-    log_probs: [P, G, T] of the policy that is trained, when it sampled, nats.
+    log_probs: [P, G, T] under the trained policy at sampling time, nats.
     rewards: [P, G, 1] of whole responses.
     valid: [P, G, 1] bool, False for an absent row or a reward of None; group
-      statistics are taken where valid.  None means that all are.
+      statistics cover valid responses only.  None if all are valid.
     sampler_log_probs: [P, G, T], where the sampler's differ from `log_probs`.
     token_rewards: [P, G, T], known per-token rewards.
     greedy_rewards: [P, 1, 1] of the greedy response to each prompt.
@@ -37,11 +37,11 @@ class Rollouts:
     branch_values: [P, G, T] Monte Carlo value of the state before token t.
     branch_baselines: [P, G, T] score-weighted value of the same state.
     branch_mask: [P, G, T] bool, where the two above are known.
-    parents: [P, G, 1] int32, the row along axis 1 that a row forked from, its
-      own for whole responses.  None where all rows are whole responses.
-    forked_at: [P, G, 1] int32, how many of its parent's tokens a row kept: it
-      begins with them.  0 for whole responses.
-    running: {name: scalar}, what outlives a batch: see `Running`.
+    parents: [P, G, 1] int32, index along axis 1 of the row that a row forked
+      from, itself for whole responses.  None if all rows are whole responses.
+    forked_at: [P, G, 1] int32, number of its parent's tokens that a row starts
+      with; 0 for whole responses.
+    running: {name: scalar}, numbers that outlive a batch: see `Running`.
   """
 
   tokens: Array
@@ -66,22 +66,22 @@ class Rollouts:
 
 @chex.dataclass(frozen=True)
 class Batch:
-  """What a loss sees: `Rollouts` after `prepare`, without gradients.
+  """Inputs of a loss: `Rollouts` after `prepare`, without gradients.
 
   Attributes:
     tokens, log_probs: as in `Rollouts`.
-    mask: [P, G, T] bool, as in `Rollouts`, but False where a branch keeps its
-      parent's tokens: these are trained in the parent's row.
+    mask: [P, G, T] bool, as in `Rollouts`, but False where a branch repeats its
+      parent's tokens, which are trained in the parent's row.
     valid: [P, G, 1] bool, the valid rows that the estimator keeps.
     advantages: [P, G, 1] or [P, G, T], 0 where not valid.
-    weights: [P, G, T], 0 outside the mask; they carry every normaliser, so
+    weights: [P, G, T], 0 outside the mask; they include every normaliser, so
       the loss is a plain sum.
     sampler_log_probs, ref_log_probs, values, entropy: as in `Rollouts`.
-    value_targets: [P, G, T], what a critic should predict.
+    value_targets: [P, G, T], targets of a critic.
     whole: [P, G, 1] bool, True for whole responses: N counts only these.  None
-      where all rows are.
-    shares: [P, G, T], the factor that a token's weight has for standing behind
-      forks that are trained on; None without.
+      if all rows are whole.
+    shares: [P, G, T], factor of a token's weight for the trained forks before
+      it; None without such forks.
   """
 
   tokens: Array
@@ -101,13 +101,13 @@ class Batch:
 
 @chex.dataclass(frozen=True)
 class Outputs:
-  """What the trained model says of a batch; the loss differentiates these.
+  """The trained model's outputs for a batch, which the loss differentiates.
 
   Attributes:
     log_probs: [P, G, T] of the batch's tokens, nats.
     entropy: [P, G, T] of the next-token distributions, nats.
-    values: [P, G, T] of the critic; of a reward model, whose index t is the
-      score of the state *after* token t.
+    values: [P, G, T] of a critic, or of a reward model, whose index t scores
+      the state *after* token t.
   """
 
   log_probs: Array
@@ -122,8 +122,8 @@ class Running(NamedTuple):
     name: its key in `Rollouts.running`.
     initial: its value before the first batch.
     update: (value, rollouts) → the value for the next batch.  An advantage
-      may read the value of earlier batches only: else it would contain the
-      response that it weighs.
+      may only read values from earlier batches: otherwise it would contain the
+      response that it weights.
   """
 
   name: str
@@ -132,19 +132,19 @@ class Running(NamedTuple):
 
 
 class Needs(NamedTuple):
-  """What must be sampled or computed before an estimator can be applied.
+  """Inputs that must be sampled or computed before an estimator is applied.
 
   Attributes:
-    samples: the fewest responses per prompt that make sense.
+    samples: minimum number of responses per prompt.
     greedy: the greedy response's reward.
     reference: the reference policy's log-probabilities.
     critic: values of a critic.
     entropy: entropy at sampling time.
     score_norms: squared score norms at sampling time.
     token_rewards: known rewards of tokens.
-    branches: a `positions.Branches`, None without.
+    branches: a `positions.Branches`, or None.
     running: numbers that outlive a batch.
-    on_policy: that the very policy which is updated has sampled: the loss has
+    on_policy: the sampling policy must be the one that is updated: the loss has
       no importance ratio, so responses serve for one update.
   """
 
@@ -161,7 +161,7 @@ class Needs(NamedTuple):
 
 
 def merge_needs(*needs: Needs) -> Needs:
-  """The smallest `Needs` that satisfies all of `needs`.
+  """Returns the smallest `Needs` that satisfies all of `needs`.
 
   Raises:
     ValueError: two parts ask for different branches, or for different running
@@ -177,8 +177,8 @@ def merge_needs(*needs: Needs) -> Needs:
   names = [r.name for r in running]
   if len(set(names)) < len(names):
     raise ValueError(
-      f'two running numbers of an estimator share a name, of {names}: build '
-      'one and pass it to both, or name them'
+      f'two running numbers of an estimator share a name ({names}): build '
+      'one and pass it to both, or rename one'
     )
   return Needs(
     samples=max((need.samples for need in needs), default=1),
@@ -195,17 +195,17 @@ def merge_needs(*needs: Needs) -> Needs:
 
 
 class AdvantageTransform(NamedTuple):
-  """`apply` maps the flowing array, at first the rewards, to the next one.
+  """Maps the flowing array, initially the rewards, to the next one.
 
-  The array is [P, G, 1] or [P, G, T]; every transform gets whole rollouts.
+  The array is [P, G, 1] or [P, G, T]; every transform receives whole rollouts.
 
   Attributes:
     apply: (array, rollouts) → array.
-    needs: what must be sampled for it.
+    needs: inputs it requires.
     takes, gives: 'response' for [P, G, 1]; 'token reward' or 'token advantage'
-      for [P, G, T].  None takes any, and gives what was taken.
-    centres: whether what it gives is no reward any more.
-    takes_reward: whether it has to be given rewards.
+      for [P, G, T].  None takes any level and keeps it.
+    centres: whether its output is no longer a reward.
+    takes_reward: whether its input must be a reward.
   """
 
   apply: Callable[[Array, Rollouts], Array]
@@ -217,7 +217,7 @@ class AdvantageTransform(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-  """`apply` gives the loss of every token, [P, G, T], to be weighted."""
+  """A loss per token; `apply` returns [P, G, T], still to be weighted."""
 
   apply: Callable[[Outputs, Batch], Array]
   needs: Needs = Needs()
@@ -226,19 +226,19 @@ class TokenLoss(NamedTuple):
 # Maps (outputs, batch) to importance ratios, [P, G, T].
 Ratio = Callable[[Outputs, Batch], Array]
 
-# Which responses an estimator trains on: [P, G, 1] bool.
-Keep = Callable[[Rollouts], Array]
+# Selects the responses an estimator trains on: [P, G, 1] bool.
+Filter = Callable[[Rollouts], Array]
 
 # Maps the mask, [P, G, T] bool and already False where a response is not
 # valid, and `valid`, [P, G, 1], True for the responses that count in N, to
-# weights [P, G, T].  Of branches the mask has the tokens, and N does not.
+# weights [P, G, T].  The mask includes the tokens of branches; N excludes them.
 TokenWeights = Callable[[Array, Array], Array]
 
 
 def valid_responses(rollouts: Rollouts) -> Array:
-  """[P, G, 1] bool: `rollouts.valid`, all True where it is None.
+  """Returns `rollouts.valid`, [P, G, 1] bool, or all True if it is None.
 
-  Branches of a response that is not valid are not valid either.
+  Branches of an invalid response are invalid.
   """
   if rollouts.valid is None:
     return jnp.ones(rollouts.mask.shape[:2] + (1,), bool)
@@ -248,7 +248,7 @@ def valid_responses(rollouts: Rollouts) -> Array:
   return rollouts.valid & of_parents
 
 
-# Arrays of `Rollouts` that are [P, G, T] and mean nothing outside the mask.
+# Arrays of `Rollouts` that are [P, G, T] and meaningless outside the mask.
 PER_TOKEN = (
   'log_probs',
   'sampler_log_probs',
@@ -263,14 +263,14 @@ PER_TOKEN = (
 
 
 def blank(mask: Array, x: Array | None) -> Array | None:
-  """`x` with 0 where the mask is False: 0 · NaN is NaN."""
+  """Sets `x` to 0 where the mask is False, because 0 · NaN is NaN."""
   return None if x is None else jnp.where(mask, x, 0.0)
 
 
 def blank_rollouts(rollouts: Rollouts) -> Rollouts:
-  """Zeros what stands outside the mask; `valid` is an array afterwards.
+  """Zeros all entries outside the mask, and makes `valid` an array.
 
-  A weight of 0 alone would not keep garbage out.
+  A weight of 0 alone would let garbage through.
   """
   valid = valid_responses(rollouts)
   kept = rollouts.mask & valid

@@ -1,7 +1,7 @@
-"""Sources of values: what a state is worth.
+"""Sources of state values.
 
-A critic knows it at every token, Monte Carlo branches at a few.  Values come in
-one form, `Known`, whatever their source.
+A critic provides them at every token, Monte Carlo branches at a few.  Both
+return a `Known`.
 """
 
 from collections.abc import Callable
@@ -32,15 +32,14 @@ from jaxrl_llm.estimators.types import (
 class Known(NamedTuple):
   """Values of the states before tokens, [P, G, T] each.
 
-  What replaces the rewards to go has to be unbiased; a baseline may be any
-  function of the prefix.
+  `values` must be unbiased; a baseline may be any function of the prefix.
 
   Attributes:
-    values: what replaces the rewards to go, in units of the reward.
-    baselines: what an advantage is taken against.
-    where: bool, at which states one is taken; at the first always.
-    fresh: bool, at which states the value replaces what the response itself
-      earned from there on; `where` if None.
+    values: replacements for the rewards to go, in units of the reward.
+    baselines: baselines of the advantages.
+    where: bool, states with an advantage; always includes the first.
+    fresh: bool, states whose value replaces the response's own reward to go;
+      `where` if None.
   """
 
   values: Array
@@ -53,9 +52,9 @@ class Values(NamedTuple):
   """A source of values.
 
   Attributes:
-    apply: (rewards, rollouts) → `Known`; rewards are those of tokens as they
-      flow, [P, G, T].
-    needs: what must be sampled for it.
+    apply: (rewards, rollouts) → `Known`; rewards are the flowing token rewards,
+      [P, G, T].
+    needs: inputs it requires.
   """
 
   apply: Callable[[Array, Rollouts], Known]
@@ -78,14 +77,14 @@ def branches(
   positions: Positions,
   score_weighted: bool = False,
 ) -> Values:
-  """Monte Carlo values at a few states; the first from the other responses.
+  """Monte Carlo values at a few states; the first uses the other responses.
 
     V₀ = mean of what the siblings earned,   V_p = mean of K fresh continuations
 
   Without a valid sibling V₀ is 0.
 
   Args:
-    count: the most positions per response, at least 1.
+    count: maximum number of positions per response, at least 1.
     samples: K, continuations per position, at least 1.
     positions: a rule of `positions`.
     score_weighted: takes advantages against the score-weighted mean of the
@@ -127,8 +126,8 @@ def branches_with_critic(
 
     Aₜ = V_b − Vφ(sₜ)   for a < t ≤ b,   V_T = R
 
-  sₜ is the state before token t.  Whatever the critic says, it is a function of
-  the prefix: nothing is biased by it, and no sibling is needed.
+  sₜ is the state before token t.  The critic is a function of the prefix: its
+  errors cause no bias, and no sibling is needed.
 
   Args:
     count, samples, positions: as in `branches`.
@@ -147,9 +146,9 @@ def branches_with_critic(
 
 
 def _earned(rewards: Array, rollouts: Rollouts) -> Array:
-  """[P, G, 1]: the sum of a response's rewards of tokens.
+  """Sums each response's token rewards, [P, G, 1].
 
-  Without any token it is the reward, which had no place to stand.
+  A response without tokens keeps its reward.
   """
   inside = jnp.where(rollouts.mask, rewards, 0.0)
   some = rollouts.mask.any(axis=2, keepdims=True)
@@ -162,17 +161,17 @@ def branch_returns(
   rollouts: Rollouts,
   forked_at: Array,
 ) -> Array:
-  """What branches earn from their forks on: of one fork, V is their mean.
+  """Sums the rewards of branches from their forks on; V is a fork's mean.
 
     Σ_{t ≥ fork} rₜ   of the rewards as shaped, γ = 1
 
-  A reward that `shaping` leaves per response counts as a whole, wherever the
-  fork is; so does one on the last token.
+  A reward that `shaping` leaves per response counts in full, wherever the fork
+  is; so does one on the last token.
 
   Args:
-    shaping: `Branches.shaping`, what the responses' own rewards go through.
-    rewards: [P, R, 1] of the branches as whole responses, prefix and all.
-    rollouts: of the branches, [P, R, T], with what `shaping` needs.
+    shaping: `Branches.shaping`, which also transforms the responses' rewards.
+    rewards: [P, R, 1] of the branches as whole responses, prefix included.
+    rollouts: of the branches, [P, R, T], with the inputs of `shaping`.
     forked_at: [P, R, 1], tokens of the prefix.
 
   Returns:

@@ -1,8 +1,8 @@
-"""How tokens are summed, and which responses are trained on.
+"""Token weights, and filters of the responses to train on.
 
 Weights map `mask`, [P, G, T], and `valid`, [P, G, 1], of one optimiser
 minibatch to [P, G, T].  N is the number of valid responses in that minibatch.
-No weight depends on padding, micro-batches or devices.  Predicates map rollouts
+No weight depends on padding, micro-batches or devices.  Filters map rollouts
 to [P, G, 1] bool: the `keep` of `estimator`.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxrl_llm.estimators.baselines import varies
 from jaxrl_llm.estimators.types import (
   Array,
-  Keep,
+  Filter,
   Rollouts,
   TokenWeights,
   valid_responses,
@@ -61,10 +61,11 @@ def token_mean() -> TokenWeights:
   return lambda mask, valid: mask / jnp.maximum(mask.sum(keepdims=True), 1)
 
 
-def mixed_outcomes() -> Keep:
+def mixed_outcomes() -> Filter:
   """Keeps groups whose rewards are not all equal.
 
-  Equal ones teach a group baseline nothing; dropped, they do not count in N.
+  A group baseline learns nothing from equal rewards.  Dropped groups do not
+  count in N.
 
   Bias: a scale per prompt, the larger the fewer others are kept.
   """
@@ -76,7 +77,7 @@ def mixed_outcomes() -> Keep:
   return keep
 
 
-def reward_above(threshold: float) -> Keep:
+def reward_above(threshold: float) -> Filter:
   """Keeps responses with a reward above `threshold`."""
   return lambda rollouts: (
     valid_responses(rollouts) & (rollouts.rewards > threshold)

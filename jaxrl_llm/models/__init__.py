@@ -1,1 +1,1 @@
-"""A decoder of language models as pure functions, and its checkpoints."""
+"""A decoder language model as pure functions, and its checkpoints."""

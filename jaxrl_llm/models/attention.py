@@ -1,7 +1,7 @@
 """Causal attention over shared prefixes and a row's own tokens.
 
-Every pass can be computed here, and decoding is; `kernels.choose` says which
-passes have a fused kernel instead.
+`attend` works for every pass, and decoding always uses it; `kernels.choose`
+selects the passes that use a fused kernel instead.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ MASKED = -1e30
 
 
 class Readers(NamedTuple):
-  """Which rows of a batch read which part of it, in any order.
+  """Assignment of a batch's rows to the R that they read, in any order.
 
   Attributes:
-    rows: [R, g] int32, as `Segment.readers`.
-    places: [B] int32, where in the flat `rows` each row stands; R · g for one
-      that stands nowhere and reads nothing.
+    rows: [R, g] int32, as in `Segment.readers`.
+    places: [B] int32, index of each row in the flattened `rows`; R · g for one
+      that is not in it and reads nothing.
   """
 
   rows: jax.Array
@@ -32,7 +32,7 @@ class Part(NamedTuple):
   Attributes:
     keys: [R, H, d, S].
     values: [R, H, S, d].
-    valid: which keys a query may see, [R, 1, g, 1, T, S] or broadcastable to
+    valid: the keys that a query may see, [R, 1, g, 1, T, S] or broadcastable to
       it (of the same rank), where g = B // R, or that of the readers.
     readers: None: each of the R is read by the next g rows of the batch.
   """
@@ -44,12 +44,12 @@ class Part(NamedTuple):
 
 
 def attend(query, parts, *, scale, softcap=None):
-  """Softmax attention over the concatenation of all parts.
+  """Computes softmax attention over the concatenation of all parts.
 
     oᵢ = Σⱼ softmaxⱼ(scale · qᵢ·kⱼ) vⱼ,   j over the valid keys of every part
 
-  The parts are never concatenated and a shared part is never copied per row:
-  its rows' queries are stacked instead.  Scores and softmax are float32.
+  Parts are never concatenated, and a shared part is never copied per row: its
+  rows' queries are stacked instead.  Scores and softmax are float32.
   Every query needs at least one valid key (its own).
 
   Args:
@@ -59,7 +59,7 @@ def attend(query, parts, *, scale, softcap=None):
     softcap: c of c·tanh(x/c) on the scaled scores, or None.
 
   Returns:
-    [B, T, N, d] of the query's dtype.
+    [B, T, N, d] in the query's dtype.
 
   References:
     Juravsky et al., `Hydragen <https://arxiv.org/abs/2402.05099>`_, 2024
@@ -94,7 +94,7 @@ def attend(query, parts, *, scale, softcap=None):
 
 
 def _scores(query, part: Part, scale, softcap):
-  """Masked scores [R, H, g, M, T, S] float32 of queries [B, H, M, T, d]."""
+  """Computes masked scores [R, H, g, M, T, S] float32 of [B, H, M, T, d]."""
   scores = jnp.einsum(
     'rhgmtd,rhds->rhgmts',
     _per_part(query, part),
@@ -108,7 +108,7 @@ def _scores(query, part: Part, scale, softcap):
 
 
 def _per_part(x, part: Part):
-  """[B, H, ...] to [R, H, g, ...]: the rows that share a part, side by side."""
+  """Groups rows that share a part: [B, H, ...] → [R, H, g, ...]."""
   if part.readers is None:
     rows = part.keys.shape[0]
     x = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
@@ -118,7 +118,7 @@ def _per_part(x, part: Part):
 
 
 def _per_row(x, part: Part, nothing=0.0):
-  """[R, H, g, ...] back to [B, H, ...]; `nothing` for rows that do not read."""
+  """Inverts `_per_part`; rows that do not read the part get `nothing`."""
   x = x.swapaxes(1, 2)
   x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
   if part.readers is None:

@@ -15,10 +15,11 @@ class Segment:
       would copy a layer out of an array at every token.  The token axis is last
       because the scores' matrix product then reads it contiguously on CPU.
     values: likewise [R, H, S, d].
-    lengths: [R] int32, how many of the S tokens are real; 0 is allowed.
-    readers: [R, g] int32, which of the batch's B rows read each of the R; a
-      number that is no row is nobody.  A row stands here once, or nowhere and
-      reads nothing.  None: R divides B, and row b reads row b // (B // R).
+    lengths: [R] int32, number of real tokens among the S; 0 is allowed.
+    readers: [R, g] int32, the batch's rows, of B, that read each of the R;
+      numbers outside the batch are ignored.  A row occurs at most once; one
+      that does not occur reads nothing.  None: R divides B, and row b reads row
+      b // (B // R).
   """
 
   keys: jax.Array | tuple[jax.Array, ...]
@@ -35,11 +36,11 @@ class Segment:
     return jax.tree.leaves(self.keys)[0].shape[-1]
 
   def split(self) -> 'Segment':
-    """The same with a tuple of layers."""
+    """Returns a copy with a tuple of layers."""
     return self.replace(keys=tuple(self.keys), values=tuple(self.values))
 
   def stacked(self) -> 'Segment':
-    """The same with an array of layers."""
+    """Returns a copy with an array of layers."""
     return self.replace(
       keys=jnp.asarray(self.keys), values=jnp.asarray(self.values)
     )
@@ -47,7 +48,7 @@ class Segment:
 
 @chex.dataclass(frozen=True)
 class Cache:
-  """What B rows have already read: shared prefixes, then their own suffix.
+  """Tokens that B rows have read: shared prefixes, then their own suffix.
 
   Attributes:
     prefixes: read-only segments in reading order, shared by rows: samples of
@@ -58,8 +59,8 @@ class Cache:
       nothing is stored.
     index: int32 scalar, tokens already in the suffix.  It must stay below
       the suffix's capacity: a write past the end lands on the last tokens.
-      Or [B], each row's own, where one at the capacity writes nothing: a row
-      whose index is set back forks there, and its later tokens are forgotten.
+      Or [B], one per row, where an index at the capacity writes nothing:
+      setting a row's index back forks it there and discards its later tokens.
   """
 
   prefixes: tuple[Segment, ...]

@@ -1,4 +1,4 @@
-"""What distinguishes one decoder from another, as a hashable value."""
+"""Configuration of a decoder, as a hashable value."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ ROPE_KINDS = ('default', 'linear', 'llama3', 'yarn', 'longrope')
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary position embedding and how its frequencies are stretched.
+  """Rotary position embedding and the stretching of its frequencies.
 
   Attributes:
     theta: base of the wavelengths.
     kind: one of `ROPE_KINDS`.
-    factor: how many times longer than in pre-training positions may get.
+    factor: ratio of the largest position to that of pre-training.
     original_length: positions of the pre-training, in tokens (llama3, yarn,
       longrope).
     low_frequency, high_frequency: llama3's two limits, in periods per
@@ -65,17 +65,17 @@ class ModelConfig:
     dtype: of matrix products and the residual stream, 'float32' or
       'bfloat16'.  Norms, softmax and logits are float32 in any case.
     remat: recompute each layer in the backward pass instead of storing it.
-    unroll: layers per step of the scan of training and scoring, as of
-      `jax.lax.scan`: with all of them nothing is stacked or picked out of a
-      stack, and every layer is compiled.  Then `remat` saves little on CPU,
-      where XLA computes early what it can.
-    attention: one of `ATTENTION`: which kernel training and scoring use;
-      'auto' is that of the platform (`kernels.choose`).
+    unroll: layers per step of the scan in training and scoring, as in
+      `jax.lax.scan`.  Unrolling all of them avoids stacking and slicing, but
+      compiles every layer, and `remat` then saves little on CPU, where XLA
+      computes as early as it can.
+    attention: kernel of training and scoring, one of `ATTENTION`; 'auto' is
+      that of the platform (`kernels.choose`).
     family: the checkpoint format, one of `FAMILIES`.
     rope: rotary positions; None is a learned table of `max_length` positions.
     local_rope: rotary positions of the sliding layers, where they differ.
     window: tokens that a sliding layer sees, itself included; None is all.
-    sliding: for each layer whether it has the window, [L].
+    sliding: whether each layer has the window, [L].
     norm: 'rms' or 'layer' (which has a bias and subtracts the mean).
     norm_epsilon: added to the variance.
     norm_offset: added to the scale parameter (Gemma stores w − 1).
@@ -147,7 +147,7 @@ class ModelConfig:
 
 
 def _validate_sizes(config: ModelConfig):
-  """Before others are derived from them."""
+  """Validates sizes before others are derived from them."""
   for name in (
     'vocab_size',
     'hidden_size',
@@ -226,8 +226,8 @@ def _validate_rope(config: ModelConfig, rope: Rope):
   if rope.kind in ('llama3', 'yarn', 'longrope'):
     if not rope.original_length:
       raise UserError(f'RoPE type {rope.kind!r} needs original_length.')
-    # Beyond it longrope changes the frequencies with the current length, so
-    # that keys already in a cache would be wrong.
+    # Beyond it, longrope's frequencies depend on the current length, so keys
+    # already in a cache would be wrong.
     if rope.kind == 'longrope' and config.max_length > rope.original_length:
       raise UserError(
         f'RoPE type {rope.kind!r} is supported up to its original '
@@ -244,7 +244,7 @@ def _validate_rope(config: ModelConfig, rope: Rope):
 def check_length(config: ModelConfig, length: int) -> None:
   """Raises UserError if `length` tokens exceed the positions of the model.
 
-  The model itself cannot tell: true lengths are known at run time only, and
+  The model itself cannot check: true lengths are known at run time only, and
   positions past the end would silently repeat the last learned one.
   """
   if length > config.max_length:

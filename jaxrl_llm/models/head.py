@@ -1,4 +1,4 @@
-"""Statistics of tokens under the head, without logits of all positions."""
+"""Statistics of tokens under the head, without storing all logits."""
 
 import chex
 import jax
@@ -11,12 +11,12 @@ from jaxrl_llm.models.config import ModelConfig
 
 @chex.dataclass(frozen=True)
 class TokenStatistics:
-  """Of each token under the model's adjusted distribution, in nats.
+  """Statistics of each token under the adjusted distribution, in nats.
 
   Attributes:
     log_probs: [...] float32, of the token; −inf where it is excluded.
     entropy: [...] float32, of the distribution.
-    score_norms: [...] float32, ‖∂ log p(token) / ∂ logits‖², no nats.
+    score_norms: [...] float32, ‖∂ log p(token) / ∂ logits‖², not in nats.
   """
 
   log_probs: jax.Array
@@ -32,19 +32,19 @@ def token_statistics(
   adjust=lambda logits, tokens: logits,
   chunk: int = 256,
 ) -> TokenStatistics:
-  """Log-probabilities, entropies and squared scores of tokens.
+  """Computes log-probabilities, entropies and squared scores of tokens.
 
     p = softmax(adjust(logits, tokens)),   log p(token),   H = −Σᵥ p(v) log p(v)
     ‖∂ log p(token) / ∂ adjusted logits‖² = 1 − 2 p(token) + Σᵥ p(v)²
 
   Logits exist for `chunk` positions at a time, forward and backward: the
-  backward pass recomputes them, unless all positions are one chunk, whose
-  logits are kept.  The head's gradient adds up in float32.
+  backward pass recomputes them, unless all positions form one chunk, whose
+  logits are kept.  The head's gradient is accumulated in float32.
 
   Args:
     config: static.
     params: of the model; only the head is read.
-    hidden: [..., D], of `transformer.apply`.
+    hidden: [..., D], from `transformer.apply`.
     tokens: [...] int32, the token that follows each hidden state.
     adjust: maps logits [n, V] float32 and tokens [n] to logits [n, V];
       −inf excludes a token of the vocabulary.
@@ -78,8 +78,8 @@ def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
   measure = lambda logits, tokens: statistics(adjust(logits, tokens), tokens)
   if chunks == 1:
     logits = to_logits(hidden.reshape(count, width))
-    found = jax.checkpoint(measure)(logits, tokens.reshape(count))
-    return jax.tree.map(lambda x: x.reshape(shape), found)
+    results = jax.checkpoint(measure)(logits, tokens.reshape(count))
+    return jax.tree.map(lambda x: x.reshape(shape), results)
   pad = chunks * chunk - count
   hidden = jnp.pad(hidden.reshape(count, width), ((0, pad), (0, 0)))
   hidden = hidden.reshape(chunks, chunk, width)
@@ -89,12 +89,14 @@ def _in_chunks(to_logits, hidden, tokens, adjust, chunk):
   def step(hidden, tokens):
     return measure(to_logits(hidden), tokens)
 
-  _, found = jax.lax.scan(lambda _, x: (None, step(*x)), None, (hidden, tokens))
-  return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), found)
+  _, results = jax.lax.scan(
+    lambda _, x: (None, step(*x)), None, (hidden, tokens)
+  )
+  return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), results)
 
 
 def statistics(logits, tokens) -> TokenStatistics:
-  """`TokenStatistics` of tokens, [n], under logits, [n, V].
+  """Computes `TokenStatistics` of tokens, [n], under logits, [n, V].
 
   Excluded tokens (logit −inf) have probability 0 and add 0 to the entropy
   and to its gradient.  Score norms have no gradient.

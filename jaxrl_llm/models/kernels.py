@@ -1,8 +1,8 @@
 """Fused attention for the passes that store nothing: training and scoring.
 
-There each row reads its prompt, which others share, and its own tokens, all
-known: keys and values are joined per row and one kernel does the rest.  It
-never writes the scores to memory.  Everything else is `attention.attend`.
+There each row reads its shared prompt and its own tokens, all known in advance:
+keys and values are joined per row for one kernel, which never writes the scores
+to memory.  Other passes use `attention.attend`.
 """
 
 import functools
@@ -22,11 +22,11 @@ MAX_BLOCK = 512  # tokens; its scores fill 1 MiB of a core's memory
 
 
 class Choice(NamedTuple):
-  """How one pass attends.
+  """The attention kernel of one pass.
 
   Attributes:
     kernel: 'xla', 'splash' or 'cudnn'.
-    reason: why it is 'xla', a phrase; '' where it is a kernel.
+    reason: a phrase that explains 'xla'; '' for the others.
   """
 
   kernel: str
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 def choose(
   config: ModelConfig, length: int, prefixes=(), stored: bool = False
 ) -> Choice:
-  """The one place where a pass of the model gets its attention.
+  """Chooses the attention kernel of a pass of the model.
 
   | the pass, or the model | on TPU | on GPU | elsewhere |
   |---|---|---|---|
@@ -45,19 +45,19 @@ def choose(
   | a window narrower than prefixes and own tokens | xla | xla | xla |
   | soft-capped scores | splash | xla | xla |
   | float32 | splash | xla | xla |
-  | head_dim above 128 or no multiple of 8 | splash | xla | xla |
+  | head_dim above 128 or not a multiple of 8 | splash | xla | xla |
   | cuDNN absent | splash | xla | xla |
   | anything else | splash | cudnn | xla |
 
-  The first row that applies counts.  Lengths may be anything: the kernels'
-  adapters pad them.  A kernel named by `config.attention` stands in place of
-  the platform's, and where the rows from the third on say xla it is refused;
-  splash is interpreted where there is no TPU, slowly, for tests.
+  The first row that applies counts.  Any length works: the kernels' adapters
+  pad.  A kernel named by `config.attention` replaces the platform's, and is
+  refused where the third or a later row has xla; without a TPU, splash is
+  interpreted, slowly, for tests.
 
   Args:
     config: static.
     length: T, own tokens of each row.
-    prefixes: for each prefix the S of its keys.
+    prefixes: S, the number of keys, of each prefix.
     stored: whether keys are written to a suffix, or rows find their prefix
       by a list of readers.
 
@@ -68,11 +68,11 @@ def choose(
   if wanted == 'auto':
     wanted = {'tpu': 'splash', 'gpu': 'cudnn'}.get(_platform(), 'xla')
   if wanted == 'xla':
-    return Choice('xla', 'the platform has no kernel, or none is wanted')
+    return Choice('xla', 'the platform has no kernel, or none is requested')
   if stored:
     return Choice('xla', 'the pass reads what was stored')
   if length < LANES:
-    return Choice('xla', f'{length} tokens are less than a block of {LANES}')
+    return Choice('xla', f'{length} tokens are fewer than a block of {LANES}')
   reason = _obstacle(config, wanted, length + sum(prefixes))
   if reason is None:
     return Choice(wanted)
@@ -80,15 +80,16 @@ def choose(
     return Choice('xla', reason)
   raise UserError(
     f'attention={wanted!r} cannot compute this model: {reason}.\n'
-    "Use attention='auto', which takes XLA where a kernel cannot."
+    "Use attention='auto', which falls back to XLA."
   )
 
 
 def _obstacle(config: ModelConfig, kernel: str, keys: int) -> str | None:
-  """Why a kernel cannot do what the model asks, a phrase, or None."""
+  """Returns why a kernel cannot compute the model, a phrase, or None."""
   if any(config.sliding) and config.window < keys:
-    # Padding lies between a prompt and a row's tokens, so that a window of
-    # positions is none of slots; and layers with and without share a program.
+    # Padding separates a prompt from a row's tokens, so that a window of
+    # positions is not one of slots; and layers with and without it share a
+    # program.
     return f'layers see {config.window} of {keys} tokens (sliding window)'
   if kernel == 'splash':
     return None
@@ -104,17 +105,17 @@ def _obstacle(config: ModelConfig, kernel: str, keys: int) -> str | None:
 
 
 def _platform() -> str:
-  """Of the devices of the current mesh, or of the default backend.
+  """Returns the platform of the current mesh, or of the default backend.
 
-  So that a program compiled ahead of time for a TPU under its mesh gets the
-  TPU's kernel on a machine that has none.
+  A program compiled ahead of time for a TPU under its mesh thus gets the TPU's
+  kernel on a machine without one.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def has_cudnn() -> bool:
-  """Whether programs for a GPU can use cuDNN here; no GPU is needed."""
+  """Checks whether programs for a GPU can use cuDNN here; needs no GPU."""
   attend = functools.partial(
     jax.nn.dot_product_attention, implementation='cudnn'
   )
@@ -127,24 +128,24 @@ def has_cudnn() -> bool:
 
 
 def attend(kernel: str, query, prefixes, lengths, own, *, scale, softcap=None):
-  """Causal attention of rows over their shared prefixes and themselves.
+  """Computes causal attention of rows over shared prefixes and own tokens.
 
   Equals `attention.attend` over the same parts.  Under a mesh the rows are
   split over (data, fsdp) and the heads over tensor, where these divide them;
   a kernel cannot be partitioned automatically.
 
   Args:
-    kernel: 'splash' or 'cudnn', of `choose`.
+    kernel: 'splash' or 'cudnn', from `choose`.
     query: [B, T, N, d], N = H · M.
     prefixes: for each prefix keys [R, H, d, S] and values [R, H, S, d]; each
       of the R is read by the next B / R rows.
-    lengths: for each prefix [R] int32, how many of the S are real.
+    lengths: for each prefix [R] int32, the number of real keys among the S.
     own: keys [B, H, d, T] and values [B, H, T, d].
     scale: multiplies q·k.
     softcap: c of c·tanh(x/c) on the scaled scores, or None; splash only.
 
   Returns:
-    [B, T, N, d] of the query's dtype.
+    [B, T, N, d] in the query's dtype.
 
   References:
     Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022
@@ -164,15 +165,15 @@ def attend(kernel: str, query, prefixes, lengths, own, *, scale, softcap=None):
     compute,
     in_specs=(queried, cached, cached, PartitionSpec(rows, None)),
     out_specs=queried,
-    # Kernels do not say over which axes their outputs vary.
+    # Kernels do not declare the axes over which their outputs vary.
     check_vma=False,
   )(query, keys, values, real)
 
 
-def _join(batch: int, prefixes, lengths, own):
-  """Keys and values [B, H, S, d] of all parts, and which are real [B, S].
+def _join(batch: int, prefixes, lengths, entries):
+  """Joins all parts' keys and values, [B, H, S, d], and masks, [B, S].
 
-  S is that of all prefixes and T; a row's own tokens come last.
+  S is the sum of all prefixes' and T; a row's own tokens come last.
   """
   keys, values, real = [], [], []
   for (key, value), length in zip(prefixes, lengths, strict=True):
@@ -182,14 +183,14 @@ def _join(batch: int, prefixes, lengths, own):
     values.append(jnp.repeat(value, times, axis=0))
     valid = slot[None] < length[:, None]
     real.append(jnp.repeat(valid, times, axis=0))
-  real.append(jnp.ones((batch, own[0].shape[-1]), bool))
-  keys = jnp.concatenate([*keys, own[0]], axis=-1).swapaxes(2, 3)
-  values = jnp.concatenate([*values, own[1]], axis=2)
+  real.append(jnp.ones((batch, entries[0].shape[-1]), bool))
+  keys = jnp.concatenate([*keys, entries[0]], axis=-1).swapaxes(2, 3)
+  values = jnp.concatenate([*values, entries[1]], axis=2)
   return keys, values, jnp.concatenate(real, axis=1)
 
 
 def splash(query, keys, values, real, *, scale, softcap=None):
-  """Splash attention of the last T keys' queries, [B, T, N, d].
+  """Computes splash attention of the last T keys' queries, [B, T, N, d].
 
   Both lengths are padded to blocks of at most 512 tokens.  The causal mask is
   static and its upper blocks are skipped; a prompt's padding is a segment that
@@ -198,7 +199,7 @@ def splash(query, keys, values, real, *, scale, softcap=None):
   Args:
     query: [B, T, N, d].
     keys, values: [B, H, S, d]; the last T are the queries' own.
-    real: [B, S] bool, which keys a query may see; its own it must.
+    real: [B, S] bool, the keys that a query may see, its own included.
     scale: multiplies q·k.
     softcap: c of c·tanh(x/c) on the scaled scores, or None.
   """
@@ -241,18 +242,18 @@ def splash(query, keys, values, real, *, scale, softcap=None):
 
 
 def _blocks(length: int) -> tuple[int, int]:
-  """The block, in tokens, and the length padded to a multiple of it."""
+  """Returns the block, in tokens, and the length padded to a multiple of it."""
   count = -(-length // MAX_BLOCK)
   block = LANES * -(-length // (LANES * count))
   return block, count * block
 
 
 def cudnn(query, keys, values, real, *, scale, softcap=None):
-  """cuDNN's attention of the last T keys' queries, [B, T, N, d].
+  """Computes cuDNN attention of the last T keys' queries, [B, T, N, d].
 
-  cuDNN's own causal mask aligns the first query with the first key, so that
-  it serves a pass without prefixes only.  Behind a prefix the mask is a tensor
-  [B, 1, T, S], once for all heads, and masked blocks are not skipped.
+  cuDNN's own causal mask aligns the first query with the first key, so it only
+  serves a pass without prefixes.  After a prefix the mask is a tensor
+  [B, 1, T, S], shared by all heads, and masked blocks are not skipped.
 
   Args:
     query, keys, values, real, scale: as for `splash`.

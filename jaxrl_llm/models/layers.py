@@ -17,19 +17,19 @@ ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
-# Rows of a product of a decode step, at most.
+# Maximum number of rows in a product of a decode step.
 _FEW_ROWS = 64
 EVERYTHING = 2**30  # a window wider than any text
-# Projections of the same input, and what their columns side by side are called.
+# Projections of the same input, and the name of their concatenation.
 JOINED = 'joined'
 _SIBLINGS = {'attention': ('query', 'key', 'value'), 'mlp': ('gate', 'up')}
 
 
 class PerLayer(NamedTuple):
-  """What belongs to one layer, or with a leading [L] to all that are scanned.
+  """Inputs of one layer or, with a leading [L], of all that are scanned.
 
   Attributes:
-    sliding: bool, whether the layer has the window.
+    sliding: bool, whether the layer uses the window.
     prefixes: (keys, values) of every prefix.
     suffix: (keys, values) of the rows' own tokens, or None.
   """
@@ -40,7 +40,7 @@ class PerLayer(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What all layers share.
+  """Inputs that all layers share.
 
   Attributes:
     positions: [B, T] int32, of the call's tokens.
@@ -89,8 +89,8 @@ class Norm(nn.Module):
 class Dense(nn.Module):
   """x @ kernel + bias in the compute dtype; kernel [in, out].
 
-  Its initial standard deviation is 1/√in, times `scale`.  `axes` are those of
-  the mesh that the product splits the kernel over.
+  Its initial standard deviation is 1/√in, times `scale`.  `axes` are the mesh
+  axes over which the product splits the kernel.
   """
 
   features: int
@@ -107,7 +107,7 @@ class Dense(nn.Module):
     normal = nn.initializers.normal(self.scale * width**-0.5)
     shape = (width, self.features)
     kernel = self.param('kernel', normal, shape, self.param_dtype)
-    # Cast first: half the bytes are gathered.
+    # Cast first, so that half the bytes are gathered.
     kernel = sharding.constrain(kernel.astype(dtype), *self.axes)
     y = _multiply(x.astype(dtype), kernel)
     if self.bias:
@@ -118,7 +118,7 @@ class Dense(nn.Module):
 
 
 def _multiply(x, kernel):
-  """x [B, T, in] · kernel [in, out]."""
+  """Multiplies x [B, T, in] by kernel [in, out]."""
   if x.ndim != 3 or x.shape[0] * x.shape[1] > _FEW_ROWS:
     return jnp.dot(x, kernel)
   return jax.lax.platform_dependent(
@@ -127,28 +127,28 @@ def _multiply(x, kernel):
 
 
 def _multiply_few(x, kernel):
-  """The same of few rows on a CPU.
+  """Multiplies few rows on a CPU.
 
-  XLA's product is faster there where the rows are the last dimension, and
-  without the barrier it would take their transposition back.
+  XLA's product is faster there if the rows are the last dimension, and without
+  the barrier it would undo their transposition.
   """
   rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
   return jnp.einsum('in,io->no', rows, kernel).reshape(*x.shape[:-1], -1)
 
 
 def join(layer):
-  """One layer's parameters with siblings side by side: fewer products.
+  """Concatenates sibling projections of one layer, for fewer products.
 
-  A decode step reads few rows, where every product has its price.
+  A decode step reads few rows, where every product has a fixed cost.
   """
 
   def join_siblings(params, names):
     if any(name not in params for name in names):
       return params
     rest = {name: x for name, x in params.items() if name not in names}
-    found = [params[name] for name in names]
+    siblings = [params[name] for name in names]
     side_by_side = lambda *x: jnp.concatenate(x, axis=-1)
-    return {**rest, JOINED: jax.tree.map(side_by_side, *found)}
+    return {**rest, JOINED: jax.tree.map(side_by_side, *siblings)}
 
   joined = {
     part: join_siblings(layer[part], names) for part, names in _SIBLINGS.items()
@@ -157,7 +157,7 @@ def join(layer):
 
 
 def _project(module: nn.Module, names, features, bias: bool, x):
-  """Projections of x by the module's parameters, joined or not."""
+  """Projects x by the module's parameters, joined or not."""
   dense = lambda width, name: Dense(
     width, module.config, module.param_dtype, bias, name=name
   )
@@ -169,7 +169,7 @@ def _project(module: nn.Module, names, features, bias: bool, x):
 
 
 class Attention(nn.Module):
-  """Projections, rotation and cache around what `kernels.choose` gives."""
+  """Projections, rotation and cache around the kernel of `kernels.choose`."""
 
   config: ModelConfig
   param_dtype: Any
@@ -196,9 +196,9 @@ class Attention(nn.Module):
       turn = _select_rotation(config, layer, context)
       query = rope_lib.rotate(query, *turn)
       keys = rope_lib.rotate(keys, *turn)
-    own = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+    entries = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     if layer.suffix is not None:
-      own = _write(layer.suffix, own, context.index)
+      entries = _write(layer.suffix, entries, context.index)
     kernel = kernels.choose(
       config,
       x.shape[1],
@@ -206,12 +206,14 @@ class Attention(nn.Module):
       stored=layer.suffix is not None
       or any(r is not None for r in context.readers),
     ).kernel
-    how = dict(scale=config.query_scale, softcap=config.attention_softcap)
+    options = dict(scale=config.query_scale, softcap=config.attention_softcap)
     if kernel == 'xla':
-      out = attention.attend(query, _parts(config, layer, context, own), **how)
+      out = attention.attend(
+        query, _parts(config, layer, context, entries), **options
+      )
     else:
       out = kernels.attend(
-        kernel, query, layer.prefixes, context.lengths, own, **how
+        kernel, query, layer.prefixes, context.lengths, entries, **options
       )
     out = Dense(
       config.hidden_size,
@@ -222,10 +224,10 @@ class Attention(nn.Module):
       axes=(sharding.TENSOR, None),
       name='out',
     )(out.reshape(*out.shape[:2], -1))
-    return out, own
+    return out, entries
 
   def _by_heads(self, name, y, norm=True):
-    """[B, T, heads, d] of one projection, split over a mesh and normalised."""
+    """Splits a projection, [B, T, heads, d], over a mesh and normalises it."""
     config = self.config
     axis = sharding.heads_axis(config.num_kv_heads)
     y = sharding.constrain(y, sharding.ROWS, None, axis, None)
@@ -245,23 +247,23 @@ def _select_rotation(config, layer: PerLayer, context: Context):
   )
 
 
-def _write(suffix, own, index):
-  """The suffix's keys and values with those of the call's tokens."""
+def _write(suffix, entries, index):
+  """Writes keys and values of the call's tokens into the suffix's."""
   if index.ndim:
     row = jnp.arange(index.size, dtype=jnp.int32)
-    how = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
-    keys = suffix[0].at[row, :, :, index].set(own[0][..., 0], **how)
-    values = suffix[1].at[row, :, index].set(own[1][:, :, 0], **how)
+    options = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
+    keys = suffix[0].at[row, :, :, index].set(entries[0][..., 0], **options)
+    values = suffix[1].at[row, :, index].set(entries[1][:, :, 0], **options)
     return keys, values
   update = jax.lax.dynamic_update_slice_in_dim
   return (
-    update(suffix[0], own[0], index, axis=3),
-    update(suffix[1], own[1], index, axis=2),
+    update(suffix[0], entries[0], index, axis=3),
+    update(suffix[1], entries[1], index, axis=2),
   )
 
 
-def _parts(config, layer: PerLayer, context: Context, own):
-  """The prefixes and the (keys, values) of a row's own tokens."""
+def _parts(config, layer: PerLayer, context: Context, entries):
+  """Returns the prefixes and the rows' own (keys, values) as parts."""
   parts = [
     attention.Part(
       keys,
@@ -271,8 +273,8 @@ def _parts(config, layer: PerLayer, context: Context, own):
     )
     for i, (keys, values) in enumerate(layer.prefixes)
   ]
-  valid = _valid_own(config, layer, context, own[0].shape[-1])
-  return [*parts, attention.Part(*own, valid)]
+  valid = _valid_own(config, layer, context, entries[0].shape[-1])
+  return [*parts, attention.Part(*entries, valid)]
 
 
 def _window(config, layer: PerLayer):
@@ -280,7 +282,7 @@ def _window(config, layer: PerLayer):
 
 
 def _valid_own(config, layer: PerLayer, context: Context, slots: int):
-  """Own tokens up to the query itself, [B or 1, 1, 1, 1, T, S]."""
+  """Marks own tokens up to the query itself, [B or 1, 1, 1, 1, T, S]."""
   length = context.positions.shape[1]
   query = context.index.reshape(-1, 1, 1)
   query = query + jnp.arange(length, dtype=jnp.int32)[None, :, None]
@@ -292,7 +294,7 @@ def _valid_own(config, layer: PerLayer, context: Context, slots: int):
 
 
 def _valid_prefix(config, layer: PerLayer, context: Context, i: int):
-  """Real tokens of prefix i (within the window), [R, 1, g or 1, 1, T or 1, S].
+  """Marks real tokens of prefix i in the window, [R, 1, g or 1, 1, T or 1, S].
 
   A query's distance from a key differs by row, as prefixes' lengths do.
   """
@@ -339,7 +341,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-  """One decoder layer, which a scan over layers may have as its body."""
+  """One decoder layer, which can be the body of a scan over layers."""
 
   config: ModelConfig
   param_dtype: Any
@@ -347,11 +349,11 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, layer: PerLayer, context: Context):
-    """Returns x and, if `emit`, the own (keys, values), else None."""
+    """Returns x and, if `emit`, the tokens' (keys, values), else None."""
     config = self.config
     norm = lambda name: Norm(config, self.param_dtype, name=name)
     attend = Attention(config, self.param_dtype, name='attention')
-    y, own = attend(norm('attention_norm')(x), layer, context)
+    y, entries = attend(norm('attention_norm')(x), layer, context)
     if config.post_norms:
       y = norm('attention_post_norm')(y)
     x = x + y
@@ -359,4 +361,4 @@ class Layer(nn.Module):
     if config.post_norms:
       y = norm('mlp_post_norm')(y)
     x = sharding.constrain(x + y, sharding.ROWS, None, None)
-    return x, own if self.emit else None
+    return x, entries if self.emit else None

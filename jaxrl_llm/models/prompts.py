@@ -1,4 +1,4 @@
-"""Hidden states of responses behind prompts that they share.
+"""Hidden states of responses to prompts that they share.
 
 A prompt is read once, whatever the number of its responses.
 """
@@ -18,7 +18,7 @@ class Prompts:
   """Prompts of one batch, right-padded.
 
   Attributes:
-    tokens: [P, S] int32; what stands behind a prompt's length is ignored.
+    tokens: [P, S] int32; tokens past a prompt's length are ignored.
     lengths: [P] int32, at least 1, tokens.
   """
 
@@ -29,17 +29,17 @@ class Prompts:
 def read(
   config: ModelConfig, params, prompts: Prompts, responses: Array
 ) -> Array:
-  """Hidden states of responses: index t is the state *before* token t.
+  """Computes hidden states of responses: index t is that *before* token t.
 
   The prompt is read once and shared by its G responses.
 
   Args:
     config, params: the model.
     prompts: P prompts.
-    responses: [P, G, T] int32; anything may stand behind a response's end.
+    responses: [P, G, T] int32; tokens after a response's end are ignored.
 
   Returns:
-    [P, G, T, D] of the compute dtype, after the final norm; the head maps
+    [P, G, T, D] in the compute dtype, after the final norm; the head maps
     index t to the logits of token t.  Differentiable.
 
   Raises:
@@ -53,7 +53,7 @@ def read(
 def read_through(
   config: ModelConfig, params, prompts: Prompts, responses: Array
 ) -> Array:
-  """Hidden states of responses, and the one *after* their last token.
+  """Computes hidden states of responses, and that *after* their last token.
 
   Args:
     config, params: the model.
@@ -85,7 +85,7 @@ def read_through(
 def prefill_prompts(
   config: ModelConfig, params, prompts: Prompts
 ) -> transformer.Segment:
-  """Keys and values of each prompt but for its last token.
+  """Computes keys and values of each prompt except its last token.
 
   The last token is the first input of the responses, so that the sampler and
   the scorer treat every response token alike.
@@ -97,6 +97,6 @@ def prefill_prompts(
 
 
 def last_tokens(prompts: Prompts) -> Array:
-  """[P] the last token of each prompt."""
+  """Returns the last token of each prompt, [P]."""
   index = (prompts.lengths - 1)[:, None]
   return jnp.take_along_axis(prompts.tokens, index, axis=1)[:, 0]

@@ -34,7 +34,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: Rope, base: np.ndarray) -> np.ndarray:
-  """Slow dimensions are divided by the factor, fast ones kept."""
+  """Divides slow dimensions by the factor and keeps fast ones."""
   periods = rope.original_length * base / (2 * math.pi)
   low, high = rope.low_frequency, rope.high_frequency
   kept = np.clip((periods - low) / (high - low), 0.0, 1.0)
@@ -42,7 +42,7 @@ def _llama3(rope: Rope, base: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, base: np.ndarray) -> np.ndarray:
-  """As llama3, but the blend is linear in the dimension's index."""
+  """Blends as `_llama3`, but linearly in the dimension's index."""
   dim = 2 * base.size
 
   def dimension(rotations):
@@ -61,7 +61,7 @@ def _yarn(rope: Rope, base: np.ndarray) -> np.ndarray:
 
 
 def rotation(rope: Rope, head_dim: int, positions) -> tuple:
-  """Cosine and sine of every position, each [..., d/2] float32."""
+  """Returns cosine and sine of every position, each [..., d/2] float32."""
   omega = jnp.asarray(frequencies(rope, head_dim))
   omega = omega.reshape((1,) * positions.ndim + omega.shape)
   angles = positions[..., None].astype(jnp.float32) * omega
@@ -70,7 +70,7 @@ def rotation(rope: Rope, head_dim: int, positions) -> tuple:
 
 
 def rotate(x, cosine, sine):
-  """Turns dimensions (i, i + d/2) of [B, T, H, d] by [B, T, d/2] angles."""
+  """Rotates dimensions (i, i + d/2) of [B, T, H, d] by [B, T, d/2] angles."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cosine, sine = cosine[:, :, None], sine[:, :, None]
   turned = [first * cosine - second * sine, second * cosine + first * sine]

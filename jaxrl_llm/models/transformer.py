@@ -20,40 +20,40 @@ from jaxrl_llm.models.config import ModelConfig
 
 
 def init(config: ModelConfig, key, param_dtype='float32') -> dict:
-  """Random parameters: standard deviation 1/√in, less for residual outputs."""
+  """Draws parameters: standard deviation 1/√in, less for residual outputs."""
   return _init(config, jnp.dtype(param_dtype), key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(config: ModelConfig, dtype, key) -> dict:
-  """One program, traced once for its shapes and its values."""
+  """Draws parameters in one program, traced once for shapes and values."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = Decoder(config, dtype).init(key, tokens, None)['params']
   return sharding.constrain_params(params)
 
 
 def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
-  """Hidden states after the final norm, and the cache with the tokens added.
+  """Computes hidden states after the final norm, and adds tokens to the cache.
 
-  Layers are scanned, or come one after another where `split_layers` has made
+  Layers are scanned, or applied one after another if `split_layers` has made
   them a tuple: that takes longer to compile and copies no layer's parameters.
-  With a suffix they are split in any case.
+  With a suffix they are always split.
 
-  Right-padded rows need no mask: no token sees the padding behind it.  The
+  Right-padded rows need no mask: no token sees the padding after it.  The
   position of token i of a row is its prefixes' lengths plus `cache.index`
-  plus i; that these stay below `config.max_length` is the caller's to check
+  plus i; the caller must check that it stays below `config.max_length`
   (`check_length`).
 
   Args:
     config: static.
-    params: of `init` or `pretrained.load`.
+    params: from `init` or `folders.load`.
     tokens: [B, T] int32.
     cache: None, a plain causal pass; with `suffix=None`, a differentiable
-      pass behind shared prefixes; with a suffix, a step of decoding, which
+      pass after shared prefixes; with a suffix, a step of decoding, which
       under jit writes the suffix in place.
 
   Returns:
-    hidden: [B, T, D] of the compute dtype.
+    hidden: [B, T, D] in the compute dtype.
     cache: None, the unchanged cache, or the cache with `index` moved by T.
 
   Raises:
@@ -71,12 +71,12 @@ def apply(config: ModelConfig, params, tokens, cache: Cache | None = None):
 
 
 def logits(config: ModelConfig, params, hidden):
-  """Head on hidden states: [..., D] → [..., V] float32, soft-capped."""
+  """Applies the head: [..., D] → [..., V] float32, soft-capped."""
   return apply_head(config, head_matrix(config, params), hidden)
 
 
 def apply_head(config: ModelConfig, matrix, hidden):
-  """`logits` by the head's weights [V, D]."""
+  """Computes `logits` from the head's weights [V, D]."""
   y = project(hidden, matrix, config.dtype)
   if config.logit_softcap is not None:
     y = config.logit_softcap * jnp.tanh(y / config.logit_softcap)
@@ -84,15 +84,15 @@ def apply_head(config: ModelConfig, matrix, hidden):
 
 
 def head_matrix(config: ModelConfig, params):
-  """The head's weights [V, D]: the embedding's where they are tied."""
+  """Returns the head's weights [V, D]: the embedding's if they are tied."""
   return params['embed' if config.tied else 'head']['embedding']
 
 
 def project(hidden, matrix, dtype):
   """hidden [..., D] · matrix [V, D]ᵀ → [..., V] float32, multiplied in dtype.
 
-  The gradient of the matrix is float32 also where dtype is bfloat16, so that
-  adding up chunks of positions loses nothing.
+  The gradient of the matrix is float32 even if dtype is bfloat16, so that
+  summing chunks of positions loses nothing.
   """
   shape = hidden.shape
   hidden = hidden.reshape(-1, shape[-1]).astype(dtype)
@@ -126,10 +126,10 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def sampling_layout(config: ModelConfig, params):
-  """Parameters as sampling reads them, once per token: made once per iteration.
+  """Converts parameters to the layout of sampling, once per iteration.
 
   Layers are split and, unless a mesh's tensor axis splits them, siblings are
-  joined.  On a mesh parameters are split over its tensor axis alone.  Matrices
+  joined.  On a mesh, parameters are split over its tensor axis alone.  Matrices
   have the compute dtype, to which they would be cast at each use.
 
   Args:
@@ -145,18 +145,18 @@ def _sampling_layout(params, dtype):
     matrix = path[-1].key in ('kernel', 'embedding')
     return leaf.astype(dtype) if matrix else leaf
 
-  # Cast where they are: half the bytes are sent.
+  # Cast before sending, so that half the bytes are sent.
   params = jax.tree_util.tree_map_with_path(cast, params)
   params = sharding.constrain_params(params, 'training')
   params = split_layers(sharding.constrain_params(params, 'sampling'))
   if sharding.mesh_sizes().get(sharding.TENSOR, 1) > 1:
-    # Side by side, projections would be cut in other places.
+    # Concatenated projections would be split elsewhere.
     return params
   return {**params, 'layers': tuple(map(layers.join, params['layers']))}
 
 
 def split_layers(params):
-  """Parameters with a tuple of layers in place of stacked ones."""
+  """Replaces stacked layers by a tuple of layers."""
   layers_ = params['layers']
   if isinstance(layers_, tuple):
     return params
@@ -166,7 +166,7 @@ def split_layers(params):
 
 
 def prefill(config: ModelConfig, params, tokens, lengths) -> Segment:
-  """Keys and values of prompts, to be shared by all their samples.
+  """Computes keys and values of prompts, to be shared by all their samples.
 
   Args:
     tokens: [P, S] int32, right-padded.
@@ -181,7 +181,7 @@ def prefill(config: ModelConfig, params, tokens, lengths) -> Segment:
 
 
 def new_cache(config: ModelConfig, prefixes, rows: int, length: int) -> Cache:
-  """A cache whose suffix has room for `length` tokens of `rows` rows."""
+  """Creates a cache with a suffix for `length` tokens of `rows` rows."""
   if length > config.max_length:
     raise UserError(
       f'A cache of {length} tokens exceeds the {config.max_length} positions '
@@ -233,11 +233,11 @@ def _check(config, tokens, cache):
 
 
 def _decode(config, params, tokens, cache, emit=False):
-  """Hidden states and, if `emit`, the own (keys, values) of each layer."""
+  """Returns hidden states and, if `emit`, each layer's (keys, values)."""
   layers_ = params['layers'] if isinstance(params['layers'], tuple) else None
   if layers_ is not None:
     params = {name: x for name, x in params.items() if name != 'layers'}
-  # Parameters bring their own dtype; the module's matters to `init` only.
+  # Parameters have their own dtype; the module's only matters to `init`.
   decoder = Decoder(config, jnp.float32, emit)
   return decoder.apply({'params': params}, tokens, cache, layers_)
 
@@ -251,16 +251,16 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, cache: Cache | None, split=None):
-    """As `_decode`; the layers' parameters are its own, scanned, or `split`."""
+    """Runs `_decode` with its own scanned layers, or with those of `split`."""
     context = _context(self.config, tokens, cache)
     x = self._embed(tokens, context.positions)
     prefixes = cache.prefixes if cache is not None else ()
     if split is None:
-      x, own = self._scan(x, prefixes, context)
+      x, entries = self._scan(x, prefixes, context)
     else:
       suffix = cache.suffix if cache is not None else None
-      x, own = self._one_by_one(split, x, prefixes, suffix, context)
-    return layers.Norm(self.config, self.param_dtype, name='norm')(x), own
+      x, entries = self._one_by_one(split, x, prefixes, suffix, context)
+    return layers.Norm(self.config, self.param_dtype, name='norm')(x), entries
 
   def _scan(self, x, prefixes, context):
     config = self.config
@@ -271,7 +271,7 @@ class Decoder(nn.Module):
     )
     layer = layers.Layer
     if config.remat:
-      # Unrolled, XLA would find both computations of a layer side by side.
+      # Unrolled, XLA would merge both computations of a layer.
       layer = nn.remat(layer, prevent_cse=config.unroll > 1)
     scan = nn.scan(
       layer,
@@ -280,8 +280,8 @@ class Decoder(nn.Module):
       in_axes=(0, nn.broadcast),
       length=config.num_layers,
       unroll=config.unroll,
-      # The layers share nothing that they could change, and looking for it is
-      # tracing them once more.  Without it, though, keys are drawn otherwise.
+      # Layers share no mutable state, and checking that would trace them again.
+      # `init` keeps the check, because it affects how keys are drawn.
       check_constancy_invariants=self.is_initializing(),
     )
     stack = scan(config, self.param_dtype, self.emit, name='layers')
@@ -296,8 +296,8 @@ class Decoder(nn.Module):
         prefixes=tuple((p.keys[i], p.values[i]) for p in prefixes),
         suffix=None if suffix is None else (suffix.keys[i], suffix.values[i]),
       )
-      x, own = layer.apply({'params': params}, x, per_layer, context)
-      kept.append(own)
+      x, entries = layer.apply({'params': params}, x, per_layer, context)
+      kept.append(entries)
     return x, tuple(zip(*kept, strict=True)) if self.emit else None
 
   def _embed(self, tokens, positions):
@@ -312,7 +312,7 @@ class Decoder(nn.Module):
     if config.rope is None:
       x = x + table('positions', config.max_length)(positions)
     if not config.tied:
-      # `logits` reads it; here it is only made.
+      # Only created here; `logits` reads it.
       table('head', config.vocab_size)(None)
     return x
 
@@ -338,15 +338,15 @@ class _Embedding(nn.Module):
 
 
 def _look_up(table, ids):
-  """Rows of a table [V, D], whose columns are split over fsdp.
+  """Looks up rows of a table [V, D] whose columns are split over fsdp.
 
-  Each device looks its columns up for all rows of the batch along fsdp, and
+  Each device looks up its columns for all rows of the batch along fsdp, and
   the devices exchange them: far fewer bytes than a table.
   """
   ids = sharding.constrain(ids, sharding.DATA, None)
-  found = jnp.take(table, ids, axis=0, mode='clip')
-  found = sharding.constrain(found, sharding.DATA, None, sharding.FSDP)
-  return sharding.constrain(found, sharding.ROWS, None, None)
+  rows = jnp.take(table, ids, axis=0, mode='clip')
+  rows = sharding.constrain(rows, sharding.DATA, None, sharding.FSDP)
+  return sharding.constrain(rows, sharding.ROWS, None, None)
 
 
 def _context(config, tokens, cache) -> layers.Context:
@@ -355,9 +355,9 @@ def _context(config, tokens, cache) -> layers.Context:
   prefixes = cache.prefixes if cache is not None else ()
   readers = tuple(_readers(prefix, batch) for prefix in prefixes)
   starts, start = [], jnp.zeros(batch, jnp.int32)
-  for prefix, found in zip(prefixes, readers, strict=True):
+  for prefix, reader in zip(prefixes, readers, strict=True):
     starts.append(start)
-    start = start + _lengths_read(prefix, found, batch)
+    start = start + _lengths_read(prefix, reader, batch)
   positions = (start + index)[:, None]
   positions = positions + jnp.arange(length, dtype=jnp.int32)[None]
   turn = lambda rope: (
@@ -386,8 +386,8 @@ def _readers(prefix: Segment, batch: int) -> attention.Readers | None:
 
 
 def _lengths_read(prefix: Segment, readers, batch: int):
-  """[B] how many tokens of a prefix each row reads."""
+  """Returns the number of tokens of a prefix that each row reads, [B]."""
   if readers is None:
     return jnp.repeat(prefix.lengths, batch // prefix.rows)
-  of = readers.places // readers.rows.shape[1]
-  return prefix.lengths.at[of].get(mode='fill', fill_value=0)
+  index = readers.places // readers.rows.shape[1]
+  return prefix.lengths.at[index].get(mode='fill', fill_value=0)

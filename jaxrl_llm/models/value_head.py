@@ -18,19 +18,19 @@ Array = jax.Array
 
 
 def trunk(config: ModelConfig) -> ModelConfig:
-  """The configuration of a decoder that gives hidden states only.
+  """Returns the configuration of a decoder that outputs hidden states only.
 
-  A tied model has no head of its own, and a value head has no use for one.
+  A tied model has no separate head, and a value head does not need one.
   """
   return dataclasses.replace(config, tied=True)
 
 
 def init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
-  """Parameters of a head: that of a reward model, [1, D], or zeros.
+  """Initialises a head from that of a reward model, [1, D], or with zeros.
 
-  Random weights would give every state a value of the rewards' size that means
-  nothing; zeros begin at a value of 0, which is no baseline, and turn to what
-  the hidden states tell with the first update.
+  Random weights would give every state a meaningless value of the rewards'
+  size; zeros start at a value of 0, that is without a baseline, and learn from
+  the hidden states with the first update.
   """
   kernel = jnp.zeros((config.hidden_size, 1), jnp.float32)
   if score is not None:
@@ -39,7 +39,7 @@ def init_head(config: ModelConfig, score: Array | None) -> dict[str, Array]:
 
 
 def apply_head(params: dict[str, Array], hidden: Array) -> Array:
-  """[P, G, T, D] → [P, G, T] float32, also where the trunk is bfloat16."""
+  """Maps [P, G, T, D] → [P, G, T] float32, even if the trunk is bfloat16."""
   values = jnp.einsum(
     'pgtd,d->pgt',
     hidden.astype(jnp.float32),
@@ -52,7 +52,7 @@ def apply_head(params: dict[str, Array], hidden: Array) -> Array:
 def values(
   config: ModelConfig, params: Any, prompts: Prompts, responses: Array
 ) -> Array:
-  """[P, G, T + 1]: before every token, and after the last one."""
+  """Returns values before every token and after the last, [P, G, T + 1]."""
   hidden = read_through(trunk(config), params['trunk'], prompts, responses)
   return apply_head(params['value'], hidden)
 
@@ -66,14 +66,14 @@ def score(
   lengths: Array,
   micro_prompts: int,
 ) -> Array:
-  """Scores of whole responses, `micro_prompts` prompts at a time.
+  """Scores whole responses, `micro_prompts` prompts at a time.
 
   Args:
     config, params: the reward model.
     prompts: P prompts.
-    responses: [P, G, T] int32; anything may stand behind a response's end.
-    lengths: [P, G] int32, tokens; after 0 the prompt itself is scored, and T
-      may be 0.
+    responses: [P, G, T] int32; tokens after a response's end are ignored.
+    lengths: [P, G] int32, tokens; at 0 the prompt itself is scored, and T may
+      be 0.
     micro_prompts: prompts, with all their responses, read at one time.
 
   Returns:
@@ -82,8 +82,8 @@ def score(
 
   def part(inputs):
     prompts, responses, lengths = inputs
-    found = values(config, params, prompts, responses)
-    return jnp.take_along_axis(found, lengths[:, :, None], axis=2)[:, :, 0]
+    results = values(config, params, prompts, responses)
+    return jnp.take_along_axis(results, lengths[:, :, None], axis=2)[:, :, 0]
 
   parts = split_prompts((prompts, responses, lengths), micro_prompts)
   scores = jax.lax.map(part, parts)

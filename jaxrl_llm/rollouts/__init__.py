@@ -1,27 +1,37 @@
 """Turns prompts into the rollouts that an estimator needs."""
 
+from jaxrl_llm.rollouts.collect import (
+  Collected,
+  Keys,
+  Setting,
+  complete,
+  reward_metrics,
+)
 from jaxrl_llm.rollouts.responses import (
   Generation,
   Responses,
   generate,
   greedy,
-  judge,
   respond,
+  score_responses,
   score_tokens,
   to_prompts,
-  to_rollouts,
   with_statistics,
 )
 
 __all__ = [
+  'Collected',
   'Generation',
+  'Keys',
   'Responses',
+  'Setting',
+  'complete',
   'generate',
   'greedy',
-  'judge',
   'respond',
+  'reward_metrics',
+  'score_responses',
   'score_tokens',
   'to_prompts',
-  'to_rollouts',
   'with_statistics',
 ]

@@ -18,7 +18,7 @@ from jaxrl_llm.estimators import Branches
 from jaxrl_llm.estimators.positions import mark
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart, Scores
-from jaxrl_llm.rollouts.responses import Generation, Responses, judge
+from jaxrl_llm.rollouts.responses import Generation, Responses, score_responses
 
 Array = jax.Array
 
@@ -109,7 +109,7 @@ def branch(
     key: PRNG key.
 
   Raises:
-    UserError: as `judge` and `sampling.fork`.
+    UserError: as `score_responses` and `sampling.fork`.
   """
   samples = responses.samples
   rule_key, sample_key = jax.random.split(key)
@@ -136,7 +136,7 @@ def branch(
     statistics=generation.statistics,
   )
   whole, parents, forked_at = _as_rows(samples, forked, own)
-  completions, scoring = _judge_rows(responses, whole, tokenizer, rewards)
+  completions, scoring = _score_rows(responses, whole, tokenizer, rewards)
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scoring
   )
@@ -257,10 +257,10 @@ def _as_rows(samples, forked, places):
   return whole, parents, forked_at[..., None]
 
 
-def _judge_rows(responses, whole, tokenizer, rewards):
+def _score_rows(responses, whole, tokenizer, rewards):
   """Texts and scores of the rows [P, R] that are branches; '' and no score.
 
-  As `judge`.
+  As `score_responses`.
   """
   tokens, mask, finished = sharding.to_host(
     (whole.tokens, whole.mask, whole.finished)
@@ -271,7 +271,7 @@ def _judge_rows(responses, whole, tokenizer, rewards):
   texts = [''] * (num_prompts * rows)
   scoring = None
   if present:
-    completions, scoring = judge(
+    completions, scoring = score_responses(
       tokenizer,
       rewards,
       [responses.rows[p] for p, _ in present],

@@ -1,27 +1,237 @@
-"""Which groups of responses have something to learn from, and new batches of
-groups that were sampled apart.
+"""Selects the groups of responses that a step trains on.
 
-A group is all G responses to one prompt.
+A group is all G responses to one prompt.  Without tools these are the groups of
+the step's own prompts.  `hint` (GHPO) samples a group whose responses all fail
+again, with the beginning of its reference solution.  `refill` (DAPO) replaces
+groups without variance of the reward by groups of further prompts.
+
+    groups = chain(hint(hints.encode, shares=(.25, .5)), refill(further, 4))
+
+Hints come first; further prompts get none.
+
+References:
+  Yu et al., `DAPO <https://arxiv.org/abs/2503.14476>`_, 2025
+  Liu et al., `GHPO <https://arxiv.org/abs/2507.10628>`_, 2025
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxrl_llm import sharding
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.failures import Failures
 from jaxrl_llm.rollouts.responses import Responses
 from jaxrl_llm.sampling import policy
+from jaxrl_llm.tasks import prompts as prompts_lib
+from jaxrl_llm.tasks.hints import Hinted, has_solution
+
+
+class Drawn(NamedTuple):
+  """The groups that a step trains on.
+
+  Attributes:
+    responses: of P groups.  The 'prompt' of a row is the text that was read,
+      with its hint.
+    batch: the same prompts as token ids, with the rows of the data set.
+    tokens: generated in groups that are not trained on.
+    record: numbers for the log.
+  """
+
+  responses: Responses
+  batch: prompts_lib.PromptBatch
+  tokens: int = 0
+  record: Mapping[str, float] = types.MappingProxyType({})
+
+
+# (respond, prompts, keys, stop) → Drawn.  `respond` is called with a batch and
+# a key; `stop.check()` before sampling again.
+Groups = Callable[..., Drawn]
+
+
+def as_sampled(respond, prompts, keys, stop=None) -> Drawn:
+  """Keeps the groups of the step's own prompts; asks for no score."""
+  del stop
+  return Drawn(respond(batch=prompts, key=keys.responses), prompts)
+
+
+class Pending:
+  """All that a step has sampled, and which group stands for each prompt.
+
+  Attributes:
+    parts: batches of responses, the first of them to the step's own prompts.
+    chosen: (batch, group in it) for each of the P prompts.
+    texts: prompts with a hint, by their place among the P.
+  """
+
+  def __init__(self, first: Responses):
+    self.parts = [first]
+    self.chosen = [(0, group) for group in range(len(first.rows))]
+    self.texts = {}
+
+  def replace(self, place: int, group: int) -> None:
+    """Puts a group of the newest batch at a place."""
+    self.chosen[place] = (len(self.parts) - 1, group)
+
+  def varying(self) -> np.ndarray:
+    """[P] bool: the group at each place has variance."""
+    found = [varying(part.scores, len(part.rows)) for part in self.parts]
+    return np.array([found[part][group] for part, group in self.chosen])
+
+
+# Changes what is pending; returns numbers for the log.
+Tool = Callable[..., dict[str, float]]
+
+
+def chain(*tools: Tool) -> Groups:
+  """Applies tools in reading order to the groups of the step's own prompts.
+
+  Its record has beside the tools' numbers those of all that was sampled:
+
+  sampled/reward, sampled/frac_reward_zero_std: of the step's own prompts
+    without hints, which are what `reward` and `frac_reward_zero_std` are
+    without tools: unbiased.
+  sampled/all_reward: mean over every response of the step.
+  sampled/discarded_tokens: generated in groups that are not trained on.
+  """
+
+  def draw(respond, prompts, keys, stop=None) -> Drawn:
+    pending = Pending(respond(batch=prompts, key=keys.responses))
+    record = {}
+    for tool in tools:
+      record |= tool(pending, respond, prompts, keys, stop)
+    joined = join(pending.parts, pending.chosen)
+    batch = prompts_lib.PromptBatch(
+      *sharding.to_host((joined.prompts.tokens, joined.prompts.lengths)),
+      joined.rows,
+    )
+    rows = [
+      row | {'prompt': pending.texts[i]} if i in pending.texts else row
+      for i, row in enumerate(joined.rows)
+    ]
+    tokens = sum(map(_tokens, pending.parts)) - _tokens(joined)
+    record |= _sampled(pending.parts) | {'sampled/discarded_tokens': tokens}
+    return Drawn(joined._replace(rows=rows), batch, tokens, record)
+
+  return draw
+
+
+def hint(
+  encode: Callable[[dict, float], Hinted],
+  encoded: prompts_lib.EncodedPrompts,
+  shares: Sequence[float],
+  threshold: float = 0.0,
+) -> Tool:
+  """Samples groups that fail again, with more and more of the solution.
+
+  Its record:
+
+  hints/failed: groups that have a score and none above the threshold.
+  hints/no_solution, hints/over_budget: of these the ones without a solution,
+    and the ones whose prompt with a hint is too long.
+  hints/groups_0.25, …: groups sampled with this share.
+  hints/saved: groups in which a response succeeded with a hint.
+
+  Args:
+    encode: of `tasks.hints.Hints`.
+    encoded: the training prompts, whose budget and padding count.
+    shares: of a solution's tokens, rising.
+    threshold: a response whose reward is above it succeeds.
+  """
+
+  def apply(pending: Pending, respond, prompts, keys, stop) -> dict[str, int]:
+    first, most = pending.parts[0], len(prompts.rows)
+    scored = first.scores.valid.reshape(most, -1).any(axis=1)
+    success = succeeding(first.scores, most, threshold)
+    failed = np.flatnonzero(scored & ~success).tolist()
+    left = [place for place in failed if has_solution(first.rows[place])]
+    record = {
+      'hints/failed': len(failed),
+      'hints/no_solution': len(failed) - len(left),
+      'hints/over_budget': 0,
+    }
+    for number, share in enumerate(shares):
+      hinted = {place: encode(first.rows[place], share) for place in left}
+      # A prompt that does not fit now will not fit with more of the solution.
+      budget = encoded.max_tokens
+      fits = [place for place in left if len(hinted[place].ids) <= budget]
+      record['hints/over_budget'] += len(left) - len(fits)
+      record[f'hints/groups_{share:g}'] = len(fits)
+      left = fits
+      if not left:
+        continue
+      if stop is not None:
+        stop.check()
+      ids = [hinted[place].ids for place in left]
+      batch = _batch(encoded, ids, [first.rows[place] for place in left], most)
+      key = jax.random.fold_in(keys.hints, number)
+      part = respond(batch=batch, key=key)
+      pending.parts.append(part)
+      helped = succeeding(part.scores, len(part.rows), threshold)
+      for group, place in enumerate(left):
+        if helped[group]:
+          pending.replace(place, group)
+          pending.texts[place] = hinted[place].text
+      left = [place for place in left if place not in pending.texts]
+    return record | {'hints/saved': len(pending.texts)}
+
+  return apply
+
+
+def refill(
+  further: Callable[[int], prompts_lib.PromptBatch], rounds: int
+) -> Tool:
+  """Replaces groups without variance by groups of further prompts.
+
+  Its record:
+
+  refill/rounds: of sampling.
+  refill/replaced, refill/unfilled: groups without variance that were, and
+    were not, replaced.
+  refill/discarded: groups sampled that are not trained on.
+
+  Args:
+    further: round of this step, from 0 → P further prompts.
+    rounds: of sampling at most.
+  """
+
+  def apply(pending: Pending, respond, prompts, keys, stop) -> dict[str, int]:
+    missing = np.flatnonzero(~pending.varying()).tolist()
+    wanted, most = len(missing), len(prompts.rows)
+    good, drawn, done = most - wanted, most, 0
+    while missing and done < rounds:
+      if stop is not None:
+        stop.check()
+      # Enough if the share with variance stays what it was.
+      size = _usual(-(-len(missing) * drawn // max(good, 1)), most)
+      batch = prompts_lib.PromptBatch(*(part[:size] for part in further(done)))
+      part = respond(batch=batch, key=jax.random.fold_in(keys.refill, done))
+      pending.parts.append(part)
+      found = np.flatnonzero(varying(part.scores, size)).tolist()
+      for place, group in zip(missing, found, strict=False):
+        pending.replace(place, group)
+        pending.texts.pop(place, None)
+      missing = missing[len(found) :]
+      good, drawn, done = good + len(found), drawn + size, done + 1
+    return {
+      'refill/rounds': done,
+      'refill/replaced': wanted - len(missing),
+      'refill/unfilled': len(missing),
+      # Each replacement costs one group: the replaced one or a spare.
+      'refill/discarded': drawn - most,
+    }
+
+  return apply
 
 
 def varying(scores: Scores, groups: int) -> np.ndarray:
-  """Which groups have two valid rewards that differ: [P] bool.
+  """[P] bool: groups with two valid rewards that differ.
 
   Without them a group's baseline leaves nothing to learn from.  Rewards are
-  compared as float32, which is what estimators are given.
+  compared as float32, the type that estimators get.
 
   Args:
     scores: of P·G responses.
@@ -34,7 +244,7 @@ def varying(scores: Scores, groups: int) -> np.ndarray:
 
 
 def succeeding(scores: Scores, groups: int, threshold: float) -> np.ndarray:
-  """Which groups have a valid reward above a threshold: [P] bool."""
+  """[P] bool: groups with a valid reward above a threshold."""
   success = scores.valid & (scores.total > threshold)
   return success.reshape(groups, -1).any(axis=1)
 
@@ -42,7 +252,7 @@ def succeeding(scores: Scores, groups: int, threshold: float) -> np.ndarray:
 def join(
   parts: Sequence[Responses], chosen: Sequence[tuple[int, int]]
 ) -> Responses:
-  """A batch of groups out of several.
+  """Joins groups of several batches into one batch.
 
   Args:
     parts: batches with G responses of T tokens to each prompt; their caches
@@ -50,7 +260,7 @@ def join(
     chosen: (batch, group in it) for each group of the result, in its order.
 
   Returns:
-    Responses, their prompts padded to the widest batch that a group is of.
+    Responses, their prompts padded to the widest batch that a group is from.
     Failures are those of all batches, whether or not they were chosen.
   """
   first = np.cumsum([0] + [len(part.rows) for part in parts])
@@ -61,7 +271,7 @@ def join(
 
   def take(*arrays: Any) -> jax.Array:
     # On the host: the number of groups differs from step to step, and each
-    # would compile anew.
+    # number would compile another program.
     return sharding.place_rows(np.concatenate(sharding.to_host(arrays))[groups])
 
   texts = [text for part in parts for text in part.completions]
@@ -79,8 +289,45 @@ def join(
   )
 
 
+def _batch(encoded, ids: list[list[int]], rows: list[dict], most: int):
+  """Prompts that are not of a source, repeated up to a usual number."""
+  size = _usual(len(ids), most)
+  again = [i % len(ids) for i in range(size)]
+  encoded = encoded._replace(
+    tokens=[np.asarray(row, np.int32) for row in ids], rows=rows
+  )
+  return prompts_lib.gather(encoded, again)
+
+
+def _usual(count: int, most: int) -> int:
+  """The next power of two, at most `most`: few sizes are ever compiled."""
+  return min(1 << (count - 1).bit_length(), most)
+
+
+def _tokens(responses: Responses) -> int:
+  return int(responses.samples.mask.sum())
+
+
+def _sampled(parts: list[Responses]) -> dict[str, float]:
+  first = parts[0].scores
+  groups = len(parts[0].rows)
+  scored = first.valid.reshape(groups, -1).any(axis=1)
+  equal = ~varying(first, groups)[scored]
+  total = np.concatenate([part.scores.total for part in parts])
+  valid = np.concatenate([part.scores.valid for part in parts])
+  return {
+    'sampled/reward': _mean(first.total[first.valid]),
+    'sampled/frac_reward_zero_std': _mean(equal),
+    'sampled/all_reward': _mean(total[valid]),
+  }
+
+
+def _mean(values: np.ndarray) -> float:
+  return float(values.mean()) if values.size else np.nan
+
+
 def _fit(tokens: Any, width: int) -> np.ndarray:
-  """Prompts [P, S] as [P, width]; what is cut off belongs to none chosen."""
+  """Prompts [P, S] as [P, width]; columns cut off belong to no chosen one."""
   tokens = sharding.to_host(tokens)[:, :width]
   return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
 

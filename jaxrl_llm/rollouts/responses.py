@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrl_llm import processes, sampling, sharding
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimators import Needs, Rollouts
+from jaxrl_llm.estimators import Needs
 from jaxrl_llm.minibatches import split_prompts
 from jaxrl_llm.models.cache import Cache
 from jaxrl_llm.models.config import ModelConfig
@@ -32,18 +32,18 @@ class Generation:
   Attributes:
     samples: G, responses per prompt.
     max_tokens: T, EOS included.
-    decoding: temperature, top-k, top-p.
     eos_ids: any of these ends a response.
-    pad_id: stands behind a response's end.
+    pad_id: fills the places behind a response's end.
+    decoding: temperature, top-k, top-p.
     statistics: what the sampler records beside log-probabilities: 'entropy',
       'score_norms'.
   """
 
   samples: int
   max_tokens: int
-  decoding: policy.Decoding
   eos_ids: tuple[int, ...]
-  pad_id: int
+  pad_id: int = 0
+  decoding: policy.Decoding = policy.Decoding()
   statistics: tuple[str, ...] = ()
 
 
@@ -150,11 +150,13 @@ def respond(
   ]
   rows = [row for row in batch.rows for _ in range(generation.samples)]
   finished = host.finished.reshape(-1).tolist()
-  completions, scoring = judge(tokenizer, rewards, rows, ids, finished)
+  completions, scoring = score_responses(
+    tokenizer, rewards, rows, ids, finished
+  )
   return Responses(prompts, batch.rows, samples, completions, scoring, cache)
 
 
-def judge(
+def score_responses(
   tokenizer: Any,
   rewards: Sequence[RewardPart],
   rows: Sequence[dict[str, Any]],
@@ -232,93 +234,6 @@ def greedy(generation: Generation) -> Generation:
   """The settings of one greedy response per prompt."""
   decoding = dataclasses.replace(generation.decoding, temperature=0.0)
   return dataclasses.replace(generation, samples=1, decoding=decoding)
-
-
-def to_rollouts(
-  config: ModelConfig,
-  params: Any,
-  reference: Any,
-  responses: Responses,
-  generation: Generation,
-  needs: Needs,
-  micro_prompts: int,
-  chunk: int = 256,
-  rescore: bool = False,
-  baseline: Responses | None = None,
-  running: dict[str, Array] | None = None,
-  values: Array | None = None,
-  at_once: int | None = None,
-) -> Rollouts:
-  """Adds to responses what an estimator needs.
-
-  Args:
-    config, params: the model that sampled.
-    reference: parameters of the reference policy; read if needed.
-    responses: from `respond`.
-    generation: the settings that they were generated with.
-    needs: of the estimator.
-    micro_prompts: prompts scored at one time.
-    chunk: positions whose logits exist at one time.
-    rescore: the sampler's log-probabilities are not exact enough (bfloat16):
-      the trainer's take their place, and they stand beside.
-    baseline: greedy responses to the same prompts; read if needed.  Without
-      a reward (None) one counts 0, which as a baseline biases nothing.
-    running: numbers that outlive a batch.
-    values: [P, G, T] of a critic; read if needed.
-    at_once: responses to a prompt scored at one time; None for all.
-
-  Raises:
-    UserError: it needs a critic's values and there are none, or rewards of
-      tokens, which nothing here supplies.
-  """
-  if needs.token_rewards:
-    raise UserError('rollouts cannot supply token rewards to the estimator yet')
-  if needs.critic and values is None:
-    raise UserError('the estimator needs a critic, whose values are missing')
-  samples = responses.samples
-  shape = samples.finished.shape
-  score = functools.partial(
-    score_tokens,
-    config,
-    prompts=responses.prompts,
-    tokens=samples.tokens,
-    decoding=generation.decoding,
-    micro_prompts=micro_prompts,
-    chunk=chunk,
-    at_once=at_once,
-  )
-  own = samples
-  unknown = needs.entropy and samples.entropy is None
-  unknown |= needs.score_norms and samples.score_norms is None
-  if rescore or unknown:
-    own = score(params)
-  ref_log_probs = score(reference).log_probs if needs.reference else None
-  # Scores last: until here the device was only told what to do.
-  scores, greedy_rewards = responses.scores, None
-  if needs.greedy:
-    found = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
-    greedy_rewards = found.reshape(-1, 1, 1).astype(np.float32)
-    greedy_rewards = sharding.place_rows(greedy_rewards)
-  rewards, valid = sharding.place_rows(
-    (
-      scores.total.reshape(shape).astype(np.float32),
-      scores.valid.reshape(shape),
-    )
-  )
-  return Rollouts(
-    tokens=samples.tokens,
-    mask=samples.mask,
-    log_probs=own.log_probs if rescore else samples.log_probs,
-    sampler_log_probs=samples.log_probs if rescore else None,
-    rewards=rewards,
-    valid=valid,
-    greedy_rewards=greedy_rewards,
-    ref_log_probs=ref_log_probs,
-    entropy=own.entropy if needs.entropy else None,
-    score_norms=own.score_norms if needs.score_norms else None,
-    values=values if needs.critic else None,
-    running=running,
-  )
 
 
 @functools.partial(

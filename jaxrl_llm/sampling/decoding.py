@@ -1,8 +1,8 @@
-"""Decoding of a batch of rows, one token of each at a time.
+"""Decodes a batch of rows, one response each, by one token at a time.
 
 Rows that have ended cost as much as others.  So when no more than a quarter of
-a batch goes on, those rows go on alone, with copies of their keys and values,
-and once more: a few long responses cost little beside the many short ones.
+a batch is unfinished, those rows continue alone, with copies of their keys and
+values, and so on: a few long responses add little to the many short ones.
 """
 
 import functools
@@ -17,15 +17,15 @@ from jaxrl_llm.sampling.policy import Decoding, draw_token
 
 Array = jax.Array
 
-# What a batch is divided by when so few rows go on, the fewest that do so
-# alone, and the fewest tokens for which another program is worth compiling.
+# Divisor of a batch when few rows continue, the fewest that continue alone, and
+# the fewest tokens for which another program is worth compiling.
 _SHRINK = 4
 _FEWEST_ROWS = 16
 _FEWEST_TOKENS = 128
 
 
 class Settings(NamedTuple):
-  """How rows are decoded, static under jit; as of `sampling.sample`."""
+  """Settings of decoding, static under jit; as in `sampling.sample`."""
 
   decoding: Decoding
   eos_ids: tuple[int, ...]
@@ -34,10 +34,10 @@ class Settings(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What B rows have written, [B, ...] each.
+  """State of B rows, [B, ...] each.
 
   Attributes:
-    number: int32, which row of all devices' rows it is.
+    number: int32, index of the row among all devices' rows.
     token: int32, its next input.
     done: bool, whether it has ended.
     tokens, mask: [B, T].
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 def is_end(tokens: Array, eos_ids: tuple[int, ...]) -> Array:
-  """Which tokens end a response."""
+  """Marks the tokens that end a response."""
   return jnp.isin(tokens, jnp.array(eos_ids, jnp.int32))
 
 
@@ -70,20 +70,20 @@ def decode_rows(
   max_tokens: int,
   settings: Settings,
 ) -> tuple[Array, Rows]:
-  """Decodes rows behind their prompts until each has ended or is full.
+  """Decodes rows after their prompts until each has ended or is full.
 
-  A row's tokens depend on its number and the key, and not on which rows are
-  decoded beside it, up to the rounding of the logits.
+  A row's tokens depend on its number and the key, not on the rows decoded with
+  it, up to the rounding of the logits.
 
   Args:
     config, params: the model.
     key: PRNG key.
     prompt: P rows, each read by the next B / P of the batch.
     first: [B] int32, the first input of each row.
-    numbers: [B] int32, which of the `total` rows of all devices these are.
+    numbers: [B] int32, indices of these rows among the `total` of all devices.
     total: rows of all devices.
     max_tokens: T.
-    settings: how.
+    settings: of decoding.
 
   Returns:
     The number of steps, and the rows.
@@ -110,7 +110,7 @@ def decode_rows(
 
 
 def _sizes(rows: int, prompts: int) -> list[int]:
-  """Rows of the batch, and of those that go on; each reads a prompt then."""
+  """Lists the sizes of the batch; after the first, each row has a prompt."""
   sizes, fewer = [rows], rows // _SHRINK
   while fewer >= _FEWEST_ROWS:
     if fewer <= prompts:
@@ -120,7 +120,7 @@ def _sizes(rows: int, prompts: int) -> list[int]:
 
 
 def _run(step, sizes: list[int], prompt, index: Array, rows: Rows):
-  """Decodes until no more rows go on than are decoded alone, then those."""
+  """Decodes until the unfinished rows fit the next size, then those alone."""
   size, *fewer = sizes
   floor = fewer[0] if fewer else 0
   capacity = rows.tokens.shape[1]
@@ -132,9 +132,11 @@ def _run(step, sizes: list[int], prompt, index: Array, rows: Rows):
   if not fewer:
     return index, rows
   kept = jnp.argsort(rows.done, stable=True)[:floor]
-  of = kept // (size // prompt.rows)
-  take = lambda tree, which: jax.tree.map(lambda x: x[which], tree)
-  index, part = _run(step, fewer, take(prompt, of), index, take(rows, kept))
+  sources = kept // (size // prompt.rows)
+  take = lambda tree, chosen: jax.tree.map(lambda x: x[chosen], tree)
+  index, part = _run(
+    step, fewer, take(prompt, sources), index, take(rows, kept)
+  )
   put = lambda x, y: x.at[kept].set(y, unique_indices=True)
   return index, jax.tree.map(put, rows, part)
 
@@ -149,14 +151,14 @@ def _step(
   index: Array,
   rows: Rows,
 ) -> tuple[Array, Rows]:
-  """One token of every row."""
+  """Decodes one token of every row."""
   keys, values = rows.suffix
   suffix = transformer.Segment(keys=keys, values=values, lengths=rows.token)
   cache = transformer.Cache(prefixes=(prompt,), suffix=suffix, index=index)
   hidden, cache = transformer.apply(config, params, rows.token[:, None], cache)
   logits = transformer.logits(config, params, hidden[:, 0])
   uniform = jax.random.uniform(jax.random.fold_in(key, index), (total,))
-  token, found = draw_token(logits, uniform[rows.number], settings.decoding)
+  token, record = draw_token(logits, uniform[rows.number], settings.decoding)
   writes = ~rows.done
   token = jnp.where(writes, token, settings.pad_id)
   return index + 1, Rows(
@@ -166,7 +168,7 @@ def _step(
     tokens=_write(rows.tokens, token, index),
     mask=_write(rows.mask, writes, index),
     recorded={
-      name: _write(buffer, jnp.where(writes, found[name], 0.0), index)
+      name: _write(buffer, jnp.where(writes, record[name], 0.0), index)
       for name, buffer in rows.recorded.items()
     },
     suffix=(cache.suffix.keys, cache.suffix.values),

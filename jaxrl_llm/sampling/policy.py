@@ -1,8 +1,8 @@
-"""The policy: which distribution tokens are drawn from and scored under.
+"""The policy: the distribution that tokens are drawn from and scored under.
 
-Temperature, top-k, top-p and the vocabulary limit are defined here once.  The
-sampler draws from `adjust_logits`; `score` gives log-probabilities and entropy
-of given tokens under the same adjusted distribution.
+Temperature, top-k, top-p and the vocabulary limit are defined only here.  The
+sampler draws from `adjust_logits`; `score` returns log-probabilities and
+entropy of given tokens under the same adjusted distribution.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _BLOCK = 128  # tokens, of the two-level inversion in `draw_token`
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """How the next token is drawn.  Hashable: static under jit.
+  """Settings for drawing the next token.  Hashable: static under jit.
 
   Attributes:
     temperature: divides the logits; 0 takes the likeliest token (and then
@@ -63,17 +63,17 @@ class Decoding:
 def adjust_logits(
   logits: Array, decoding: Decoding, chosen: Array | None = None
 ) -> Array:
-  """Logits of the distribution that tokens are drawn from.
+  """Returns the logits of the distribution that tokens are drawn from.
 
-  Temperature first, then top-k, then top-p of what is left; excluded tokens
+  It applies temperature, then top-k, then top-p to the rest; excluded tokens
   get −inf.  Tokens tied with the last one kept are kept.
 
   Args:
     logits: [N, V] float32.
     decoding: settings.
-    chosen: [N] tokens that are kept in any case.  A scorer passes the tokens
-      that were drawn: an update may move them out of the present top-k, where
-      a log-probability of −inf has no gradient.
+    chosen: [N] tokens that are always kept.  A scorer passes the tokens that
+      were drawn: an update may move them out of the present top-k, where a
+      log-probability of −inf has no gradient.
 
   Returns:
     [N, V] float32; its softmax is the distribution.
@@ -100,11 +100,11 @@ def adjust_logits(
 
 
 def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
-  """The smallest set {v : xᵥ ≥ cut} of each row that is `enough`.
+  """Returns the smallest set {v : xᵥ ≥ cut} of each row that is `enough`.
 
   The cut is found bit by bit on the order-preserving integer form of a
-  float32, in 32 passes over `x`: exact, and without a sort, which is what a
-  CPU does slowest here.  The cut becomes a float again before it is compared,
+  float32, in 32 passes over `x`: exact, and without a sort, the slowest
+  operation here on a CPU.  The cut becomes a float again before the comparison,
   so that no second array like `x` exists.
 
   Args:
@@ -117,10 +117,10 @@ def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
   sign = jnp.uint32(1 << 31)
 
   def at_least(cut: Array) -> Array:
-    # From −inf to inf: what is beyond them are NaNs.
+    # From −inf to inf: beyond them are NaNs.
     cut = jnp.clip(cut, jnp.uint32(0x007FFFFF), jnp.uint32(0xFF800000))
     bits = jnp.where(cut & sign, cut ^ sign, ~cut)
-    # Not x ≥ cut: a NaN stays in the set, and so in sight.
+    # Not x ≥ cut: a NaN stays in the set, and so visible.
     return ~(x < jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None])
 
   def raise_cut(i: Array, cut: Array) -> Array:
@@ -134,16 +134,16 @@ def _highest_cut(x: Array, enough: Callable[[Array], Array]) -> Array:
 def draw_token(
   logits: Array, uniform: Array, decoding: Decoding
 ) -> tuple[Array, head.TokenStatistics]:
-  """Draws one token per row, by inversion of the distribution function.
+  """Draws one token per row by inverting the distribution function.
 
   Args:
     logits: [N, V] float32, not adjusted.
-    uniform: [N] float32 in [0, 1), which alone decides; not read by greedy
+    uniform: [N] float32 in [0, 1), the only randomness; not read by greedy
       decoding.
     decoding: temperature, top-k, top-p.
 
   Returns:
-    Tokens [N] int32, and what `score` finds of them.
+    Tokens [N] int32, and the statistics that `score` computes of them.
   """
   adjusted = adjust_logits(logits, decoding)
   if decoding.greedy:
@@ -161,16 +161,16 @@ def draw_token(
 def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
   """Draws an index of each row in proportion to `weights`, [N, V]; their sum.
 
-  One uniform number per row, [N, 1], first a block of 128 tokens, then a token
-  of it: far cheaper than a Gumbel variate per token at a large vocabulary.  A
-  token of weight 0 is never drawn.  No block lies on two devices of a mesh
-  whose tensor axis splits the vocabulary.
+  One uniform number per row, [N, 1], selects a block of 128 tokens, then a
+  token in it: far cheaper than a Gumbel variate per token at a large
+  vocabulary.  A token of weight 0 is never drawn.  No block lies on two devices
+  of a mesh whose tensor axis splits the vocabulary.
   """
   rows, vocabulary = weights.shape
   shards = sharding.tensor_shards(vocabulary)
-  own = vocabulary // shards
-  blocks = weights.reshape(rows, shards, own)
-  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -own % _BLOCK)))
+  width = vocabulary // shards
+  blocks = weights.reshape(rows, shards, width)
+  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -width % _BLOCK)))
   blocks = blocks.reshape(rows, -1, _BLOCK)
   blocks = sharding.constrain(blocks, None, sharding.TENSOR, None)
   sums = blocks.sum(axis=-1)
@@ -179,17 +179,17 @@ def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
   block, below = _first_above(sums, target)
   within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
   index, _ = _first_above(within, target - below)
-  shard, block = jnp.divmod(block, -(-own // _BLOCK))
-  found = shard * own + block * _BLOCK + index
-  return found[:, 0].astype(jnp.int32), total[:, 0]
+  shard, block = jnp.divmod(block, -(-width // _BLOCK))
+  token = shard * width + block * _BLOCK + index
+  return token[:, 0].astype(jnp.int32), total[:, 0]
 
 
 def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
-  """Index [N, 1] where the cumulative sum first exceeds `target`; its start.
+  """Finds the index, [N, 1], where cumulative sums exceed `target`; its start.
 
-  XLA adds long sums up as a tree: their rounding lets the cumulative sum fall,
-  or rise at a weight of 0.  So only positive weights count, and a target that
-  rounding has put past the end takes the last of them.
+  XLA adds long sums as a tree, whose rounding lets the cumulative sum fall, or
+  rise at a weight of 0.  So only positive weights count, and a target that
+  rounding has put past the end selects the last of them.
   """
   possible = weights > 0
   cumulative = jnp.where(possible, jnp.cumsum(weights, axis=-1), 0.0)
@@ -208,14 +208,14 @@ def score(
   decoding: Decoding = Decoding(),
   chunk: int = 256,
 ) -> head.TokenStatistics:
-  """Log-probabilities and entropy of responses under the sampling policy.
+  """Computes log-probabilities and entropy of responses under the policy.
 
   Only response positions reach the head, `chunk` of them at a time.
 
   Args:
     config, params: the model.
     prompts: P prompts.
-    responses: [P, G, T] int32; anything may stand behind a response's end.
+    responses: [P, G, T] int32; tokens after a response's end are ignored.
     decoding: the settings that the responses were sampled with.
     chunk: positions whose logits, [chunk, V] float32, exist at one time.
 
@@ -237,11 +237,11 @@ def token_statistics(
   decoding: Decoding = Decoding(),
   chunk: int = 256,
 ) -> head.TokenStatistics:
-  """What `score` gives, of hidden states that have been read.
+  """Computes the result of `score` from hidden states.
 
   Args:
     config, params: the model; only its head is used.
-    hidden: [P, G, T, D] of `read`.
+    hidden: [P, G, T, D] from `read`.
     responses: [P, G, T] int32.
     decoding, chunk: as in `score`.
   """

@@ -1,7 +1,7 @@
 """Prefill, decode and fork: tokens and their log-probabilities from prompts.
 
 Shapes are static: one program per (P, G, S, T), and for branches per number of
-places, branches and rows.
+positions, branches and rows.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jaxrl_llm.sampling.policy import Decoding, draw_token
 
 Array = jax.Array
 
-# Of the decode batch of branches, unless there are fewer branches.
+# Minimum rows of a decode batch of branches, unless there are fewer branches.
 _FEWEST_ROWS = 16
 
 
@@ -31,18 +31,18 @@ _FEWEST_ROWS = 16
 class Samples:
   """Responses to P prompts, G each, of up to T tokens.
 
-  Of `fork`: [P, G, M, K, T − 1] in place of [P, G, T].
+  From `fork`: [P, G, M, K, T − 1] in place of [P, G, T].
 
   Attributes:
-    tokens: [P, G, T] int32, `pad_id` behind a response's end.
+    tokens: [P, G, T] int32, `pad_id` after a response's end.
     mask: [P, G, T] bool, True for the response's tokens, EOS included.
     log_probs: [P, G, T] float32, nats, of the chosen tokens under the adjusted
       distribution they were drawn from; 0 outside the mask.
     finished: [P, G, 1] bool, whether the response ended with EOS.
     entropy: [P, G, T] float32, nats, of the distribution that each token was
-      drawn from; None unless asked for.
+      drawn from; None unless requested.
     score_norms: [P, G, T] float32, ‖∂ log p(token) / ∂ logits‖² under it; None
-      unless asked for.
+      unless requested.
   """
 
   tokens: Array
@@ -55,13 +55,12 @@ class Samples:
 
 @chex.dataclass(frozen=True)
 class Work:
-  """What branches cost.
+  """Cost of branches.
 
   Attributes:
     row_steps: float32 scalar, rows times decode steps that were computed.
-    tokens: int32 scalar, tokens that branches wrote: of these rows' steps the
-      useful ones.
-    copied: float32 scalar, bytes of keys and values that were copied: every
+    tokens: int32 scalar, tokens that branches wrote: the useful row steps.
+    copied: float32 scalar, bytes of keys and values that were copied: each
       row's at the start and when it takes over a response, and those of the
       rows that are kept when the others are dropped.
   """
@@ -85,9 +84,9 @@ _STATIC = (
 def sample(
   config: ModelConfig, params, prompts: Prompts, key: Array, **settings
 ) -> Samples:
-  """The responses of `sample_and_keep`, which takes the same arguments."""
-  found, _ = sample_and_keep(config, params, prompts, key, **settings)
-  return found
+  """Returns the responses of `sample_and_keep`, with the same arguments."""
+  responses, _ = sample_and_keep(config, params, prompts, key, **settings)
+  return responses
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_tokens'))
@@ -117,16 +116,16 @@ def sample_and_keep(
     max_tokens: T, EOS included.
     decoding: temperature, top-k, top-p.
     eos_ids: any of these ends a response.
-    pad_id: stands behind a response's end.
+    pad_id: fills a row after a response's end.
     statistics: which of 'entropy' and 'score_norms' to keep.
 
   Returns:
-    `Samples`, and the keys and values that `fork` goes on from.
+    `Samples`, and the keys and values that `fork` continues from.
 
   Raises:
     UserError: S + T exceeds the model's positions (true lengths are not known
-      under jit: the padded width counts); no samples or no tokens asked for;
-      statistics of another name.
+      under jit: the padded width counts); `samples` or `max_tokens` is below 1;
+      unknown statistics.
   """
   if samples < 1 or max_tokens < 1:
     raise UserError(f'{samples=} and {max_tokens=} must be at least 1')
@@ -140,7 +139,7 @@ def sample_and_keep(
   def of_rows(params, prompts, numbers, key):
     params = transformer.split_layers(params)
     segment = prefill_prompts(config, params, prompts)
-    step, found = decode_rows(
+    step, result = decode_rows(
       config,
       params,
       key,
@@ -153,14 +152,14 @@ def sample_and_keep(
     )
     shaped = lambda x: x.reshape(*numbers.shape, -1)
     written = Samples(
-      tokens=shaped(found.tokens),
-      mask=shaped(found.mask),
-      finished=shaped(found.done),
-      **jax.tree.map(shaped, found.recorded),
+      tokens=shaped(result.tokens),
+      mask=shaped(result.mask),
+      finished=shaped(result.done),
+      **jax.tree.map(shaped, result.recorded),
     )
-    keys, values = found.suffix
+    keys, values = result.suffix
     suffix = transformer.Segment(
-      keys=keys, values=values, lengths=jnp.zeros_like(found.number)
+      keys=keys, values=values, lengths=jnp.zeros_like(result.number)
     )
     return written, transformer.Cache(
       prefixes=(segment.split(),), suffix=suffix, index=step
@@ -173,15 +172,15 @@ def sample_and_keep(
 
 
 def _cache_spec(rows: P) -> transformer.Cache:
-  """PartitionSpecs of a cache of `sample_and_keep`.
+  """Returns the PartitionSpecs of a cache of `sample_and_keep`.
 
-  Of responses that share a prompt across devices the rows' order is that of the
-  devices: only `fork` may read it.
+  If a prompt's responses lie on several devices, the order of rows is that of
+  the devices: only `fork` may read them.
   """
 
   def segment(axes):
-    of = P(axes)
-    return transformer.Segment(keys=of, values=of, lengths=of)
+    spec = P(axes)
+    return transformer.Segment(keys=spec, values=spec, lengths=spec)
 
   return transformer.Cache(
     prefixes=(segment(rows[0]),),
@@ -206,37 +205,35 @@ def fork(
   statistics: tuple[str, ...] = (),
   rows: int | None = None,
 ) -> tuple[Samples, Work]:
-  """Draws K fresh continuations from M places inside each response.
+  """Draws K fresh continuations from M positions inside each response.
 
-  A branch goes on from the response's own keys and values and those of the
-  prompt: nothing is computed again or tokenised anew, and what is copied is
-  copied when a row takes a response over, not per branch (`scheduling`).  Its
-  budget is what the response had left there.  A branch's tokens depend on its
-  place in the result, on the key and on the model, and not on how the rows were
-  used, up to the rounding of the logits.  It takes twice the memory of the
-  rows' keys and values.
+  A branch continues from the keys and values of the response and the prompt:
+  nothing is computed or tokenised again, and copies are made when a row takes
+  over a response, not per branch (`scheduling`).  Its budget is the rest of the
+  response's.  A branch's tokens depend on its index in the result, the key and
+  the model, not on the use of the rows, up to the rounding of the logits.
+  Decoding needs twice the memory of the rows' keys and values.
 
   Args:
     config, params: the model that sampled.
     cache: of `sample_and_keep`.
     responses: [P, G, T] of the same call.
     positions: [P, G, M] int32; a branch at p keeps the first p tokens of the
-      response.  p < 1 makes no branch; p must lie inside the response, whose
-      first p tokens hold no EOS then.
+      response.  p < 1 makes no branch; p must lie inside the response, so that
+      its first p tokens contain no EOS.
     key: PRNG key; not used by greedy decoding.
     branches: K.
     decoding, eos_ids, pad_id: as the responses were sampled.
     statistics: which of 'entropy' and 'score_norms' to keep.
-    rows: of the decode batch; None for as many as there are responses, or 16
-      if there are fewer.
+    rows: of the decode batch; None for the number of responses, at least 16.
 
   Returns:
     `Samples` of the continuations, [P, G, M, K, T − 1], whose mask is False
-    where there is no branch; and what they cost.
+    where there is no branch; and their cost.
 
   Raises:
     UserError: no branches, no rows, or no room for any: T is 1; a cache of
-      other responses; statistics of another name.
+      other responses; unknown statistics.
   """
   max_tokens = responses.tokens.shape[-1]
   if branches < 1 or max_tokens < 2:
@@ -246,27 +243,27 @@ def fork(
   if cache.suffix.capacity != max_tokens:
     raise UserError(
       f'the cache has room for {cache.suffix.capacity} tokens, the responses '
-      f'have {max_tokens}: it is of others'
+      f'have {max_tokens}: it belongs to others'
     )
   _check_statistics(statistics)
-  at = jnp.repeat(positions, branches, axis=2)
+  starts = jnp.repeat(positions, branches, axis=2)
   # One number per branch and token.
-  uniform = jax.random.uniform(key, (at.size, max_tokens - 1))
-  uniform = uniform.reshape(*at.shape, max_tokens - 1)
-  of = sharding.row_spec(*at.shape[:2])
-  shards = sharding.shards(of)
+  uniform = jax.random.uniform(key, (starts.size, max_tokens - 1))
+  uniform = uniform.reshape(*starts.shape, max_tokens - 1)
+  spec = sharding.row_spec(*starts.shape[:2])
+  shards = sharding.shards(spec)
 
-  def of_rows(params, cache, tokens, at, uniform):
+  def of_rows(params, cache, tokens, starts, uniform):
     params = transformer.split_layers(params)
-    count = min(max(at[..., 0].size, _FEWEST_ROWS), at.size)
+    count = min(max(starts[..., 0].size, _FEWEST_ROWS), starts.size)
     if rows is not None:
       count = -(-rows // shards)
-    uniform = uniform.reshape(at.size, -1)
+    uniform = uniform.reshape(starts.size, -1)
     written = {'tokens': jnp.full(uniform.shape, pad_id, jnp.int32)}
     for name in ('log_probs', *statistics):
       written[name] = jnp.zeros(uniform.shape, jnp.float32)
     written, *work = scheduling.run(
-      scheduling.make_jobs(tokens, at, count),
+      scheduling.make_jobs(tokens, starts, count),
       count,
       (cache.suffix.keys, cache.suffix.values),
       functools.partial(
@@ -274,27 +271,29 @@ def fork(
       ),
       written,
     )
-    written = {name: x.reshape(*at.shape, -1) for name, x in written.items()}
+    written = {
+      name: x.reshape(*starts.shape, -1) for name, x in written.items()
+    }
     return written, [x[None] for x in work]
 
   run = sharding.over_rows(
     of_rows,
-    (P(), _cache_spec(of), of, of, of),
-    (of, P(sharding.flat(of))),
+    (P(), _cache_spec(spec), spec, spec, spec),
+    (spec, P(sharding.flat(spec))),
   )
   written, (row_steps, copies) = run(
-    params, cache, responses.tokens, at, uniform
+    params, cache, responses.tokens, starts, uniform
   )
   shape = (*positions.shape, branches, max_tokens - 1)
   written = {name: x.reshape(shape) for name, x in written.items()}
-  found = _until_end(written, positions, max_tokens, eos_ids)
+  samples = _until_end(written, positions, max_tokens, eos_ids)
   row_bytes = sum(
     x.nbytes // x.shape[0]
     for x in jax.tree.leaves((cache.suffix.keys, cache.suffix.values))
   )
-  return found, Work(
+  return samples, Work(
     row_steps=row_steps.sum(),
-    tokens=found.mask.sum(dtype=jnp.int32),
+    tokens=samples.mask.sum(dtype=jnp.int32),
     copied=copies.sum().astype(jnp.float32) * row_bytes,
   )
 
@@ -311,13 +310,13 @@ def _branch_step(
   held: Any,
   written: dict[str, Array],
 ) -> tuple[Array, Array, Any, dict[str, Array]]:
-  """One token of every row, as `scheduling.run` asks for it.
+  """Decodes one token of every row, as the `step` of `scheduling.run`.
 
   Args:
-    cache: of the responses, whose prompt's part is read.
+    cache: of the responses; only the prompts' part is read.
     uniform: [R · N, T − 1] float32 in [0, 1), one for each branch's tokens.
     held: keys and values of the rows.
-    written: [R · N, T − 1] each, what is kept of the branches' tokens.
+    written: [R · N, T − 1] each, tokens and statistics of the branches.
   """
   suffix = cache.suffix.replace(keys=held[0], values=held[1])
   (prompt,) = cache.prefixes
@@ -326,11 +325,11 @@ def _branch_step(
   hidden, seen = transformer.apply(config, params, now.token[:, None], seen)
   logits = transformer.logits(config, params, hidden[:, 0])
   place = now.branch, now.index - now.start
-  token, found = draw_token(
+  token, record = draw_token(
     logits, uniform.at[place].get(mode='clip'), decoding
   )
   ended = is_end(token, eos_ids) | (now.index + 1 == suffix.capacity)
-  new = {'tokens': token, **found}
+  new = {'tokens': token, **record}
   written = {
     name: buffer.at[place].set(new[name], mode='drop')
     for name, buffer in written.items()
@@ -360,5 +359,5 @@ def _check_statistics(statistics: tuple[str, ...]) -> None:
   unknown = sorted(set(statistics) - set(_STATISTICS))
   if unknown:
     raise UserError(
-      f'statistics {unknown} are not kept; choose of {list(_STATISTICS)}'
+      f'statistics {unknown} are not kept; choose from {list(_STATISTICS)}'
     )

@@ -1,15 +1,14 @@
-"""Which row of a decode batch decodes which branch, so that few are idle.
+"""Assigns branches to decode rows so that few rows idle.
 
-A row holds the keys and values of one response and decodes branches of it one
-after another, those that fork last first: what a branch writes lies behind all
-forks still to come, so that the next one costs no more than setting the row's
-index back.  A row whose response has no branch left takes over the response
-with most work left, whose keys and values are copied.  When what is left fits
-into half of the rows, the others are dropped, and once more: a quarter stays to
-the end.  A prompt's keys and values are read by all its rows at once, for which
-there is room: for twice the rows of an even distribution.
+A row holds the keys and values of one response and decodes its branches one
+after another, those that fork last first: a branch writes after all forks still
+to come, so the next one only needs to set the row's index back.  A row whose
+response has no branch left takes over the response with most work left, whose
+keys and values are copied.  When the rest fits into half of the rows, the
+others are dropped, twice: a quarter remains to the end.  All rows of a prompt
+read its keys and values at once, up to twice the rows of an even distribution.
 
-No model is called here, and no token drawn.
+This module neither calls a model nor draws tokens.
 """
 
 from collections.abc import Callable
@@ -23,10 +22,10 @@ Array = jax.Array
 
 # A prompt has room for this many times the rows of an even distribution.
 _CROWD = 2
-# Rows wait until this share of all is idle before they take over others.
+# Idle rows take over other responses once they are this share of all rows.
 _PATIENCE = 1 / 16
-# What the rows are divided by when what is left fits into so many, and the
-# fewest for which another program is worth compiling.
+# Divisors of the number of rows as the work runs out, and the fewest rows for
+# which another program is worth compiling.
 _DIVISORS = 1, 2, 4
 _FEWEST = 16
 
@@ -34,18 +33,18 @@ _FEWEST = 16
 class Jobs(NamedTuple):
   """Up to N branches of each of R responses to P prompts.
 
-  They are sorted by position, the last first; those that exist are in front.
+  They are sorted by position, the last first; those that exist come first.
 
   Attributes:
-    positions: [R, N] int32, how many tokens of the response it keeps.
+    positions: [R, N] int32, tokens of the response that a branch keeps.
     branches: [R, N] int32, the branch's number among the caller's R · N.
     inputs: [R, N] int32, its first input: the last token that it keeps.
     work: [R, N + 1] float32, tokens that branches n, n + 1, … write at most.
-    count: [R] int32, how many branches exist.
+    count: [R] int32, number of branches that exist.
     prompts: P, a Python int.
     length: T, the capacity of a row's suffix, a Python int.
-    crowd: the most rows that decode branches of one prompt at one time, a
-      Python int.
+    crowd: maximum number of rows that decode branches of one prompt at one
+      time, a Python int.
   """
 
   positions: Array
@@ -59,15 +58,15 @@ class Jobs(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What each of B rows is at, and what has been begun.
+  """State of B rows, and the branches begun so far.
 
   Attributes:
-    response: [B] int32, whose keys and values it holds.
+    response: [B] int32, the response whose keys and values it holds.
     branch: [B] int32, the branch that it decodes; R · N if it is idle.
     start: [B] int32, tokens in its suffix when the branch began.
     index: [B] int32, tokens in its suffix now; T if it is idle.
     token: [B] int32, its next input.
-    begun: [R] int32, how many branches of each response have been begun.
+    begun: [R] int32, number of branches of each response that have been begun.
   """
 
   response: Array
@@ -79,7 +78,7 @@ class Rows(NamedTuple):
 
 
 def make_jobs(tokens: Array, positions: Array, rows: int) -> Jobs:
-  """What there is to do for `rows` rows.
+  """Lists the branches to decode with `rows` rows.
 
   Args:
     tokens: [P, G, T] int32, the responses.
@@ -95,15 +94,15 @@ def make_jobs(tokens: Array, positions: Array, rows: int) -> Jobs:
   order = jnp.argsort(-positions, axis=1)
   sort = lambda x: jnp.take_along_axis(x, order, axis=1).astype(jnp.int32)
   number = jnp.arange(positions.size).reshape(positions.shape)
-  at = sort(positions)
-  most = jnp.where(at > 0, length - at, 0).astype(jnp.float32)
+  ordered = sort(positions)
+  most = jnp.where(ordered > 0, length - ordered, 0).astype(jnp.float32)
   work = jnp.cumsum(most[:, ::-1], axis=1)[:, ::-1]
   return Jobs(
-    positions=at,
+    positions=ordered,
     branches=sort(number),
-    inputs=jnp.take_along_axis(tokens, jnp.maximum(at - 1, 0), axis=1),
+    inputs=jnp.take_along_axis(tokens, jnp.maximum(ordered - 1, 0), axis=1),
     work=jnp.pad(work, ((0, 0), (0, 1))),
-    count=(at > 0).sum(axis=1, dtype=jnp.int32),
+    count=(ordered > 0).sum(axis=1, dtype=jnp.int32),
     prompts=prompts,
     length=length,
     crowd=min(rows, _CROWD * -(-rows // prompts)),
@@ -116,12 +115,12 @@ def run(
   """Decodes all branches.
 
   Args:
-    jobs: what there is to do.
-    count: B, rows to begin with.
-    source: arrays [R, ...] of what the responses hold; copies are written.
+    jobs: the branches.
+    count: B, initial number of rows.
+    source: arrays [R, ...] of the responses; only copies are written.
     step: (readers, rows, held, carry) → (tokens [B], ended [B], held, carry),
       one token of every row.  `readers` are [P, g] int32, the rows that decode
-      branches of each prompt, and B for nobody.
+      branches of each prompt, and B for none.
     carry: whatever `step` passes on.
 
   Returns:
@@ -181,7 +180,7 @@ def _run_batch(jobs, source, step, floor: int, state: _State) -> _State:
 
 
 def _start(jobs: Jobs, rows: int) -> Rows:
-  """All responses, or evenly chosen ones, are held and their branches begun."""
+  """Begins branches of all responses, or of evenly chosen ones."""
   even = np.arange(rows, dtype=np.int64) * jobs.count.size // rows
   full = lambda x: jnp.full(rows, x, jnp.int32)
   idle = Rows(
@@ -196,12 +195,12 @@ def _start(jobs: Jobs, rows: int) -> Rows:
 
 
 def _is_idle(jobs: Jobs, rows: Rows) -> Array:
-  """[B] bool."""
+  """Marks idle rows, [B] bool."""
   return rows.branch == jobs.branches.size
 
 
 def _advance(jobs: Jobs, rows: Rows, tokens: Array, ended: Array) -> Rows:
-  """Rows after a step that wrote `tokens`, [B], and so `ended`, [B], branches.
+  """Updates rows after a step that wrote `tokens` and `ended` branches, [B].
 
   Rows whose branch ended begin the next one of the response that they hold.
   """
@@ -213,15 +212,15 @@ def _advance(jobs: Jobs, rows: Rows, tokens: Array, ended: Array) -> Rows:
 def _deal(
   jobs: Jobs, rows: Rows, held: Any, source: Any
 ) -> tuple[Rows, Any, Array]:
-  """Idle rows take over responses, those with most work left first.
+  """Assigns idle rows to responses, those with most work left first.
 
   Args:
-    jobs, rows: what there is to do, and what is being done.
-    held: arrays [B, ...] of what the rows hold, to be written in place.
-    source: arrays [R, ...] of the same of the responses.
+    jobs, rows: the branches, and the state of the rows.
+    held: arrays [B, ...] of the rows, to be written in place.
+    source: the same arrays of the responses, [R, ...].
 
   Returns:
-    Rows, what they hold, and how many were copied.
+    Rows, their arrays, and the number of copied rows.
   """
 
   samples = jobs.count.size // jobs.prompts
@@ -231,15 +230,15 @@ def _deal(
     return _is_idle(jobs, rows).any() & (_work_left(jobs, rows) > 0).any()
 
   def take_over(state):
-    """One row at most for each prompt, whose response with most work left."""
+    """Assigns one row per prompt at most, to its response with most work."""
     rows, held, copies = state
     left = _work_left(jobs, rows).reshape(jobs.prompts, samples)
     order = jnp.argsort(-left.max(axis=1))
     turn = jnp.cumsum(_is_idle(jobs, rows)) - 1
     takes = _is_idle(jobs, rows) & (turn < (left.max(axis=1) > 0).sum())
     prompt = order.at[turn].get(mode='clip').astype(jnp.int32)
-    found = prompt * samples + left.argmax(axis=1).astype(jnp.int32)[prompt]
-    response = jnp.where(takes, found, rows.response)
+    busiest = prompt * samples + left.argmax(axis=1).astype(jnp.int32)[prompt]
+    response = jnp.where(takes, busiest, rows.response)
     rows = _begin(jobs, rows._replace(response=response), takes)
     number = jnp.argsort(~takes, stable=True)
 
@@ -260,9 +259,9 @@ def _deal(
 
 
 def _work_left(jobs: Jobs, rows: Rows) -> Array:
-  """[R] float32, tokens that branches not yet begun write at most.
+  """Returns the most tokens that branches not yet begun write, [R] float32.
 
-  0 for responses to prompts that have no room for another row.
+  It is 0 for responses to prompts that have no room for another row.
   """
   left = jnp.take_along_axis(jobs.work, rows.begun[:, None], axis=1)[:, 0]
   room = _busy_rows(jobs, rows) < jobs.crowd
@@ -270,13 +269,13 @@ def _work_left(jobs: Jobs, rows: Rows) -> Array:
 
 
 def _wanted(jobs: Jobs, rows: Rows) -> Array:
-  """int32 scalar, the most rows that can be busy from now on."""
+  """Returns the most rows that can be busy from now on, an int32 scalar."""
   left = (jobs.count - rows.begun).reshape(jobs.prompts, -1).sum(axis=1)
   return jnp.minimum(_busy_rows(jobs, rows) + left, jobs.crowd).sum()
 
 
 def _shrink(jobs: Jobs, rows: Rows, held: Any, count: int) -> tuple[Rows, Any]:
-  """`count` rows, all busy ones among them, and what they hold."""
+  """Keeps `count` rows, all busy ones among them, and their arrays."""
   kept = jnp.argsort(_is_idle(jobs, rows), stable=True)[:count]
   fields = {name: x[kept] for name, x in rows._asdict().items()}
   fields['begun'] = rows.begun
@@ -284,7 +283,7 @@ def _shrink(jobs: Jobs, rows: Rows, held: Any, count: int) -> tuple[Rows, Any]:
 
 
 def _readers(jobs: Jobs, rows: Rows) -> Array:
-  """[P, g] int32, the rows that decode branches of each prompt; B: nobody."""
+  """Returns the rows that decode branches of each prompt, [P, g]; B: none."""
   count = rows.branch.size
   most = min(jobs.crowd, count)
   busy = ~_is_idle(jobs, rows)
@@ -297,14 +296,14 @@ def _readers(jobs: Jobs, rows: Rows) -> Array:
 
 
 def _begin(jobs: Jobs, rows: Rows, free: Array) -> Rows:
-  """Free rows, [B] bool, begin branches of what they hold, or become idle."""
+  """Begins branches on free rows, [B] bool, or makes the rows idle."""
   turn = rows.begun[rows.response] + _rank(rows.response, free)
-  found = free & (turn < jobs.count[rows.response])
+  starts = free & (turn < jobs.count[rows.response])
   job = rows.response * jobs.branches.shape[1] + turn
 
   def pick(table, nothing, kept):
     value = table.reshape(-1).at[job].get(mode='clip')
-    return jnp.where(free, jnp.where(found, value, nothing), kept)
+    return jnp.where(free, jnp.where(starts, value, nothing), kept)
 
   index = pick(jobs.positions, jobs.length, rows.index)
   return rows._replace(
@@ -312,7 +311,7 @@ def _begin(jobs: Jobs, rows: Rows, free: Array) -> Rows:
     start=jnp.where(free, index, rows.start),
     index=index,
     token=pick(jobs.inputs, 0, rows.token),
-    begun=rows.begun.at[rows.response].add(found.astype(jnp.int32)),
+    begun=rows.begun.at[rows.response].add(starts.astype(jnp.int32)),
   )
 
 
@@ -321,14 +320,14 @@ def _prompt(jobs: Jobs, rows: Rows) -> Array:
 
 
 def _busy_rows(jobs: Jobs, rows: Rows) -> Array:
-  """[P] int32, rows that decode branches of each prompt."""
+  """Counts the rows that decode branches of each prompt, [P] int32."""
   busy = (~_is_idle(jobs, rows)).astype(jnp.int32)
   none = jnp.zeros(jobs.prompts, jnp.int32)
   return none.at[_prompt(jobs, rows)].add(busy)
 
 
 def _rank(group: Array, member: Array) -> Array:
-  """[B] int32, members in front of each member that are of its group."""
+  """Counts the members of its group before each member, [B] int32."""
   key = jnp.where(member, group, jnp.iinfo(jnp.int32).max)
   order = jnp.argsort(key, stable=True)
   grouped, place = key[order], jnp.arange(group.size, dtype=jnp.int32)

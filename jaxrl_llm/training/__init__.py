@@ -1,7 +1,14 @@
 """Training steps as values: online, on stored responses, and their update."""
 
+from jaxrl_llm.training.critic import Critic, separate, shared
+from jaxrl_llm.training.offline import OfflineTrainer, offline, score_pool
+from jaxrl_llm.training.online import (
+  Sampled,
+  Trainer,
+  log_prob_difference,
+  online,
+)
 from jaxrl_llm.training.update import (
-  DelayedState,
   Forward,
   TrainState,
   Update,
@@ -11,21 +18,32 @@ from jaxrl_llm.training.update import (
   delayed,
   init_state,
   make_update,
+  mean_metrics,
   policy_forward,
   schedule,
 )
 
 __all__ = [
-  'DelayedState',
+  'Critic',
   'Forward',
+  'OfflineTrainer',
+  'Sampled',
   'TrainState',
+  'Trainer',
   'Update',
   'actor_critic_forward',
   'adamw',
   'by_part',
   'delayed',
   'init_state',
+  'log_prob_difference',
   'make_update',
+  'mean_metrics',
+  'offline',
+  'online',
   'policy_forward',
   'schedule',
+  'score_pool',
+  'separate',
+  'shared',
 ]

@@ -4,12 +4,13 @@ An update scans over micro-batches, sums their gradients, which add up exactly
 because losses are plain sums, and takes one optax step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrl_llm import sharding
@@ -363,3 +364,23 @@ def _is_matrix(params: Any) -> Any:
     return path[-1].key in ('kernel', 'embedding')
 
   return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def mean_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns the numbers of a step's updates: means over them, except for two.
+
+  The log-probability difference is that of the first update, whose parameters
+  are those that sampled; `skipped` is the longest run of skips.
+
+  Args:
+    records: metrics of each update, on the host.
+  """
+  metrics = {
+    name: float(np.mean([record[name] for record in records]))
+    for name in records[0]
+  }
+  for name in records[0]:
+    if name.startswith('log_prob_difference/'):
+      metrics[name] = float(records[0][name])
+  metrics['skipped'] = int(max(record['skipped'] for record in records))
+  return metrics

@@ -121,9 +121,9 @@ def test_values_are_of_rewards(values):
   }[values]
   credit = est.gae(1.0, 0.0, source)
   for first in (est.standardize(), est.chain(LEAVE_ONE_OUT)):
-    with pytest.raises(ValueError, match='no reward any more'):
+    with pytest.raises(ValueError, match='no longer a reward'):
       est.chain(first, est.at_last_token(), credit)
-    with pytest.raises(ValueError, match='no reward any more'):
+    with pytest.raises(ValueError, match='no longer a reward'):
       est.chain(first, est.chain(est.at_last_token(), credit))
   est.chain(est.at_last_token(), credit, est.whiten())
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 import toys
 
-from experiments import build, checks, reinforcement
+from experiments import build, checks, online
 from experiments.configs import quickstart
 from jaxrl_llm import estimators as est
 from jaxrl_llm import training
@@ -146,7 +146,7 @@ def test_a_step_in_which_every_response_is_cut_off(algorithm, equal):
   config = config.copy_and_resolve_references()
   config.algorithm = algorithm
   checks.check(config)
-  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl = online.Steps(config, model, data.train, jax.random.key(0))
   # No token ends a response.
   rl.generation = dataclasses.replace(rl.generation, eos_ids=())
   rl.reference = model.params

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scripts
 
-from experiments import build, checks, reinforcement
+from experiments import build, checks, online
 from experiments.configs import quickstart
 from jaxrl_llm import sampling
 from jaxrl_llm.models import transformer
@@ -32,7 +32,7 @@ def begin(algorithm):
   checks.check(config)
   model = build.model(config.model, config.seed)
   data = build.dataset(config, model.tokenizer)
-  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl = online.Steps(config, model, data.train, jax.random.key(0))
   rl.rewards = [
     RewardPart('ones', lambda completions: [t.count('1') for t in completions])
   ]

@@ -13,7 +13,7 @@ import scripts
 
 from experiments import build, run
 from experiments.configs import quickstart
-from experiments.phase import Result, Script
+from experiments.schedule import Result, Script
 from jaxrl_llm.tasks import sources
 from tests.experiments import run_test
 

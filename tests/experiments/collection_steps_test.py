@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scripts
 
-from experiments import build, checks, reinforcement
+from experiments import build, checks, online
 from experiments.configs import quickstart
 from jaxrl_llm import rollouts
 from jaxrl_llm.rewards import RewardPart
@@ -44,7 +44,7 @@ def stepped():
   checks.check(config)
   model = build.model(config.model, config.seed)
   rows = build.dataset(config, model.tokenizer).train
-  rl = reinforcement.Reinforcement(config, model, rows, jax.random.key(0))
+  rl = online.Steps(config, model, rows, jax.random.key(0))
   rl.rewards = [RewardPart('own', rewards_of)]
   begin = lambda: rl.begin(jax.tree.map(jnp.copy, model.params))
   return rl, begin, rl.collect(begin(), STEP), rows, model

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checks
-from experiments.collection import Collection
+from experiments import checks, online
 from experiments.configs import base
 from jaxrl_llm import rollouts, sampling
 from jaxrl_llm.errors import UserError
@@ -69,12 +68,25 @@ class Recorder:
     return self.calls[-1]
 
 
+class Collection:
+  """Draws the groups of a configuration's steps from recorded responses."""
+
+  def __init__(self, config, encoded):
+    self.source = online.prompt_source(config, encoded, config.seed)
+    self._groups = online.group_tools(config, encoded, TOKENIZER)
+
+  def draw(self, respond, key, step, stop=None):
+    fold = jax.random.fold_in
+    keys = online.Keys(*(fold(fold(key, use), step) for use in online._USES))
+    return self._groups(step)(respond, self.source.batch(step), keys, stop)
+
+
 def collection(rows=ROWS, prompts=None, max_tokens=8, **rollout):
   config = base.get_config()
   config.prompts.update(max_tokens=max_tokens, **(prompts or {}))
   config.rollout.update(prompts=PROMPTS, samples=GROUP, **rollout)
   encoded = prompts_lib.encode_prompts(rows, TOKENIZER, max_tokens)
-  return Collection(config, encoded, TOKENIZER), encoded
+  return Collection(config, encoded), encoded
 
 
 def often_equal(rng, texts):
@@ -190,13 +202,12 @@ def test_without_tools_no_score_is_asked_for():
   recorder = Recorder(often_equal)
   collection()[0].draw(recorder, KEY, 0)
   prompts = dict(curriculum='level', curriculum_steps=9)
-  drawn = collection(prompts=prompts)[0].draw(recorder, KEY, 0)
-  assert recorder.asked == 0
+  easy = collection(prompts=prompts)[0]
+  drawn = easy.draw(recorder, KEY, 0)
+  assert recorder.asked == 0 and drawn.record == {}
   levels = [row['level'] for row in drawn.batch.rows]
-  assert drawn.record == {
-    'curriculum/share': 0.1,
-    'curriculum/difficulty': pytest.approx(np.mean(levels)),
-  }
+  assert easy.source.share(0) == 0.1
+  assert easy.source.difficulty(0) == pytest.approx(np.mean(levels))
 
 
 def test_further_prompts_are_of_the_curriculum():

@@ -150,7 +150,7 @@ def test_a_critic_begins_with_a_folder(folder):
     ):
       np.testing.assert_array_equal(ours, theirs)
   shapes = jax.eval_shape(lambda: started)
-  assert critics.shapes(config, built) == shapes
+  assert critics.critic_shapes(config, built) == shapes
   assert str(path) in critics.describe(config)
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from experiments.failures import failure_counts, failure_messages, of_step
+from experiments.validation import failure_counts, failure_messages
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rewards.failures import Failures, merge
 from jaxrl_llm.rollouts import Responses
+from jaxrl_llm.rollouts.collect import failures_of_step as of_step
 
 SOME = Failures(
   dict(timeout=0, crash=2, error=0, memory=0), dict(crash='ended with status 0')
@@ -42,7 +43,7 @@ def test_failures_of_a_step_are_those_of_all_that_it_scored():
     'branches/rewards/b/failed': 2,
   }
   assert failure_counts(of_step(scored(a=SOME))) == {'rewards/a/failed': 2}
-  assert of_step(scored(), branches=scored()) == {}
+  assert of_step(scored(), branched=scored()) == {}
 
 
 def test_merged_batches_add_up_and_keep_the_first_message():

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from experiments import build, loop, run
-from experiments.phase import Script
+from experiments.schedule import Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import Sample, checkpoints, orbax_io
 from jaxrl_llm.runs.digests import describe, named_leaves

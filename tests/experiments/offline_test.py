@@ -49,7 +49,7 @@ def tiny(algorithm, **rounds):
 @pytest.fixture(scope='module', autouse=True)
 def compiled_once():
   """Configurations with the same update share it, as processes share none."""
-  made, make = {}, supervised.make_update
+  made, make = {}, supervised.trainer
 
   def shared(config, *rest):
     key = str((config.algorithm, config.optimizer, config.rounds.batch))
@@ -58,7 +58,7 @@ def compiled_once():
     return made[key]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(supervised, 'make_update', shared)
+    patch.setattr(supervised, 'trainer', shared)
     yield
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, checks, reinforcement, stored_runs
+from experiments import build, checks, online, stored_runs
 from experiments.configs import quickstart
+from experiments.validation import failure_messages
 from jaxrl_llm.compilation import Meter
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart, Workers
@@ -49,7 +50,7 @@ def begin(setting, algorithm, critic=None):
   config.algorithm = algorithm
   config.critic.update(critic or {})
   checks.check(config)
-  rl = reinforcement.Reinforcement(config, model, data.train, jax.random.key(0))
+  rl = online.Steps(config, model, data.train, jax.random.key(0))
   rl.reference = model.params
   rl.rewards = [RewardPart('ones', count_ones)]
   params = jax.tree.map(jnp.copy, model.params)
@@ -109,10 +110,12 @@ def test_failures_in_workers_are_recorded(setting, name, prefix, tmp_path):
   others = {f'{prefix}rewards/odd/failed'} if prefix else set()
   assert set(failed) == {'rewards/odd/failed'} | others
   assert sum(failed.values()) == raised
-  assert len(first.messages) == len(failed)
-  for message in first.messages:
+  reported = set()
+  messages = failure_messages(first.failures, 'at step 1', reported)
+  assert len(messages) == len(failed)
+  for message in messages:
     assert 'rewards/odd' in message and 'ValueError: even' in message
-  assert second.messages == []
+  assert failure_messages(second.failures, 'at step 2', reported) == []
 
 
 @pytest.mark.slow
@@ -339,6 +342,7 @@ def test_a_fraction_of_a_reward_stays_one(actor_critic):
   _, rl, start, _ = actor_critic
   quarter = lambda completions: [0.25] * len(completions)
   rl.rewards = [RewardPart('quarter', quarter)]
+  rl.fix()  # The trainer that has the other rewards is given up.
   data = rl.collect(jax.tree.map(jnp.array, start), 0).rollouts
   data = data.replace(
     values=jnp.zeros_like(data.values), ref_log_probs=data.log_probs

@@ -10,8 +10,7 @@ import pytest
 
 from experiments import run
 from experiments.configs import quickstart
-from experiments.phase import Evaluation, Result, Script
-from experiments.schedule import Round
+from experiments.schedule import Cycle, Evaluation, Result, Script
 from jaxrl_llm import estimators, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.signals import StopRequested
@@ -23,7 +22,7 @@ class Doubling:
   Its step doubles a number; the first one may fail, as a reward may.
   """
 
-  round, keeps_reference, reference = Round(), False, None
+  cycle, keeps_reference, reference = Cycle(), False, None
   curves = {'eval/number': 'number'}
   estimator = estimators.sft()
   failure = None

@@ -24,7 +24,7 @@ def make(micro_prompts, batch):
   return validation.HeldOut(
     model=build.Model(config, None, TOKENIZER, (1,), None),
     encoded=prompts_lib.encode_prompts(ROWS, TOKENIZER, 4),
-    generation=rollouts.Generation(2, 6, DECODING, (1,), 0),
+    generation=rollouts.Generation(2, 6, (1,), 0, DECODING),
     rewards=[
       RewardPart('length', lambda completions: [1.0] * len(completions))
     ],

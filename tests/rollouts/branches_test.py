@@ -67,7 +67,7 @@ def sampled(model, estimator):
   )
   reference = jax.tree.map(lambda x: 0.9 * x, model[1])
   own, rows = (
-    rollouts.to_rollouts(*model, reference, given, generation, asked, 1)
+    toys.to_rollouts(*model, reference, given, generation, asked, 1)
     for given, asked in (
       (responses, needs),
       (found.responses, branch_values.row_needs(needs)),

@@ -18,7 +18,7 @@ import pytest
 import toys
 from jax.flatten_util import ravel_pytree
 
-from experiments import build, reinforcement
+from experiments import build, online
 from experiments.configs import base
 from jaxrl_llm import estimators as est
 from jaxrl_llm.rewards import RewardPart
@@ -105,9 +105,7 @@ def settings():
 def begin(estimator, monkeypatch):
   """The phase of a run, with an estimator of our own."""
   monkeypatch.setattr(build, 'estimator', lambda config: estimator)
-  rl = reinforcement.Reinforcement(
-    settings(), model(), PROMPTS * COPIES, jax.random.key(0)
-  )
+  rl = online.Steps(settings(), model(), PROMPTS * COPIES, jax.random.key(0))
   # All record the same, so that one program samples for all.
   rl.generation = dataclasses.replace(
     rl.generation, statistics=('entropy', 'score_norms')

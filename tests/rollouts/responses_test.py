@@ -9,7 +9,7 @@ from jaxrl_llm import rollouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import Needs
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.rollouts import responses as responses_lib
+from jaxrl_llm.rollouts import collect
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks.prompts import PromptBatch
 from jaxrl_llm.tasks.vocabulary import character_tokenizer
@@ -77,7 +77,7 @@ def test_reward_functions_see_texts_ids_and_columns(seen):
 
 
 def make(model, responses, needs, reference=None, **settings):
-  return rollouts.to_rollouts(
+  return toys.to_rollouts(
     *model, reference, responses, GENERATION, needs, 1, chunk=7, **settings
   )
 
@@ -204,8 +204,8 @@ def test_the_device_is_told_all_before_scores_are_waited_for(
     events.append('scores')
     return responses.scores
 
-  monkeypatch.setattr(responses_lib, 'score_tokens', score_tokens)
-  rollouts.to_rollouts(
+  monkeypatch.setattr(collect, 'score_tokens', score_tokens)
+  toys.to_rollouts(
     *model,
     model[1],
     responses._replace(scoring=scoring),

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import scripts
 
-from experiments import reinforcement, run
-from experiments.phase import Result, Script
+from experiments import run
+from experiments.schedule import Result, Script
+from jaxrl_llm import training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import folders
 from tests.experiments import boundaries_test, run_test
@@ -55,7 +56,7 @@ def leaves(workdir, step: int) -> dict:
 def test_no_mean_hides_a_step_that_is_not_finite():
   sound = {'loss': 1.0, 'grad_norm': 1.0, 'skipped': 0}
   records = [sound, {'loss': np.nan, 'grad_norm': np.inf, 'skipped': 1}, sound]
-  found = reinforcement.update_metrics(records)
+  found = training.mean_metrics(records)
   assert np.isnan(found['loss']) and found['grad_norm'] == np.inf
   assert found['skipped'] == 1
 

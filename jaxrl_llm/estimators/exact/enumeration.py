@@ -1,8 +1,8 @@
-"""Toy languages whose every response is listed: is an estimator biased?
+"""Exact bias and variance of an estimator on a toy language.
 
-The gradient of E[R] is then a finite sum, and so is the expected gradient of an
-estimator over everything random: groups, greedy responses, branches, random
-positions.  A new estimator is tested in ten lines:
+Every response is listed, so the gradient of E[R] is a finite sum, and so is the
+expected gradient of an estimator over everything random: groups, greedy
+responses, branches, random positions.  To test a new estimator in ten lines:
 
   from jaxrl_llm import estimators as est
 
@@ -18,7 +18,7 @@ positions.  A new estimator is tested in ten lines:
 Vary a toy with `toy._replace(rewards=…)`.  Everything is computed in float64.
 
 Shapes: P prompts, N responses, S prefixes (states), T the length limit in
-tokens, V words and EOS.  The N responses are the same for every prompt, their
+tokens, V words and EOS.  The N responses are the same for every prompt; their
 probabilities and rewards are not.
 """
 
@@ -72,19 +72,19 @@ _FLOATS = 2**23  # they would need more memory than this
 
 
 class Report(NamedTuple):
-  """What an estimator's gradient is, on average and in spread.
+  """Mean and variance of an estimator's gradient.
 
   Attributes:
     gradient: E[g], g = −∇ loss, a tree like `Toy.params`.
-    exact_gradient: ∇J, alike.
+    exact_gradient: ∇J, likewise.
     bias: ‖E[g] − ∇J‖ / ‖∇J‖.
     cosine: of the angle between E[g] and ∇J; 1 where only the scale differs.
     scale: the multiple of ∇J that is nearest to E[g].
     variance: E‖g‖² − ‖E[g]‖², the trace of the covariance.
-    standard_error: of E[g], relative to ‖∇J‖; 0 where it is a whole sum.
+    standard_error: of E[g], relative to ‖∇J‖; 0 for a sum of all combinations.
     tokens: expected number of tokens that one g costs: responses, greedy
       responses and branches.
-    draws: how many combinations were summed, or drawn.
+    draws: number of combinations that were summed, or drawn.
     exact: True if these are all combinations, weighted by probability.
   """
 
@@ -112,23 +112,23 @@ def examine(
   draws: int = 20_000,
   seed: int = 0,
 ) -> Report:
-  """The mean and the spread of an estimator's gradient g = −∇ loss.
+  """Computes the mean and variance of an estimator's gradient g = −∇ loss.
 
   The mean is over groups of `samples` responses to every prompt, their
   branches and random positions (each response draws its own).  All
   combinations are summed if there are at most `limit`; else `draws` of them
-  are drawn, and `standard_error` says how far off the mean may be.
+  are drawn, and `standard_error` is that of the mean.
 
   Args:
-    estimator: any; a critic's own gradient is left out.
+    estimator: any; a critic's own gradient is excluded.
     toy: language, policy and reward.
     samples: G.
     exact: the gradient to compare with; `exact_gradient(toy)` if None.
     running: values of the estimator's running numbers; their initial ones if
       None.
-    limit: the most combinations that are summed.
-    draws: how many are drawn otherwise.
-    seed: of the drawing.
+    limit: maximum number of combinations to sum.
+    draws: number of combinations to draw otherwise.
+    seed: of the draws.
 
   Raises:
     ValueError: too few samples, an array of the toy of a wrong shape, or an
@@ -139,19 +139,19 @@ def examine(
   norm = math.sqrt(flat @ flat)
   if norm <= 1e-13 * np.abs(toy.rewards).max():
     raise ValueError(
-      'the exact gradient is 0, so a relative bias has no meaning: let rewards '
-      'differ, or pass the gradient to compare with as `exact`'
+      'the exact gradient is 0, so a relative bias has no meaning: use '
+      'different rewards, or pass the gradient to compare with as `exact`'
     )
   mean, square, tokens, count, whole = _moments(
     estimator, toy, samples, running, limit, draws, seed
   )
   variance = max(square - mean @ mean, 0.0)
-  own = math.sqrt(mean @ mean)
+  size = math.sqrt(mean @ mean)
   return Report(
     gradient=_like_params(toy, mean),
     exact_gradient=exact,
     bias=math.sqrt(np.square(mean - flat).sum()) / norm,
-    cosine=float(mean @ flat / (own * norm)) if own else 0.0,
+    cosine=float(mean @ flat / (size * norm)) if size else 0.0,
     scale=float(mean @ flat / norm**2),
     variance=float(variance),
     standard_error=0.0 if whole else math.sqrt(variance / count) / norm,
@@ -172,13 +172,13 @@ def expected_gradient(
   draws: int = 20_000,
   seed: int = 0,
 ) -> Any:
-  """E[−∇ loss], a tree like `Toy.params`; the arguments are `examine`'s."""
+  """Returns E[−∇ loss], a tree like `Toy.params`; arguments as in `examine`."""
   mean, *_ = _moments(estimator, toy, samples, running, limit, draws, seed)
   return _like_params(toy, mean)
 
 
 def _moments(estimator, toy, samples, running, limit, draws, seed):
-  """(E g [D], E‖g‖², tokens of one g, combinations, whether these are all)."""
+  """Returns (E g [D], E‖g‖², tokens of one g, combinations, `exact`)."""
   check(toy)
   needs = estimator.needs
   if samples < needs.samples:
@@ -188,7 +188,7 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
     )
   if needs.token_rewards and toy.token_rewards is None:
     raise ValueError(
-      'this estimator needs rewards of tokens: take toy(gamma=…), or '
+      'this estimator needs rewards of tokens: use toy(gamma=…) or '
       'toy._replace(token_rewards=…)'
     )
   tables = _tabulate(toy)
@@ -223,10 +223,10 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
 
 
 def _plant(toy: Toy, tables, p, branches, running) -> Forest:
-  """The branches of all responses, scored as the toy says."""
+  """Builds the branches of all responses, scored by the toy's rewards."""
   rewards = toy.rewards if toy.branch_rewards is None else toy.branch_rewards
   every = np.broadcast_to(np.arange(p.shape[1]), p.shape)
-  # NumPy's arrays: op by op there is nothing to compile.
+  # NumPy arrays, so that nothing is compiled op by op.
   tables = jax.tree.map(np.asarray, tables)
   rows = _rollouts(tables, every, running=running)
   rows = rows.replace(rewards=floats(rewards)[..., None])
@@ -234,7 +234,7 @@ def _plant(toy: Toy, tables, p, branches, running) -> Forest:
 
 
 class _Tables(NamedTuple):
-  """Of each response to each prompt, [P, N, T] unless said otherwise."""
+  """Arrays of each response to each prompt, [P, N, T] unless noted."""
 
   tokens: Array  # [N, T]
   mask: Array  # [N, T]
@@ -307,42 +307,42 @@ def _tabulated(
 
 
 def _rollouts(tables: _Tables, response: Array, **fields) -> Rollouts:
-  """The responses whose numbers are `response`, [P, G], as rollouts."""
-  at = functools.partial(_at, response)
+  """Builds rollouts of the responses numbered `response`, [P, G]."""
+  pick = functools.partial(_at, response)
   return Rollouts(
     tokens=tables.tokens[response],
     mask=tables.mask[response],
-    log_probs=at(tables.old_log_probs),
-    rewards=at(tables.rewards),
-    sampler_log_probs=at(tables.sampler_log_probs),
-    token_rewards=at(tables.token_rewards),
+    log_probs=pick(tables.old_log_probs),
+    rewards=pick(tables.rewards),
+    sampler_log_probs=pick(tables.sampler_log_probs),
+    token_rewards=pick(tables.token_rewards),
     greedy_rewards=tables.greedy_rewards,
-    ref_log_probs=at(tables.ref_log_probs),
-    values=at(tables.values),
-    entropy=at(tables.entropy),
-    score_norms=at(tables.score_norms),
+    ref_log_probs=pick(tables.ref_log_probs),
+    values=pick(tables.values),
+    entropy=pick(tables.entropy),
+    score_norms=pick(tables.score_norms),
     **fields,
   )
 
 
 def _at(response: Array, table: Array | None) -> Array | None:
-  """[P, N, ...] at responses [P, G] → [P, G, ...]."""
+  """Selects responses, [P, G], from a table: [P, N, ...] → [P, G, ...]."""
   prompts = np.arange(response.shape[0])[:, None]
   return None if table is None else table[prompts, response]
 
 
 def _branch_rows(slots: Slots) -> tuple[Array, dict[str, Array]]:
-  """The numbers of responses and branches as rows, and how they are related."""
+  """Returns response numbers of all rows, and the relations of the rows."""
   prompts, samples, most, branches = slots.ends.shape
   flat = lambda x: x.reshape(prompts, -1)
-  own = jnp.broadcast_to(jnp.arange(samples), (prompts, samples))
+  index = jnp.broadcast_to(jnp.arange(samples), (prompts, samples))
   join = lambda *x: jnp.concatenate(x, axis=1)
-  parents = jnp.repeat(own, most * branches, axis=1)
+  parents = jnp.repeat(index, most * branches, axis=1)
   forked_at = jnp.repeat(flat(slots.places), branches, axis=1)
   fields = {
-    'parents': join(own, parents),
-    'forked_at': join(jnp.zeros_like(own), forked_at),
-    'valid': join(jnp.ones_like(own, bool), forked_at > 0),
+    'parents': join(index, parents),
+    'forked_at': join(jnp.zeros_like(index), forked_at),
+    'valid': join(jnp.ones_like(index, bool), forked_at > 0),
   }
   fields = {name: x[..., None] for name, x in fields.items()}
   return join(slots.response, flat(slots.ends)), fields
@@ -356,7 +356,7 @@ def _summed(prepare, loss):
     response, fields = slots.response, {}
     if slots.ends is not None:
       response, fields = _branch_rows(slots)
-    at = functools.partial(_at, response)
+    pick = functools.partial(_at, response)
     rollouts = _rollouts(
       tables,
       response,
@@ -370,22 +370,22 @@ def _summed(prepare, loss):
 
     def objective(log_probs, entropy):
       outputs = Outputs(
-        log_probs=log_probs, entropy=entropy, values=at(tables.values)
+        log_probs=log_probs, entropy=entropy, values=pick(tables.values)
       )
       return -loss(outputs, batch)
 
     by_log_probs, by_entropy = jax.grad(objective, argnums=(0, 1))(
-      at(tables.log_probs), at(tables.next_entropy)
+      pick(tables.log_probs), pick(tables.next_entropy)
     )
     return jnp.einsum(
-      'pgt,pgtd->d', by_log_probs, at(tables.scores)
-    ) + jnp.einsum('pgt,pgtd->d', by_entropy, at(tables.entropy_scores))
+      'pgt,pgtd->d', by_log_probs, pick(tables.scores)
+    ) + jnp.einsum('pgt,pgtd->d', by_entropy, pick(tables.entropy_scores))
 
   def total(tables, running, weights, slots):
     g = jax.vmap(gradient, (None, None, 0))(tables, running, slots)
     return weights @ g, weights @ jnp.square(g).sum(axis=1)
 
-  # It runs for less time than its compilation takes.
+  # Compilation takes longer than the run, so it does not optimise.
   return jax.jit(total, compiler_options={'xla_backend_optimization_level': 0})
 
 

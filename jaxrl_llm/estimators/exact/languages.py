@@ -1,7 +1,7 @@
-"""Toy languages: every response is listed, so every mean is a finite sum.
+"""Toy languages whose every response is listed, so means are finite sums.
 
 Shapes: P prompts, N responses, S prefixes (states), T the length limit in
-tokens, V words and EOS.  The N responses are the same for every prompt, their
+tokens, V words and EOS.  The N responses are the same for every prompt; their
 probabilities and rewards are not.  Everything is computed in float64.
 """
 
@@ -26,17 +26,17 @@ class Toy(NamedTuple):
     prefixes: S tuples of tokens, the states in which a token is chosen.
     tokens, mask: [N, T] of the responses.
     states: [N, T], the index in `prefixes` of the state before each token.
-    params: of the policy, any tree; the gradient is taken here.
+    params: of the policy, any tree; the gradient is taken at these.
     rewards: [P, N].
     reference: [P, S, V] logits of the reference policy.
     values: [P, S] of a critic.
     logits: params → [P, S, V]; the parameters themselves if tabular.
     old_params: of the policy that sampled; None for `params`.
     sampler: [P, S, V] logits of the program that sampled, where it differs.
-    token_rewards: [P, S, V], what estimators get that need known rewards of
-      tokens.  They are no part of `rewards` by themselves: see `discounted`.
-    branch_rewards: [P, N], where branches are not scored by `rewards`: a
-      mistake whose bias can be studied.
+    token_rewards: [P, S, V], for estimators that need known rewards of tokens.
+      They are not part of `rewards` by themselves: see `discounted`.
+    branch_rewards: [P, N], if branches are not scored by `rewards`, a mistake
+      whose bias can be studied.
   """
 
   responses: tuple[tuple[int, ...], ...]
@@ -75,11 +75,11 @@ def toy(
   prompts: int = 1,
   gamma: float | None = None,
 ) -> Toy:
-  """A language with a random tabular policy, reward, reference and critic.
+  """Builds a language with a random policy, reward, reference and critic.
 
   Args:
     seed: of all random numbers.
-    words: tokens beside EOS.
+    words: tokens besides EOS.
     max_length: T, tokens; a response ends with EOS or here.
     prompts: P.
     gamma: if given, token rewards are drawn, and their sum discounted by γ
@@ -94,7 +94,7 @@ def toy(
   if count > _MOST_RESPONSES:
     raise ValueError(
       f'{words=} and {max_length=} make {count} responses, too many to list; '
-      f'at most {_MOST_RESPONSES}: take fewer words or a shorter limit'
+      f'at most {_MOST_RESPONSES}: use fewer words or a shorter limit'
     )
   responses = tuple(_grow((), words, max_length))
   prefixes = tuple(sorted({r[:t] for r in responses for t in range(len(r))}))
@@ -126,7 +126,7 @@ def toy(
 def discounted(
   toy: Toy, token_rewards: np.ndarray, gamma: float = 1.0
 ) -> np.ndarray:
-  """Rewards of responses, [P, N], Σₜ γ^{t−1} rₜ, from those of tokens.
+  """Returns rewards of responses, [P, N], Σₜ γ^{t−1} rₜ, from token rewards.
 
   Args:
     toy: the language.
@@ -139,13 +139,13 @@ def discounted(
 
 @in_float64
 def response_probabilities(toy: Toy) -> np.ndarray:
-  """[P, N] under `params`."""
+  """Returns the probabilities of all responses under `params`, [P, N]."""
   return _of_responses(toy, toy.logits(floats(toy.params)))
 
 
 @in_float64
 def exact_values(toy: Toy) -> np.ndarray:
-  """[P, S], U of every state: the mean reward of the responses through it."""
+  """Returns U, [P, S]: the mean reward of the responses through a state."""
   p = response_probabilities(toy)
   passing = through(toy)
   return (p * toy.rewards) @ passing / (p @ passing)
@@ -153,9 +153,9 @@ def exact_values(toy: Toy) -> np.ndarray:
 
 @in_float64
 def exact_gradient(toy: Toy, kl: float = 0.0) -> Any:
-  """∇ of E[R] − β KL(π‖π_ref), averaged over prompts: a tree like `params`.
+  """Returns ∇ of E[R] − β KL(π‖π_ref), averaged over prompts, like `params`.
 
-  A sum over all responses, from the definition; no estimator is involved.
+  It is a sum over all responses, by definition; no estimator is involved.
 
   Args:
     toy: language, policy and reward.
@@ -163,13 +163,13 @@ def exact_gradient(toy: Toy, kl: float = 0.0) -> Any:
   """
   check(toy)
 
-  found = _gradient(
+  gradient = _gradient(
     toy.logits,
     floats(toy.params),
     (toy.tokens, toy.mask, toy.states),
     floats((toy.reference, toy.rewards, kl)),
   )
-  return jax.tree.map(np.asarray, found)
+  return jax.tree.map(np.asarray, gradient)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -192,7 +192,7 @@ def _grow(prefix, words, max_length) -> list[tuple[int, ...]]:
 
 
 def through(toy: Toy) -> np.ndarray:
-  """[N, S]: 1 where a response passes through a state."""
+  """Returns 1 where a response passes through a state, [N, S]."""
   passing = np.zeros((len(toy.responses), len(toy.prefixes)))
   n, t = np.nonzero(toy.mask)
   passing[n, toy.states[n, t]] = 1.0
@@ -212,36 +212,36 @@ def _of_responses(toy: Toy, logits: Array) -> np.ndarray:
 
 
 def old_logits(toy: Toy) -> Array:
-  """[P, S, V] of the policy that is trained, when it sampled."""
+  """Returns the logits of the trained policy at sampling time, [P, S, V]."""
   old = toy.params if toy.old_params is None else toy.old_params
   return toy.logits(floats(old))
 
 
 def sampling_probabilities(toy: Toy) -> np.ndarray:
-  """[P, N] with which responses and branches are drawn."""
+  """Returns the probabilities of drawing each response or branch, [P, N]."""
   logits = old_logits(toy) if toy.sampler is None else toy.sampler
   return _of_responses(toy, logits)
 
 
 def greedy_responses(toy: Toy) -> list[int]:
-  """The index of each prompt's greedy response."""
+  """Returns the index of each prompt's greedy response."""
   row = {prefix: i for i, prefix in enumerate(toy.prefixes)}
-  found = []
+  indices = []
   for best in np.asarray(old_logits(toy)).argmax(axis=-1):
     response = ()
     while response in row:
       response = (*response, int(best[row[response]]))
-    found.append(toy.responses.index(response))
-  return found
+    indices.append(toy.responses.index(response))
+  return indices
 
 
 def floats(tree: Any) -> Any:
-  """A tree of float64 arrays that are tied to no device."""
+  """Converts a tree to float64 arrays that are not tied to a device."""
   return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
 
 
 def check(toy: Toy) -> None:
-  """Raises ValueError where an array of the toy has the wrong shape."""
+  """Raises ValueError if an array of the toy has the wrong shape."""
   prompts, states = np.shape(toy.rewards)[0], len(toy.prefixes)
   tokens = max(map(max, toy.responses)) + 1
   logits = jax.eval_shape(toy.logits, floats(toy.params))

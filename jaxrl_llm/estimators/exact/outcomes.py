@@ -1,8 +1,8 @@
-"""What may happen in one estimate: groups, branches, random positions.
+"""Random outcomes of one estimate: groups, branches, random positions.
 
-All combinations of it, weighted by probability, or a sample of them.  Shapes
-as in `toy_languages`; G responses per prompt, K branches per fork, C states of
-a rule for positions.
+Lists all combinations, weighted by probability, or draws a sample of them.
+Shapes are as in `languages`; G responses per prompt, K branches per fork, C
+states of a rule for positions.
 """
 
 import functools
@@ -22,37 +22,37 @@ from jaxrl_llm.estimators.values import branch_returns
 
 
 class Slots(NamedTuple):
-  """Outcomes of single responses or, with [P, G] in front, combinations."""
+  """Outcomes of single responses or, with a leading [P, G], combinations."""
 
   response: np.ndarray
   forks: np.ndarray | None = None  # [..., T], as are the next two
   values: np.ndarray | None = None
   baselines: np.ndarray | None = None
-  # Of branches that are trained: the responses as which they ended and, in
-  # tokens, where they fork; 0 for no branch.
+  # For trained branches: the responses that they ended as and, in tokens, where
+  # they fork; 0 for no branch.
   ends: np.ndarray | None = None  # [..., M, K]
   places: np.ndarray | None = None  # [..., M]
   weight: np.ndarray | None = None  # probability, in a list of outcomes
 
 
 class Forest:
-  """The branches that an estimator may meet.
+  """The branches that an estimator may encounter.
 
   Attributes:
     samples: K.
     trained: whether they are rows to train on, not values.
-    most: M, the most forks that a response may have.
+    most: M, maximum number of forks of a response.
     forks: [P, N, C, T] bool under each of the C states of the rule.
     weights: [P, N, C, T], squared score norms summed from here to the next
       fork of the same response, or to its end.
-    returns: [P, N, T], what a branch that forks before token t earns, where
+    returns: [P, N, T], return of a branch that forks before token t, if
       branches are values.
-    states: [N, T], as of the toy.
+    states: [N, T], as in the toy.
     onward: [P, S, N], probability of each response given its prefix.
   """
 
   def __init__(self, toy, rows: Rollouts, p, branches: Branches):
-    """`rows` are all N responses to each prompt, as rollouts."""
+    """Initialises from `rows`, all N responses to each prompt as rollouts."""
     self.samples, self.trained = branches.samples, branches.trained
     self.states, self.lengths = toy.states, toy.mask.sum(axis=1)
     if not self.trained:
@@ -77,30 +77,30 @@ class Forest:
     return self.samples * (p * each).sum()
 
   def values(self, prompt, chosen, choice, t):
-    """Mean and score-weighted mean of branches, [..., K] → [...] twice.
+    """Returns mean and score-weighted mean of branches, [..., K] → [...] twice.
 
     Args:
-      prompt, choice, t: of the prompts, the rule's states and the forks.
-      chosen: [..., K], the responses as which the branches ended.
+      prompt, choice, t: indices of prompts, the rule's states and forks.
+      chosen: [..., K], the responses that the branches ended as.
     """
     rewards = self.returns[prompt, chosen, t]
     weights = self.weights[prompt, chosen, choice, t]
     total = weights.sum(axis=-1)
-    # Nothing was random: all branches count alike.
+    # Nothing was random: all branches count equally.
     weights = np.where((total > 0)[..., None], weights, 1.0)
     weighted = (weights * rewards).sum(axis=-1) / weights.sum(axis=-1)
     return rewards.mean(axis=-1), weighted
 
   def outcomes(self, prompt, choice, n, t, limit):
-    """{outcome: probability} of a fork's branches; None if above the limit.
+    """Returns {outcome: probability} of a fork's branches; None above `limit`.
 
-    An outcome is the responses as which they ended, or (value, baseline).
+    An outcome is the responses that they ended as, or (value, baseline).
     """
     p = self.onward[prompt, self.states[n, t]]
     ends, samples = np.flatnonzero(p), self.samples
     if math.comb(len(ends) + samples - 1, samples) > limit:
       return None
-    found = {}
+    probabilities = {}
     for chosen in itertools.combinations_with_replacement(ends, samples):
       orders = math.factorial(samples)
       for end in set(chosen):
@@ -110,22 +110,22 @@ class Forest:
         pair = self.values(prompt, np.array(chosen), choice, t)
         outcome = tuple(float(x) for x in pair)
       share = orders * p[list(chosen)].prod()
-      found[outcome] = found.get(outcome, 0.0) + share
-    return found
+      probabilities[outcome] = probabilities.get(outcome, 0.0) + share
+    return probabilities
 
 
 def _returns(branches: Branches, rows: Rollouts) -> np.ndarray:
-  """[P, N, T], as `Forest.returns`."""
+  """Computes `Forest.returns`, [P, N, T]."""
   after = lambda t: jnp.full(rows.rewards.shape, t)
-  found = [
+  returns = [
     branch_returns(branches.shaping, rows.rewards, rows, after(t))
     for t in range(rows.mask.shape[2])
   ]
-  return np.concatenate(found, axis=2)
+  return np.concatenate(returns, axis=2)
 
 
 def _forks(toy: Toy, branches: Branches, entropy: np.ndarray) -> np.ndarray:
-  """[P, N, C, T]: runs the rule over every response."""
+  """Runs the rule over every response, [P, N, C, T]."""
   rule, length = branches.positions, toy.mask.shape[1]
   states = rule.states(branches.count, length)
   drawn = jax.eval_shape(
@@ -143,14 +143,14 @@ def _forks(toy: Toy, branches: Branches, entropy: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _marker(branches: Branches):
-  """`mark` of all responses, [N, T], under each prompt's entropy [P, N, T]."""
+  """Applies `mark` to all responses, [N, T], with each prompt's entropy."""
   run = functools.partial(mark, branches)
   of_prompt = jax.vmap(run, (None, 0, 0, 0))
   return jax.jit(jax.vmap(of_prompt, (None, None, None, 0)))
 
 
 def list_slots(p, forest, samples, limit) -> list[Slots] | None:
-  """Of each prompt all outcomes of one response; None if there are too many."""
+  """Lists each prompt's outcomes of one response; None above `limit`."""
   if not forest:
     if p.shape[1] ** (len(p) * samples) > limit:
       return None
@@ -159,54 +159,54 @@ def list_slots(p, forest, samples, limit) -> list[Slots] | None:
   lists = []
   most = int(limit ** (1 / samples) + 1e-9)
   for prompt in range(len(p)):
-    found = _list_forked(p, forest, prompt, most)
-    if found is None:
+    outcomes = _list_forked(p, forest, prompt, most)
+    if outcomes is None:
       return None
-    lists.append(found)
+    lists.append(outcomes)
   total = math.prod(len(slots.weight) for slots in lists) ** samples
   return lists if total <= limit else None
 
 
 def _list_forked(p, forest: Forest, prompt, limit) -> Slots | None:
-  """As `list_slots`, of one prompt, with at most `limit` outcomes."""
+  """Does the same as `list_slots` for one prompt, up to `limit` outcomes."""
   outcomes, rows = {}, []
   _, count, choices, _ = forest.forks.shape
   for n, choice in itertools.product(range(count), range(choices)):
     forks = forest.forks[prompt, n, choice]
-    at = np.flatnonzero(forks)
-    for t in at:
+    times = np.flatnonzero(forks)
+    for t in times:
       key = forest.states[n, t], choice
       if key not in outcomes:
         outcomes[key] = forest.outcomes(prompt, choice, n, t, limit)
       if outcomes[key] is None:
         return None
-    options = [outcomes[forest.states[n, t], choice].items() for t in at]
+    options = [outcomes[forest.states[n, t], choice].items() for t in times]
     if len(rows) + math.prod(len(x) for x in options) > limit:
       return None
     for picked in itertools.product(*options):
-      found = [outcome for outcome, _ in picked]
+      results = [outcome for outcome, _ in picked]
       weight = math.prod((share for _, share in picked), start=p[prompt, n])
-      rows.append(_slot(forest, n, forks, at, found, weight / choices))
+      rows.append(_slot(forest, n, forks, times, results, weight / choices))
   return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
-def _slot(forest: Forest, n, forks, at, outcomes, weight) -> Slots:
-  """Response `n` with these outcomes of its forks `at`."""
+def _slot(forest: Forest, n, forks, times, outcomes, weight) -> Slots:
+  """Builds the slot of response `n` with these outcomes at its forks."""
   slot = Slots(np.int64(n), weight=np.float64(weight))
   if forest.trained:
     ends = np.zeros((forest.most, forest.samples), int)
     places = np.zeros(forest.most, int)
-    for m, (t, chosen) in enumerate(zip(at, outcomes, strict=True)):
+    for m, (t, chosen) in enumerate(zip(times, outcomes, strict=True)):
       ends[m], places[m] = chosen, t
     return slot._replace(ends=ends, places=places)
   values = np.zeros((2, len(forks)))
-  for t, pair in zip(at, outcomes, strict=True):
+  for t, pair in zip(times, outcomes, strict=True):
     values[:, t] = pair
   return slot._replace(forks=forks, values=values[0], baselines=values[1])
 
 
 def combine(lists, shape, size) -> Iterator[tuple[np.ndarray, Slots]]:
-  """All combinations of the slots' outcomes, `size` at a time."""
+  """Yields all combinations of the slots' outcomes, `size` at a time."""
   prompts, samples = shape
   sizes = [len(slots.weight) for slots in lists for _ in range(samples)]
   total = math.prod(sizes)
@@ -227,7 +227,7 @@ def combine(lists, shape, size) -> Iterator[tuple[np.ndarray, Slots]]:
 def draw(
   p, forest, shape, draws, size, random
 ) -> Iterator[tuple[np.ndarray, Slots]]:
-  """`draws` random combinations, `size` at a time."""
+  """Yields `draws` random combinations, `size` at a time."""
   prompt = np.arange(len(p))[:, None]
   for start in range(0, draws, size):
     weights = (np.arange(start, start + size) < draws) / draws
@@ -254,18 +254,18 @@ def draw(
     yield weights, Slots(response, forks, *np.where(forks, values, 0.0))
 
 
-def _draw_branches(p, forest: Forest, response, random, at) -> np.ndarray:
-  """[..., K]: as which responses the branches that fork `at` end."""
+def _draw_branches(p, forest: Forest, response, random, time) -> np.ndarray:
+  """Draws the responses that branches forking at `time` end as, [..., K]."""
   prompts, states, count = forest.onward.shape
   prompt = np.arange(prompts)[:, None]
-  row = prompt * states + forest.states[response, at]
+  row = prompt * states + forest.states[response, time]
   row = np.repeat(row[..., None], forest.samples, axis=-1)
   return _choose(random, forest.onward.reshape(-1, count), row)
 
 
 def _choose(random, p: np.ndarray, row: np.ndarray) -> np.ndarray:
-  """For each row number a column of p [rows, N], with that probability."""
+  """Draws a column of p, [rows, N], for each row number, by probability."""
   edges = np.cumsum(p, axis=1)
   edges = (edges / edges[:, -1:] + np.arange(len(p))[:, None]).ravel()
-  found = np.searchsorted(edges, row + random.random(row.shape), side='right')
-  return np.clip(found - row * p.shape[1], 0, p.shape[1] - 1)
+  column = np.searchsorted(edges, row + random.random(row.shape), side='right')
+  return np.clip(column - row * p.shape[1], 0, p.shape[1] - 1)

@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out."""
+"""Reads and writes Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""Between config.json of the Hugging Face families and `ModelConfig`."""
+"""Converts between config.json of Hugging Face families and `ModelConfig`."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ ARCHITECTURES = {
   'gemma3_text': 'Gemma3ForCausalLM',
   'gpt2': 'GPT2LMHeadModel',
 }
-# With one score of a whole text in the place of logits.
+# With one score of a whole text instead of logits.
 SCORING_ARCHITECTURES = {
   'llama': 'LlamaForSequenceClassification',
   'mistral': 'MistralForSequenceClassification',
@@ -34,8 +34,8 @@ ACTIVATIONS = {
   'gelu_fast': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
 }
-# Settings that change the function in ways the decoder does not compute, and
-# the values with which they do not.
+# Settings that change the function in ways the decoder does not support, and
+# their harmless values.
 UNSUPPORTED = {
   'use_bidirectional_attention': (None, False),
   'add_cross_attention': (None, False),
@@ -49,10 +49,10 @@ RUN_FIELDS = 'dtype', 'remat', 'unroll', 'attention', 'max_length'
 
 
 def read(raw: dict, **overrides) -> ModelConfig:
-  """The ModelConfig of the contents of a config.json.
+  """Converts the contents of a config.json to a ModelConfig.
 
-  `transformers` fills in what the file leaves to defaults and translates the
-  older spellings (`rope_scaling`, `rope_theta`, `torch_dtype`).
+  `transformers` fills in defaults and translates older spellings
+  (`rope_scaling`, `rope_theta`, `torch_dtype`).
 
   Args:
     raw: the parsed file.
@@ -71,7 +71,7 @@ def read(raw: dict, **overrides) -> ModelConfig:
     )
   try:
     source = CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
-  except Exception as error:  # its validators share no narrower class
+  except Exception as error:  # its validators have no narrower common class
     raise _invalid(error) from error
   for name, harmless in UNSUPPORTED.items():
     value = getattr(source, name, None)
@@ -81,7 +81,7 @@ def read(raw: dict, **overrides) -> ModelConfig:
     fields = _gpt2(source) if family == 'gpt2' else _rotary(source)
   except UserError:
     raise
-  except Exception as error:  # of fields that its validators let pass
+  except Exception as error:  # from fields that its validators accept
     raise _invalid(error) from error
   known = {field.name for field in dataclasses.fields(ModelConfig)}
   for name in overrides:
@@ -131,7 +131,7 @@ def _gpt2(source) -> dict:
 
 
 def _rotary(source) -> dict:
-  """Fields of every family but GPT-2."""
+  """Returns the fields of every family except GPT-2."""
   family = source.model_type
   layers = source.num_hidden_layers
   head_dim = getattr(source, 'head_dim', None)
@@ -220,18 +220,18 @@ def _read_rope(raw: dict, source) -> Rope:
       attention_factor=_yarn_attention(raw, factor),
     )
   elif kind == 'longrope':
-    given = raw.get('attention_factor')
+    attention = raw.get('attention_factor')
     grown = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
     fields |= dict(
       original_length=original,
-      attention_factor=given if given is not None else grown,
+      attention_factor=attention if attention is not None else grown,
       short_factor=tuple(float(x) for x in raw['short_factor']),
     )
   return Rope(**fields)
 
 
 def _yarn_attention(raw: dict, factor: float) -> float:
-  """YaRN's temperature as a factor of cosine and sine (its equation 22)."""
+  """Returns YaRN's temperature as a factor of cosine and sine (equation 22)."""
   if raw.get('attention_factor') is not None:
     return float(raw['attention_factor'])
   grow = lambda scale: 0.1 * scale * math.log(max(factor, 1)) + 1.0
@@ -242,7 +242,7 @@ def _yarn_attention(raw: dict, factor: float) -> float:
 
 
 def write(config: ModelConfig) -> dict:
-  """The contents of a config.json that `read` turns back into `config`.
+  """Returns a config.json's contents, which `read` turns back into `config`.
 
   Raises:
     UserError: the config's family cannot express one of its fields.
@@ -268,7 +268,7 @@ def write(config: ModelConfig) -> dict:
 
 
 def differences(config: ModelConfig, raw: dict) -> list[str]:
-  """Fields, besides RUN_FIELDS, in which `config` and a config.json differ."""
+  """Lists fields, besides RUN_FIELDS, in which `config` and `raw` differ."""
   run = {name: getattr(config, name) for name in RUN_FIELDS}
   other = read(raw, **run)
   return [

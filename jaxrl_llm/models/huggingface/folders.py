@@ -1,6 +1,6 @@
-"""Hugging Face folders in and out; see `families` for the models covered.
+"""Reads and writes Hugging Face folders of the models in `families`.
 
-Only safetensors are read, never pickle, and no code of a checkpoint runs.
+Only safetensors are read, never pickle, and no code of a checkpoint is run.
 """
 
 import copy
@@ -40,28 +40,28 @@ def load(path, param_dtype='float32', *, shardings=None, **overrides):
     path: a folder, or a name `org/model` on the Hugging Face hub.
     param_dtype: of the parameters; a float32 copy of bfloat16 is exact.
     shardings: tree of them like the parameters (`transformer.init` of
-      `load_config` has their shapes); a process reads what its devices hold.
+      `load_config` has their shapes); a process reads its devices' parts only.
       None puts all on the default device.
-    **overrides: replace fields of the ModelConfig, as dtype='bfloat16'.
+    **overrides: replace fields of the ModelConfig, such as dtype='bfloat16'.
 
   Returns:
     (ModelConfig, params).
 
   Raises:
-    UserError: nothing there, an unsupported model, a tensor that is missing,
-      unknown or of another shape.
+    UserError: the folder is missing, the model is unsupported, or a tensor is
+      missing, unknown or of another shape.
   """
   config = load_config(path, **overrides)
   return config, reading.read(config, resolve(path), param_dtype, shardings)
 
 
 def load_config(path, **overrides) -> ModelConfig:
-  """Reads config.json alone; arguments and errors as of `load`."""
+  """Reads config.json alone; arguments and errors as in `load`."""
   return families.read(_read_json(resolve(path) / CONFIG), **overrides)
 
 
 def load_trunk_config(path, **overrides) -> ModelConfig:
-  """The ModelConfig of a folder's trunk, after a look at its tensors' shapes.
+  """Returns the ModelConfig of a folder's trunk and checks its tensor shapes.
 
   Args:
     path: a folder, or a name on the Hugging Face hub: a language model, or a
@@ -69,7 +69,7 @@ def load_trunk_config(path, **overrides) -> ModelConfig:
     **overrides: as in `load`.
 
   Raises:
-    UserError: as `load`, or the model gives more than one score.
+    UserError: as `load`, or the model outputs more than one score.
   """
   folder = resolve(path)
   config = families.read(
@@ -85,8 +85,8 @@ def load_trunk(
   """Reads the parameters below the head.
 
   Args:
-    path: as of `load_trunk_config`.
-    config: of `load_trunk_config`.
+    path: as in `load_trunk_config`.
+    config: from `load_trunk_config`.
     param_dtype, shardings: of the parameters, as for `load`.
 
   Returns:
@@ -97,9 +97,9 @@ def load_trunk(
 
 
 def resolve(path) -> pathlib.Path:
-  """The local folder of `path`, downloaded if it is the name of a hub model."""
+  """Returns the local folder of `path`, and downloads a model of the hub."""
   folder = pathlib.Path(path)
-  # Not `folder.is_dir()`, which raises where a name is too long.
+  # Not `folder.is_dir()`, which raises if a name is too long.
   if os.path.isdir(folder):
     return folder
   if os.path.exists(folder) or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
@@ -144,7 +144,7 @@ def _read_json(path: pathlib.Path) -> dict:
 
 
 def load_tokenizer(path):
-  """The `transformers` tokenizer of a folder or hub name.
+  """Loads the `transformers` tokenizer of a folder or hub name.
 
   Raises:
     UserError: there is none, or it needs code of its own.
@@ -164,7 +164,7 @@ def load_tokenizer(path):
 
 
 def check_vocabulary(config: ModelConfig, tokenizer) -> None:
-  """Raises UserError if the tokenizer has ids that the model has no row for.
+  """Raises UserError if the tokenizer has ids without a row in the model.
 
   The reverse, a model with more rows than the tokenizer has tokens, is usual
   (padded vocabularies).
@@ -179,10 +179,10 @@ def check_vocabulary(config: ModelConfig, tokenizer) -> None:
 
 
 def eos_token_ids(path=None, tokenizer=None) -> tuple[int, ...]:
-  """Ids that end a response: the folder's, then the tokenizer's own.
+  """Returns ids that end a response: the folder's, then the tokenizer's own.
 
-  generation_config.json comes before config.json; each may hold one id, a
-  list (as for chat models) or none.
+  generation_config.json takes precedence over config.json; each may contain one
+  id, a list (as for chat models) or none.
   """
   ids = []
   if path is not None:
@@ -190,24 +190,24 @@ def eos_token_ids(path=None, tokenizer=None) -> tuple[int, ...]:
     for name in (GENERATION, CONFIG):
       if not ids and (folder / name).is_file():
         ids = _ids(folder / name, 'eos_token_id')
-  own = getattr(tokenizer, 'eos_token_id', None)
-  if own is not None:
-    ids = [*ids, own]
+  last = getattr(tokenizer, 'eos_token_id', None)
+  if last is not None:
+    ids = [*ids, last]
   return tuple(dict.fromkeys(ids))
 
 
 def pad_token_id(path) -> int | None:
-  """The id of config.json that pads a folder's texts; None without one."""
+  """Returns the padding id in a folder's config.json, None without one."""
   return next(iter(_ids(resolve(path) / CONFIG, 'pad_token_id')), None)
 
 
 def _ids(path: pathlib.Path, key: str) -> list[int]:
-  """The ids of a field that holds one, several or none."""
+  """Returns the ids of a field that contains one, several or none."""
   stored = _read_json(path).get(key)
   ids = stored if isinstance(stored, list) else [stored]
   ids = [i for i in ids if i is not None]
   if not all(type(i) is int for i in ids):
-    raise UserError(f'{path}: {key} is {stored!r:.100}, which is no token id.')
+    raise UserError(f'{path}: {key} is {stored!r:.100}, not a token id.')
   return ids
 
 
@@ -217,25 +217,24 @@ def save(
   """Writes a folder that `transformers` opens.
 
   The folder appears whole or not at all (`replacing`).  An existing one is
-  replaced only if everything in it is written anew.  Every tensor is read back
+  replaced only if everything in it is written again.  Every tensor is read back
   and compared.
 
-  All processes call it and give their parts to process 0, which alone writes;
-  all return when the folder is there.
+  All processes call this and send their parts to process 0, which alone writes;
+  all return when the folder exists.
 
   Args:
     path: the folder to make.
     config: of the parameters.
-    params: as of `transformer.init`; written in their own dtype.
-    tokenizer: to write beside them; None copies the source's files.
+    params: as from `transformer.init`; written in their own dtype.
+    tokenizer: to write with them; None copies the source's files.
     source: the folder or hub name the model came from, whose config.json and
       generation_config.json are kept.  None writes both from `config` and
       the tokenizer's special tokens.
 
   Raises:
-    UserError: the parameters or the source are of another model; the
-      folder holds something else; the disk is full or does not hold what was
-      written.
+    UserError: the parameters or the source are of another model; the folder
+      contains something else; the disk is full or corrupts the files.
   """
   source = resolve(source) if source is not None else None
   with new_folder(path) as folder:
@@ -255,31 +254,31 @@ def save_trunk(
   """Writes a reward model in the layout *ForSequenceClassification.
 
   The folder is made as by `save`; `load_trunk` reads it back, and
-  `transformers` opens it with num_labels=1.  There the score is read at the
-  last token that is not padding, so the padding token must end no text: it is
-  the tokenizer's own, if that is not its end token, else the one that begins
-  texts.
+  `transformers` opens it with num_labels=1.  `transformers` reads the score at
+  the last token that is not padding, so the padding token must not end texts:
+  it is the tokenizer's own unless that is its end token, else the one that
+  begins texts.
 
   Args:
     path: the folder to make.
     config: of the trunk.
     params: of the trunk, without a language model's head.
     head: {'kernel': [D, 1], 'bias': [1]} of a critic.
-    tokenizer: to write beside them; None takes the source's.
+    tokenizer: to write with them; None uses the source's.
     source: as in `save`.  Without it and a tokenizer there is no padding token,
-      and `transformers` takes one text at a time.
+      and `transformers` accepts one text at a time.
 
   Raises:
-    UserError: as `save`; the head has a bias, for which the layout has no
-      place; the tokenizer has no token to pad with.
+    UserError: as `save`; the head has a bias, which the layout cannot store;
+      the tokenizer has no token to pad with.
   """
   config = dataclasses.replace(config, tied=True)
   source = resolve(source) if source is not None else None
   bias = float(writing.whole(head['bias'])[0])
   if bias:
     raise UserError(
-      f'The head has a bias of {bias:g}, for which a folder of the layout '
-      '*ForSequenceClassification has no place.\nSet it to 0 if only '
+      f'The head has a bias of {bias:g}, which the layout '
+      '*ForSequenceClassification cannot store.\nSet it to 0 if only '
       'differences of scores matter, as they do in preferences.'
     )
   if tokenizer is None and source is not None:
@@ -300,14 +299,14 @@ def save_trunk(
 
 
 def _with_padding(tokenizer):
-  """A copy of the tokenizer whose padding token ends no text."""
+  """Copies the tokenizer with a padding token that does not end texts."""
   tokens = tokenizer.pad_token, tokenizer.bos_token
   usable = [t for t in tokens if t not in (None, tokenizer.eos_token)]
   if not usable:
     raise UserError(
       'The tokenizer has no padding token besides its end token, at which '
       'transformers\nwould not read the score: set tokenizer.pad_token to a '
-      'token that ends no text.'
+      'token that does not end texts.'
     )
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.pad_token = usable[0]
@@ -328,7 +327,7 @@ def _write_tokenizer(folder, config, tokenizer, source):
 
 
 def _fields(config, tokenizer, source) -> dict:
-  """Of config.json: the source's, or those that `config` says."""
+  """Returns the fields of config.json: the source's, or those of `config`."""
   if source is None:
     ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
     return families.write(config) | ids

@@ -1,4 +1,4 @@
-"""From safetensors files to stacked parameters, tensor by tensor."""
+"""Reads safetensors files into stacked parameters, tensor by tensor."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from jaxrl_llm.models.config import ModelConfig
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-# Buffers that older checkpoints store and nothing needs.
+# Unused buffers that older checkpoints store.
 BUFFERS = re.compile(r'(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$')
 FLOATS = ('F64', 'F32', 'F16', 'BF16')
 # Heads: of the language model, and of the layout *ForSequenceClassification.
@@ -26,7 +26,7 @@ HEAD, SCORE = 'lm_head.weight', 'score.weight'
 
 
 class Entry(NamedTuple):
-  """Where a leaf of the parameters lies in a checkpoint.
+  """Location of a leaf of the parameters in a checkpoint.
 
   Attributes:
     path: keys of the leaf, for example ('embed', 'embedding').
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
   @property
   def tensor_shape(self) -> tuple[int, ...]:
-    """Shape that the tensor has in the file."""
+    """Shape of the tensor in the file."""
     shape = self.shape[1:] if '{}' in self.name else self.shape
     if self.transpose:
       shape = shape[::-1]
@@ -93,7 +93,7 @@ _FUSED = {'attention/query': 0, 'attention/key': 1, 'attention/value': 2}
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-  """An Entry for every leaf of the parameters of `transformer.init`."""
+  """Returns an Entry for every leaf of the parameters of `transformer.init`."""
   shapes = jax.eval_shape(
     lambda key: transformer.init(config, key), jax.random.key(0)
   )
@@ -131,7 +131,7 @@ class Reader:
   A name may lack or have the family's prefix ('model.' or 'transformer.').
 
   Raises:
-    UserError: no or damaged files, a shard that is missing or lies elsewhere.
+    UserError: files are missing or damaged; a shard is missing or elsewhere.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -148,7 +148,7 @@ class Reader:
       self._names[key] = name, file
 
   def _locate(self) -> dict[str, str]:
-    """File of every tensor."""
+    """Returns the file of every tensor."""
     if (self.folder / SINGLE).is_file():
       return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
     index = self.folder / INDEX
@@ -178,7 +178,7 @@ class Reader:
   def _open(self, file: str):
     if file not in self._files:
       path = self.folder / file
-      # Not `path.is_file()`, which raises where a name is too long.
+      # Not `path.is_file()`, which raises if a name is too long.
       if not os.path.isfile(path):
         path = self.folder / file[:200]
         raise UserError(f'{path} is missing (named by {INDEX}).')
@@ -190,7 +190,7 @@ class Reader:
     return self._files[file]
 
   def names(self) -> dict[str, str]:
-    """Name in the file by canonical name, without superfluous buffers."""
+    """Returns names in the files by canonical name, without unused buffers."""
     return {
       key: name
       for key, (name, _) in self._names.items()
@@ -198,11 +198,11 @@ class Reader:
     }
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """The shape of the tensor `name`."""
+    """Returns the shape of the tensor `name`."""
     return self._piece(name)[0]
 
   def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor `name`, checked to be floating-point of `shape`."""
+    """Returns the tensor `name`, checked to be floating-point of `shape`."""
     self.check(name, shape)
     stored, file = self._names[_canonical(name)]
     return self._open(file).get_tensor(stored)
@@ -210,23 +210,23 @@ class Reader:
   def part(
     self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
   ) -> np.ndarray:
-    """Slices of the tensor `name`, checked as by `get`; reads no more."""
+    """Reads only slices of the tensor `name`, checked as by `get`."""
     self.check(name, shape)
     stored, file = self._names[_canonical(name)]
     return self._open(file).get_slice(stored)[index]
 
   def check(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises UserError unless `name` is floating-point of `shape`."""
-    found, dtype = self._piece(name)
-    if found != shape or dtype not in FLOATS:
+    size, dtype = self._piece(name)
+    if size != shape or dtype not in FLOATS:
       stored, file = self._names[_canonical(name)]
       raise UserError(
         f'Tensor {stored!r:.200} of {self.folder / file} is {dtype} '
-        f'{list(found)}; config.json asks for a float tensor {list(shape)}.'
+        f'{list(size)}; config.json asks for a float tensor {list(shape)}.'
       )
 
   def _piece(self, name: str) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of the tensor `name`."""
+    """Returns shape and dtype of the tensor `name`."""
     stored, file = self._names[_canonical(name)]
     try:
       piece = self._open(file).get_slice(stored)
@@ -245,17 +245,17 @@ def _canonical(name: str) -> str:
 def read(
   config: ModelConfig, folder: pathlib.Path, param_dtype, shardings=None
 ) -> dict:
-  """Parameters from a folder.
+  """Reads parameters from a folder.
 
-  Of host memory it takes, besides the result, one tensor; with shardings one
-  device's part of a leaf and what that part has of one tensor.
+  Besides the result, it needs host memory for one tensor; with shardings, for
+  one device's part of a leaf and that part's share of one tensor.
 
   Args:
     config: of the model.
     folder: with safetensors.
     param_dtype: of the parameters.
-    shardings: tree of them like the parameters; a process reads what its
-      devices hold.  None puts all on the default device.
+    shardings: tree of them like the parameters; a process reads its devices'
+      parts only.  None puts all on the default device.
 
   Raises:
     UserError: a tensor is missing, unknown or has another shape.
@@ -267,7 +267,7 @@ def read(
 
 
 def check_trunk(config: ModelConfig, folder: pathlib.Path) -> None:
-  """Raises UserError unless `read_trunk` would find what it reads."""
+  """Raises UserError unless `read_trunk` could read the folder."""
   reader = _trunk_reader(config, folder)
   for entry in entries(config):
     for i in range(config.num_layers if '{}' in entry.name else 1):
@@ -277,10 +277,10 @@ def check_trunk(config: ModelConfig, folder: pathlib.Path) -> None:
 def read_trunk(
   config: ModelConfig, folder: pathlib.Path, param_dtype, shardings=None
 ) -> tuple[dict, np.ndarray | None]:
-  """Parameters below the head, and the head of a model that gives one score.
+  """Reads parameters below the head, and the head of a model with one score.
 
   Args:
-    config: tied, for a language model's head is not read.
+    config: tied, because a language model's head is not read.
     folder: of a language model, or of a *ForSequenceClassification.
     param_dtype, shardings: of the parameters, as for `read`.
 
@@ -289,7 +289,7 @@ def read_trunk(
 
   Raises:
     UserError: a tensor is missing, unknown or has another shape; the model
-      gives more than one score.
+      outputs more than one score.
   """
   reader = _trunk_reader(config, folder)
   params = _read(reader, entries(config), param_dtype, shardings)
@@ -299,7 +299,7 @@ def read_trunk(
 
 
 def _trunk_reader(config: ModelConfig, folder: pathlib.Path) -> Reader:
-  """A reader of a folder whose tensors are those of a trunk and its head."""
+  """Opens a folder whose tensors are those of a trunk and its head."""
   reader = Reader(folder)
   _check_names(config, reader, entries(config), extra_heads=(HEAD, SCORE))
   if SCORE in reader.names():
@@ -314,7 +314,7 @@ def _trunk_reader(config: ModelConfig, folder: pathlib.Path) -> Reader:
 
 
 def _read(reader: Reader, table, param_dtype, shardings) -> dict:
-  """The leaves of `table`."""
+  """Reads the leaves of `table`."""
   params = {}
   for entry in table:
     node, place = params, shardings
@@ -332,7 +332,7 @@ def _read(reader: Reader, table, param_dtype, shardings) -> dict:
 
 
 def _read_sharded(reader: Reader, entry: Entry, sharding, param_dtype):
-  """A leaf, of which only what this process's devices hold is read."""
+  """Reads the parts of a leaf that this process's devices hold."""
   holders = {}
   for device, index in sharding.addressable_devices_indices_map(
     entry.shape
@@ -346,13 +346,13 @@ def _read_sharded(reader: Reader, entry: Entry, sharding, param_dtype):
     index = tuple(slice(*span) for span in spans)
     part = _read_part(reader, entry, index, param_dtype)
     arrays += [jax.device_put(part, device) for device in devices]
-    # Before the next is read, this one has left the host.
+    # This part leaves the host before the next one is read.
     jax.block_until_ready(arrays)
   return jax.make_array_from_single_device_arrays(entry.shape, sharding, arrays)
 
 
 def _read_part(reader: Reader, entry: Entry, index, param_dtype) -> np.ndarray:
-  """The part of a leaf at slices of step 1, one for each of its axes."""
+  """Reads the part of a leaf at slices of step 1, one for each of its axes."""
   spans = [part.indices(n) for part, n in zip(index, entry.shape, strict=True)]
   part = np.empty(
     [stop - start for start, stop, _ in spans], jnp.dtype(param_dtype)
@@ -367,7 +367,7 @@ def _read_part(reader: Reader, entry: Entry, index, param_dtype) -> np.ndarray:
 
 
 def _read_tensor(reader: Reader, entry: Entry, name: str, spans) -> np.ndarray:
-  """What a leaf has of one tensor, in the order of the leaf's axes."""
+  """Reads a leaf's part of one tensor, in the order of the leaf's axes."""
   shape = entry.tensor_shape
   slices = [slice(start, stop) for start, stop, _ in spans]
   if entry.transpose:
@@ -385,19 +385,19 @@ def _check_names(config, reader: Reader, table, extra_heads=()):
     for entry in table
     for i in range(config.num_layers if '{}' in entry.name else 1)
   }
-  found = reader.names()
-  missing = [name for key, name in wanted.items() if key not in found]
+  stored = reader.names()
+  missing = [name for key, name in wanted.items() if key not in stored]
   if missing:
     raise UserError(f'{reader.folder} lacks {_some("tensor", missing)}.')
-  extra = found.keys() - wanted.keys() - set(extra_heads)
+  extra = stored.keys() - wanted.keys() - set(extra_heads)
   if config.tied and HEAD in extra:
     _check_tied(config, reader, table)
     extra -= {HEAD}
   if extra:
-    names = sorted(found[key] for key in extra)
+    names = sorted(stored[key] for key in extra)
     raise UserError(
-      f'{reader.folder} has {_some("tensor", names)}, for which a '
-      f'{config.family} model with this config.json has no place.'
+      f'{reader.folder} has {_some("tensor", names)}, which a '
+      f'{config.family} model with this config.json does not use.'
     )
 
 
@@ -413,7 +413,7 @@ def _check_tied(config, reader: Reader, table):
 
 
 def _some(noun: str, names: list[str]) -> str:
-  # A file may name its tensors as it likes.
+  # Names of tensors in a file may contain anything.
   shown = ', '.join(
     name.encode('unicode_escape').decode()[:200] for name in names[:3]
   )

@@ -1,8 +1,8 @@
-"""A folder that takes another's place whole, or not at all.
+"""Replaces a folder by another completely, or not at all.
 
-If the process is killed in the moment between the two, the old folder is in
-`.NAME.replaced` beside it, and the next one to come puts it back first.  What
-killed ones have left in `.NAME-xxxxxxxx` is removed likewise.
+If the process is killed between the two renames, the old folder is in
+`.NAME.replaced` next to it, and the next save restores it first.  It also
+removes the `.NAME-xxxxxxxx` that killed saves have left.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from jaxrl_llm import processes
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import reading
 
-# In the folder of a save: its name tells whose it is, a lock on it that the
-# save goes on.
+# In the folder of a save: its name identifies the program, and a lock on it
+# means that the save is still running.
 _MARKER = 'jaxrl_llm_is_writing_here'
 
 
 @contextlib.contextmanager
 def new_folder(path):
-  """An empty folder, which takes the place of `path` when it is filled.
+  """Yields an empty folder, which replaces `path` when it is filled.
 
-  None outside process 0, where the others wait at the end for the folder.
+  Yields None outside process 0; those processes wait at the end for the folder.
 
   Raises:
-    UserError: the old one holds what the new one does not; it is a file; the
-      disk is full.
+    UserError: the old folder contains files that the new one lacks; it is a
+      file; the disk is full.
   """
   if not processes.is_main():
     yield None
@@ -59,7 +59,7 @@ def new_folder(path):
 
 @contextlib.contextmanager
 def _workspace(target):
-  """An empty folder on the target's file system, marked as in use."""
+  """Yields an empty folder on the target's file system, marked as in use."""
   with tempfile.TemporaryDirectory(
     prefix=f'.{target.name}-', dir=target.parent
   ) as temporary:
@@ -67,7 +67,7 @@ def _workspace(target):
     with open(outer / 'unmarked', 'w') as marker:
       # The kernel drops the lock with this process, however it ends.  Without
       # locks (some network file systems) there is no marker, and the folder of
-      # a killed save stays.
+      # a killed save remains.
       with contextlib.suppress(OSError):
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(marker.name, outer / _MARKER)
@@ -81,7 +81,7 @@ def _remove_stale(target):
   for path in target.parent.iterdir():
     if not re.fullmatch(pattern, path.name) or path.is_symlink():
       continue
-    # What cannot be looked into or removed is no hindrance to this save.
+    # A workspace that cannot be read or removed does not stop this save.
     with contextlib.suppress(OSError), open(path / _MARKER) as marker:
       fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
       shutil.rmtree(path)
@@ -92,7 +92,7 @@ def _replaced(target):
 
 
 def _put_back(target):
-  """Mends what a kill in the midst of `_move` has left."""
+  """Restores the folder after a kill in the middle of `_move`."""
   aside = _replaced(target)
   if aside.is_dir():
     if target.exists():
@@ -102,7 +102,7 @@ def _put_back(target):
 
 
 def _move(folder, target):
-  """Puts `folder` in the place of `target`."""
+  """Replaces `target` by `folder`."""
   aside = _replaced(target)
   if target.exists():
     new = {file.name for file in folder.iterdir()}
@@ -115,7 +115,7 @@ def _move(folder, target):
     ]
     if lost:
       raise UserError(
-        f'{target} exists and holds {", ".join(sorted(lost)[:3])}, which '
+        f'{target} exists and contains {", ".join(sorted(lost)[:3])}, which '
         'would be lost; choose another folder.'
       )
     target.rename(aside)

@@ -16,7 +16,7 @@ from jaxrl_llm.tasks.prompts import padded
 
 
 def load(path, dtype='float32', param_dtype='float32'):
-  """Reads a reward model: a folder as `folders.save_trunk` writes it.
+  """Reads a reward model from a folder as `folders.save_trunk` writes it.
 
   Args:
     path: a folder or hub name, *ForSequenceClassification with one label.
@@ -45,7 +45,7 @@ def score_texts(
   texts: Sequence[Sequence[int]],
   batch_size: int,
 ) -> np.ndarray:
-  """Scores of whole texts of any length, the longest ones together.
+  """Scores whole texts of any length, those of similar length together.
 
   Batches are 24, 32, 48, 64, 96, … tokens wide, so that few programs are
   compiled and little of a batch is padding.
@@ -53,10 +53,10 @@ def score_texts(
   Args:
     config, params: the reward model.
     texts: N lists of at least one and at most `config.max_length` tokens.
-    batch_size: texts read at one time; the last batch is filled up.
+    batch_size: texts read at one time; the last batch is padded to it.
 
   Returns:
-    [N] float32, as of `value_head.score`.
+    [N] float32, as from `value_head.score`.
 
   Raises:
     UserError: a text is too long.
@@ -73,20 +73,20 @@ def score_texts(
     prompts = Prompts(tokens=tokens, lengths=lengths)
     nothing = np.zeros((batch_size, 1, 0), np.int32)
     none = np.zeros((batch_size, 1), np.int32)
-    # Each of several processes scores texts of its own.
+    # Each process scores its own texts.
     with sharding.on_own_device():
       scores = value_head.score(
         config, params, prompts, nothing, none, batch_size
       )
     pending.append(scores)
-  found = np.zeros(len(texts), np.float32)
+  results = np.zeros(len(texts), np.float32)
   if pending:
     scores = np.concatenate(jax.device_get(pending))[:, 0]
-    found[order] = scores[: len(order)]
-  return found
+    results[order] = scores[: len(order)]
+  return results
 
 
 def _width(longest: int) -> int:
-  """The least of 24, 32, 48, 64, 96, … that holds `longest` tokens."""
+  """Returns the least of 24, 32, 48, 64, 96, … that fits `longest` tokens."""
   power = max(1 << (longest - 1).bit_length(), 32)
   return power if longest > 3 * power // 4 else 3 * power // 4

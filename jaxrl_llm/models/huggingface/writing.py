@@ -1,4 +1,4 @@
-"""From stacked parameters to safetensors files, tensor by tensor."""
+"""Writes stacked parameters to safetensors files, tensor by tensor."""
 
 import json
 import pathlib
@@ -28,13 +28,13 @@ def write(
 ) -> None:
   """Writes one file, or shards of up to `SHARD_BYTES` and their index.
 
-  Each file is read back and compared, bit by bit.  Called by all processes,
-  which hand their parts of each tensor to process 0; it alone writes.
+  Each file is read back and compared, bit by bit.  All processes call this and
+  send their parts of each tensor to process 0, which alone writes.
 
   Args:
     config: of the parameters.
-    folder: where to; read in process 0.
-    params: as of `transformer.init`.
+    folder: destination; used in process 0 only.
+    params: as from `transformer.init`.
     score: [1, D], the head of a reward model.
 
   Raises:
@@ -52,7 +52,7 @@ def write(
     file = SINGLE
     if len(plan) > 1:
       file = f'model-{i + 1:05}-of-{len(plan):05}.safetensors'
-    # Process 0 takes its time to write the file before.
+    # Process 0 may still be writing the previous file.
     processes.barrier(f'the export of {file}')
     arrays = _tensors(shard, params)
     if processes.is_main():
@@ -66,7 +66,7 @@ def write(
 
 
 def _plan(config, table, params) -> list[list[tuple]]:
-  """(tensor name, layer, its entries) for each tensor of each shard."""
+  """Returns (tensor name, layer, its entries) for the tensors of each shard."""
   fused = {}
   for entry in table:
     fused.setdefault(entry.name, []).append(entry)
@@ -87,7 +87,7 @@ def _plan(config, table, params) -> list[list[tuple]]:
 
 
 def _tensors(shard, params) -> dict[str, np.ndarray]:
-  """The tensors of a file, in process 0; elsewhere none."""
+  """Returns the tensors of a file in process 0, and none elsewhere."""
   arrays = {}
   for name, layer, parts in shard:
     pieces = []
@@ -96,13 +96,13 @@ def _tensors(shard, params) -> dict[str, np.ndarray]:
       piece = whole(leaf if layer is None else leaf[layer])
       pieces.append(piece.T if entry.transpose else piece)
     if processes.is_main():
-      # safetensors writes the memory as it lies, strides ignored.
+      # safetensors writes the memory as it is and ignores strides.
       arrays[name] = np.ascontiguousarray(np.concatenate(pieces, axis=-1))
   return arrays
 
 
 def whole(array) -> np.ndarray:
-  """An array of which processes may hold parts; all of them call it."""
+  """Gathers an array that processes may hold in parts; all must call this."""
   if getattr(array, 'is_fully_addressable', True):
     return np.asarray(array)
   return multihost_utils.process_allgather(array, tiled=True)
@@ -131,13 +131,13 @@ def _leaf(params, path):
 def _check_tree(table: list[Entry], params) -> None:
   """Raises UserError unless `params` are the leaves of `table`."""
   wanted = {entry.path: entry.shape for entry in table}
-  found = {
+  shapes = {
     tuple(key.key for key in path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  for path in sorted(wanted.keys() | found.keys()):
-    if wanted.get(path) != found.get(path):
+  for path in sorted(wanted.keys() | shapes.keys()):
+    if wanted.get(path) != shapes.get(path):
       raise UserError(
-        f'Parameter {"/".join(path)} is {found.get(path, "absent")}; '
+        f'Parameter {"/".join(path)} is {shapes.get(path, "absent")}; '
         f'the ModelConfig asks for {wanted.get(path, "none")}.'
       )

@@ -1,0 +1,399 @@
+"""Online RL as the main phase of a run: a trainer and its steps' data."""
+
+import types
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from experiments import build, critics, stored_runs, validation
+from experiments.schedule import Cycle, Evaluation, Result
+from experiments.validation import failure_counts
+from jaxrl_llm import rollouts, sharding, training
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import diagnostics
+from jaxrl_llm.rollouts import groups
+from jaxrl_llm.rollouts.collect import Keys
+from jaxrl_llm.tasks import sources
+from jaxrl_llm.tasks.curriculum import Curriculum
+from jaxrl_llm.tasks.hints import Hints, has_solution
+
+# Numbers that `jax.random.fold_in` of the run's key gets, by use.
+_USES = Keys(responses=1, shuffle=2, branches=3, refill=5, hints=6)
+_HELD_OUT = 4
+
+
+def trainer(
+  config,
+  model: build.Model,
+  rewards=(),
+  generation: rollouts.Generation | None = None,
+  reference=None,
+  rescore: bool = False,
+) -> training.Trainer:
+  """Builds the trainer that a configuration describes.
+
+  Args:
+    config: the whole configuration.
+    model: the policy; shapes serve for its parameters.
+    rewards: of `build.reward_parts`; none where nothing is sampled.
+    generation: None for the configuration's, padded with 0.
+    reference: parameters of the reference policy; None for the model's own.
+    rescore: whether the trainer recomputes the sampler's log-probabilities.
+  """
+  estimator = build.estimator(config)
+  needs = estimator.needs
+  per_token, per_batch = build.token_metrics(config), {}
+  if needs.reference:
+    per_token['kl'] = diagnostics.reference_kl
+    reference = model.params if reference is None else reference
+  critic = None
+  if needs.critic:
+    critic = critics.critic(config, model)
+    per_token |= critics.value_metrics(config)
+    per_batch['critic/explained_variance'] = critics.explained_variance(config)
+  settings = config.training
+  return training.online(
+    model.config,
+    model.tokenizer,
+    estimator,
+    critics.optimizer(config, needs)[0],
+    rewards,
+    generation or _generation(config, model, 0),
+    reference=reference,
+    critic=critic,
+    micro_prompts=build.micro_prompts(config),
+    minibatches=settings.minibatches,
+    epochs=settings.epochs,
+    chunk=settings.chunk,
+    rescore=rescore,
+    per_token=per_token,
+    per_batch=per_batch,
+  )
+
+
+def _generation(config, model: build.Model, pad_id: int):
+  return build.generation(
+    config,
+    model,
+    pad_id,
+    samples=config.rollout.samples,
+    temperature=config.rollout.temperature,
+  )
+
+
+class Steps:
+  """The steps of online RL: each a function of the state and its number.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    rows: training prompts.
+    key: PRNG key of the run.
+
+  Attributes:
+    key: as given; a resumed run sets the one of its checkpoint.
+    estimator, critic, optimizer: of the configuration.
+    generation, rewards: its sampling settings and reward functions.
+    source: of the steps' own prompts.
+    dropped: number of prompts over budget.
+  """
+
+  def __init__(self, config, model: build.Model, rows: list[dict], key):
+    self._config, self._model, self.key = config, model, key
+    for name, prompts in (
+      ('config.rollout.prompts', config.rollout.prompts),
+      ('config.training.micro_prompts', build.micro_prompts(config)),
+    ):
+      sharding.check_rows(prompts, config.rollout.samples, name)
+    self._encoded = build.encode(config, rows, model.tokenizer)
+    self.dropped = self._encoded.dropped
+    self.source = prompt_source(config, self._encoded, config.seed)
+    self._groups = group_tools(config, self._encoded, model.tokenizer)
+    self.generation = _generation(config, model, self._encoded.pad_id)
+    self.rewards = build.reward_parts(config)
+    self.estimator = build.estimator(config)
+    self.critic = None
+    if self.estimator.needs.critic:
+      self.critic = critics.critic(config, model)
+    self.optimizer, self.rates = critics.optimizer(config, self.estimator.needs)
+    self._fixed = {'reference': None, 'rescore': False}
+    self._trainer = None
+
+  @property
+  def trainer(self) -> training.Trainer:
+    """The trainer, built when it is first asked for."""
+    if self._trainer is None:
+      self._trainer = trainer(
+        self._config,
+        self._model,
+        self.rewards,
+        self.generation,
+        **self._fixed,
+      )
+    return self._trainer
+
+  def fix(self, **changes) -> None:
+    """Sets `reference` or `rescore` before the first step."""
+    self._fixed |= changes
+    self._trainer = None
+
+  @property
+  def reference(self):
+    """Parameters of the reference policy."""
+    return self._fixed['reference']
+
+  @reference.setter
+  def reference(self, params):
+    self.fix(reference=params)
+
+  @property
+  def rescore(self) -> bool:
+    """Whether the trainer recomputes the sampler's log-probabilities."""
+    return self._fixed['rescore']
+
+  def begin(self, policy_params) -> training.TrainState:
+    """Returns the state that online RL begins with, critic included.
+
+    Updates will donate the parameters that it is given.
+    """
+    parameters = None
+    if self.critic is not None:
+      parameters = critics.start(self._config, self.critic, policy_params)
+    return self._state(policy_params, parameters)
+
+  def shapes(self, policy_params) -> training.TrainState:
+    """Returns the shapes of `begin`, from the shapes of its argument."""
+    return critics.shapes(
+      self._config, self.estimator, self.critic, self.optimizer, policy_params
+    )
+
+  def _state(self, policy_params, critic_params) -> training.TrainState:
+    return build.init_state(
+      policy_params, self.optimizer, self.estimator, critic_params
+    )
+
+  def collect(self, state: training.TrainState, step: int, stop=None):
+    """Returns the `Collected` rollouts of a step."""
+    return self.trainer.collect(state, *self._inputs(step), stop)
+
+  def log_prob_difference(self, state: training.TrainState, step: int) -> float:
+    """Returns the largest |trainer − sampler| log-probability of a step."""
+    return training.log_prob_difference(
+      self.trainer.setting._replace(
+        micro_prompts=build.micro_prompts(self._config)
+      ),
+      state.trainable['policy'],
+      self.source.batch(step),
+      self._keys(step).responses,
+    )
+
+  def step(self, state: training.TrainState, step: int, stop=None) -> Result:
+    """Samples, scores, and takes the step's updates."""
+    rates = self.rates(int(state.updates))
+    state, metrics, sampled = self.trainer.step(
+      state, *self._inputs(step), stop
+    )
+    metrics = metrics | self._curriculum(step) | rates
+    metrics |= failure_counts(sampled.failures)
+    return Result(
+      state,
+      metrics,
+      sampled.timings,
+      sampled.tokens,
+      sampled.responses,
+      sampled.advantages,
+      sampled.failures,
+    )
+
+  def _inputs(self, step: int):
+    """Prompts, keys and groups of a step."""
+    return self.source.batch(step), self._keys(step), self._groups(step)
+
+  def _keys(self, step: int) -> Keys:
+    fold = jax.random.fold_in
+    return Keys(*(fold(fold(self.key, use), step) for use in _USES))
+
+  def _curriculum(self, step: int) -> dict[str, float]:
+    if not self._config.prompts.curriculum:
+      return {}
+    return {
+      'curriculum/share': self.source.share(step),
+      'curriculum/difficulty': self.source.difficulty(step),
+    }
+
+
+class Online:
+  """Online RL as the main phase of a run; see `schedule.Phase`.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    data: of the task.
+    key: PRNG key of the run.
+    folder: of the run.
+  """
+
+  cycle = Cycle()
+  curves = types.MappingProxyType({'eval/reward': 'held-out reward'})
+
+  def __init__(self, config, model: build.Model, data, key, folder):
+    del folder
+    self._config, self._model = config, model
+    self._steps = Steps(config, model, data.train, key)
+    self._prompts = len(data.train)
+    self._held_out = validation.build_held_out(
+      config, model, data.held_out, self._steps.rewards, _held_out_key(key)
+    )
+    self.estimator = self._steps.estimator
+    self.keeps_reference = self.estimator.needs.reference
+    self.begin, self.shapes = self._steps.begin, self._steps.shapes
+    self.step = self._steps.step
+
+  @property
+  def key(self):
+    return self._steps.key
+
+  @key.setter
+  def key(self, key):
+    self._steps.key = key
+    self._held_out = self._held_out._replace(key=_held_out_key(key))
+
+  @property
+  def reference(self):
+    return self._steps.reference
+
+  @reference.setter
+  def reference(self, params):
+    self._steps.reference = params
+
+  def start(self, state: training.TrainState) -> list[str]:
+    """Decides whose log-probabilities count."""
+    difference = self._steps.log_prob_difference(state, 0)
+    limit = self._config.rollout.log_prob_tolerance
+    if not np.isfinite(difference):
+      raise UserError(
+        f'log-probabilities of sampler and trainer differ by {difference}\n'
+        "the model's parameters give no finite log-probabilities"
+      )
+    self._steps.fix(rescore=difference > limit)
+    if not self._steps.rescore:
+      return []
+    return [
+      f'sampler and trainer differ by {difference:.2g} nats, more than '
+      f'{limit:.2g}: the trainer recomputes log-probabilities'
+    ]
+
+  def save(self):
+    return {'rescore': self._steps.rescore}
+
+  def load(self, values) -> None:
+    self._steps.fix(rescore=values['rescore'])
+
+  def fingerprint(self):
+    return {
+      'rl': self._steps.source.fingerprint(),
+      'held-out': self._held_out.fingerprint(),
+    }
+
+  def evaluate(self, trainable, step: int, stop) -> Evaluation:
+    return validation.evaluate(
+      self._held_out,
+      trainable['policy'],
+      step,
+      self._config.log.table,
+      self.reference,
+      stop,
+    )
+
+  def finish(self, trainable, folder) -> list[str]:
+    trained = self._model._replace(params=trainable['policy'])
+    stored_runs.export(trained, folder / 'hf')
+    return ['hf/ (for transformers)']
+
+  def describe(self) -> list[str]:
+    held, dropped = self._held_out.encoded, self._steps.dropped
+    lines = [
+      f'{self._prompts - dropped:,} training and {len(held.rows):,} held-out '
+      f'prompts; dropped as over budget: {dropped:,} and {held.dropped:,}'
+    ]
+    per_step = self._config.rollout.prompts
+    known = self._prompts - dropped
+    if per_step > known:
+      lines.append(
+        f'{per_step:,} prompts per step (config.rollout.prompts) of {known:,}: '
+        'each step repeats some'
+      )
+    if self._steps.critic is not None:
+      lines.append(critics.describe(self._config))
+    return lines
+
+
+def _held_out_key(key):
+  return jax.random.fold_in(key, _HELD_OUT)
+
+
+def group_tools(config, encoded, tokenizer) -> Callable[[int], groups.Groups]:
+  """Returns step → how its groups are drawn: refilled, hinted, as sampled.
+
+  Args:
+    config: the whole configuration.
+    encoded: training prompts.
+    tokenizer: of the model.
+
+  Raises:
+    UserError: hints are asked for and no prompt has a solution.
+  """
+  settings, tools = config.rollout, []
+  if settings.hints:
+    if not any(map(has_solution, encoded.rows)):
+      raise UserError(
+        'config.rollout.hints: no training prompt has a solution\n'
+        "give rows a text in the column 'solution', or set hints to ()"
+      )
+    hints = Hints(
+      tokenizer,
+      settings.hint_template,
+      chat_template=config.prompts.chat_template or None,
+      system_prompt=config.prompts.system_prompt or None,
+      suffix=config.prompts.suffix,
+    )
+    tools.append(
+      groups.hint(
+        hints.encode, encoded, settings.hints, settings.hint_threshold
+      )
+    )
+  rounds = settings.refill
+  if not rounds:
+    chosen = groups.chain(*tools) if tools else groups.as_sampled
+    return lambda step: chosen
+  seed = sources.derive_seed(config.seed, 'refill')
+  further = prompt_source(config, encoded, seed, rounds)
+  return lambda step: groups.chain(
+    *tools, groups.refill(lambda i: further.batch(step * rounds + i), rounds)
+  )
+
+
+def prompt_source(
+  config, encoded, seed: int, batches_per_step: int = 1
+) -> sources.PromptSource | Curriculum:
+  """Returns the order of prompts that `config.prompts` asks for.
+
+  Args:
+    config: the whole configuration.
+    encoded: training prompts.
+    seed: of the order.
+    batches_per_step: batches of P prompts that a step may ask for.
+  """
+  settings, count = config.prompts, config.rollout.prompts
+  if not settings.curriculum:
+    return sources.PromptSource(encoded, count, seed)
+  return Curriculum(
+    encoded,
+    settings.curriculum,
+    count,
+    seed,
+    steps=settings.curriculum_steps,
+    stages=settings.curriculum_stages,
+    batches_per_step=batches_per_step,
+  )

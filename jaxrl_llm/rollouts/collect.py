@@ -1,0 +1,349 @@
+"""Fulfils an estimator's `Needs`: samples, scores and completes rollouts.
+
+prompts ── respond ──► responses ── complete ──► Rollouts
+              │ groups: hints, refilling            │ reference, critic,
+              └ greedy responses, branches          └ statistics of tokens
+"""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrl_llm import sharding
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Needs, Rollouts, diagnostics
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rewards.failures import Failures
+from jaxrl_llm.rollouts import branch_values, branches
+from jaxrl_llm.rollouts.groups import Groups, as_sampled
+from jaxrl_llm.rollouts.responses import (
+  Generation,
+  Responses,
+  greedy,
+  respond,
+  score_tokens,
+  with_statistics,
+)
+from jaxrl_llm.sampling import policy
+from jaxrl_llm.tasks.prompts import PromptBatch
+
+Array = jax.Array
+# (trainable, prompts, tokens [P, G, T], micro_prompts) → values [P, G, T].
+Values = Callable[[Any, policy.Prompts, Array, int], Array]
+
+
+class Keys(NamedTuple):
+  """PRNG keys of one step, one for each use."""
+
+  responses: Array
+  shuffle: Array
+  branches: Array
+  refill: Array
+  hints: Array
+
+
+def split_key(key: Array | Keys) -> Keys:
+  """Splits the key of a step into those of its uses."""
+  return key if isinstance(key, Keys) else Keys(*jax.random.split(key, 5))
+
+
+class Setting(NamedTuple):
+  """Everything that stays the same from one step's rollouts to the next.
+
+  Attributes:
+    model: configuration of the policy.
+    tokenizer: of the model.
+    needs: of the estimator.
+    rewards: functions with their weights.
+    generation: settings of the responses, with the statistics that `needs`
+      asks for.
+    reference: parameters of the reference policy, read if needed.
+    values: of a critic, called if needed.
+    micro_prompts: prompts, with all their responses, scored at one time.
+    chunk: positions whose logits exist at one time.
+    rescore: replaces the sampler's log-probabilities by the scorer's, where
+      the sampler's are not exact enough (bfloat16).
+  """
+
+  model: ModelConfig
+  tokenizer: Any
+  needs: Needs
+  rewards: Sequence[RewardPart]
+  generation: Generation
+  reference: Any = None
+  values: Values | None = None
+  micro_prompts: int = 1
+  chunk: int = 256
+  rescore: bool = False
+
+
+class Collected(NamedTuple):
+  """What one step sampled.
+
+  Attributes:
+    responses: to the step's prompts.
+    rollouts: of them, with everything that the estimator needs.
+    own: the rollouts' rows that are responses, without branches.
+    tokens: generated beside the responses: greedy ones, branches, groups that
+      hints or refilling replaced.
+    record: numbers of groups and branches.
+    failures: of rewards in worker processes, by name in the record.
+    seconds: of sampling.
+  """
+
+  responses: Responses
+  rollouts: Rollouts
+  own: Rollouts
+  tokens: int
+  record: dict[str, float]
+  failures: Mapping[str, Failures]
+  seconds: float
+
+
+def collect(
+  setting: Setting,
+  trainable: Any,
+  running: Mapping[str, Array],
+  prompts: PromptBatch,
+  key: Array | Keys,
+  groups: Groups = as_sampled,
+  stop: Any = None,
+) -> Collected:
+  """Samples, scores and completes the rollouts of one step.
+
+  Args:
+    setting: what stays the same.
+    trainable: {'policy': parameters}, and {'critic': …} beside them.
+    running: the estimator's numbers that outlive a batch.
+    prompts: P prompts.
+    key: PRNG key of the step, or its `Keys`.
+    groups: chooses the groups of responses that are trained on.
+    stop: its `check()` is called between the parts, and may raise.
+
+  Raises:
+    UserError: a reward function fails or returns something that is not a
+      reward; as `complete`.
+  """
+  start = time.perf_counter()
+  keys, needs = split_key(key), setting.needs
+  generation = with_statistics(setting.generation, needs)
+  sampled_by = transformer.sampling_layout(setting.model, trainable['policy'])
+  ask = functools.partial(
+    respond,
+    setting.model,
+    sampled_by,
+    tokenizer=setting.tokenizer,
+    rewards=setting.rewards,
+  )
+  sample = functools.partial(
+    ask, generation=generation, keep_cache=needs.branches is not None
+  )
+  drawn = groups(sample, prompts, keys, stop)
+  responses = drawn.responses
+  baseline = branched = None
+  if needs.greedy:
+    # To the prompts that are trained on, hints included.
+    baseline = ask(
+      batch=drawn.batch, generation=greedy(generation), key=keys.responses
+    )
+  if needs.branches:
+    branched = branches.branch(
+      setting.model,
+      sampled_by,
+      responses,
+      generation,
+      needs.branches,
+      setting.tokenizer,
+      setting.rewards,
+      keys.branches,
+    )
+  del sampled_by, ask, sample
+  # The keys and values have served.
+  responses = responses._replace(cache=None)
+  seconds = time.perf_counter() - start
+  if stop is not None:
+    stop.check()
+  setting = setting._replace(generation=generation)
+  own = complete(setting, trainable, running, responses, baseline)
+  rollouts, tokens, record = own, drawn.tokens, drawn.record
+  if branched is not None:
+    rollouts = _add_branches(setting, trainable, running, own, branched)
+    tokens += branched.tokens
+    record = record | branched.statistics
+  if baseline is not None:
+    tokens += int(baseline.samples.mask.sum())
+  return Collected(
+    responses,
+    rollouts,
+    own,
+    tokens,
+    record,
+    failures_of_step(responses, baseline, branched and branched.responses),
+    seconds,
+  )
+
+
+def _add_branches(
+  setting: Setting, trainable, running, own: Rollouts, branched
+) -> Rollouts:
+  """Adds branches to the rollouts, as values of states or as rows."""
+  needs = branch_values.row_needs(setting.needs)
+  trained = setting.needs.branches.trained
+  # Of branches that are values alone only a KL reads log-probabilities.
+  reads = trained or needs.reference
+  rows = complete(
+    setting._replace(needs=needs, rescore=setting.rescore and reads),
+    trainable,
+    running,
+    branched.responses,
+    at_once=setting.generation.samples,
+  )
+  if trained:
+    return branch_values.add_rows(own, rows, branched.forks)
+  return branch_values.add_values(
+    own, rows, branched.forks, setting.needs.branches
+  )
+
+
+def complete(
+  setting: Setting,
+  trainable: Any,
+  running: Mapping[str, Array],
+  responses: Responses,
+  baseline: Responses | None = None,
+  at_once: int | None = None,
+) -> Rollouts:
+  """Adds to responses what an estimator needs.
+
+  Args:
+    setting, trainable, running: as for `collect`.
+    responses: from `respond`.
+    baseline: greedy responses to the same prompts; read if needed.  One without
+      a reward (None) counts 0, which as a baseline biases nothing.
+    at_once: responses to a prompt scored at one time; None for all.
+
+  Raises:
+    UserError: rewards of tokens are needed, which nothing here supplies, or a
+      critic or reference that the setting lacks.
+  """
+  needs, samples = setting.needs, responses.samples
+  _check(setting)
+  score = functools.partial(
+    score_tokens,
+    setting.model,
+    prompts=responses.prompts,
+    tokens=samples.tokens,
+    decoding=setting.generation.decoding,
+    micro_prompts=setting.micro_prompts,
+    chunk=setting.chunk,
+    at_once=at_once,
+  )
+  values = None
+  if needs.critic:
+    values = setting.values(
+      trainable, responses.prompts, samples.tokens, setting.micro_prompts
+    )
+  own = samples
+  unknown = needs.entropy and samples.entropy is None
+  unknown |= needs.score_norms and samples.score_norms is None
+  if setting.rescore or unknown:
+    own = score(trainable['policy'])
+  ref_log_probs = None
+  if needs.reference:
+    ref_log_probs = score(setting.reference).log_probs
+  # Scores last: until here the device only received work.
+  scores, greedy_rewards = responses.scores, None
+  if needs.greedy:
+    found = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
+    greedy_rewards = found.reshape(-1, 1, 1).astype(np.float32)
+    greedy_rewards = sharding.place_rows(greedy_rewards)
+  shape = samples.finished.shape
+  rewards, valid = sharding.place_rows(
+    (
+      scores.total.reshape(shape).astype(np.float32),
+      scores.valid.reshape(shape),
+    )
+  )
+  rescored = setting.rescore
+  return Rollouts(
+    tokens=samples.tokens,
+    mask=samples.mask,
+    log_probs=own.log_probs if rescored else samples.log_probs,
+    sampler_log_probs=samples.log_probs if rescored else None,
+    rewards=rewards,
+    valid=valid,
+    greedy_rewards=greedy_rewards,
+    ref_log_probs=ref_log_probs,
+    entropy=own.entropy if needs.entropy else None,
+    score_norms=own.score_norms if needs.score_norms else None,
+    values=values,
+    running=running,
+  )
+
+
+def _check(setting: Setting) -> None:
+  needs = setting.needs
+  if needs.token_rewards:
+    raise UserError('rollouts cannot supply token rewards to the estimator yet')
+  if needs.critic and setting.values is None:
+    raise UserError('the estimator needs a critic, whose values are missing')
+  if needs.reference and setting.reference is None:
+    raise UserError('the estimator needs a reference policy: reference=…')
+
+
+def failures_of_step(
+  responses: Responses,
+  baseline: Responses | None = None,
+  branched: Responses | None = None,
+) -> dict[str, Failures]:
+  """Failures of one step's rewards, by their names in the record."""
+  found = {}
+  for prefix, part in (
+    ('', responses),
+    ('greedy/', baseline),
+    ('branches/', branched),
+  ):
+    if part is not None:
+      for name, each in part.scores.failures.items():
+        found[f'{prefix}rewards/{name}'] = each
+  return found
+
+
+def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
+  """Returns numbers of rewards and lengths, under TRL's names.
+
+  Args:
+    responses: of one step.
+    own: their rollouts, without branches.
+  """
+  metrics = jax.device_get(_group_metrics(own, responses.samples.finished))
+  for name, scores in responses.scores.parts.items():
+    known = scores[~np.isnan(scores)]
+    metrics[f'rewards/{name}/mean'] = known.mean() if known.size else np.nan
+    metrics[f'rewards/{name}/std'] = known.std() if known.size else np.nan
+    metrics[f'rewards/{name}/none'] = int(np.isnan(scores).sum())
+  metrics['completions/hash'] = _hash(responses.samples)
+  return metrics
+
+
+def _hash(samples) -> int:
+  """Returns 48 bits of the sha256 of all tokens: exact also as a float."""
+  tokens, mask = sharding.to_host((samples.tokens, samples.mask))
+  content = np.where(mask, tokens, -1).astype('<i4').tobytes()
+  return int.from_bytes(hashlib.sha256(content).digest()[:6], 'big')
+
+
+@jax.jit
+def _group_metrics(rollouts: Rollouts, finished):
+  metrics = diagnostics.group_statistics(rollouts)
+  metrics |= diagnostics.completion_statistics(rollouts.mask, finished)
+  if rollouts.sampler_log_probs is not None:
+    metrics |= diagnostics.sampler_statistics(rollouts)
+  return metrics

@@ -1,0 +1,318 @@
+"""The step of online reinforcement learning, as a value of pure functions.
+
+    trainer = online(model, tokenizer, est.rloo(), adamw(1e-5), rewards,
+                     generation)
+    state = trainer.init(params)
+    for step in range(100):
+      state, metrics, sampled = trainer.step(
+        state, source.batch(step), jax.random.fold_in(key, step)
+      )
+
+A step collects rollouts (samples, scores and completes them for what the
+estimator needs), prepares them (advantages, token weights) and takes updates.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_llm import estimators, sharding
+from jaxrl_llm import minibatches as minibatches_lib
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import Estimator, Rollouts, diagnostics
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rewards.failures import Failures
+from jaxrl_llm.rollouts.collect import (
+  Collected,
+  Keys,
+  Setting,
+  reward_metrics,
+  split_key,
+)
+from jaxrl_llm.rollouts.collect import (
+  collect as collect_rollouts,
+)
+from jaxrl_llm.rollouts.groups import Groups, as_sampled
+from jaxrl_llm.rollouts.responses import (
+  Generation,
+  Responses,
+  generate,
+  score_tokens,
+  with_statistics,
+)
+from jaxrl_llm.tasks.prompts import PromptBatch
+from jaxrl_llm.training import critic as critic_lib
+from jaxrl_llm.training import update as update_lib
+from jaxrl_llm.training.update import TrainState
+
+Array = jax.Array
+# Rollouts → a number for the record.
+Measure = Callable[[Rollouts], Array]
+
+
+class Sampled(NamedTuple):
+  """What a step learned from.
+
+  Attributes:
+    responses: with their texts and scores.
+    advantages: [P, G] float, means over each response's tokens.
+    tokens: generated, those of branches, greedy responses and discarded groups
+      included.
+    failures: of rewards in worker processes, by name in the record.
+    timings: seconds, of sampling ('rollout_time') and in all ('step_time').
+  """
+
+  responses: Responses
+  advantages: np.ndarray
+  tokens: int
+  failures: Mapping[str, Failures]
+  timings: dict[str, float]
+
+
+class Trainer(NamedTuple):
+  """Online training of one estimator.
+
+  Attributes:
+    init: parameters → `TrainState`.  The parameters are copied: updates donate
+      the state, and the caller's stay usable.
+    collect: (state, prompts, key, groups=…, stop=…) → `Collected`.
+    step: (state, prompts, key, groups=…, stop=…) → (state, metrics, `Sampled`).
+      `state` is donated.
+    setting: what every call of `collect` samples under.
+    make_update: micro_prompts → the jitted update of a minibatch.
+  """
+
+  init: Callable[..., TrainState]
+  collect: Callable[..., Collected]
+  step: Callable[..., tuple[TrainState, dict[str, float], Sampled]]
+  setting: Setting
+  make_update: Callable[[int], update_lib.Update]
+
+
+def online(
+  model: ModelConfig,
+  tokenizer: Any,
+  estimator: Estimator,
+  optimizer: optax.GradientTransformation,
+  rewards: Sequence[RewardPart | Callable],
+  generation: Generation,
+  *,
+  reference: Any = None,
+  critic: critic_lib.Critic | None = None,
+  micro_prompts: int | None = None,
+  minibatches: int = 1,
+  epochs: int = 1,
+  chunk: int = 256,
+  rescore: bool = False,
+  per_token: Mapping[str, diagnostics.Diagnostic] | None = None,
+  per_batch: Mapping[str, Measure] | None = None,
+) -> Trainer:
+  """Builds the training step of an estimator.
+
+  Whatever `estimator.needs` asks for is sampled or computed.
+
+  Args:
+    model: configuration of the policy.
+    tokenizer: of `transformers`, the model's.
+    estimator: such as `estimators.trepo()`.
+    optimizer: of the policy; with a critic of {'policy': …, 'critic': …}, such
+      as `by_part(policy=…, critic=…)`.
+    rewards: functions with TRL's signature, each of weight 1, or `RewardPart`s.
+    generation: samples per prompt, lengths, temperature.
+    reference: parameters of the reference policy, for estimators with a KL.
+    critic: `separate(model)` or `shared(model)`, for actor-critic estimators.
+    micro_prompts: prompts, with all their responses, in memory at one time;
+      None for a whole minibatch.
+    minibatches: updates per epoch.
+    epochs: passes over a step's rollouts.
+    chunk: positions whose logits exist at one time.
+    rescore: replaces the sampler's log-probabilities by the trainer's, where
+      they differ (bfloat16); see `log_prob_difference`.
+    per_token: metrics to average over tokens; None for the usual ones.
+    per_batch: metrics of a step's rollouts.
+
+  Raises:
+    UserError: the estimator needs a critic, a reference, or more samples.
+  """
+  needs = estimator.needs
+  _check(needs, generation, reference, critic)
+  values = None
+  forward = update_lib.policy_forward(model, generation.decoding, chunk)
+  if needs.critic:
+    forward = update_lib.actor_critic_forward(
+      model, generation.decoding, critic, chunk
+    )
+    values = functools.partial(critic_lib.score_values, model, critic)
+  if per_token is None:
+    per_token = _usual_metrics(needs)
+  setting = Setting(
+    model,
+    tokenizer,
+    needs,
+    [_part(reward) for reward in rewards],
+    generation,
+    reference,
+    values,
+    micro_prompts or 1,
+    chunk,
+    rescore,
+  )
+
+  @functools.cache
+  def make_update(size: int) -> update_lib.Update:
+    return update_lib.make_update(
+      forward, estimator, optimizer, size, per_token
+    )
+
+  def size_of(prompts: int) -> int:
+    return micro_prompts or max(prompts // minibatches, 1)
+
+  measures = {name: jax.jit(f) for name, f in (per_batch or {}).items()}
+  prepare, weigh = jax.jit(estimator.prepare), jax.jit(estimator.weigh)
+  advance = jax.jit(functools.partial(estimators.update_running, needs))
+
+  def init(params: Any) -> TrainState:
+    copied = jax.tree.map(jnp.copy, params)
+    trainable = {'policy': copied}
+    if needs.critic:
+      trainable['critic'] = sharding.place(critic.init(copied))
+    running = estimators.start_running(needs)
+    return update_lib.init_state(trainable, optimizer, running)
+
+  def collect(
+    state: TrainState,
+    prompts: PromptBatch,
+    key: Array | Keys,
+    groups: Groups = as_sampled,
+    stop: Any = None,
+  ) -> Collected:
+    return collect_rollouts(
+      setting._replace(micro_prompts=size_of(len(prompts.rows))),
+      state.trainable,
+      state.running,
+      prompts,
+      key,
+      groups,
+      stop,
+    )
+
+  def step(
+    state: TrainState,
+    prompts: PromptBatch,
+    key: Array | Keys,
+    groups: Groups = as_sampled,
+    stop: Any = None,
+  ) -> tuple[TrainState, dict[str, float], Sampled]:
+    start = time.perf_counter()
+    keys = split_key(key)
+    found = collect(state, prompts, keys, groups, stop)
+    whole = (found.responses.prompts, prepare(found.rollouts))
+    running = advance(found.own)
+    record = found.record | {
+      name: measure(found.rollouts) for name, measure in measures.items()
+    }
+    update = make_update(size_of(len(prompts.rows)))
+    records = []
+    for epoch in range(epochs):
+      shuffle = jax.random.fold_in(keys.shuffle, epoch)
+      for part, batch in minibatches_lib.minibatches(
+        whole, minibatches, shuffle
+      ):
+        state, metrics = update(state, None, part, weigh(batch))
+        records.append(metrics)
+    state = state.replace(running=running)
+    records = jax.device_get(records)
+    seconds = time.perf_counter() - start
+    metrics = reward_metrics(found.responses, found.own)
+    metrics |= update_lib.mean_metrics(records) | jax.device_get(record)
+    return state, metrics, _sampled(found, whole[1].advantages, seconds)
+
+  return Trainer(init, collect, step, setting, make_update)
+
+
+def log_prob_difference(
+  setting: Setting, params: Any, prompts: PromptBatch, key: Array
+) -> float:
+  """Largest |scorer − sampler| log-probability of fresh responses, nats.
+
+  Args:
+    setting: of a trainer.
+    params: of the policy.
+    prompts: P prompts.
+    key: PRNG key of the sampling.
+  """
+  read, samples = generate(
+    setting.model,
+    transformer.sampling_layout(setting.model, params),
+    prompts,
+    with_statistics(setting.generation, setting.needs),
+    key,
+  )
+  again = score_tokens(
+    setting.model,
+    params,
+    read,
+    samples.tokens,
+    setting.generation.decoding,
+    setting.micro_prompts,
+    setting.chunk,
+  )
+  difference = jnp.abs(again.log_probs - samples.log_probs)
+  return float(jnp.where(samples.mask, difference, 0.0).max())
+
+
+def _sampled(found: Collected, advantages: Array, seconds: float) -> Sampled:
+  mask, advantages = sharding.to_host(
+    (found.responses.samples.mask, advantages)
+  )
+  advantages = advantages[:, : mask.shape[1]]
+  # A per-token advantage is shown by its mean over the response.
+  shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
+  return Sampled(
+    found.responses,
+    shown / np.maximum(mask.sum(axis=2), 1),
+    int(mask.sum()) + found.tokens,
+    found.failures,
+    {'rollout_time': found.seconds, 'step_time': seconds},
+  )
+
+
+def _part(reward: RewardPart | Callable) -> RewardPart:
+  if isinstance(reward, RewardPart):
+    return reward
+  return RewardPart(getattr(reward, '__name__', 'reward'), reward)
+
+
+def _usual_metrics(needs: estimators.Needs) -> dict[str, Any]:
+  found = diagnostics.per_token()
+  if needs.reference:
+    found['kl'] = diagnostics.reference_kl
+  if needs.critic:
+    found |= diagnostics.critic_per_token()
+  return found
+
+
+def _check(needs, generation: Generation, reference, critic) -> None:
+  if generation.samples < needs.samples:
+    raise UserError(
+      f'generation.samples is {generation.samples}; the estimator needs at '
+      f'least {needs.samples} per prompt'
+    )
+  if needs.reference and reference is None:
+    raise UserError(
+      'the estimator reads a reference policy, and there is none\n'
+      'pass online(…, reference=params)'
+    )
+  if needs.critic and critic is None:
+    raise UserError(
+      'the estimator needs a critic, and there is none\n'
+      'pass online(…, critic=training.separate(model))'
+    )
