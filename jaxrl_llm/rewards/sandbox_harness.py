@@ -199,7 +199,9 @@ def _refuse_actors(value):
       continue
     seen.add(id(item))
     if not _is_honest(kind):
-      raise TypeError(f'a result of the class {kind.__name__} judges itself')
+      raise TypeError(
+        f'a result of the class {kind.__name__} decides its own comparisons'
+      )
     if isinstance(item, dict):
       waiting += dict.keys(item)
       waiting += dict.values(item)
