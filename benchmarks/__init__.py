@@ -1,1 +1,1 @@
-"""Speed and memory, each command printing one JSON line."""
+"""Measurements of speed and memory; each command prints one JSON line."""

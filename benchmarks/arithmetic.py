@@ -1,10 +1,11 @@
-"""The least arithmetic and memory traffic of what a step of RL computes.
+"""The least arithmetic and memory traffic of a step of RL.
 
-All are lists of phases, (FLOPs, bytes) each, for `measuring.Roofline.seconds`.
-Counted is what no implementation can leave out: matrix products, each weight
-read once, keys and values read once, the optimiser's state.  A prompt is read
-once for all its responses.  Activations are taken to stay in caches, and what
-is done per element to cost nothing, so that the limit cannot be reached.
+Each function returns a list of phases, (FLOPs, bytes) each, for
+`measuring.Roofline.seconds`.  It counts what no implementation can omit: matrix
+products, each weight read once, keys and values read once, the optimiser's
+state.  A prompt is read once for all its responses.  Activations are assumed to
+stay in caches and elementwise work to be free, so that the limit cannot be
+reached.
 """
 
 import jax.numpy as jnp
@@ -17,17 +18,17 @@ Phases = list[tuple[float, float]]
 def generation(
   config: ModelConfig, prompts: int, samples: int, read: int, written: int
 ) -> Phases:
-  """Prefill, then decode steps of all responses side by side.
+  """Counts prefill, then decode steps of all responses side by side.
 
-  The prefill gives the first token of each response; a step reads the token
-  before and gives the next one.
+  The prefill yields the first token of each response; a step reads the token
+  before and yields the next one.
 
   Args:
-    config: of the model; its dtype is that of weights, keys and values.
+    config: the model's; its dtype is that of weights, keys and values.
     prompts: P.
     samples: G.
-    read: S, tokens of each prompt.
-    written: T, tokens of each response.
+    read: S, tokens per prompt.
+    written: T, tokens per response.
   """
   rows, size = prompts * samples, jnp.dtype(config.dtype).itemsize
   token = 2 * config.num_kv_heads * config.head_dim * config.num_layers * size
@@ -37,11 +38,14 @@ def generation(
     (_attention(config, prompts * _pairs(read)), shared),
     _products(_head(config), prompts, size),
   ]
-  for own in range(1, written):
+  for position in range(1, written):
     phases += [
       _products(_layers(config), rows, size),
       _products(_head(config), rows, size),
-      (_attention(config, rows * (read + own)), shared + rows * own * token),
+      (
+        _attention(config, rows * (read + position)),
+        shared + rows * position * token,
+      ),
     ]
   return phases
 
@@ -49,18 +53,18 @@ def generation(
 def scoring(
   config: ModelConfig, prompts: int, samples: int, read: int, written: int
 ) -> Phases:
-  """Log-probabilities of all response tokens.
+  """Counts the log-probabilities of all response tokens.
 
   The last token of a response is not read.
 
   Args:
-    config, prompts, samples, read, written: as for `generation`.
+    config, prompts, samples, read, written: as in `generation`.
   """
   rows, size = prompts * samples, jnp.dtype(config.dtype).itemsize
-  own = written - 1
-  pairs = prompts * _pairs(read) + rows * (read * own + _pairs(own))
+  tokens = written - 1
+  pairs = prompts * _pairs(read) + rows * (read * tokens + _pairs(tokens))
   return [
-    _products(_layers(config), prompts * read + rows * own, size),
+    _products(_layers(config), prompts * read + rows * tokens, size),
     _products(_head(config), rows * written, size),
     (_attention(config, pairs), 0.0),
   ]
@@ -69,14 +73,14 @@ def scoring(
 def update(
   config: ModelConfig, prompts: int, samples: int, read: int, written: int
 ) -> Phases:
-  """One AdamW update of all parameters, behind clipping of the global norm.
+  """Counts an AdamW update of all parameters, after clipping the global norm.
 
   A backward pass takes twice the FLOPs of the forward pass.  Parameters,
-  gradients and moments are float32; of the gradients the norm is taken before
-  they are used.
+  gradients and moments are float32; the gradients' norm is taken before they
+  are used.
 
   Args:
-    config, prompts, samples, read, written: as for `generation`.
+    config, prompts, samples, read, written: as in `generation`.
   """
   forward = scoring(config, prompts, samples, read, written)
   parameters = _layers(config) + _head(config)
@@ -88,7 +92,7 @@ def update(
 
 
 def _layers(config: ModelConfig) -> int:
-  """Entries of the matrices of all layers."""
+  """Returns the number of entries in the matrices of all layers."""
   queries = config.num_heads * config.head_dim
   keys = config.num_kv_heads * config.head_dim
   widths = 2 * queries + 2 * keys
@@ -101,16 +105,16 @@ def _head(config: ModelConfig) -> int:
 
 
 def _products(entries: int, tokens: int, size: int) -> tuple[float, float]:
-  """Of tokens with matrices of so many entries, of `size` bytes each."""
+  """Returns the phase of products of tokens with matrices of `entries`."""
   return 2.0 * entries * tokens, float(entries * size)
 
 
 def _attention(config: ModelConfig, pairs: int) -> float:
-  """FLOPs of scores and weighted sums of (query, key) pairs, in all layers."""
+  """Returns FLOPs of scores and weighted sums for (query, key) pairs."""
   width = config.num_heads * config.head_dim
   return 4.0 * width * pairs * config.num_layers
 
 
 def _pairs(tokens: int) -> int:
-  """(query, key) pairs of causal attention."""
+  """Returns the number of (query, key) pairs of causal attention."""
   return tokens * (tokens + 1) // 2

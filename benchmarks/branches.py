@@ -1,19 +1,19 @@
-"""What branches cost beside ordinary responses, on a run's model.
+"""Cost of branches compared with ordinary responses, on a run's model.
 
     python -m benchmarks.branches --run=FOLDER --prompts=32 --samples=8
 
-Responses and branches of them are sampled in turns, so that whatever else the
-machine does slows both down alike.  A response's time contains its share of the
-prompts' prefill, which branches do not have.  Prints one JSON line; beside the
+Responses and branches of them are sampled in turns, so that other load on the
+machine slows both down alike.  A response's time contains its share of the
+prompts' prefill, which branches do not have.  Prints one JSON line; besides the
 fields of `measuring`, whose `seconds` are those of a round of branches:
 
-  rows: of the decode batch, one per response, the same for both.
+  rows: rows of the decode batch, one per response, the same for both.
   tokens, branch_tokens: generated per round.
   seconds_per_token, branch_seconds_per_token: medians over the rounds; `ratio`
-    is the median of the second over the first of the same round.
+    is the median of the second over the first within a round.
   utilization, branch_utilization: tokens / (rows × decode steps).
-  copied_bytes: keys and values that were copied per round, and
-    `prefix_bytes`: those of all branches' prefixes, which were not.
+  copied_bytes: keys and values copied per round, and `prefix_bytes`: those of
+    all branches' prefixes, which were not copied.
 """
 
 import functools
@@ -44,11 +44,11 @@ def measure(
   Args:
     subject: model and prompts.
     samples: G.
-    wanted: how many branches, and where.
-    rounds: a first one, which compiles, comes on top.
+    wanted: number and positions of branches.
+    rounds: number of timed rounds; one that compiles comes before them.
 
   Returns:
-    What the module says, by name, and `branch_seconds` of each round.
+    The module's fields by name, and `branch_seconds` of each round.
   """
   config, model = subject.config, subject.model
   encoded = build.encode(config, subject.rows, model.tokenizer)
@@ -68,7 +68,7 @@ def measure(
     generation,
     sampler=sampling.sample_and_keep,
   )
-  found = []
+  records = []
   for number in range(rounds + 1):
     keys = jax.random.split(jax.random.key(number), 3)
     (_, (responses, cache)), seconds = _time(lambda key=keys[0]: respond(key))
@@ -78,10 +78,10 @@ def measure(
       )
     )
     (_, work), branch_seconds = _time(
-      lambda given=(cache, responses, places, keys[2]): sampling.fork(
+      lambda state=(cache, responses, places, keys[2]): sampling.fork(
         model.config,
         model.params,
-        *given,
+        *state,
         branches=wanted.samples,
         decoding=generation.decoding,
         eos_ids=generation.eos_ids,
@@ -91,7 +91,7 @@ def measure(
     mask = np.asarray(responses.mask)
     slot_bytes = _bytes((cache.suffix.keys, cache.suffix.values)) / mask.size
     row_steps = mask.sum(axis=2).max() * responses.finished.size
-    found.append(
+    records.append(
       {
         'tokens': int(mask.sum()),
         'branch_tokens': int(work.tokens),
@@ -104,18 +104,18 @@ def measure(
         'prefix_bytes': slot_bytes * int(places.sum()) * wanted.samples,
       }
     )
-  seconds = [one.pop('branch_seconds') for one in found][1:]
+  seconds = [one.pop('branch_seconds') for one in records][1:]
   return {
     'rows': mask.shape[0] * mask.shape[1],
-    **_summary(found[1:]),
+    **_summary(records[1:]),
     'branch_seconds': seconds,
   }
 
 
 def _time(call: Callable[[], Any]) -> tuple[Any, float]:
   start = time.perf_counter()
-  found = jax.block_until_ready(call())
-  return found, time.perf_counter() - start
+  result = jax.block_until_ready(call())
+  return result, time.perf_counter() - start
 
 
 def _bytes(arrays: Any) -> int:
@@ -123,7 +123,7 @@ def _bytes(arrays: Any) -> int:
 
 
 def _summary(rounds: list[dict[str, float]]) -> dict[str, float]:
-  """Medians, and that of the rounds' own ratios."""
+  """Returns medians, and that of the rounds' own ratios."""
   ratio = [
     r['branch_seconds_per_token'] / r['seconds_per_token'] for r in rounds
   ]
@@ -135,36 +135,36 @@ def _summary(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-  """Measures what the flags name."""
-  given = flags.FLAGS
+  """Measures as the flags specify."""
+  options = flags.FLAGS
   compilations = measuring.Compilations()
   subject = audit_draws.of_run(
-    given.run, given.step, given.prompts, given.trust_code
+    options.run, options.step, options.prompts, options.trust_code
   )
   wanted = estimators.Branches(
-    given.positions, given.branches, estimators.positions.uniform()
+    options.positions, options.branches, estimators.positions.uniform()
   )
-  found = measure(subject, given.samples, wanted, given.rounds)
-  seconds = found.pop('branch_seconds')
+  fields = measure(subject, options.samples, wanted, options.rounds)
+  seconds = fields.pop('branch_seconds')
   report, _ = measuring.report(
     'branches',
     seconds,
     compilations.found(),
     subject=subject.title,
-    positions=given.positions,
-    branches=given.branches,
-    **found,
+    positions=options.positions,
+    branches=options.branches,
+    **fields,
   )
   measuring.show(report)
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('run', None, 'Folder of a run.', required=True)
-  flags.DEFINE_string('step', 'newest', 'Of its checkpoints.')
+  flags.DEFINE_string('step', 'newest', 'Step of the checkpoint.')
   flags.DEFINE_integer('prompts', 32, 'P.')
   flags.DEFINE_integer('samples', 8, 'G.')
-  flags.DEFINE_integer('positions', 4, 'Of each response.')
-  flags.DEFINE_integer('branches', 4, 'At each position.')
-  flags.DEFINE_integer('rounds', 10, 'Timed ones.')
+  flags.DEFINE_integer('positions', 4, 'Positions per response.')
+  flags.DEFINE_integer('branches', 4, 'Branches per position.')
+  flags.DEFINE_integer('rounds', 10, 'Timed rounds.')
   cli.define_trust_flag()
   cli.run(main)

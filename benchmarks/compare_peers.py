@@ -1,12 +1,12 @@
-"""The same job in this library and in others: ratios, measured in turns.
+"""Compares this library with others on the same job, measured in turns.
 
     python -m benchmarks.compare_peers --environments=runs/peers
 
-Generation is compared with transformers and Tunix, a step of GRPO with TRL and
-Tunix.  Every system runs in a process of its own, one at a time, in turns, with
-the same environment variables; it warms up first and gives the median of its
-rounds.  A ratio is that of two medians of one turn, so that a machine that is
-slower for a while is so for all.  A run is done again when other processes, or
+Generation is compared with transformers and Tunix, a GRPO step with TRL and
+Tunix.  Every system runs in its own process, one at a time, in turns, with the
+same environment variables; it warms up first and reports the median of its
+rounds.  A ratio is that of two medians of one turn, so that a temporarily
+slower machine affects all alike.  A run is repeated if other processes, or
 other guests of the host, took more of the cores than `--disturbance`.
 
 Prints a table and writes everything as JSON to `--output`.
@@ -34,16 +34,16 @@ from experiments import cli
 from jaxrl_llm.errors import UserError
 
 OURS = 'jaxrl_llm'
-# Of fresh large buffers, which every system makes: fewer page faults.
+# Huge pages for fresh large buffers, which every system makes.
 _TUNABLES = 'glibc.malloc.hugetlb=1'
 _ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Job(NamedTuple):
-  """One job and who does it.
+  """A job and the systems that do it.
 
   Attributes:
-    module: of `benchmarks`, for this library.
+    module: this library's module in `benchmarks`.
     peers: system → (environment, module of `benchmarks.peers`).
     prompts, samples, new_tokens: P, G, T.
     settings: vocabulary → flags of `module` that are fastest on two cores.
@@ -92,9 +92,9 @@ class Run(NamedTuple):
   Attributes:
     seconds: the median of its rounds.
     peak_bytes: its largest resident set.
-    versions: of its packages.
+    versions: those of its packages.
     disturbance: share of the cores that others took meanwhile.
-    roofline: as the benchmarks of this library print it.
+    roofline: as this library's benchmarks print it.
   """
 
   seconds: float
@@ -104,27 +104,27 @@ class Run(NamedTuple):
   roofline: dict[str, Any]
 
 
-def compare(job_name: str, vocabulary: int, given) -> dict[str, Any]:
+def compare(job_name: str, vocabulary: int, options) -> dict[str, Any]:
   """Measures all systems that do a job, in turns.
 
   Args:
-    job_name: of `JOBS`.
+    job_name: one of `JOBS`.
     vocabulary: V.
-    given: flags.
+    options: flags.
 
   Returns:
-    What `summary` gives, with the job and the number of runs thrown away.
+    The result of `summary`, with the job and the number of discarded runs.
   """
   chosen, shape = JOBS[job_name], job.shape()._replace(vocabulary=vocabulary)
   turns, thrown = [], 0
   with tempfile.TemporaryDirectory() as temporary:
     work = pathlib.Path(temporary, 'work.json')
-    work.write_text(json.dumps(_work(chosen, shape, given)), encoding='utf-8')
-    for _ in range(given.turns):
+    work.write_text(json.dumps(_work(chosen, shape, options)), encoding='utf-8')
+    for _ in range(options.turns):
       turn = {}
-      for system in (OURS, *(p for p in chosen.peers if p in given.peers)):
-        command = _command(system, chosen, shape, work, given)
-        turn[system], again = _undisturbed(command, given)
+      for system in (OURS, *(p for p in chosen.peers if p in options.peers)):
+        command = _command(system, chosen, shape, work, options)
+        turn[system], again = _undisturbed(command, options)
         thrown += again
         print(job_name, vocabulary, system, turn[system], file=sys.stderr)
       turns.append(turn)
@@ -137,49 +137,48 @@ def compare(job_name: str, vocabulary: int, given) -> dict[str, Any]:
 
 
 def summary(turns: list[dict[str, Run]]) -> dict[str, Any]:
-  """Medians over the turns, and ratios to this library's.
+  """Returns medians over the turns, and ratios to this library's.
 
   Args:
-    turns: for each the run of every system.
+    turns: the run of every system, by turn.
 
   Returns:
-    'systems': system → seconds, peak_bytes, disturbance (the most), versions,
-    of this library the rooflines of its runs, and of a peer `ratio`, how many
-    times longer it takes than this library: median, least and most of the
-    turns.
+    'systems': system → seconds, peak_bytes, disturbance (the greatest),
+    versions; for this library the rooflines of its runs; for a peer `ratio`,
+    its time in units of this library's: median, least and most of the turns.
   """
-  found = {}
+  systems = {}
   for system in turns[0]:
     runs = [turn[system] for turn in turns]
-    found[system] = {
+    systems[system] = {
       'seconds': measuring.summary([run.seconds for run in runs]),
       'peak_bytes': max(run.peak_bytes for run in runs),
       'disturbance': max(run.disturbance for run in runs),
       'versions': runs[0].versions,
     }
     if system == OURS:
-      found[system]['roofline'] = [run.roofline for run in runs]
+      systems[system]['roofline'] = [run.roofline for run in runs]
     else:
       ratios = [turn[system].seconds / turn[OURS].seconds for turn in turns]
-      found[system]['ratio'] = {
+      systems[system]['ratio'] = {
         'median': measuring.rounded(statistics.median(ratios)),
         'least': measuring.rounded(min(ratios)),
         'most': measuring.rounded(max(ratios)),
       }
-  return {'systems': found}
+  return {'systems': systems}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-  """Markdown: a row for each system and job."""
+  """Formats a Markdown table with a row for each system and job."""
   lines = [
     '| job | V | system | seconds (quartiles) | peak, GB | times ours |',
     '|---|---|---|---|---|---|',
   ]
   for result in results:
-    for system, found in result['systems'].items():
-      seconds = found['seconds']
+    for system, fields in result['systems'].items():
+      seconds = fields['seconds']
       low, high = seconds['quartiles']
-      ratio = found.get('ratio')
+      ratio = fields.get('ratio')
       shown = '1'
       if ratio:
         shown = f'{ratio["median"]} ({ratio["least"]}–{ratio["most"]})'
@@ -188,17 +187,17 @@ def table(results: list[dict[str, Any]]) -> str:
         f'{result["vocabulary"]:,}',
         system,
         f'{seconds["median"]} ({low}–{high})',
-        f'{found["peak_bytes"] / 1e9:.2f}',
+        f'{fields["peak_bytes"] / 1e9:.2f}',
         shown,
       ]
       lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines)
 
 
-def _work(chosen: Job, shape: job.Shape, given) -> dict[str, Any]:
-  """The fields of `peers.work.Work`."""
+def _work(chosen: Job, shape: job.Shape, options) -> dict[str, Any]:
+  """Returns the fields of `peers.work.Work`."""
   return {
-    'folder': str(job.folder(shape, given.models)),
+    'folder': str(job.folder(shape, options.models)),
     'texts': job.prompts(512, _PROMPT_TOKENS),
     'prompts': chosen.prompts,
     'samples': chosen.samples,
@@ -207,12 +206,12 @@ def _work(chosen: Job, shape: job.Shape, given) -> dict[str, Any]:
     'end_id': job.end_id(shape),
     'learning_rate': _LEARNING_RATE,
     'warmup': 2,
-    'rounds': given.rounds,
+    'rounds': options.rounds,
   }
 
 
 def _command(
-  system: str, chosen: Job, shape: job.Shape, work: pathlib.Path, given
+  system: str, chosen: Job, shape: job.Shape, work: pathlib.Path, options
 ) -> list[str]:
   if system == OURS:
     return [
@@ -220,36 +219,36 @@ def _command(
       '-m',
       f'benchmarks.{chosen.module}',
       *(f'--{name}={value}' for name, value in shape._asdict().items()),
-      f'--models={given.models}',
-      f'--rounds={given.rounds}',
+      f'--models={options.models}',
+      f'--rounds={options.rounds}',
       *chosen.settings.get(shape.vocabulary, ()),
     ]
   environment, module = chosen.peers[system]
-  python = environments.python(environment, pathlib.Path(given.environments))
+  python = environments.python(environment, pathlib.Path(options.environments))
   return [str(python), '-m', f'benchmarks.peers.{module}', str(work)]
 
 
-def _undisturbed(command: list[str], given) -> tuple[Run, int]:
-  """A run, and how many were thrown away before it.
+def _undisturbed(command: list[str], options) -> tuple[Run, int]:
+  """Returns a run, and the number of runs discarded before it.
 
   Raises:
     UserError: the machine does not become quiet, or the command fails.
   """
-  for thrown in range(given.tries):
-    with _alone(given.lock):
+  for thrown in range(options.tries):
+    with _alone(options.lock):
       run = _run(command)
-    if run.disturbance <= given.disturbance:
+    if run.disturbance <= options.disturbance:
       return run, thrown
     print(f'disturbed: {run.disturbance:.0%}, again', file=sys.stderr)
   raise UserError(
-    f'others took {run.disturbance:.0%} of the cores in {given.tries} runs\n'
+    f'others took {run.disturbance:.0%} of the cores in {options.tries} runs\n'
     'wait until the machine is quiet, or raise --disturbance'
   )
 
 
 @contextlib.contextmanager
 def _alone(lock: str) -> Iterator[None]:
-  """Holds the lock file, where there is one."""
+  """Holds the lock file, if there is one."""
   with contextlib.ExitStack() as files:
     if lock:
       file = files.enter_context(open(lock, 'a', encoding='utf-8'))
@@ -261,7 +260,7 @@ def _run(command: list[str]) -> Run:
   """Starts a process and waits for it.
 
   Raises:
-    UserError: it fails.
+    UserError: the process fails.
   """
   path = os.pathsep.join(
     filter(None, (str(_ROOT), os.environ.get('PYTHONPATH')))
@@ -276,22 +275,22 @@ def _run(command: list[str]) -> Run:
     command, env=os.environ | variables, capture_output=True, text=True
   )
   after = _busy_seconds(), _own_seconds(), time.perf_counter()
-  busy, own, passed = (b - a for a, b in zip(before, after, strict=True))
+  busy, used, passed = (b - a for a, b in zip(before, after, strict=True))
   if done.returncode:
     print(done.stderr, file=sys.stderr)
-    raise UserError(f'this failed: {" ".join(command)}')
+    raise UserError(f'the command failed: {" ".join(command)}')
   answer = json.loads(done.stdout.strip().splitlines()[-1])
   return Run(
     answer['seconds']['median'],
     answer['peak_bytes'],
     answer['versions'],
-    max(busy - own, 0.0) / (passed * os.cpu_count()),
+    max(busy - used, 0.0) / (passed * os.cpu_count()),
     answer.get('roofline', {}),
   )
 
 
 def _busy_seconds() -> float:
-  """That all cores have worked for anyone, and that the host took of them."""
+  """Returns seconds of work of all cores, plus those that the host took."""
   with open('/proc/stat', encoding='utf-8') as file:
     ticks = [int(field) for field in file.readline().split()[1:9]]
   user, nice, system, _, _, irq, soft_irq, stolen = ticks
@@ -300,44 +299,46 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-  """That this process and the finished ones it started have worked."""
+  """Returns seconds of work of this process and its finished children."""
   kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
   used = [resource.getrusage(kind) for kind in kinds]
   return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main() -> None:
-  """Measures what the flags name."""
-  given = flags.FLAGS
+  """Measures as the flags specify."""
+  options = flags.FLAGS
   for flag, taken, known in (
-    ('jobs', given.jobs, list(JOBS)),
-    ('peers', given.peers, PEERS),
+    ('jobs', options.jobs, list(JOBS)),
+    ('peers', options.peers, PEERS),
   ):
     unknown = sorted(set(taken) - set(known))
     if unknown:
-      raise UserError(f'--{flag}: no {unknown[0]!r}\nchoose of {known}')
+      raise UserError(f'--{flag}: no {unknown[0]!r}\nchoose from {known}')
   results = [
-    compare(name, int(vocabulary), given)
-    for name in given.jobs
-    for vocabulary in given.vocabularies
+    compare(name, int(vocabulary), options)
+    for name in options.jobs
+    for vocabulary in options.vocabularies
   ]
   print(table(results))
-  found = {'machine': measuring.machine(), 'results': results}
-  path = pathlib.Path(given.output)
+  report = {'machine': measuring.machine(), 'results': results}
+  path = pathlib.Path(options.output)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
+  path.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':
   job.define_flags()
-  flags.DEFINE_string('environments', 'runs/peers', 'Folder for them.')
-  flags.DEFINE_list('jobs', list(JOBS), 'Which.')
-  flags.DEFINE_list('peers', PEERS, 'Which.')
-  flags.DEFINE_list('vocabularies', ['512', '32000'], 'For --vocabulary.')
+  flags.DEFINE_string('environments', 'runs/peers', 'Folder of environments.')
+  flags.DEFINE_list('jobs', list(JOBS), 'Jobs to measure.')
+  flags.DEFINE_list('peers', PEERS, 'Peers to measure.')
+  flags.DEFINE_list('vocabularies', ['512', '32000'], 'Vocabulary sizes.')
   flags.DEFINE_integer('turns', 3, 'Processes of each system.', 1)
-  flags.DEFINE_integer('rounds', 5, 'Timed in each process.', 1)
-  flags.DEFINE_float('disturbance', 0.1, 'Share of the cores.', 0.0)
-  flags.DEFINE_integer('tries', 5, 'Of a run that is disturbed.', 1)
+  flags.DEFINE_integer('rounds', 5, 'Timed rounds in each process.', 1)
+  flags.DEFINE_float(
+    'disturbance', 0.1, "Others' greatest share of cores.", 0.0
+  )
+  flags.DEFINE_integer('tries', 5, 'Attempts at a disturbed run.', 1)
   flags.DEFINE_string('lock', '', 'A file to hold while a process runs.')
-  flags.DEFINE_string('output', 'runs/benchmarks/peers.json', 'JSON.')
+  flags.DEFINE_string('output', 'runs/benchmarks/peers.json', 'JSON file.')
   cli.run(main)

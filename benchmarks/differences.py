@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 FILES = 'metrics.jsonl', 'samples.jsonl', 'hf/model.safetensors'
 SIDES = 'old', 'new'
-_TENSORS = 3  # that are listed at most: after an update all differ
+_TENSORS = 3  # listed at most: after an update all differ
 
 
 def compare(old, new, tolerance=0.0, allowed=(), sides=SIDES) -> list[str]:
@@ -33,15 +33,15 @@ def compare(old, new, tolerance=0.0, allowed=(), sides=SIDES) -> list[str]:
       if what == 'differs' or f'{name.split(".")[0]}:{field}' not in allowed:
         first.setdefault((field, what), step)
         greatest[field] = max(greatest.get(field, 0.0), amount)
-    found = [] if any(tables) else ['missing']
+    messages = [] if any(tables) else ['missing']
     for (field, what), step in first.items():
       start = f' from step {step}' if step else ''
       amount = f', relatively by up to {greatest[field]:.2g}'
       shown = amount if greatest[field] < math.inf else ''
-      found.append(f'{field} {what}{start}{shown}')
-    if name == FILES[-1] and len(found) > _TENSORS:
-      found[_TENSORS:] = [f'{len(found) - _TENSORS} more']
-    lines += [f'{name}: {line}' for line in found]
+      messages.append(f'{field} {what}{start}{shown}')
+    if name == FILES[-1] and len(messages) > _TENSORS:
+      messages[_TENSORS:] = [f'{len(messages) - _TENSORS} more']
+    lines += [f'{name}: {line}' for line in messages]
   return lines
 
 
@@ -81,15 +81,15 @@ def _differences(old, new, tolerance: float, sides):
       if field not in x or field not in y:
         yield key[0], field, f'only in {sides[field not in x]}', math.inf
         continue
-      found = difference(x[field], y[field])
-      if found > (0.0 if field.split('/')[0] in exact else tolerance):
-        yield key[0], field, 'differs', found
+      relative = difference(x[field], y[field])
+      if relative > (0.0 if field.split('/')[0] in exact else tolerance):
+        yield key[0], field, 'differs', relative
 
 
 def difference(old, new) -> float:
   """Returns the relative difference of two values or arrays.
 
-  It is 0 for equal bits alone, and infinite for all but finite floats.
+  It is 0 only for equal bits, and infinite for all but finite floats.
   """
   if not isinstance(old, np.ndarray) and repr(old) == repr(new):
     return 0.0

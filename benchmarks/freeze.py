@@ -8,9 +8,9 @@ its side's code, and both sides run at the same time.  grpo runs once more, is
 killed and resumed.  `metrics.jsonl`, `samples.jsonl` and the exported weights
 must be equal, bit for bit.  The status is 1 if anything differs.
 
-XLA compiles with few optimizations, which is most of the time: differences are
-those of the program, less those of its compilation.  --optimized compiles as
-users do and takes three times as long.
+XLA compiles with few optimizations, which saves most of the time: differences
+come from the program, not from its compilation.  --optimized compiles as users
+do and takes three times as long.
 
 A side supplies `experiments.configs.base.get_config` and the command line of
 `experiments`, nothing else, so it may be older or newer than this file.  Fields
@@ -51,10 +51,10 @@ def run(name: str, code, folder, variables) -> pathlib.Path:
   """Runs one configuration to its end, and returns its run folder.
 
   Args:
-    name: of `CONFIGURATIONS`, or `KILLED`.
-    code: folder of the packages.
-    folder: of the side's run folders; configurations are beside it.
-    variables: of the environment, beside this process's.
+    name: one of `CONFIGURATIONS`, or `KILLED`.
+    code: the packages' folder.
+    folder: holds the side's run folders; configurations are beside it.
+    variables: environment variables, added to this process's.
 
   Raises:
     RunError: it fails, or is not resumed.
@@ -84,7 +84,7 @@ def run(name: str, code, folder, variables) -> pathlib.Path:
   if status:
     last = ' | '.join(line[:200] for line in _lines(f'{path}.log')[-3:])
     raise RunError(f'{name} ended with status {status}: {last}')
-  # A step that is done again takes another time.
+  # A repeated step takes another time.
   if _lines(path / 'timings.jsonl')[: len(clock)] != clock:
     raise RunError(f'{name} was not resumed, but started again')
   return path
@@ -118,10 +118,10 @@ def freeze(revisions, names, folder, quick=True, **options) -> bool:
 
   Args:
     revisions: the old and the new commit; None for the working tree.
-    names: of configurations.
-    folder: an empty one for the run folders.
+    names: names of configurations.
+    folder: an empty folder for the run folders.
     quick: compile with few optimizations.
-    **options: of `differences.compare`.
+    **options: as in `differences.compare`.
   """
   for name in names:
     shutil.copy(freeze_config.__file__, folder / f'{name}.py')
@@ -157,15 +157,15 @@ def freeze(revisions, names, folder, quick=True, **options) -> bool:
 
 
 def report(name: str, folder, pair, options) -> tuple[list[str], list[str]]:
-  """Returns lines about differences and failures, and about lacking fields."""
+  """Returns lines about differences and failures, and about missing fields."""
   lines, notes = [], []
   for side, job in zip(differences.SIDES, pair, strict=True):
     if job.exception():
       lines.append(f'{side}: {job.exception()}')
     elif name == KILLED:
       whole, sides = folder / side / 'grpo', ('grpo', KILLED)
-      found = differences.compare(whole, job.result(), sides=sides)
-      lines += [f'{side}, killed or not: {line}' for line in found]
+      changes = differences.compare(whole, job.result(), sides=sides)
+      lines += [f'{side}, killed or not: {line}' for line in changes]
     log = _lines(folder / side / f'{name}.log')
     marked = {line.removeprefix(MARK) for line in log if line.startswith(MARK)}
     notes += [f'{side}: {line}' for line in sorted(marked)]
@@ -179,10 +179,10 @@ def commit(revision: str) -> str:
   """Returns the hash of a commit."""
   name = f'{revision}^{{commit}}'
   command = ['git', '-C', str(ROOT), 'rev-parse', '--verify', '--quiet', name]
-  found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-  if found.returncode:
+  result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+  if result.returncode:
     raise argparse.ArgumentTypeError(f'{revision} is not a commit')
-  return found.stdout.strip()
+  return result.stdout.strip()
 
 
 def main() -> int:
@@ -193,7 +193,7 @@ def main() -> int:
   split = lambda text: text.split(',')
   add('old', type=commit, help='a commit')
   add('new', type=commit, nargs='?', help='a commit')
-  add('--only', type=split, default=list(CONFIGURATIONS), help='some names')
+  add('--only', type=split, default=list(CONFIGURATIONS), help='configurations')
   add('--keep', type=pathlib.Path, help='a new folder for the run folders')
   add('--tolerance', type=float, default=0.0, help='relative, of floats')
   add('--allow', type=split, default=[], help='metrics:FIELD,samples:FIELD')

@@ -1,4 +1,4 @@
-"""Configurations of `benchmarks.freeze`, each of which runs for seconds.
+"""Configurations of `benchmarks.freeze`; each runs for seconds.
 
 Both sides load copies of this file, each named after the configuration that
 `get_config` returns.

@@ -1,14 +1,14 @@
-"""How fast responses are generated: texts in, texts out.
+"""Speed of generating responses: texts in, texts out.
 
     python -m benchmarks.generate --vocabulary=32000
 
 A round tokenises the prompts' texts, samples at temperature 1 until every
-response has its full length, and decodes the responses to texts.  Beside the
+response has its full length, and decodes the responses to texts.  Besides the
 fields of `measuring` it prints:
 
-  tokens_per_second: generated, of the median round.
-  roofline: `seconds` that the arithmetic of the whole round takes at this
-    machine's best, and which `fraction` of the time that is (`arithmetic`).
+  tokens_per_second: generated tokens, in the median round.
+  roofline: `seconds` of the arithmetic of the whole round at this machine's
+    best, and their `fraction` of the measured time (`arithmetic`).
 """
 
 import jax
@@ -29,8 +29,8 @@ class Sampler:
   Args:
     folder: a Hugging Face folder.
     dtype: of the parameters and of the matrix products.
-    prompt_tokens: the most that a prompt may have.
-    new_tokens: of each response.
+    prompt_tokens: most tokens of a prompt.
+    new_tokens: tokens per response.
   """
 
   def __init__(self, folder, dtype: str, prompt_tokens: int, new_tokens: int):
@@ -42,7 +42,7 @@ class Sampler:
     self._new_tokens = new_tokens
 
   def __call__(self, texts: list[str], seed: int) -> list[str]:
-    """One response to each prompt."""
+    """Returns one response to each prompt."""
     encoded = prompts_lib.encode_prompts(
       [{'prompt': text} for text in texts], self._tokenizer, self._prompt_tokens
     )
@@ -65,51 +65,55 @@ class Sampler:
 
 
 def main() -> None:
-  """Measures what the flags name."""
-  given = flags.FLAGS
+  """Measures as the flags specify."""
+  options = flags.FLAGS
   job.use_devices()
   compilations = measuring.Compilations()
   shape = job.shape()
   with jax.set_mesh(sharding.make_mesh(data=-1, fsdp=1)):
     sampler = Sampler(
-      job.folder(shape, given.models),
+      job.folder(shape, options.models),
       shape.dtype,
-      given.prompt_tokens,
-      given.new_tokens,
+      options.prompt_tokens,
+      options.new_tokens,
     )
-    texts = job.prompts(given.prompts, given.prompt_tokens)
+    texts = job.prompts(options.prompts, options.prompt_tokens)
     rounds = measuring.repeat(
-      lambda number: sampler(texts, number), given.rounds
+      lambda number: sampler(texts, number), options.rounds
     )
-  # Outside of the mesh: of one device, whose large products take all cores.
-  found, roofline = measuring.report(
+  # Outside the mesh, on one device, whose large products use all cores.
+  fields, roofline = measuring.report(
     'generate',
     rounds.seconds,
     compilations.found(),
     shape.dtype,
     recompiled=compilations.between(rounds.start, rounds.end),
     shape=shape._asdict(),
-    devices=given.devices,
-    prompts=given.prompts,
-    prompt_tokens=given.prompt_tokens,
-    new_tokens=given.new_tokens,
+    devices=options.devices,
+    prompts=options.prompts,
+    prompt_tokens=options.prompt_tokens,
+    new_tokens=options.new_tokens,
   )
-  median = found['seconds']['median']
+  median = fields['seconds']['median']
   least = roofline.seconds(
     *arithmetic.generation(
-      sampler.config, given.prompts, 1, given.prompt_tokens, given.new_tokens
+      sampler.config,
+      options.prompts,
+      1,
+      options.prompt_tokens,
+      options.new_tokens,
     )
   )
-  tokens = given.prompts * given.new_tokens
-  found['tokens_per_second'] = measuring.rounded(tokens / median)
-  found['roofline'] = measuring.beside(least, median)
-  measuring.show(found)
+  tokens = options.prompts * options.new_tokens
+  fields['tokens_per_second'] = measuring.rounded(tokens / median)
+  fields['roofline'] = measuring.beside(least, median)
+  measuring.show(fields)
 
 
 if __name__ == '__main__':
   job.define_flags()
   flags.DEFINE_integer('prompts', 32, 'P, with one response each.', 1)
-  flags.DEFINE_integer('prompt_tokens', 64, 'Of each prompt; even.', 2)
-  flags.DEFINE_integer('new_tokens', 128, 'Of each response.', 1)
-  flags.DEFINE_integer('rounds', 9, 'Timed ones.', 1)
+  flags.DEFINE_integer('prompt_tokens', 64, 'Tokens per prompt; even.', 2)
+  flags.DEFINE_integer('new_tokens', 128, 'Tokens per response.', 1)
+  flags.DEFINE_integer('rounds', 9, 'Timed rounds.', 1)
   cli.run(main)

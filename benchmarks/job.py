@@ -1,8 +1,8 @@
-"""What every benchmark computes with: one model, its tokenizer, prompts.
+"""The model, tokenizer and prompts of every benchmark.
 
 The model is random, in the layout of Qwen3, and written once as a Hugging Face
 folder, so that every system reads the same weights and the same tokenizer.
-The end token is an id that the model does not have: every system looks for it,
+The end token is an id that the model lacks: every system looks for it,
 and all responses have full length.
 """
 
@@ -23,12 +23,12 @@ from jaxrl_llm.models.huggingface import folders
 
 _PAD = '<|pad|>'
 _PAIRS = list(itertools.product(string.ascii_lowercase, repeat=2))
-# In every vocabulary; prompts are made of these.
+# These are in every vocabulary; prompts are made of them.
 _FEWEST_PAIRS = 200
 
 
 class Shape(NamedTuple):
-  """Architecture of the job's model; fields as those of `ModelConfig`."""
+  """Architecture of the job's model; fields as in `ModelConfig`."""
 
   vocabulary: int = 512
   hidden: int = 256
@@ -41,25 +41,25 @@ class Shape(NamedTuple):
 
   @property
   def name(self) -> str:
-    """Of its folder."""
+    """Name of the model's folder."""
     return '_'.join(['qwen3', *map(str, self)])
 
 
 def define_flags() -> None:
   """Defines flags: each field of `Shape`, folder for models, CPU devices."""
   flags.DEFINE_integer(
-    'devices', 1, 'That the CPU counts as; rows are spread over them.', 1
+    'devices', 1, 'CPU devices, over which rows are spread.', 1
   )
   flags.DEFINE_string('models', 'runs/benchmarks', 'Folder of the models.')
   for name, default in Shape()._asdict().items():
     define = flags.DEFINE_string
     if isinstance(default, int):
       define = flags.DEFINE_integer
-    define(name, default, 'Of the model.')
+    define(name, default, "The model's.")
 
 
 def use_devices() -> None:
-  """Makes the CPU as many devices as the flag says: call it before any array.
+  """Makes the CPU as many devices as the flag says; call it before any array.
 
   XLA computes small arrays on one core per device.
   """
@@ -67,12 +67,12 @@ def use_devices() -> None:
 
 
 def shape() -> Shape:
-  """The shape that the flags name."""
+  """Returns the shape that the flags specify."""
   return Shape(*(getattr(flags.FLAGS, name) for name in Shape._fields))
 
 
 def config(wanted: Shape) -> ModelConfig:
-  """The model that has a shape."""
+  """Returns the configuration of the model with a shape."""
   return ModelConfig(
     vocab_size=wanted.vocabulary,
     hidden_size=wanted.hidden,
@@ -91,11 +91,11 @@ def config(wanted: Shape) -> ModelConfig:
 
 
 def folder(wanted: Shape, models) -> pathlib.Path:
-  """The Hugging Face folder of a shape, written if it is not there.
+  """Returns the Hugging Face folder of a shape, written if it is missing.
 
   Args:
     wanted: the shape.
-    models: folder that holds those of all shapes.
+    models: folder of the folders of all shapes.
   """
   path = pathlib.Path(models, wanted.name).absolute()
   settings = path / folders.GENERATION
@@ -109,18 +109,18 @@ def folder(wanted: Shape, models) -> pathlib.Path:
 
 
 def end_id(wanted: Shape) -> int:
-  """Of the end token, which no response can contain."""
+  """Returns the id of the end token, which no response can contain."""
   return wanted.vocabulary
 
 
 def tokenizer(size: int):
-  """A byte-level BPE of exactly `size` tokens, learned from nothing.
+  """Creates a byte-level BPE of exactly `size` tokens, without training it.
 
   Its tokens are the padding, the bytes, pairs of small letters, and pairs of
-  those pairs, as many as there is room for.
+  those pairs, as many as fit.
 
   Raises:
-    UserError: no room for the bytes and some pairs, or too much.
+    UserError: `size` is too small for the bytes and some pairs, or too large.
   """
   import tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -145,15 +145,15 @@ def tokenizer(size: int):
 
 
 def prompts(count: int, tokens: int, seed: int = 0) -> list[str]:
-  """Texts of exactly so many tokens in every tokenizer of `tokenizer`.
+  """Creates texts of `tokens` tokens in every tokenizer of `tokenizer`.
 
-  They are pairs of letters with a space, which is a token, between them, and
-  an equals sign at the end.
+  They are pairs of letters, separated by spaces, which are tokens, with an
+  equals sign at the end.
 
   Args:
-    count: of texts.
+    count: number of texts.
     tokens: even.
-    seed: of the choice of pairs.
+    seed: seed of the choice of pairs.
 
   Raises:
     UserError: `tokens` is odd or too small.

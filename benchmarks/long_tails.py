@@ -1,18 +1,16 @@
-"""What a few long responses cost beside responses that are equally long.
+"""Cost of a few long responses compared with equally long ones.
 
     python -m benchmarks.long_tails
 
-Of 256 responses 5 % have 128 tokens, the others 16.  The model counts up from
+5 % of 256 responses have 128 tokens, the others 16.  The model counts up from
 each prompt's last token to the end token, so that the lengths are known; its
-layers compute as any others, and add nothing.  Batches with the tail and even
-ones, in which every response has the mean's length, are sampled in turns.
-Beside the fields of `measuring`, whose seconds are those of the batch with the
-tail, it prints:
+layers compute as usual and add nothing.  Batches with the tail alternate with
+even ones, in which every response has the mean length.  Besides the fields of
+`measuring`, whose seconds are those of the batch with the tail, it prints:
 
-  tokens, even_tokens: of a batch, all useful.
+  tokens, even_tokens: per batch, all useful.
   even_seconds: median of the even batches.
-  ratio: seconds per token of the tail's batch over those of the even one's of
-    the same turn, their median.
+  ratio: median over the turns of seconds per token, with the tail over even.
 """
 
 import functools
@@ -45,7 +43,7 @@ _CONFIG = ModelConfig(
 
 
 def counting_model(config: ModelConfig):
-  """Parameters under which token n is followed by n + 1."""
+  """Creates parameters under which token n is followed by n + 1."""
   params = transformer.init(config, jax.random.key(0))
   layers = params['layers']
   for name, part in (('attention', 'out'), ('mlp', 'down')):
@@ -62,7 +60,7 @@ def counting_model(config: ModelConfig):
 
 
 def prompts_for(lengths: np.ndarray) -> policy.Prompts:
-  """Prompts whose responses have so many tokens, the end token included."""
+  """Returns prompts for responses of the given lengths, end tokens included."""
   shape = len(lengths), _PROMPT_TOKENS
   tokens = np.broadcast_to((_END - lengths)[:, None], shape)
   return policy.Prompts(
@@ -72,47 +70,47 @@ def prompts_for(lengths: np.ndarray) -> policy.Prompts:
 
 
 def main() -> None:
-  """Measures what the flags name."""
-  given = flags.FLAGS
+  """Measures as the flags specify."""
+  options = flags.FLAGS
   compilations = measuring.Compilations()
-  lengths = np.full(given.prompts, _SHORT)
-  lengths[: round(given.prompts * given.tail)] = _LONG
-  even = np.full(given.prompts, round(lengths.mean()))
+  lengths = np.full(options.prompts, _SHORT)
+  lengths[: round(options.prompts * options.tail)] = _LONG
+  even = np.full(options.prompts, round(lengths.mean()))
   params = transformer.sampling_layout(_CONFIG, counting_model(_CONFIG))
   sample = functools.partial(
     sampling.sample, max_tokens=_LONG, samples=1, eos_ids=(_END,)
   )
   seconds, ratios, others = [], [], []
-  for number in range(given.rounds + 1):
+  for number in range(options.rounds + 1):
     per_token = []
     for wanted in (lengths, even):
       start = time.perf_counter()
-      found = sample(
+      responses = sample(
         _CONFIG, params, prompts_for(wanted), jax.random.key(number)
       )
-      jax.block_until_ready(found)
+      jax.block_until_ready(responses)
       took = time.perf_counter() - start
-      np.testing.assert_array_equal(np.sum(found.mask, axis=(1, 2)), wanted)
+      np.testing.assert_array_equal(np.sum(responses.mask, axis=(1, 2)), wanted)
       per_token.append(took / wanted.sum())
     if number:
       seconds.append(per_token[0] * lengths.sum())
       others.append(per_token[1] * even.sum())
       ratios.append(per_token[0] / per_token[1])
-  found, _ = measuring.report(
+  fields, _ = measuring.report(
     'long_tails', seconds, compilations.found(), 'float32'
   )
-  found |= {
-    'rows': given.prompts,
+  fields |= {
+    'rows': options.prompts,
     'tokens': int(lengths.sum()),
     'even_tokens': int(even.sum()),
     'even_seconds': measuring.rounded(float(np.median(others))),
     'ratio': measuring.rounded(float(np.median(ratios))),
   }
-  measuring.show(found)
+  measuring.show(fields)
 
 
 if __name__ == '__main__':
   flags.DEFINE_integer('prompts', 256, 'P, with one response each.', 1)
   flags.DEFINE_float('tail', 0.05, 'Share of long responses.', 0.0, 1.0)
-  flags.DEFINE_integer('rounds', 5, 'Timed ones.', 1)
+  flags.DEFINE_integer('rounds', 5, 'Timed rounds.', 1)
   cli.run(main)

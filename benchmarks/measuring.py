@@ -1,15 +1,15 @@
-"""What one measurement is: times, compilation, memory, and the machine's limit.
+"""One measurement: times, compilation, memory, and the machine's limit.
 
 A benchmark prints one line of JSON, made by `report`:
 
-  benchmark, system: what was measured, and of which library.
+  benchmark, system: names of the benchmark and of the library.
   seconds: {'median', 'quartiles', 'rounds'} of the timed rounds.
-  compile_seconds, compiled: of XLA, and how many programs.
+  compile_seconds, compiled: XLA's time, and its number of programs.
   recompiled: programs compiled during the timed rounds; 0 is right.
-  peak_bytes, peak_of: of the accelerator's memory where there is one, else the
-    process's largest resident set.
-  machine: this machine, and `measured` what it reached in the same process:
-    FLOP/s of large matrix products and bytes/s of a triad.
+  peak_bytes, peak_of: the accelerator's peak memory where there is one, else
+    the process's largest resident set.
+  machine: this machine, and `measured`, its speed in the same process: FLOP/s
+    of large matrix products and bytes/s of a triad.
 """
 
 import importlib.metadata
@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
-# Of a triad's arrays: far larger than caches.
+# Bytes of a triad's arrays: far larger than caches.
 _TRIAD_BYTES = 1 << 28
 _SQUARES = (1024, 2048, 4096)
 
 
 class Roofline(NamedTuple):
-  """What the machine does at best.
+  """The machine's greatest speeds.
 
   Attributes:
     flops: FLOP/s of matrix products.
@@ -44,11 +44,11 @@ class Roofline(NamedTuple):
   bandwidth: float
 
   def seconds(self, *phases: tuple[float, float]) -> float:
-    """The least time of phases, one after another.
+    """Returns the least time of phases, one after another.
 
     Args:
-      *phases: (FLOPs, bytes) each, which overlap within the phase: it takes
-        as long as the slower of the two.
+      *phases: (FLOPs, bytes) each, which overlap within a phase: it takes as
+        long as the slower of the two.
 
     References:
       Williams et al., `Roofline <https://doi.org/10.1145/1498765.1498785>`_,
@@ -60,9 +60,9 @@ class Roofline(NamedTuple):
 
 
 class Compilations:
-  """Counts what XLA compiles, from when it is made.
+  """Counts what XLA compiles, from its creation on.
 
-  The persistent cache is off from then on: times are those of a first run.
+  It turns the persistent cache off, so that times are those of a first run.
   """
 
   def __init__(self):
@@ -76,23 +76,23 @@ class Compilations:
       self._ends.append(time.perf_counter())
 
   def found(self) -> dict[str, float]:
-    """Fields of a report: `compile_seconds` and `compiled`."""
+    """Returns fields of a report: `compile_seconds` and `compiled`."""
     return {
       'compile_seconds': rounded(sum(self._seconds)),
       'compiled': len(self._ends),
     }
 
   def between(self, start: float, end: float) -> int:
-    """Programs compiled between two readings of `time.perf_counter`."""
-    return sum(start <= at <= end for at in self._ends)
+    """Counts programs compiled between two readings of `time.perf_counter`."""
+    return sum(start <= reading <= end for reading in self._ends)
 
 
 class Rounds(NamedTuple):
-  """Times of one thing, done again and again.
+  """Times of repeated rounds.
 
   Attributes:
-    seconds: of each round that counts.
-    start, end: of them all, readings of `time.perf_counter`.
+    seconds: time of each round that counts.
+    start, end: bounds of them all, readings of `time.perf_counter`.
   """
 
   seconds: list[float]
@@ -101,11 +101,11 @@ class Rounds(NamedTuple):
 
 
 def repeat(call: Callable[[int], Any], rounds: int) -> Rounds:
-  """Times rounds of a call, but for a first one, which compiles.
+  """Times rounds of a call, after a first one, which compiles.
 
   Args:
-    call: given the round's number, from 0, which is the first.
-    rounds: that count.
+    call: takes the round's number, 0 for the first.
+    rounds: number of rounds that count.
   """
   times = []
   for number in range(rounds + 1):
@@ -119,10 +119,10 @@ def repeat(call: Callable[[int], Any], rounds: int) -> Rounds:
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-  """Median, quartiles and number of rounds.
+  """Returns median, quartiles and number of rounds.
 
   Args:
-    seconds: of each round, at least one.
+    seconds: time of each round, at least one.
   """
   low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
   return {
@@ -133,20 +133,20 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def beside(least: float, seconds: float) -> dict[str, float]:
-  """The roofline's seconds, and which fraction of the measured ones."""
+  """Returns the roofline's seconds and their fraction of the measured ones."""
   return {'seconds': rounded(least), 'fraction': rounded(least / seconds)}
 
 
 def rounded(number: float) -> float:
-  """With four significant digits."""
+  """Rounds to four significant digits."""
   return float(f'{number:.4g}')
 
 
 def peak_bytes() -> tuple[int, str]:
-  """The most memory that was in use so far, and of what it is.
+  """Returns the peak of used memory so far, in bytes, and its owner.
 
   Returns:
-    ('device' where the accelerator counts, else 'process').
+    (bytes, 'device' where the accelerator counts them, else 'process').
   """
   statistics = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in statistics:
@@ -157,13 +157,13 @@ def peak_bytes() -> tuple[int, str]:
 
 
 def measure_roofline(dtype: str, rounds: int = 5) -> Roofline:
-  """Measures one device's best, of a dtype's matrix products and a triad.
+  """Measures one device's best speed in matrix products and a triad.
 
-  Takes some seconds, and 800 MB: call it when the peak of memory is known.
+  Takes some seconds, and 800 MB: call it once the peak of memory is known.
 
   Args:
     dtype: of the matrices; products are as exact as those of the model.
-    rounds: of each size, whose best counts.
+    rounds: number per size; the best one counts.
   """
   product = jax.jit(lambda a, b: a @ b)
   flops = 0.0
@@ -175,39 +175,39 @@ def measure_roofline(dtype: str, rounds: int = 5) -> Roofline:
 
 
 def _triad(rounds: int) -> float:
-  """bytes/s of a ← a / 2 + b, in place: no new page is touched."""
+  """Measures bytes/s of a ← a / 2 + b, in place: no new page is touched."""
   triad = jax.jit(lambda a, b: 0.5 * a + b, donate_argnums=0)
   a, b = jnp.ones((2, _TRIAD_BYTES // 4), jnp.float32)
-  found = []
+  times = []
   for _ in range(rounds + 1):
     start = time.perf_counter()
     a = jax.block_until_ready(triad(a, b))
-    found.append(time.perf_counter() - start)
-  return 3 * a.nbytes / min(found[1:])
+    times.append(time.perf_counter() - start)
+  return 3 * a.nbytes / min(times[1:])
 
 
 def _best(call: Callable[[], Any], rounds: int) -> float:
   jax.block_until_ready(call())
-  found = []
+  times = []
   for _ in range(rounds):
     start = time.perf_counter()
     jax.block_until_ready(call())
-    found.append(time.perf_counter() - start)
-  return min(found)
+    times.append(time.perf_counter() - start)
+  return min(times)
 
 
 def machine() -> dict[str, Any]:
-  """What a reader has to know of this machine; no names of hosts."""
-  found = {'cores': len(os.sched_getaffinity(0)), 'processor': _processor()}
+  """Returns facts about this machine, without names of hosts."""
+  facts = {'cores': len(os.sched_getaffinity(0)), 'processor': _processor()}
   device = jax.devices()[0]
   if device.platform != 'cpu':
-    found['device'] = device.device_kind
+    facts['device'] = device.device_kind
   tunables = os.environ.get('GLIBC_TUNABLES')
-  return found | ({'GLIBC_TUNABLES': tunables} if tunables else {})
+  return facts | ({'GLIBC_TUNABLES': tunables} if tunables else {})
 
 
 def _processor() -> str:
-  """Name and the widest vectors that the processor tells of."""
+  """Returns the processor's name and its widest vectors."""
   fields = {}
   if sys.platform == 'linux':
     with open('/proc/cpuinfo', encoding='utf-8') as lines:
@@ -221,9 +221,9 @@ def _processor() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-  """Of packages that are installed, and of Python."""
-  found = {'python': platform.python_version()}
-  return found | {name: importlib.metadata.version(name) for name in packages}
+  """Returns the versions of installed packages, and of Python."""
+  result = {'python': platform.python_version()}
+  return result | {name: importlib.metadata.version(name) for name in packages}
 
 
 def report(
@@ -232,20 +232,20 @@ def report(
   compiled: dict[str, float],
   dtype: str = 'float32',
   peak: tuple[int, str] | None = None,
-  **found,
+  **fields,
 ) -> tuple[dict[str, Any], Roofline]:
-  """The fields that every benchmark has; measures the roofline.
+  """Returns the fields that every benchmark has; measures the roofline.
 
   Args:
     benchmark: its name.
-    seconds: of the rounds that count.
-    compiled: of `Compilations.found`, or `compile_seconds` alone.
+    seconds: times of the rounds that count.
+    compiled: from `Compilations.found`, or `compile_seconds` alone.
     dtype: of the matrix products.
-    peak: as of `peak_bytes`; None asks it.
-    **found: the benchmark's own fields.
+    peak: as in `peak_bytes`; None calls it.
+    **fields: the benchmark's own fields.
   """
   # Before the roofline, whose arrays are large.
-  size, of = peak or peak_bytes()
+  size, owner = peak or peak_bytes()
   roofline = measure_roofline(dtype)
   reached = {
     'dtype': dtype,
@@ -255,16 +255,16 @@ def report(
   return {
     'benchmark': benchmark,
     'system': 'jaxrl_llm',
-    **found,
+    **fields,
     'seconds': summary(seconds),
     **compiled,
     'peak_bytes': size,
-    'peak_of': of,
+    'peak_of': owner,
     'machine': machine() | {'measured': reached},
     'versions': versions('jax', 'jaxlib', 'flax', 'optax'),
   }, roofline
 
 
-def show(found: dict[str, Any]) -> None:
+def show(fields: dict[str, Any]) -> None:
   """Prints one line of JSON."""
-  print(json.dumps(found), flush=True)
+  print(json.dumps(fields), flush=True)

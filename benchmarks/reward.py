@@ -1,6 +1,7 @@
-"""The job's reward, which also tells when a step passes; needs Python alone.
+"""The job's reward, which also records the time of each step.
 
-Every system calls it once in a step, with the texts of all responses.
+It needs only Python.  Every system calls it once in a step, with the texts of
+all responses.
 """
 
 import itertools
@@ -12,7 +13,7 @@ calls = []
 
 
 def vowels(completions: Sequence[str], **columns) -> list[float]:
-  """Which share of a text's characters are vowels."""
+  """Returns the share of vowels among each text's characters."""
   del columns
   calls.append(time.perf_counter())
   return [
@@ -21,5 +22,5 @@ def vowels(completions: Sequence[str], **columns) -> list[float]:
 
 
 def intervals() -> list[float]:
-  """Seconds between one call of `vowels` and the next: a whole step each."""
+  """Returns the seconds from each call of `vowels` to the next: whole steps."""
   return [after - before for before, after in itertools.pairwise(calls)]

@@ -1,26 +1,25 @@
-"""What a step gains by waiting for its rewards last.
+"""Time that a step gains by waiting for its rewards last.
 
     python -m benchmarks.reward_overlap --workers=4 \\
       --config=experiments/configs/quickstart.py --config.algorithm.kl=0.04
 
-A reward that takes so many milliseconds per response, without computing, is
-waited for in three ways: in this process, one response after another; in worker
-processes, as soon as the responses are there; and in worker processes when the
-device has been told all that it has to compute, as the training script does.
-Steps of the three ways alternate, so that whatever else the machine does slows
-all down alike.  What there is to compute meanwhile are the reference's
-log-probabilities, the trainer's own where the sampler's are not exact enough,
-a critic's values, and branches.
+A reward that takes some milliseconds per response, without computing, is
+awaited in three ways: in this process, one response after another; in worker
+processes, as soon as the responses exist; and in worker processes after the
+device has received all its work, as in the training script.  Steps of the three
+ways alternate, so that other load on the machine slows all down alike.  The
+work meanwhile consists of the reference's log-probabilities, the trainer's own
+where the sampler's are not exact enough, a critic's values, and branches.
 
 Prints a line of JSON for each duration:
 
-  milliseconds: that the reward takes per response.
+  milliseconds: the reward's time per response.
   here, at_once, last: seconds per step; medians over the rounds.
   here_to_last, at_once_to_last: medians of the ratios within a round.
 
-Measured with --rounds=5 on 2 slow CPU cores that had much else to do (a load of
-7): ratios are to be trusted to some 10 %.  The first column is the command
-above, 256 responses a step; the second has --workers=2,
+Measured with --rounds=5 on 2 slow CPU cores under other load (a load of 7):
+ratios are accurate to some 10 %.  The first columns are for the command above,
+256 responses a step; the last for --workers=2,
 --config.algorithm.name=trepo, --config.rollout.prompts=16 and
 --config.rollout.samples=4, 64 responses and their branches.
 
@@ -29,8 +28,8 @@ above, 256 responses a step; the second has --workers=2,
   here_to_last       1.13   1.41   2.25       1.31   1.70
   at_once_to_last    0.99   1.10   0.98       1.31   1.19
 
-Beside sampling and update the reference's log-probabilities are little to do in
-the meantime, and nothing is gained by it; branches are much.
+Besides sampling and update, the reference's log-probabilities are little work
+to overlap, and gain nothing; branches are much.
 """
 
 import contextlib
@@ -59,7 +58,7 @@ def waits(completions):
 
 
 class AwaitedAtOnce(Workers):
-  """Workers whose scores are there when `submit` returns."""
+  """Workers whose scores are complete when `submit` returns."""
 
   def submit(self, *arguments):
     pending = super().submit(*arguments)
@@ -69,7 +68,7 @@ class AwaitedAtOnce(Workers):
 
 @contextlib.contextmanager
 def ways(milliseconds: float, workers: int) -> Iterator[dict[str, Any]]:
-  """The reward function in each of the three ways, by name."""
+  """Yields the reward function in each of the three ways, by name."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, 'waits.py')
     text = _WAITS.format(seconds=milliseconds / 1000.0)
@@ -90,7 +89,7 @@ def measure(
   workers: int,
   rounds: int,
 ) -> tuple[training.TrainState, dict[str, Any]]:
-  """The state after all steps, and what their times come to."""
+  """Returns the state after all steps, and a summary of their times."""
   times = {}
   with ways(milliseconds, workers) as functions:
     for number in range(rounds + 1):  # The first one compiles.
@@ -100,16 +99,16 @@ def measure(
         state = jax.block_until_ready(result.state)
         times.setdefault(name, []).append(result.timings['step_time'])
   times = {name: seconds[1:] for name, seconds in times.items()}
-  found = {'benchmark': 'reward_overlap', 'milliseconds': milliseconds}
-  found |= {name: statistics.median(times[name]) for name in times}
+  fields = {'benchmark': 'reward_overlap', 'milliseconds': milliseconds}
+  fields |= {name: statistics.median(times[name]) for name in times}
   for name in ('here', 'at_once'):
     pairs = zip(times[name], times['last'], strict=True)
-    found[f'{name}_to_last'] = statistics.median(a / b for a, b in pairs)
-  return state, found
+    fields[f'{name}_to_last'] = statistics.median(a / b for a, b in pairs)
+  return state, fields
 
 
 def main() -> None:
-  """Measures what the flags name."""
+  """Measures as the flags specify."""
   config, values = cli.config(), flags.FLAGS
   checks.check(config)
   model = build.model(config.model, config.seed)
@@ -118,12 +117,12 @@ def main() -> None:
   rl.reference = model.params
   state = rl.begin(jax.tree.map(jnp.copy, model.params))
   for text in values.milliseconds:
-    state, found = measure(
+    state, fields = measure(
       rl, state, float(text), values.workers, values.rounds
     )
     rounded = {
       name: round(value, 3) if isinstance(value, float) else value
-      for name, value in found.items()
+      for name, value in fields.items()
     }
     print(json.dumps(rounded), flush=True)
 
@@ -131,6 +130,6 @@ def main() -> None:
 if __name__ == '__main__':
   flags.DEFINE_integer('workers', 2, 'Number of worker processes.', 1)
   flags.DEFINE_integer('rounds', 9, 'Steps of each way.', 1)
-  flags.DEFINE_list('milliseconds', ['1', '4', '16'], 'Per response.')
+  flags.DEFINE_list('milliseconds', ['1', '4', '16'], 'Times per response.')
   cli.define_config_flag()
   cli.run(main)

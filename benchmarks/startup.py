@@ -1,15 +1,15 @@
-"""How long a training takes from its command to the first finished step.
+"""Time of a training from its command to its first finished step.
 
     python -m benchmarks.startup --config=experiments/configs/quickstart.py
 
 Every round starts `experiments.train` twice: with an empty cache of compiled
 programs, and with the one that the first start has filled.  The process is
-ended as soon as `metrics.jsonl` has the record of step 1.  Beside the fields of
-`measuring` it prints:
+ended as soon as `metrics.jsonl` has the record of step 1.  Besides the fields
+of `measuring` it prints:
 
   seconds: with the cache warm; cold_seconds: with it empty.
-  compile_seconds: what the cache saves, the difference of the medians.
-  peak_bytes: of the processes up to then.
+  compile_seconds: time that the cache saves, the difference of the medians.
+  peak_bytes: that of the processes up to then.
 """
 
 import os
@@ -30,12 +30,12 @@ _POLL = 0.01  # seconds
 
 
 def first_step(config: str, cache: str, limit: float) -> float:
-  """Seconds until a new run has finished its first step.
+  """Returns the seconds until a new run has finished its first step.
 
   Args:
     config: path of the configuration.
-    cache: folder that stands for the user's own cache folder.
-    limit: seconds after which it is given up.
+    cache: folder used as the user's own cache folder.
+    limit: seconds after which to give up.
 
   Raises:
     UserError: the run ends or takes too long.
@@ -65,34 +65,36 @@ def first_step(config: str, cache: str, limit: float) -> float:
 
 
 def _finished_one(records: pathlib.Path) -> bool:
-  """Whether there is a record of step 1, after that of step 0."""
+  """Returns True if there is a record of step 1, after that of step 0."""
   return records.is_file() and records.read_bytes().count(b'\n') > 1
 
 
 def main() -> None:
-  """Measures what the flags name."""
-  given = flags.FLAGS
+  """Measures as the flags specify."""
+  options = flags.FLAGS
   cold, warm = [], []
-  for _ in range(given.rounds):
+  for _ in range(options.rounds):
     with tempfile.TemporaryDirectory() as cache:
-      cold.append(first_step(given.config, cache, given.limit))
-      warm.append(first_step(given.config, cache, given.limit))
+      cold.append(first_step(options.config, cache, options.limit))
+      warm.append(first_step(options.config, cache, options.limit))
   cold = measuring.summary(cold)
   saved = cold['median'] - measuring.summary(warm)['median']
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-  found, _ = measuring.report(
+  fields, _ = measuring.report(
     'startup',
     warm,
     {'compile_seconds': measuring.rounded(saved)},
     peak=(peak, 'process'),
-    config=given.config,
+    config=options.config,
     cold_seconds=cold,
   )
-  measuring.show(found)
+  measuring.show(fields)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('config', 'experiments/configs/quickstart.py', 'Of it.')
+  flags.DEFINE_string(
+    'config', 'experiments/configs/quickstart.py', 'Its path.'
+  )
   flags.DEFINE_integer('rounds', 3, 'Cold and warm starts.', 1)
   flags.DEFINE_float('limit', 300.0, 'Seconds that a start may take.', 1.0)
   cli.run(main)

@@ -2,12 +2,12 @@
 
 A policy-gradient estimator is a value, composed of small pure functions over
 token log-probabilities and trajectory rewards (`jaxrl_llm.estimators`).  The
-rest of the package supplies what an estimator asks for.
+rest of the package supplies the inputs of an estimator.
 """
 
 import logging as _logging
 
-# At its import, before anything else is said: the models here are JAX's.
+# At its import, before anything is logged: the models here are JAX's.
 _logging.getLogger('transformers').addFilter(
   lambda record: not record.getMessage().startswith('PyTorch was not found')
 )

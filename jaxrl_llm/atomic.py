@@ -1,4 +1,4 @@
-"""JSON values, and files that a reader sees whole: the old or the new one."""
+"""JSON values, and files that readers see whole: the old or the new one."""
 
 import errno
 import json
@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 
-# What file systems say that do not sync folders: their names are on the disk
-# when they will be.
+# Errors of file systems that do not sync folders: their names reach the disk
+# eventually.
 _NO_SYNC = frozenset(
   (
     *(errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
@@ -19,16 +19,16 @@ _NO_SYNC = frozenset(
 
 
 def as_json(value: Any, name: str, allow_nan: bool = False) -> Any:
-  """A copy of a value as JSON gives it back: tuples become lists.
+  """Returns a copy of a value as JSON restores it: tuples become lists.
 
   Args:
     value: numbers, strings, lists and dictionaries.
-    name: what it is, for the message.
+    name: the value's name, for the message.
     allow_nan: keep NaN and the infinities, which only Python's JSON has.
 
   Raises:
-    UserError: it has a key that is no string (JSON would make it one), a
-      number that is not allowed, or something that JSON has no form for.
+    UserError: it has a key that is not a string (JSON would make it one), a
+      number that is not allowed, or a value that JSON cannot express.
   """
   _check_keys(value, name)
   try:
@@ -55,7 +55,7 @@ def _check_keys(value, name, above=''):
 
 
 def write_atomically(path, content: str | bytes) -> None:
-  """Writes a file such that a reader sees all of the old or of the new.
+  """Writes a file such that readers see all of the old one or of the new one.
 
   Returns when it is on the disk.
 
@@ -79,7 +79,7 @@ def write_atomically(path, content: str | bytes) -> None:
 
 
 def sync_tree(path) -> None:
-  """Returns when a folder and all that is in it are on the disk.
+  """Returns when a folder and its whole content are on the disk.
 
   Raises:
     OSError: something could not be written, or the folder is not there.
@@ -94,7 +94,7 @@ def sync_folder(path) -> None:
   """Returns when the names in a folder are on the disk.
 
   Raises:
-    OSError: they could not be written; none where folders are not synced.
+    OSError: they could not be written; not raised where folders are not synced.
   """
   try:
     _sync(path)

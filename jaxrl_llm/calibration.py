@@ -1,10 +1,10 @@
-"""How far a reward model's margins can be believed, on held-out pairs.
+"""Reliability of a reward model's margins, on held-out pairs.
 
-A margin d = s⁺ − s⁻ is what the model gives the preferred response more than
-the other one, in nats.  Under the Bradley-Terry model it says that the first is
-preferred with probability σ(d).  Which of a pair comes first means nothing, so
-pairs are folded: the model is right where d > 0, and its confidence is σ(|d|),
-between 1/2 and 1.
+A margin d = s⁺ − s⁻ is the model's score of the preferred response minus that
+of the other, in nats.  Under the Bradley-Terry model the first is preferred
+with probability σ(d).  The order within a pair is arbitrary, so pairs are
+folded: the model is right where d > 0, and its confidence is σ(|d|), between
+1/2 and 1.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,13 @@ from jaxrl_llm.evaluation import Interval, bootstrap
 
 
 class Bin(NamedTuple):
-  """Pairs of like confidence; NaNs where there is none.
+  """Pairs of similar confidence; NaNs where there is none.
 
   Attributes:
-    low, high: the confidences that it holds, [low, high).
-    count: of pairs.
-    confidence: their mean.
-    accuracy: the share that is right; ties count half.
+    low, high: bounds of the confidences, [low, high).
+    count: number of pairs.
+    confidence: their mean confidence.
+    accuracy: the share of right ones; ties count half.
   """
 
   low: float
@@ -34,15 +34,15 @@ class Bin(NamedTuple):
 
 
 class Calibration(NamedTuple):
-  """What `examine` finds.
+  """The results of `examine`.
 
   Attributes:
-    count: of pairs.
+    count: number of pairs.
     accuracy: the share of right ones, ties half, and its interval.
-    log_loss: − log σ(d), nats, its mean and interval; log 2 knows nothing.
+    log_loss: − log σ(d), nats, its mean and interval; log 2 for no knowledge.
     error: the expected calibration error, as a probability.
-    temperature: by which margins are to be divided; see `temperature`.
-    bins: of the reliability diagram.
+    temperature: divisor of the margins; see `temperature`.
+    bins: those of the reliability diagram.
   """
 
   count: int
@@ -60,12 +60,12 @@ def examine(
   resamples: int = 2000,
   seed: int = 0,
 ) -> Calibration:
-  """All numbers about held-out pairs.
+  """Computes all numbers about held-out pairs.
 
   Args:
     margins: [N] nats.
-    bins: of confidence, as in `reliability`.
-    level, resamples, seed: of the intervals, over pairs.
+    bins: number of bins of confidence, as in `reliability`.
+    level, resamples, seed: those of the intervals, over pairs.
 
   Raises:
     UserError: there are no margins, or one is not finite.
@@ -94,14 +94,14 @@ def log_loss(margins: np.ndarray) -> np.ndarray:
 
 
 def reliability(margins: np.ndarray, bins: int = 10) -> tuple[Bin, ...]:
-  """The reliability diagram: how often the model is right, by confidence.
+  """Computes the reliability diagram: accuracy by confidence.
 
   Args:
     margins: [N] nats.
-    bins: of equal width between 1/2 and 1; the last one holds 1 too.
+    bins: number of bins of equal width between 1/2 and 1; the last one holds 1.
 
   Raises:
-    UserError: as `examine`, or `bins` is below 1.
+    UserError: as in `examine`, or `bins` is below 1.
 
   References:
     Guo et al., `On Calibration of Modern Neural Networks
@@ -126,25 +126,25 @@ def reliability(margins: np.ndarray, bins: int = 10) -> tuple[Bin, ...]:
 
 
 def expected_error(table: tuple[Bin, ...]) -> float:
-  """The expected calibration error: mean |accuracy − confidence| over pairs.
+  """Computes the expected calibration error: mean |accuracy − confidence|.
 
-  Noise in the bins' accuracies adds to it: of N pairs that are calibrated
-  perfectly about √(bins / N) · 0.3 is found.
+  The mean is over pairs.  Noise in the bins' accuracies adds to it: N perfectly
+  calibrated pairs show about √(bins / N) · 0.3.
 
   Args:
-    table: of `reliability`, with at least one pair.
+    table: from `reliability`, with at least one pair.
   """
-  filled = [one for one in table if one.count]
-  gaps = [one.count * abs(one.accuracy - one.confidence) for one in filled]
-  return float(sum(gaps) / sum(one.count for one in filled))
+  filled = [each for each in table if each.count]
+  gaps = [each.count * abs(each.accuracy - each.confidence) for each in filled]
+  return float(sum(gaps) / sum(each.count for each in filled))
 
 
 def temperature(margins: np.ndarray) -> float:
-  """The τ for which margins d/τ have the least log-loss.
+  """Finds the τ for which margins d/τ have the least log-loss.
 
-  Above 1 the model is too sure of itself, below 1 not sure enough.  0 where
-  every pair is right: no margin is wide enough then.  Infinity where the
-  margins tell nothing, their mean being 0 or less.
+  Above 1 the model is too confident, below 1 not confident enough.  0 if every
+  pair is right, as no margin is wide enough then.  Infinity if the mean margin
+  is 0 or less, as the margins carry no information.
 
   Args:
     margins: [N] nats.

@@ -1,6 +1,6 @@
-"""Compiled programs: kept in a folder for the next process, and counted.
+"""Compiled programs: cached in a folder for later processes, and counted.
 
-JAX keeps and finds them (its persistent compilation cache); this module sets
+JAX stores and finds them (its persistent compilation cache); this module sets
 and tidies the user's folder.  A program's key covers its HLO, its compiler
 options, JAX's version and the kind of device.
 """
@@ -28,28 +28,28 @@ _THRESHOLDS = {
   'jax_persistent_cache_min_entry_size_bytes': -1,
 }
 ENTRIES = '*-cache'  # as JAX names the files of programs
-_CHECKED = 'checked'  # its time is that of the last look at new entries
-_ZLIB = b'\x78'  # the first byte of what zlib compressed
+_CHECKED = 'checked'  # a file whose time is that of the last check of entries
+_ZLIB = b'\x78'  # the first byte of zlib's output
 _REQUEST = '/jax/compilation_cache/compile_requests_use_cache'
 
 
 def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
-  """Lets JAX keep what it compiles.  Call it before anything is compiled.
+  """Lets JAX cache what it compiles.  Call it before anything is compiled.
 
   A folder that the user has chosen, by `JAX_COMPILATION_CACHE_DIR` or in
-  `jax.config`, stays as it is; '' turns the cache off.  So does
-  `JAX_ENABLE_COMPILATION_CACHE=0`.  The other variables of JAX's cache hold,
-  too; `JAX_COMPILATION_CACHE_MAX_SIZE` takes the place of `limit`.
+  `jax.config`, is left as it is; '' turns the cache off, as does
+  `JAX_ENABLE_COMPILATION_CACHE=0`.  The other variables of JAX's cache apply,
+  too; `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `limit`.
 
   Several runs may use one folder at a time.
 
   Args:
-    folder: where; None for `default_folder()`.
-    limit: bytes; beyond, what was used the longest time ago is removed.  0
-      for no cache.
+    folder: of the cache; None for `default_folder()`.
+    limit: bytes; beyond, the least recently used programs are removed.  0 for
+      no cache.
 
   Returns:
-    Why there is none, in one line, where the folder cannot be used; else None.
+    The reason, in one line, if the folder cannot be used; else None.
   """
   if jax.__version__.startswith('0.10.'):
     quiet_loader()
@@ -70,11 +70,11 @@ def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
   except OSError as error:
     where = f'{folder}: ' if folder else ''
     return (
-      'no compilation cache, every start compiles anew: '
+      'no compilation cache, every start compiles again: '
       f'{where}{error.strerror or error}'
     )
   # JAX's own bound keeps a second file per program: a process killed between
-  # the two leaves a folder that takes no further program.
+  # the two writes leaves a folder that accepts no further program.
   jax.config.update('jax_compilation_cache_max_size', -1)
   jax.config.update('jax_compilation_cache_dir', str(folder))
   return None
@@ -93,17 +93,17 @@ def quiet_loader() -> None:
   def listen(event: str, **kwargs) -> None:
     del kwargs
     if event == _REQUEST and jax.default_backend() == 'cpu':
-      utils.absl_set_min_log_level(3)  # The next one above errors: fatal ones.
+      utils.absl_set_min_log_level(3)  # The level above errors: fatal ones.
 
   jax.monitoring.register_event_listener(listen)
 
 
 def leave() -> None:
-  """Takes back what `use` said, before anything is compiled.
+  """Undoes `use`, before anything is compiled.
 
-  For one of several processes, of which JAX lets only the first write: where
-  each has a disk of its own, the others would go on compiling what the first
-  one reads, and some compilers work on a program together.
+  For several processes: JAX lets only the first one write.  Where each has its
+  own disk, the others would compile what the first one reads, and some
+  compilers work on a program together.
   """
   with contextlib.suppress(OSError):
     if jax.config.jax_compilation_cache_dir == str(default_folder()):
@@ -111,15 +111,15 @@ def leave() -> None:
 
 
 def default_folder() -> pathlib.Path:
-  """Where this user's programs for this kind of machine are.
+  """Returns the folder of this user's programs for this kind of machine.
 
   Below `$XDG_CACHE_HOME`, or `~/.cache`.  A program for a CPU holds its
   instructions, which another machine of the same home may lack.
 
   Raises:
-    OSError: there is no home.
+    OSError: the home folder is unknown.
   """
-  # A relative path is to be ignored, says the XDG base directory standard.
+  # The XDG base directory standard ignores relative paths.
   base = os.environ.get('XDG_CACHE_HOME', '')
   if not os.path.isabs(base):
     base = os.path.expanduser('~/.cache')
@@ -131,8 +131,8 @@ def default_folder() -> pathlib.Path:
 def tidy(folder: pathlib.Path, limit: int) -> None:
   """Removes what is broken or beyond the limit.
 
-  A program that a kill or a full disk has cut short would be read, warned of
-  and compiled anew at every start.
+  A program that a kill or a full disk has cut short would be read, warned about
+  and compiled again at every start.
 
   Args:
     folder: of programs.
@@ -145,12 +145,12 @@ def tidy(folder: pathlib.Path, limit: int) -> None:
   for path in folder.glob(ENTRIES):
     # Another process may remove it first.
     with contextlib.suppress(FileNotFoundError):
-      found = path.stat()
-      if found.st_mtime >= since and not _is_whole(path):
+      status = path.stat()
+      if status.st_mtime >= since and not _is_whole(path):
         path.unlink()
       else:
-        used = max(found.st_atime, found.st_mtime)
-        entries.append((used, found.st_size, path))
+        used = max(status.st_atime, status.st_mtime)
+        entries.append((used, status.st_size, path))
   total = sum(size for _, size, _ in entries)
   for _, size, path in sorted(entries):
     if total <= limit:
@@ -160,11 +160,11 @@ def tidy(folder: pathlib.Path, limit: int) -> None:
 
 
 def _open(folder: pathlib.Path) -> None:
-  """Makes the folder; raises OSError if it is not to be written or trusted."""
+  """Creates the folder; raises OSError if it is not writable or trustworthy."""
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  # Programs are run as they are found: who writes them must be the user.
-  found = folder.stat()
-  if found.st_uid != os.getuid() or found.st_mode & 0o022:
+  # Programs are run as they are found: only the user may write them.
+  status = folder.stat()
+  if status.st_uid != os.getuid() or status.st_mode & 0o022:
     raise OSError('others may write there')
   with tempfile.TemporaryFile(dir=folder):
     pass
@@ -182,7 +182,7 @@ def _is_whole(path: pathlib.Path) -> bool:
 
 
 def _machine() -> str:
-  """A short name that machines with the same CPU share."""
+  """Returns a short name that machines with the same CPU share."""
   known = [platform.machine(), platform.processor()]
   with contextlib.suppress(OSError), open('/proc/cpuinfo', 'rb') as file:
     # The first processor's name and what it can do.
@@ -194,8 +194,8 @@ def _machine() -> str:
   return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
-# JAX's event, once for every program that is compiled or, compiled before,
-# read from the persistent cache.
+# JAX's event for every program that is compiled or, compiled before, read from
+# the persistent cache.
 _EVENT = '/jax/core/compile/backend_compile_duration'
 
 _lock = threading.Lock()
@@ -203,11 +203,11 @@ _total = [0, 0.0]
 
 
 class Compiled(NamedTuple):
-  """What was compiled, of programs of any size.
+  """Programs of any size that were compiled.
 
   Attributes:
-    programs: how many, those read from the persistent cache included.
-    seconds: the time that took, without tracing and lowering.
+    programs: their number, those read from the persistent cache included.
+    seconds: the time it took, without tracing and lowering.
   """
 
   programs: int
@@ -215,14 +215,14 @@ class Compiled(NamedTuple):
 
 
 class Meter:
-  """Tells what the process has compiled since it was last asked."""
+  """Reports what the process has compiled since the last report."""
 
   def __init__(self):
     _listen()
     self._seen = _total[:]
 
   def take(self) -> Compiled:
-    """What was compiled since the last call, or since the beginning."""
+    """Returns what was compiled since the last call, or since the beginning."""
     with _lock:
       now = _total[:]
     before, self._seen = self._seen, now
@@ -231,7 +231,7 @@ class Meter:
 
 @functools.cache
 def _listen() -> None:
-  """Begins to count; a listener cannot be taken back."""
+  """Begins to count; a listener cannot be removed."""
   jax.monitoring.register_event_duration_secs_listener(_add)
 
 

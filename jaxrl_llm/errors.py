@@ -1,8 +1,8 @@
-"""The one exception that stands for a mistake the user can correct."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(ValueError):
-  """What is wrong, where, and what to do, in at most three lines.
+  """The problem, its place and the remedy, in at most three lines.
 
   Scripts print the message without a traceback and exit with status 2.
   """

@@ -1,7 +1,7 @@
 """Numbers about many responses: pass@k, maj@k, best-of-n, intervals, n-grams.
 
-Of n responses to each of P prompts, pass@k, maj@k and best-of-k are the means
-over all subsets of k: for independent responses the unbiased estimates of
+For n responses to each of P prompts, pass@k, maj@k and best-of-k are the means
+over all subsets of k: for independent responses, the unbiased estimates of
 least variance.
 """
 
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-  """The unbiased estimate of P(at least one of k responses is right).
+  """Returns the unbiased estimate of P(at least one of k responses is right).
 
     pass@k = 1 − C(n−c, k) / C(n, k)
 
@@ -57,18 +57,18 @@ def votes(
   responses: Sequence[Sequence[str]],
   extract: Callable[[str], Hashable | None],
 ) -> np.ndarray:
-  """Numbers the answers that responses give, for `maj_at_k`.
+  """Numbers the answers of responses, for `maj_at_k`.
 
   Args:
     responses: n texts per prompt.
-    extract: the answer that a text gives, None without one.  Answers are one
-      if they are equal: exact numbers are, however they were written.
+    extract: returns a text's answer, or None.  Answers are one if they are
+      equal, as exact numbers are however they are written.
 
   Returns:
     [P, n] int, equal within a prompt where answers are, −1 without an answer.
 
   Raises:
-    UserError: `extract` fails, or gives what cannot be hashed, such as a list.
+    UserError: `extract` fails, or returns an unhashable value, such as a list.
   """
   rows = []
   for texts in responses:
@@ -87,14 +87,14 @@ def votes(
 
 
 def maj_at_k(votes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
-  """The unbiased estimate of E[the majority of k responses is right].
+  """Returns the unbiased estimate of E[the majority of k responses is right].
 
-  The answer with the most votes wins; among several with as many, each wins
-  equally often.  A response without an answer does not vote, and where none of
-  the k does, the result is wrong.  The mean over all subsets of k is exact, not
+  The answer with the most votes wins; each of several with as many wins equally
+  often.  A response without an answer does not vote, and where none of the k
+  does, the result is wrong.  The mean over all subsets of k is exact, not
   sampled: answers are drawn with binomial counts of mean k in all, and then
-  conditioned on k, which takes a polynomial product for each number of votes to
-  win with.
+  conditioned on k, which takes a polynomial product for each winning number of
+  votes.
 
   Args:
     votes: [P, n] int, from `votes`.
@@ -126,7 +126,7 @@ def maj_at_k(votes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def best_of_n(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
-  """The unbiased estimate of E[gold score of the best-scored of n responses].
+  """Returns the unbiased estimate of E[gold score of the best-scored of n].
 
     Σᵢ goldᵢ · P(i is chosen),
     P(the choice is among the r lowest) = C(r, n) / C(N, n)
@@ -134,15 +134,15 @@ def best_of_n(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
   for N sampled; among equal scores each is chosen equally often.
 
   Args:
-    scores: [P, N] float, of what chooses, such as a reward model.
-    gold: [P, N] float or bool, what the chosen one is worth.
+    scores: [P, N] float, of the selector, such as a reward model.
+    gold: [P, N] float or bool, the worth of a selected response.
     n: at most N.
 
   Returns:
     [P] float64, one estimate per prompt.
 
   Raises:
-    UserError: n > N or n < 1, or a score that is no number.
+    UserError: n > N or n < 1, or a score is not a number.
 
   References:
     Nakano et al., `WebGPT <https://arxiv.org/abs/2112.09332>`_, 2021, on
@@ -168,16 +168,16 @@ def best_of_n(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
 def bootstrap(
   values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-  """The mean of one value per prompt, and its percentile interval.
+  """Returns the mean of one value per prompt, and its percentile interval.
 
   Prompts are resampled, not responses: responses to one prompt are not
   independent evidence about other prompts.
 
   Args:
     values: [P] float.
-    level: of the interval.
-    resamples: bootstrap resamples.
-    seed: of the resampling.
+    level: coverage of the interval.
+    resamples: number of bootstrap resamples.
+    seed: seed of the resampling.
 
   Raises:
     UserError: there are no values.
@@ -196,28 +196,28 @@ def bootstrap(
 def bootstrap_few(
   values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-  """The mean of a few values, such as one per run, and its interval.
+  """Returns the mean of a few values, such as one per run, and its interval.
 
     mean + √(n/(n−1)) · t/z · (q − mean)   for each bound q of `bootstrap`
 
   t and z are the quantiles of Student's distribution with n − 1 degrees of
-  freedom and of the normal one.  The percentile interval of 5 values that says
-  95 % holds the truth 81 times of 100: resamples spread √((n−1)/n) too little,
-  and their spread is itself a guess.  Both are made up for as if the values
-  were normal; what the bounds keep of the bootstrap is their asymmetry.
+  freedom and of the normal one.  A percentile interval of 5 values at a nominal
+  95 % covers the truth 81 times of 100: resamples spread √((n−1)/n) too little,
+  and their spread is itself a guess.  Both are corrected as if the values were
+  normal; the bounds keep the bootstrap's asymmetry.
 
-  Of normal values the 95 % interval holds the truth 94, 94 and 95 times of 100
-  for n = 3, 5 and 10, of values as skewed as accuracies near 1 (a beta(8, 1))
-  91, 89 and 92 times.  Bounds may lie outside the range of the values.
+  The 95 % interval covers the truth 94, 94 and 95 times of 100 for n = 3, 5
+  and 10 normal values; 91, 89 and 92 times for values as skewed as accuracies
+  near 1 (a beta(8, 1)).  Bounds may lie outside the range of the values.
 
   Args:
     values: [n] float.
-    level: of the interval.
-    resamples: bootstrap resamples.
-    seed: of the resampling.
+    level: coverage of the interval.
+    resamples: number of bootstrap resamples.
+    seed: seed of the resampling.
 
   Returns:
-    An `Interval`; of one value, which tells nothing of others, with NaNs.
+    An `Interval`; with NaNs for one value, which reveals nothing about others.
 
   Raises:
     UserError: there are no values.
@@ -240,11 +240,11 @@ def bootstrap_few(
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 2) -> float:
-  """Distinct n-grams over all n-grams of all sequences, in [0, 1].
+  """Returns distinct n-grams over all n-grams of all sequences, in [0, 1].
 
   A policy that repeats itself, within a response or across responses, lowers
-  it.  It falls with the amount of text: compare equal amounts.  0 if there is
-  no n-gram.
+  it.  It falls with the amount of text: compare equal amounts.  0 if there are
+  no n-grams.
 
   References:
     Li et al., `A Diversity-Promoting Objective Function for Neural
@@ -264,13 +264,13 @@ def _check_subset(name: str, k: int, samples: int) -> None:
 
 
 def _majority(groups, silent: int, k: int, samples: int) -> float:
-  """Mean value of the winner over subsets of k.
+  """Returns the winner's mean value over subsets of k.
 
   Args:
     groups: (number of responses, value) of each answer.
     silent: responses without an answer.
-    k: votes cast, those of silent responses included.
-    samples: responses in all.
+    k: votes cast, including those of silent responses.
+    samples: total number of responses.
   """
   share = k / samples
   chances = [(_binomial(count, share), value) for count, value in groups]
@@ -278,9 +278,9 @@ def _majority(groups, silent: int, k: int, samples: int) -> float:
   most = max((count for count, _ in groups), default=0)
   expected = 0.0
   for needed in range(1, min(k, most) + 1):
-    # ways[t, s]: chance that s responses were drawn and t answers have as many
-    # votes as are needed, none more.  gains: the sum of those t values, times
-    # the chance.
+    # ways[t, s]: chance that s responses were drawn and t answers have the
+    # needed number of votes, none more.  gains: the sum of those t values,
+    # times the chance.
     ways = np.zeros((min(len(groups), k // needed) + 1, k + 1))
     ways[0, : len(start)] = start
     gains = np.zeros_like(ways)
@@ -296,7 +296,7 @@ def _majority(groups, silent: int, k: int, samples: int) -> float:
 
 
 def _shifted(table: np.ndarray, chance: np.ndarray) -> np.ndarray:
-  """The table after drawing s more responses with chance[s], no tie more."""
+  """Returns the table after drawing s more responses with chance[s], no tie."""
   width = table.shape[1]
   result = np.zeros_like(table)
   for s in np.flatnonzero(chance[:width]):
@@ -305,14 +305,14 @@ def _shifted(table: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 
 def _tie(table: np.ndarray, drawn: int, chance: float) -> np.ndarray:
-  """The table after one tie more, of `drawn` responses."""
+  """Returns the table after one more tie, of `drawn` responses."""
   result = np.zeros_like(table)
   result[1:, drawn:] = chance * table[:-1, :-drawn]
   return result
 
 
 def _binomial(count: int, share: float) -> np.ndarray:
-  """Chances of 0 … count of `count` responses, each drawn with `share`."""
+  """Returns the chances of 0 … count draws, each with probability `share`."""
   from scipy import special  # slow to import
 
   drawn = np.arange(count + 1)

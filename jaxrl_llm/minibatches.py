@@ -34,7 +34,7 @@ def minibatches(tree: Any, count: int, key: Array) -> Iterator[Any]:
     yield _take(tree, rows)
 
 
-# One program: of several processes each array's own would be a meeting of all.
+# One program: with several processes, each array's own would be a rendezvous.
 @jax.jit
 def _take(tree: Any, rows: Array) -> Any:
   return jax.tree.map(lambda x: x[rows], tree)
@@ -61,13 +61,13 @@ def split_prompts(tree: Any, micro_prompts: int) -> Any:
 def check_divides(
   number: int, prompts: int, name: str, source: str = ''
 ) -> None:
-  """Raises UserError, with what would do, if `number` does not divide P.
+  """Raises UserError, with possible values, if `number` does not divide P.
 
   Args:
-    number: of parts, or of prompts per part.
+    number: number of parts, or of prompts per part.
     prompts: P.
-    name: of the number, for the message.
-    source: of P, for the message.
+    name: the number's name, for the message.
+    source: the origin of P, for the message.
   """
   if number < 1 or prompts % number:
     possible = [n for n in range(1, prompts + 1) if prompts % n == 0]

@@ -1,9 +1,9 @@
-"""`dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`, wrong keys refused.
+"""Calls functions by name: `dict(name='grpo', clip=0.2)` → `grpo(clip=0.2)`.
 
-A name is that of a public function of the library's module, or
-'file.py:function' or 'package.module:function' for a user's own.  The standard
-library's functions are refused: none of them is a reward or an estimator, and
-some run commands.
+Wrong keys are refused.  A name is that of a public function of the library's
+module, or 'file.py:function' or 'package.module:function' for a user's own.
+The standard library's functions are refused: none of them is a reward or an
+estimator, and some run commands.
 """
 
 import difflib
@@ -18,15 +18,15 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 
-# Where the functions live that a name may mean.
+# The modules whose functions a name may mean.
 Modules = ModuleType | Sequence[ModuleType]
 
-# Callables that know the module which defined them.
+# Callables that know the module that defined them.
 _DEFINED = (BuiltinFunctionType, FunctionType, MethodType, type)
 
 
 def find(modules: Modules, name: str, field: str) -> Callable:
-  """The public function `name` of `modules`, or of a file or module named.
+  """Returns the function `name` of `modules`, or of a file or module it names.
 
   Args:
     modules: where the functions live.
@@ -34,7 +34,7 @@ def find(modules: Modules, name: str, field: str) -> Callable:
     field: the configuration field, for the message.
 
   Raises:
-    UserError: there is none; names the nearest.
+    UserError: it does not exist; suggests the nearest name.
   """
   if not isinstance(name, str):
     raise UserError(f'{field}: the name is {name!r}, not a text')
@@ -73,14 +73,14 @@ def call(
     modules: where the functions live.
     spec: name and keyword arguments.
     field: the configuration field, for the message.
-    parts: where the functions live that an argument may name: it is then what
-      the function gives, as in `dict(name='ppo', kl=dict(name='adaptive_kl',
-      …))`.  Without them an argument is what it is.
-    **extra: arguments that do not come from a configuration; given only to a
+    parts: modules with the functions that an argument may name; it is then the
+      function's result, as in `dict(name='ppo', kl=dict(name='adaptive_kl',
+      …))`.  Without them an argument is passed as it is.
+    **extra: arguments that do not come from a configuration; passed only to a
       function that has a parameter of that name.
 
   Raises:
-    UserError: no such function, or arguments that it does not take.
+    UserError: the function does not exist, or does not take the arguments.
   """
   arguments = dict(spec)
   name = arguments.pop('name', None)
@@ -123,7 +123,7 @@ def call(
 
 
 def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:
-  """What `call` would pass for `parameter`: given, default, or None."""
+  """Returns what `call` would pass for `parameter`: given, default, or None."""
   if parameter in spec:
     return spec[parameter]
   parameters = inspect.signature(find(modules, spec['name'], 'name')).parameters
@@ -131,23 +131,27 @@ def argument(modules: Modules, spec: Mapping[str, Any], parameter: str) -> Any:
 
 
 def file_of(name: str) -> str | None:
-  """The user's file that a name means; None for a function of the library.
+  """Returns the user's file that a name means; None for a library function.
 
-  Of a module the source, for which the packages around it are imported.  What
-  cannot be found is named as it stands: who loads it says so.
+  For a module it is the source; the packages around it are imported.  A name
+  that cannot be found is returned unchanged: loading it reports the error.
   """
   path = name.rpartition(':')[0]
   if not path or path.endswith('.py'):
     return path or None
   try:
-    found = importlib.util.find_spec(path)
+    module_spec = importlib.util.find_spec(path)
   except (ImportError, ValueError):
     return path
-  return found.origin if found is not None and found.has_location else path
+  return (
+    module_spec.origin
+    if module_spec is not None and module_spec.has_location
+    else path
+  )
 
 
 def _load(name: str, field: str) -> Callable:
-  """'file.py:function' or 'module:function' → the function."""
+  """Loads 'file.py:function' or 'module:function'."""
   path, _, attribute = name.rpartition(':')
   if not path.endswith('.py') and _is_standard(path):
     raise _standard(name, field)
@@ -190,10 +194,10 @@ def _standard(name: str, field: str) -> UserError:
 
 
 def _module(path: str, field: str) -> ModuleType:
-  """A file ending in .py, executed, or a module, imported."""
+  """Executes a file ending in .py, or imports a module."""
   file = pathlib.Path(path)
   if file.suffix == '.py' and file.is_file():
-    # By this name pickle and dataclasses find the module again.
+    # Pickle and dataclasses find the module again by this name.
     spec = importlib.util.spec_from_file_location(f'user_{file.stem}', path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -204,7 +208,7 @@ def _module(path: str, field: str) -> ModuleType:
     try:
       return importlib.import_module(path)
     except ModuleNotFoundError as error:
-      # What the module itself imports may be missing: that is another mistake.
+      # An import of the module itself may be missing: that is another mistake.
       if not f'{path}.'.startswith(f'{error.name}.'):
         raise
   raise UserError(

@@ -1,11 +1,12 @@
 """Several processes that run one program: how they meet and agree.
 
 Every process runs the same Python and makes the same calls in the same order;
-what a process decides alone (a signal, a file, a reward) is made known to all
-before it steers the program.  In a single process every function is a no-op.
+a decision that a process makes alone (a signal, a file, a reward) is shared
+with all before it steers the program.  In a single process every function is a
+no-op.
 
 Small facts go through the coordination service of `jax.distributed`, which
-process 0 hosts, arrays through collectives of the devices.
+process 0 hosts, and arrays through collectives of the devices.
 """
 
 import itertools
@@ -22,23 +23,23 @@ from jax.experimental import multihost_utils
 from jaxrl_llm.errors import UserError
 
 # Seconds that processes wait for each other: rewards, an export or a compile
-# may take one of them long.  A lost process is noticed apart from this.
+# may take one of them long.  A lost process is noticed separately.
 PATIENCE = 1800.0
 _numbers = itertools.count()
 
 
 def is_main() -> bool:
-  """Whether this is process 0, which alone owns files and speaks."""
+  """Returns True in process 0, which alone owns files and prints."""
   return jax_distributed.global_state.process_id == 0
 
 
 def count() -> int:
-  """How many processes there are.  Touches no device."""
+  """Returns the number of processes.  Touches no device."""
   return jax_distributed.global_state.num_processes if _client() else 1
 
 
 def index() -> int:
-  """The number of this process.  Touches no device."""
+  """Returns the number of this process.  Touches no device."""
   return jax_distributed.global_state.process_id
 
 
@@ -47,14 +48,14 @@ def _client():
 
 
 def barrier(name: str, timeout_s: float = PATIENCE) -> None:
-  """Returns when all processes have come here.
+  """Returns when all processes have called it.
 
   Args:
-    name: what they come for, for the message.
+    name: the purpose, for the message.
     timeout_s: seconds to wait for the last.
 
   Raises:
-    UserError: some did not come; the message names the barrier and them.
+    UserError: some did not arrive; the message names the barrier and them.
   """
   if count() > 1:
     _meet(f'jaxrl_llm/{next(_numbers)}/{name}', name, timeout_s)
@@ -73,17 +74,17 @@ def _meet(key: str, name: str, timeout_s: float) -> None:
     )
     who = f'process {", ".join(late)}' if late else 'not all processes'
     raise UserError(
-      f'{who} of {count()} did not come to {name!r} within {timeout_s:g} s\n'
-      'all processes run the same program with the same flags: look into '
-      'the log of the one that is late'
+      f'{who} of {count()} did not reach {name!r} within {timeout_s:g} s\n'
+      'all processes run the same program with the same flags: see the log of '
+      'the late one'
     ) from error
 
 
 def all_come(name: str, timeout_s: float) -> bool:
-  """Whether all processes come here within a time.
+  """Returns True if all processes call it within a time.
 
-  Unlike `barrier`, for a place to which perhaps not all of them get: it is
-  known by its name alone, which is used once.
+  Unlike `barrier`, it is for places that perhaps not all of them reach: it is
+  identified by its name alone, which is used once.
   """
   if count() == 1:
     return True
@@ -95,9 +96,9 @@ def all_come(name: str, timeout_s: float) -> bool:
 
 
 def agree(flag: bool, name: str = 'a decision') -> bool:
-  """Whether any process says so, the same answer on all.
+  """Returns True on all processes if `flag` is true on any.
 
-  Waits for no device: what they are computing goes on.
+  Waits for no device: running computations continue.
   """
   if count() == 1:
     return bool(flag)
@@ -109,22 +110,22 @@ def agree(flag: bool, name: str = 'a decision') -> bool:
 
 
 def own_part(total: int) -> slice:
-  """Which of so many things, in order, are this process's to work on."""
+  """Returns which of `total` things, in order, this process works on."""
   bounds = [i * total // count() for i in (index(), index() + 1)]
   return slice(*bounds) if count() > 1 else slice(0, total)
 
 
 def gather(tree: Any, name: str = 'gathered rows') -> Any:
-  """All processes' rows on every process, in the order of the processes.
+  """Gathers all processes' rows on every process, in process order.
 
   Args:
     tree: NumPy arrays of this process's rows, the same tree on all processes.
-      The number of rows may differ, their shape and dtype may not.
-    name: what is gathered, for the message where a process does not come.
+      The number of rows may differ, but not their shape and dtype.
+    name: the name of the rows, for the message if a process does not arrive.
 
   Returns:
     The tree of NumPy arrays, concatenated over the processes along the first
-    axis, bits and dtypes kept (JAX alone would make float64 float32).
+    axis, with bits and dtypes unchanged (JAX alone would make float64 float32).
   """
   leaves, structure = jax.tree.flatten(tree)
   leaves = [np.asarray(leaf) for leaf in leaves]
@@ -134,15 +135,18 @@ def gather(tree: Any, name: str = 'gathered rows') -> Any:
     return structure.unflatten(leaves)
   header = json.dumps([[str(leaf.dtype), leaf.shape] for leaf in leaves])
   content = b''.join(leaf.tobytes() for leaf in leaves)
-  found = []
+  parts_by_process = []
   for data in _exchange(header.encode() + b'\n' + content, name):
     header, _, content = data.partition(b'\n')
-    found.append(_unpack(json.loads(header), content))
-  kinds = {tuple((x.dtype.kind, x.shape[1:]) for x in part) for part in found}
+    parts_by_process.append(_unpack(json.loads(header), content))
+  kinds = {
+    tuple((x.dtype.kind, x.shape[1:]) for x in part)
+    for part in parts_by_process
+  }
   if len(kinds) > 1:
     raise ValueError(f'{name}: the rows of the processes differ: {kinds}.')
   return structure.unflatten(
-    [np.concatenate(parts) for parts in zip(*found, strict=True)]
+    [np.concatenate(parts) for parts in zip(*parts_by_process, strict=True)]
   )
 
 
@@ -157,11 +161,11 @@ def _unpack(header, content: bytes) -> list[np.ndarray]:
 
 
 def gather_objects(value: Any, name: str = 'gathered values') -> list:
-  """Every process's value on every process, in the order of the processes.
+  """Gathers every process's value on every process, in process order.
 
   Args:
     value: JSON values, of any size (tuples come back as lists).
-    name: what is gathered, for the message where a process does not come.
+    name: the name of the values, for the message if a process does not arrive.
   """
   content = json.dumps(value).encode()
   if count() == 1:
@@ -170,8 +174,8 @@ def gather_objects(value: Any, name: str = 'gathered values') -> list:
 
 
 def _exchange(content: bytes, name: str) -> list[bytes]:
-  """Every process's bytes, over the devices."""
-  # A collective has a time-out of its own: let nobody wait inside it.
+  """Exchanges every process's bytes, over the devices."""
+  # A collective has its own time-out: nobody must wait inside it.
   barrier(name)
   gather_all = multihost_utils.process_allgather
   sizes = gather_all(np.array([len(content)], np.int32)).reshape(-1)
@@ -184,27 +188,27 @@ def _exchange(content: bytes, name: str) -> list[bytes]:
 
 
 def on_main(function: Callable[[], Any], name: str) -> Any:
-  """What process 0 finds out, on every process.
+  """Calls a function in process 0 and returns its result on every process.
 
   Args:
-    function: called in process 0 alone; gives JSON values.
-    name: what it does, for the message where a process does not come.
+    function: called in process 0 alone; returns JSON values.
+    name: its purpose, for the message if a process does not arrive.
 
   Returns:
     The function's result; over several processes tuples come back as lists.
 
   Raises:
-    UserError: the function raised it: it is raised in all processes.
+    UserError: the function raised it; it is raised in all processes.
   """
   if count() == 1:
     return function()
-  found = None
+  outcome = None
   if is_main():
     try:
-      found = [True, function()]
+      outcome = [True, function()]
     except UserError as error:
-      found = [False, str(error)]
-  done, result = gather_objects(found, name)[0]
+      outcome = [False, str(error)]
+  done, result = gather_objects(outcome, name)[0]
   if not done:
     raise UserError(result)
   return result

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh of devices, one table of parameters, two layouts.
+"""Placement of arrays: a mesh of devices, a table of parameters, two layouts.
 
 A mesh has the axes 'data', 'fsdp' and 'tensor'.  Rows (prompts and their
 responses) are spread over data × fsdp.  Parameters, gradients and optimiser
@@ -29,9 +29,9 @@ Array = jax.Array
 DATA, FSDP, TENSOR = AXES = 'data', 'fsdp', 'tensor'
 ROWS = DATA, FSDP
 
-# Parameter → the axes of its last dimensions; a leaf under 'layers' has the
-# layers' dimension in front, which is never split.  What matches no line is
-# small and whole on every device.
+# Parameter → the axes of its last dimensions; a leaf under 'layers' also has
+# the layers' dimension in front, which is never split.  Parameters that match
+# no line are small and whole on every device.
 _TABLE = (
   (r'(embed|head)/embedding', (TENSOR, FSDP)),
   (r'positions/embedding', (None, FSDP)),
@@ -52,28 +52,28 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """A mesh of all devices.
+  """Creates a mesh of all devices.
 
   Args:
-    data, fsdp, tensor: devices along each axis; −1, for one of them, is what
-      the others leave.
-    devices: in place of all.
+    data, fsdp, tensor: devices along each axis; −1, for one of them, takes
+      those that the others leave.
+    devices: these instead of all.
 
   Raises:
     UserError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
-  given = math.prod(size for size in sizes.values() if size != -1)
+  product = math.prod(size for size in sizes.values() if size != -1)
   open_axes = [name for name, size in sizes.items() if size == -1]
   bad = any(size < 1 and size != -1 for size in sizes.values())
-  if bad or len(open_axes) > 1 or len(devices) % given:
+  if bad or len(open_axes) > 1 or len(devices) % product:
     raise _no_mesh(sizes, len(devices))
   if open_axes:
-    sizes[open_axes[0]] = len(devices) // given
-  elif given != len(devices):
+    sizes[open_axes[0]] = len(devices) // product
+  elif product != len(devices):
     raise _no_mesh(sizes, len(devices))
-  # Splits physical axes where it has to: a tensor axis of 8 on a 4x4x4 torus.
+  # Splits physical axes if necessary: a tensor axis of 8 on a 4x4x4 torus.
   grid = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
@@ -91,16 +91,16 @@ def _no_mesh(sizes: dict[str, int], count: int) -> UserError:
 
 
 def on_own_device() -> contextlib.AbstractContextManager:
-  """What runs within is this process's alone, on its first device."""
+  """Restricts the code within to this process's first device."""
   if jax.sharding.get_mesh().empty:
     return contextlib.nullcontext()
   return jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))
 
 
 def mesh_sizes() -> dict[str, int]:
-  """Devices along each axis of the present mesh that XLA partitions over.
+  """Returns the devices along each axis of the mesh that XLA partitions over.
 
-  Empty without a mesh; what `over_rows` has split already is left out.
+  Empty without a mesh; axes that `over_rows` has split already are left out.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -115,7 +115,7 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def row_devices() -> int:
-  """Devices that rows are spread over: data × fsdp; 1 without a mesh."""
+  """Returns the number of devices that rows are spread over: data × fsdp."""
   sizes = mesh_sizes()
   return math.prod(sizes.get(name, 1) for name in ROWS)
 
@@ -139,7 +139,7 @@ def _spec(shape, names, sizes: dict[str, int]) -> P:
 
 
 def _fit(names, dimension: int, sizes: dict[str, int]):
-  """The first of an entry's axes that together divide a dimension."""
+  """Returns the first of an entry's axes that together divide a dimension."""
   if names is None:
     return None
   names = (names,) if isinstance(names, str) else names
@@ -150,55 +150,55 @@ def _fit(names, dimension: int, sizes: dict[str, int]):
 
 
 def tensor_shards(dimension: int) -> int:
-  """Over how many devices the tensor axis splits a dimension."""
+  """Returns the number of tensor shards of a dimension."""
   size = mesh_sizes().get(TENSOR, 1)
   return 1 if dimension % size else size
 
 
 def heads_axis(heads: int) -> str | None:
-  """'tensor' where it divides a number of key heads, else None."""
+  """Returns 'tensor' if it divides a number of key heads, else None."""
   return TENSOR if tensor_shards(heads) > 1 else None
 
 
 def row_axes(prompts: int, samples: int) -> tuple[tuple, tuple]:
-  """The axes that P prompts, and G responses of each, are spread over.
+  """Returns the axes that P prompts, and G responses of each, are spread over.
 
   Prompts take as many devices as divide them; responses the others.
   """
   sizes = mesh_sizes()
   axes = tuple(name for name in ROWS if name in sizes)
-  of = lambda names: math.prod(sizes[name] for name in names)
+  size = lambda names: math.prod(sizes[name] for name in names)
   possible = [
     (axes[:i], axes[i:j])
     for i in range(len(axes), -1, -1)
     for j in range(len(axes), i - 1, -1)
-    if prompts % of(axes[:i]) == 0 and samples % of(axes[i:j]) == 0
+    if prompts % size(axes[:i]) == 0 and samples % size(axes[i:j]) == 0
   ]
-  return max(possible, key=lambda found: of(found[0] + found[1]))
+  return max(possible, key=lambda pair: size(pair[0] + pair[1]))
 
 
 def row_spec(prompts: int, samples: int = 1) -> P:
-  """PartitionSpec of arrays [P, G, ...]."""
+  """Returns the PartitionSpec of arrays [P, G, ...]."""
   return P(*(axes or None for axes in row_axes(prompts, samples)))
 
 
 def flat(spec: P) -> tuple | None:
-  """The axes of P · G rows in one dimension, of a `row_spec`."""
+  """Returns the axes of a `row_spec`'s P · G rows in one dimension."""
   entries = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
   return tuple(name for axes in entries for name in axes) or None
 
 
 def shards(spec: P) -> int:
-  """Over how many devices a `row_spec` spreads rows."""
+  """Returns the number of devices over which a `row_spec` spreads rows."""
   return math.prod(mesh_sizes()[name] for name in flat(spec) or ())
 
 
 def check_rows(prompts: int, samples: int, name: str) -> None:
-  """Raises UserError, with what would do, if devices were left without rows.
+  """Raises UserError, with possible values, if devices would have no rows.
 
   Args:
     prompts, samples: P and G of a batch.
-    name: of the number of prompts, for the message.
+    name: the name of the number of prompts, for the message.
   """
   count = row_devices()
 
@@ -220,9 +220,9 @@ def check_rows(prompts: int, samples: int, name: str) -> None:
 
 
 def constrain_rows(tree: Any) -> Any:
-  """Spreads arrays [P, ...], and of three or more dimensions [P, G, ...].
+  """Spreads arrays [P, ...], or [P, G, ...] of three or more dimensions.
 
-  Arrays of no dimension stay as they are.
+  Arrays without dimensions are unchanged.
   """
   if not mesh_sizes():
     return tree
@@ -241,14 +241,14 @@ def constrain_rows(tree: Any) -> Any:
 
 
 def over_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """Runs a function for each device's own rows, without a word between them.
+  """Runs a function on each device's own rows, without communication.
 
   Inside, only the tensor axis is left to XLA.  Without a mesh the function
   runs as it is.
 
   Args:
-    function: of arrays alone.
-    in_specs, out_specs: `PartitionSpec`s over data and fsdp, as for
+    function: takes only arrays.
+    in_specs, out_specs: `PartitionSpec`s over data and fsdp, as in
       `jax.shard_map`.
   """
   if row_devices() == 1:
@@ -263,21 +263,21 @@ def over_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def column_spec(matrix: Array) -> P:
-  """PartitionSpec of a matrix [V, D] for `over_rows` and `gather_columns`."""
+  """Returns the PartitionSpec of a matrix [V, D] for `gather_columns`."""
   if row_devices() == 1:
     return P(None, None)
   return P(None, _fit(FSDP, matrix.shape[1], mesh_sizes()))
 
 
 def gather_columns(x: Array, spec: P, dtype) -> Array:
-  """A matrix whole, of a device's columns of it, inside of `over_rows`.
+  """Gathers a whole matrix from its devices' columns, inside `over_rows`.
 
-  Values travel in `dtype`; the gradient is added up over devices in float32.
+  Values travel in `dtype`; the gradient is summed over devices in float32.
 
   Args:
     x: [V, D / fsdp], or [V, D] where `spec` splits nothing.
-    spec: of `column_spec`.
-    dtype: of the products that it is for.
+    spec: from `column_spec`.
+    dtype: that of the products that use it.
   """
   if spec[1] is None:
     return x
@@ -286,7 +286,7 @@ def gather_columns(x: Array, spec: P, dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather_columns(x, dtype):
-  # The rows stay split over tensor, also on their way.
+  # The rows stay split over tensor, also in transit.
   sent = constrain(x.astype(dtype), TENSOR, None)
   whole = jax.lax.all_gather(sent, FSDP, axis=1, tiled=True)
   return constrain(whole, TENSOR, None).astype(x.dtype)
@@ -295,8 +295,8 @@ def _gather_columns(x, dtype):
 def _scatter_columns(dtype, _, gradient):
   del dtype
   gradient = constrain(gradient, TENSOR, None)
-  own = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True)
-  return (constrain(own, TENSOR, None),)
+  part = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True)
+  return (constrain(part, TENSOR, None),)
 
 
 _gather_columns.defvjp(
@@ -305,14 +305,14 @@ _gather_columns.defvjp(
 
 
 def param_specs(tree: Any, layout: str, sizes: dict[str, int]) -> Any:
-  """PartitionSpecs of parameters, gradients or optimiser state, by name.
+  """Returns PartitionSpecs for parameters, gradients or optimiser state.
 
   An axis that does not divide a dimension is left out there.
 
   Args:
     tree: arrays or their shapes.
     layout: 'training' or 'sampling'.
-    sizes: of the mesh's axes.
+    sizes: sizes of the mesh's axes.
   """
   kept = {name: sizes[name] for name in LAYOUTS[layout] if name in sizes}
 
@@ -346,7 +346,7 @@ def constrain_params(tree: Any, layout: str = 'training') -> Any:
 
 
 def shardings(tree: Any, layout: str = 'training') -> Any:
-  """`NamedSharding`s of parameters on the present mesh; None without one."""
+  """Returns parameters' `NamedSharding`s on the mesh; None without one."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return None
@@ -355,26 +355,28 @@ def shardings(tree: Any, layout: str = 'training') -> Any:
 
 
 def with_shardings(tree: Any, layout: str = 'training') -> Any:
-  """Shapes of parameters or state that know where they are to live."""
-  found = shardings(tree, layout)
-  if found is None:
+  """Returns shapes of parameters or state with their shardings."""
+  layouts = shardings(tree, layout)
+  if layouts is None:
     return tree
   return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, found
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    layouts,
   )
 
 
 def place(tree: Any, layout: str = 'training') -> Any:
-  """Parameters, equal on every process, in a layout of the present mesh."""
-  found = shardings(tree, layout)
-  return tree if found is None else jax.tree.map(_put, tree, found)
+  """Places parameters, equal on every process, in a layout of the mesh."""
+  layouts = shardings(tree, layout)
+  return tree if layouts is None else jax.tree.map(_put, tree, layouts)
 
 
 def place_rows(tree: Any) -> Any:
-  """Host arrays [P, ...] or [P, G, ...], equal on every process, by rows.
+  """Places host arrays [P, ...] or [P, G, ...], the same everywhere, by rows.
 
-  Each process hands its devices their own rows, found by global index.  An
-  array without dimensions is given to every device.
+  Each process hands its devices their own rows, by global index.  An array
+  without dimensions is given to every device.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
@@ -405,9 +407,9 @@ def _put(x, sharding: NamedSharding) -> Array:
 
 
 def to_host(tree: Any) -> Any:
-  """NumPy arrays of arrays, whole, on every process.
+  """Returns whole arrays as NumPy arrays, on every process.
 
-  Every process has to call it, and gets the same.
+  Every process must call it, and gets the same.
   """
   if jax.process_count() == 1:
     return jax.device_get(tree)

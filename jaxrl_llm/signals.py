@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by signals, which it polls."""
+"""Requests to stop a run: signals, which the run polls."""
 
 import gc
 import os
@@ -11,21 +11,21 @@ from jaxrl_llm import processes
 class StopRequested(BaseException):
   """A signal asked the run to stop; the message is the signal's name.
 
-  No `Exception`, as KeyboardInterrupt is none: a function that is interrupted
-  has not failed, and what handles failures must not swallow it.
+  Like KeyboardInterrupt it is not an `Exception`: an interrupted function has
+  not failed, and handlers of failures must not swallow it.
   """
 
 
 class StopSignal:
   """Turns a signal into a request that a loop polls.
 
-  SIGTERM, the first SIGINT, and SIGHUP, which a terminal that is closed sends,
-  unless that is ignored, as under nohup.  A second SIGINT raises
-  KeyboardInterrupt at once.  The former handlers come back on exit.  Enter it
-  in the main thread, where Python delivers signals.
+  The signals are SIGTERM, the first SIGINT, and SIGHUP, which a closed terminal
+  sends, unless it is ignored, as under nohup.  A second SIGINT raises
+  KeyboardInterrupt at once.  The former handlers are restored on exit.  Enter
+  it in the main thread, where Python delivers signals.
 
-  With several processes a signal to any of them stops all, at the same `check`:
-  all of them make the same calls of it.
+  With several processes a signal to any of them stops all at the same `check`,
+  which all of them call equally often.
 
     with StopSignal() as stop:
       for step in steps:
@@ -34,7 +34,7 @@ class StopSignal:
           break
 
   Attributes:
-    name: the signal that asked, such as `'SIGTERM'`, or None.
+    name: the signal that asked for the stop, such as `'SIGTERM'`, or None.
   """
 
   def __init__(self):
@@ -47,20 +47,20 @@ class StopSignal:
     return self.name is not None
 
   def check(self) -> None:
-    """Raises StopRequested if a stop was asked for, of any process.
+    """Raises StopRequested if a stop was requested in any process.
 
     For places from which returning is awkward, such as the middle of a rollout.
-    All processes come to them in the same order.
+    All processes reach them in the same order.
     """
     if processes.agree(self.requested, 'a look at signals'):
       names = processes.gather_objects(self.name, 'a signal')
       raise StopRequested(next(name for name in names if name is not None))
 
   def check_alone(self) -> None:
-    """The same, for places to which processes come each on its own.
+    """Does the same where processes do not arrive together.
 
-    With several processes it does nothing: what one of them stopped there, the
-    others would wait for.  They stop at the next `check`.
+    With several processes it does nothing: the others would wait for one that
+    stopped.  They stop at the next `check`.
     """
     if self.requested and processes.count() == 1:
       raise StopRequested(self.name)
@@ -68,7 +68,7 @@ class StopSignal:
   def _handle(self, number, frame):
     if number == signal.SIGINT:
       if self._interrupted and _in_gc_callback(frame):
-        # Raised here it would be printed and dropped: so a moment later.
+        # Raised here it would be printed and dropped: it comes a moment later.
         again = os.getpid(), signal.SIGINT
         threading.Timer(0.01, os.kill, again).start()
       elif self._interrupted:
@@ -86,13 +86,13 @@ class StopSignal:
 
   def __exit__(self, *exc_info):
     for number, handler in self._former.items():
-      # None stands for a handler that C code installed: it cannot be put back.
+      # None marks a handler installed by C code, which cannot be restored.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
     self._former = {}
 
 
 def _in_gc_callback(frame):
-  """Whether the garbage collector has called; JAX has a callback there."""
+  """Returns True if the garbage collector has called, which JAX hooks into."""
   codes = {getattr(callback, '__code__', None) for callback in gc.callbacks}
   while frame is not None and frame.f_code not in codes:
     frame = frame.f_back

@@ -55,7 +55,7 @@ def late(index):
   with pytest.raises(UserError) as caught:
     processes.barrier('tea', 0.5)
   if index != 1:
-    assert "process 1 of 3 did not come to 'tea'" in str(caught.value)
+    assert "process 1 of 3 did not reach 'tea'" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
   assert processes.all_come('dinner', 60)
   assert index == 2 or not processes.all_come('supper', 0.5)

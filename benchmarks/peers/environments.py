@@ -8,7 +8,7 @@ import venv
 
 from jaxrl_llm.errors import UserError
 
-# What pip installs, call after call: of torch first the build without CUDA.
+# Packages that pip installs, call by call; of torch first the CPU build.
 REQUIREMENTS = {
   'transformers': (('torch==2.13.0',), ('transformers==5.23.0',)),
   'trl': (('torch==2.13.0',), ('trl==1.16.0', 'transformers==5.23.0')),
@@ -21,11 +21,11 @@ _MADE = 'made.json'
 
 
 def python(name: str, folder: pathlib.Path) -> pathlib.Path:
-  """The interpreter of a peer's environment, which is made if it is not there.
+  """Returns the interpreter of a peer's environment, made if it is missing.
 
   Args:
     name: one of `REQUIREMENTS`.
-    folder: holds those of all peers.
+    folder: holds the environments of all peers.
 
   Raises:
     UserError: pip fails.

@@ -1,6 +1,6 @@
 """`generate` of transformers, texts in and texts out.
 
-Of its caches, the growing and the static one, the faster is taken.
+It uses the faster of its caches, the growing or the static one.
 """
 
 import functools
@@ -26,7 +26,7 @@ def main() -> None:
   def call(cache: str) -> list[str]:
     inputs = tokenizer(work.texts[: work.prompts], return_tensors='pt')
     inputs = inputs.to(device)
-    found = model.generate(
+    output = model.generate(
       **inputs,
       do_sample=True,
       temperature=1.0,
@@ -35,7 +35,7 @@ def main() -> None:
       max_new_tokens=work.new_tokens,
       cache_implementation=cache,
     )
-    written = found[:, inputs['input_ids'].shape[1] :]
+    written = output[:, inputs['input_ids'].shape[1] :]
     if written.shape != (work.prompts, work.new_tokens):
       raise ValueError(f'responses of another length: {written.shape}')
     return tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _faster(call) -> str:
-  """The name of the cache with the fastest of three calls."""
+  """Returns the name of the cache with the fastest of three calls."""
   times = {}
   for _ in range(3):
     for cache in ('dynamic', 'static'):

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _settings(work: work_lib.Work, folder: str) -> GRPOConfig:
-  """The whole batch at once, and nothing computed twice."""
+  """Returns settings for the whole batch at once, with nothing repeated."""
   return GRPOConfig(
     output_dir=folder,
     use_cpu=True,

@@ -26,7 +26,7 @@ def main() -> None:
   seeds = iter(range(10**6))
 
   def call() -> list[str]:
-    found = sampler(
+    output = sampler(
       work.texts[: work.prompts],
       max_generation_steps=work.new_tokens,
       max_prompt_length=work.prompt_tokens,
@@ -35,10 +35,10 @@ def main() -> None:
       top_p=1.0,
       seed=jax.random.key(next(seeds)),
     )
-    lengths = set(map(len, found.tokens))
+    lengths = set(map(len, output.tokens))
     if lengths != {work.new_tokens}:
       raise ValueError(f'responses of other lengths: {lengths}')
-    return found.text
+    return output.text
 
   work_lib.show(work_lib.repeat(call, work), 'google-tunix', 'jax', 'flax')
 

@@ -59,7 +59,7 @@ def _reward(prompts, completions, **columns) -> list[float]:
 
 
 def _training(work: work_lib.Work, folder: str):
-  """The whole batch at once."""
+  """Returns settings for training on the whole batch at once."""
   return cluster_lib.RLTrainingConfig(
     actor_optimizer=optax.chain(
       optax.clip_by_global_norm(1.0),
@@ -76,7 +76,7 @@ def _training(work: work_lib.Work, folder: str):
 
 
 def _rollout(work: work_lib.Work):
-  """The least cache that holds prompt and response."""
+  """Returns settings with the least cache for prompt and response."""
   return base_rollout.RolloutConfig(
     max_tokens_to_generate=work.new_tokens,
     max_prompt_length=work.prompt_tokens,

@@ -10,14 +10,14 @@ from tunix.models.qwen3 import params as params_lib
 
 
 def mesh() -> jax.sharding.Mesh:
-  """Of one device, with the axes that Tunix names."""
+  """Returns a mesh of one device, with the axes that Tunix names."""
   return jax.make_mesh(
     (1, 1), ('fsdp', 'tp'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
 
 
 def load(folder: str):
-  """The model's configuration and the model, on `mesh`."""
+  """Loads the model's configuration and the model, on `mesh`."""
   fields = json.loads(pathlib.Path(folder, 'config.json').read_text())
   dtype = jnp.dtype(fields['dtype'])
   config = model_lib.ModelConfig(

@@ -1,4 +1,4 @@
-"""What a peer is asked to do, and the line that it answers with."""
+"""A peer's task, and the line with its results."""
 
 import importlib.metadata
 import json
@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-  """The job, as the one argument of a script says it in JSON.
+  """The job, as JSON in the file that is a script's one argument.
 
   Attributes:
     folder: a Hugging Face folder.
-    texts: prompts; of training as many as all steps need.
-    prompts: P, of each call or step.
+    texts: prompts; for training, as many as all steps need.
+    prompts: P, per call or step.
     samples: G, responses per prompt.
-    prompt_tokens: of each prompt, in tokens.
-    new_tokens: of each response, in tokens.
-    end_id: of the end token, which no response reaches.
-    learning_rate: of AdamW.
+    prompt_tokens: tokens per prompt.
+    new_tokens: tokens per response.
+    end_id: id of the end token, which no response contains.
+    learning_rate: AdamW's.
     warmup, rounds: calls or steps that do not count, and that do.
   """
 
@@ -38,17 +38,17 @@ class Work(NamedTuple):
 
 
 def read() -> Work:
-  """The work that the file named by the command line describes."""
+  """Reads the work from the file that the command line names."""
   with open(sys.argv[1], encoding='utf-8') as file:
     return Work(**json.load(file))
 
 
 def repeat(call: Callable[[], list[str]], work: Work) -> list[float]:
-  """Seconds of each round that counts.
+  """Returns the seconds of each round that counts.
 
   Args:
-    call: gives the responses' texts.
-    work: how many rounds.
+    call: returns the responses' texts.
+    work: contains the number of rounds.
   """
   times = []
   for _ in range(work.warmup + work.rounds):
@@ -59,7 +59,7 @@ def repeat(call: Callable[[], list[str]], work: Work) -> list[float]:
 
 
 def with_end(tokenizer, work: Work):
-  """The tokenizer with an end token: an id that the model does not have."""
+  """Adds an end token to the tokenizer: an id that the model does not have."""
   tokenizer.add_special_tokens({'eos_token': '<|end|>'})
   if tokenizer.eos_token_id != work.end_id:
     raise ValueError(f'the end token is {tokenizer.eos_token_id}')
@@ -70,7 +70,7 @@ def show(seconds: list[float], *packages: str) -> None:
   """Prints one line of JSON.
 
   Args:
-    seconds: of each round that counts.
+    seconds: time of each round that counts.
     *packages: whose versions matter.
   """
   versions = {name: importlib.metadata.version(name) for name in packages}

@@ -25,8 +25,8 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-  # Imported when asked for: worker processes need `functions` alone, and start
-  # in half the time without NumPy.
+  # Imported lazily: worker processes need only `functions`, and start in half
+  # the time without NumPy.
   if name not in _MODULES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)

@@ -1,4 +1,4 @@
-"""Which arguments a reward function takes, and how they are given to it."""
+"""Selection and encoding of a reward function's arguments."""
 
 import inspect
 import json
@@ -9,13 +9,13 @@ from jaxrl_llm.errors import UserError
 
 
 class Parameters(NamedTuple):
-  """What a function takes.
+  """The parameters of a function.
 
   Attributes:
     named: parameters that can be passed by name.
-    required: those without a default; one that is not among `named` can be
-      passed by position alone, that is, not at all.
-    rest: whether it takes whatever else there is (`**kwargs`).
+    required: those without a default.  One that is not in `named` is
+      positional-only and cannot be passed at all.
+    rest: True if it takes any other argument (`**kwargs`).
   """
 
   named: tuple[str, ...]
@@ -24,9 +24,9 @@ class Parameters(NamedTuple):
 
 
 def parameters(function: Callable) -> Parameters:
-  """The parameters of a function; of one without a signature, `rest` alone."""
+  """Returns a function's parameters; `rest` alone if it has no signature."""
   try:
-    found = inspect.signature(function).parameters.values()
+    entries = inspect.signature(function).parameters.values()
   except (TypeError, ValueError):
     return Parameters((), (), True)
   keyword = (
@@ -35,32 +35,32 @@ def parameters(function: Callable) -> Parameters:
   )
   single = (*keyword, inspect.Parameter.POSITIONAL_ONLY)
   return Parameters(
-    named=tuple(p.name for p in found if p.kind in keyword),
+    named=tuple(p.name for p in entries if p.kind in keyword),
     required=tuple(
-      p.name for p in found if p.kind in single and p.default is p.empty
+      p.name for p in entries if p.kind in single and p.default is p.empty
     ),
-    rest=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found),
+    rest=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in entries),
   )
 
 
 def select(
   name: str, taken: Parameters, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The arguments that the function can take.
+  """Selects the arguments that the function can take.
 
   Args:
-    name: of the function, for the message.
+    name: the function's name, for the message.
     taken: its parameters.
-    arguments: what there is.
+    arguments: those available, by name.
 
   Raises:
-    UserError: it needs one that there is not.
+    UserError: a required argument is not available.
   """
   for parameter in taken.required:
     if parameter not in arguments or parameter not in taken.named:
       raise UserError(
         f'reward {name!r} needs an argument {parameter!r}.\n'
-        f'Arguments are passed by name; there are {sorted(arguments)}.'
+        f'Arguments are passed by name; available are {sorted(arguments)}.'
       )
   if taken.rest:
     return dict(arguments)
@@ -70,15 +70,15 @@ def select(
 def encode_each(
   name: str, arguments: Mapping[str, Sequence[Any]], count: int
 ) -> list[bytes]:
-  """The arguments of `count` calls with one sample each, as JSON objects.
+  """Encodes the arguments of `count` calls, one sample each, as JSON objects.
 
   Args:
-    name: of the function, for the message.
+    name: the function's name, for the message.
     arguments: `count` values each.
-    count: of the completions.
+    count: number of completions.
 
   Raises:
-    UserError: there are more or fewer values, or one is no JSON value.
+    UserError: the number of values is not `count`, or one is not a JSON value.
   """
   for column, values in arguments.items():
     if len(values) != count:
@@ -90,9 +90,8 @@ def encode_each(
       if not is_json(value):
         raise UserError(
           f'the column {column!r} holds a {type(value).__name__} at sample {i}.'
-          f'\nWorker processes, in which {name!r} runs, are sent JSON values: '
-          'text, numbers,\nbooleans, None, lists, and dictionaries with texts '
-          'as keys.'
+          f'\n{name!r} runs in worker processes, which take JSON values: text, '
+          'numbers,\nbooleans, None, lists, and dictionaries with string keys.'
         )
   return [
     json.dumps({key: [values[i]] for key, values in arguments.items()}).encode()
@@ -101,7 +100,7 @@ def encode_each(
 
 
 def is_json(value: Any) -> bool:
-  """Whether the value comes back from JSON as it is: no tuple, no array."""
+  """Returns True if JSON preserves the value: not a tuple, not an array."""
   kind = type(value)
   if kind is list:
     return all(map(is_json, value))

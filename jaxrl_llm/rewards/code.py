@@ -1,4 +1,4 @@
-"""Rewards for programs, by running them; see `sandbox` for what that means."""
+"""Rewards for programs, computed by running them in a `sandbox`."""
 
 import concurrent.futures
 import os
@@ -20,29 +20,30 @@ def code_tests(
 ) -> Callable[..., list[float]]:
   """Factory: runs the program in the completion against the row's tests.
 
-  Columns, those of HumanEval or those of MBPP:
+  Columns, as in HumanEval or as in MBPP:
 
     test, entry_point            a function check(candidate), and its candidate
-    test_list, test_setup_code   assertions, and what to run before them
+    test_list, test_setup_code   assertions, and code to run before them
 
-  With `entry_point`, which MBPP's rows may have too, a program cannot bring
-  built-in functions of its own into the tests.  `programs.find_program` says
-  how the program is found.  One that fails, crashes, or exceeds time or memory
-  scores 0; that a program cannot be run at all is an error.
+  With `entry_point`, which MBPP's rows may have too, a program cannot replace
+  built-in functions in the tests.  `programs.find_program` extracts the
+  program.  One that fails, crashes, or exceeds time or memory scores 0; failure
+  to run programs at all is an error.
 
-  It needs no worker processes (`workers`), whose time-out would leave a program
+  It needs no worker processes (`workers`): their time-out would leave a program
   that never ends without a score.  Programs run in parallel, equal ones once.
-  A batch of N takes up to N · timeout / parallel seconds; where it is given up
-  (`interruptible.checked`), programs that are running end by their own limits.
-  Scores of programs that use chance, the clock or nearly all of their time need
+  A batch of N takes up to N · timeout / parallel seconds; if it is abandoned
+  (`interruptible.checked`), running programs end by their own limits.  Scores
+  of programs that depend on chance, the clock or nearly all of their time may
   not repeat.
 
   Args:
-    score: what passed tests are worth, of `grades`; `all_passed()` if None.
-    stop: what ends a completion that continues the prompt's function.
+    score: converts passed tests to a reward, as in `test_scores`; None for
+      `all_passed()`.
+    stop: texts that end a completion which continues the prompt's function.
     timeout: seconds for each program with its tests.
-    memory: bytes of address space for each of its processes.
-    parallel: programs that run at a time; None for as many as there are cores.
+    memory: bytes of address space per process.
+    parallel: programs to run at a time; None for the number of cores.
 
   References:
     Chen et al., `Evaluating Large Language Models Trained on Code
@@ -95,32 +96,35 @@ def code_tests(
 
 
 def _results(run, jobs: list, parallel: int) -> dict:
-  """What each of the jobs gives; those that wait are dropped on an error."""
+  """Returns the result of each job; drops waiting jobs on an error."""
   pool = concurrent.futures.ThreadPoolExecutor(parallel)
   try:
     futures = {job: pool.submit(run, job) for job in jobs}
-    left = lambda s: concurrent.futures.wait(futures.values(), s).not_done
-    interruptible.wait(lambda seconds: not left(seconds))
+    unfinished = lambda s: concurrent.futures.wait(futures.values(), s).not_done
+    interruptible.wait(lambda seconds: not unfinished(seconds))
     return {job: future.result() for job, future in futures.items()}
   finally:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _tests(index, prompt, test, entry_point, test_list, setup):
-  """The tests of a row.
+  """Returns the tests of a row.
 
   Raises:
-    UserError: it has none, or they are not what their column should hold.
+    UserError: the row has none, or a column has the wrong type.
   """
-  given = {'test': (test, str), 'test_list': (test_list, (list, tuple))}
-  given |= {'entry_point': (entry_point, str), 'test_setup_code': (setup, str)}
-  for name, (value, kind) in given.items():
+  columns = {'test': (test, str), 'test_list': (test_list, (list, tuple))}
+  columns |= {
+    'entry_point': (entry_point, str),
+    'test_setup_code': (setup, str),
+  }
+  for name, (value, kind) in columns.items():
     if value is not None and not isinstance(value, kind):
       raise UserError(f'{name} of sample {index} is {_shown(value)}.')
   if (test is None) == (test_list is None) or (test and not entry_point):
     raise UserError(
-      f'sample {index} needs either the columns test and entry_point (as '
-      'HumanEval) or the column test_list (as MBPP).'
+      f'sample {index} needs either the columns test and entry_point (as in '
+      'HumanEval) or the column test_list (as in MBPP).'
     )
   if test is not None:
     return programs.tests_of_check(test, entry_point, prompt)
@@ -137,7 +141,7 @@ def _shown(value: Any) -> str:
 
 
 def _cores() -> int:
-  """Cores that this process may use."""
+  """Returns the number of cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

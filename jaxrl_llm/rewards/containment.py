@@ -1,30 +1,29 @@
-"""Runs a function in a process that ends together with all it has started.
+"""Runs a function in a process that ends with every process it started.
 
-Two processes: a supervisor, in which `run` is called and no foreign code runs,
-and its child, which runs the function.  The supervisor ends the child, and what
-the child has started, when the child ends, when SIGTERM comes, or when nobody
-holds the other end of its standard input any more: that is, when the process
-that started it is gone, however it went.
+There are two processes: a supervisor, in which `run` is called and no foreign
+code runs, and its child, which runs the function.  The supervisor kills the
+child and its descendants when the child ends, on SIGTERM, or when the other end
+of its standard input is closed: that is, when the process that started it is
+gone for any reason.
 
-How it finds what the child has started, the strongest first:
+It finds the descendants in one of three ways, strongest first:
 
   'namespace'  Linux, where the kernel allows it (as root, or where users may
-               make namespaces of their own): the child lives in a pid namespace
-               (a third process, number 1 of the namespace, stands between).
-               When that ends the kernel kills all within.  Nothing is left, and
-               from within no process outside can be signalled.  Process numbers
-               are the namespace's own, and so is what /proc shows where the
-               kernel lets it be mounted anew, which it does not in a container
-               that covers parts of /proc.
-  'subreaper'  any Linux: what the child leaves behind, also with setsid,
-               becomes the supervisor's child and is killed by it.  Left is what
-               forks faster than it is killed, and all that had left the group
-               should the child kill the supervisor.
-  'group'      elsewhere: the child's process group is killed.  What left the
-               group (setsid) is left.
+               create namespaces): the child lives in a pid namespace, below a
+               third process with number 1.  When that one ends, the kernel
+               kills all processes within.  None survives, and none can signal
+               a process outside.  Process numbers are the namespace's own, and
+               so is /proc where the kernel allows it to be mounted again,
+               which it does not in a container that covers parts of /proc.
+  'subreaper'  any Linux: processes that the child leaves behind, even after
+               setsid, become the supervisor's children and are killed by it.
+               Survivors: processes that fork faster than they are killed, and
+               all that left the group if the child kills the supervisor.
+  'group'      elsewhere: the child's process group is killed.  Processes that
+               left the group (setsid) survive.
 
-None is a sandbox: files and network are those of the user, and but for a
-namespace so is the right to signal all other processes of the user's.
+None is a sandbox: files and network are the user's, and so, without a
+namespace, is the right to signal all the user's other processes.
 
 References:
   pid_namespaces(7), PR_SET_CHILD_SUBREAPER in prctl(2)
@@ -41,21 +40,21 @@ from collections.abc import Callable, Iterator
 
 KINDS = ('namespace', 'subreaper', 'group')
 
-# Of linux/sched.h and linux/prctl.h.
+# From linux/sched.h and linux/prctl.h.
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWPID = 0x20000000
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
-# Of linux/mount.h: mounts made outside show within, not the other way round;
-# no set-user-id, no devices, no programs.
+# From linux/mount.h: mounts propagate inwards only; no set-user-id, devices or
+# programs.
 _MS_ALL_SLAVES = 1 << 19 | 1 << 14
 _MS_OF_PROC = 1 << 1 | 1 << 2 | 1 << 3
 
 
 def strongest() -> str:
-  """The strongest kind that works here; tries whether namespaces do."""
+  """Returns the strongest kind that works here; tests whether namespaces do."""
   if not sys.platform.startswith('linux'):
     return 'group'
   return 'namespace' if _namespace_works() else 'subreaper'
@@ -65,12 +64,12 @@ def run(function: Callable[[], int], kind: str) -> int:
   """Runs `function` in a child of this process, which must have no threads.
 
   Args:
-    function: gives an exit status.
+    function: returns an exit status.
     kind: one of `KINDS`.
 
   Returns:
-    The child's exit status, 128 + n where signal n ended it.  By then all it
-    had started is gone, as far as `kind` goes.
+    The child's exit status; 128 + n if signal n ended it.  By then its
+    descendants are gone, as far as `kind` guarantees.
 
   Raises:
     OSError: the kind does not work here.
@@ -104,10 +103,10 @@ def _namespace_works() -> bool:
 
 
 def _enter_namespace() -> None:
-  """Puts the children to come into a pid namespace; only one can be forked."""
+  """Puts the next child into a pid namespace; only one can be forked."""
   libc = ctypes.CDLL(None, use_errno=True)
   if libc.unshare(_CLONE_NEWPID) == 0:
-    return  # This is root, which needs no namespace of users.
+    return  # Root needs no user namespace.
   user, group = os.geteuid(), os.getegid()
   if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWPID) != 0:
     number = ctypes.get_errno()
@@ -129,7 +128,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _wakeups() -> tuple[int, int]:
-  """A pipe from which the numbers of SIGCHLD and SIGTERM are read."""
+  """Creates a pipe that yields the numbers of SIGCHLD and SIGTERM."""
   read, write = os.pipe()
   os.set_blocking(read, False)
   os.set_blocking(write, False)
@@ -140,7 +139,7 @@ def _wakeups() -> tuple[int, int]:
 
 
 def _fork(body: Callable[[], int]) -> int:
-  """The number of a child that exits with what `body` gives; 1 if it raises."""
+  """Forks a child that exits with the result of `body`; 1 if it raises."""
   parent = os.getpid()
   pid = os.fork()
   if pid:
@@ -152,7 +151,7 @@ def _fork(body: Callable[[], int]) -> int:
       signal.signal(number, signal.SIG_DFL)
     if sys.platform.startswith('linux'):
       _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The parent may have died before; in another namespace it has number 0.
+    # The parent may already have died; in another namespace its number is 0.
     if os.getppid() in (parent, 0):
       status = body()
   finally:
@@ -160,7 +159,7 @@ def _fork(body: Callable[[], int]) -> int:
 
 
 def _init(function: Callable[[], int]) -> int:
-  """Process 1 of a namespace: collects orphans, and ends with the function."""
+  """Acts as process 1 of a namespace: reaps orphans, ends with the function."""
   _hide_others()
   child = _fork(lambda: _lead(function))
   while True:
@@ -170,34 +169,34 @@ def _init(function: Callable[[], int]) -> int:
 
 
 def _hide_others() -> None:
-  """Shows in /proc, where the kernel lets it, this namespace's processes alone.
+  """Limits /proc to this namespace's processes, where the kernel allows it.
 
-  Hidden are the environments, memory and open files of all others.  This is no
-  wall: who may unmount finds the former /proc below.
+  This hides the environments, memory and open files of all others.  It is not a
+  barrier: a process that may unmount finds the original /proc below.
   """
   libc = ctypes.CDLL(None, use_errno=True)
   if libc.unshare(_CLONE_NEWNS) != 0:
     return
   kind, flags = map(ctypes.c_ulong, (_MS_ALL_SLAVES, _MS_OF_PROC))
-  # Unless the mounts are apart the other /proc would be that of all.
+  # With shared mounts this would replace /proc for everyone.
   if libc.mount(b'none', b'/', None, kind, None) == 0:
     libc.mount(b'proc', b'/proc', b'proc', flags, None)
 
 
 def _lead(function: Callable[[], int]) -> int:
-  """Runs the function as the head of a session, hence of a process group."""
+  """Runs the function as the leader of a session, hence of a process group."""
   os.setsid()
   return function()
 
 
 def _supervise(child: int, signals: int) -> int | None:
-  """Waits for the child; None if it is to be ended before it ends by itself."""
+  """Waits for the child; returns None if it must be killed instead."""
   parent = os.getppid()
   poll = select.poll()
-  poll.register(0, 0)  # Of a pipe this reports that its writers are gone.
+  poll.register(0, 0)  # Reports that a pipe's writers are gone.
   poll.register(signals, select.POLLIN)
   while True:
-    # Now and then, as other children of the parent may hold the pipe, too.
+    # Polls, as other children of the parent may hold the pipe too.
     ready = [descriptor for descriptor, _ in poll.poll(1000)]
     if 0 in ready or os.getppid() != parent:
       return None
@@ -209,7 +208,7 @@ def _supervise(child: int, signals: int) -> int | None:
 
 
 def _ended() -> Iterator[tuple[int, int]]:
-  """(number, exit status) of the children that have ended, collected."""
+  """Collects ended children as (number, exit status)."""
   with contextlib.suppress(ChildProcessError):
     while True:
       pid, status = os.waitpid(-1, os.WNOHANG)
@@ -219,9 +218,9 @@ def _ended() -> Iterator[tuple[int, int]]:
 
 
 def _kill_children(known: list[int]) -> None:
-  """Kills all children, those known and those found, until there are none."""
+  """Kills the known children and any others found, until there are none."""
   while True:
-    # The children of what is killed come to this process if it is a subreaper.
+    # A subreaper inherits the children of whatever it kills.
     for pid in {*known, *_children()}:
       with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -235,20 +234,20 @@ def _kill_children(known: list[int]) -> None:
 
 
 def _children() -> list[int]:
-  """Numbers of this process's children; none known where there is no /proc."""
-  found, own = [], os.getpid()
+  """Returns the numbers of this process's children; none without /proc."""
+  numbers, this_process = [], os.getpid()
   if not os.path.isdir('/proc/self'):
-    return found
+    return numbers
   for name in filter(str.isdigit, os.listdir('/proc')):
     with contextlib.suppress(OSError), open(f'/proc/{name}/stat', 'rb') as file:
-      # The name of the program, in brackets, may hold brackets and spaces.
+      # The program's name, in brackets, may contain brackets and spaces.
       state, parent = file.read().rpartition(b')')[2].split()[:2]
-      if int(parent) == own and state != b'Z':
-        found.append(int(name))
-  return found
+      if int(parent) == this_process and state != b'Z':
+        numbers.append(int(name))
+  return numbers
 
 
 def _exit_status(status: int) -> int:
-  """0–127 as it exited, 128 + n where signal n ended it."""
+  """Converts a wait status: 0–127 for an exit, 128 + n for signal n."""
   code = os.waitstatus_to_exitcode(status)
   return code if code >= 0 else 128 - code

@@ -1,18 +1,17 @@
 r"""Canonical forms of LaTeX expressions: `\frac{\sqrt3}{3}` is `1/\sqrt{3}`.
 
 An expression is read as a sum of products of rational numbers, square roots, π,
-i, letters, and whatever else stands for itself (a root of a sum, `\sin x`,
-`2^n`, `n!`, `52_8`).  Two expressions have one canonical form if they differ
-only in
+i, letters, and opaque parts (a root of a sum, `\sin x`, `2^n`, `n!`, `52_8`).
+Two expressions have the same canonical form if they differ only in
 
 * the order of terms and factors, and how numbers are written,
-* square roots of numbers, as `\sqrt{12}` and `2\sqrt{3}`, and roots below a
-  fraction line,
-* brackets without letters in them, or with no other factor but numbers.
+* square roots of numbers, as `\sqrt{12}` and `2\sqrt{3}`, and roots in
+  denominators,
+* brackets without letters, or with only numbers as other factors.
 
 Other products of sums are not expanded: an answer that should be factored does
 not equal the question.  Arithmetic is exact and bounded, and nothing is
-evaluated: what exceeds the bounds is not read.
+evaluated: expressions beyond the bounds are not read.
 """
 
 import re
@@ -21,7 +20,7 @@ from fractions import Fraction
 
 from jaxrl_llm.rewards import surds
 
-_DEEPEST = 30  # brackets and fractions within each other
+_DEEPEST = 30  # nested brackets and fractions
 _MOST_CHARACTERS = 1000
 
 _NUMBER = re.compile(r'\d+(?:\.\d*)?|\.\d+')
@@ -31,7 +30,7 @@ _MIXED = re.compile(
 _INDEX = re.compile(r'\s*_\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))')
 _COMMAND = re.compile(r'\\([A-Za-z]+)')
 _EXPONENT = re.compile(r'-?\d+')
-# \sqrt13 is √1·3 in LaTeX, and hardly ever meant so.
+# \sqrt13 is √1·3 in LaTeX, and rarely meant so.
 _AMBIGUOUS_ROOT = re.compile(r'\s*\d\d')
 _CLOSING = {'(': ')', '[': ']', '{': '}'}
 _SYMBOLS = frozenset(
@@ -45,9 +44,9 @@ _FUNCTIONS = _INVERTIBLE | frozenset(
 
 
 def read_expression(text: str) -> Hashable | None:
-  """The canonical form of an expression: a Fraction if it is rational.
+  """Returns the canonical form of an expression: a Fraction if rational.
 
-  None where the text is no expression of this kind.
+  None if the text is not such an expression.
   """
   try:
     return surds.canonical(_read(text))
@@ -56,10 +55,10 @@ def read_expression(text: str) -> Hashable | None:
 
 
 def read_equation(left: str, right: str) -> Hashable | None:
-  """The canonical form of `left = right`, or None.
+  """Returns the canonical form of `left = right`, or None.
 
-  It is the same with the sides exchanged, with terms moved between them, and
-  with both multiplied by a number.  An equation of numbers alone has none.
+  It does not change if the sides are swapped, terms move between them, or both
+  are multiplied by a number.  An equation of numbers alone has none.
   """
   try:
     difference = surds.add(_read(left), _read(right), sign=-1)
@@ -77,7 +76,7 @@ def _read(text: str) -> surds.Sum:
 
 
 class _Reader:
-  """A recursive descent through one expression."""
+  """A recursive-descent parser for one expression."""
 
   def __init__(self, text: str):
     self.text = text
@@ -92,7 +91,7 @@ class _Reader:
     return total
 
   def next(self) -> str:
-    """The next character that is no space; '' at the end."""
+    """Returns the next character that is not a space; '' at the end."""
     text = self.text
     while self.at < len(text) and text[self.at].isspace():
       self.at += 1
@@ -117,7 +116,7 @@ class _Reader:
     return total
 
   def sign(self) -> int:
-    """1 or −1, the product of several as in 2 + -3; 0 where none stands."""
+    """Reads a sign, or the product of several as in 2 + -3; 0 without one."""
     sign = 0
     while (mark := self.next()) and mark in '+-':
       self.at += 1
@@ -125,7 +124,7 @@ class _Reader:
     return sign
 
   def product(self) -> surds.Sum:
-    # Numbers apart from the rest, so that the order does not matter.
+    # Numbers are kept apart from the rest, so that order does not matter.
     parts, mark = {False: surds.number(1), True: surds.number(1)}, '*'
     while True:
       factor = self.factor()
@@ -182,9 +181,9 @@ class _Reader:
     raise surds.UnreadableError
 
   def function(self, name: str) -> surds.Sum:
-    r"""A function of a bracket, or of a product up to the next function.
+    r"""Reads a function of a bracket, or of a product up to the next function.
 
-    `\sin(x)^2` is `\sin^2 x`, and `\sin^{-1} x` is `\arcsin x`.
+    `\sin(x)^2` equals `\sin^2 x`, and `\sin^{-1} x` equals `\arcsin x`.
     """
     exponent = surds.number(1)
     index = self.index()
@@ -194,7 +193,7 @@ class _Reader:
     if name in _INVERTIBLE and surds.rational(exponent) == -1:
       name, exponent = f'arc{name}', surds.number(1)
     self.deeper(1)
-    # What stands behind round brackets is done to the function.
+    # An exponent after round brackets applies to the function.
     argument = self.base() if self.next() in ('(', '[') else self.factor()
     bracket = self.text[self.at - 1] in ')]}'
     while not bracket and (mark := self.next()):
@@ -225,7 +224,7 @@ class _Reader:
     return (match[1] or match[2]).strip() if match else ''
 
   def argument(self) -> surds.Sum:
-    """What LaTeX takes for an argument: a group or one token."""
+    """Reads an argument as LaTeX does: a group or one token."""
     mark = self.next()
     if mark.isdecimal():
       self.at += 1
@@ -236,14 +235,14 @@ class _Reader:
     return value
 
   def degree(self) -> int:
-    """That of a root, between 2 and 100."""
+    """Reads the degree of a root, between 2 and 100."""
     value = surds.rational(self.bracket('['))
     if value is None or value.denominator > 1 or not 2 <= value <= 100:
       raise surds.UnreadableError
     return int(value)
 
   def exponent(self) -> surds.Sum:
-    """A group, one token, or a whole number: x^10 is meant as x^{10}."""
+    """Reads a group, one token, or a whole number: x^10 means x^{10}."""
     self.next()
     match = self.take(_EXPONENT)
     return surds.number(int(match[0])) if match else self.base()

@@ -1,19 +1,19 @@
-"""Samples that have no score because scoring them failed, counted by kind."""
+"""Samples without a score because scoring them failed, counted by kind."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-# Why a sample has no score.
+# Reasons for a missing score.
 FAILURES = ('timeout', 'crash', 'error', 'memory')
 
 
 class Failures(NamedTuple):
-  """Samples of a batch that have no score because scoring them failed.
+  """Samples of a batch without a score because scoring them failed.
 
   Attributes:
-    counts: their number by kind, for all of `FAILURES`.
-    messages: by each kind that occurred, of its first sample: what happened,
-      which sample, and its completion.
+    counts: number of samples by kind, for all of `FAILURES`.
+    messages: for each kind that occurred, its first sample's: the cause, the
+      sample's index, and its completion.
   """
 
   counts: dict[str, int]
@@ -21,14 +21,14 @@ class Failures(NamedTuple):
 
   @property
   def total(self) -> int:
-    """Their number, of all kinds."""
+    """Total number of failures, of all kinds."""
     return sum(self.counts.values())
 
 
 def merge(batches: Iterable[Mapping[str, Failures]]) -> dict[str, Failures]:
-  """Failures of several batches as of one, by the name of the reward.
+  """Merges the failures of several batches, by the name of the reward.
 
-  Of each kind the first message stays; it numbers samples within its batch.
+  The first message of each kind is kept; it numbers samples within its batch.
   """
   merged: dict[str, Failures] = {}
   for batch in batches:

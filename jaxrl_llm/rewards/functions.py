@@ -1,6 +1,6 @@
 r"""Reward functions, and factories that return one.
 
-Every name in `__all__` is the one or the other, and its docstring begins with
+Every name in `__all__` is one or the other, and its docstring begins with
 "Reward" or "Factory".  A reward function is called as
 
   fn(prompts=, completions=, <columns it names>) -> list[float | None]
@@ -39,7 +39,7 @@ __all__ = [
 def exact_match(
   completions: Sequence[str], answer: Sequence[Any], **kwargs
 ) -> list[float]:
-  """Reward: 1 where the completion is the answer, but for outer whitespace."""
+  """Reward: 1 where the completion, stripped, equals the stripped answer."""
   return [
     float(text.strip() == gold.strip())
     for text, gold in zip(completions, _texts(answer), strict=True)
@@ -49,11 +49,11 @@ def exact_match(
 def arithmetic_answer(
   completions: Sequence[str], answer: Sequence[Any], **kwargs
 ) -> list[float]:
-  """Reward: 1 where what follows the last '=' is the answer and nothing else.
+  """Reward: 1 where the text after the last '=' is exactly the answer.
 
-  Without '=' the whole completion counts, so that an answer without steps is
-  judged too.  The steps themselves are not checked, nor whether the response
-  had ended: one that the length limit cuts off at the right digits scores 1.
+  Without '=' the whole completion counts, so an answer without steps is scored
+  too.  Neither the steps nor the response's end are checked: a response that
+  the length limit cuts off at the right digits scores 1.
   Fits `tasks.arithmetic`.
   """
   return exact_match([_result(text) for text in completions], answer)
@@ -65,14 +65,14 @@ def prefix_match(
   finished: Sequence[bool],
   **kwargs,
 ) -> list[float]:
-  """Reward: the share of the answer that is right from the left.
+  """Reward: share of the answer that is right, counted from the left.
 
-  An answer of n characters counts as n + 1 symbols, the last being the end.
+  An answer of n characters counts as n + 1 symbols; the last is the end.
   With k leading characters right,
 
     r = k / (n + 1),   and 1 where the completion is the answer and `finished`.
 
-  The end counts only after a whole answer.  Dense, so that learning can begin
+  The end counts only after a whole answer.  Partial scores let learning begin
   where a whole answer is never sampled.
   """
   scores = []
@@ -95,9 +95,9 @@ def gsm8k_answer(
   The completion's number is the one after its last `####`, else the one in its
   last `\boxed{…}`; the first is the format of Cobbe et al.,
   `Training Verifiers <https://arxiv.org/abs/2110.14168>`_, 2021.  The answer is
-  a number, or a solution text with one marked in the same way.  Without a
-  marked number the score is 0.  A response that the length limit cut off is
-  judged by its text like any other: `finished` is not read.
+  a number, or a solution text whose number is marked in the same way.  Without
+  a marked number the score is 0.  A response that the length limit cut off is
+  scored by its text like any other: `finished` is ignored.
   """
   return _equal_numbers(completions, answer, answers.marked_number)
 
@@ -105,7 +105,7 @@ def gsm8k_answer(
 def gsm8k_answer_or_last_number(
   completions: Sequence[str], answer: Sequence[Any], **kwargs
 ) -> list[float]:
-  """Reward: `gsm8k_answer`, taking the last number where none is marked.
+  """Reward: `gsm8k_answer`, or the last number where none is marked.
 
   More lenient: a response that never commits to an answer can score.
   """
@@ -115,20 +115,20 @@ def gsm8k_answer_or_last_number(
 def math_answer(
   completions: Sequence[str], answer: Sequence[Any], **kwargs
 ) -> list[float]:
-  r"""Reward: 1 where the marked answer is the right one, as MATH has them.
+  r"""Reward: 1 where the marked answer is right, in the format of MATH.
 
-  The completion's answer is what its last `\boxed{…}` holds, else what follows
-  its last `####`, else what follows its last "answer is".  Compared are
-  canonical forms: exact numbers, expressions up to the order of terms and
-  factors and the writing of roots and fractions, lists, tuples, intervals,
-  sets, matrices, words; see `jaxrl_llm.rewards.mathematics`.  Nothing is
-  evaluated: it is as safe as a comparison of texts.  The answer is in LaTeX, or
-  a solution text with one marked in the same way.
+  The completion's answer is the content of its last `\boxed{…}`, else the text
+  after its last `####`, else after its last "answer is".  Canonical forms are
+  compared: exact numbers, expressions up to the order of terms and factors and
+  the writing of roots and fractions, lists, tuples, intervals, sets, matrices,
+  words; see `jaxrl_llm.rewards.mathematics`.  Nothing is evaluated: it is as
+  safe as comparing texts.  The answer is in LaTeX, or a solution text whose
+  answer is marked in the same way.
 
-  Of 142,405 right answers, made of all 12,470 of MATH by rewriting them, none
-  was missed, and of 69,754 wrong ones none taken for right (`pytest -m slow
-  tests/rewards/mathematics_test.py`).  Missed is what only algebra shows, as
-  that `x^2-1` is `(x-1)(x+1)`, and a line's `2x-y+3=0` for `y=2x+3`.
+  Of 142,405 right answers, made by rewriting all 12,470 of MATH, it missed
+  none; of 69,754 wrong ones it accepted none (`pytest -m slow
+  tests/rewards/mathematics_test.py`).  It misses equalities that need algebra,
+  such as `x^2-1` and `(x-1)(x+1)`, or a line's `2x-y+3=0` and `y=2x+3`.
 
   References:
     Hendrycks et al., `Measuring Mathematical Problem Solving With the MATH
@@ -140,15 +140,14 @@ def math_answer(
 def math_verify_answer(
   completions: Sequence[str], answer: Sequence[Any], **kwargs
 ) -> list[float]:
-  r"""Reward: `math_answer`, and 1 too where SymPy finds the answer equal.
+  r"""Reward: `math_answer`, or 1 where SymPy finds the answers equal.
 
-  For what is equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`; an
-  answer that copies the question's expression then counts as its factors.  It
-  needs the package math-verify (`pip install 'jaxrl_llm[math]'`), and it may
-  hang or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`: a
-  configuration must set `workers`, which a time-out can kill.  It never uses
+  For answers equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`; an
+  answer that copies the question's expression then scores like its factors.  It
+  needs the package math-verify (`pip install 'jaxrl_llm[math]'`).  It may hang
+  or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`, so a
+  configuration must set `workers`, whose time-out kills it.  It uses no
   signals.
-
   References:
     https://github.com/huggingface/Math-Verify
   """
@@ -160,7 +159,7 @@ def math_verify_answer(
 
 
 def format_match(pattern: str) -> Callable[..., list[float]]:
-  r"""Factory: 1 where the stripped completion matches `pattern` as a whole.
+  r"""Factory: 1 where the whole stripped completion matches `pattern`.
 
   Args:
     pattern: a regular expression of Python's `re`; `.` matches line ends too.
@@ -198,7 +197,7 @@ def length_penalty(limit: int, buffer: int) -> Callable[..., list[float]]:
   n counts tokens, the end token included.
 
   Args:
-    limit: tokens from which on the penalty is −1.
+    limit: number of tokens at which the penalty reaches −1.
     buffer: tokens over which it grows, between 1 and limit.
 
   References:
@@ -217,15 +216,15 @@ def length_penalty(limit: int, buffer: int) -> Callable[..., list[float]]:
 
 
 def repetition_penalty(n: int = 4) -> Callable[..., list[float]]:
-  """Factory: minus the share of n-grams of tokens that repeat earlier ones.
+  """Factory: minus the share of token n-grams that repeat earlier ones.
 
     r = −(1 − |distinct n-grams| / |n-grams|)
 
-  Between −1 and 0; 0 for a response of less than n tokens.  Tokens are counted,
-  the end token included, so that it means the same in every language.
+  Between −1 and 0; 0 for a response of fewer than n tokens.  It counts tokens,
+  the end token included, so it means the same in every language.
 
   Args:
-    n: tokens of an n-gram.
+    n: tokens per n-gram.
 
   References:
     Welleck et al., `Neural Text Generation with Unlikelihood Training
@@ -248,15 +247,14 @@ def repetition_penalty(n: int = 4) -> Callable[..., list[float]]:
 
 
 def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
-  """Factory: the share of the completion's letters that are of some scripts.
+  """Factory: the share of the completion's letters in the given scripts.
 
-    r = |letters of `scripts`| / |letters|,   1 where there is no letter
+    r = |letters of `scripts`| / |letters|,   1 where there are no letters
 
-  Against answers that drift into another language, as far as its script tells:
-  French is as good as English.  A letter's script is the first word of its name
-  in Unicode, after compatible forms are made one (NFKC: a full-width or a
-  mathematical A is LATIN).  Digits, signs and marks count for nothing, but a π
-  is GREEK.
+  It discourages drifting into another language, as far as scripts differ:
+  French is as good as English.  A letter's script is the first word of its
+  Unicode name after NFKC normalisation (a full-width or mathematical A is
+  LATIN).  Digits, signs and marks do not count, but π is GREEK.
 
   Args:
     scripts: such as LATIN, GREEK, CYRILLIC, ARABIC, DEVANAGARI, CJK, HIRAGANA,
@@ -273,7 +271,7 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
   for name in scripts:
     if not isinstance(name, str) or name not in _known_scripts():
       raise UserError(
-        f'script_share: {name!r} is the script of no letter.\n'
+        f'script_share: {name!r} is not the script of any letter.\n'
         'Names are those of Unicode in capitals, such as LATIN, CYRILLIC, CJK.'
       )
 
@@ -281,8 +279,8 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
     scores = []
     for text in completions:
       compatible = unicodedata.normalize('NFKC', _stream_safe(text))
-      found = [_script(c) for c in compatible]
-      letters = [script for script in found if script is not None]
+      kinds = [_script(c) for c in compatible]
+      letters = [script for script in kinds if script is not None]
       right = sum(script in scripts for script in letters)
       scores.append(right / len(letters) if letters else 1.0)
     return scores
@@ -291,10 +289,10 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
 
 
 def _stream_safe(text: str) -> str:
-  """The text with a joiner after every 30 marks on a letter.
+  """Inserts a joiner after every 30 marks on a letter.
 
-  Marks are sorted by normalisation, in a time that is quadratic.  No language
-  has so many (Unicode Standard Annex 15, "Stream-Safe Text Format").
+  Normalisation sorts marks in quadratic time.  No language uses that many
+  (Unicode Standard Annex 15, "Stream-Safe Text Format").
   """
   pieces, marks = [], 0
   for character in text:
@@ -308,18 +306,18 @@ def _stream_safe(text: str) -> str:
 
 @functools.lru_cache(1 << 12)
 def _is_mark(character: str) -> bool:
-  """Whether it is one, or made of such, that normalisation may move."""
+  """Returns True for a character that normalisation may reorder."""
   return unicodedata.combining(unicodedata.normalize('NFKD', character)[0]) > 0
 
 
 @functools.cache
 def _known_scripts() -> set[str | None]:
-  # Farther up there are only more letters of CJK.
+  # Beyond this there are only more letters of CJK.
   return {_script(chr(i)) for i in range(0x20000)} - {None}
 
 
 def _script(character: str) -> str | None:
-  """The first word of a letter's name; None for what is no letter."""
+  """Returns the first word of a letter's name; None if it is not a letter."""
   if unicodedata.category(character) not in ('Lu', 'Ll', 'Lt', 'Lo'):
     return None
   return unicodedata.name(character, '').partition(' ')[0]
@@ -347,8 +345,8 @@ def _vader():
     ) from error
   whole = vaderSentiment.SentimentIntensityAnalyzer
 
-  # VADER lower-cases all words of the text for each that has a sentiment.  What
-  # the checks look at are the three words before it and the two behind it.
+  # VADER lower-cases all words of the text for each that has a sentiment.  The
+  # checks look only at the three words before it and the two after it.
   class Analyzer(whole):
     @staticmethod
     def _special_idioms_check(valence, words, i):
@@ -374,8 +372,8 @@ def _marked_or_last_number(text: str) -> Fraction | None:
   return answers.last_number(text) if marked is None else marked
 
 
-# How the rewards that judge an answer read it out of a completion: what a
-# majority is counted over.  None where there is no answer.
+# Readers of the answer in a completion, by reward, for majority votes.  They
+# return None where there is no answer.
 READERS = {
   'exact_match': str.strip,
   'arithmetic_answer': _result,
@@ -387,7 +385,7 @@ READERS = {
 
 
 def _texts(answer: Sequence[Any]) -> list[str]:
-  """Answers as text; a number in the data file is as good as its digits."""
+  """Returns answers as text; a number in the data file counts as its digits."""
   for i, gold in enumerate(answer):
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
       raise UserError(
@@ -398,7 +396,7 @@ def _texts(answer: Sequence[Any]) -> list[str]:
 
 
 def _equal_numbers(completions, answer, number) -> list[float]:
-  """1 where number(completion) is the answer's number, else 0."""
+  """Returns 1 where number(completion) is the answer's number, else 0."""
   scores = []
   for i, (text, gold) in enumerate(
     zip(completions, _texts(answer), strict=True)
@@ -416,7 +414,7 @@ def _equal_numbers(completions, answer, number) -> list[float]:
 
 
 def _right_answers(completions, answer, same) -> list[float]:
-  """1 where same(completion's marked answer, gold answer), else 0."""
+  """Returns 1 where same(completion's marked answer, gold answer), else 0."""
   scores = []
   for i, (text, gold) in enumerate(
     zip(completions, _texts(answer), strict=True)
@@ -428,8 +426,8 @@ def _right_answers(completions, answer, same) -> list[float]:
         f'the answer of sample {i} cannot be read: {gold[-60:]!r}.\n'
         'It must be an answer in LaTeX, or a solution with one in \\boxed{…}.'
       )
-    found = mathematics.marked_text(text)
-    scores.append(float(found is not None and same(found, truth)))
+    attempt = mathematics.marked_text(text)
+    scores.append(float(attempt is not None and same(attempt, truth)))
   return scores
 
 

@@ -1,15 +1,15 @@
-"""Waiting for rewards in such a way that something else can end the wait.
+"""Interruptible waiting for rewards.
 
-A sample may take minutes.  Whether to go on waiting is for the program to say
-that was asked to stop, not for every function between it and the wait: so the
-question is kept here while it lasts, for each thread on its own.
+A sample may take minutes.  The program that was asked to stop decides whether
+to continue waiting, not every function between it and the wait; so its check is
+stored here, per thread, while it applies.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
-# Seconds from one question to the next.
+# Seconds between calls of the check.
 _INTERVAL = 0.1
 
 _check = contextvars.ContextVar('check', default=None)
@@ -17,17 +17,17 @@ _check = contextvars.ContextVar('check', default=None)
 
 @contextlib.contextmanager
 def checked(check: Callable[[], None]) -> Iterator[None]:
-  """Within it, this thread calls `check` while it waits for rewards.
+  """Makes this thread call `check` while it waits for rewards.
 
-    with StopSignal() as stop, waiting.checked(stop.check):
+    with StopSignal() as stop, interruptible.checked(stop.check):
       ...
 
-  What is asked are rewards in worker processes and `code.code_tests`; another
-  function in this process is not interrupted.
+  It covers rewards in worker processes and `code.code_tests`; other functions
+  in this process are not interrupted.
 
   Args:
-    check: called about ten times a second; what it raises ends the wait.  An
-      `Exception` would be taken for one of the function that waits.
+    check: called about ten times a second; an exception from it ends the wait.
+      An `Exception` would be attributed to the function that waits.
   """
   token = _check.set(check)
   try:
@@ -37,13 +37,13 @@ def checked(check: Callable[[], None]) -> Iterator[None]:
 
 
 def wait(done: Callable[[float | None], bool]) -> None:
-  """Waits until `done(seconds)`, which itself waits so long, is true.
+  """Waits until `done(seconds)`, which itself waits that long, returns True.
 
   Args:
-    done: called with None where nothing can end the wait.
+    done: called with None if nothing can end the wait.
 
   Raises:
-    BaseException: what the check raises.
+    BaseException: whatever the check raises.
   """
   check = _check.get()
   if check is None:

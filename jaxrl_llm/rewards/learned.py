@@ -1,7 +1,7 @@
-"""Rewards that a model gives.
+"""Rewards computed by a model.
 
-Worker processes know these names too, and start without JAX: what computes is
-imported where a model is loaded.
+Worker processes look up these names too, and start without JAX: imports are
+deferred until a model is loaded.
 """
 
 import math
@@ -25,32 +25,31 @@ def reward_model(
   mean: float = 0.0,
   std: float = 1.0,
 ) -> Callable[..., list[float | None]]:
-  """Factory: (s − mean) / std, s a reward model's score of the whole text.
+  """Factory: (s − mean) / std with s a reward model's score of the whole text.
 
-  It reads prompt and response with its own tokenizer and chat template, and
-  the score where `transformers` does: at the last token that is not the padding
-  token of its config.json.  It computes on this process's devices: not in
-  workers.
+  It tokenises prompt and response with the model's own tokenizer and chat
+  template, and reads the score where `transformers` does: at the last token
+  that is not the padding token of its config.json.  It computes on this
+  process's devices, not in workers.
 
   Args:
-    path: a folder or hub name with the layout *ForSequenceClassification and
-      one label, such as `folders.save_trunk` writes.
+    path: a folder or hub name of a *ForSequenceClassification model with one
+      label, such as `folders.save_trunk` writes.
     chat_template, system_prompt, suffix: as in `tasks.prompts.encode_prompts`;
-      '' is as good as None.
-    end_token: whether, without a chat template, the end token follows a
-      response that has `finished`; as the model was trained.  A template ends
-      finished responses its own way.
-    max_tokens: of prompt and response together; all that the model can read if
-      None.
-    overlong: what a longer text is: 'error', or 'none' for no score.
-    batch_size: texts at one time.
+      '' counts as None.
+    end_token: without a chat template, appends the end token to a response that
+      has `finished`; as the model was trained.  A template ends finished
+      responses its own way.
+    max_tokens: of prompt and response together; None for the model's limit.
+    overlong: treatment of a longer text: 'error', or 'none' for no score.
+    batch_size: texts per batch.
     dtype: of parameters and computation.
     mean: subtracted from a score, nats.
-    std: by which it is divided, nats.
+    std: divisor of the score, nats.
 
   Raises:
-    UserError: no such model, one that gives no single score, or a setting that
-      makes no sense.
+    UserError: the model does not exist or gives more than one score, or a
+      setting is invalid.
   """
   from jaxrl_llm.models.huggingface import folders
   from jaxrl_llm.models.huggingface import reward_model as model
@@ -61,9 +60,11 @@ def reward_model(
   if overlong not in ('error', 'none'):
     raise UserError(f"{field}: overlong={overlong!r} must be 'error' or 'none'")
   if batch_size < 1:
-    raise UserError(f'{field}: batch_size is {batch_size}, not at least 1')
+    raise UserError(
+      f'{field}: batch_size is {batch_size}; it must be at least 1'
+    )
   if not (0 < std < math.inf and math.isfinite(mean)):
-    raise UserError(f'{field}: {mean=} and {std=}; std has to be above 0')
+    raise UserError(f'{field}: {mean=} and {std=}; std must be above 0')
   config, params = model.load(path, dtype=dtype, param_dtype=dtype)
   most = config.max_length if max_tokens is None else max_tokens
   if not 1 <= most <= config.max_length:
@@ -80,7 +81,7 @@ def reward_model(
     suffix=suffix,
     end_token=end_token,
   )
-  # Refused here, not at the first batch.
+  # Fails here, not at the first batch.
   template_text(tokenizer, chat_template or None, system_prompt or None)
 
   def scores_texts(
@@ -103,9 +104,9 @@ def reward_model(
         "responses, raise max_tokens, or give them no score: overlong='none'."
       )
     fitting = [ids for ids in texts if len(ids) <= most]
-    found = iter(model.score_texts(config, params, fitting, batch_size))
+    scores = iter(model.score_texts(config, params, fitting, batch_size))
     return [
-      (float(next(found)) - mean) / std if len(ids) <= most else None
+      (float(next(scores)) - mean) / std if len(ids) <= most else None
       for ids in texts
     ]
 
@@ -113,7 +114,7 @@ def reward_model(
 
 
 def _unpadded(ids: list[int], padding: int | None) -> list[int]:
-  """The ids up to the last one that is not padding, at least one."""
+  """Returns the ids up to the last one that is not padding, at least one."""
   end = len(ids)
   while end > 1 and ids[end - 1] == padding:
     end -= 1

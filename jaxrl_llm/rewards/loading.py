@@ -1,4 +1,4 @@
-"""From the name of a reward function to the function."""
+"""Loads a reward function by its name."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,36 +8,36 @@ from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import code, functions, learned, test_scores
 
-# Modules with the functions that may be named by themselves.
+# Modules whose functions can be named without a prefix.
 _MODULES = (functions, code, learned)
 
-# What they do with a response may never end.
+# Functions that may never return on some responses.
 _ENDLESS = ('math_verify_answer',)
 
-# Parameters that tell a reward function from a factory of one.
+# Parameters that distinguish a reward function from a factory.
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
 
 
 def load(
   name: str, settings: Mapping[str, Any], field: str, killable: bool = False
 ) -> Callable:
-  """The reward function that `name` stands for.
+  """Returns the reward function called `name`.
 
   Args:
-    name: of a function or a factory of `jaxrl_llm.rewards`, or
-      'file.py:function', or 'module:function'.  What takes neither `**kwargs`
-      nor responses is a factory: it is called, and gives the function.
-    settings: arguments of the factory; of a function there are none.
-    field: what the messages begin with.
-    killable: whether a time-out can end the process, as it can a worker's.
+    name: a function or factory of `jaxrl_llm.rewards`, 'file.py:function', or
+      'module:function'.  A function that takes neither `**kwargs` nor responses
+      is a factory: it is called and returns the reward function.
+    settings: arguments of the factory; empty for a function.
+    field: prefix of the messages.
+    killable: True if a time-out can end the process, as it can a worker's.
 
   Raises:
-    UserError: no such function, or settings that it does not take, or one that
-      may never end where nothing could end it.
+    UserError: the function does not exist, does not take the settings, or may
+      never end where nothing could end it.
   """
   if name in _ENDLESS and not killable:
     raise UserError(
-      f'{field}: {name} evaluates what the model writes, which may never end\n'
+      f'{field}: {name} evaluates text that the model wrote and may never end\n'
       f'set workers, as in dict(name={name!r}, workers=4, timeout=2.0)'
     )
   function = naming.find(_MODULES, name, field)
@@ -46,7 +46,7 @@ def load(
     parameter.kind is parameter.VAR_KEYWORD or parameter.name in _RESPONSES
     for parameter in taken
   ):
-    # What a mapping means to a user's own function is the user's affair.
+    # Only a user's own function knows what a mapping means to it.
     parts = () if ':' in name else test_scores
     return naming.call(_MODULES, {**settings, 'name': name}, field, parts)
   if settings:

@@ -5,10 +5,10 @@ r"""Canonical forms of mathematical answers: numbers, lists, intervals, words.
   `(3,\pi/2]` is `\left( 3, \frac\pi2 \right]`          `x^2+1` is `1+x^2`
 
 Forms can be compared and hashed, so that majorities can be counted.  Sets, and
-lists without brackets, are in any order; tuples are not.  Units, degree and
-per-cent signs do not count, nor does what follows the letter of a choice, as in
-`\textbf{(C)}\ 5`.  What is not understood is compared as text without spaces.
-Nothing is evaluated and every size is bounded, as in `expressions`.
+lists without brackets, are unordered; tuples are ordered.  Units, degree and
+per-cent signs are ignored, as is the text after the letter of a choice, as in
+`\textbf{(C)}\ 5`.  Other text is compared without its spaces.  Nothing is
+evaluated and every size is bounded, as in `expressions`.
 """
 
 import re
@@ -18,10 +18,10 @@ from jaxrl_llm.rewards import expressions
 from jaxrl_llm.tasks import answers
 
 _MAX_CHARACTERS = 300
-_DEEPEST = 6  # brackets of tuples, sets and matrices within each other
+_DEEPEST = 6  # nested brackets of tuples, sets and matrices
 _MOST_PARTS = 32  # of a list; longer ones are text
 
-# One character for a command, and what is nothing but layout left out.
+# One character per command; commands that only affect layout are dropped.
 _MEANINGS = {
   **dict.fromkeys(['dfrac', 'tfrac', 'cfrac'], '\\frac'),
   **dict.fromkeys(['left', 'right', 'big', 'Big', 'displaystyle'], ''),
@@ -53,10 +53,10 @@ _LAYOUT = re.compile(
   r'\s*\\!\s*|\\phantom\s*(?:\{[^{}]*\}|.)|\\(?:text)?color\s*\{\w*\}'
   r'|(?<=\\\\)\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]'
 )
-# Spaces, which keep the digits around it apart.
+# Replaced by spaces, which keep the digits around it apart.
 _MONEY = re.compile(r'\\?[$%]')
 _DEGREE = re.compile(r'(?:\^\s*\{?\s*°\s*\}?|°)(\s*\d)?')
-# \textbf{(C)}\ 5, of which the letter is the answer.
+# \textbf{(C)}\ 5, whose letter is the answer.
 _CHOICE = re.compile(
   r'\\(?:text(?:bf|rm)?|math(?:rm|bf))\s*\{\s*\(([A-E])\)\s*\}'
   r'(?:[-\w{}^./ ]|\\(?:[dt]?frac|sqrt|pi)\b)*\d[\w{}^./ ]*'
@@ -70,8 +70,8 @@ _UNIT = re.compile(
   r'(?<=[\w})\]])((?:\s+[A-Za-z]{2,}\.?){1,4})'
   r'(?:\s*\^\s*\{?\d\}?)?$'
 )
-# What may stand before "=" without being a part of the answer: a letter, a
-# word, f(x), (x,y); not xy, which is a product.
+# Allowed before "=" without being part of the answer: a letter, a word, f(x),
+# (x,y); not xy, which is a product.
 _NAME = re.compile(
   r'(?:\\[A-Za-z]+|[A-Za-z]|[A-Z]{2}|[A-Za-z]{3,})(?:_\{?\w+\}?)?\'*'
   r'|[A-Za-z]?\([A-Za-z](?:,[A-Za-z])*\)|'
@@ -84,10 +84,10 @@ _REVERSED = {'>': '<', '≥': '≤'}
 
 
 def read_answer(text: str) -> Hashable | None:
-  """The canonical form of an answer, without marks around it.
+  """Returns the canonical form of an answer without its mark.
 
-  A Fraction for a rational number.  None for nothing at all, and for more than
-  300 characters.
+  A Fraction for a rational number.  None for an empty text and beyond 300
+  characters.
   """
   text = text.strip()
   if len(text) > _MAX_CHARACTERS:
@@ -97,16 +97,16 @@ def read_answer(text: str) -> Hashable | None:
 
 
 def marked_answer(text: str) -> Hashable | None:
-  """The canonical form of `marked_text`, or None."""
+  """Returns the canonical form of `marked_text`, or None."""
   marked = marked_text(text)
   return None if marked is None else read_answer(marked)
 
 
 def marked_text(text: str) -> str | None:
-  r"""What `text` gives as its answer, as it stands there, or None.
+  r"""Returns the answer that `text` marks, verbatim, or None.
 
-  The last `\boxed{…}`; failing that, the last line behind `####`; failing
-  that, what follows the last "answer is" in its sentence or its `$…$`.
+  The last `\boxed{…}`; failing that, the last line after `####`; failing that,
+  the text after the last "answer is", within its sentence or its `$…$`.
   """
   content = answers.last_boxed(text)
   if content is not None:
@@ -124,7 +124,7 @@ def marked_text(text: str) -> str | None:
 
 
 def _cleaned(text: str) -> str:
-  """The text with one notation for what has several."""
+  """Returns the text with one notation for each meaning."""
   text = answers.with_spaces(text).translate(_CHARACTERS)
   text = _MONEY.sub('  ', _LAYOUT.sub('', text)).strip()
   text = _CHOICE.sub(r'\1', text) if _CHOICE.fullmatch(text) else text
@@ -140,7 +140,7 @@ def _cleaned(text: str) -> str:
 
 
 def _words(match: re.Match) -> str:
-  r"""What `\text{…}` stands for: nothing where it is a unit."""
+  r"""Replaces `\text{…}` by its words, or by nothing if it is a unit."""
   words, before = match[1].strip(), match.string[: match.start()].rstrip()
   after_value = before[-1:].isalnum() or before[-1:] in tuple('})]')
   if after_value and re.fullmatch(r'[A-Za-z/. ]+|\([A-Za-z/. ]+\)', words):
@@ -159,7 +159,7 @@ def _meaning(match: re.Match) -> str:
 
 
 def _read_list(text: str, depth: int) -> Hashable | None:
-  """One value, or several in any order; None for nothing."""
+  """Reads one value, or several in any order; None for an empty text."""
   pieces = _split(text, ',;')
   if not pieces or depth > _DEEPEST or len(pieces) > 2 * _MOST_PARTS:
     return 'text', _compact(text)
@@ -180,7 +180,7 @@ def _read_list(text: str, depth: int) -> Hashable | None:
 
 
 def _read_element(text: str, depth: int) -> list[tuple[str, Hashable]]:
-  """[(name, value)] of `name = value`; two of them where ± stands."""
+  """Returns [(name, value)] for `name = value`; two of them for a ±."""
   sides = _split(text, _RELATIONS)
   sides, signs = sides[::2], sides[1::2]
   name = ''.join(sides[0].split())
@@ -206,7 +206,7 @@ def _read_values(text: str, depth: int) -> list[Hashable]:
 
 
 def _read_value(text: str, depth: int) -> Hashable:
-  """A union, a tuple, an interval, a set, a matrix, or what has no parts."""
+  """Reads a union, tuple, interval, set, matrix, or a value without parts."""
   text = text.strip()
   parts = _split(text, '∪')[::2]
   if len(parts) > 1:
@@ -233,7 +233,7 @@ def _read_value(text: str, depth: int) -> Hashable:
 
 
 def _flat(values: list[Hashable]) -> list[Hashable]:
-  """A union's members, those of unions within it among them."""
+  """Returns a union's members, including those of nested unions."""
   return [
     member
     for value in values
@@ -244,7 +244,7 @@ def _flat(values: list[Hashable]) -> list[Hashable]:
 
 
 def _read_leaf(text: str) -> Hashable:
-  """A number, words, an expression, or text."""
+  """Reads a number, words, an expression, or text."""
   number = answers.parse_number(text)
   if number is not None:
     return number
@@ -262,7 +262,7 @@ def _compact(text: str) -> str:
 
 
 def _split(text: str, separators: str) -> list[str] | None:
-  """[piece, separator, piece, …] outside all brackets; None if unbalanced."""
+  """Splits outside brackets: [piece, separator, …]; None if unbalanced."""
   parts, depth, start = [], 0, 0
   for i, character in enumerate(text):
     if character in _CLOSING:
@@ -278,7 +278,7 @@ def _split(text: str, separators: str) -> list[str] | None:
 
 
 def _in_one_bracket(text: str) -> bool:
-  """Whether the first bracket closes at the end."""
+  """Returns True if the first bracket closes at the end."""
   if text[:1] not in tuple(_CLOSING):
     return False
   depth = 0

@@ -1,4 +1,4 @@
-"""Processes that score samples, a thread for each, and what waits for them."""
+"""A pool of worker processes with a thread each, and a queue of samples."""
 
 import os
 import queue
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.worker_process import Ready, Reply, WorkerProcess
 
-# After these the process is of no use.
+# Failures after which the process is unusable.
 _FATAL = ('timeout', 'crash', 'memory')
 
-# Seconds that a thread has to end; its process has ended well before.
+# Seconds for a thread to end; its process has ended well before.
 _JOIN_SECONDS = 15.0
 
 
@@ -20,7 +20,7 @@ class Job(NamedTuple):
   """A sample to score.
 
   Attributes:
-    settle: called with what came of it, once.
+    settle: called once, with the outcome.
     arguments: a JSON object.
   """
 
@@ -29,13 +29,13 @@ class Job(NamedTuple):
 
 
 class Pool:
-  """Processes, a thread for each, and the samples that wait for them.
+  """Processes, a thread for each, and the queue of samples.
 
-  Holds no reference to the `Workers`, whose end closes it.  A process that has
-  ended is replaced when the next sample is there.
+  It holds no reference to the `Workers`, whose end closes it.  A process that
+  has ended is replaced when the next sample arrives.
 
   Attributes:
-    worked: whether the function has ever given a score.
+    worked: True once the function has given a score.
   """
 
   def __init__(self, spec: dict[str, Any], load_timeout: float):
@@ -43,18 +43,19 @@ class Pool:
     self.worked = False
     self._spec = spec
     self._load_timeout = load_timeout
-    # Paths mean what they meant when the first process loaded the function.
+    # Paths keep the meaning they had when the first process loaded the
+    # function.
     self._folder = os.getcwd()
     self._source = None
     self._owner = os.getpid()
     self._open = True
     self._processes = set()
     self._threads = []
-    # Reentrant: a garbage collection within may close the pool.
+    # Reentrant: a garbage collection while it is held may close the pool.
     self._lock = threading.RLock()
 
   def launch(self) -> tuple[WorkerProcess, Ready]:
-    """A process that has loaded the function, and what it says of itself."""
+    """Starts a process that loads the function; returns it and its report."""
     with self._lock:
       self._check_open()
       process = WorkerProcess(self._spec, self._folder)
@@ -68,7 +69,7 @@ class Pool:
     return process, ready
 
   def serve(self, process: WorkerProcess | None) -> None:
-    """Starts a thread that has samples scored, at first by this process."""
+    """Starts a thread that scores samples, first with this process."""
     thread = threading.Thread(
       target=self._work, args=(process,), name='reward worker', daemon=True
     )
@@ -77,16 +78,16 @@ class Pool:
       self._threads.append(thread)
 
   def put(self, jobs: Sequence[Job]) -> None:
-    """Has samples scored when their turn comes."""
+    """Queues samples for scoring."""
     with self._lock:
       self._check_open()
       for job in jobs:
         self._jobs.put(job)
 
   def close(self) -> None:
-    """Ends processes and threads; samples that wait are settled as failed."""
+    """Ends processes and threads; settles waiting samples as failed."""
     if os.getpid() != self._owner:
-      return  # A forked copy of the process that started them.
+      return  # This is a forked copy of the process that started them.
     with self._lock:
       self._open = False
       processes, threads = list(self._processes), list(self._threads)
@@ -99,7 +100,7 @@ class Pool:
         thread.join(_JOIN_SECONDS)
 
   def _work(self, process: WorkerProcess | None) -> None:
-    """Has samples scored one after another until the pool is closed."""
+    """Scores samples one after another until the pool is closed."""
     while (job := self._jobs.get()) is not None:
       process, reply = self._score(process, job.arguments)
       job.settle(reply)
@@ -109,7 +110,7 @@ class Pool:
   def _score(
     self, process: WorkerProcess | None, arguments: bytes
   ) -> tuple[WorkerProcess | None, Reply | Exception]:
-    """What came of a sample, and the process if it can go on."""
+    """Scores a sample; returns the process, if usable, and the outcome."""
     try:
       self._check_open()
       if process is None:
@@ -127,7 +128,7 @@ class Pool:
       if process is not None:
         self._end(process)
       return None, error
-    # What earlier samples did to the process may be the reason.
+    # Earlier samples may have damaged the process.
     return self._score(None, arguments)
 
   def _end(self, process: WorkerProcess) -> None:
@@ -140,11 +141,11 @@ class Pool:
       raise UserError(f'reward {self._spec["name"]!r}: its workers are closed')
 
   def _check_source(self, source: str | None) -> None:
-    """Refuses a file that is no longer the one that was loaded first."""
+    """Refuses a file that differs from the one loaded first."""
     self._source = self._source or source
     if source != self._source:
       raise UserError(
         f'{self._spec["field"]}: the file of {self._spec["name"]} has changed\n'
-        'a worker that takes the place of another would score by other rules: '
-        'put the file\nback, or begin anew'
+        'a replacement worker would score by other rules: restore the file or '
+        'restart'
       )

@@ -1,4 +1,4 @@
-"""Finds the program in a completion, and single tests in a data set's row."""
+"""Extracts the program from a completion, and single tests from a row."""
 
 import ast
 import functools
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
 
-# Where a base model that continues a function has gone on to something else:
-# the stop sequences of Chen et al., 2021, and the end of a code block.
+# Texts at which a base model that continues a function has moved on: the stop
+# sequences of Chen et al., 2021, and the end of a code block.
 STOP = ('\nclass ', '\ndef ', '\n#', '\nif __name__', '\nprint(', '\n```')
 
 _FENCE = re.compile(r'([ \t]*)```([^`]*)')
@@ -21,8 +21,8 @@ class Tests(NamedTuple):
   """Tests of a program.
 
   Attributes:
-    setup: source to run before the first.
-    tests: source of each.
+    setup: source to run before the first test.
+    tests: source of each test.
   """
 
   setup: str
@@ -35,21 +35,21 @@ def find_program(
   entry_point: str = '',
   stop: Sequence[str] = STOP,
 ) -> str:
-  """The program that a completion stands for.
+  """Returns the program that a completion contains.
 
-  The prompt is code if it is Python, complete or up to the body of its last
-  function, and defines `entry_point`.  In this order:
+  The prompt counts as code if it is Python, complete or up to the body of its
+  last function, and defines `entry_point`.  The first of these that exists:
 
-  1. The last code block (between ``` fences, of Python or of no language) that
-     defines `entry_point`.  What a prompt that is code brings besides that
-     function (imports, helpers) goes before it.
-  2. Where the prompt is code and the completion begins with an indented line,
-     it continues the prompt: cut before the first of `stop`, put behind it.
-  3. The last code block, whatever it holds, and
-  4. the completion as it is: behind a prompt that is code, by itself if it
-     defines `entry_point` (as in 1).
+  1. The last code block (between ``` fences, marked as Python or unmarked) that
+     defines `entry_point`.  If the prompt is code, its other definitions
+     (imports, helpers) go before it.
+  2. If the prompt is code and the completion begins with an indented line: the
+     prompt, continued by the completion up to the first of `stop`.
+  3. The last code block, whatever it holds, after the prompt if that is code.
+  4. The completion as it is, after the prompt if that is code; as in 1 if it
+     defines `entry_point`.
 
-  A block of Python that is never closed reaches to the end.
+  A Python block that is never closed extends to the end.
   """
   preamble = prompt_code(prompt, entry_point)
   blocks = _code_blocks(completion)
@@ -70,7 +70,7 @@ def find_program(
 
 @functools.lru_cache(maxsize=1024)
 def prompt_code(prompt: str, entry_point: str) -> str | None:
-  """What a prompt defines besides `entry_point`; None if it is no code."""
+  """Returns the prompt's code besides `entry_point`; None if it is not code."""
   for text in (prompt, prompt + '\n    pass'):
     try:
       tree = _parse(text)
@@ -84,20 +84,20 @@ def prompt_code(prompt: str, entry_point: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def tests_of_check(test: str, entry_point: str, prompt: str) -> Tests:
-  """The tests in a HumanEval row, whose `check(candidate)` holds many.
+  """Splits the `check(candidate)` of a HumanEval row into tests.
 
-  Each statement of `check` with an assertion is a test, together with the
-  statements before it that have none.  `assert True` is no assertion.  Names
-  that the prompt defines besides the entry point mean what they mean there,
-  whatever the program makes of them.
+  Each statement of `check` that contains an assertion is a test, together with
+  the preceding statements that contain none.  `assert True` does not count as
+  an assertion.  Other names that the prompt defines keep the prompt's meaning,
+  whatever the program does to them.
 
   Raises:
-    UserError: `test` is no Python, or has no `check` of one argument.
+    UserError: `test` is not Python, or has no `check` of one argument.
   """
   try:
     tree = _parse(test)
   except (SyntaxError, ValueError) as error:
-    message = f'the tests of {entry_point} are no Python: {error}.'
+    message = f'the tests of {entry_point} are not Python: {error}.'
     raise UserError(message) from error
   check = next((n for n in tree.body if getattr(n, 'name', None) == 'check'), 0)
   if not isinstance(check, ast.FunctionDef) or len(check.args.args) != 1:
@@ -128,14 +128,14 @@ def tests_of_check(test: str, entry_point: str, prompt: str) -> Tests:
 
 
 def _parse(source: str) -> ast.Module:
-  """What a source means, without what Python would rather have it say."""
+  """Parses source without showing Python's warnings."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     return ast.parse(source)
 
 
 def _needs_its_function(check: ast.FunctionDef) -> bool:
-  """Whether the statements of a function mean something else outside it."""
+  """Returns True if the statements change meaning outside the function."""
   bound = (ast.Return, ast.Yield, ast.YieldFrom, ast.Await)
   bound += (ast.Global, ast.Nonlocal)
   return any(isinstance(node, bound) for node in ast.walk(check))
@@ -154,7 +154,7 @@ def _after(first: str | None, then: str) -> str:
 
 
 def _code_blocks(text: str) -> list[str]:
-  """Contents of fenced blocks, without the indentation of their fences."""
+  """Returns the contents of fenced blocks, less their fences' indentation."""
   blocks, language, indent, lines = [], None, '', []
   for line in text.split('\n'):
     fence = _FENCE.fullmatch(line.rstrip())

@@ -1,4 +1,4 @@
-"""What a reward function returned, as numbers or not at all."""
+"""Conversion of a reward function's result to numbers."""
 
 import math
 import numbers
@@ -8,21 +8,21 @@ from jaxrl_llm.errors import UserError
 
 
 def as_list(name: str, result: Any, count: int) -> list:
-  """A function's result as a list of `count` values.
+  """Converts a function's result to a list of `count` values.
 
   Args:
-    name: of the function, for the message.
-    result: what it returned; lists, tuples and arrays [count] will do.  What
-      an array masks is None.
-    count: of the completions.
+    name: the function's name, for the message.
+    result: a list, tuple or array [count]; an array's masked elements become
+      None.
+    count: number of completions.
 
   Raises:
-    UserError: it is something else, or of another length.
+    UserError: it has another type or length.
   """
   if hasattr(result, '__array__'):
     import numpy as np  # Late: worker processes start faster without it.
 
-    result = np.asanyarray(result)  # A mask stays.
+    result = np.asanyarray(result)  # Keeps a mask.
     kind = f'an array of shape {result.shape}'
     values = result.tolist() if result.ndim == 1 else None
   else:
@@ -41,15 +41,15 @@ def as_list(name: str, result: Any, count: int) -> list:
   return values
 
 
-# The device computes in float32, of which this is the largest number.
+# The largest float32: the device computes in float32.
 LARGEST = 3.4028234663852886e38
 
 
 def as_float(value: Any) -> float:
-  """One value as a float that float32 holds, NaN for None.
+  """Converts a value to a float within float32's range; None becomes NaN.
 
   Raises:
-    ValueError: it is no real number, or neither finite nor at most `LARGEST`.
+    ValueError: it is not a real number within ±`LARGEST`.
   """
   if getattr(value, 'shape', None) == () and hasattr(value, 'tolist'):
     value = value.tolist()  # A scalar of NumPy or JAX; None if it is masked.
@@ -61,13 +61,13 @@ def as_float(value: Any) -> float:
       number = float(value)
     except OverflowError:
       number = math.inf
-  # False of NaN, too.
+  # The comparison is False for NaN, too.
   if not abs(number) <= LARGEST:
-    raise ValueError(f'{shortened(repr(value))} is no finite float32')
+    raise ValueError(f'{shortened(repr(value))} is not a finite float32')
   return number
 
 
 def shortened(text: str, length: int = 60) -> str:
-  """One line of at most `length` characters and an ellipsis."""
+  """Returns the text as a line cut to `length` characters and an ellipsis."""
   line = ' '.join(text.split())
   return line if len(line) <= length else line[:length] + '…'

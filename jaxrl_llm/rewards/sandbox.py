@@ -1,44 +1,43 @@
-"""Runs one Python program that a model has written, under limits.
+"""Runs one program that a model wrote, under limits.
 
-Each program gets a fresh interpreter with nothing but the standard library, in
-a session of its own, in an empty directory that is removed afterwards, without
-input and without the parent's environment.  The interpreter's options -s, -P,
--S and -B and an environment made here are -I with one addition: strings hash as
-they did last time, so that a program which depends on the order of a set has
-one result.
+Each program gets a fresh interpreter with only the standard library, in its own
+session, in an empty directory that is removed afterwards, without input and
+without the parent's environment.  The interpreter's options -s, -P, -S and -B
+and a fresh environment amount to -I with one addition: string hashes are fixed,
+so that a program that depends on the order of a set has one result.
 
 Limits: wall-clock and CPU time, address space of each process, size of each
 file, open files, processes and threads, no core dumps.
 
-Isolation, as far as the machine allows; `isolation` says what is missing, and
-the log says it once:
+Isolation, as far as the machine allows (`isolation` reports what is missing,
+and the log warns once):
 
-- Namespaces (`unshare`): no network at all, not even that of this machine; when
-  the program ends, every process that it started ends, detached ones too.
-- Landlock (Linux ≥ 5.13): files are made, changed and removed in the program's
-  directory alone; no look into other processes; since version 6 (Linux 6.12)
-  no signals to them.
-- For root, a user of the program's own, who can do neither; where only root can
-  reach Python's library, one who can read everything.
+- Namespaces (`unshare`): no network at all, not even the local one; when the
+  program ends, so does every process that it started, detached ones too.
+- Landlock (Linux ≥ 5.13): files can be created, changed and removed only in
+  the program's directory; other processes cannot be inspected or, since
+  version 6 (Linux 6.12), signalled.
+- For root: a separate user, who can do neither; one who can read everything if
+  only root can reach Python's library.
 
-Without namespaces on Linux: orphans of the program become children of its
+Without namespaces on Linux, orphans of the program become children of its
 supervisor, which kills them all in the end; a program that first kills the
-supervisor (only one without Landlock and user of its own can) leaves them
-alive.  The number of processes is then limited by adding to those that the user
-has.  Elsewhere (macOS) the process group is killed, a process that leaves it
-lives on, and neither memory nor the number of processes is limited.  Where the
+supervisor (possible only without Landlock and a separate user) leaves them
+alive.  The process limit then adds to the processes that the user already has.
+Elsewhere (macOS) the process group is killed, a process that leaves it
+survives, and neither memory nor the number of processes is limited.  If the
 caller itself is killed, its programs end by their time limit and leave their
-directories.
+directories behind.
 
-This is no security boundary.  The program runs on the same kernel, reads what
-this user reads (with a user of its own: what everyone reads), and can fill the
-disk with many files of permitted size, which take their time to remove.  Nor is
-the verdict proof against an attacker: tests run in the program's process.  The
-early ways out (`os._exit`, `SystemExit`, a printed or forged word of success),
-built-in functions or `__main__` replaced, and results that claim to equal
-everything fail; what methods return and attributes hold is not checked, and a
-program that searches its own process for the harness, speaks its protocol, or
-replaces parts of a module that the tests or harness import can still pass.
+This is not a security boundary.  The program runs on the same kernel, reads
+what this user can read (as a separate user: what everyone can read), and can
+fill the disk with many files of permitted size, which are slow to remove.  Nor
+is the verdict proof against an attacker: tests run in the program's process.
+Exiting early (`os._exit`, `SystemExit`), printing or forging success, replacing
+built-in functions or `__main__`, and results that claim to equal everything all
+fail.  But what methods return and attributes hold is not checked, and a program
+that searches its own process for the harness, speaks its protocol, or replaces
+parts of a module that the tests or harness import can still pass.
 """
 
 import contextlib
@@ -65,7 +64,7 @@ from jaxrl_llm.errors import UserError
 _log = logging.getLogger(__name__)
 _CHILD = pathlib.Path(__file__).with_name('sandbox_child.py')
 _NOBODY = 65534
-# Seconds beyond the time limit: an interpreter starts, on a loaded machine.
+# Seconds beyond the time limit, to start an interpreter on a loaded machine.
 _GRACE = 60.0
 # Seconds from a verdict until all processes have ended by themselves.
 _END = 10.0
@@ -73,7 +72,7 @@ _LEAST_MEMORY = 2**26
 
 
 class Outcome(enum.Enum):
-  """How a program ended."""
+  """The ways in which a program can end."""
 
   PASSED = 'passed'
   FAILED = 'failed'
@@ -83,13 +82,13 @@ class Outcome(enum.Enum):
 
 
 class Result(NamedTuple):
-  """What became of a program.
+  """The result of running a program.
 
   Attributes:
     outcome: `PASSED` if it ran to its end and no test raised.
-    passed: a bool per test; all False where the tests did not run to their end.
-    error: '' or one line: 'AssertionError: …' of the first test that failed or
-      of the program, 'signal 11' where it crashed, the limit that it exceeded.
+    passed: a bool per test; all False if the tests did not run to their end.
+    error: '' or one line: 'AssertionError: …' from the program or the first
+      failed test, 'signal 11' for a crash, or the limit exceeded.
     output: the first bytes of standard output and error, as text.
   """
 
@@ -100,12 +99,12 @@ class Result(NamedTuple):
 
 
 class Isolation(NamedTuple):
-  """What keeps a program from the rest of the machine.
+  """The barriers between a program and the rest of the machine.
 
   Attributes:
-    namespaces: its own network, which is none, and its own processes.
-    own_proc: /proc shows only these.
-    own_user: it runs as a user of its own, in place of root.
+    namespaces: separate processes, and no network.
+    own_proc: /proc shows only these processes.
+    own_user: it runs as a separate user instead of root.
     landlock: version of the kernel's Landlock; 0 for none.
   """
 
@@ -116,7 +115,7 @@ class Isolation(NamedTuple):
 
   @property
   def missing(self) -> tuple[str, ...]:
-    """What a program can do here that it could not with full isolation."""
+    """Abilities that a program has here but not under full isolation."""
     linux = sys.platform == 'linux'
     root = os.geteuid() == 0 and not self.own_user
     other = self.namespaces or self.own_user
@@ -135,9 +134,9 @@ class Isolation(NamedTuple):
 
 @functools.cache
 def isolation(interpreter: str = sys.executable) -> Isolation:
-  """The best isolation that works here; tried once, then remembered.
+  """Returns the best isolation that works here; tested once, then cached.
 
-  What is missing is logged as a warning.
+  Missing isolation is logged as a warning.
 
   Args:
     interpreter: path of the Python that will run programs.
@@ -152,21 +151,21 @@ def isolation(interpreter: str = sys.executable) -> Isolation:
     tries = [each._replace(own_user=True) for each in tries] + tries
   if sys.platform != 'linux':
     tries = [Isolation()]
-  for found in tries:
+  for candidate in tries:
     try:
       result = run(
-        'import random',  # Modules in Python and in C.
+        'import random',  # Loads modules in Python and in C.
         timeout=_GRACE,
-        isolated=found,
+        isolated=candidate,
         interpreter=interpreter,
       )
     except UserError as error:
       obstacle = error
       continue
     if result.outcome is Outcome.PASSED:
-      for what in found.missing:
+      for what in candidate.missing:
         _log.warning('a program that is run as a reward can %s', what)
-      return found
+      return candidate
     obstacle = UserError(f'sandbox: {interpreter}: {result.error}.')
   raise obstacle
 
@@ -188,12 +187,11 @@ def run(
 ) -> Result:
   """Runs a program, then its tests in the same process.
 
-  The program is the module `program`, so that what it does only as `__main__`
-  is not done.  Tests see its names; built-in functions they see as they were.
-  A function that they call must return objects whose operators are Python's
-  own: no class of the program that defines `__eq__`.  They run one after the
-  other, also after one that failed.  Without tests a program passes that comes
-  to its end.
+  The program is the module `program`, so its `__main__` section does not run.
+  Tests see its names, but the original built-in functions.  A function that
+  they call must return objects with Python's own operators: not of a program's
+  class that defines `__eq__`.  Tests run in order, and continue after one
+  fails.  Without tests, a program that runs to its end passes.
 
   Thread-safe: any number of programs can run at a time.
 
@@ -201,17 +199,17 @@ def run(
     program: Python source.
     tests: Python source; each fails if it raises.
     setup: Python source to run between program and tests, once.
-    entry_point: name that the tests test.  If given, a name of the program that
-      is also that of a built-in function is hidden from the tests, this one
-      excepted: the program cannot bring an `abs` or `len` of its own.
+    entry_point: name under test.  If given, names of the program that shadow
+      built-in functions are hidden from the tests, except this one: the program
+      cannot supply its own `abs` or `len`.
     timeout: seconds of wall-clock time for program and tests, and of CPU time
       (rounded up) for each process.
     memory: bytes of address space of each process; all its processes together
-      may take `processes` times as much.
+      may use `processes` times as much.
     processes: processes and threads at a time.
     files: open at a time, in each process.
     file_size: bytes of each file.
-    output: bytes to keep of what it prints; the rest is dropped.
+    output: bytes of printed output to keep; the rest is dropped.
     interpreter: path of a Python, 3.11 or later.
     isolated: None for the best that works here.
 
@@ -243,14 +241,14 @@ def run(
 
 
 def _result(report, status, printed, tests) -> Result:
-  """Reads what the supervisor said; see `sandbox_child`."""
+  """Interprets the supervisor's report; see `sandbox_child`."""
   ready, _, verdict = report.partition('\n')
   text = printed.decode('utf-8', 'replace')
   if ready != 'ready':
-    said = ready.removeprefix('broken - ') or ' '.join(text.split())[-200:]
+    reason = ready.removeprefix('broken - ') or ' '.join(text.split())[-200:]
     ended = 'had to be killed' if status is None else f'ended with {status}'
     raise UserError(
-      f'sandbox: a program could not be run: {said or "no word"}.\n'
+      f'sandbox: a program could not be run: {reason or "no report"}.\n'
       f'The process that was to run it {ended}.'
     )
   none = (False,) * len(tests)
@@ -274,18 +272,18 @@ def _result(report, status, printed, tests) -> Result:
 
 
 def _execute(isolated, interpreter, limits, texts, keep):
-  """Starts the supervisor and waits until all has ended.
+  """Starts the supervisor and waits until all processes have ended.
 
   Returns:
-    What it reported, its status (None if it had to be killed), and the first
-    `keep` bytes of what was printed.
+    The report, the status (None if it had to be killed), and the first `keep`
+    bytes of output.
   """
   directory = tempfile.mkdtemp(prefix='sandbox-')
   report, report_end = os.pipe()
   try:
     user = 0
     if isolated.own_user:
-      # Of no other program's directory: inodes of one file system differ.
+      # Distinct per directory: inodes of one file system differ.
       user = 2**30 + os.stat(directory).st_ino % 2**30
       os.chown(directory, user, user)
     settings = [f'{name}={value}' for name, value in limits.items()]
@@ -325,8 +323,8 @@ def _execute(isolated, interpreter, limits, texts, keep):
 
 
 def _listen(process, report, seconds, keep):
-  """Reads report and output until the first ends; then ends the processes."""
-  said, printed = bytearray(), bytearray()
+  """Reads report and output until the report ends, then kills the processes."""
+  message, printed = bytearray(), bytearray()
   output = process.stdout.fileno()
   deadline = time.monotonic() + seconds
   with selectors.DefaultSelector() as selector:
@@ -343,8 +341,8 @@ def _listen(process, report, seconds, keep):
         elif key.fd == output:
           printed += chunk[: keep - len(printed)]
         else:
-          said += chunk
-          if said.count(b'\n') == 2:
+          message += chunk
+          if message.count(b'\n') == 2:
             deadline = min(deadline, time.monotonic() + _END)
     ended = report not in selector.get_map()
   _kill(process)
@@ -358,21 +356,21 @@ def _listen(process, report, seconds, keep):
       break
     printed += chunk
   status = process.returncode if ended else None
-  return said.decode('utf-8', 'replace'), status, bytes(printed)
+  return message.decode('utf-8', 'replace'), status, bytes(printed)
 
 
 def _kill(process):
-  """Ends the process group, once; the leader is reaped after it."""
+  """Kills the process group, once; reaps its leader afterwards."""
   if process.returncode is not None:
     return
-  # On macOS, when nothing but zombies is left, the group is not there.
+  # On macOS a group with only zombies left does not exist.
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(process.pid, signal.SIGKILL)
   process.wait()
 
 
 def _remove(directory):
-  """Removes a directory, however deep and whatever its permissions."""
+  """Removes a directory of any depth and permissions."""
   try:
     shutil.rmtree(directory)
     return
@@ -401,23 +399,23 @@ def _environment(directory: str) -> dict[str, str]:
 
 
 def _command(isolated: Isolation, interpreter: str) -> list[str]:
-  """What starts the interpreter."""
+  """Returns the command that starts the interpreter."""
   command = []
   if isolated.namespaces:
     command += ['unshare', '--net', '--pid', '--fork', '--kill-child']
     command += ['--mount-proc'] if isolated.own_proc else []
-    # In a user namespace anyone may; under another name than root's, without
-    # its rights there.
+    # In a user namespace anyone may; a user mapped to another than root lacks
+    # root's rights there.
     if not isolated.own_user:
       command += [f'--map-user={_NOBODY}', f'--map-group={_NOBODY}']
   return [*command, interpreter, '-s', '-S', '-P', '-B']
 
 
 def _process_limit(isolated: Isolation, processes: int) -> int:
-  """RLIMIT_NPROC that leaves the program so many; 0 where it has no effect.
+  """Returns an RLIMIT_NPROC that allows `processes`; 0 if it has no effect.
 
-  The kernel counts processes and threads per user; per user and namespace
-  since Linux 5.14.  Root's it counts in vain.
+  The kernel counts processes and threads per user, and since Linux 5.14 per
+  user and namespace.  It does not limit root.
   """
   if isolated.own_user:
     return processes
@@ -430,7 +428,7 @@ def _process_limit(isolated: Isolation, processes: int) -> int:
 
 
 def _own_tasks() -> int:
-  """Processes and threads of this user at present."""
+  """Counts this user's processes and threads at present."""
   count = 0
   for process in pathlib.Path('/proc').glob('[0-9]*'):
     try:
@@ -442,7 +440,7 @@ def _own_tasks() -> int:
 
 
 def _landlock_version() -> int:
-  """The kernel's version of Landlock; 0 where it has none."""
+  """Returns the kernel's version of Landlock; 0 without Landlock."""
   if sys.platform != 'linux':
     return 0
   # landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION)

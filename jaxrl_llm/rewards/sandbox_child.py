@@ -1,37 +1,37 @@
-"""The other side of `sandbox`: limits one program and waits for its end.
+"""The process side of `sandbox`: limits one program and waits for its end.
 
 A script for `python -sSPB`; nothing imports it.  The supervisor, which trusts
-no byte that it gets back, forks a worker and waits for it.  The worker puts
-limits on itself, runs the program and, when that has come to its end, asks for
-the tests.  They come with a secret, which a verdict must repeat: a program that
-ends early has never seen it.  The supervisor tells `sandbox` how it ended and
-takes along whatever the program has started.
+nothing that it receives, forks a worker and waits for it.  The worker puts
+limits on itself, runs the program and, once that has finished, asks for the
+tests.  They come with a secret that the verdict must repeat: a program that
+ends early has never seen it.  The supervisor reports the outcome to `sandbox`
+and kills all processes that the program started.
 
-  the worker says       ready, loaded, then the secret and a verdict,
-                        or in place of the last two a verdict of failure
-  the supervisor says   ready (limits hold), then a verdict or broken
-  a verdict             outcome, a digit per test or -, what went wrong
+  the worker sends      ready, loaded, then the secret and a verdict; a verdict
+                        of failure may replace the last two
+  the supervisor sends  ready (limits hold), then a verdict or broken
+  a verdict             outcome, a digit per test or -, the error
 """
 
-import _signal  # `signal` would import enum, at a third of the start-up time.
+import _signal  # `signal` would import enum: a third of the start-up time.
 import builtins
 import os
 import select
 import sys
 import time
 
-# As in `sandbox_harness`: what runs after the program keeps these.
+# As in `sandbox_harness`: code that runs after the program keeps these.
 __builtins__ = dict(vars(builtins))
 
 # Seconds for the worker to put limits on itself.
 _START = 45.0
-# How often to look whether the worker still lives, in seconds.
+# Seconds between checks that the worker is alive.
 _PERIOD = 0.1
-# A worker that says more than this, in bytes, is not one of ours.
+# A worker that sends more than this, in bytes, is not one of ours.
 _LONGEST = 2**20
 _PIPE_BUF = 512  # bytes; what POSIX guarantees
 
-# Of Linux: prctl(2), capabilities(7).
+# From Linux: prctl(2), capabilities(7).
 _PR_SET_KEEPCAPS = 8
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
@@ -39,42 +39,43 @@ _CAP_DAC_READ_SEARCH = 1 << 2
 
 
 class _Ended(Exception):
-  """The worker is over without a verdict: outcome, error."""
+  """The worker ended without a verdict: outcome, error."""
 
 
 class _Worker:
   """The supervisor's end of the worker: its process and two pipes."""
 
-  def __init__(self, pid, said, asked):
+  def __init__(self, pid, replies, requests):
     self._pid = pid
-    self._said = said
-    self._asked = asked
+    self._replies = replies
+    self._requests = requests
     self._deadline = time.monotonic() + _START
-    self._heard = bytearray()
+    self._buffer = bytearray()
     self._ready = False
     self._status = None
 
   def begin(self, timeout):
-    """Gives it so many seconds from now on."""
+    """Starts the time limit, in seconds."""
     self._deadline = time.monotonic() + timeout
     self._ready = True
 
   def line(self):
-    """The next line without its end; raises _Ended when there is none."""
+    """Returns the next line without its end; raises _Ended if there is none."""
     open_ = True
-    while b'\n' not in self._heard:
+    while b'\n' not in self._buffer:
       pause = min(self._deadline - time.monotonic(), _PERIOD)
       if pause <= 0:
         raise self._late()
       ended = self._status is not None
-      # What it has said before its end is read, too.
+      # Reads what it sent before its end, too.
       if (
-        open_ and select.select([self._said], [], [], 0 if ended else pause)[0]
+        open_
+        and select.select([self._replies], [], [], 0 if ended else pause)[0]
       ):
-        chunk = os.read(self._said, 65536)
-        self._heard += chunk
+        chunk = os.read(self._replies, 65536)
+        self._buffer += chunk
         open_ = bool(chunk)
-        if len(self._heard) > _LONGEST:
+        if len(self._buffer) > _LONGEST:
           raise _Ended('failed', 'it wrote into the pipe of its verdict')
         continue
       if ended:
@@ -83,25 +84,25 @@ class _Worker:
         time.sleep(min(pause, 0.002))
       pid, status = os.waitpid(self._pid, os.WNOHANG)
       self._status = status if pid else None
-    line, _, self._heard = self._heard.partition(b'\n')
+    line, _, self._buffer = self._buffer.partition(b'\n')
     return bytes(line)
 
   def send(self, *texts):
-    """Sends texts, as `_receive` reads them; one that is gone says so later."""
+    """Sends texts to `_receive`; `line` later reports a worker that is gone."""
     data = b''.join(map(_frame, texts))
     while data:
       pause = max(0, self._deadline - time.monotonic())
-      if not select.select([], [self._asked], [], pause)[1]:
+      if not select.select([], [self._requests], [], pause)[1]:
         raise self._late()
       try:
-        # So little that a pipe with room never blocks.
-        data = data[os.write(self._asked, data[:_PIPE_BUF]) :]
+        # Few enough bytes that a pipe with room never blocks.
+        data = data[os.write(self._requests, data[:_PIPE_BUF]) :]
       except BrokenPipeError:
         break
-    os.close(self._asked)
+    os.close(self._requests)
 
   def kill(self):
-    """Ends the worker itself, at once."""
+    """Kills the worker itself."""
     if self._status is None:
       os.kill(self._pid, _signal.SIGKILL)
 
@@ -124,7 +125,7 @@ class _Worker:
 
 
 def main(settings):
-  """The supervisor.
+  """Runs the supervisor.
 
   Args:
     settings: 'name=number' each: report (a file descriptor), timeout, memory,
@@ -133,42 +134,42 @@ def main(settings):
 
   Standard input holds frames: program, entry point, set-up, tests.
   """
-  given = {name: float(n) for name, n in (s.split('=') for s in settings)}
-  report = int(given['report'])
+  values = {name: float(n) for name, n in (s.split('=') for s in settings)}
+  report = int(values['report'])
   os.set_inheritable(report, False)
-  # An init has no default actions; where it is none, SIGINT shall end it.
+  # An init has no default actions; elsewhere SIGINT must end it.
   _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-  if sys.platform == 'linux' and not given['namespaces']:
+  if sys.platform == 'linux' and not values['namespaces']:
     _adopt_orphans()
-  verdict = _supervise(given, report)
-  if not given['namespaces']:
+  verdict = _supervise(values, report)
+  if not values['namespaces']:
     _kill_descendants()
-  # Without waiting: with the init of its namespace everything in it ends.
+  # No waiting: the end of a namespace's init ends everything in it.
   os.write(report, verdict.encode() + b'\n')
   os._exit(0)
 
 
-def _supervise(given, report):
-  """Has a worker run the program; returns the verdict or why there is none."""
+def _supervise(values, report):
+  """Runs the program in a worker; returns the verdict or why there is none."""
   program, harness = _receive(0), _harness()
-  to_worker, asked = os.pipe()
-  said, from_worker = os.pipe()
+  to_worker, requests = os.pipe()
+  replies, from_worker = os.pipe()
   pid = os.fork()
   if not pid:
-    for descriptor in (report, asked, said):
+    for descriptor in (report, requests, replies):
       os.close(descriptor)
     try:
-      _work(program, to_worker, from_worker, given, harness)
+      _work(program, to_worker, from_worker, values, harness)
     finally:
       os._exit(1)
   os.close(to_worker)
   os.close(from_worker)
-  worker = _Worker(pid, said, asked)
+  worker = _Worker(pid, replies, requests)
   try:
     line = worker.line()
     if line != b'ready':
       return 'broken - ' + line.decode(errors='replace')
-    worker.begin(given['timeout'])
+    worker.begin(values['timeout'])
     os.write(report, b'ready\n')
     return _judge(worker)
   except _Ended as ended:
@@ -179,7 +180,7 @@ def _supervise(given, report):
 
 
 def _judge(worker):
-  """Hands out the tests when the program is loaded; returns the verdict."""
+  """Sends the tests once the program is loaded; returns the verdict."""
   line, allowed = worker.line(), ('failed', 'out_of_memory')
   if line == b'loaded':
     secret = os.urandom(16).hex()
@@ -195,7 +196,7 @@ def _judge(worker):
 
 
 def _harness():
-  """The module that runs programs, out of reach of their imports."""
+  """Loads the module that runs programs, out of reach of their imports."""
   folder, name = os.path.dirname(os.path.abspath(__file__)), 'sandbox_harness'
   sys.path.insert(0, folder)
   try:
@@ -211,7 +212,7 @@ def _frame(text):
 
 
 def _receive(descriptor):
-  """The next text of a pipe or file, None at its end."""
+  """Returns the next text from a pipe or file; None at its end."""
   size = _read(descriptor, 4)
   if len(size) < 4:
     return None
@@ -227,7 +228,7 @@ def _receive_all(descriptor):
 
 
 def _read(descriptor, size, read=os.read):
-  """So many bytes, fewer at the end; the program can replace `os.read`."""
+  """Reads `size` bytes, fewer at the end; the program can replace `os.read`."""
   data = b''
   while len(data) < size:
     chunk = read(descriptor, size - len(data))
@@ -238,17 +239,17 @@ def _read(descriptor, size, read=os.read):
 
 
 def _adopt_orphans():
-  """Makes this process the parent of descendants that lose theirs."""
+  """Makes this process adopt descendants that lose their parents."""
   import ctypes
 
   ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _descendants():
-  """Numbers of the living processes below this one, as /proc shows them."""
+  """Returns the numbers of the living processes below this one, from /proc."""
   children, numbers = {}, []
   try:
-    found = [int(os.readlink('/proc/self'))]
+    family = [int(os.readlink('/proc/self'))]
     numbers = [name for name in os.listdir('/proc') if name.isdigit()]
   except OSError:
     return []  # No /proc.
@@ -260,13 +261,13 @@ def _descendants():
       continue  # It has ended meanwhile.
     if state != b'Z':
       children.setdefault(int(parent), []).append(int(number))
-  for number in found:
-    found += children.get(number, ())
-  return found[1:]
+  for number in family:
+    family += children.get(number, ())
+  return family[1:]
 
 
 def _kill_descendants():
-  """Kills until none is left: one may have forked in between."""
+  """Kills descendants until none is left: one may have forked in between."""
   deadline = time.monotonic() + 5
   while time.monotonic() < deadline:
     for number in _descendants():
@@ -282,25 +283,25 @@ def _kill_descendants():
     time.sleep(0.002)
 
 
-def _work(program, asked, said, given, harness):
-  """The worker: limits, program, tests, verdict."""
-  # The program could replace what is looked up later.
+def _work(program, requests, replies, values, harness):
+  """Runs the worker: limits, program, tests, verdict."""
+  # Bound now: the program could replace what is looked up later.
   write, end, streams = os.write, os._exit, (sys.stdout, sys.stderr)
   trace, profile, receive_all = sys.settrace, sys.setprofile, _receive_all
   try:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
-    _limit(given)
+    _limit(values)
   except Exception as error:
-    write(said, f'{type(error).__name__}: {error}\n'.encode())
+    write(replies, f'{type(error).__name__}: {error}\n'.encode())
     end(1)
-  write(said, b'ready\n')
+  write(replies, b'ready\n')
   module, failure = harness.load(program)
   secret, passed = '', []
   if failure is None:
-    write(said, b'loaded\n')
-    secret, entry_point, setup, *tests = receive_all(asked)
+    write(replies, b'loaded\n')
+    secret, entry_point, setup, *tests = receive_all(requests)
     trace(None)
     profile(None)
     failure, passed = harness.test(module, entry_point, setup, tests)
@@ -310,29 +311,29 @@ def _work(program, asked, said, given, harness):
     except BaseException:
       continue
   # Without a secret it can only be a failure.
-  write(said, (secret + harness.verdict(failure, passed)).encode())
+  write(replies, (secret + harness.verdict(failure, passed)).encode())
   end(0)
 
 
-def _limit(given):
-  """Puts limits on this process and on what it will start."""
+def _limit(values):
+  """Limits this process and the processes that it starts."""
   import resource
 
-  seconds = int(-(-given['timeout'] // 1))
+  seconds = int(-(-values['timeout'] // 1))
   limits = {
     'RLIMIT_CPU': (seconds, seconds + 1),
-    'RLIMIT_FSIZE': given['file_size'],
-    'RLIMIT_NOFILE': given['files'],
+    'RLIMIT_FSIZE': values['file_size'],
+    'RLIMIT_NOFILE': values['files'],
     'RLIMIT_CORE': 0,
   }
-  if given['processes']:
-    limits['RLIMIT_NPROC'] = given['processes']
-  if sys.platform != 'darwin':  # It has the name, not the limit.
-    limits['RLIMIT_AS'] = given['memory']
-  if given['user']:
-    _become(int(given['user']))
-  if given['landlock']:
-    _read_only(int(given['landlock']))
+  if values['processes']:
+    limits['RLIMIT_NPROC'] = values['processes']
+  if sys.platform != 'darwin':  # macOS has the name, not the limit.
+    limits['RLIMIT_AS'] = values['memory']
+  if values['user']:
+    _become(int(values['user']))
+  if values['landlock']:
+    _read_only(int(values['landlock']))
   for name, wanted in limits.items():
     kind = getattr(resource, name)
     soft, hard = wanted if isinstance(wanted, tuple) else (wanted, wanted)
@@ -343,10 +344,10 @@ def _limit(given):
 
 
 def _become(user):
-  """Root becomes a user who owns nothing but the working directory.
+  """Turns root into a user who owns nothing but the working directory.
 
-  Where only root can reach the standard library, the right to read everything
-  stays; a program that this one starts does not inherit it.
+  If only root can reach the standard library, the right to read everything
+  stays; programs that this process starts do not inherit it.
   """
   import ctypes
 
@@ -370,10 +371,10 @@ def _become(user):
 
 
 def _read_only(version):
-  """Landlock: no writing but in the working directory, no TCP, no signals.
+  """Applies Landlock: writes in the working directory only, no TCP, no signals.
 
   Raises:
-    OSError: the kernel does not do it.
+    OSError: the kernel refuses.
   """
   import ctypes
 

@@ -1,8 +1,8 @@
-"""Runs a program and its tests: what the worker of `sandbox_child` does.
+"""Runs a program and its tests, in the worker of `sandbox_child`.
 
-Loaded by its path in an interpreter of its own, by nothing else.  What runs
-here after the program shares a process with it, so it does not rely on what a
-program may change in passing, such as `sys.modules` or the module `builtins`.
+Loaded by path in its own interpreter, by nothing else.  Code that runs here
+after the program shares a process with it, so it does not rely on anything that
+a program may change in passing, such as `sys.modules` or the module `builtins`.
 """
 
 import _collections
@@ -11,13 +11,13 @@ import builtins
 import sys
 
 # The functions below keep these: a program can change the dictionary that the
-# modules share, as `os.__builtins__`.
+# modules share, via `os.__builtins__`.
 __builtins__ = dict(vars(builtins))
 
 _LONGEST_ERROR = 300  # characters
 _PY_TPFLAGS_HEAPTYPE = 1 << 9
 
-# What a class may define and still leave operators alone.
+# Attributes that a class may define without affecting operators.
 _HARMLESS = frozenset(
   ('__module__', '__qualname__', '__doc__', '__annotations__', '__slots__')
   + ('__dict__', '__weakref__', '__init__', '__new__', '__repr__', '__str__')
@@ -25,10 +25,10 @@ _HARMLESS = frozenset(
   + ('__static_attributes__', '__firstlineno__', '__len__', '__hash__')
   + ('__call__', '__enter__', '__exit__')
 )
-# On what a Fraction, which is written in Python, relies besides.
+# Further attributes that Fraction, which is written in Python, relies on.
 _OF_FRACTION = frozenset(('_numerator', '_denominator'))
 
-# Classes of the standard library that compare by what they hold.  Not all do:
+# Classes of the standard library that compare by content.  Not all do:
 # `unittest.mock.ANY` equals everything, a UserList whatever is put into it.
 _HONEST = frozenset(
   f'{module}.{name}'
@@ -48,7 +48,7 @@ _HONEST = frozenset(
   }.items()
   for name in names.split()
 )
-# They answer with what stands behind them.
+# These answer with the object behind them.
 _PROXIES = (
   *(_weakref.ProxyType, _weakref.CallableProxyType),
   type(vars(type)),
@@ -60,21 +60,21 @@ _SEQUENCES = list, tuple, set, frozenset, _collections.deque, *_VIEWS
 def load(program):
   """Runs the program.
 
-  It is the module 'program': what stands below `if __name__ == '__main__'` is
-  not run.  Its built-in functions are its own copies: whatever it does to the
-  module `builtins`, to `__builtins__` of any module or to `__main__`, harness
-  and tests do not see it.
+  It becomes the module 'program', so code below `if __name__ == '__main__'`
+  does not run.  It gets its own copy of the built-in functions: harness and
+  tests see no change to the module `builtins`, to any module's `__builtins__`
+  or to `__main__`.
 
   Returns:
     The module, and the exception that it raised or None.
   """
   kind = type(sys)
-  own = kind('builtins')
-  own.__dict__.update(vars(builtins))
+  copy = kind('builtins')
+  copy.__dict__.update(vars(builtins))
   module = kind('program')
-  module.__builtins__ = own
+  module.__builtins__ = copy
   names = ('program', '__main__')
-  sys.modules.update({'builtins': own, **dict.fromkeys(names, module)})
+  sys.modules.update({'builtins': copy, **dict.fromkeys(names, module)})
   sys.argv = ['program.py']
   try:
     exec(compile(program, 'program.py', 'exec'), module.__dict__)
@@ -84,14 +84,14 @@ def load(program):
 
 
 def test(module, entry_point, setup, tests):
-  """Runs the tests, one after the other.
+  """Runs the tests in order.
 
-  They see the program's names, and the built-in functions as they were: with
-  an entry point, even where the program defines an `abs` of its own.
+  They see the program's names and the original built-in functions; with an
+  entry point, even where the program defines its own `abs`.
 
-  What they call of the program's functions, and of its classes the entry point
-  (all without one), may give nothing that decides comparisons: neither may a
-  class that defines `__eq__` be what is tested.
+  Results that decide comparisons, such as instances of a class that defines
+  `__eq__`, are refused from the program's functions and from the class that is
+  the entry point (from all classes without one).
 
   Returns:
     The first exception or None, and a bool per test.
@@ -119,7 +119,7 @@ def test(module, entry_point, setup, tests):
 
 
 def verdict(failure, passed):
-  """One line: outcome, a digit per test or -, the exception."""
+  """Formats one line: outcome, a digit per test or -, the exception."""
   digits = ''.join('01'[p] for p in passed) or '-'
   if failure is None:
     return f'passed {digits} \n'
@@ -134,7 +134,7 @@ def verdict(failure, passed):
 
 
 def _guarded(value, classes=True):
-  """What tests see of the program in place of a value that they may call."""
+  """Returns the stand-in that tests see for a value that they may call."""
   if not isinstance(value, type):
     return _checked(value) if callable(value) else value
   own_new = any(
@@ -146,7 +146,7 @@ def _guarded(value, classes=True):
 
 
 class _Class:
-  """A class of which a call may give what could lie to a test."""
+  """Wraps a class whose instances could deceive a test."""
 
   def __init__(self, kind):
     self._kind = kind
@@ -162,12 +162,12 @@ class _Class:
 
 
 def _checked(function):
-  """The function, refusing to return what could lie to a test."""
+  """Wraps a function to refuse results that could deceive a test."""
   return lambda *args, **kwargs: _vouched(function(*args, **kwargs))
 
 
 def _vouched(value):
-  """The value once it is checked; an iterator, whose items will be."""
+  """Returns a checked value; for an iterator, one that checks its items."""
   _refuse_actors(value)
   return _items(value) if _is_iterator(type(value)) else value
 
@@ -178,17 +178,17 @@ def _items(iterator):
 
 
 def _is_iterator(kind):
-  """Whether it is Python's own, such as a generator."""
-  own = kind.__module__ in ('builtins', 'itertools')
-  return own and hasattr(kind, '__next__')
+  """Returns True for Python's own iterators, such as a generator."""
+  standard = kind.__module__ in ('builtins', 'itertools')
+  return standard and hasattr(kind, '__next__')
 
 
 def _refuse_actors(value):
-  """Raises TypeError if `value` holds an object that decides comparisons.
+  """Raises TypeError if `value` contains an object that decides comparisons.
 
   `assert f(2) == 4` asks the object that f returns; one whose class answers
   True to everything would pass every test.  So would the items of an iterator
-  within `value`, which cannot be looked at without using them up.
+  inside `value`, which cannot be inspected without consuming them.
   """
   plain = (int, str, float, bool, type(None))
   waiting, seen = [value], set()
@@ -199,7 +199,9 @@ def _refuse_actors(value):
       continue
     seen.add(id(item))
     if not _is_honest(kind):
-      raise TypeError(f'a result of the class {kind.__name__} judges itself')
+      raise TypeError(
+        f'a result of the class {kind.__name__} decides its own comparisons'
+      )
     if isinstance(item, dict):
       waiting += dict.keys(item)
       waiting += dict.values(item)
@@ -212,7 +214,7 @@ def _refuse_actors(value):
 
 
 def _is_honest(kind):
-  """Whether operators on objects of this class are Python's own."""
+  """Returns True if operators on objects of this class are Python's own."""
   if not _is_standard(type(kind)):
     return False
   return all(
@@ -224,7 +226,7 @@ def _is_honest(kind):
 
 
 def _is_standard(kind):
-  """Whether a class is built in, or one of `_HONEST`."""
+  """Returns True if a class is built in, or one of `_HONEST`."""
   if not kind.__flags__ & _PY_TPFLAGS_HEAPTYPE:
     return kind not in _PROXIES
   name, part = kind.__module__, kind.__qualname__

@@ -4,10 +4,10 @@ A reward function has the signature that TRL uses,
 
   fn(prompts, completions, **columns) -> list[float | None]
 
-with lists of N strings and columns of N entries each.  All arguments go by
-keyword, and a function without `**kwargs` gets only those it names.  None means
-"no score for this sample"; everything else that is not a finite number of
-float32 is an error.  Nothing becomes 0 and nothing is broadcast silently.
+with lists of N strings and columns of N entries each.  All arguments are passed
+by keyword, and a function without `**kwargs` gets only those it names.  None
+means "no score for this sample"; anything else that is not a finite float32 is
+an error.  Nothing is replaced by 0 or broadcast silently.
 """
 
 import functools
@@ -34,13 +34,13 @@ class RewardPart(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """What N responses earned.
+  """Scores of N responses.
 
   Attributes:
     total: float64 [N], Σ weight · score; 0 where not valid.
     valid: bool [N], False where any part gave None.
     parts: float64 [N] per part, unweighted; NaN where it gave None.
-    failures: of each part that runs in worker processes.
+    failures: by name, for parts that run in worker processes.
   """
 
   total: np.ndarray
@@ -55,7 +55,7 @@ def score(
   completions: Sequence[str],
   columns: dict[str, Sequence[Any]],
 ) -> Scores:
-  """Scores N responses with every part and adds them up; as `start`."""
+  """Scores N responses with every part and adds them up; see `start`."""
   return start(parts, prompts, completions, columns)()
 
 
@@ -65,12 +65,12 @@ def start(
   completions: Sequence[str],
   columns: dict[str, Sequence[Any]],
 ) -> Callable[[], Scores]:
-  """Begins to score N responses; the result is called for the scores.
+  """Starts scoring N responses; returns a function that waits for the scores.
 
-  Parts in worker processes (`Workers`) begin at once, and work while this
+  Parts in worker processes (`Workers`) start at once, and work while this
   process and the device do something else.  The others are called one by one
-  when the scores are asked for, the first time.  A sample that fails in a
-  worker has no score and is counted in `failures`.
+  when the returned function is first called.  A sample that fails in a worker
+  has no score and is counted in `failures`.
 
   Args:
     parts: at least one, with distinct names and finite weights.
@@ -80,9 +80,9 @@ def start(
       int, the end token included) and `finished` (bool: ended by itself).
 
   Raises:
-    UserError: here, for parts or arguments that do not fit; by the result,
-      naming the function, the sample and its completion, when a function fails
-      or returns anything but N finite numbers or Nones.
+    UserError: here, for parts or arguments that do not fit; from the returned
+      function, naming reward, sample and completion, when a reward function
+      fails or returns anything but N finite numbers or Nones.
   """
   arguments = {'prompts': prompts, 'completions': completions}
   _check(parts, arguments, columns)
@@ -94,19 +94,19 @@ def start(
 
   @functools.cache
   def finish() -> Scores:
-    here = {
+    local = {
       part.name: _part_scores(part, {**arguments, **columns})
       for part in parts
       if part.name not in pending
     }
-    there = {
-      # Where there is None, float64 has NaN.
+    remote = {
+      # float64 turns None into NaN.
       name: np.asarray(scores.result(), np.float64)
       for name, scores in pending.items()
     }
     failures = {name: scores.failures() for name, scores in pending.items()}
-    found = here | there
-    return _total(parts, {p.name: found[p.name] for p in parts}, failures)
+    by_name = local | remote
+    return _total(parts, {p.name: by_name[p.name] for p in parts}, failures)
 
   return finish
 
@@ -116,7 +116,7 @@ def _total(
   scores: dict[str, np.ndarray],
   failures: Mapping[str, Failures],
 ) -> Scores:
-  """The weighted sum of the parts' scores."""
+  """Computes the weighted sum of the parts' scores."""
   stacked = np.stack(list(scores.values()))
   weights = np.asarray([part.weight for part in parts], np.float64)
   valid = ~np.isnan(stacked).any(axis=0)
@@ -132,7 +132,7 @@ def _total(
 
 
 def _check(parts, arguments, columns):
-  """Raises UserError unless names, weights and lengths make sense."""
+  """Raises UserError if names, weights or lengths do not fit."""
   names = [part.name for part in parts]
   if not names or len(set(names)) < len(names):
     raise UserError(f'reward parts need distinct names, not {names}.')
@@ -141,7 +141,7 @@ def _check(parts, arguments, columns):
       raise UserError(
         f'reward {part.name!r} is not a function but '
         f'{type(part.function).__name__}.\nA function that takes neither '
-        'prompts nor completions makes a reward: it has to return one.'
+        'prompts nor completions is a factory: it must return a reward.'
       )
     if not math.isfinite(part.weight):
       raise UserError(f'reward {part.name!r} has the weight {part.weight}.')
@@ -159,7 +159,7 @@ def _check(parts, arguments, columns):
 
 def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
-  # Copies, so that a function that changes its arguments changes only its own.
+  # Copies: a function that changes its arguments affects no other.
   accepted = select(part.name, parameters(part.function), arguments)
   try:
     result = part.function(**_copies(accepted))
@@ -186,7 +186,7 @@ def _copies(arguments: dict) -> dict:
 
 
 def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
-  """Says which sample the function fails on, by trying them one at a time."""
+  """Returns the sample on which the function fails, trying one at a time."""
   for i, completion in enumerate(arguments['completions']):
     try:
       part.function(**{name: [v[i]] for name, v in accepted.items()})
@@ -196,7 +196,7 @@ def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
 
 
 def _number(name: str, value: Any, index: int, completion: str) -> float:
-  """One value as a finite float, or NaN for None."""
+  """Returns one value as a finite float, or NaN for None."""
   try:
     return as_float(value)
   except ValueError as error:

@@ -1,19 +1,19 @@
-"""Scores of steps or tokens, folded into the reward of the whole response.
+"""Folds scores of steps or tokens into the reward of the whole response.
 
 A function that scores parts of responses, such as a process reward model,
 
   fn(prompts=, completions=, <columns it names>) -> list[list[float]]
 
-gives a list per response, one score per step or token, in their order.
+returns a list per response, with one score per step or token, in order.
 
-What folding changes: with `sum` (or `discounted_sum`) nothing that an
-estimator expects.  The response's reward is then one black box of which the
-policy gradient is the same as with every token's own reward to go (He et al.,
-Theorem 1); a test asserts it by exact enumeration.  It changes the variance: a
-token's weight then contains what was earned before it, which says nothing about
-it.  On 20 random languages of three tokens REINFORCE with the sum had 0.7 to
-3.1 times the variance of rewards to go, 1.27 times in the median
-(`pytest -m slow tests/rewards/step_scores_test.py`).  The other folds set
+Folding with `sum` (or `discounted_sum`) does not change what an estimator
+expects: the policy gradient of the response's reward equals that with every
+token's own reward to go (He et al., Theorem 1); a test asserts it by exact
+enumeration.  It changes the variance: a token's weight then includes rewards
+earned before it, which carry no information about it.  On 20 random languages
+of three tokens, REINFORCE with the sum had 0.7 to 3.1 times the variance of
+rewards to go, 1.27 times in the median
+(`pytest -m slow tests/rewards/step_scores_test.py`).  The other folds define
 another objective.
 
 References:
@@ -35,10 +35,11 @@ Fold = Callable[[list[float]], float | None]
 def folded(
   step_scores: Callable[..., Sequence[Sequence[float]]], how: Fold = sum
 ) -> Callable[..., list[float | None]]:
-  """Makes a reward function of one that scores steps or tokens.
+  """Turns a function that scores steps or tokens into a reward function.
 
   Args:
-    step_scores: gives a list of finite numbers per response; None for no score.
+    step_scores: returns a list of finite numbers per response; None for no
+      score.
     how: Python's `sum`, or `mean`, `least`, `last`, `discounted_sum(γ)` of this
       module, or any other function from a list to a number.
 
@@ -46,8 +47,8 @@ def folded(
     A reward function that takes the same arguments by name.
 
   Raises:
-    UserError: when called, naming response and step, for anything but such
-      lists.
+    UserError: on a call, naming response and step, if `step_scores` returns
+      anything else.
   """
   name = getattr(step_scores, '__name__', 'step_scores')
 
@@ -68,15 +69,15 @@ def folded(
 
 
 def mean(scores: list[float]) -> float | None:
-  """Their mean; no score for a response without steps.
+  """Returns the mean score; no score for a response without steps.
 
-  Another objective than the sum: it prefers few good steps to many.
+  This objective is not the sum's: it prefers few good steps to many.
   """
   return math.fsum(scores) / len(scores) if scores else None
 
 
 def least(scores: list[float]) -> float | None:
-  """The lowest, for a solution as good as its worst step; None without steps.
+  """Returns the lowest score, of the worst step; None without steps.
 
   References:
     Wang et al., `Math-Shepherd <https://arxiv.org/abs/2312.08935>`_, 2024
@@ -85,7 +86,7 @@ def least(scores: list[float]) -> float | None:
 
 
 def last(scores: list[float]) -> float | None:
-  """The last, for scores that judge all that came before; None without steps.
+  """Returns the last score, which rates all steps; None without steps.
 
   References:
     Snell et al., `Scaling LLM Test-Time Compute Optimally
@@ -95,10 +96,10 @@ def last(scores: list[float]) -> float | None:
 
 
 def discounted_sum(gamma: float) -> Fold:
-  """Σₜ γ^{t−1} rₜ, the return of token rewards under a discount.
+  """Returns a fold that computes the discounted return Σₜ γ^{t−1} rₜ.
 
-  Estimators that see only this one number need no γ of their own, and with one
-  they would discount twice.
+  Estimators that see only this one number need no γ of their own: with one they
+  would discount twice.
 
   Args:
     gamma: γ, above 0 and at most 1.
@@ -113,7 +114,7 @@ def discounted_sum(gamma: float) -> Fold:
 
 
 def _checked(name: str, response: int, scores) -> list[float]:
-  """One response's scores as finite floats."""
+  """Returns one response's scores as finite floats."""
   if hasattr(scores, 'tolist'):
     scores = scores.tolist()  # An array of NumPy or JAX.
   if not isinstance(scores, (list, tuple)):

@@ -4,13 +4,13 @@ A sum is a dictionary,
 
   {(radicand, ((atom, exponent), …)): coefficient}
 
-from terms to Fractions: `2√3 x²` is {(3, (('x', 2),)): 2}.  The radicand has no
-factor that is a square of 2 … 1000; atoms stand in the order of their repr; 'i'
-occurs with the exponent 1 only.  An atom is the name of a symbol, or a tuple
-for what stands for itself: a root of a sum, a factorial, a sum in brackets.
+mapping terms to Fractions: `2√3 x²` is {(3, (('x', 2),)): 2}.  The radicand has
+no factor n² for n = 2 … 1000; atoms are sorted by their repr; 'i' occurs only
+with the exponent 1.  An atom is the name of a symbol, or a tuple for an opaque
+part: a root of a sum, a factorial, a sum in brackets.
 
-Every number is bounded, and so is the work of one `Arithmetic`: what exceeds
-the bounds raises `UnreadableError`.
+Every number is bounded, and so is the work of one `Arithmetic`: exceeding a
+bound raises `UnreadableError`.
 """
 
 import functools
@@ -29,7 +29,7 @@ _LARGEST_DIVISOR = 1000  # whose square is looked for in a radicand
 
 
 class UnreadableError(Exception):
-  """Not an expression of the kind above, or too large a one."""
+  """The expression is not of the kind above, or it is too large."""
 
 
 def number(value: Fraction | int) -> Sum:
@@ -41,25 +41,25 @@ def symbol(name: Hashable) -> Sum:
 
 
 def rational(a: Sum) -> Fraction | None:
-  """The rational number that a sum is, None if it is none."""
+  """Returns a sum's value if it is rational, else None."""
   if not a:
     return Fraction(0)
   return a[_UNIT] if a.keys() == {_UNIT} else None
 
 
 def has_symbols(a: Sum) -> bool:
-  """Whether there is more in it than numbers, their square roots, π and i."""
+  """Returns True if it has more than numbers, their square roots, π and i."""
   return any(atom not in ('i', '\\pi') for _, powers in a for atom, _ in powers)
 
 
 def canonical(a: Sum) -> Hashable:
-  """A Fraction for a rational number; equal for equal sums."""
+  """Returns a form that is equal for equal sums; a Fraction if rational."""
   value = rational(a)
   return ('sum', _terms(a)) if value is None else value
 
 
 def primitive(a: Sum) -> tuple[Fraction, tuple]:
-  """(number, terms) of a sum that is not 0: no common number, no first sign."""
+  """Splits a nonzero sum into (signed common factor, primitive terms)."""
   terms = _terms(a)
   content = Fraction(
     math.gcd(*(c.numerator for _, c in terms)),
@@ -86,18 +86,18 @@ def scale(a: Sum, factor: Fraction) -> Sum:
 
 
 class Arithmetic:
-  """Products, quotients, powers and roots, together of bounded work."""
+  """Products, quotients, powers and roots, with a bound on their total work."""
 
   def __init__(self):
     self._work = _MOST_WORK
 
   def opaque(self, *parts: Hashable) -> Sum:
-    """What stands for itself; `parts` name its kind and what it is made of."""
-    self._spend(25)  # so that what is nested stays shallow
+    """Returns an opaque atom; `parts` name its kind and its content."""
+    self._spend(25)  # keeps nesting shallow
     return symbol(parts)
 
   def times(self, a: Sum, b: Sum) -> Sum:
-    """The product; of two sums with symbols it keeps the brackets."""
+    """Multiplies; keeps the brackets of two sums with symbols."""
     if has_symbols(a) and has_symbols(b):
       (f, *one), (g, *other) = _single(a), _single(b)
       return _without_bracket(self._multiply(*one, *other), f * g)
@@ -108,7 +108,7 @@ class Arithmetic:
     return total
 
   def over(self, a: Sum, b: Sum) -> Sum:
-    """The quotient; roots and i leave denominators of up to two terms."""
+    """Divides; clears roots and i from denominators of up to two terms."""
     if not b:
       raise UnreadableError
     if len(b) == 2 and not has_symbols(b):
@@ -151,7 +151,7 @@ class Arithmetic:
     return self._multiply(_UNIT, Fraction(1), term, c)
 
   def root(self, base: Sum, degree: int) -> Sum:
-    """The root as far as it can be taken; the rest stands for itself."""
+    """Takes the root as far as possible; the rest becomes opaque."""
     value = rational(base)
     if value is not None:
       exact = _exact_root(value, degree)
@@ -167,14 +167,14 @@ class Arithmetic:
     return self.times(factor, self.opaque('^', canonical(rest), _HALF))
 
   def _square_root(self, value: Fraction) -> Sum:
-    """√(a/b) = √(ab)/b, and i√|a| where a is negative."""
+    """Computes √(a/b) = √(ab)/b, times i if a is negative."""
     self._spend(10)
     factor, radicand = _square_factor(abs(value.numerator) * value.denominator)
     powers = (('i', 1),) if value < 0 else ()
     return {(radicand, powers): Fraction(factor, value.denominator)}
 
   def _multiply(self, one: Term, c: Fraction, other: Term, d: Fraction) -> Sum:
-    """The product of two terms and their coefficients."""
+    """Multiplies two terms and their coefficients."""
     self._spend(1)
     common = math.gcd(one[0], other[0])
     powers = dict(one[1])
@@ -189,7 +189,7 @@ class Arithmetic:
     return {(radicand, tuple(kept)): _bounded(value)}
 
   def _inverse(self, term: Term, c: Fraction) -> Sum:
-    """1/√r = √r/r; exponents change their signs."""
+    """Inverts a term: 1/√r = √r/r; exponents change sign."""
     flipped = tuple((atom, -exponent) for atom, exponent in term[1])
     inverse = (term[0], flipped), _bounded(1 / (c * term[0]))
     return self._multiply(_UNIT, Fraction(1), *inverse)
@@ -215,7 +215,7 @@ def _bits(value: Fraction) -> int:
 
 
 def _single(a: Sum) -> tuple[Fraction, Term, Fraction]:
-  """(number, term, coefficient): a longer sum as one term, in brackets."""
+  """Returns (number, term, coefficient); a longer sum becomes a bracket."""
   if len(a) == 1:
     ((term, c),) = a.items()
     return Fraction(1), term, c
@@ -224,7 +224,7 @@ def _single(a: Sum) -> tuple[Fraction, Term, Fraction]:
 
 
 def _without_bracket(product: Sum, factor: Fraction) -> Sum:
-  """A term times a number; the bracket opens if it is the only other factor."""
+  """Multiplies a term by a number; opens a bracket that is its only factor."""
   (((radicand, powers), c),) = product.items()
   if radicand == 1 and len(powers) == 1:
     ((atom, exponent),) = powers
@@ -235,7 +235,7 @@ def _without_bracket(product: Sum, factor: Fraction) -> Sum:
 
 @functools.lru_cache(maxsize=4096)
 def _square_factor(n: int) -> tuple[int, int]:
-  """(f, r) with n = f² r, r without a square up to 1000², and no square."""
+  """Returns (f, r), n = f² r; r is not a square and has none up to 1000²."""
   factor, d = 1, 2
   while d * d <= n and d <= _LARGEST_DIVISOR:
     while n % (d * d) == 0:
@@ -246,7 +246,7 @@ def _square_factor(n: int) -> tuple[int, int]:
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-  """The rational root of a number, if it has a real one."""
+  """Returns the real rational root of a number, or None."""
   if value < 0:
     root = _exact_root(-value, degree) if degree % 2 else None
     return None if root is None else -root

@@ -1,4 +1,4 @@
-"""What the tests that a program passed are worth."""
+"""Rewards for the tests that a program passed."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,14 +7,14 @@ Grade = Callable[[Sequence[bool]], float]
 
 
 def all_passed() -> Grade:
-  """1 if every test passed, else 0."""
+  """Scores 1 if every test passed, else 0."""
   return lambda passed: float(all(passed))
 
 
 def share_passed() -> Grade:
-  """The share of the tests that passed.
+  """Scores the share of the tests that passed.
 
-  Denser, and easier to please: a constant answer earns the share of the tests
+  Denser, and easier to game: a constant answer earns the share of the tests
   that expect it.
   """
   return lambda passed: sum(passed) / len(passed)

@@ -1,26 +1,26 @@
 """A reward worker's process: `python -m jaxrl_llm.rewards.worker`.
 
-Started by `workers.Workers` alone.  The first line of descriptor 0 is JSON:
+Started only by `workers.Workers`.  The first line of descriptor 0 is JSON:
 
-  name, settings, field   as `loading.load` takes them
+  name, settings, field   as in `loading.load`
   containment             a kind of `containment.KINDS`; null for the strongest
   memory                  bytes
   timeout                 seconds
-  environment             names of variables; read by the parent alone
+  environment             names of variables; read by the parent only
   pythonpath              value of PYTHONPATH for the function; null for none
 
-Requests come behind it and replies go out on descriptor 1, a line of JSON each.
-The first line out is
+Requests follow on descriptor 0 and replies go to descriptor 1, a line of JSON
+each.  The first reply is
 
   ["failed", message]   nothing follows
   ["ready", {…}]         the fields of `worker_process.Ready`
 
-before which there is no request, and then, for every request
-[number, arguments], one reply [number, kind, x]:
+Requests start after it.  Every request [number, arguments] gets one reply
+[number, kind, x]:
 
   "score"   x is a finite number or null
-  "error"   x is a message: the function raised, or gave what is no score
-  "memory"  x is a message: the function asked for too much
+  "error"   x is a message: the function raised, or did not return a score
+  "memory"  x is a message: the function exceeded its memory
   "user"    x is the message of a UserError
 """
 
@@ -43,15 +43,15 @@ from jaxrl_llm.rewards import containment, loading
 from jaxrl_llm.rewards.arguments import parameters
 from jaxrl_llm.rewards.results import as_float, as_list, shortened
 
-# Characters of a UserError, whose lines are kept.
+# Characters of a UserError's message, whose lines are kept.
 _MAX_MESSAGE = 2000
 
 
 def main() -> int:
-  """Supervises the process that scores; gives its exit status."""
+  """Supervises the process that scores; returns its exit status."""
   line = _first_line(0)
   if not line.endswith(b'\n'):
-    return 1  # Who started this process is gone.
+    return 1  # The process that started this one is gone.
   spec = json.loads(line)
   kind = spec['containment'] or containment.strongest()
   try:
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def _first_line(descriptor: int) -> bytes:
-  """A line, which nothing follows before it is answered."""
+  """Reads a line; nothing follows it before it is answered."""
   line = b''
   while not line.endswith(b'\n'):
     received = os.read(descriptor, 1 << 16)
@@ -96,23 +96,23 @@ def _work(spec: dict[str, Any], kind: str) -> int:
     'source': _digest(naming.file_of(spec['name'])),
   }
   _send(replies, ['ready', ready])
-  own = os.getpid()
+  pid = os.getpid()
   with open(requests, 'rb') as lines:
     for line in lines:
-      number, given = json.loads(line)
+      number, arguments = json.loads(line)
       _limit_cpu(spec['timeout'])
-      reply = _score(spec['name'], function, given)
-      if os.getpid() != own:
-        return 1  # The function has forked and come back twice.
+      reply = _score(spec['name'], function, arguments)
+      if os.getpid() != pid:
+        return 1  # The function has forked, and both copies returned.
       _send(replies, [number, *reply])
   return 0
 
 
-def _score(name: str, function: Callable, given: dict) -> tuple[str, Any]:
-  """Calls the function on one sample, whatever it does."""
+def _score(name: str, function: Callable, arguments: dict) -> tuple[str, Any]:
+  """Calls the function on one sample and catches whatever it raises."""
   try:
     try:
-      result = function(**given)
+      result = function(**arguments)
     except UserError as error:
       return 'user', str(error)[:_MAX_MESSAGE]
     try:
@@ -127,15 +127,15 @@ def _score(name: str, function: Callable, given: dict) -> tuple[str, Any]:
 
 
 def _said(error: BaseException) -> str:
-  """Type and message of an exception, in a line."""
+  """Returns an exception's type and message in one line."""
   text = f'{type(error).__name__}: {error}'.removesuffix(': ')
   return shortened(text, 200)
 
 
 def _take_channel() -> tuple[int, int]:
-  """Moves the channel away from where a function reads and prints.
+  """Moves the channel away from the function's standard streams.
 
-  What it prints is discarded: no amount of it can block, or be read as a reply.
+  Printed output is discarded: no amount of it can block, or be read as a reply.
   """
   requests, replies = os.dup(0), os.dup(1)
   nothing = os.open(os.devnull, os.O_RDWR)
@@ -146,13 +146,13 @@ def _take_channel() -> tuple[int, int]:
 
 
 def _close_in_children(descriptors: list[int]) -> None:
-  """Keeps the channel from processes that the function forks.
+  """Closes the channel in processes that the function forks.
 
-  One that is left behind could read later requests and answer them.
+  A surviving one could read later requests and answer them.
   """
 
   def close():
-    while descriptors:  # Once: its own children may use the numbers anew.
+    while descriptors:  # Once: its own children may reuse the numbers.
       os.close(descriptors.pop())
 
   os.register_at_fork(after_in_child=close)
@@ -167,7 +167,7 @@ def _send(descriptor: int, message: Any) -> None:
 def _restore_path(value: str | None) -> None:
   """Undoes the PYTHONPATH that this process was started with.
 
-  It is that of the parent's interpreter, which the function may not start.
+  It is the import path of the parent, which is not for the function's children.
   """
   os.environ.pop('PYTHONPATH', None)
   if value is not None:
@@ -181,14 +181,14 @@ def _digest(file: str | None) -> str | None:
 
 
 def _limit(memory: int) -> bool:
-  """Bounds memory, in bytes; False where the system does not enforce it."""
-  # No crash is worth a core file, and should the machine run out of memory all
-  # the same, this process is to be killed before others.
+  """Bounds memory in bytes; returns False if this is not enforced."""
+  # Crashes need no core file, and if the machine runs out of memory
+  # nevertheless, this process must be killed before others.
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   with contextlib.suppress(OSError):
     pathlib.Path('/proc/self/oom_score_adj').write_text('1000')
-  # RLIMIT_DATA counts only what can be written, not files and libraries that
-  # are mapped, but some systems do not enforce it.
+  # RLIMIT_DATA counts only writable memory, not mapped files and libraries, but
+  # some systems do not enforce it.
   for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
     _, hard = resource.getrlimit(kind)
     bound = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
@@ -204,9 +204,9 @@ def _limit(memory: int) -> bool:
 
 
 def _limit_cpu(timeout: float) -> None:
-  """Ends this process by itself should the parent be unable to.
+  """Lets this process end by itself if the parent cannot end it.
 
-  All cores at work for the whole of the time-out are within the limit.
+  The limit allows all cores to work for the whole time-out.
   """
   _, hard = resource.getrlimit(resource.RLIMIT_CPU)
   seconds = time.process_time() + timeout * (os.cpu_count() or 1)

@@ -18,13 +18,13 @@ from jaxrl_llm.rewards import interruptible
 from jaxrl_llm.rewards.arguments import Parameters
 
 _WROTE = 'wrote to the channel of its worker'
-# Bytes of a line that a worker may send; anything longer is no reply.
+# Most bytes in a line from a worker; anything longer is not a reply.
 _MAX_LINE = 1 << 16
-# Seconds that a supervisor has to end with all that it watches.
+# Seconds for a supervisor to end with all processes that it watches.
 _GRACE = 5.0
 
-# Environment variables that a worker gets: what finds files and devices.  A
-# secret need not show in its name, so this lists what is kept.
+# Environment variables that a worker gets: those that locate files and devices.
+# A secret's name need not reveal it, so this lists what is kept.
 _KEPT = re.compile(
   'HOME|LANG|LANGUAGE|LOGNAME|PATH|SHELL|TERM|TZ|USER|TE?MP|TMPDIR|VIRTUAL_ENV'
   '|CONDA_PREFIX|GLIBC_TUNABLES|(DY)?LD_.*|(CUDA|JAX|LC|NVIDIA|XLA)_.*'
@@ -37,13 +37,13 @@ _SET |= {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 
 
 class Ready(NamedTuple):
-  """What a worker says of itself when it has loaded the function.
+  """A worker's report once it has loaded the function.
 
   Attributes:
     containment: a kind of `containment.KINDS`.
-    memory_limited: whether the system enforces the limit.
-    parameters: what the function takes.
-    source: sha256 of the user's file that it is of; None without one.
+    memory_limited: True if the system enforces the limit.
+    parameters: those of the function.
+    source: sha256 of the user's file that defines it; None without one.
   """
 
   containment: str
@@ -53,13 +53,13 @@ class Ready(NamedTuple):
 
 
 class Reply(NamedTuple):
-  """What came of one sample.
+  """The outcome of one sample.
 
   Attributes:
     kind: 'score', 'user' for a UserError of the function, or one of
       `failures.FAILURES`.
-    score: where there is one; None also if the function gave None.
-    message: why there is none.
+    score: the score, if there is one; also None if the function returned None.
+    message: the reason for a missing score.
   """
 
   kind: str
@@ -68,26 +68,26 @@ class Reply(NamedTuple):
 
 
 class WorkerProcess:
-  """A process that loads a reward function and scores sample by sample.
+  """A process that loads a reward function and scores samples one by one.
 
   Used by one thread at a time, except for `terminate`.
 
   Args:
-    spec: as `worker` reads it, but for 'pythonpath', which is added.
-    folder: in which it works.
+    spec: as `worker` reads it, without 'pythonpath', which is added.
+    folder: its working directory.
 
   Attributes:
-    asked: samples it has been given.
+    asked: number of samples sent to it.
 
   Raises:
-    UserError: the system starts no process.
+    UserError: the process cannot be started.
   """
 
   def __init__(self, spec: Mapping[str, Any], folder: str):
     self.asked = 0
     self._spec = spec
     self._received = b''
-    # What can be imported here can be imported there.
+    # Whatever can be imported here can be imported there.
     path = os.pathsep.join(entry or folder for entry in sys.path)
     kept = {n: value for n, value in os.environ.items() if _KEPT.fullmatch(n)}
     named = {n: os.environ[n] for n in spec['environment'] if n in os.environ}
@@ -102,7 +102,7 @@ class WorkerProcess:
         bufsize=0,
         cwd=folder,
         env=kept | _SET | named | {'PYTHONPATH': path},
-        start_new_session=True,  # Ctrl-C is for the parent to decide on.
+        start_new_session=True,  # The parent decides about Ctrl-C.
       )
     except OSError as error:
       raise UserError(
@@ -115,10 +115,10 @@ class WorkerProcess:
   def wait_ready(self, seconds: float) -> Ready:
     """Waits until the function is loaded.
 
-    What `interruptible.checked` was given may end the wait.
+    A check set by `interruptible.checked` may end the wait.
 
     Raises:
-      UserError: it cannot be, or not in time.
+      UserError: loading fails or takes too long.
     """
     field, name = self._spec['field'], self._spec['name']
     try:
@@ -130,7 +130,7 @@ class WorkerProcess:
     except (EOFError, ValueError) as error:
       raise UserError(
         f'{field}: the process that loads {name} {self._ending().message}\n'
-        'either the function ends it when it is imported, or it needs more '
+        'either importing the function ends the process, or it needs more '
         f'memory than {self._spec["memory"]} bytes'
       ) from error
     if kind == 'failed':
@@ -140,15 +140,15 @@ class WorkerProcess:
     return Ready(**content, parameters=taken)
 
   def ask(self, arguments: bytes, seconds: float) -> Reply:
-    """Has one sample scored.
+    """Scores one sample.
 
     Args:
       arguments: a JSON object.
-      seconds: of wall time that it may take.
+      seconds: wall time allowed.
 
     Returns:
-      A reply.  Of the kinds 'timeout', 'crash' and 'memory' it was the last
-      of this process, which is then to be closed.
+      A reply.  After 'timeout', 'crash' and 'memory' the process is unusable
+      and must be closed.
     """
     self.asked += 1
     line = b'[%d, %s]\n' % (self.asked, arguments)
@@ -164,11 +164,11 @@ class WorkerProcess:
     return _parsed(received, self.asked)
 
   def terminate(self) -> None:
-    """Asks the process to end, with all that it has started, and returns."""
+    """Asks the process to end with all that it started; does not wait."""
     self._process.terminate()
 
   def close(self) -> None:
-    """Ends the process and waits until it and all it has started are gone."""
+    """Ends the process and waits until it and all that it started are gone."""
     self._process.stdin.close()
     self._process.terminate()
     try:
@@ -182,10 +182,10 @@ class WorkerProcess:
     self._process.stdout.close()
 
   def _first_line(self, seconds: float) -> bytes:
-    """What the worker says of itself; raises as `_exchange` does."""
+    """Returns the worker's first line; raises as `_exchange` does."""
     deadline, lines = time.monotonic() + seconds, []
 
-    def said(pause: float | None) -> bool:
+    def has_line(pause: float | None) -> bool:
       left = deadline - time.monotonic()
       try:
         lines.append(self._exchange(b'', min(left, pause or left)))
@@ -194,16 +194,16 @@ class WorkerProcess:
           raise
       return bool(lines)
 
-    interruptible.wait(said)
+    interruptible.wait(has_line)
     return lines[0]
 
   def _exchange(self, request: bytes, seconds: float) -> bytes:
-    """Sends a line, if any, and gives the one that comes back.
+    """Sends a line, if any, and returns the reply.
 
     Raises:
-      TimeoutError: it did not come in time; the next call goes on from here.
+      TimeoutError: no reply came in time; the next call continues from here.
       EOFError: the process has ended.
-      ValueError: something else came.
+      ValueError: it is not a reply.
     """
     poll = select.poll()
     poll.register(self._replies, select.POLLIN)
@@ -215,7 +215,7 @@ class WorkerProcess:
     while b'\n' not in self._received:
       left = deadline - time.monotonic()
       ready = poll.poll(math.ceil(max(left, 0.0) * 1000))
-      # What came in time counts, even if this thread was kept from seeing it.
+      # A reply in time counts, even if this thread was kept from seeing it.
       if left <= 0 and not ready:
         raise TimeoutError
       for descriptor, _ in ready:
@@ -259,7 +259,7 @@ class WorkerProcess:
       raise EOFError from error
 
   def _ending(self) -> Reply:
-    """How the process has ended."""
+    """Returns the cause of the process's end."""
     try:
       status = self._process.wait(_GRACE)
     except subprocess.TimeoutExpired:
@@ -275,7 +275,7 @@ class WorkerProcess:
 
 
 def _parsed(line: bytes, number: int) -> Reply:
-  """A reply, if the line is one to the request with this number."""
+  """Parses a line as the reply to the request with this number."""
   try:
     answered, kind, content = json.loads(line)
     if answered == number:

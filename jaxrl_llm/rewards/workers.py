@@ -1,10 +1,10 @@
 """Reward functions in worker processes that can be killed.
 
-Math parsers hang in C code and generated programs do what they like.  A
-time-out by signal fails in threads, and a pool's `future.result(timeout)` does
-not free the worker.  So a process scores one sample at a time, and what does
-not answer is killed with all it has started (`containment` says how, and what
-is left where); a new process takes its place while the others go on.
+Math parsers hang in C code, and generated programs do anything.  A time-out by
+signal fails in threads, and a pool's `future.result(timeout)` does not free the
+worker.  So each process scores one sample at a time, and one that does not
+answer is killed with all that it started (see `containment`); a new process
+replaces it while the others continue.
 """
 
 import functools
@@ -29,7 +29,7 @@ _LEAST_MEMORY = 1 << 26
 
 
 class Workers:
-  """A reward function that runs in processes of its own, sample by sample.
+  """A reward function that runs in its own processes, sample by sample.
 
     with Workers('mine.py:verify', workers=4, timeout=2.0) as workers:
       pending = workers.submit(prompts, completions, {'answer': answers})
@@ -39,48 +39,47 @@ class Workers:
   It is itself a reward function, `workers(prompts=, completions=, **columns)`,
   and fits a `RewardPart`.
 
-  Every sample is a call of its own with lists of length 1.  A function that
-  compares samples with each other cannot be run in this way.  A process serves
-  one sample after another, so that what the function keeps (caches, an open
-  program) stays, and what a sample breaks may break later ones in the same
-  process; a process that crashes or runs out of memory at a sample after it has
-  served others is therefore replaced and the sample tried once more.
+  Every sample is a separate call with lists of length 1: a function that
+  compares samples with each other cannot run in this way.  A process serves one
+  sample after another, so the function's state (caches, an open program)
+  persists, and a sample that breaks it may break later ones in the same
+  process.  A process that crashes or runs out of memory after it has served
+  other samples is therefore replaced and the sample tried once more.
 
-  A sample without an answer after `timeout` seconds has no score, and neither
-  has one that crashes its process, asks for more memory, raises an exception or
-  returns anything but a finite number: None, counted by kind in
-  `Pending.failures`.  So h samples that hang delay a batch by ⌈h / workers⌉
-  time-outs.  Scores that depend on a time-out are not reproducible.
+  A sample has no score if it is not answered within `timeout` seconds, crashes
+  its process, asks for more memory, raises an exception or returns anything but
+  a finite number: None, counted by kind in `Pending.failures`.  So h samples
+  that hang delay a batch by ⌈h / workers⌉ time-outs.  Scores that depend on a
+  time-out are not reproducible.
 
-  What the function prints is discarded.  Its process has the user's files and
-  network: it is killable, not a sandbox.  It has the environment variables that
-  find files and devices, and those that `environment` names.  Processes survive
+  Printed output is discarded.  This is not a sandbox: the function keeps full
+  access to files and network.  It sees the environment variables that locate
+  files and devices, and those listed in `environment`.  Processes survive
   Ctrl-C and end with `close`, when the last reference is gone, and when this
-  process ends, however it does.
+  process ends for any reason.
 
   Args:
-    name: of a function or a factory of `rewards.functions` or `.code`, or
-      'file.py:function', or 'module:function'.  Loaded in the workers alone.
+    name: a function or factory of `rewards.functions` or `.code`,
+      'file.py:function', or 'module:function'.  Loaded only in the workers.
     settings: arguments of a factory, JSON values.
     workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
-    memory: bytes of its own that a process may write to, the interpreter's
-      10 MB and what libraries take included.  Processes that the function
-      starts may have as many each.
+    memory: bytes that a process may write to, including the interpreter's 10 MB
+      and libraries.  Processes that the function starts may use as much each.
     containment: a kind of `containment.KINDS`; the strongest by default.
-    environment: names of variables that the function reads besides, such as
+    environment: names of further variables that the function reads, such as
       ('OPENAI_API_KEY',).
-    load_timeout: seconds that a process may take to load the function.
-    field: what messages about name and settings begin with.
+    load_timeout: seconds allowed for loading the function.
+    field: prefix of messages about name and settings.
 
   Attributes:
     name: as given.
-    parameters: what the function takes.
-    containment: the kind that is in use.
+    parameters: those of the function.
+    containment: the kind in use.
     memory_limited: whether the system enforces `memory`; macOS does not.
 
   Raises:
-    UserError: the function cannot be loaded, or an argument makes no sense.
+    UserError: the function cannot be loaded, or an argument is invalid.
   """
 
   def __init__(
@@ -112,7 +111,7 @@ class Workers:
     first, ready = self._pool.launch()
     self.parameters = ready.parameters
     self.memory_limited = ready.memory_limited
-    # The others need not find out again what works here.
+    # The first process has found out what works here.
     self.containment = spec['containment'] = ready.containment
     self._pool.serve(first)
     for _ in range(workers - 1):
@@ -124,25 +123,25 @@ class Workers:
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
   ) -> 'Pending':
-    """Begins to score N responses and returns at once.
+    """Starts scoring N responses and returns at once.
 
     Args:
       prompts, completions: N strings each.
-      columns: N JSON values each; those that the function does not name are
+      columns: N JSON values each; columns that the function does not name are
         not sent.
 
     Raises:
-      UserError: the function needs a column that there is not, or one holds
-        what JSON has no form for, or the workers are closed.
+      UserError: a required column is missing, a column holds values that JSON
+        cannot express, or the workers are closed.
     """
-    given = {'prompts': prompts, 'completions': completions, **columns}
-    given = select(self.name, self.parameters, given)
-    samples = encode_each(self.name, given, len(completions))
+    arguments = {'prompts': prompts, 'completions': completions, **columns}
+    arguments = select(self.name, self.parameters, arguments)
+    samples = encode_each(self.name, arguments, len(completions))
     pending = Pending(self.name, completions, self._pool)
     self._pool.put(
       [
-        Job(functools.partial(pending.settle, index), given)
-        for index, given in enumerate(samples)
+        Job(functools.partial(pending.settle, index), arguments)
+        for index, arguments in enumerate(samples)
       ]
     )
     return pending
@@ -154,7 +153,7 @@ class Workers:
     return self.submit(prompts, completions, columns).result()
 
   def close(self) -> None:
-    """Ends the processes.  What is pending then raises UserError."""
+    """Ends the processes.  Pending scores then raise UserError."""
     self._finalizer()
 
   def __enter__(self):
@@ -172,16 +171,16 @@ def isolated(
   environment: Sequence[str] = (),
   **settings: Any,
 ) -> Workers:
-  """A reward function in worker processes, as `Workers` describes them.
+  """Creates a reward function in worker processes; see `Workers`.
 
     RewardPart('correct', isolated('gsm8k_answer', workers=4, timeout=2.0))
 
   Args:
-    name: of a function or factory.
+    name: a function or factory.
     workers: number of processes.
     timeout: seconds per sample.
     memory: bytes per process.
-    environment: names of variables that the function reads besides.
+    environment: names of further variables that the function reads.
     **settings: arguments of a factory.
   """
   return Workers(
@@ -195,7 +194,7 @@ def isolated(
 
 
 class Pending:
-  """Scores that workers are about to find."""
+  """Scores that workers have not yet delivered."""
 
   def __init__(self, name: str, completions: Sequence[str], pool: Pool):
     self._name = name
@@ -209,7 +208,7 @@ class Pending:
       self._done.set()
 
   def settle(self, index: int, reply: Reply | Exception) -> None:
-    """Notes what came of a sample; for the workers to call, once for each."""
+    """Records the outcome of a sample; the workers call it once for each."""
     with self._lock:
       self._replies[index] = reply
       self._left -= 1
@@ -217,20 +216,20 @@ class Pending:
         self._done.set()
 
   def done(self) -> bool:
-    """Whether `result` would return, or raise, at once."""
+    """Returns True if `result` would return, or raise, at once."""
     return self._done.is_set()
 
   def result(self) -> list[float | None]:
     """Waits for the N scores; None where there is none.
 
-    What `interruptible.checked` was given may end the wait.  The samples stay
+    A check set by `interruptible.checked` may end the wait.  The samples stay
     with the workers.
 
     Raises:
       UserError: the function raised one; or every sample failed with an error
-        before there was any score, so that the function is at fault and not
-        the responses; or the workers were closed, or cannot be started any
-        more, or the function's file has changed when one was replaced.
+        before there was any score, so the function is at fault and not the
+        responses; or the workers were closed or cannot be restarted, or the
+        function's file changed before a restart.
     """
     interruptible.wait(self._done.wait)
     for index, reply in enumerate(self._replies):
@@ -249,7 +248,7 @@ class Pending:
     return [reply.score for reply in self._replies]
 
   def failures(self) -> Failures:
-    """Waits, and tells how many samples failed, and why."""
+    """Waits for all samples; returns the number and causes of failures."""
     interruptible.wait(self._done.wait)
     counts, messages = dict.fromkeys(FAILURES, 0), {}
     for index, reply in enumerate(self._replies):
@@ -258,13 +257,13 @@ class Pending:
         continue
       counts[kind] += 1
       completion = shortened(self._completions[index])
-      found = f'{reply.message} (sample {index}, completion {completion!r})'
-      messages.setdefault(kind, found)
+      message = f'{reply.message} (sample {index}, completion {completion!r})'
+      messages.setdefault(kind, message)
     return Failures(counts, messages)
 
 
 def _check(spec: Mapping[str, Any], workers: int) -> None:
-  """Raises UserError for an argument that makes no sense."""
+  """Raises UserError for an invalid argument."""
 
   def is_number(value, kinds):
     return isinstance(value, kinds) and not isinstance(value, bool)
@@ -288,9 +287,9 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
   if not isinstance(named, list | tuple) or not all(
     isinstance(name, str) and name in os.environ for name in named
   ):
-    # Not shown: it may be the secret itself.
+    # The value is not shown: it may be the secret itself.
     raise UserError(
-      f'{field}: environment is not a list of names of variables that are set\n'
+      f'{field}: environment must list names of variables that are set\n'
       "export them in the shell and write environment=('OPENAI_API_KEY',)"
     )
   kinds = containment_lib.KINDS
@@ -302,6 +301,6 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
   for key, value in spec['settings'].items():
     if not is_json(value):
       raise UserError(
-        f'{field}: {key} is {value!r}, which is no JSON value\n'
+        f'{field}: {key} is {value!r}, which is not a JSON value\n'
         'it is sent to worker processes; write a list for a tuple'
       )

@@ -1,11 +1,23 @@
-"""What a run says: records, health, sample tables, progress, plots."""
+"""A run's reports: records, health, sample tables, progress, plots."""
 
-from jaxrl_llm.runs.health import (WINDOW, Health, Watch, assess)
+from jaxrl_llm.runs.health import WINDOW, Health, Watch, assess
 from jaxrl_llm.runs.metrics import MetricsWriter, read_metrics
-from jaxrl_llm.runs.plots import (Band, Panel, plot_bands, plot_curve, plot_estimates)
+from jaxrl_llm.runs.plots import (
+  Band,
+  Panel,
+  plot_bands,
+  plot_curve,
+  plot_estimates,
+)
 from jaxrl_llm.runs.progress import Progress
 from jaxrl_llm.runs.records import read_records
-from jaxrl_llm.runs.samples import (Sample, SampleLog, before_after_table, read_samples, sample_table)
+from jaxrl_llm.runs.samples import (
+  Sample,
+  SampleLog,
+  before_after_table,
+  read_samples,
+  sample_table,
+)
 from jaxrl_llm.runs.silent import Silent
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""What an error of a restore says of a checkpoint: damaged, or not to be read.
+"""Distinguishes errors of a damaged checkpoint from those of an unreadable one.
 
-A damaged step is passed over for the one before.  One that this process could
-not read just now (no memory, no permission, too many open files, a disk that
-does not answer) may be healthy: to pass it over would lose what it holds.
+A damaged step is skipped in favour of the one before.  One that this process
+cannot read just now (no memory, no permission, too many open files, a disk that
+does not answer) may be healthy: skipping it would lose its content.
 """
 
 import errno
@@ -11,9 +11,9 @@ import re
 
 import jax
 
-# These lie in the step itself: a part of it is gone or is something else.
+# Errors of the step itself: a part of it is missing or something else.
 _DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# TensorStore raises ValueError, with the status in front of its message.
+# TensorStore raises ValueError, whose message starts with the status.
 _STATUS = re.compile(
   'RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE'
   '|DEADLINE_EXCEEDED|CANCELLED'
@@ -25,14 +25,14 @@ _CAUSES = tuple(
 
 
 class BrokenError(Exception):
-  """A step does not verify; the message says what of it."""
+  """A step does not verify; the message gives the reason."""
 
 
 def obstacle(error: BaseException) -> BaseException | None:
-  """What kept a step from being read; None if the step itself is damaged.
+  """Returns the error that kept a step from being read; None if it is damaged.
 
   Args:
-    error: of a restore; the errors that it was raised from count too.
+    error: from a restore; the errors that it was raised from count too.
   """
   seen = []
   while error is not None and error not in seen:
@@ -47,7 +47,7 @@ def _is_obstacle(error):
   if isinstance(error, MemoryError):
     return True
   if isinstance(error, OSError):
-    # Without a number it is of a decoder, which did read.
+    # Without a number it comes from a decoder, which did read.
     return error.errno is not None and not isinstance(error, _DAMAGE)
   if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
     text = str(error)
@@ -56,7 +56,7 @@ def _is_obstacle(error):
 
 
 def one_line(error: BaseException) -> str:
-  """The error's first cause in one line: Orbax wraps it several times."""
+  """Formats an error's first cause in a line: Orbax wraps it several times."""
   while error.__cause__ or not (
     error.__suppress_context__ or error.__context__ is None
   ):

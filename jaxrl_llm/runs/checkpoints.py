@@ -1,18 +1,18 @@
-"""Checkpoints that are verified: Orbax v1 with a digest per leaf.
+"""Verified checkpoints: Orbax v1 with a digest per leaf.
 
 Orbax commits a step atomically, so a crash never leaves half of one; but a bit
-that flips in its files afterwards is restored without a word.  Here every step
+that flips in its files afterwards is restored silently.  Here every step
 carries a manifest (shape, dtype and digest of each leaf, and the caller's
-metadata), every restore is checked against it, and a step that fails is passed
-over for the one before.
+metadata), every restore is checked against it, and a step that fails is
+skipped in favour of the one before.
 
     folder/00000120/state/      the arrays, an Orbax checkpoint of its own
     folder/00000120/manifest/   JSON, committed together with them
-    folder/00000140.broken/     and the like: see `leftovers`
+    folder/00000140.broken/     and others: see `leftovers`
 
-Several processes make the same calls in the same order, on a folder that all of
-them see.  Each writes and reads its shards; process 0 alone decides which steps
-there are, and names, renames and removes them.
+Several processes make the same calls in the same order, on a shared folder.
+Each writes and reads its shards; only process 0 decides which steps exist, and
+names, renames and removes them.
 """
 
 import concurrent.futures
@@ -24,30 +24,29 @@ import pathlib
 import time
 
 from jaxrl_llm import processes
+from jaxrl_llm.atomic import as_json, sync_folder, sync_tree
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import leftovers, orbax_io
 from jaxrl_llm.runs.checkpoint_errors import BrokenError, obstacle, one_line
 from jaxrl_llm.runs.digests import describe, differences, named_leaves
-from jaxrl_llm.errors import UserError
-from jaxrl_llm.atomic import as_json, sync_folder, sync_tree
 
 _log = logging.getLogger(__name__)
-# Seconds in which other threads may still make folders of a save that failed.
+# Seconds in which other threads may still create folders of a failed save.
 _AFTERMATH = 1.0
 
 
 class Checkpoints:
   """The steps of one run, in a folder of a local or network file system.
 
-  Saves are asynchronous, one at a time.  Of the committed steps the latest
-  `keep_latest` and the `keep_best` of highest metric stay.
+  Saves are asynchronous, one at a time.  The latest `keep_latest` committed
+  steps are kept, and the `keep_best` with the highest metric.
 
   Args:
-    folder: where the steps are; created by the first save, in a folder that is
-      there.
-    keep_latest: how many of the newest steps to keep, at least 1.
-    keep_best: how many of the steps with the highest metric to keep.
-    read_only: another process may be writing: change nothing in the folder.
-      Otherwise what a crashed save left behind is removed at once.
+    folder: holds the steps; created by the first save, in an existing folder.
+    keep_latest: number of the newest steps to keep, at least 1.
+    keep_best: number of the steps with the highest metric to keep.
+    read_only: changes nothing in the folder, as another process may be writing.
+      Otherwise the leftovers of crashed saves are removed at once.
   """
 
   def __init__(
@@ -80,11 +79,12 @@ class Checkpoints:
   def save(
     self, step: int, state, metadata: dict, metric: float | None = None
   ) -> None:
-    """Starts to save a step; waits first for the save before it.
+    """Starts to save a step, after waiting for the save before it.
 
-    Returns when the arrays are copied or held, so that the caller may donate
+    Returns once the arrays are copied or held, so that the caller may donate
     them to the next update.  An existing checkpoint of the same step is
-    replaced, unless it is this very one; it goes when the new one is whole.
+    replaced, unless it is identical; it is removed once the new one is
+    complete.
 
     Args:
       step: the counter that names the checkpoint, 0 or more.
@@ -98,7 +98,7 @@ class Checkpoints:
     """
     if self._read_only:
       raise UserError(
-        f'The checkpoints in {self.folder} were opened to be read only.\n'
+        f'The checkpoints in {self.folder} are read-only here.\n'
         'Save through the run that owns them.'
       )
     if step < 0:
@@ -126,17 +126,17 @@ class Checkpoints:
     self._pending = manifest, finished
 
   def _finish(self, step: int, response) -> None:
-    """Returns when a step is on the disk, in a thread of its own."""
+    """Waits until a step is on the disk, in a thread of its own."""
     response.result()
     if processes.is_main():
-      # Orbax has synced the arrays alone.  The step before goes after this,
-      # and a power cut must not take both.
+      # Orbax has synced the arrays alone.  The step before is removed after
+      # this, and a power cut must not take both.
       sync_tree(self._path(step))
       sync_folder(self.folder)
       sync_folder(self.folder.parent)
 
   def _prepare(self, manifest: dict) -> tuple[bool, str]:
-    """Makes room for a step, unless it is there as it is to be."""
+    """Makes room for a step, unless it already exists unchanged."""
     step, sha256 = manifest['step'], manifest['sha256']
     path = self._path(step)
     if path.exists() and self._sound.get(step) == sha256:
@@ -150,18 +150,18 @@ class Checkpoints:
 
   def _check_same(self, manifest: dict) -> None:
     """Raises UserError if the processes have computed different states."""
-    own = _sha256(manifest['leaves'])
-    found = processes.gather_objects(own, 'the digests of a checkpoint')
-    other = [i for i, digest in enumerate(found) if digest != found[0]]
+    local = _sha256(manifest['leaves'])
+    digests = processes.gather_objects(local, 'the digests of a checkpoint')
+    other = [i for i, digest in enumerate(digests) if digest != digests[0]]
     if other:
       raise UserError(
-        f'At step {manifest["step"]} process {other[0]} would save another '
-        'state than process 0: they have not computed the same.\n'
-        'Start all of them with the same program, flags and data.'
+        f'At step {manifest["step"]} process {other[0]} would save a different '
+        'state than process 0.\n'
+        'Start all processes with the same program, flags and data.'
       )
 
   def poll(self) -> None:
-    """Does what `wait` does if the running save has ended; else nothing.
+    """Finishes the running save as `wait` does, if it has ended.
 
     Called once per step, it reports a failed save within a step.
     """
@@ -171,7 +171,7 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Waits for the running save, then removes what need not be kept.
+    """Waits for the running save, then removes steps that need not be kept.
 
     Raises:
       UserError: the save failed.  The steps before it are untouched.
@@ -210,37 +210,37 @@ class Checkpoints:
     self.close()
 
   def steps(self) -> list[int]:
-    """The committed steps, ascending.  Not all need verify."""
+    """Returns the committed steps, ascending.  Some may not verify."""
     return processes.on_main(
       functools.partial(leftovers.steps, self.folder), 'the checkpoints'
     )
 
   def best_step(self) -> int | None:
-    """The step of highest metric; of equals the latest; None without one."""
+    """Returns the step of highest metric, the latest of ties, or None."""
     ranked = processes.on_main(self._ranked, 'the best checkpoint')
     return ranked[0] if ranked else None
 
   def restore(self, template, step: int | None = None, *, part: bool = False):
     """Restores the newest step that verifies.
 
-    A step that does not verify is passed over with a warning that says why, and
-    (unless read only) renamed, so that a later save may take its number.
+    A step that does not verify is skipped with a warning that gives the reason,
+    and (unless read only) renamed, so that a later save may use its number.
 
     Args:
       template: the state's tree, of arrays or `jax.ShapeDtypeStruct`s; or a
-        function from the step to it, where steps differ.  Leaves land in their
-        shardings; a leaf without one on the default device.
-      step: only this step, for evaluation and export.
-      part: the template is a part of the state, in dictionaries by name; what
-        else is stored is neither read nor verified.
+        function from the step to it, where steps differ.  Leaves are placed in
+        their shardings; a leaf without one on the default device.
+      step: restores only this step, for evaluation and export.
+      part: the template is a part of the state, in dictionaries by name; the
+        rest is neither read nor verified.
 
     Returns:
       `(step, state, metadata)`, or None where there is no checkpoint.
 
     Raises:
       UserError: checkpoints exist but none verifies; a healthy one holds
-        another tree, shape or dtype than the template; or one could not be
-        read for want of memory, permission or a working disk.
+        another tree, shape or dtype than the template; or one is unreadable for
+        lack of memory, permission or a working disk.
     """
     self.wait()
     steps = self.steps()
@@ -277,9 +277,9 @@ class Checkpoints:
     return None
 
   def is_of(self, step: int, state) -> bool:
-    """Whether a step was saved of this very state, as far as digests tell.
+    """Returns True if a step was saved from this very state, by its digests.
 
-    Its arrays need not verify, only the manifest.
+    Only the manifest need verify, not the arrays.
     """
     manifest, _ = processes.on_main(
       functools.partial(self._manifest_or_why, step), f'checkpoint {step}'
@@ -292,7 +292,7 @@ class Checkpoints:
       try:
         leftovers.move_aside(self._path(step), leftovers.BROKEN)
       except OSError as error:
-        # Whatever saves this step anew replaces it.
+        # A later save of this step replaces it.
         _log.warning('Could not rename it: %s', one_line(error))
 
   def _load(self, step, template, part):
@@ -313,26 +313,26 @@ class Checkpoints:
       failure.__cause__ = error
     self._agree_on(failure, step)
     try:
-      found = describe(named_leaves(state))
+      loaded = describe(named_leaves(state))
     except Exception as error:
       raise self._failure(step, 'state', error) from error
     for name, leaf in stored.items():
-      if found.get(name) != leaf:
+      if loaded.get(name) != leaf:
         raise BrokenError(f'the content of {name} has changed')
     return state, manifest
 
   def _agree_on(self, failure: Exception | None, step: int) -> None:
     """Raises in all processes if one of them could not read its part."""
     why = isinstance(failure, BrokenError), failure and str(failure)
-    found = processes.gather_objects(why, f'checkpoint {step}')
+    reasons = processes.gather_objects(why, f'checkpoint {step}')
     if failure is not None:
       raise failure
-    for broken, text in found:
+    for broken, text in reasons:
       if text is not None:
         raise BrokenError(text) if broken else UserError(text)
 
   def _manifest_or_why(self, step: int) -> tuple:
-    """The manifest and None, or None and why the step is broken."""
+    """Returns (manifest, None), or (None, why the step is broken)."""
     try:
       return self._manifest(step), None
     except BrokenError as error:
@@ -351,14 +351,14 @@ class Checkpoints:
     return manifest
 
   def _failure(self, step, part, error):
-    """The error to raise where a part of a step could not be loaded."""
+    """Returns the error to raise where a part of a step could not be loaded."""
     cause = obstacle(error)
     if cause is None:
       return BrokenError(f'its {part}: {one_line(error)}')
     return UserError(
       f'Checkpoint step {step} in {self.folder} could not be read:\n'
       f'{one_line(cause)}\n'
-      'It is left as it is.  Free memory, or mend permissions or the disk.'
+      'It is unchanged.  Free memory, or fix permissions or the disk.'
     )
 
   def _compare(self, step, stored, wanted):
@@ -380,12 +380,12 @@ class Checkpoints:
     return self.folder / f'{step:08d}{leftovers.REPLACED}'
 
   def _stored(self, step):
-    """Where a step is: while it is saved anew, its old content."""
+    """Returns the folder of a step, or of its old content during a new save."""
     path, replaced = self._path(step), self._replaced(step)
     return replaced if replaced.exists() and not path.exists() else path
 
   def _ranked(self):
-    """Steps that have a metric, best first."""
+    """Returns the steps that have a metric, best first."""
     for step in leftovers.steps(self.folder):
       if step not in self._metrics:
         try:
@@ -395,7 +395,7 @@ class Checkpoints:
     known = [
       (self._metrics[step], step) for step in leftovers.steps(self.folder)
     ]
-    # A NaN is no metric: it must never count as the best.
+    # A NaN is not a metric: it must never count as the best.
     known = [
       pair for pair in known if pair[0] is not None and pair[0] == pair[0]
     ]
@@ -407,7 +407,7 @@ class Checkpoints:
     for step in set(leftovers.steps(self.folder)) - kept:
       leftovers.discard(self._path(step))
       leftovers.discard(self._replaced(step))
-    # The run has passed the place where these broke: they only take room.
+    # The run has passed the point where these broke: they only take room.
     leftovers.discard_broken(self.folder, saved)
 
   def _free(self):
@@ -419,14 +419,14 @@ class Checkpoints:
         _log.warning('Could not remove a failed save: %s', one_line(error))
 
   def _failed(self, step, error):
-    """Frees what a failed save has written, and makes the error to raise."""
+    """Cleans up after a failed save and returns the error to raise."""
     self._unclean = True
     self._free()
     kept = leftovers.steps(self.folder)
     return UserError(
       f'Saving checkpoint step {step} in {self.folder} failed:\n'
       f'{one_line(error)}\n'
-      f'Steps kept: {kept}.  Make room or mend the disk, then resume.'
+      f'Steps kept: {kept}.  Make room or fix the disk, then resume.'
     )
 
 

@@ -12,10 +12,11 @@ _AT_ONCE = 8
 
 
 def named_leaves(tree) -> dict:
-  """The leaves of a tree of arrays by name, such as `params/layers/w`.
+  """Returns the leaves of a tree of arrays by name, such as `params/layers/w`.
 
   Raises:
-    UserError: a leaf is no array, two have one name, or JAX would convert it.
+    UserError: a leaf is not an array, two share a name, or JAX would convert
+      one.
   """
   leaves = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -42,17 +43,17 @@ def named_leaves(tree) -> dict:
 
 
 def shape_of(leaf) -> tuple[str, list[int]]:
-  """An array's dtype and shape as JSON values."""
+  """Returns an array's dtype and shape as JSON values."""
   return str(leaf.dtype), list(leaf.shape)
 
 
 def describe(leaves: dict) -> dict:
-  """Shape, dtype and digest of each leaf, as JSON values."""
+  """Returns shape, dtype and digest of each leaf, as JSON values."""
   digests = {}
   for name, leaf in leaves.items():
     digests[name] = digest(leaf)
-    # Some are under way at any time, but few: a CPU device takes 32 programs,
-    # and devices of several processes that are full wait for each other.
+    # Several run at any time, but few: a CPU device queues 32 programs, and
+    # full devices of several processes wait for each other.
     if len(digests) % _AT_ONCE == 0:
       jax.block_until_ready(digests[name])
   described = {}
@@ -64,10 +65,10 @@ def describe(leaves: dict) -> dict:
 
 
 def differences(stored: dict, wanted: dict) -> list[str]:
-  """What keeps stored leaves from being the wanted ones, a phrase for each.
+  """Returns the differences between stored and wanted leaves, a phrase each.
 
   Args:
-    stored: as `describe` has them.
+    stored: as `describe` returns them.
     wanted: arrays or their shapes, by name.
   """
   shapes = {name: shape_of(leaf) for name, leaf in wanted.items()}
@@ -87,7 +88,7 @@ def differences(stored: dict, wanted: dict) -> list[str]:
 
 
 def digest(array) -> jax.Array:
-  """A digest of an array's bits that does not depend on its sharding.
+  """Computes a digest of an array's bits that does not depend on its sharding.
 
     dₗ = Σᵢ mixₗ(bitsᵢ, positionᵢ)  mod 2³²,   l = 1, 2
 
@@ -123,7 +124,7 @@ def _digest(array):
 
 
 def _words(array):
-  """The array's bits as uint32; 8-byte elements get an axis of 2."""
+  """Returns the array's bits as uint32; 8-byte elements get an axis of 2."""
   if array.dtype == jnp.bool_:
     return array.astype(jnp.uint32)
   if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -142,6 +143,6 @@ def _mix(x):
 
 
 def _odd_constant(lane, axis):
-  """Unrelated constants: no two axes or lanes trade positions alike."""
+  """Returns a constant unrelated to those of other axes and lanes."""
   text = f'{lane} {axis}'.encode()
   return np.uint32(int.from_bytes(hashlib.sha256(text).digest()[:4]) | 1)

@@ -1,8 +1,8 @@
-"""One folder per run: a lock, and what the run was.
+"""A run's folder: its lock and its description.
 
-A run folder holds `config.json` (what was asked), `env.json` (what ran it last)
-and `lock` (who owns it now) beside the records and checkpoints of the run.  A
-resume writes the first two anew once it is known that the run goes on.
+A run folder holds `config.json` (the requested configuration), `env.json` (the
+latest environment) and `lock` (the current owner) beside the run's records and
+checkpoints.  A resume rewrites the first two once the run is known to continue.
 """
 
 import datetime
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import jax
 
 from jaxrl_llm import processes
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.atomic import as_json, write_atomically
+from jaxrl_llm.errors import UserError
 
 _PACKAGES = (
   'jaxrl_llm',
@@ -35,7 +35,7 @@ _PACKAGES = (
   'numpy',
 )
 
-# Names whose values are not to be written down: api_key, HF_TOKEN, apiKey.
+# Names whose values must not be written down: api_key, HF_TOKEN, apiKey.
 SECRET = re.compile(
   r'(?i)((api|access|private)_?key|passw(or)?d|secret|credentials|auth'
   r'|authorization|(?<!eos_|pad_|end_)(?<!mask_|stop_)token)$'
@@ -43,9 +43,9 @@ SECRET = re.compile(
 
 
 def software() -> dict:
-  """Versions, platform and command line; no environment variables.
+  """Returns versions, platform and command line; no environment variables.
 
-  The command line is None if a flag's name is that of a secret.
+  The command line is None if the name of a flag suggests a secret.
   """
   versions = {'python': platform.python_version()}
   for package in _PACKAGES:
@@ -64,9 +64,9 @@ def software() -> dict:
 
 
 def devices() -> dict:
-  """Which devices JAX has.
+  """Returns the devices of JAX.
 
-  Touches the JAX backend, so call it after `jax.distributed.initialize`.
+  Initialises JAX's backend, so call it after `jax.distributed.initialize`.
   """
   return {
     'backend': jax.default_backend(),
@@ -77,23 +77,23 @@ def devices() -> dict:
 
 
 def environment() -> dict:
-  """`software` and `devices`."""
+  """Combines `software` and `devices`."""
   return software() | devices()
 
 
 class RunFolder:
   """A run's folder, locked for as long as this object is open.
 
-  Of several processes only process 0 holds the lock.
+  With several processes, only process 0 holds the lock.
 
   Use `open_run`, as a context manager.
 
   Attributes:
     path: the folder.
-    resuming: whether the folder already held this run.
-    changed: code files whose content is not what it was when the run last
-      began or resumed.
-    former: in process 0 the configuration that it then had; else None.
+    resuming: True if the folder already held this run.
+    changed: code files whose content has changed since the run last began or
+      resumed.
+    former: in process 0, the configuration at that time; else None.
   """
 
   def __init__(
@@ -115,8 +115,8 @@ class RunFolder:
   def describe(self) -> None:
     """Writes `config.json` and `env.json`.  All processes call it.
 
-    A new run has them from the start.  On a resume it is for where the run is
-    known to go on: one that is refused leaves them as they were.
+    A new run has them from the start.  On a resume, call it once the run is
+    known to continue: a refused resume leaves them unchanged.
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
@@ -132,7 +132,7 @@ class RunFolder:
       raise _unusable(self.path, error) from error
 
   def close(self) -> None:
-    """Gives the lock back.  The folder stays as it is."""
+    """Releases the lock.  The folder stays as it is."""
     _give_back(self._lock)
     self._lock = None
 
@@ -152,10 +152,10 @@ def open_run(
 ) -> RunFolder:
   """Creates or reopens a run folder and takes its lock.
 
-  With `resume`, a folder that holds no run yet starts afresh, so that the same
-  command line serves the first start and every restart of a preemptible job.
-  Of several processes, which all call it, process 0 does all that, and what it
-  finds or raises the others do too.
+  With `resume`, a folder without a run starts afresh, so that the same command
+  line serves the first start and every restart of a preemptible job.  With
+  several processes, all call it; process 0 does the work, and the others share
+  its result or error.
 
   Args:
     workdir: the folder; created where missing.
@@ -165,8 +165,8 @@ def open_run(
     allowed: dotted keys, such as `'steps'` or `'log'` (with all below it),
       that may differ from the stored configuration on resume.  The new values
       are stored by `RunFolder.describe`.
-    code: files of the user's that the run executes; their sha256 goes into
-      `env.json`.  Of what they import nothing is recorded.
+    code: the user's files that the run executes; their sha256 goes into
+      `env.json`.  Their imports are not recorded.
 
   Raises:
     UserError: the folder is in use, holds a run and `resume` is off, or holds
@@ -222,8 +222,8 @@ def _unusable(path, error) -> UserError:
 
 
 def _take_lock(path):
-  # The kernel drops the lock with its owner, however that dies, so what a dead
-  # owner left in the file never stands in the way.
+  # The kernel releases the lock however its owner dies, so the content that a
+  # dead owner left in the file never blocks a run.
   lock = open(path / 'lock', 'a+', encoding='utf-8')  # noqa: SIM115
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,7 +270,7 @@ def _stored_config(path):
   try:
     stored = json.loads(file.read_text(encoding='utf-8'))
     if not isinstance(stored, dict):
-      raise ValueError('it is no object')
+      raise ValueError('it is not an object')
   except ValueError as error:
     raise UserError(
       f'{file} is not a JSON configuration: {error}.\n'
@@ -285,17 +285,17 @@ def _file_sha256(file):
 
 
 def _changed(path, code):
-  """The files that differ from what env.json has of them."""
+  """Returns the files that differ from their record in env.json."""
   try:
     env = json.loads((path / 'env.json').read_text(encoding='utf-8'))
     before = dict(env['code_sha256'])
   except (OSError, ValueError, KeyError, TypeError):
-    return []  # An older or a damaged record tells nothing.
+    return []  # An older or damaged record proves nothing.
   return [file for file in code if before.get(file, code[file]) != code[file]]
 
 
 def _flat(config, prefix=''):
-  """Leaves by dotted key.  An empty dictionary is a leaf."""
+  """Returns leaves by dotted key.  An empty dictionary is a leaf."""
   leaves = {}
   for key, value in config.items():
     if isinstance(value, dict) and value:

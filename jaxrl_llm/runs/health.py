@@ -1,8 +1,8 @@
-"""Whether a run is well: a line per step, and warnings with a likely cause.
+"""The health of a run: a line per step, and warnings with a likely cause.
 
-Everything here is a function of the records that a run writes, so that a run
-that is resumed, or looked at afterwards, is told the same.  `docs/metrics.md`
-lists the metrics and their ranges.
+Everything here is a function of a run's records, so that a run that is resumed,
+or inspected afterwards, gets the same reports.  `docs/metrics.md` lists the
+metrics and their ranges.
 """
 
 import math
@@ -16,20 +16,20 @@ from jaxrl_llm.runs.records import cannot_write
 
 Record = Mapping[str, float]
 
-# Steps that a mean is over.  One step outside of a range is chance.
+# Steps in a mean.  A single step outside a range is chance.
 WINDOW = 10
-# Steps of being well after which the same is told again.
+# Healthy steps after which a warning is repeated.
 _QUIET = 100
 
 
 class Range(NamedTuple):
-  """Healthy values of a metric, a mean over the last `WINDOW` steps.
+  """Healthy values of a metric, averaged over the last `WINDOW` steps.
 
   Attributes:
-    label: what the line calls it.
-    metrics: names in the records, whose values are added up.
-    low, high: ends, themselves healthy.
-    cause: what it may come from and what helps, where it is outside.
+    label: the metric's name in the line.
+    metrics: names in the records; their values are added up.
+    low, high: bounds, themselves healthy.
+    cause: likely cause and remedy of a value outside.
   """
 
   label: str
@@ -76,7 +76,7 @@ RANGES = (
     ('log_prob_difference/mean',),
     0.0,
     0.02,
-    'sampler and trainer compute another policy\n'
+    'sampler and trainer compute different policies\n'
     "compare with config.model.attention='xla' and dtype='float32'",
   ),
   Range(
@@ -84,15 +84,15 @@ RANGES = (
     ('sampler/effective_samples',),
     0.3,
     math.inf,
-    'sampler and trainer differ so much that few responses carry the weights '
-    "of all\ncompare with config.model.attention='xla' and dtype='float32'",
+    'sampler and trainer differ so much that few responses carry most of the '
+    "weight\ncompare with config.model.attention='xla' and dtype='float32'",
   ),
   Range(
     'flat',
     ('frac_reward_zero_std',),
     0.0,
     0.9,
-    'most groups have equal rewards, of which nothing is learned\n'
+    'most groups have equal rewards and teach nothing\n'
     'choose prompts of medium pass rate (experiments.pass_rates), or raise '
     'config.rollout.samples',
   ),
@@ -102,7 +102,7 @@ RANGES = (
     0.0,
     0.5,
     'most responses are cut off before they end\n'
-    'raise config.rollout.max_tokens; see whether the model writes its end '
+    'raise config.rollout.max_tokens; check that the model writes its end '
     'token at all',
   ),
   Range(
@@ -115,18 +115,18 @@ RANGES = (
   ),
 )
 
-# Of its mean at the beginning, in nats, below which entropy has collapsed.
+# Fraction of the initial mean entropy below which it has collapsed.
 _COLLAPSED = 0.1
-# Times the length at the beginning.
+# Multiple of the initial length.
 _GROWN = 2.0
 
 
 class Health(NamedTuple):
-  """How a run is at one step.
+  """A run's health at one step.
 
   Attributes:
-    line: all of it in one line.
-    warnings: by what is wrong: what, and in a second line what to do.
+    line: everything in one line.
+    warnings: by problem: the problem and, in a second line, the remedy.
   """
 
   line: str
@@ -134,18 +134,18 @@ class Health(NamedTuple):
 
 
 def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
-  """How a run is at the last of its records.
+  """Assesses a run at the last of its records.
 
   Args:
     first: records of its first steps, up to `WINDOW`.
     recent: of its last steps, up to `WINDOW`, oldest first; not empty.
   """
   now = recent[-1]
-  found, shown = {}, []
+  warnings, shown = {}, []
   for check in _CHECKS:
-    found |= check(first, recent)
-  # Of which it is the consequence.
-  unlearned = found.keys() & {'constant', 'unscored'}
+    warnings |= check(first, recent)
+  # Flat groups are a consequence of these.
+  unlearned = warnings.keys() & {'constant', 'unscored'}
   if not _finite(now):
     shown.append('not finite')
   for each in RANGES:
@@ -157,22 +157,22 @@ def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
     if each.label == 'flat' and unlearned:
       continue
     if len(recent) == WINDOW and not each.low <= mean <= each.high:
-      found[each.label] = (
+      warnings[each.label] = (
         f'{" + ".join(each.metrics)} is {mean:.3g} over {WINDOW} steps, '
         f'healthy is {each.healthy}: {each.cause}'
       )
   for label, names in _counts(now).items():
     shown.append(f'{label} {sum(now[name] for name in names):g}')
-  state = 'well' if not found else 'look: ' + ', '.join(found)
-  return Health(f'{now["step"]} {state} | {", ".join(shown)}', found)
+  state = 'well' if not warnings else 'look: ' + ', '.join(warnings)
+  return Health(f'{now["step"]} {state} | {", ".join(shown)}', warnings)
 
 
 class Watch:
-  """Follows a run: adds a line to `health.log`, tells what is new.
+  """Follows a run: appends to `health.log` and returns new warnings.
 
   Args:
-    folder: of the run.
-    records: those of the phase so far, of which the file is written again.
+    folder: the run's folder.
+    records: those of the phase so far, from which the file is rewritten.
 
   Raises:
     UserError: the file cannot be written.
@@ -181,16 +181,16 @@ class Watch:
   def __init__(self, folder, records: Sequence[Record] = ()):
     self._path = pathlib.Path(folder) / 'health.log'
     self._first, self._recent = [], []
-    self._told = {}  # what was wrong → at which step last
+    self._warned = {}  # problem → last step that had it
     self._write('w', [self._take(record).line for record in records])
 
   def add(self, record: Record) -> list[str]:
     """Takes a step's record.
 
     Returns:
-      Warnings that none of many steps before had, two lines each.
+      Warnings that no recent step had, two lines each.
     """
-    before = self._told.copy()
+    before = self._warned.copy()
     health = self._take(record)
     self._write('a', [health.line])
     return [
@@ -204,7 +204,7 @@ class Watch:
       self._first.append(record)
     self._recent = [*self._recent, record][-WINDOW:]
     health = assess(self._first, self._recent)
-    self._told |= dict.fromkeys(health.warnings, record['step'])
+    self._warned |= dict.fromkeys(health.warnings, record['step'])
     return health
 
   def _write(self, mode: str, lines: Sequence[str]) -> None:
@@ -216,20 +216,20 @@ class Watch:
 
 
 def _sum(record: Record, names: Sequence[str]) -> float | None:
-  """The metrics' sum; None where none of them is recorded."""
+  """Returns the sum of the metrics; None if none of them is recorded."""
   values = [float(record[name]) for name in names if name in record]
   return sum(values) if values else None
 
 
 def _mean(records: Sequence[Record], names: Sequence[str]) -> float:
-  """Over the records that have them and are numbers; NaN where none is."""
+  """Averages the metrics' finite sums over records; NaN if there are none."""
   values = [_sum(record, names) for record in records]
   values = [x for x in values if x is not None and math.isfinite(x)]
   return float(np.mean(values)) if values else math.nan
 
 
 def _counts(record: Record) -> dict[str, list[str]]:
-  """Numbers that should be 0, by label: which metrics they are."""
+  """Returns the names of metrics that should be 0, by label."""
   failed = [n for n in record if 'rewards/' in n and n.endswith('/failed')]
   counts = {'failed': failed, 'skipped': ['skipped']}
   return {k: v for k, v in counts.items() if v and v[0] in record}
@@ -246,8 +246,8 @@ def _not_finite(first, recent) -> dict[str, str]:
   if _finite(now) and not now.get('skipped'):
     return {}
   return {
-    'skipped': 'the update is not finite and was left out: parameters are '
-    'those before\nlower the learning rate; a third one in a row ends the run'
+    'skipped': 'the update is not finite and was skipped: parameters '
+    'unchanged\nlower the learning rate; three in a row end the run'
   }
 
 
@@ -275,9 +275,9 @@ def _unscored(first, recent) -> dict[str, str]:
     if name.startswith('rewards/') and name.endswith('/none') and now[name]
   ]
   return {
-    'unscored': f'no response has a score (None of {", ".join(without)}), and '
-    'nothing is learned\none reward without a score leaves a response out: '
-    'return 0.0 for an answer that cannot be read'
+    'unscored': f'no response has a score ({", ".join(without)} returned '
+    'None), and nothing is learned\none reward without a score leaves a '
+    'response out: return 0.0 for an unreadable answer'
   }
 
 
@@ -295,32 +295,32 @@ def _constant_reward(first, recent) -> dict[str, str]:
   return {
     'constant': f'the reward never pays: {value:g} for every response of '
     f'{WINDOW} steps\nlook at samples.html: begin with easier prompts or a '
-    'warm start, or mend how the answer is read'
+    'warm start, or fix how the answer is read'
   }
 
 
 def _unpaid(first, recent) -> dict[str, str]:
-  """One of several rewards, which the others' variation hides."""
+  """Finds rewards that never pay, which the others' variation hides."""
   parts = _parts(recent[-1])
   if _constant(recent, 'reward', parts) is not None:
     return {}
-  found = {}
+  warnings = {}
   for part in parts:
     values = {
       _constant(records, f'{part}/mean', [part]) for records in (first, recent)
     }
-    # It has never paid: a penalty that rests at 0 has been learned.
+    # It has never paid: a penalty that stays at 0 has been learned.
     if values == {0.0}:
-      found['unpaid'] = (
-        f'{part} is 0 for every response so far: if it is no penalty, it never '
-        'pays\nlook at samples.html: begin with easier prompts or a warm '
-        'start, or mend how the answer is read'
+      warnings['unpaid'] = (
+        f'{part} is 0 for every response so far: unless it is a penalty, it '
+        'never pays\nlook at samples.html: begin with easier prompts or a warm '
+        'start, or fix how the answer is read'
       )
-  return found
+  return warnings
 
 
 def _parts(record: Record) -> list[str]:
-  """Names of the rewards that a step records."""
+  """Returns the names of the rewards that a step records."""
   return [
     name.removesuffix('/std')
     for name in record
@@ -329,16 +329,16 @@ def _parts(record: Record) -> list[str]:
 
 
 def _constant(records, name: str, parts: Sequence[str]) -> float | None:
-  """The value of a metric that `WINDOW` steps share; None if they do not.
+  """Returns the value of a metric that `WINDOW` steps share, else None.
 
   Args:
     records: steps.
-    name: of the metric, a mean over responses.
-    parts: rewards of which it is made, which are to be constant as well.
+    name: the metric, a mean over responses.
+    parts: its component rewards, which must be constant as well.
   """
   values = {record.get(name) for record in records}
   spreads = [record.get(f'{p}/std', 0.0) for record in records for p in parts]
-  # A reward that has no score in a step has no deviation either.
+  # A reward without a score in a step has no deviation either.
   if len(records) < WINDOW or any(x for x in spreads if not math.isnan(x)):
     return None
   value = values.pop()
@@ -359,16 +359,16 @@ def _collapse(first, recent) -> dict[str, str]:
 
 
 def _growth(first, recent) -> dict[str, str]:
-  of = ['completions/mean_length']
-  before, now = _mean(first, of), _mean(recent, of)
+  names = ['completions/mean_length']
+  before, now = _mean(first, names), _mean(recent, names)
   cut = _mean(recent, ['completions/clipped_ratio'])
   if len(recent) < WINDOW or not (now > _GROWN * before and cut > 0.1):
     return {}
   return {
     'length': f'responses have {now:.3g} tokens, {before:.3g} at the '
     f'beginning, and {cut:.0%} are cut off: length growth\n'
-    'normalise the loss by a constant as dr_grpo does, or take a reward that '
-    'longer responses do not raise'
+    'normalise the loss by a constant as dr_grpo does, or choose a reward '
+    'that longer responses do not raise'
   }
 
 

@@ -1,11 +1,11 @@
-"""Folders of checkpoints that are no steps: set aside, replaced, left behind.
+"""Checkpoint folders that are not steps: set aside, replaced, left behind.
 
-    00000140.broken/        a step that did not verify, kept to be looked at
-    00000160.replaced/      the old content of a step being saved anew
-    00000120.discarded/     what is being removed
-    00000180.orbax-checkpoint-tmp…  what a save that was ended has written
+    00000140.broken/        a step that did not verify, kept for inspection
+    00000160.replaced/      the old content of a step being saved again
+    00000120.discarded/     a folder being removed
+    00000180.orbax-checkpoint-tmp…  the output of an interrupted save
 
-A name that only resembles these is the user's, and is left alone.
+A name that only resembles these belongs to the user and is left alone.
 """
 
 import logging
@@ -13,8 +13,8 @@ import pathlib
 import re
 import shutil
 
-from jaxrl_llm.runs.checkpoint_errors import one_line
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs.checkpoint_errors import one_line
 
 BROKEN = '.broken'
 REPLACED = '.replaced'
@@ -29,32 +29,32 @@ _log = logging.getLogger(__name__)
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-  """The committed steps, ascending, those among them that are replaced."""
+  """Returns the committed steps, ascending, including replaced ones."""
   if not folder.is_dir():
     return []
-  found = (_STEP.fullmatch(path.name) for path in folder.iterdir())
-  return sorted({int(match[1]) for match in found if match})
+  matches = (_STEP.fullmatch(path.name) for path in folder.iterdir())
+  return sorted({int(match[1]) for match in matches if match})
 
 
 def clean(folder: pathlib.Path) -> None:
-  """Removes what saves have left behind that were ended or failed.
+  """Removes the leftovers of interrupted or failed saves.
 
-  What cannot be removed only takes room: a warning says so.
+  One that cannot be removed only takes room and causes a warning.
 
   Raises:
-    UserError: the folder cannot be read, or the old content of a step cannot
-      be made the step again.
+    UserError: the folder cannot be read, or the old content of a step cannot be
+      restored.
   """
   if not folder.is_dir():
     return
   try:
-    found = sorted(folder.iterdir())
+    paths = sorted(folder.iterdir())
   except OSError as error:
     raise UserError(
       f'{folder} cannot be read: {error.strerror}.\n'
-      'Mend permissions or the disk, then resume.'
+      'Fix permissions or the disk, then resume.'
     ) from error
-  for path in found:
+  for path in paths:
     match = _STEP.fullmatch(path.name)
     if _DEAD.fullmatch(path.name):
       _remove(path)
@@ -63,11 +63,11 @@ def clean(folder: pathlib.Path) -> None:
 
 
 def _settle(replaced: pathlib.Path, step: pathlib.Path) -> None:
-  """Removes the old content of a step, or makes it the step again."""
+  """Removes a step's old content, or makes it the step again."""
   try:
     if step.exists():
       discard(replaced)
-    else:  # the save was ended too early
+    else:  # the save ended too early
       replaced.rename(step)
   except OSError as error:
     if step.exists():
@@ -75,16 +75,16 @@ def _settle(replaced: pathlib.Path, step: pathlib.Path) -> None:
       return
     raise UserError(
       f'{replaced} cannot be renamed: {error.strerror}.\n'
-      f'It holds checkpoint {step.name}: mend permissions or the disk, then '
+      f'It holds checkpoint {step.name}: fix permissions or the disk, then '
       'resume.'
     ) from error
 
 
 def discard(path: pathlib.Path) -> None:
-  """Removes a folder such that a crash halfway leaves no step behind.
+  """Removes a folder such that a crash halfway leaves no partial step.
 
   Raises:
-    OSError: it is still there, as it was.
+    OSError: it is still there, unchanged.
   """
   if path.exists():
     dead = path.with_name(path.name + _DISCARDED)
@@ -103,10 +103,10 @@ def discard_broken(folder: pathlib.Path, last: int) -> None:
 
 
 def move_aside(path: pathlib.Path, suffix: str) -> None:
-  """Renames a step, if it is there; what has the name already goes.
+  """Renames a step, if it exists; discards any folder with the new name.
 
   Raises:
-    OSError: it is still there, as it was.
+    OSError: it is still there, unchanged.
   """
   if path.exists():
     aside = path.with_name(path.name + suffix)

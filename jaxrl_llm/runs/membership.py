@@ -1,7 +1,7 @@
-"""How the processes of a run are found, and how one that ends ends all.
+"""Discovers a run's processes and stops all when one dies.
 
-A process that is lost (killed, its machine gone) or that fails ends the others
-with a message, instead of leaving them to wait for it for ever.
+If a process is lost (killed, its machine gone) or fails, the others end with a
+message instead of waiting for it for ever.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from jaxrl_llm.errors import UserError
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT = 10
-_WATCH = 0.5  # seconds between two looks at the others
-_ENDED = 'jaxrl_llm/ended'  # how many have failed, and the status to end with
-_LEFT = 'jaxrl_llm/left'  # how many of the others have gone since
+_WATCH = 0.5  # seconds between two checks of the others
+_ENDED = 'jaxrl_llm/ended'  # number of failed processes, and the exit status
+_LEFT = 'jaxrl_llm/left'  # number of the others that have left since
 _leaving = threading.Event()
 
 
@@ -38,44 +38,44 @@ def initialize(
 ) -> None:
   """Joins the processes of a run.  Call it before anything touches a device.
 
-  Without arguments they are found out where a launcher tells them: a TPU pod,
-  Slurm's srun, Open MPI, or an indexed Kubernetes job where the package
-  `kubernetes` is installed.  A program of one process stays as it is.
+  Without arguments they are discovered where a launcher provides them: a TPU
+  pod, Slurm's srun, Open MPI, or an indexed Kubernetes job where the package
+  `kubernetes` is installed.  A program of one process is unaffected.
 
-  From then on a process that is lost ends the others, within 30 s.
+  From then on a lost process ends the others, within 30 s.
 
   Args:
     coordinator: HOST:PORT on which process 0 listens.
-    num_processes: how many there are; 1 asks no launcher.
-    process_id: which of them this is, from 0.
+    num_processes: their number; 1 queries no launcher.
+    process_id: the number of this one, from 0.
     timeout_s: seconds to wait for the others to start.
 
   Raises:
-    UserError: only some arguments are given, or wrong ones; process 0 does not
-      answer; the launcher does not tell what it should.
+    UserError: arguments are missing or wrong; process 0 does not answer; the
+      launcher does not provide the processes.
   """
   if num_processes == 1 and process_id in (None, 0):
     return
   devices = None
   if (coordinator, num_processes, process_id) == (None, None, None):
-    found = _detect(timeout_s)
-    if found is None:
+    cluster = _detect(timeout_s)
+    if cluster is None:
       return
-    coordinator, num_processes, process_id, devices = found
+    coordinator, num_processes, process_id, devices = cluster
   _check(coordinator, num_processes, process_id)
   start = time.monotonic()
   if process_id:
     _wait_for(coordinator, timeout_s)
-  # Only so does a loss come to the watch below, not to an abort in C++.
+  # Only then does a loss reach the watch below, not an abort in C++.
   jax.config.update('jax_enable_recoverability', True)
-  # CPU devices run programs side by side: two programs that both exchange
-  # something could wait for each other for ever.
+  # CPU devices run programs concurrently: two programs that both communicate
+  # could wait for each other for ever.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  # It would take SIGTERM, which asks a run to save and stop.
+  # It would intercept SIGTERM, which asks a run to save and stop.
   jax.config.update('jax_enable_preemption_service', False)
   with _on_abort(
     lambda: (
-      f'not all {num_processes} processes came to {coordinator} within '
+      f'not all {num_processes} processes reached {coordinator} within '
       f'{timeout_s} s\nstart all at about the same time, on a free port'
     )
   ):
@@ -93,7 +93,7 @@ def initialize(
     _explain_loss_of_main(coordinator)
   for watch in _watch_lives, _watch_failures:
     threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
-  # All have to ask for the devices to get them: let it be now.
+  # All must ask for the devices to get them: do it now.
   jax.devices()
 
 
@@ -102,7 +102,7 @@ def _check(coordinator, num_processes, process_id) -> None:
     raise UserError(
       'several processes need --coordinator=HOST:PORT, --num_processes=N and '
       '--process_id=I, all three\n'
-      'leave all of them out where a launcher (srun, a TPU pod) tells them'
+      'leave all of them out where a launcher (srun, a TPU pod) provides them'
     )
   if not re.fullmatch(r'.+:\d+', coordinator):
     raise UserError(
@@ -117,7 +117,7 @@ def _check(coordinator, num_processes, process_id) -> None:
 
 
 def _detect(timeout_s: int) -> tuple | None:
-  """Coordinator, count, number and local devices; None in a single process."""
+  """Returns coordinator, count, number and local devices; None if alone."""
   if _slurm_tasks() == 1:
     # Perhaps in an allocation of many tasks, but not started by srun for them.
     return None
@@ -136,9 +136,9 @@ def _detect(timeout_s: int) -> tuple | None:
       address = os.environ.get('JAX_COORDINATOR_ADDRESS')
       address = address or kind.get_coordinator_address(timeout_s, port)
       return address, total, kind.get_process_id(), _local_devices(kind)
-    except Exception as error:  # of its variables, its service, the network
+    except Exception as error:  # from its variables, service or network
       raise UserError(
-        f'{kind.__name__} does not tell the processes of this run: '
+        f'{kind.__name__} does not provide the processes of this run: '
         f'{" ".join(str(error).split())[:200]}\n'
         'give --coordinator, --num_processes and --process_id, or '
         '--num_processes=1'
@@ -147,14 +147,14 @@ def _detect(timeout_s: int) -> tuple | None:
 
 
 def _slurm_tasks() -> int | None:
-  """Tasks of the Slurm step that this process is one of."""
+  """Returns the number of tasks of the Slurm step that this process is in."""
   if 'SLURM_STEP_NODELIST' not in os.environ:
     return None
   return int(os.environ.get('SLURM_STEP_NUM_TASKS', os.environ['SLURM_NTASKS']))
 
 
 def _local_devices(kind) -> list[int] | None:
-  """One GPU for each of several processes of a host; a single one has all."""
+  """Returns one GPU if the host has several processes; else None, for all."""
   each = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '')
   alone = re.fullmatch(r'1(\(x\d+\))?', each)
   local = kind.get_local_process_id()
@@ -173,7 +173,7 @@ def _answers(coordinator: str) -> bool:
 
 
 def _wait_for(coordinator: str, timeout_s: float) -> None:
-  """Waits until process 0 listens: C++ would abort where it does not."""
+  """Waits until process 0 listens: C++ would abort if it did not."""
   end = time.monotonic() + timeout_s
   while not _answers(coordinator):
     if time.monotonic() > end:
@@ -187,10 +187,10 @@ def _wait_for(coordinator: str, timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def _on_abort(explain: Callable[[], str | None]):
-  """Says why, if C++ aborts inside; and hides what C++ says else.
+  """Reports the reason if C++ aborts inside; hides C++'s other output.
 
   Args:
-    explain: the reason; None for the abort to go on as it would.
+    explain: returns the reason; None to let the abort proceed.
   """
   sys.stderr.flush()
   kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -222,13 +222,13 @@ def _handle_abort(explain: Callable[[], str | None]) -> None:
       os._exit(1)
     _libc.signal(number, None)
 
-  # A handler of Python's waits for the main thread, which abort() ends first.
+  # A Python handler waits for the main thread, which abort() ends first.
   _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle))
   _libc.signal(signal.SIGABRT, _handlers[-1])
 
 
 def _explain_loss_of_main(coordinator: str) -> None:
-  """Says so where C++ aborts since it cannot reach process 0."""
+  """Reports the loss of process 0 when C++ aborts because of it."""
 
   def explain():
     if _answers(coordinator):
@@ -245,7 +245,7 @@ def _say(text: str) -> None:
 def _lost(who: str) -> str:
   return (
     f'{who} was lost: process {processes.index()} ends with it\n'
-    'look into the log of the lost one; its last checkpoint is whole'
+    'see the log of the lost one; its last checkpoint is complete'
   )
 
 
@@ -254,23 +254,23 @@ def _watch_lives() -> None:
   everyone = list(range(processes.count()))
   while not _leaving.wait(_WATCH):
     try:
-      # Returns when all processes that live have asked it.
+      # Returns when all live processes have called it.
       alive = _client().get_live_nodes(everyone)
     except (AttributeError, jax.errors.JaxRuntimeError):
       return  # Without process 0 C++ ends this one; or it has left.
     lost = [str(each) for each in everyone if each not in alive]
     if _leaving.is_set() or _failed_status() is not None:
-      return  # Those who are missing have left.
+      return  # The missing ones have left.
     if lost:
       _say(_lost(f'process {", ".join(lost)} of {len(everyone)}'))
       if processes.is_main():
-        # With it goes what tells the others.
+        # The others learn of the loss through it.
         time.sleep(4 * _WATCH)
       _exit(1)
 
 
 def _watch_failures() -> None:
-  """Ends this process when another has failed, which has said why."""
+  """Ends this process when another has failed and reported why."""
   while not _leaving.wait(_WATCH):
     try:
       status = _failed_status()
@@ -285,12 +285,12 @@ def _client():
 
 
 def _failed_status() -> int | None:
-  found = _client().key_value_dir_get(f'{_ENDED}/')
-  return int(found[0][1]) if found else None
+  entries = _client().key_value_dir_get(f'{_ENDED}/')
+  return int(entries[0][1]) if entries else None
 
 
 def _exit(status: int):
-  """Ends at once: what waits for other processes would wait for ever."""
+  """Exits at once: threads that wait for other processes would never end."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)
@@ -301,7 +301,7 @@ def _leave(status: int) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       _client().key_value_increment(_LEFT, 1)
     _exit(status)
-  # Process 0 last: with it goes what the others are connected to.
+  # Process 0 leaves last: the others are connected to its service.
   end = time.monotonic() + HEARTBEAT
   while time.monotonic() < end:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -312,11 +312,11 @@ def _leave(status: int) -> None:
 
 
 def fail(status: int, say: Callable[[], None] = lambda: None) -> None:
-  """Ends all processes; returns in a single one, once it has spoken.
+  """Ends all processes; a single one only reports and returns.
 
   Args:
-    status: the exit status of all.
-    say: says why; called in the process that is the first to fail.
+    status: exit status of all.
+    say: reports the reason; called in the first process to fail.
   """
   if processes.count() == 1:
     say()
@@ -328,23 +328,23 @@ def fail(status: int, say: Callable[[], None] = lambda: None) -> None:
 
 
 def wait_for_loss() -> None:
-  """Gives the watch the time to end this process, where another was lost.
+  """Lets the watch end this process, if another was lost.
 
-  For the error of a collective, which is the first that a survivor sees.
+  For an error of a collective, which is the first sign that a survivor sees.
   """
   if processes.count() > 1:
     time.sleep(2 * HEARTBEAT)
 
 
 def finish() -> None:
-  """Leaves the run together with all others, at its good end."""
+  """Leaves the run together with all others, at its normal end."""
   if processes.count() == 1:
     return
   processes.barrier('the end')
   _leaving.set()
   processes.barrier('leaving', HEARTBEAT)
   if processes.is_main():
-    # With process 0 goes what the others are connected to.
+    # The others are connected to its service.
     while len(_client().get_live_nodes(list(range(processes.count())))) > 1:
       time.sleep(0.02)
   jax.distributed.shutdown()

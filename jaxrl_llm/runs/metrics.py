@@ -1,10 +1,16 @@
-"""Numbers per step: JSON lines for programs, TensorBoard for eyes."""
+"""Writes numbers per step: JSON lines for programs, TensorBoard for people."""
 
 import pathlib
 import time
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs.records import (RecordFile, cannot_write, cut, number, read_records)
+from jaxrl_llm.runs.records import (
+  RecordFile,
+  cannot_write,
+  cut,
+  number,
+  read_records,
+)
 
 # Seconds between two writes of `tb/` to the disk, if no `sync` comes first.
 _BOARD_INTERVAL = 30.0
@@ -13,17 +19,17 @@ _BOARD_INTERVAL = 30.0
 class MetricsWriter:
   """Writes one record per step to `metrics.jsonl`, `timings.jsonl` and `tb/`.
 
-  `metrics.jsonl` holds what the run computed and nothing of the clock, so that
-  two runs of one configuration can be compared byte by byte; clock readings, in
-  seconds, and what else depends on the process go to `timings.jsonl`.  Floats
-  are written in full (their shortest exact form); NaN and the infinities as the
-  strings "nan", "inf", "-inf", which `read_metrics` turns back.
+  `metrics.jsonl` holds what the run computed and no clock readings, so that two
+  runs of one configuration can be compared byte by byte; clock readings, in
+  seconds, and other numbers of the process go to `timings.jsonl`.  Floats are
+  written in full (their shortest exact form); NaN and the infinities as the
+  strings "nan", "inf", "-inf", which `read_metrics` converts back.
 
   Args:
     workdir: the run folder; must exist.
-    resume_step: the step of the restored checkpoint.  Records after it are
-      removed, so that the file goes on as if nothing had happened.  None
-      removes all records: the run starts at its beginning.
+    resume_step: the step of the restored checkpoint.  Later records are
+      removed, so that the file continues as if never interrupted.  None removes
+      all records: the run starts at its beginning.
 
   Raises:
     UserError: the records do not reach `resume_step`.
@@ -49,7 +55,7 @@ class MetricsWriter:
     """Writes a step's record.
 
     Args:
-      step: above that of every record before.
+      step: greater than every earlier one.
       metrics: numbers by name, written in this order.
       timings: clock readings by name, in seconds, and counts of the process.
 
@@ -97,20 +103,20 @@ class MetricsWriter:
     try:
       self.close()
     except UserError:
-      # What went wrong first is what is told.
+      # The first error is the one to report.
       if kind is None:
         raise
 
 
 class _Board:
-  """An event file of TensorBoard, written by who calls.
+  """A TensorBoard event file, written by the calling thread.
 
-  `SummaryWriter` has a thread of its own for that.  On a full disk it dies, and
+  `SummaryWriter` has its own thread for that.  On a full disk it dies, and
   the tenth scalar after that waits for it for ever.
 
   Args:
-    folder: of event files.
-    first: the step from which on earlier files are void.
+    folder: that of the event files.
+    first: the step from which earlier files are void.
   """
 
   def __init__(self, folder: pathlib.Path, first: int):
@@ -154,7 +160,7 @@ class _Board:
 
 
 def read_metrics(path) -> list[dict]:
-  """The records of `metrics.jsonl` or `timings.jsonl`, every value a number.
+  """Reads `metrics.jsonl` or `timings.jsonl`, with every value a number.
 
   Raises:
     UserError: a line is not a record; the message has its number.

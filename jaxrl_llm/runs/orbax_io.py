@@ -1,7 +1,7 @@
-"""One tree of arrays and one JSON manifest per folder, through Orbax v1.
+"""Saves and loads a tree of arrays and a JSON manifest through Orbax v1.
 
-The only module that calls Orbax.  Its functions raise what Orbax raises.
-Orbax is slow to import: it is not, before it has something to do.
+The only module that calls Orbax.  Its functions raise Orbax's errors.
+Orbax is slow to import, so it is imported on first use.
 """
 
 import json
@@ -17,20 +17,21 @@ _REPLICATED = jax.sharding.PartitionSpec()
 
 
 def start_save(path, state, manifest: dict):
-  """Starts to write a folder that appears whole or not at all.
+  """Starts to write a folder that appears completely or not at all.
 
-  Returns when the arrays are copied or held, so that the caller may donate
+  Returns once the arrays are copied or held, so that the caller may donate
   them.
 
-  Called by all processes, of which each writes its shards.
+  All processes call it, and each writes its shards.
 
   Args:
     path: the folder, which must not exist.
-    state: a tree of arrays.  What only this process holds is the same in all.
-    manifest: JSON values; those of process 0 are written.
+    state: a tree of arrays.  Those that only this process holds are equal in
+      all.
+    manifest: JSON values; process 0's are written.
 
   Returns:
-    An object whose `result()` waits for the end and raises what went wrong.
+    An object whose `result()` waits for the end and raises any error.
   """
   from orbax.checkpoint import v1 as ocp
 
@@ -44,15 +45,15 @@ def start_save(path, state, manifest: dict):
 
 
 def load_state(path, template, part: bool = False):
-  """The arrays of a folder, in the shardings of a template.
+  """Loads the arrays of a folder, in the shardings of a template.
 
   Each process reads what its devices hold and waits for no other.
 
   Args:
     path: the folder.
     template: a tree of arrays or `jax.ShapeDtypeStruct`s.  A leaf without a
-      sharding lands on the default device (of each process).
-    part: the template is a part of what the folder holds.
+      sharding is placed on the default device (of each process).
+    part: the template is a part of the folder's content.
   """
   from orbax.checkpoint import v1 as ocp
 
@@ -77,16 +78,16 @@ def load_state(path, template, part: bool = False):
 
 
 def load_manifest(path) -> dict:
-  """The manifest of a folder.
+  """Returns the manifest of a folder.
 
-  Orbax, which counts its operations, is not asked: one process alone may read a
-  manifest, and the others would wait for it at the next save.
+  It bypasses Orbax, which counts its operations: after one process has read a
+  manifest alone, the others would wait for it at the next save.
   """
   return json.loads((path / 'manifest' / 'data.json').read_text())
 
 
 def _context(alone: bool = False):
-  """How Orbax works; `alone` it waits for no other process."""
+  """Returns Orbax's context; `alone` it waits for no other process."""
   from orbax.checkpoint import v1 as ocp
 
   registry = ocp.handlers.local_registry()
@@ -97,14 +98,14 @@ def _context(alone: bool = False):
   # threads that wait for it for 20 minutes.
   context.async_options.create_directories_asynchronously = False
   if alone:
-    own = processes.index()
-    context.multiprocessing_options.active_processes = {own}
-    context.multiprocessing_options.primary_host = own
+    process = processes.index()
+    context.multiprocessing_options.active_processes = {process}
+    context.multiprocessing_options.primary_host = process
   return context
 
 
 def _as_global(x):
-  """An array that only this process holds, as one that all of them hold."""
+  """Turns an array that only this process holds into one that all hold."""
   if processes.count() == 1 or not getattr(x, 'is_fully_addressable', True):
     return x
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -120,7 +121,7 @@ def _as_global(x):
 
 
 def _without_empty(tree):
-  """None for arrays without elements, which Orbax refuses to save."""
+  """Replaces arrays without elements, which Orbax refuses, with None."""
   return jax.tree.map(lambda x: None if _is_empty(x) else x, tree)
 
 

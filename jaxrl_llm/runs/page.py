@@ -1,4 +1,4 @@
-"""The samples as one page of HTML that needs nothing else."""
+"""Renders the samples as one self-contained page of HTML."""
 
 import html
 import math
@@ -35,7 +35,7 @@ td.bad { background: var(--badbg); color: var(--bad); }
 
 
 def visible(text: str) -> str:
-  """Control characters as their pictures, so that none acts or hides.
+  """Replaces control characters by their pictures, so that none acts or hides.
 
   Line ends and tabs stay; half a surrogate pair becomes the replacement sign.
   """
@@ -59,33 +59,33 @@ def _picture(char):
 
 
 def shown(value: float | None) -> str:
-  """A number for reading; a dash where there is none."""
+  """Formats a number for reading; a dash for None."""
   return '–' if value is None else f'{value:.3g}'
 
 
 def length(sample) -> str:
-  """The length in tokens; '+' where the limit, not the model, ended it."""
+  """Formats the length in tokens; '+' if the limit, not the model, ended it."""
   return f'{sample.tokens}{"" if sample.finished else "+"}'
 
 
 def sign(advantage: float | None) -> str:
-  """'good', 'bad', or '' where it is zero, absent or NaN."""
+  """Returns 'good', 'bad', or '' for a zero, absent or NaN advantage."""
   if advantage is None or math.isnan(advantage) or advantage == 0:
     return ''
   return 'good' if advantage > 0 else 'bad'
 
 
 def change(old, new) -> str:
-  """The sign of a prompt's change of reward."""
+  """Returns the sign of a prompt's change of reward."""
   if old.reward is None or new.reward is None:
     return ''
   return sign(new.reward - old.reward)
 
 
 def reward_names(samples) -> list[str]:
-  """Each reward's name once, in order of first appearance.
+  """Returns each reward's name once, in order of first appearance.
 
-  A single reward that equals the sum in every row would only repeat it.
+  A single reward that equals the sum in every row is left out.
   """
   names = list(dict.fromkeys(name for row in samples for name in row.rewards))
   if len(names) == 1 and all(
@@ -96,14 +96,14 @@ def reward_names(samples) -> list[str]:
 
 
 def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
-  """The page.
+  """Renders the page.
 
   Args:
-    title: its heading.
+    title: the page's heading.
     samples: all samples, by step ascending.
     pairs: (before, after) samples of the same prompts; may be empty.
-    steps: how many of the latest steps to show.
-    alone: how many samples of before or after have no counterpart.
+    steps: number of the latest steps to show.
+    alone: number of samples of before or after without a counterpart.
   """
   by_step = {}
   for sample in samples:
@@ -112,7 +112,7 @@ def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
   note = f'{len(samples)} samples of {len(by_step)} steps, the latest first.'
   if len(latest) < len(by_step):
     note += (
-      f' Shown are the latest {len(latest)} steps; all are in samples.jsonl.'
+      f' The latest {len(latest)} steps are shown; all are in samples.jsonl.'
     )
   note += ' Tokens with + : cut off by the limit.'
   parts = [
@@ -125,8 +125,8 @@ def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
     parts.append(_before_after(pairs))
   if alone:
     parts.append(
-      f'<p>{alone} held-out prompts have no sample of before or none of after: '
-      'samples.jsonl lacks it.</p>\n'
+      f'<p>{alone} held-out prompts lack a sample of before or after in '
+      'samples.jsonl.</p>\n'
     )
   parts += [_step_table(step, by_step[step]) for step in latest]
   return ''.join(parts) + '</html>\n'

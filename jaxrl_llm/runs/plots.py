@@ -1,4 +1,4 @@
-"""Curves of a run, or of many, as a picture."""
+"""Draws curves of one run, or of several, as a picture."""
 
 import os
 import pathlib
@@ -29,8 +29,8 @@ def plot_curve(
     ylabel: with its unit.
     title: one line.
     marks: label -> x of a vertical line, such as the end of a warm start.
-    below: label -> (x, y) of more curves, of whatever scale: each has a panel
-      of its own under the main one.
+    below: label -> (x, y) of further curves, of any scale, each in a panel of
+      its own under the main one.
 
   Raises:
     ValueError: a series' x and y differ in length.
@@ -80,7 +80,7 @@ def plot_curve(
 
 
 def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
-  """One curve, with points where there are few."""
+  """Draws one curve, with markers if there are few points."""
   if len(x) != len(y):
     raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
   marker = 'o' if len(x) <= 40 else None
@@ -91,9 +91,9 @@ class Band(NamedTuple):
   """A curve with an interval around it; all arrays [N].
 
   Attributes:
-    x: where.
+    x: positions.
     mean: the curve.
-    low, high: the interval's bounds; NaNs leave it out.
+    low, high: the interval's bounds; NaNs omit it.
   """
 
   x: np.ndarray
@@ -102,8 +102,8 @@ class Band(NamedTuple):
   high: np.ndarray
 
 
-# Twelve lines that colour-blind eyes tell apart: six colours of Okabe and Ito,
-# then the same ones dashed.
+# Twelve lines that colour-blind readers can distinguish: six colours of Okabe
+# and Ito, then the same ones dashed.
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
 
@@ -118,7 +118,7 @@ def plot_bands(
 ) -> None:
   """Draws the same methods in panels side by side and saves a PNG.
 
-  The legend, in the order of the first panel, stands to the right of all.
+  The legend, in the order of the first panel, is to the right of all.
 
   Args:
     path: the picture's path; replaced atomically.
@@ -136,7 +136,7 @@ def plot_bands(
 
   labels = list(panels[0])
   if any(list(panel) != labels for panel in panels):
-    raise ValueError('The panels have to have the same labels in one order.')
+    raise ValueError('The panels must have the same labels in the same order.')
   width = 4.6 * len(panels) + 1.6
   figure = Figure(figsize=(width, 4.4), dpi=150, layout='constrained')
   FigureCanvasAgg(figure)
@@ -168,13 +168,13 @@ def plot_bands(
 
 
 class Panel(NamedTuple):
-  """One number of several things, to be drawn as points with intervals.
+  """One number for several things, drawn as points with intervals.
 
   Attributes:
-    xlabel: what the number is, with its unit.
+    xlabel: the number's name, with its unit.
     points: label → (value, low, high); NaNs leave a gap.
-    log: whether the axis is logarithmic; what is not positive is left out.
-    line: a value to compare with, such as that of no bias.
+    log: True for a logarithmic axis; values that are not positive are left out.
+    line: a reference value, such as that of no bias.
   """
 
   xlabel: str
@@ -184,12 +184,12 @@ class Panel(NamedTuple):
 
 
 def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
-  """Draws several numbers of the same things side by side and saves a PNG.
+  """Draws several numbers for the same things side by side and saves a PNG.
 
   Args:
     path: the picture's path; replaced atomically.
-    panels: one per number; their rows are the labels of the first one, from
-      top to bottom.
+    panels: one per number; rows are the labels of the first one, from top to
+      bottom.
     title: one line.
 
   Raises:
@@ -202,7 +202,7 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
 
   labels = list(panels[0].points)
   if any(set(panel.points) != set(labels) for panel in panels):
-    raise ValueError('The panels have to have the same labels.')
+    raise ValueError('The panels must have the same labels.')
   width = 2.6 * len(panels) + 0.09 * max(map(len, labels)) + 0.6
   figure = Figure(
     figsize=(width, 1.4 + 0.3 * len(labels)), dpi=150, layout='constrained'
@@ -215,7 +215,7 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
     if panel.log:
       axes.set_xscale('log')
       value, high = (np.where(x > 0, x, np.nan) for x in (value, high))
-      # An interval that reaches 0 goes on to the edge.
+      # An interval that reaches 0 continues to the edge.
       low = np.where(low > 0, low, value / 1e3)
     places = np.arange(len(labels))
     axes.hlines(places, low, high, color=_COLOURS[0], linewidth=2, alpha=0.45)
@@ -246,10 +246,10 @@ def _style(axes: Any) -> None:
 
 
 def save(figure: Any, path) -> None:
-  """Writes a figure as a PNG: the same numbers give the same bytes.
+  """Writes a figure as a PNG; equal figures give equal bytes.
 
   Args:
-    figure: of matplotlib.
+    figure: a figure of matplotlib.
     path: the picture's path; replaced atomically.
 
   Raises:

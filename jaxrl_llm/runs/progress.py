@@ -1,11 +1,11 @@
-"""A progress bar on a terminal; a plain line now and then elsewhere."""
+"""A progress bar on a terminal; an occasional line elsewhere."""
 
 import contextlib
 import sys
 
 
 def say(text: str) -> None:
-  """Prints on the standard error stream; nothing where it cannot be written."""
+  """Prints to standard error; does nothing where that cannot be written."""
   with contextlib.suppress(OSError):
     print(text, file=sys.stderr, flush=True)
 
@@ -15,21 +15,21 @@ def _raise():
 
 
 class Progress:
-  """Shows how far a loop is, with its latest numbers.
+  """Shows the progress of a loop, with its latest numbers.
 
     with Progress(total=steps, initial=restored) as progress:
       for step in ...:
         progress.update(step, reward=0.4)
 
-  From where the stream cannot be written (its reader is gone, the disk is full)
-  it says nothing more: a run does not end for want of somebody who watches it.
+  Once the stream cannot be written (its reader is gone, the disk is full) it
+  prints nothing more: a run does not end because nobody watches it.
 
   Args:
     total: the last step.
     initial: the step to start from, above 0 on resume.
-    every: without a terminal, print a line each time this many steps pass.
-    label: what the steps belong to.
-    stream: where to; the standard error stream by default.
+    every: without a terminal, prints a line each time this many steps pass.
+    label: the name before the step.
+    stream: standard error by default.
   """
 
   def __init__(
@@ -90,7 +90,7 @@ class Progress:
       if self._bar is not None:
         self._bar.clear()
       for renderable in renderables:
-        # Rich would break lines at 80 characters, and paths in their middle.
+        # Rich would break lines at 80 characters, even within paths.
         whole = isinstance(renderable, str)
         console.print(renderable, markup=False, soft_wrap=whole)
       if self._bar is not None:
@@ -108,7 +108,7 @@ class Progress:
     except OSError:
       self._silent = True
       if self._bar is not None:
-        # Closed it writes nothing more, neither from its own thread.
+        # A closed bar writes nothing more, not even from its own thread.
         with contextlib.suppress(OSError):
           self._bar.close()
         self._bar = None

@@ -5,15 +5,15 @@ import math
 import os
 import pathlib
 
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.atomic import write_atomically
+from jaxrl_llm.errors import UserError
 
 
 class RecordFile:
   """Appends records with a `step`, one JSON object per line.
 
   A line is one write to the kernel, so a killed process leaves at most its last
-  line broken, and `cut` removes that on resume.
+  line broken, which `cut` removes on resume.
   """
 
   def __init__(self, path):
@@ -30,7 +30,7 @@ class RecordFile:
       raise self._failed('the disk is full')
 
   def sync(self) -> None:
-    """Returns when what was written is on the disk."""
+    """Returns when all records are on the disk."""
     try:
       os.fsync(self._file.fileno())
     except OSError as error:
@@ -44,18 +44,18 @@ class RecordFile:
 
 
 def cannot_write(path, reason) -> UserError:
-  """The error to raise where a file of a run cannot be written."""
+  """Returns the error to raise when a file of a run cannot be written."""
   return UserError(
     f'{path} cannot be written: {reason}.\n'
-    'Make room or mend the disk, then resume.'
+    'Make room or fix the disk, then resume.'
   )
 
 
 def number(value, name: str):
-  """A number for a record: an int, a float, or 'nan', 'inf', '-inf'.
+  """Converts a number for a record: an int, a float, or 'nan', 'inf', '-inf'.
 
   JSON has no NaN, and null would read as "not measured": the three values that
-  JSON lacks are kept visible as strings, and `read_metrics` turns them back.
+  JSON lacks become strings, and `read_metrics` converts them back.
 
   Raises:
     ValueError: the value is not one number; the message has its name.
@@ -72,7 +72,7 @@ def number(value, name: str):
 
 
 def read_records(path) -> list[dict]:
-  """The records of a file, as they stand.
+  """Reads the records of a file, unconverted.
 
   Raises:
     UserError: a line is not a JSON object; the message has its number.
@@ -84,14 +84,14 @@ def read_records(path) -> list[dict]:
       if record is None:
         raise UserError(
           f'{path}, line {count}: not a record.\n'
-          'Remove the line, or resume the run, which mends its last lines.'
+          'Remove the line, or resume the run, which repairs its last lines.'
         )
       records.append(record)
   return records
 
 
 def _parse(line):
-  """The record of a line, or None where it is broken."""
+  """Parses the record of a line; returns None if it is broken."""
   try:
     record = json.loads(line)
   except (ValueError, RecursionError):
@@ -101,9 +101,9 @@ def _parse(line):
 
 
 def cut(path, step: int | None, complete: bool = False) -> None:
-  """Removes the records after a step, and what is broken behind it.
+  """Removes the records after a step, and broken lines behind it.
 
-  Atomic: the file is the old one or the cut one.  What stays keeps its bytes.
+  Atomic: the file is the old one or the cut one.  Kept lines keep their bytes.
 
   Args:
     path: the file; may be absent.
@@ -121,7 +121,7 @@ def cut(path, step: int | None, complete: bool = False) -> None:
   records = [_parse(line) for line in lines]
   kept = [i for i, each in enumerate(records) if _is_kept(each, step)]
   if complete:
-    # What stands behind the record of `step` goes, whatever it is.
+    # Lines after the record of `step` are removed, whatever they hold.
     last = [i for i in kept if records[i]['step'] == step]
     kept = kept[: kept.index(last[0]) + 1] if last else kept
   end = kept[-1] + 1 if kept else 0
@@ -145,16 +145,16 @@ def _broken(path: pathlib.Path, count: int, complete: bool) -> UserError:
   return UserError(f'{path}, line {count}: not a record.\n{remedy}')
 
 
-def _check_complete(path, found: list[int], step: int | None) -> None:
-  """Raises UserError if these are not the steps up to `step`, each once."""
-  first = found[0] if found and found[0] == 0 else 1
-  gap = next((i for i, at in enumerate(found) if at != first + i), None)
+def _check_complete(path, steps: list[int], step: int | None) -> None:
+  """Raises UserError unless these are the steps up to `step`, each once."""
+  first = steps[0] if steps and steps[0] == 0 else 1
+  gap = next((i for i, each in enumerate(steps) if each != first + i), None)
   if gap is not None:
     problem = (
-      f'{path}, line {gap + 1}: of step {found[gap]}, not of step {first + gap}'
+      f'{path}, line {gap + 1}: has step {steps[gap]}, not step {first + gap}'
     )
-  elif step and found[-1:] != [step]:
-    ends = f'ends at step {found[-1]}' if found else 'has no record'
+  elif step and steps[-1:] != [step]:
+    ends = f'ends at step {steps[-1]}' if steps else 'has no record'
     problem = f'{path} {ends}, but the checkpoint is of step {step}'
   else:
     return

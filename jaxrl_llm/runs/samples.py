@@ -1,4 +1,4 @@
-"""What the model wrote and what it earned, for reading."""
+"""Responses and their rewards, for reading."""
 
 import dataclasses
 import pathlib
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import page
-from jaxrl_llm.runs.records import (RecordFile, cut, number, read_records)
+from jaxrl_llm.runs.records import RecordFile, cut, number, read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Sample:
 
   Attributes:
     step: the step that sampled it.
-    prompt: the row's own text; what a template or a suffix adds is not in it.
-    response: what the model wrote, without special tokens.
+    prompt: the row's text, without a template or suffix.
+    response: the model's text, without special tokens.
     rewards: each reward function's score by name, before weighting; None where
       the function does not apply.
     reward: the weighted sum.
     advantage: mean over the response's tokens; None outside training.
     tokens: the response's length in tokens.
-    finished: whether the model ended it itself.
+    finished: True if the model ended it itself.
   """
 
   step: int
@@ -38,9 +38,9 @@ class Sample:
 class SampleLog:
   """Keeps samples in `samples.jsonl` and shows them as tables.
 
-  They are for reading: nothing is computed from them.  So a run whose file was
-  removed or cut short goes on, unlike one whose metrics were, and page and
-  tables say what is not there.
+  They are for reading: nothing is computed from them.  So, unlike with metrics,
+  a run continues if the file was removed or cut short, and page and tables
+  report what is missing.
 
   Args:
     workdir: the run folder; must exist.
@@ -60,7 +60,7 @@ class SampleLog:
       ) from error
 
   def write(self, samples: Sequence[Sample]) -> None:
-    """Appends samples, each one line."""
+    """Appends samples, one line each."""
     for sample in samples:
       self._file.write(to_record(sample))
 
@@ -84,16 +84,16 @@ class SampleLog:
     after: Sequence[Sample] = (),
     steps: int = 50,
   ) -> None:
-    """Writes `samples.html` from all that `samples.jsonl` holds.
+    """Writes `samples.html` from the content of `samples.jsonl`.
 
-    The page stands alone: no script, no address outside it.
+    The page is self-contained: no script, no address outside it.
 
     Args:
       title: the page's heading.
-      before: held-out samples of the model as it was, to be set beside
-      after: those of the same prompts now; where the file has lost some of
-        either, the page says of how many prompts.
-      steps: show only this many of the latest steps (the page says so).
+      before: held-out samples of the initial model.
+      after: samples of the same prompts now, shown beside them; the page
+        reports how many prompts lack either in the file.
+      steps: number of the latest steps to show (the page reports it).
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
@@ -106,7 +106,7 @@ class SampleLog:
 
 
 def read_samples(path) -> list[Sample]:
-  """The samples of a `samples.jsonl`.
+  """Reads the samples of a `samples.jsonl`.
 
   Raises:
     UserError: a line is not a sample; the message has its number.
@@ -122,7 +122,7 @@ def read_samples(path) -> list[Sample]:
   return samples
 
 
-# What JSON has for a number that it lacks.
+# Strings for the numbers that JSON lacks.
 _NUMBERS = ('nan', 'inf', '-inf')
 _TYPES = {
   'step': int,
@@ -135,7 +135,7 @@ _TYPES = {
 
 
 def to_record(sample: Sample) -> dict:
-  """The sample as JSON values: the line that `samples.jsonl` has of it."""
+  """Converts a sample to JSON values: its line in `samples.jsonl`."""
   record = dataclasses.asdict(sample)
   record['rewards'] = {
     name: None if value is None else number(value, name)
@@ -153,10 +153,10 @@ def to_record(sample: Sample) -> dict:
 
 
 def from_record(record: dict) -> Sample:
-  """The sample of which `to_record` made a record.
+  """Restores a sample from the result of `to_record`.
 
   Raises:
-    TypeError, ValueError, OverflowError: it is none.
+    TypeError, ValueError, OverflowError: it is not the record of a sample.
   """
   sample = Sample(**record)
   for name, kind in _TYPES.items():
@@ -181,12 +181,12 @@ def _back(value):
 
 
 def sample_table(samples: Sequence[Sample], *, title='', width: int = 300):
-  """A table for a terminal.
+  """Creates a table for a terminal.
 
   Args:
     samples: its rows.
     title: above the table.
-    width: characters of each text to show; '…' stands for the rest, and the
+    width: characters of each text to show; '…' replaces the rest, and the
       whole text is in `samples.jsonl`.
 
   Returns:
@@ -219,12 +219,12 @@ def before_after_table(
   title: str = 'Before and after',
   width: int = 300,
 ):
-  """The responses of two models to the same prompts, side by side.
+  """Creates a table of the responses of two models to the same prompts.
 
   Args:
     before: one response per prompt.
-    after: responses to the same prompts in the same order; of either some may
-      be lost, as the title then says.
+    after: responses to the same prompts in the same order; the title reports
+      any that are lost on either side.
     title: above the table.
     width: as in `sample_table`.
 
@@ -252,7 +252,7 @@ def before_after_table(
 
 
 def _pairs(before, after):
-  """Samples of the same prompts; what has no counterpart is left out."""
+  """Pairs samples of the same prompts; leaves out those without a partner."""
   pairs, rest = [], list(after)
   for old in before:
     prompts = [new.prompt for new in rest]

@@ -1,31 +1,32 @@
-"""What stands for the writers where nothing is to be written."""
+"""A stand-in for the writers where nothing is to be written."""
 
 
 class Silent:
-  """Takes what the writers, `Watch` and `Progress` take; keeps nothing.
+  """Accepts the calls of the writers, `Watch` and `Progress`; keeps nothing.
 
-  Of several processes all but one have it, so that each runs the same program.
+  With several processes, all but one use it, so that each runs the same
+  program.
   """
 
   def write(self, *args) -> None:
-    """As of `MetricsWriter` and `SampleLog`."""
+    """As in `MetricsWriter` and `SampleLog`."""
 
   def write_html(self, *args, **kwargs) -> None:
-    """As of `SampleLog`."""
+    """As in `SampleLog`."""
 
   def sync(self) -> None:
-    """As of `MetricsWriter` and `SampleLog`."""
+    """As in `MetricsWriter` and `SampleLog`."""
 
   def add(self, record: dict) -> list[str]:
-    """As of `Watch`; no warnings."""
+    """As in `Watch`; no warnings."""
     del record
     return []
 
   def update(self, step: int, **numbers: float) -> None:
-    """As of `Progress`."""
+    """As in `Progress`."""
 
   def print(self, *renderables) -> None:
-    """As of `Progress`."""
+    """As in `Progress`."""
 
   def __enter__(self):
     return self

@@ -1,8 +1,8 @@
 r"""Reads final numbers out of text: `#### 1,234`, `\boxed{\frac{3}{4}}`.
 
-Numbers are Fractions, so 0.5, 1/2 and `\frac12` are one number, and 0.1 + 0.2
-is 0.3.  Nothing is evaluated: the grammar is fixed and every size is bounded,
-so that hostile text costs no more than its length.
+Numbers are Fractions, so 0.5, 1/2 and `\frac12` are equal, and 0.1 + 0.2 is
+0.3.  Nothing is evaluated: the grammar is fixed and every size is bounded, so
+hostile text costs no more than its length.
 """
 
 import collections
@@ -10,10 +10,10 @@ import re
 import string
 from fractions import Fraction
 
-# More characters than this are no answer, and arithmetic on them would be slow.
+# More characters than this are not an answer, and arithmetic on them is slow.
 _MAX_CHARACTERS = 100
 _MAX_BOX = 1000  # characters
-_MAX_MARKS = 20  # the last so many are tried
+_MAX_MARKS = 20  # only the last ones are tried
 
 _DIGITS = r'(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)'
 _DECIMAL = rf'(?:{_DIGITS}(?:\.\d*)?|\.\d+)'
@@ -38,14 +38,13 @@ _BOX = re.compile(
 )
 _FINAL_MARK = re.compile(r'[.,;]\Z')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
-# What is a space in LaTeX; not the one behind a line break.
+# A space in LaTeX; not the one after a line break.
 _SPACE = re.compile(r'\\\\|\\[ ,;:]|[~\u00a0\u2009\u202f]')
 # A letter, or a word; not xy, which is a product.
 _NAMED = re.compile(r'[\s$*]*(?:[A-Za-z]|[A-Za-z]{3,})\s*=(?!.*=)(.*)')
 # Thousands apart, as in 1 000 and 1\,000.
 _SPACED = re.compile(r'(?<![\d.,/])\d{1,3}(?:(?: |\\,)\d{3})+(?![\d,]|\s*/)')
-# Spaces, so that digits around it do not become one number; two of them, which
-# do not separate thousands.
+# Two spaces: a single one could separate thousands and join the digits around.
 _APART = '  '
 _LATEX_TEXT = re.compile(r'\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}')
 
@@ -61,20 +60,20 @@ _CHANGING_WORDS = frozenset(
 )
 _NOT_IN_PLURAL = frozenset(('roots', 'logs'))
 _PARTS = ('teenth', 'tieth', 'dredth', 'sandth', 'illionth')
-# Of all other letters one alone is a variable, or a power of ten.
+# Any other single letter is a variable, or a power of ten.
 _UNIT_LETTERS = frozenset('dghlmsL')
-# Of words of two letters, or of three without a vowel; others are products.
+# Units of two letters, or of three without a vowel; others are products.
 _SHORT_UNITS = frozenset(
   ('cc', 'cd', 'cm', 'cu', 'dl', 'ft', 'gb', 'hr', 'hz', 'in', 'kb', 'kg', 'kj')
   + ('km', 'kph', 'kw', 'kwh', 'lb', 'mb', 'mg', 'mi', 'ml', 'mm', 'mpg', 'mph')
   + ('oz', 'pt', 'qt', 'rpm', 'sq', 'tbs', 'tv', 'wpm', 'yd')
 )
-# Within a unit only.
+# Only within a unit.
 _LITTLE_WORDS = frozenset(('a', 'an', 'at', 'is', 'it', 'of', 'on', 'so', 'us'))
 
 
 def parse_number(text: str) -> Fraction | None:
-  r"""The number that the whole of `text` is, or None.
+  r"""Returns the number that the whole of `text` denotes, or None.
 
   Allowed around it: spaces, a sign, `$`, `%`, emphasis, a final full stop, and
   up to four words after it as a unit, unless they change the number
@@ -109,9 +108,9 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def with_spaces(text: str) -> str:
-  r"""The text with a space for each of LaTeX's, none within `1\,000`.
+  r"""Replaces LaTeX's spaces by plain ones, and drops them from `1\,000`.
 
-  A line break at the end, or what is left of a space there, is dropped.
+  A line break or a partial space at the end is dropped.
   """
   text = _SPACED.sub(
     lambda match: match[0].replace('\\,', ''), text.strip().rstrip('\\ ')
@@ -120,12 +119,12 @@ def with_spaces(text: str) -> str:
 
 
 def is_unit(text: str) -> bool:
-  """Whether words behind a number leave it what it is, as "miles" do.
+  """Returns True if words after a number leave it unchanged, as "miles" does.
 
-  A lone letter is a variable rather than a unit, but for d, g, h, l, m, s, and
-  so are letters that follow each other in the alphabet.  Two letters, or three
-  without a vowel, are a product unless the unit is a known one.  (A product
-  such as "axy" is taken for a word.)
+  A lone letter is a variable unless it is d, g, h, l, m or s; consecutive
+  letters of the alphabet are variables, too.  Two letters, or three without a
+  vowel, are a product unless they are a known unit.  (A product such as "axy"
+  is taken for a word.)
   """
   text = _AROUND_SLASH.sub('/', text.replace('.', ' '))
   words = _SCALE.sub(r'\1', text).split()
@@ -137,7 +136,7 @@ def is_unit(text: str) -> bool:
 
 
 def _is_of_unit(word: str) -> bool:
-  """Whether a word may be one of a unit."""
+  """Returns True if the word may belong to a unit."""
   if word in _UNIT_LETTERS or word.lower() in _LITTLE_WORDS:
     return True
   word = word.lower()
@@ -150,10 +149,10 @@ def _is_of_unit(word: str) -> bool:
 
 
 def marked_number(text: str) -> Fraction | None:
-  r"""The number that `text` gives as its answer, or None.
+  r"""Returns the number that `text` marks as its answer, or None.
 
-  The last line that has `####` and a number after it; failing that, the last
-  `\boxed{…}`, which must hold a number and nothing else, but for `x =`.
+  The last line with `####` and a number after it; failing that, the last
+  `\boxed{…}`, which must hold only a number, with or without `x =`.
   """
   for line in hash_lines(text):
     number = _named_number(line)
@@ -169,16 +168,16 @@ def _named_number(text: str) -> Fraction | None:
 
 
 def hash_lines(text: str) -> list[str]:
-  """What follows `####` in its line, the last 20 times, the last first."""
+  """Returns the text after `####` on its line, for the last 20, last first."""
   pieces = text.rsplit('####', _MAX_MARKS)[1:]
   return [piece.partition('\n')[0] for piece in reversed(pieces)]
 
 
 def last_boxed(text: str) -> str | None:
-  r"""What the last closed `\boxed{…}` or `\fbox{…}` holds, or None.
+  r"""Returns the content of the last closed `\boxed{…}` or `\fbox{…}`, or None.
 
-  Closed is one that ends within 1000 characters; one that holds nothing is
-  none.  The last 20 are looked at.
+  A box is closed if it ends within 1000 characters; empty ones do not count.
+  Only the last 20 are considered.
   """
   boxes = collections.deque(_BOX.finditer(text), _MAX_MARKS)
   for box in reversed(boxes):
@@ -189,7 +188,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _group(text: str, start: int) -> str | None:
-  """The text from `start` to the brace that closes; None if it is too long."""
+  """Returns the text from `start` to its closing brace; None if too long."""
   depth = 1
   for match in _BRACE.finditer(text, start, start + _MAX_BOX):
     depth += {'{': 1, '}': -1}.get(match[0], 0)
@@ -199,12 +198,12 @@ def _group(text: str, start: int) -> str | None:
 
 
 def last_number(text: str) -> Fraction | None:
-  """The last number anywhere in `text`, or None.
+  """Returns the last number anywhere in `text`, or None.
 
   A minus counts as a sign unless it follows a letter, digit or bracket.
   """
-  found = _IN_TEXT.findall(text.replace('−', '-'))
-  return parse_number(found[-1]) if found else None
+  numbers = _IN_TEXT.findall(text.replace('−', '-'))
+  return parse_number(numbers[-1]) if numbers else None
 
 
 def _fraction(decimal: str) -> Fraction:

@@ -13,7 +13,7 @@ from the left.  Only the first number of an expression can be negative.  All
 characters are in `ALPHABET`; prompt and solution are separate strings and the
 end token is the tokenizer's.
 
-What makes it harder: more operations, larger operands, `*` and no modulus.
+More operations, larger operands, `*` and no modulus make it harder.
 Characters per solution grow with operations² · digits.
 """
 
@@ -51,17 +51,17 @@ def generate(
     operands: least and greatest operand, neither negative; (1, 9) is one digit,
       (10, 99) two.
     operators: which of '+-*' occur, each equally often.
-    modulus: every intermediate result is taken modulo this, which bounds the
-      digits and leaves no negative numbers; None for ordinary integers.  The
-      prompt does not show it: it is a property of the data set.
-    largest: expressions with an intermediate result beyond ±largest are not
-      generated; None for no limit.
+    modulus: applied to every intermediate result, which bounds the digits and
+      leaves no negative numbers; None for ordinary integers.  The prompt does
+      not show it: it is a property of the data set.
+    largest: bound on the absolute value of intermediate results; None for no
+      limit.
     careless: share of solutions that work from left to right as if products
-      did not come first, a pupil's mistake.  Where it matters their last
-      number is wrong; `answer` is right in any case.
+      did not come first, a pupil's mistake.  Their last number may be wrong;
+      `answer` is always right.
 
   Raises:
-    UserError: for impossible ranges, or when there are too few such prompts.
+    UserError: a range is impossible, or there are too few such prompts.
   """
   _check(count, operations, operands, operators, modulus, largest, careless)
   rng = random.Random(seed)
@@ -138,7 +138,7 @@ def _work(
   largest: int | None,
   careless: bool = False,
 ) -> list[str] | None:
-  """The expression after each operation, or None beyond `largest`."""
+  """Returns the expression after each operation, or None beyond `largest`."""
   parts = _parts(numbers, signs)
   lines = []
   while len(parts) > 1:
@@ -155,7 +155,7 @@ def _work(
 
 
 def _parts(numbers: Sequence[int], signs: Sequence[str]) -> list[str]:
-  """Numbers and signs in turn."""
+  """Alternates numbers and signs."""
   parts = [''] * (2 * len(numbers) - 1)
   parts[::2] = map(str, numbers)
   parts[1::2] = signs

@@ -16,7 +16,7 @@ MBPP_SPLITS = {
 
 
 def human_eval(path: str | pathlib.Path | None) -> list[dict]:
-  """The 164 problems of HumanEval (Chen et al., 2021).
+  """Reads the 164 problems of HumanEval (Chen et al., 2021).
 
   Args:
     path: HumanEval.jsonl or HumanEval.jsonl.gz, or the folder that holds one
@@ -24,8 +24,8 @@ def human_eval(path: str | pathlib.Path | None) -> list[dict]:
 
   Returns:
     Rows of task_id, prompt (the head of a function and its docstring), solution
-    (the body of one), test (source that defines check(candidate)) and
-    entry_point (the function's name).
+    (its body), test (source that defines check(candidate)) and entry_point (the
+    function's name).
   """
   if path is None:
     source = 'openai/openai_humaneval'
@@ -44,20 +44,20 @@ def human_eval(path: str | pathlib.Path | None) -> list[dict]:
 def mbpp(
   path: str | pathlib.Path | None, split: str, shown_tests: int = 3
 ) -> list[dict]:
-  """Mostly Basic Python Problems (Austin et al., 2021).
+  """Reads Mostly Basic Python Problems (Austin et al., 2021).
 
   Args:
     path: mbpp.jsonl or the folder that holds it; None for the hub.
     split: 'train' (374 problems), 'validation' (90), 'test' (500) or 'prompt'
       (10, for few-shot prompts), by the task's number.
-    shown_tests: how many of a problem's tests (most have three) its prompt
-      shows; the name of the function stands nowhere else.  The paper shows
-      all; a model that sees all of them can learn to answer them one by one.
+    shown_tests: number of a problem's tests (most have three) that its prompt
+      shows; the function's name occurs nowhere else.  The paper shows all; a
+      model that sees all of them can learn to answer them one by one.
 
   Returns:
     Rows of task_id, prompt, solution, test_list, test_setup_code and
-    entry_point (the solution's function that the tests call; '' if there is
-    not just one).  Line ends are '\\n'.
+    entry_point (the solution's function that the tests call; '' unless there is
+    exactly one).  Line ends are '\\n'.
   """
   if split not in MBPP_SPLITS:
     raise UserError(f'MBPP has the splits {list(MBPP_SPLITS)}, not {split!r}.')
@@ -103,15 +103,15 @@ def _mbpp_row(where: str, row: dict, shown_tests: int) -> dict:
 def _entry_point(solution: str, tests: list[str]) -> str:
   defined = set(re.findall(r'^def +(\w+)', solution, re.MULTILINE))
   called = {name for test in tests for name in re.findall(r'(\w+) *\(', test)}
-  found = defined & called
-  return found.pop() if len(found) == 1 else ''
+  candidates = defined & called
+  return candidates.pop() if len(candidates) == 1 else ''
 
 
 def _columns(where: str, row: dict, names: dict, kind: type) -> dict:
-  """Some columns of a row under other names.
+  """Selects columns of a row under other names.
 
   Raises:
-    UserError: one is missing or of another kind.
+    UserError: one is missing or has another type.
   """
   for name in names.values():
     if not isinstance(row.get(name), kind):
@@ -123,16 +123,16 @@ def _columns(where: str, row: dict, names: dict, kind: type) -> dict:
 
 
 def _file(path: str | pathlib.Path, *names: str) -> pathlib.Path:
-  """A file, given by itself or by its folder."""
+  """Returns a file, given its path or its folder's."""
   path = pathlib.Path(path)
   if not path.is_dir():
     return path
-  found = [path / name for name in names if (path / name).exists()]
-  if not found:
+  paths = [path / name for name in names if (path / name).exists()]
+  if not paths:
     raise UserError(
       f'{path.absolute()}: the folder holds no {" or ".join(names)}.'
     )
-  return found[0]
+  return paths[0]
 
 
 def _unix(text: str) -> str:

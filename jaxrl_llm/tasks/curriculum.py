@@ -12,24 +12,24 @@ from jaxrl_llm.tasks.sources import PromptSource, derive_seed
 
 
 class Curriculum:
-  """A seeded order over the easiest share of a data set, which grows to all.
+  """A seeded order over the easiest rows of a data set, which grow to all.
 
-  The rows are sorted by a column, equal ones as they came.  The share grows in
-  K stages of equal length, by equal parts: 1/K, 2/K, … of the rows.  The last
-  stage, with all of them, begins with step `steps` and does not end.  Within a
-  stage every row of its share is visited once before any is visited again.
+  Rows are sorted by a column, ties in their original order.  Their share grows
+  in K stages of equal length and by equal steps: 1/K, 2/K, … of the rows.  The
+  last stage, with all of them, begins at step `steps` and does not end.  Within
+  a stage every row of its share is visited once before any is visited again.
 
-  A batch is a pure function of (seed, number), as of a `PromptSource`, whose
+  A batch is a pure function of (seed, number), as in `PromptSource`, whose
   interface this has.
 
   Args:
     encoded: at least one row.
     column: a column of numbers, least first; '-name' is greatest first.
-    prompts_per_step: P, of a batch.
+    prompts_per_step: P, per batch.
     seed: not negative.
-    steps: after which all rows are available.
+    steps: number after which all rows are available.
     stages: K, from 2 to steps + 1.
-    batches_per_step: how many batches count as a step.
+    batches_per_step: batches that count as a step.
 
   Raises:
     UserError: a row has no number in the column, or numbers are out of range.
@@ -49,7 +49,7 @@ class Curriculum:
     if not 2 <= stages <= steps + 1:
       raise UserError(
         f'a curriculum over {steps} steps cannot have {stages} stages\n'
-        f'choose from 2 to {steps + 1}, the last of which has all prompts'
+        f'choose from 2 to {steps + 1}; the last stage has all prompts'
       )
     self._column = column
     self._steps = steps
@@ -59,7 +59,7 @@ class Curriculum:
     sign = -1.0 if column.startswith('-') else 1.0
     order = np.argsort(sign * self._values, kind='stable').tolist()
     self._whole = PromptSource(encoded, prompts_per_step, seed)
-    # Positions of the available rows, and the order in which they come.
+    # Positions of the available rows, in order of difficulty.
     self._available = [
       order[: -(-len(order) * (stage + 1) // stages)] for stage in range(stages)
     ]
@@ -76,27 +76,27 @@ class Curriculum:
     ]
 
   def indices(self, number: int) -> list[int]:
-    """Which rows batch `number` holds, as positions in the encoded prompts."""
+    """Returns the positions of batch `number` among the encoded prompts."""
     stage, within = self._place(number)
     rows = self._available[stage]
     return [rows[i] for i in self._sources[stage].indices(within)]
 
   def batch(self, number: int) -> PromptBatch:
-    """Batch `number`, counted from 0."""
+    """Returns batch `number`, counted from 0."""
     stage, within = self._place(number)
     return self._sources[stage].batch(within)
 
   def share(self, number: int) -> float:
-    """The share of the rows that batch `number` is drawn from."""
+    """Returns the share of the rows that batch `number` is drawn from."""
     available = self._available[self._place(number)[0]]
     return len(available) / len(self._values)
 
   def difficulty(self, number: int) -> float:
-    """Mean of the column over the rows of batch `number`."""
+    """Returns the column's mean over the rows of batch `number`."""
     return float(self._values[self.indices(number)].mean())
 
   def fingerprint(self) -> dict[str, Any]:
-    """What must be equal for a stored step number to mean the same prompts."""
+    """Returns the facts that give a stored step number its prompts."""
     return self._whole.fingerprint() | {
       'curriculum': self._column,
       'curriculum_steps': self._steps,
@@ -105,7 +105,7 @@ class Curriculum:
     }
 
   def _place(self, number: int) -> tuple[int, int]:
-    """(stage, number of the batch within it)."""
+    """Returns (stage, number of the batch within it)."""
     if number < 0:
       raise ValueError(f'there is no batch {number}')
     last = self._stages - 1
@@ -115,10 +115,10 @@ class Curriculum:
 
 
 def read_column(rows: Sequence[dict], column: str) -> np.ndarray:
-  """The numbers of a column: float64 [N].
+  """Returns the numbers of a column: float64 [N].
 
   Raises:
-    UserError: rows without a finite number there; says how many.
+    UserError: rows lack a finite number there; reports how many.
   """
   values = [row.get(column) for row in rows]
   wrong = [i for i, value in enumerate(values) if not _is_number(value)]

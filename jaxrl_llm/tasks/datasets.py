@@ -1,6 +1,6 @@
-"""Rows from JSON files and from the Hugging Face hub.
+"""Reads rows from JSON files and from the Hugging Face hub.
 
-One row of a file, whose other columns are kept:
+A row of a file, whose other columns are kept:
 
   {"prompt": "17+26-8=", "answer": "35"}
 """
@@ -17,7 +17,7 @@ from jaxrl_llm.tasks import answers
 # Names under which published data sets keep their prompts, best first.
 PROMPT_COLUMNS = ('prompt', 'question', 'problem')
 
-# Of MATH: the file, and the data set of the hub with its split.
+# For MATH: the file, and the hub's data set with its split.
 _MATH = {
   'train': ('train.json', 'DigitalLearningGmbH/MATH-lighteval', 'train'),
   'test': ('test.jsonl', 'DigitalLearningGmbH/MATH-lighteval', 'test'),
@@ -37,10 +37,10 @@ def read_rows(
       and problem that a row has.
 
   Returns:
-    One dictionary per row, in the file's order, the prompt column renamed.
+    One dictionary per row, in file order, with the prompt column renamed.
 
   Raises:
-    UserError: naming file and line, for anything that is not such a row.
+    UserError: the file, or a line of it, is not as above; names file and line.
   """
   path = pathlib.Path(path)
   if path.name.endswith(('.jsonl', '.jsonl.gz')):
@@ -64,13 +64,13 @@ def read_hub(
   """Reads a data set of the Hugging Face hub through `datasets`.
 
   Args:
-    name: of the data set, such as 'openai/gsm8k'.
+    name: the data set's name, such as 'openai/gsm8k'.
     split: such as 'train'.
-    config: of the data set, where it has several.
+    config: the data set's configuration, where it has several.
     prompt_column: as in `read_rows`.
 
   Raises:
-    UserError: without `datasets`, or when the data set cannot be loaded.
+    UserError: `datasets` is missing, or the data set cannot be loaded.
   """
   try:
     import datasets
@@ -96,7 +96,7 @@ def read_hub(
 
 
 def gsm8k(path: str | pathlib.Path | None, split: str) -> list[dict]:
-  """Grade-school mathematics (Cobbe et al., 2021) with its final numbers.
+  """Reads grade-school mathematics (Cobbe et al., 2021) with final numbers.
 
   Args:
     path: folder with train.jsonl and test.jsonl; None for the hub.
@@ -133,7 +133,7 @@ def gsm8k(path: str | pathlib.Path | None, split: str) -> list[dict]:
 
 
 def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
-  r"""Competition mathematics (Hendrycks et al., 2021) with its final answers.
+  r"""Reads competition mathematics (Hendrycks et al., 2021) with final answers.
 
   Args:
     path: folder with train.json, test.jsonl and math500.jsonl; None for the
@@ -142,10 +142,10 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
       Lightman et al., 2023, held out.
 
   Returns:
-    Rows of prompt (the problem), answer (its LaTeX; None where there is none,
-    as in four rows of one published train.json) and, where the source has
-    them, solution (the whole text, with the answer in `\boxed{…}`) and
-    difficulty (1, easy, to 5; of a few training problems 0).
+    Rows of prompt (the problem), answer (its LaTeX; None if there is none, as
+    in four rows of one published train.json) and, if the source has them,
+    solution (the whole text, with the answer in `\boxed{…}`) and difficulty (1,
+    easy, to 5; 0 for a few training problems).
   """
   if split not in _MATH:
     raise UserError(f'MATH has the splits {", ".join(_MATH)}, not {split!r}.')
@@ -172,10 +172,10 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
 
 
 def read_text(path: pathlib.Path) -> str:
-  """The whole text of a file, unpacked if its name ends in `.gz`.
+  """Returns the text of a file, unpacked if its name ends in `.gz`.
 
   Raises:
-    UserError: where it is missing, damaged or not UTF-8.
+    UserError: it is missing, damaged or not UTF-8.
   """
   try:
     data = path.read_bytes()
@@ -191,7 +191,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-  # Not splitlines: JSON strings may hold U+2028, which it takes for a line end.
+  # Not splitlines: JSON strings may hold U+2028, which it treats as a line end.
   for number, line in enumerate(read_text(path).split('\n'), 1):
     if not line.strip():
       continue
@@ -218,7 +218,7 @@ def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
 
 
 def _with_prompt(where: str, row: dict, column: str | None) -> dict:
-  """The row with its prompt under 'prompt'."""
+  """Returns the row with its prompt under 'prompt'."""
   if not isinstance(row, dict):
     raise UserError(f'{where}: a row must be an object, not {row!r:.60}.')
   if column is None:

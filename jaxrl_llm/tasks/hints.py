@@ -1,4 +1,4 @@
-"""Prompts with the beginning of their reference solution.
+"""Prompts that contain the beginning of their reference solution.
 
 One datum, with a share of 0.5 and the template '{prompt}{hint}':
 
@@ -26,14 +26,14 @@ class Hinted(NamedTuple):
 
 
 class Hints:
-  """Writes prompts with hints as `prompts.encode_prompts` writes prompts.
+  """Encodes prompts with hints, as `prompts.encode_prompts` encodes prompts.
 
   Args:
-    tokenizer: of `transformers`, with a backend that knows where in a text its
-      tokens end.
-    template: text with '{prompt}' and '{hint}', once each; '{prompt}' stands
-      for the row's prompt with `suffix`.
-    chat_template, system_prompt, suffix: as for `prompts.encode_prompts`.
+    tokenizer: of `transformers`, with a backend that knows where its tokens end
+      in a text.
+    template: text with '{prompt}' and '{hint}', once each; '{prompt}' is the
+      row's prompt with `suffix`.
+    chat_template, system_prompt, suffix: as in `prompts.encode_prompts`.
   """
 
   def __init__(
@@ -55,7 +55,7 @@ class Hints:
     self._suffix = suffix
 
   def encode(self, row: dict, share: float) -> Hinted:
-    """A row's prompt with a share of its solution.
+    """Encodes a row's prompt with a share of its solution.
 
     Args:
       row: with a 'prompt' and a 'solution' for which `has_solution` holds.
@@ -77,25 +77,25 @@ class Hints:
 
 
 def has_solution(row: dict) -> bool:
-  """Whether a hint can be taken from a row."""
+  """Returns True if a hint can be taken from the row."""
   return isinstance(row.get('solution'), str) and bool(row['solution'].strip())
 
 
 def beginning(text: str, share: float, tokenizer) -> str:
-  """The text of the first share of a text's tokens, rounded down, at least one.
+  """Returns the first share of a text's tokens, rounded down, at least one.
 
-  It is cut where a token ends in the text, so that it is a beginning of it
-  exactly, whatever the tokenizer's decoder makes of its tokens.
+  It is cut where a token ends in the text, so that it is an exact prefix,
+  whatever the tokenizer's decoder makes of its tokens.
   """
-  found = tokenizer(
+  encoded = tokenizer(
     text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
   )
-  ends = [end for _, end in found['offset_mapping']]
+  ends = [end for _, end in encoded['offset_mapping']]
   return text[: ends[max(int(share * len(ends)), 1) - 1]]
 
 
 def check_template(template: str) -> None:
-  """Raises UserError unless both places occur, once each."""
+  """Raises UserError unless both placeholders occur, once each."""
   for place in _PLACES:
     if template.count(place) != 1:
       raise UserError(

@@ -1,8 +1,8 @@
-"""Preferences: of two responses to a prompt, one is chosen, one rejected.
+"""Preferences: a chosen and a rejected response to each prompt.
 
 A row is {'prompt': …, 'chosen': …, 'rejected': …}, the column names of TRL.
-The columns chosen_finished and rejected_finished may say False: the response
-was cut off, and has no end.
+The columns chosen_finished and rejected_finished may be False: the response was
+cut off and has no end.
 """
 
 import math
@@ -13,18 +13,18 @@ from typing import NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import datasets, prompts, templates
 
-# What a response of HH-RLHF follows, and what no response of it holds.
+# A response of HH-RLHF follows the first and never contains the second.
 _ANSWER, _QUESTION = '\n\nAssistant:', '\n\nHuman:'
 
 
 class Pairs(NamedTuple):
-  """Rows of a data set of preferences, and what was left out of it.
+  """Rows of a data set of preferences, and counts of rows left out.
 
   Attributes:
-    rows: with a prompt, and a chosen and a rejected response, not equal.
+    rows: with a prompt, and distinct chosen and rejected responses.
     apart: rows whose dialogues differ before the last response.
     equal: rows whose responses are equal.
-    empty: rows with a response without text.
+    empty: rows with an empty response.
   """
 
   rows: list[dict]
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 
 
 class Pair(NamedTuple):
-  """Token ids of two texts that begin alike: of prompt and responses."""
+  """Token ids of two texts: their common beginning and how each continues."""
 
   prompt: list[int]
   chosen: list[int]
@@ -42,19 +42,19 @@ class Pair(NamedTuple):
 
 
 def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
-  """Anthropic's dialogues in which people preferred one of two last responses.
+  """Reads Anthropic's dialogues, with a preference between two last responses.
 
-  A prompt is the dialogue up to and with the last "Assistant:"; prompt and
-  response together are the dialogue as it was.
+  A prompt is the dialogue up to and including the last "Assistant:"; prompt and
+  response together are the original dialogue.
 
   Args:
     path: a file such as harmless-base/train.jsonl.gz, or its folder; None for
-      Anthropic/hh-rlhf of the hub.
-    split: 'train' or 'test', of the hub or of a folder; a file has only one.
+      Anthropic/hh-rlhf on the hub.
+    split: 'train' or 'test', on the hub or in a folder; a file has only one.
 
   Raises:
-    UserError: as `datasets.read_rows`; a row is no pair of such dialogues, or
-      all are left out.
+    UserError: as in `datasets.read_rows`; a row is not a pair of such
+      dialogues, or all are left out.
 
   References:
     Bai et al., `Training a Helpful and Harmless Assistant
@@ -64,14 +64,14 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     raise UserError(f"HH-RLHF has the splits 'train' and 'test', not {split!r}")
   if path is None:
     source = 'Anthropic/hh-rlhf'
-    found = datasets.read_hub(source, split, prompt_column='chosen')
+    source_rows = datasets.read_hub(source, split, prompt_column='chosen')
   else:
     source = _file(pathlib.Path(path), split)
-    found = datasets.read_rows(source, prompt_column='chosen')
+    source_rows = datasets.read_rows(source, prompt_column='chosen')
   rows, left_out = [], {'apart': 0, 'equal': 0, 'empty': 0}
-  for i, row in enumerate(found):
+  for i, row in enumerate(source_rows):
     where = f'{source}: row {i}'
-    # The reader has called the first column 'prompt'.
+    # The reader has renamed the first column to 'prompt'.
     prompt, chosen = _divided(where, 'chosen', row['prompt'])
     other, rejected = _divided(where, 'rejected', row.get('rejected'))
     if prompt != other or _QUESTION in chosen + rejected:
@@ -88,24 +88,24 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
 
 
 def finished(rows: Sequence[dict], name: str) -> list[bool]:
-  """Whether the responses of a column ended by themselves.
+  """Returns for each response of a column whether it ended by itself.
 
   Args:
-    rows: of which those without a column NAME_finished did.
-    name: of the column, 'chosen' or 'rejected'.
+    rows: those without a column NAME_finished count as finished.
+    name: the column, 'chosen' or 'rejected'.
 
   Raises:
-    UserError: a row says neither True nor False.
+    UserError: the column holds neither True nor False.
   """
   column = f'{name}_finished'
-  found = [row.get(column, True) for row in rows]
-  for i, value in enumerate(found):
+  values = [row.get(column, True) for row in rows]
+  for i, value in enumerate(values):
     if not isinstance(value, bool):
       raise UserError(
         f'row {i} has {value!r:.40} in its column {column}\n'
         'write true or false, or leave the column out'
       )
-  return found
+  return values
 
 
 def encode_responses(
@@ -119,19 +119,19 @@ def encode_responses(
   suffix: str = '',
   end_token: bool = True,
 ) -> list[list[int]]:
-  """Ids of prompts, each with its response, as a reward model reads them.
+  """Encodes prompts, each with its response, as a reward model reads them.
 
-  Prompt and response are one text before it is tokenised.  With a chat template
-  they are a user's and an assistant's message, and a finished response has the
-  end that the template gives it; without one the end token may follow.
+  Prompt and response are joined before tokenisation.  With a chat template they
+  are a user's and an assistant's message, and a finished response ends as the
+  template ends it; without one the end token may follow.
 
   Args:
     given: N prompts.
     responses: N texts, without the end token.
-    finished: N; False for a response that was cut off, which has no end.
+    finished: N; False for a response that was cut off and has no end.
     tokenizer: of `transformers`.
     chat_template, system_prompt, suffix: as in `prompts.encode_prompts`.
-    end_token: whether, without a template, the tokenizer's end token follows a
+    end_token: without a template, appends the tokenizer's end token to a
       finished response.
 
   Raises:
@@ -141,7 +141,7 @@ def encode_responses(
   template = templates.template_text(tokenizer, chat_template, system_prompt)
   if template is None and end_token and tokenizer.eos_token_id is None:
     raise UserError(
-      'the tokenizer has no end token to put behind a response.\n'
+      'the tokenizer has no end token to append to a response.\n'
       'Set end_token=False, or use another tokenizer.'
     )
   encoded = []
@@ -164,7 +164,7 @@ def encode_responses(
       )
       ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids:
-      raise UserError(f'prompt and response {i} are empty, and so is their sum')
+      raise UserError(f'prompt and response {i} are both empty')
     prompts.check_known(f'prompt and response {i}', text, ids, tokenizer)
     encoded.append(ids)
   return encoded
@@ -173,20 +173,21 @@ def encode_responses(
 def encode_pairs(
   rows: Sequence[dict], tokenizer, max_tokens: int | None, **settings
 ) -> list[Pair]:
-  """Ids of preferences: what both texts begin with, and how each goes on.
+  """Encodes preferences: how both texts begin, and how each continues.
 
-  Where a prompt ends says its tokens, not its text: a score does not depend on
-  it, and so the ids are those of `encode_responses`, bit for bit.
+  The prompt ends where the tokens differ, not where its text ends: a score does
+  not depend on it, and the ids are those of `encode_responses`, bit for bit.
 
   Args:
-    rows: with a prompt, chosen and rejected, and `finished` where not both are.
+    rows: with a prompt, chosen and rejected, and the columns of `finished`.
     tokenizer: of `transformers`.
-    max_tokens: greatest length of prompt and response together; None for any.
-    **settings: of `encode_responses`.
+    max_tokens: most tokens of prompt and response together; None for any
+      number.
+    **settings: as in `encode_responses`.
 
   Raises:
-    UserError: as `encode_responses`; a column is no text; two texts are one in
-      tokens, or have no token in common; one is over budget.
+    UserError: as in `encode_responses`; a column is not text; two texts have
+      the same tokens, or none in common; one is over budget.
   """
   for i, row in enumerate(rows):
     for name in ('prompt', 'chosen', 'rejected'):
@@ -223,7 +224,7 @@ def _cut(index: int, chosen: list[int], rejected: list[int]) -> Pair:
     raise UserError(
       f'the responses of row {index} are the same tokens.\nRemove the row.'
     )
-  # Each response keeps a token, also where one goes on where the other ends.
+  # Each response keeps a token, even if one continues where the other ends.
   most = min(len(chosen), len(rejected)) - 1
   common = 0
   while common < most and chosen[common] == rejected[common]:
@@ -237,10 +238,10 @@ def _cut(index: int, chosen: list[int], rejected: list[int]) -> Pair:
 
 
 def _divided(where: str, name: str, dialogue) -> tuple[str, str]:
-  """A dialogue up to and with its last "Assistant:", and what follows."""
+  """Splits a dialogue after its last "Assistant:"."""
   if not isinstance(dialogue, str) or _ANSWER not in dialogue:
     raise UserError(
-      f'{where}: {name} is no dialogue of "Human:" and "Assistant:": '
+      f'{where}: {name} is not a dialogue of "Human:" and "Assistant:": '
       f'{dialogue!r:.60}.'
     )
   end = dialogue.rindex(_ANSWER) + len(_ANSWER)
@@ -248,14 +249,14 @@ def _divided(where: str, name: str, dialogue) -> tuple[str, str]:
 
 
 def _file(path: pathlib.Path, split: str) -> pathlib.Path:
-  """A file, given by itself or by its folder."""
+  """Returns a file, given its path or its folder's."""
   if not path.is_dir():
     return path
   names = [f'{split}.jsonl.gz', f'{split}.jsonl']
-  found = [path / name for name in names if (path / name).exists()]
-  if not found:
+  paths = [path / name for name in names if (path / name).exists()]
+  if not paths:
     raise UserError(
       f'{path.absolute()}: the folder holds no {" or ".join(names)}; '
       'name a file.'
     )
-  return found[0]
+  return paths[0]

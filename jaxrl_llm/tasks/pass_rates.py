@@ -1,11 +1,11 @@
-"""Prompts chosen by how often a model's responses to them were right.
+"""Selects prompts by how often a model's responses to them were right.
 
 A file of rates has a JSON object per line:
 
   {"prompt": "3+5*2-4=", "pass_rate": 0.625, "samples": 8}
 
-A rate is None (null) where nothing is known.  A line with "settings", which
-says how the rates were measured, is no prompt's.
+A rate is None (null) where it is unknown.  A line with "settings" records how
+the rates were measured and belongs to no prompt.
 """
 
 import json
@@ -21,11 +21,11 @@ COLUMN = 'pass_rate'
 
 
 class Chosen(NamedTuple):
-  """Rows within the bounds, and how many were not.
+  """Rows within the bounds, and counts of the others.
 
   Attributes:
-    rows: as they were, with their rate in the column `pass_rate`.
-    below, above: number of rows with a lower, with a higher rate.
+    rows: as given, with their rate in the column `pass_rate`.
+    below, above: number of rows with a lower or a higher rate.
     unrated: number of rows whose rate is None.
   """
 
@@ -36,15 +36,15 @@ class Chosen(NamedTuple):
 
 
 def read(path: str) -> dict[str, float | None]:
-  """Rates by prompt; a prompt's that occurs more than once are averaged.
+  """Reads rates by prompt; those of a repeated prompt are averaged.
 
-  Each counts as often as it has samples.
+  Each is weighted by its number of samples.
 
   Raises:
-    UserError: the file is missing, or a line is no record; names the line.
+    UserError: the file is missing, or a line is not a record; names the line.
   """
   sums = {}
-  # Not splitlines: JSON strings may hold U+2028, which it takes for a line end.
+  # Not splitlines: JSON strings may hold U+2028, which it treats as a line end.
   lines = datasets.read_text(pathlib.Path(path)).split('\n')
   for number, line in enumerate(lines, 1):
     record = _record(line, f'{path}, line {number}') if line.strip() else None
@@ -67,7 +67,7 @@ def choose(
   low: float = 0.0,
   high: float = 1.0,
 ) -> Chosen:
-  """The rows whose rate lies within [low, high].
+  """Selects the rows whose rate lies within [low, high].
 
   Raises:
     UserError: a row's prompt has no record, a row has a column `pass_rate` of
@@ -80,22 +80,22 @@ def choose(
       f'pass rate; the first is {missing[0]["prompt"]!r:.60}\n'
       'measure them with experiments.pass_rates'
     )
-  own = sum(COLUMN in row for row in rows)
-  if own:
+  conflicts = sum(COLUMN in row for row in rows)
+  if conflicts:
     raise UserError(
-      f'{own} rows have a column {COLUMN!r} of their own\nrename it'
+      f'{conflicts} rows already have a column {COLUMN!r}\nrename it'
     )
-  found = [rates[row['prompt']] for row in rows]
-  known = [rate for rate in found if rate is not None]
+  row_rates = [rates[row['prompt']] for row in rows]
+  known = [rate for rate in row_rates if rate is not None]
   chosen = Chosen(
     rows=[
       row | {COLUMN: rate}
-      for row, rate in zip(rows, found, strict=True)
+      for row, rate in zip(rows, row_rates, strict=True)
       if rate is not None and low <= rate <= high
     ],
     below=sum(rate < low for rate in known),
     above=sum(rate > high for rate in known),
-    unrated=len(found) - len(known),
+    unrated=len(row_rates) - len(known),
   )
   if not chosen.rows:
     raise UserError(
@@ -107,7 +107,7 @@ def choose(
 
 
 def _record(line: str, where: str) -> tuple[str, float | None, int] | None:
-  """(prompt, rate, samples) of a line; None for settings."""
+  """Parses a line as (prompt, rate, samples); returns None for settings."""
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
@@ -115,14 +115,14 @@ def _record(line: str, where: str) -> tuple[str, float | None, int] | None:
   if isinstance(record, dict) and 'settings' in record:
     return None
   if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
-    raise UserError(f'{where}: this is no record with a prompt: {line:.60}')
+    raise UserError(f'{where}: this is not a record with a prompt: {line:.60}')
   rate, samples = record.get(COLUMN), record.get('samples')
   if rate is None and COLUMN in record:
     return record['prompt'], None, 0
   if not _is_rate(rate) or type(samples) is not int or samples < 1:
     raise UserError(
       f'{where}: {COLUMN} is {rate!r} of {samples!r} samples\n'
-      'give a number from 0 to 1 and how many responses it is of'
+      'give a number from 0 to 1, and the number of responses behind it'
     )
   return record['prompt'], float(rate), samples
 

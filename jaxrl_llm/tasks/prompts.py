@@ -1,4 +1,4 @@
-"""From rows of text to token ids, and from ids to batches.
+"""Converts rows of text to token ids, and ids to batches.
 
 A row is a dictionary with a 'prompt'; its other keys are columns that reward
 functions may ask for.  All lengths are in tokens.
@@ -14,7 +14,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import templates
 
-# What the scoring code supplies itself; a data set cannot.
+# The scoring code supplies these itself; a data set cannot.
 _RESERVED_COLUMNS = ('prompts', 'completions', 'completion_ids', 'finished')
 
 
@@ -26,7 +26,7 @@ class EncodedPrompts(NamedTuple):
     rows: the rows that were kept.
     dropped: number of rows over budget that were left out.
     max_tokens: the budget.
-    pad_id: what batches are padded with; its positions are never read.
+    pad_id: padding of batches; its positions are never read.
     tokenizer_hash: sha256 of the tokenizer's definition.
     template_hash: sha256 of chat template and system prompt; None without.
   """
@@ -44,7 +44,7 @@ class PromptBatch(NamedTuple):
   """P prompts padded to one width.
 
   Attributes:
-    tokens: int32 [P, S], each row's ids at its left.
+    tokens: int32 [P, S], left-aligned ids.
     lengths: int32 [P], tokens per prompt.
     rows: the P rows of the data set.
   """
@@ -55,31 +55,32 @@ class PromptBatch(NamedTuple):
 
 
 def encode_text(text: str, tokenizer) -> list[int]:
-  """Ids of a raw prompt: one BOS where the tokenizer puts one, and no EOS.
+  """Returns a raw prompt's ids, with the tokenizer's BOS but without its EOS.
 
   A tokenizer that appends an end token (some do) would end the prompt before
-  the model has written anything, so only the leading BOS is taken over, and not
-  a second time where the text spells it out.  An empty text is the BOS alone,
-  so that there is something to start from, where the tokenizer has one.
+  the model has written anything, so only the leading BOS is added, and only if
+  the text does not spell it out.  An empty text becomes the BOS alone, if the
+  tokenizer has one, so that there is something to start from.
   """
   return encode_texts([text], tokenizer)[0]
 
 
 def encode_texts(texts: Sequence[str], tokenizer) -> list[list[int]]:
-  """`encode_text` of each; the tokenizer is called for all at once."""
+  """Applies `encode_text` to each text, calling the tokenizer once for all."""
   ids = _ids(texts, tokenizer)
   bos = tokenizer.bos_token_id
   if bos is None:
     return ids
-  found = [each or [bos] for each in ids]
-  # Told from these texts, not from an empty one: where BOS and EOS are one
-  # token, an empty text would not tell whether it is prepended or appended.
-  open_ = [i for i, each in enumerate(found) if each[0] != bos]
+  encoded = [each or [bos] for each in ids]
+  # Inferred from these texts, not from an empty one: where BOS and EOS are the
+  # same token, an empty text would not show whether it is prepended or
+  # appended.
+  open_ = [i for i, each in enumerate(encoded) if each[0] != bos]
   wholes = _ids([texts[i] for i in open_], tokenizer, add_special_tokens=True)
   for i, whole in zip(open_, wholes, strict=True):
     if whole[:1] == [bos]:
-      found[i] = [bos, *found[i]]
-  return found
+      encoded[i] = [bos, *encoded[i]]
+  return encoded
 
 
 def _ids(
@@ -87,7 +88,7 @@ def _ids(
 ) -> list[list[int]]:
   if not texts:
     return []
-  # Not verbose: whether a text is too long is the caller's to say.
+  # Not verbose: the caller decides whether a text is too long.
   return tokenizer(
     list(texts),
     add_special_tokens=add_special_tokens,
@@ -123,8 +124,8 @@ def encode_prompts(
     overlong: 'error', or 'drop' to leave out and count prompts over budget.
 
   Raises:
-    UserError: for prompts that are over budget, empty or not expressible in the
-      vocabulary, and where no row is left.
+    UserError: a prompt is over budget, empty or not expressible in the
+      vocabulary, or no row is left.
   """
   if overlong not in ('error', 'drop'):
     raise UserError(f"overlong={overlong!r} must be 'error' or 'drop'.")
@@ -149,10 +150,10 @@ def encode_prompts(
     )
   out = set(long)
   kept = [i for i in range(len(rows)) if i not in out]
-  found = from_ids(
+  result = from_ids(
     [encoded[i] for i in kept], [rows[i] for i in kept], tokenizer, max_tokens
   )
-  return found._replace(
+  return result._replace(
     dropped=len(long),
     template_hash=None
     if template is None
@@ -163,12 +164,12 @@ def encode_prompts(
 def from_ids(
   ids: Sequence[Sequence[int]], rows: Sequence[dict], tokenizer, max_tokens: int
 ) -> EncodedPrompts:
-  """Prompts whose token ids are there already; none is left out.
+  """Builds prompts from existing token ids; none is left out.
 
   Args:
     ids: N lists of 1 to `max_tokens` ids.
     rows: N.
-    tokenizer: that gave the ids.
+    tokenizer: the one that produced the ids.
     max_tokens: the budget.
   """
   return EncodedPrompts(
@@ -189,23 +190,23 @@ def encode_targets(
   eos_id: int,
   column: str = 'solution',
 ) -> list[np.ndarray]:
-  """Ids of each row's response in a column, and the end token, for training.
+  """Returns the ids of each row's response and the end token, for training.
 
   The text is tokenised apart from its prompt, without special tokens, so that
-  prompt ids + response ids is what sampling could have produced.
+  prompt ids + response ids could have been sampled.
 
   Args:
     rows: dictionaries with a text in the column.
     tokenizer: of `transformers`.
     max_tokens: greatest length, the end token included; None for any.
     eos_id: the end token.
-    column: where the texts are, such as 'solution' or 'chosen'.
+    column: that of the texts, such as 'solution' or 'chosen'.
 
   Returns:
     One int32 array per row.
 
   Raises:
-    UserError: for a text that is missing, over budget or not expressible.
+    UserError: a text is missing, over budget or not expressible.
   """
   for i, row in enumerate(rows):
     if not isinstance(row.get(column), str):
@@ -216,9 +217,9 @@ def encode_targets(
   texts = [row[column] for row in rows]
   names = [f'the {column} of row {i}' for i in range(len(rows))]
   _check_all_text(names, texts)
-  found = _ids(texts, tokenizer)
-  _check_all_known(names, texts, found, tokenizer)
-  encoded = [np.asarray([*ids, eos_id], np.int32) for ids in found]
+  token_ids = _ids(texts, tokenizer)
+  _check_all_known(names, texts, token_ids, tokenizer)
+  encoded = [np.asarray([*ids, eos_id], np.int32) for ids in token_ids]
   budget = np.inf if max_tokens is None else max_tokens
   long = [i for i, ids in enumerate(encoded) if len(ids) > budget]
   if long:
@@ -236,7 +237,7 @@ def padded(
   """Returns (tokens, lengths): int32 [N, width] padded at the right, int32 [N].
 
   Raises:
-    UserError: for a sequence that is longer than `width`.
+    UserError: a sequence is longer than `width`.
   """
   lengths = np.asarray([len(ids) for ids in sequences], np.int32)
   if len(lengths) and lengths.max() > width:
@@ -251,7 +252,7 @@ def padded(
 
 
 def take(encoded: EncodedPrompts, indices: Sequence[int]) -> EncodedPrompts:
-  """The prompts at `indices`, in that order, as a set of their own."""
+  """Returns the prompts at `indices`, in that order, as a set of their own."""
   return encoded._replace(
     tokens=[encoded.tokens[i] for i in indices],
     rows=[encoded.rows[i] for i in indices],
@@ -261,10 +262,10 @@ def take(encoded: EncodedPrompts, indices: Sequence[int]) -> EncodedPrompts:
 def gather(
   encoded: EncodedPrompts, indices: Sequence[int], *, bucket: int = 32
 ) -> PromptBatch:
-  """The prompts at `indices`, in that order, as one batch.
+  """Collects the prompts at `indices`, in that order, into one batch.
 
   The width is the least multiple of `bucket` that holds the longest of them,
-  and at most the budget, so that few shapes are ever compiled.
+  but at most the budget, so that few shapes are ever compiled.
   """
   chosen = [encoded.tokens[i] for i in indices]
   longest = max(map(len, chosen))
@@ -274,21 +275,21 @@ def gather(
 
 
 def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
-  """What reward functions are given of the rows, besides their prompts.
+  """Returns the rows' columns for reward functions, without the prompts.
 
   Args:
     rows: P rows.
-    samples: G, how often each row is repeated in place.
+    samples: G, repetitions of each row in place.
 
   Returns:
     A list of P·G entries per column: row 0 G times, row 1 G times, and so on.
-    A row without a column that others have holds None there.
+    A row that lacks a column holds None there.
   """
   names = dict.fromkeys(name for row in rows for name in row)
   taken = [name for name in names if name in _RESERVED_COLUMNS]
   if taken:
     raise UserError(
-      f'the data set has a column {taken[0]!r}, a name that stands for what '
+      f'the data set has a column {taken[0]!r}, a name reserved for what '
       'the model wrote.\nRename the column.'
     )
   names.pop('prompt', None)
@@ -301,13 +302,13 @@ def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
 def encode_prompt(
   where: str, row: dict, tokenizer, template, system_prompt=None, suffix=''
 ) -> list[int]:
-  """Ids of one row's prompt.
+  """Encodes one row's prompt.
 
   Args:
-    where: which row it is, for messages.
+    where: the row, for messages.
     row: with a 'prompt'.
-    tokenizer, system_prompt, suffix: as for `encode_prompts`.
-    template: of `templates.template_text`.
+    tokenizer, system_prompt, suffix: as in `encode_prompts`.
+    template: from `templates.template_text`.
 
   Raises:
     UserError: the prompt is missing, empty, or not expressible.
@@ -323,7 +324,7 @@ def _encode(
   system,
   suffix,
 ) -> list[list[int]]:
-  """Ids of the prompts of rows; see `encode_prompt`."""
+  """Encodes the prompts of rows; see `encode_prompt`."""
   texts = [
     _prompt_text(name, row, tokenizer, template, system, suffix)
     for name, row in zip(names, rows, strict=True)
@@ -333,21 +334,21 @@ def _encode(
   # A template has written the special tokens; adding them again would double
   # the BOS.
   encode = encode_texts if template is None else _ids
-  found = encode(texts, tokenizer)
-  for name, ids in zip(names, found, strict=True):
+  encoded = encode(texts, tokenizer)
+  for name, ids in zip(names, encoded, strict=True):
     if not ids:
       raise UserError(
         f'the prompt of {name} is empty, and the tokenizer has no BOS token '
         'to start from.\nRemove the row, or give every prompt a suffix.'
       )
-  _check_all_known(prompts, texts, found, tokenizer)
-  return found
+  _check_all_known(prompts, texts, encoded, tokenizer)
+  return encoded
 
 
 def _prompt_text(
   where: str, row: dict, tokenizer, template, system_prompt, suffix: str
 ) -> str:
-  """A row's prompt as the tokenizer is to read it."""
+  """Returns a row's prompt as the tokenizer reads it."""
   text = row.get('prompt')
   if not isinstance(text, str):
     raise UserError(
@@ -368,7 +369,7 @@ def _prompt_text(
 def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
   """Raises UserError where the vocabulary cannot express the text."""
   unk = tokenizer.unk_token_id
-  # Some tokenizers use one id for everything special; then it means nothing.
+  # Some tokenizers use one id for all special tokens; then it means nothing.
   if unk is None or unk in (tokenizer.bos_token_id, tokenizer.eos_token_id):
     return
   if unk not in ids or tokenizer.unk_token in text:
@@ -385,19 +386,19 @@ def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
 
 
 def _check_all_text(names: Sequence[str], texts: Sequence[str]) -> None:
-  """Refuses what JSON's escapes can write but no tokenizer can read."""
+  """Refuses text that JSON's escapes can write but no tokenizer can read."""
   for name, text in zip(names, texts, strict=True):
     try:
       text.encode()
     except UnicodeEncodeError as error:
       raise UserError(
         f'{name} holds {text[error.start]!r}, half of a surrogate pair, at '
-        f'character {error.start}.\nRemove it: it stands for no character.'
+        f'character {error.start}.\nRemove it: it is not a character.'
       ) from error
 
 
 def _check_all_known(names, texts, encoded, tokenizer) -> None:
-  """`check_known` of each; a tokenizer is slow to name its tokens."""
+  """Applies `check_known` to each; a tokenizer is slow to name its tokens."""
   unk = tokenizer.unk_token_id
   for name, text, ids in zip(names, texts, encoded, strict=True):
     if unk in ids:
@@ -412,7 +413,7 @@ def _pad_id(tokenizer) -> int:
 
 
 def _tokenizer_hash(tokenizer) -> str:
-  """sha256 of what decides the ids: all but padding and truncation state."""
+  """Returns the sha256 of all that decides the ids: not padding, truncation."""
   definition = json.loads(tokenizer.backend_tokenizer.to_str())
   for state in ('padding', 'truncation'):
     definition.pop(state, None)

@@ -1,4 +1,4 @@
-"""Orders over a data set that keep no state: which prompts a step takes."""
+"""Stateless orders over a data set, from which steps take their prompts."""
 
 import datetime
 import decimal
@@ -13,7 +13,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch, gather
 
-# Types of which `repr` says the value and nothing else.
+# Types whose `repr` shows the value and nothing else.
 _EXACT = (
   *(bytes, complex, decimal.Decimal, fractions.Fraction),
   *(datetime.date, datetime.time, datetime.timedelta),
@@ -59,7 +59,7 @@ class PromptSource:
     self._bucket = bucket
 
   def indices(self, step: int) -> list[int]:
-    """Which rows batch `step` holds, as positions in the encoded prompts."""
+    """Returns the positions of batch `step` among the encoded prompts."""
     if step < 0:
       raise ValueError(f'there is no step {step}')
     n, size = len(self._encoded.rows), self._prompts_per_step
@@ -68,14 +68,14 @@ class PromptSource:
     return [int(orders[p // n][p % n]) for p in range(first, last + 1)]
 
   def batch(self, step: int) -> PromptBatch:
-    """Batch `step`, counted from 0."""
+    """Returns batch `step`, counted from 0."""
     return gather(self._encoded, self.indices(step), bucket=self._bucket)
 
   def fingerprint(self) -> dict[str, Any]:
-    """What must be equal for a stored step number to mean the same prompts.
+    """Returns the facts that give a stored step number its prompts.
 
     Raises:
-      UserError: a row holds what has no form that is the same in every process.
+      UserError: a row holds a value whose form differs between processes.
     """
     digest = hashlib.sha256()
     for ids in self._encoded.tokens:
@@ -93,17 +93,17 @@ class PromptSource:
     }
 
   def _order(self, epoch: int) -> np.ndarray:
-    # Sorting raw bits: NumPy keeps the streams of its bit generators for ever,
-    # but not what Generator.permutation makes of them.
+    # Sorts raw bits: NumPy guarantees the streams of its bit generators, but
+    # not the results of Generator.permutation.
     bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
     return np.argsort(bits.random_raw(len(self._encoded.rows)), kind='stable')
 
 
 def _canonical(rows: Sequence[dict]) -> str:
-  """Rows as JSON; tuples and arrays are lists in it.
+  """Writes rows as JSON, with tuples and arrays as lists.
 
   Raises:
-    UserError: one cannot be written so; the message names row and column.
+    UserError: a value has no such form; names row and column.
   """
   try:
     return json.dumps(rows, sort_keys=True, default=_plain)
@@ -114,19 +114,19 @@ def _canonical(rows: Sequence[dict]) -> str:
           json.dumps({column: value}, sort_keys=True, default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
           raise UserError(
-            f'row {i} has in its column {column!r:.40} what JSON cannot '
-            f'express: {" ".join(str(error).split()):.80}\n'
-            'a resumed run could not tell whether it is the same: use numbers, '
-            'strings, lists and\ndictionaries (of a set a sorted list)'
+            f'row {i} has in its column {column!r:.40} a value that JSON '
+            f'cannot express: {" ".join(str(error).split()):.80}\n'
+            'a resumed run could not recognise it: use numbers, strings, lists '
+            'and\ndictionaries (a sorted list for a set)'
           ) from error
     raise
 
 
 def _plain(value: Any) -> Any:
-  """What stands for a value that JSON does not have.
+  """Returns a JSON form of a value that JSON lacks.
 
-  The `repr` of other objects has their address in it, and that of a set an
-  order that is another in each process.
+  The `repr` of other objects contains their address, and that of a set an order
+  that differs between processes.
   """
   if isinstance(value, _EXACT):
     return repr(value)
@@ -136,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 
 def derive_seed(seed: int, name: str) -> int:
-  """A seed for a stream of its own, told apart by its name."""
+  """Derives a seed for a separate stream, identified by its name."""
   return int(_sha256(f'{seed} {name}')[:8], 16)
 
 

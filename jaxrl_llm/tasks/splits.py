@@ -10,7 +10,7 @@ def split(
 ) -> tuple[list[dict], list[dict]]:
   """Divides rows into (training, held-out), both in their original order.
 
-  Drawn at random because generators and files are rarely in random order (rows
+  The draw is random because generators and files rarely are (rows
   drawn without repetition get longer as the short ones run out).  Rows that
   share a prompt stay together, so no held-out prompt occurs in training.
 
@@ -20,7 +20,7 @@ def split(
     seed: of the draw.
 
   Raises:
-    UserError: when nothing would be left to train on.
+    UserError: nothing would be left to train on.
   """
   prompts = list(dict.fromkeys(row['prompt'] for row in rows))
   if not 0 <= held_out < len(prompts):

@@ -1,8 +1,8 @@
-"""Chat templates: which one is used, and messages as it writes them.
+"""Chat templates: their selection, and messages rendered with them.
 
 A template comes with a model's folder, as a program in Jinja's language.
-`transformers` runs it in Jinja's sandbox, where it reaches no file and changes
-no object.  Its running time is not limited.
+`transformers` runs it in Jinja's sandbox, where it cannot reach files or change
+objects.  Its running time is not limited.
 """
 
 from jaxrl_llm.errors import UserError
@@ -11,10 +11,10 @@ from jaxrl_llm.errors import UserError
 def template_text(
   tokenizer, chat_template: str | None, system_prompt: str | None
 ) -> str | None:
-  """The chat template that `prompts.encode_prompts` uses; None for none.
+  """Returns the chat template that `prompts.encode_prompts` uses, or None.
 
   Raises:
-    UserError: the tokenizer has several, or a system prompt has no place.
+    UserError: the tokenizer has several, or a system prompt has no template.
   """
   template = chat_template
   if chat_template == 'auto':
@@ -33,7 +33,7 @@ def template_text(
 
 
 def render(tokenizer, template: str, messages: list[dict], **settings) -> str:
-  """Messages as the template writes them; `settings` of `transformers`.
+  """Renders messages with the template; `settings` as in `transformers`.
 
   Raises:
     UserError: the template fails on them.
@@ -42,7 +42,7 @@ def render(tokenizer, template: str, messages: list[dict], **settings) -> str:
     return tokenizer.apply_chat_template(
       messages, chat_template=template, tokenize=False, **settings
     )
-  except Exception as error:  # A template can raise what it likes.
+  except Exception as error:  # A template can raise anything.
     reason = ' '.join(str(error).split())[:200]
   roles = [message['role'] for message in messages]
   raise UserError(

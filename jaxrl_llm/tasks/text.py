@@ -1,4 +1,4 @@
-"""Prompts cut from plain text: the first tokens of every document."""
+"""Cuts prompts from plain text: the first tokens of every document."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from jaxrl_llm.tasks.prompts import encode_text
 
 
 class CutPrompts(NamedTuple):
-  """Prompts cut from a corpus, and what was left out of it.
+  """Prompts cut from a corpus, and counts of the documents left out.
 
   Attributes:
     rows: 'prompt' (text) and 'document' (its index in the corpus); no two
@@ -32,19 +32,20 @@ def cut_prompts(
   """Takes the first `prompt_tokens` tokens of every document as a prompt.
 
   Prompts are kept as text, and every one encodes to exactly `prompt_tokens`
-  ids, the BOS included where the tokenizer prepends one.  Every document is
-  longer than its prompt: there is something to continue with.  Documents are
-  taken in the file's order; `rows`, `too_short`, `altered` and `repeated` add
+  ids, including the BOS if the tokenizer prepends one.  Every document is
+  longer than its prompt, so that there is something to continue with.
+  Documents are taken in file order; `rows`, `too_short`, `altered` and
+  `repeated` add
   up to their number.
 
   Args:
-    path: `.json` (one list of strings, a document each) or any other name for
+    path: `.json` (one list of strings, one per document) or any other name for
       plain text with blank lines between documents.
     tokenizer: of `transformers`.
     prompt_tokens: length of a prompt in tokens.
 
   Raises:
-    UserError: for a file that gives no prompt.
+    UserError: the file gives no prompt.
   """
   if prompt_tokens < 1:
     raise UserError(
@@ -76,7 +77,7 @@ def cut_prompts(
 
 
 def _documents(path) -> list[str]:
-  """The documents of a file, those of only whitespace left out."""
+  """Reads the documents of a file, without those of only whitespace."""
   text = read_text(path)
   if path.suffix == '.json':
     try:

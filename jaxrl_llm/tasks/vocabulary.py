@@ -14,16 +14,16 @@ def character_tokenizer(
   eos: str = '<eos>',
   unk: str = '<unk>',
 ) -> transformers.PreTrainedTokenizerFast:
-  """One token per character of `alphabet`, in order, after three special ones.
+  """Creates a tokenizer with one token per character, after three special ones.
 
-  Ids: pad 0, eos 1, unk 2, then the alphabet from 3 on.  Nothing is prepended
-  or appended: callers add the end token where a response ends.  Decoding what
-  was encoded gives the same text, whitespace included, for text within the
-  alphabet.  `save_pretrained` writes a folder that AutoTokenizer opens.
+  Ids: pad 0, eos 1, unk 2, then the alphabet in order from 3.  Nothing is
+  prepended or appended: callers add the end token where a response ends.
+  Decoding restores encoded text, whitespace included, within the alphabet.
+  `save_pretrained` writes a folder that AutoTokenizer opens.
 
   Raises:
-    UserError: for a repeated character, or special tokens that are not distinct
-      from each other and from the alphabet.
+    UserError: a character is repeated, or special tokens are not distinct from
+      each other and from the alphabet.
   """
   vocabulary = [pad, eos, unk, *alphabet]
   repeated = [t for t in dict.fromkeys(vocabulary) if vocabulary.count(t) > 1]

@@ -359,7 +359,7 @@ def test_a_sandbox_that_cannot_run_is_no_score(monkeypatch):
     (dict(test_list='assert'), 'test_list of sample 1 is str'),
     (dict(test_list=[1]), 'at least one test'),
     (dict(test_setup_code=3), 'test_setup_code of sample 1 is int 3'),
-    (dict(test_list=None, test='def check(', entry_point='f'), 'no Python'),
+    (dict(test_list=None, test='def check(', entry_point='f'), 'not Python'),
     (dict(test_list=None, test='x = 1', entry_point='f'), 'no function check'),
     (dict(test_list=None, test=CHECK, entry_point=None), 'sample 1 needs'),
   ],

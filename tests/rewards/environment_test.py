@@ -119,7 +119,7 @@ def test_large_settings_arrive(rewards):
   ],
 )
 def test_wrong_names_are_refused(named, rewards):
-  with pytest.raises(UserError, match='not a list of names') as caught:
+  with pytest.raises(UserError, match='must list names') as caught:
     Workers(f'{rewards}:score', field='config.rewards.j', environment=named)
   message = str(caught.value)
   assert message.startswith('config.rewards.j: environment')

@@ -244,8 +244,8 @@ def test_script_share_counts_letters():
   for scripts, text in (
     ('LATIN', 'must be a list'),
     ([], 'must be a list'),
-    (['Latin'], "'Latin' is the script of no letter"),
-    ([None], 'None is the script of no letter'),
+    (['Latin'], "'Latin' is not the script of any letter"),
+    ([None], 'None is not the script of any letter'),
   ):
     with pytest.raises(UserError, match=text):
       functions.script_share(scripts)

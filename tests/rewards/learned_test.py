@@ -174,7 +174,7 @@ def test_worker_processes_are_no_place_for_it(folder):
   [
     (dict(overlong='drop'), "'error' or 'none'"),
     (dict(batch_size=0), 'batch_size is 0'),
-    (dict(std=0.0), 'std has to be above 0'),
+    (dict(std=0.0), 'std must be above 0'),
     (dict(mean=float('nan')), 'mean=nan'),
     (dict(max_tokens=49), 'max_tokens is 49; .* reads 1 to 48 tokens'),
     (dict(system_prompt='S'), 'needs a chat template'),

@@ -331,7 +331,7 @@ def test_a_function_that_never_works_is_the_users_mistake():
     ('HANGS:f', dict(load_timeout=0.5), 'does not load within 0.5 s'),
     ('format_match', {}, 'format_match needs pattern'),
     ('format_match', dict(settings=dict(pattern='(')), 'regular expression'),
-    ('format_match', dict(settings=dict(pattern={1})), 'no JSON value'),
+    ('format_match', dict(settings=dict(pattern={1})), 'not a JSON value'),
     ('exact_match', dict(settings=dict(x=1)), "no setting 'x'"),
     ('exact_match', dict(workers=0), 'workers is 0'),
     ('exact_match', dict(workers=True), 'workers is True'),

@@ -216,7 +216,7 @@ def test_read_only_changes_nothing(tmp_path):
   before = sorted(tmp_path.rglob('*'))
   with Checkpoints(tmp_path, read_only=True) as checkpoints:
     assert checkpoints.restore(make_state(0))[0] == 1
-    with pytest.raises(UserError, match='read only'):
+    with pytest.raises(UserError, match='read-only'):
       checkpoints.save(3, make_state(3), {})
   assert sorted(tmp_path.rglob('*')) == before
   # The run itself clears away what a crash has left.

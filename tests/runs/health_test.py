@@ -128,7 +128,7 @@ def test_no_score_is_told_at_once_with_the_reward_that_gave_none():
   for steps in (1, WINDOW):
     found = told(run((steps, unscored)))
     assert list(found) == ['unscored']
-    assert 'None of rewards/correct)' in found['unscored']
+    assert '(rewards/correct returned None)' in found['unscored']
   assert told(run((WINDOW - 1, unscored), (1, {}))) == {}
 
 

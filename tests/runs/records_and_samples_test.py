@@ -264,12 +264,12 @@ def test_page_shows_what_it_leaves_out(tmp_path):
     log.write_html('Run', steps=3)
     text = (tmp_path / 'samples.html').read_text()
     assert '7 samples of 7 steps' in text
-    assert 'Shown are the latest 3 steps; all are in samples.jsonl.' in text
+    assert 'The latest 3 steps are shown; all are in samples.jsonl.' in text
     assert 'answer 5' in text and 'answer 4' not in text
     assert text.index('Step 7') < text.index('Step 5')
     log.write_html('Run')
     text = (tmp_path / 'samples.html').read_text()
-    assert 'answer 1' in text and 'Shown are' not in text
+    assert 'answer 1' in text and 'steps are shown' not in text
 
 
 def test_page_colours_advantages(tmp_path):

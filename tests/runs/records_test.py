@@ -23,9 +23,9 @@ def write_lines(path, lines):
       lambda lines: [*lines[:11], b'{"step": 20}', *lines[12:]],
       '20, not .* 12',
     ),
-    (lambda lines: lines[:5] + lines[9:], '10, not of step 6'),
-    (lambda lines: lines[3:], '4, not of step 1'),
-    (lambda lines: lines[:5] + lines[4:], '5, not of step 6'),
+    (lambda lines: lines[:5] + lines[9:], '10, not step 6'),
+    (lambda lines: lines[3:], '4, not step 1'),
+    (lambda lines: lines[:5] + lines[4:], '5, not step 6'),
   ],
 )
 def test_the_first_gap_in_the_records_is_named(change, text, tmp_path):

@@ -64,7 +64,7 @@ def test_a_run_goes_on_without_its_samples_and_says_so(kept, tmp_path):
     log.write_html('Run', old, found[len(old) :])
   left = kept or 0
   text = (tmp_path / 'samples.html').read_text()
-  assert f'{3 - left} held-out prompts have no sample of before or' in text
+  assert f'{3 - left} held-out prompts lack a sample of before or' in text
   table = draw(runs.before_after_table(old, after), width=200)
   assert f'({left} of 3: samples.jsonl lacks the rest)' in table
 
@@ -95,4 +95,4 @@ def test_what_has_no_counterpart_is_left_out_and_counted(
     log.write(old + new)
     log.write_html('Run', old, new)
   text = (tmp_path / 'samples.html').read_text()
-  assert f'{total - len(pairs)} held-out prompts have no sample of' in text
+  assert f'{total - len(pairs)} held-out prompts lack a sample of' in text

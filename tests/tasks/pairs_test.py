@@ -146,7 +146,7 @@ def test_a_cut_off_response_has_no_end():
     ['a', 'a'], responses, [True, False], CHARACTERS
   )
   assert found == [[*ids_of('ab'), EOS], ids_of('ab')]
-  with pytest.raises(UserError, match='are empty'):
+  with pytest.raises(UserError, match='are both empty'):
     pairs.encode_responses([''], [''], [False], CHARACTERS)
 
 

@@ -60,7 +60,7 @@ def test_refusals(tmp_path):
     pass_rates.choose(ROWS, rates)
   with pytest.raises(UserError, match='2 are below, 0 above, 0 without'):
     pass_rates.choose(ROWS[:1] * 2, rates, 0.5)
-  with pytest.raises(UserError, match='1 rows have a column'):
+  with pytest.raises(UserError, match='1 rows already have a column'):
     pass_rates.choose([{'prompt': 'a', 'pass_rate': 1}], rates)
   with pytest.raises(UserError, match='cannot be read'):
     pass_rates.read(str(tmp_path / 'none.jsonl'))
