@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs.checkpoints import Checkpoints
 from tests.runs.checkpoints_test import (
   META,
   abstract,
@@ -23,9 +26,6 @@ from tests.runs.checkpoints_test import (
   run_script,
   save_steps,
 )
-
-from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs.checkpoints import Checkpoints
 
 
 def data_files(folder):

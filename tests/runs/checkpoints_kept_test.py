@@ -7,13 +7,19 @@ import stat
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.runs.checkpoints_failures_test import restored_right
-from tests.runs.checkpoints_test import META, assert_same, lines, make_state, save_steps
 from orbax.checkpoint import v1 as ocp
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import leftovers, orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
+from tests.runs.checkpoints_failures_test import restored_right
+from tests.runs.checkpoints_test import (
+  META,
+  assert_same,
+  lines,
+  make_state,
+  save_steps,
+)
 
 
 def replace_and_die(folder, monkeypatch, error):

@@ -5,11 +5,11 @@ import json
 import re
 
 import pytest
-from tests.runs.records_and_samples_test import draw, sample
 
 from jaxrl_llm import runs
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import page
+from tests.runs.records_and_samples_test import draw, sample
 
 
 @pytest.mark.parametrize(
