@@ -21,7 +21,7 @@ def find(
   """Adds up a program's collectives by kind and size of their groups.
 
   Args:
-    executions: from `hlo.executed`.
+    executions: from `hlo.executions`.
     rate: bytes/s that each chip of a group can send.
 
   Returns:
@@ -60,9 +60,9 @@ def first_group(instruction: hlo.Instruction, kind: str) -> tuple[int, ...]:
     pair = instruction.attribute(r'source_target_pairs=\{\{(\d+,\d+)\}')
     return hlo.dimensions(pair)
   text = instruction.attribute('replica_groups=(.*)')
-  listed = re.match(r'\{\{([\d,]+)\}', text)
-  if listed:
-    return hlo.dimensions(listed[1])
+  braces = re.match(r'\{\{([\d,]+)\}', text)
+  if braces:
+    return hlo.dimensions(braces[1])
   iota = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   if iota:
     groups, sizes, axes = (hlo.dimensions(x or '') for x in iota.groups())

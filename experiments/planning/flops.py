@@ -12,33 +12,33 @@ from experiments.planning import hlo
 def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> tuple[float, float]:
   """FLOPs of matrix products in `jax.jit(f).trace(*args).jaxpr`, on all chips.
 
-  Loops count as in `hlo.executed`, and rematerialisation counts again.
+  Loops count as in `hlo.executions`, and rematerialisation counts again.
 
   Returns:
     All of them; and those within Pallas kernels, which XLA does not see.
   """
-  left, open_loops = list(steps), 0
+  counts, loops = list(steps), 0
 
   def count(jaxpr) -> np.ndarray:
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
     return sum(map(of_equation, jaxpr.eqns), np.zeros(2))
 
   def of_equation(equation) -> np.ndarray:
-    nonlocal open_loops
+    nonlocal loops
     name = equation.primitive.name
     if name == 'dot_general':
       (contracted, _), _ = equation.params['dimension_numbers']
       out, operand = equation.outvars[0].aval, equation.invars[0].aval
       return np.array([_product(out.shape, operand.shape, contracted), 0.0])
-    before = open_loops
+    outer = loops
     inner = [count(jaxpr) for jaxpr in _inner(equation)]
     if name == 'cond':
       # One branch is executed: the most expensive, to be safe.
       return np.max(inner, axis=0)
     total = sum(inner, np.zeros(2))
-    if name == 'while' and total[0] and open_loops == before:
-      open_loops += 1
-      total *= left.pop(0) if left else 0
+    if name == 'while' and total[0] and loops == outer:
+      loops += 1
+      total *= counts.pop(0) if counts else 0
     if name == 'pallas_call':
       total = np.repeat(total[:1], 2)
     return _times(equation) * total
@@ -55,8 +55,8 @@ def _times(equation) -> int:
     return math.prod(params['grid_mapping'].grid)
   if name == 'shard_map':
     # Its jaxpr is that of one device along the axes that it splits.
-    axes = params.get('manual_axes') or params['newly_manual_axes']
-    return math.prod(params['mesh'].shape[axis] for axis in axes)
+    key = 'manual_axes' if 'manual_axes' in params else 'newly_manual_axes'
+    return math.prod(params['mesh'].shape[axis] for axis in params[key])
   return 1
 
 
@@ -74,7 +74,7 @@ def _product(out, left, contracted) -> float:
   return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
 
 
-def of_executed(executions: list[hlo.Execution]) -> float:
+def of_executions(executions: list[hlo.Execution]) -> float:
   """FLOPs of a chip's matrix products outside of kernels.
 
   More than the chip's share of `of_jaxpr` where chips compute the same.

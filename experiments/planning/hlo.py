@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
   rest: str
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns what the first group of a pattern matches in the attributes."""
+    """Returns the first group of a pattern in the attributes, or None."""
     match = re.search(pattern, self.rest)
     return match and match[1]
 
@@ -127,7 +127,9 @@ def dimensions(text: str) -> tuple[int, ...]:
 Execution = tuple[Computation, Instruction, float]
 
 
-def executed(module: Module, steps: tuple[float, ...] = ()) -> list[Execution]:
+def executions(
+  module: Module, steps: tuple[float, ...] = ()
+) -> list[Execution]:
   """Returns each instruction, its computation and how often it is executed.
 
   Every branch of a conditional counts.
@@ -138,30 +140,30 @@ def executed(module: Module, steps: tuple[float, ...] = ()) -> list[Execution]:
       known count, in their order; 0 for further ones.  Other loops without a
       known count count once.
   """
-  left, unknown = list(steps), 0
+  counts, loops = list(steps), 0
 
   def walk(computation: Computation) -> list[Execution]:
-    nonlocal unknown
+    nonlocal loops
     result = []
     for instruction in computation.values():
       result.append((computation, instruction, 1.0))
-      before, inner, times = unknown, [], 1
-      for name in _called(instruction):
+      outer, inner, times = loops, [], 1
+      for name in _callees(instruction):
         inner += walk(module.computations[name])
       if instruction.opcode == 'while':
         times = trip_count(module, computation, instruction)
         if times is None:
           times = 1
-          if unknown == before and any(x.multiplies for _, x, _ in inner):
-            unknown += 1
-            times = left.pop(0) if left else 0
+          if loops == outer and any(x.multiplies for _, x, _ in inner):
+            loops += 1
+            times = counts.pop(0) if counts else 0
       result += [(within, x, times * count) for within, x, count in inner]
     return result
 
   return walk(module.entry)
 
 
-def _called(instruction: Instruction) -> list[str]:
+def _callees(instruction: Instruction) -> list[str]:
   """Names of the computations that an instruction executes as a whole."""
   if instruction.opcode not in _CALLS:
     return []

@@ -107,14 +107,14 @@ def parse(text: str) -> dict[str, Any]:
   return spec
 
 
-def table(measured: dict[str, Memory]) -> str:
+def table(results: dict[str, Memory]) -> str:
   """A table with an algorithm per column."""
-  rows = [['MiB of one update', *measured]]
+  rows = [['MiB of one update', *results]]
   for name in Memory._fields:
-    sizes = [getattr(memory, name) / 2**20 for memory in measured.values()]
+    sizes = [getattr(memory, name) / 2**20 for memory in results.values()]
     rows.append([name, *(f'{size:,.2f}' for size in sizes)])
-  first, *_ = measured
-  ratios = [memory.peak / measured[first].peak for memory in measured.values()]
+  first, *_ = results
+  ratios = [memory.peak / results[first].peak for memory in results.values()]
   rows.append([f'peak / {first}', *(f'{ratio:.4f}' for ratio in ratios)])
   return report.markdown(rows)
 
@@ -126,8 +126,8 @@ def main() -> None:
   if not algorithms:
     raise UserError('--algorithms is empty: name at least one')
   config, specs = cli.config(), map(parse, algorithms)
-  measured = [measure(with_algorithm(config, spec)) for spec in specs]
-  print(table(dict(zip(algorithms, measured, strict=True))))
+  results = [measure(with_algorithm(config, spec)) for spec in specs]
+  print(table(dict(zip(algorithms, results, strict=True))))
 
 
 if __name__ == '__main__':

@@ -57,11 +57,9 @@ def search(config, chips: int, make) -> Plan:
 
   For each `tensor`, takes the largest micro-batch that fits, because larger
   ones gather parameters less often.  `make` returns a configuration's plan.
-
-  Raises:
-    UserError: none fits.
+  Raises UserError if none fits.
   """
-  plans, refused = [], [(math.inf, 'no mesh divides the batch')]
+  plans, refusals = [], [(math.inf, 'no mesh divides the batch')]
   minibatch = config.rollout.prompts // config.training.minibatches
   halvings = (minibatch & -minibatch).bit_length()
   # With more parts than 16, the matrices of a chip become too narrow.
@@ -78,7 +76,7 @@ def search(config, chips: int, make) -> Plan:
         print(f'{name}: {str(error).splitlines()[0]}', flush=True)
       except TooLarge as error:
         print(f'{name}: {error}', flush=True)
-        refused.append((error.missing, f'{name}: {error}'))
+        refusals.append((error.missing, f'{name}: {error}'))
         if error.program != 'update':
           break  # does not depend on the micro-batch
       else:
@@ -88,7 +86,7 @@ def search(config, chips: int, make) -> Plan:
   if plans:
     return min(plans)[2]
   raise UserError(
-    f'nothing that was tried fits; nearest is {min(refused)[1]}\n'
+    f'nothing that was tried fits; nearest is {min(refusals)[1]}\n'
     'take more chips, or fewer prompts, samples or tokens'
   )
 
@@ -96,8 +94,7 @@ def search(config, chips: int, make) -> Plan:
 def refusal(plan: Plan, error: TooLarge) -> str:
   """Three lines: the shortfall, the largest parts, and the remedy."""
   sampling = error.program in ('sample', 'greedy', 'branch')
-  state = sum(plan.resident.values())
-  if state > plan.limit / 2:
+  if sum(plan.resident.values()) > plan.limit / 2:
     advice = (
       'the state alone is too large: take more chips, raise config.mesh.fsdp '
       'or .tensor, or hold parameters in bfloat16 (config.model.param_dtype)'

@@ -122,11 +122,7 @@ class Plan:
     }
 
   def compile(self, update_only: bool = False) -> None:
-    """Compiles the update and, unless `update_only`, all other programs.
-
-    Raises:
-      TooLarge: the state or a program does not fit.
-    """
+    """Compiles the update and perhaps the rest; TooLarge if any is."""
     state, training = self._state, self._config.training
     gradient = local(state.trainable, least_width=4)  # summed up in float32
     missing = sum(self.resident.values()) + gradient - self.limit
@@ -195,7 +191,7 @@ class Plan:
     return samples
 
   def _score(self, tokens) -> None:
-    """Compiles what computes log-probabilities and values of responses."""
+    """Compiles the programs that read responses."""
     trainable, rest = self._state.trainable, (self._prompts, tokens)
     micro, chunk = self._step.micro_prompts, self._config.training.chunk
     reads = self._passes(self._config.rollout.prompts)
@@ -247,36 +243,36 @@ class Plan:
     start, chip = time.perf_counter(), self.topology.chip
     options = self.topology.compiler_options
     # Resident bytes that are not among the arguments.
-    held = sum(self.resident.values()) - local(resident)
+    idle = sum(self.resident.values()) - local(resident)
     with jax.set_mesh(self._mesh):
       traced = function.trace(*arguments, **(static or {}))
       try:
         compiled = traced.lower().compile(compiler_options=options)
       except jax.errors.JaxRuntimeError as error:
-        raise TooLarge(name, needed(error) + held - self.limit) from error
-    spent = time.perf_counter() - start
+        raise TooLarge(name, needed_bytes(error) + idle - self.limit) from error
+    duration = time.perf_counter() - start
     module = hlo.parse(compiled.as_text())
     if cache is None:
       cache = _cache(module) if steps else 0
     loops = (steps,) if steps else ()
-    executed = hlo.executed(module, loops)
-    sent, network = collectives.find(executed, self._rate)
+    executions = hlo.executions(module, loops)
+    sums, network = collectives.find(executions, self._rate)
     asked, kernels = flops.of_jaxpr(traced.jaxpr, loops)
     computed = kernels / len(self.topology.devices)
-    computed += flops.of_executed(executed)
+    computed += flops.of_executions(executions)
     compute = computed / chip.flops
     traffic = (reads + steps * cache) / chip.bandwidth
-    memory = self.resident | _memory(compiled, cache, held, local(resident))
+    memory = self.resident | _memory(compiled, cache, idle, local(resident))
     self.programs[name] = dict(
       name=name,
       times=times,
       asked=asked,
       computed=computed,
-      collectives=sent,
+      collectives=sums,
       compute=compute,
       traffic=traffic,
       network=network,
-      compile_seconds=spent,
+      compile_seconds=duration,
       memory=memory,
       seconds=times * (max(compute, traffic) + network),
     )
@@ -308,8 +304,8 @@ class Plan:
       if x.ndim:
         spec = sharding.row_spec(x.shape[0], x.shape[1] if x.ndim > 2 else 1)
         spec = spec if x.ndim > 2 else PartitionSpec(*spec[:1])
-      placed = NamedSharding(self._mesh, spec)
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+      rows = NamedSharding(self._mesh, spec)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
 
     with jax.set_mesh(self._mesh):
       return jax.tree.map(place, tree)
@@ -332,7 +328,7 @@ def local(tree: Any, least_width: int = 0) -> int:
   )
 
 
-def needed(error: Exception) -> float:
+def needed_bytes(error: Exception) -> float:
   """Returns the bytes that a program needs, from the compiler's refusal."""
   text = str(error)
   match = re.search(r'(?:\(|Used |Attempting to use )([\d.]+)([KMGT])', text)
@@ -341,12 +337,12 @@ def needed(error: Exception) -> float:
   return float(match[1]) * 1024 ** ' KMGT'.index(match[2])
 
 
-def _memory(compiled, cache: int, held: int, resident: int) -> dict[str, int]:
+def _memory(compiled, cache: int, idle: int, resident: int) -> dict[str, int]:
   report = compiled.memory_analysis()
   other = report.argument_size_in_bytes
   temporary = report.output_size_in_bytes + report.temp_size_in_bytes
   temporary -= report.alias_size_in_bytes
-  peak, other = held + other + temporary, other - resident
+  peak, other = idle + other + temporary, other - resident
   if other >= cache:
     other -= cache
   else:

@@ -61,7 +61,7 @@ f = jax.jit(jax.shard_map(
 x, w = jnp.zeros((32, 32)), jnp.zeros((16, 32))
 traced = f.trace(x, w)
 module = hlo.parse(traced.lower().compile().as_text())
-executed = hlo.executed(module, (3, 7))
+executed = hlo.executions(module, (3, 7))
 groups = []
 found, seconds = collectives.find(
   executed, lambda group: groups.append(group) or 1.0
@@ -70,8 +70,8 @@ print(json.dumps(dict(
   found=found,
   seconds=seconds,
   groups=sorted(groups),
-  compiled=flops.of_executed(executed),
-  unknown=flops.of_executed(hlo.executed(module)),
+  compiled=flops.of_executions(executed),
+  unknown=flops.of_executions(hlo.executions(module)),
   traced=flops.of_jaxpr(traced.jaxpr, (3, 7))[0],
 )))
 """
@@ -143,7 +143,9 @@ ENTRY %main (a: f32[8,8]) -> (s32[], f32[8,8]) {
 }
 """
   text = text.replace('CALLS', 'condition=%condition, body=%body')
-  count = lambda text: flops.of_executed(hlo.executed(hlo.parse(text), (3,)))
+  count = lambda text: flops.of_executions(
+    hlo.executions(hlo.parse(text), (3,))
+  )
   assert count(text) == 7 * 2 * 8**3
   # Not a counter from a constant: as many iterations as the caller expects.
   assert count(text.replace('s32[] copy', 's32[] negate')) == 3 * 2 * 8**3
@@ -197,7 +199,7 @@ def test_flops_equal_those_of_the_unrolled_program(optimized):
   x, ws = jnp.zeros((64, 32)), jnp.zeros((6, 32, 32))
   traced = layers(1).trace(x, ws)
   compiled = traced.lower().compile()
-  found = flops.of_executed(hlo.executed(hlo.parse(compiled.as_text())))
+  found = flops.of_executions(hlo.executions(hlo.parse(compiled.as_text())))
   unrolled = layers(6).lower(x, ws).compile().cost_analysis()['flops']
   assert compiled.cost_analysis()['flops'] < unrolled / 3
   # Forward, and two products backward; XLA counts sums and sines, too.
@@ -214,7 +216,9 @@ ENTRY %main (a: bf16[512,64], b: bf16[64,32]) -> bf16[512,32] {
   ROOT %c = bf16[512,32]{1,0:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
 }
 """
-  assert flops.of_executed(hlo.executed(hlo.parse(text))) == 2 * 512 * 64 * 32
+  assert (
+    flops.of_executions(hlo.executions(hlo.parse(text))) == 2 * 512 * 64 * 32
+  )
   text = """
 ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
   %a = bf16[4,512,64]{2,1,0} parameter(0)
@@ -225,7 +229,8 @@ ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
   window = 'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, '
   text = text.replace('WINDOW', window + 'dim_labels=0bf_0io->0bf')
   assert (
-    flops.of_executed(hlo.executed(hlo.parse(text))) == 4 * 2 * 512 * 64 * 32
+    flops.of_executions(hlo.executions(hlo.parse(text)))
+    == 4 * 2 * 512 * 64 * 32
   )
 
 

@@ -173,9 +173,9 @@ def test_the_compilers_refusal_is_read():
     'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
     'for HLO temporaries (20.00G) exceeds available HBM (15.75G).'
   )
-  assert programs.needed(RuntimeError(text)) == 20 * GIB
+  assert programs.needed_bytes(RuntimeError(text)) == 20 * GIB
   with pytest.raises(ValueError, match='something else'):
-    programs.needed(ValueError('something else'))
+    programs.needed_bytes(ValueError('something else'))
 
 
 def search(capsys, fits, seconds=lambda tensor: 1.0):
