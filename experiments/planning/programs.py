@@ -22,6 +22,7 @@ from jaxrl_llm.estimators import Estimator
 from jaxrl_llm.models import transformer
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.training import Critic, TrainState, Update
+from jaxrl_llm.training.critic import score_values
 
 # In the order of an iteration.
 NAMES = ('layout', 'sample', 'greedy', 'branch', 'score', 'critic', 'update')
@@ -211,7 +212,7 @@ class Plan:
     if self._step.critic is not None:
       self._add(
         'critic',
-        critic.score_values,
+        score_values,
         (self._model, self._step.critic, trainable, *rest, micro),
         reads=reads,
         resident=trainable,
