@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import usage
 from experiments.configs import base
 from jaxrl_llm import compilation, processes
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import membership
 from jaxrl_llm.runs.progress import say
@@ -110,6 +111,32 @@ def config() -> ConfigDict:
       'experiments.configs.base.get_config()'
     )
   return flag.value
+
+
+def require(**examples: str) -> None:
+  """Raises UserError if a flag has no value; the message shows examples."""
+  for name in examples:
+    if flags.FLAGS[name].value is None:
+      shown = ' '.join(f'--{key}={value}' for key, value in examples.items())
+      raise UserError(f'--{name} is missing\nfor example {shown}')
+
+
+def write_output(path: str, text: str) -> None:
+  """Writes the file that --output names, in a folder made for it.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+  except OSError as error:
+    raise cannot_write(path, error) from error
+
+
+def cannot_write(path, error: OSError) -> UserError:
+  """Returns the error to raise where --output cannot be written."""
+  return UserError(f'--output {path} cannot be written: {error.strerror}')
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
