@@ -134,6 +134,20 @@ def write_output(path: str, text: str) -> None:
     raise cannot_write(path, error) from error
 
 
+def write_files(folder: pathlib.Path, files: dict[str, str | bytes]) -> None:
+  """Writes files by name into a folder made for them.
+
+  Raises:
+    UserError: one cannot be written.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+      write_atomically(folder / name, content)
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {error.strerror}') from error
+
+
 def cannot_write(path, error: OSError) -> UserError:
   """Returns the error to raise where --output cannot be written."""
   return UserError(f'--output {path} cannot be written: {error.strerror}')
