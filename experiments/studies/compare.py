@@ -335,22 +335,16 @@ def choose(
     UserError: the configuration does not have a label or a seed.
   """
   rest = [job for job in everything if job.label != _INIT]
-  for flag, given, known in (
-    ('only', only, {job.label for job in rest}),
-    ('seeds', seeds, {str(job.seed) for job in rest}),
-  ):
+  for flag, field, given in (('only', 'label', only), ('seeds', 'seed', seeds)):
+    known = {str(getattr(job, field)) for job in rest}
     for value in sorted(set(given) - known):
       raise UserError(
         f'--{flag} has {value!r}\nthe configuration has '
         f'{", ".join(sorted(known))}'
       )
-  return [
-    job
-    for job in everything
-    if job.label == _INIT
-    or (not only or job.label in only)
-    and (not seeds or str(job.seed) in seeds)
-  ]
+    if given:
+      rest = [job for job in rest if str(getattr(job, field)) in given]
+  return [job for job in everything if job.label == _INIT or job in rest]
 
 
 def main() -> int:

@@ -124,7 +124,7 @@ def rank(completion_ids, prompts, **kwargs):
 
 
 def test_best_of_k_counts_subsets(trained, tmp_path):
-  """Of equal scores of the judge each is chosen as often."""
+  """Responses with equal scores of the judge are chosen equally often."""
   file = tmp_path / 'graded.py'
   file.write_text(GRADED)
   config = trained.config.copy_and_resolve_references().unlock()
