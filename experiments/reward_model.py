@@ -4,7 +4,7 @@
       --config=experiments/configs/hh_rlhf_reward_model.py
 
 The rows of the task bring pairs, in the columns prompt, chosen and rejected;
-`experiments.make_pairs` makes such rows of a model's samples and of any reward
+`experiments.label` makes such rows of a model's samples and of any reward
 function.  The trunk begins as the language model that `config.model` names.
 `config.steps` counts updates on `config.rounds.batch` pairs each; the loss is
 Bradley and Terry's.  Held-out pairs tell accuracy and calibration.  --workdir
@@ -56,7 +56,7 @@ def check(config) -> None:
   if config.rewards:
     raise UserError(
       'config.rewards is set, but a reward model learns from pairs alone\n'
-      'remove it; `experiments.make_pairs` makes pairs of rewards'
+      'remove it; `experiments.label` makes pairs of rewards'
     )
   if config.warm_start.steps:
     raise UserError(

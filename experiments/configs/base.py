@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
         chat_template='auto',
         system_prompt='',
         # Data tools (docs/data_tools.md), of the training prompts of RL.
-        # File of experiments.pass_rates: only prompts whose measured rate lies
+        # File of experiments.label: only prompts whose measured rate lies
         # within the bounds stay, with it in the column pass_rate; '' keeps all.
         pass_rates='',
         min_pass_rate=0.0,
