@@ -102,6 +102,8 @@ def test_memory_is_as_counted_by_hand(planned):
   cache = 2 * L * D // 2 * 4 * (8 * (S - 1) + 32 * T) // 8
   assert planned['programs']['sample']['memory']['cache'] == cache
   assert planned['programs']['update']['memory']['cache'] == 0
+  # The policy that is copied into another layout is no further argument.
+  assert planned['programs']['layout']['memory']['other'] == 0
 
 
 def test_flops_are_as_counted_by_hand(planned):
@@ -130,6 +132,8 @@ def test_flops_are_as_counted_by_hand(planned):
 def test_programs_of_an_iteration(planned):
   assert [*planned['programs']] == ['layout', 'sample', 'score', 'update']
   assert planned['tokens'] == 32 * T
+  # In float32 only the reference reads responses again.
+  assert planned['programs']['score']['times'] == 1
   # Only the tensor axis communicates while sampling.
   sent = planned['programs']['sample']['collectives']
   assert {x['chips'] for x in sent} == {2}
