@@ -176,7 +176,7 @@ def online(
     return micro_prompts or max(prompts // minibatches, 1)
 
   measures = {name: jax.jit(f) for name, f in (per_batch or {}).items()}
-  prepare, weigh = jax.jit(estimator.prepare), jax.jit(estimator.weigh)
+  prepare, reweight = jax.jit(estimator.prepare), jax.jit(estimator.reweight)
   advance = jax.jit(functools.partial(estimators.update_running, needs))
 
   def init(params: Any) -> TrainState:
@@ -226,7 +226,7 @@ def online(
       for part, batch in minibatches_lib.minibatches(
         whole, minibatches, shuffle
       ):
-        state, metrics = update(state, None, part, weigh(batch))
+        state, metrics = update(state, None, part, reweight(batch))
         records.append(metrics)
     state = state.replace(running=running)
     records = jax.device_get(records)
