@@ -342,7 +342,7 @@ class Run:
     self._saved = True
 
   def _restore(self, params) -> bool:
-    """Restores the newest checkpoint that verifies, or initializes."""
+    """Restores the newest checkpoint that verifies, or initialises."""
     if not self._keep.steps():
       self.state = self._initial_state(params)
       return False
