@@ -92,7 +92,7 @@ def test_without_a_configuration_file(tmp_path):
   for script, flags, texts in (
     ('train', [], ['config.rewards.symbols.name is', 'add --trust_code']),
     ('train', ['--config.steps=3'], ['--config.steps', '--config=FILE.py']),
-    ('sft', ['--trust_code'], ['train by it with experiments.train']),
+    ('sft', ['--trust_code'], ['train with experiments.train']),
   ):
     refused(scripts.run(script, *alone, *flags), *texts)
   assert not newest.exists()
