@@ -5,8 +5,8 @@ r"""Estimators compared on multi-step arithmetic, at equal generated tokens.
 
 Example: '8+5*7+8*8=' → '8+5+8*8=8+5+4=3+4=7', answer '7' (every result is taken
 modulo 10), 20 tokens with the end token.  The initial model, 223,000
-parameters, was trained on solutions of which 65 % are careless: computed from
-left to right, without precedence of products.  The reward of RL only checks the
+parameters, was trained on solutions, 65 % of them careless: computed from left
+to right, without precedence of products.  The reward of RL only checks the
 last number; each method has to find the error in a solution by itself.
 
 Each update uses about 5,000 generated tokens: 256 responses, or fewer with

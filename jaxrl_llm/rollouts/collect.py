@@ -135,7 +135,7 @@ def collect(
   keys, needs = split_key(key), setting.needs
   generation = with_statistics(setting.generation, needs)
   sampled_by = transformer.sampling_layout(setting.model, trainable['policy'])
-  ask = functools.partial(
+  answer = functools.partial(
     respond,
     setting.model,
     sampled_by,
@@ -143,14 +143,14 @@ def collect(
     rewards=setting.rewards,
   )
   sample = functools.partial(
-    ask, generation=generation, keep_cache=needs.branches is not None
+    answer, generation=generation, keep_cache=needs.branches is not None
   )
   drawn = groups(sample, prompts, keys, stop)
   responses = drawn.responses
   baseline = branched = None
   if needs.greedy:
     # For the prompts that are trained on, hints included.
-    baseline = ask(
+    baseline = answer(
       batch=drawn.batch, generation=greedy(generation), key=keys.responses
     )
   if needs.branches:
@@ -164,17 +164,17 @@ def collect(
       setting.rewards,
       keys.branches,
     )
-  del sampled_by, ask, sample
+  del sampled_by, answer, sample
   # The keys and values are no longer needed.
   responses = responses._replace(cache=None)
   seconds = time.perf_counter() - start
   if stop is not None:
     stop.check()
   setting = setting._replace(generation=generation)
-  own = complete(setting, trainable, running, responses, baseline)
-  rollouts, tokens, record = own, drawn.tokens, drawn.record
+  completed = complete(setting, trainable, running, responses, baseline)
+  rollouts, tokens, record = completed, drawn.tokens, drawn.record
   if branched is not None:
-    rollouts = _add_branches(setting, trainable, running, own, branched)
+    rollouts = _add_branches(setting, trainable, running, completed, branched)
     tokens += branched.tokens
     record = record | branched.statistics
   if baseline is not None:
@@ -182,7 +182,7 @@ def collect(
   return Collected(
     responses,
     rollouts,
-    own,
+    completed,
     tokens,
     record,
     failures_of_step(responses, baseline, branched and branched.responses),
@@ -191,7 +191,7 @@ def collect(
 
 
 def _add_branches(
-  setting: Setting, trainable, running, own: Rollouts, branched
+  setting: Setting, trainable, running, completed: Rollouts, branched
 ) -> Rollouts:
   """Adds branches to the rollouts, as values of states or as rows."""
   needs = branch_values.row_needs(setting.needs)
@@ -206,9 +206,9 @@ def _add_branches(
     at_once=setting.generation.samples,
   )
   if trained:
-    return branch_values.add_rows(own, rows, branched.forks)
+    return branch_values.add_rows(completed, rows, branched.forks)
   return branch_values.add_values(
-    own, rows, branched.forks, setting.needs.branches
+    completed, rows, branched.forks, setting.needs.branches
   )
 
 
