@@ -315,8 +315,7 @@ def test_pairs_over_budget_are_an_error_or_counted(tmp_path):
   config.prompts.overlong = 'drop'
   phase, _ = phase_of(config, tmp_path, long)
   assert any(
-    '11 pairs' in line and '1 with a response' in line
-    for line in phase.describe()
+    '11 pairs' in line and '1 by response' in line for line in phase.describe()
   )
 
 
