@@ -79,8 +79,7 @@ def updates(config) -> int:
 
 
 class Offline:
-  """A likelihood or a preference loss as the main phase; see
-  `schedule.Phase`.
+  """Likelihood or preference losses as the main phase; see `schedule.Phase`.
 
   Args:
     config: the whole configuration.
