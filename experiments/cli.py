@@ -1,4 +1,4 @@
-"""What every script does with flags and with a user's mistake."""
+"""Handles flags, and mistakes in them, for every script."""
 
 import difflib
 import gc
@@ -20,17 +20,18 @@ from ml_collections import ConfigDict, config_flags
 from experiments import usage
 from experiments.configs import base
 from jaxrl_llm import compilation, processes
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import membership
 from jaxrl_llm.runs.progress import say
 
 _CONFIGS = pathlib.Path('experiments') / 'configs'
 
-# Sections that take what a function takes: ml_collections cannot set a field
-# there that the file does not have.
+# Sections with a function's arguments: ml_collections cannot set a field there
+# that the file does not have.
 _OPEN = frozenset({'algorithm', 'task', 'rewards', 'architecture'})
 
-# Flags that name a file or a folder: '' is a variable that the shell lacks.
+# Flags that name a file or a folder: '' comes from an unset shell variable.
 _PATHS = ('workdir', 'output', 'run', 'model', 'estimators')
 
 _HELP = frozenset({'--help', '-help'})
@@ -49,9 +50,7 @@ def define_config_flag() -> None:
 def define_trust_flag() -> None:
   """Defines `--trust_code`, for a script that reads the folder of a run."""
   flags.DEFINE_bool(
-    'trust_code',
-    False,
-    "Execute functions of a user's that the run's config.json names.",
+    'trust_code', False, "Execute user functions that the run's config names."
   )
 
 
@@ -60,19 +59,19 @@ def define_process_flags() -> None:
   flags.DEFINE_string(
     'coordinator',
     None,
-    'HOST:PORT of process 0, where several processes run and no launcher tells '
-    'them: TPU pods, srun and mpirun do.',
+    'HOST:PORT of process 0, for several processes without a launcher that '
+    'reports it: TPU pods, srun and mpirun do.',
   )
   flags.DEFINE_integer(
-    'num_processes', None, 'How many processes run; 1 asks no launcher.'
+    'num_processes', None, 'Number of processes; 1 asks no launcher.'
   )
-  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+  flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 
 
 def join_processes() -> None:
-  """Joins the processes that the flags or a launcher tell.
+  """Joins the processes that the flags or a launcher report.
 
-  Several have a compilation cache only where the user has named its folder.
+  Several processes use a compilation cache only where the user named one.
 
   Raises:
     UserError: as `membership.initialize`.
@@ -86,7 +85,7 @@ def join_processes() -> None:
 
 
 def config() -> ConfigDict:
-  """The configuration, flags applied.
+  """Returns the configuration with the flags applied.
 
   Raises:
     UserError: no file, or one that is not a configuration.
@@ -112,13 +111,56 @@ def config() -> ConfigDict:
   return flag.value
 
 
+def require(**examples: str) -> None:
+  """Raises UserError if a flag has no value; the message shows examples."""
+  for name in examples:
+    if flags.FLAGS[name].value is None:
+      shown = ' '.join(f'--{key}={value}' for key, value in examples.items())
+      raise UserError(f'--{name} is missing\nfor example {shown}')
+
+
+def write_output(path: str, text: str) -> None:
+  """Writes the file that --output names, in a folder made for it.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+  except OSError as error:
+    raise cannot_write(path, error) from error
+
+
+def write_files(folder: pathlib.Path, files: dict[str, str | bytes]) -> None:
+  """Writes files by name into a folder made for them.
+
+  Raises:
+    UserError: one cannot be written.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+      write_atomically(folder / name, content)
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {error.strerror}') from error
+
+
+def cannot_write(path, error: OSError) -> UserError:
+  """Returns the error to raise where --output cannot be written."""
+  return UserError(
+    f'--output {path} cannot be written: {error.strerror}\n'
+    'name another path, or make room'
+  )
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
   """Parses the flags and calls `main`, with the user's compilation cache.
 
-  A `UserError` and a wrong flag end with the message on standard error and
-  status 2, an interrupt with a word and its own status; anything else keeps its
-  traceback, for a bug report.  Of several processes the first that fails says
-  why, and all end with its status.
+  A `UserError` or a wrong flag ends with the message on standard error and
+  status 2, an interrupt with a word and its own status; any other error keeps
+  its traceback, for a bug report.  When one of several processes fails, it
+  reports why, and all end with its status.
   """
 
   def guarded(arguments) -> int | None:
@@ -139,7 +181,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       membership.fail(128 + signal.SIGINT)
       return 128 + signal.SIGINT
     except BrokenPipeError:
-      if not _output_is_closed():  # It is of another pipe.
+      if not _output_is_closed():  # The error is another pipe's.
         raise
       return _leave_output()
     except Exception as error:
@@ -151,11 +193,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         membership.wait_for_loss()
       membership.fail(1, traceback.print_exc)
 
-  # Making data and tracing programs allocate hundreds of thousands of objects
-  # that stay: with Python's 700 a tenth of the start goes into looking at them.
+  # Data and traced programs are hundreds of thousands of lasting objects: with
+  # Python's threshold of 700 their collection takes a tenth of the start.
   gc.set_threshold(50_000, 10, 10)
   _leave_out_plugins()
-  # What is wrong with a configuration is said once, by `_parse`.
+  # Errors of a configuration are reported once, by `_parse`.
   logging.set_verbosity(logging.ERROR)
   try:
     app.run(guarded, flags_parser=_parse)
@@ -164,11 +206,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _leave_out_plugins() -> None:
-  """Has JAX use CPUs where its plug-ins would look for devices in vain.
+  """Selects CPUs where JAX's CUDA plug-ins would find no device.
 
-  `experiments.planning.plan` needs them on such machines, and there each would
-  say at length what it lacks.  Plug-ins of other devices, and a choice of the
-  user's or of JAX's on a TPU machine, are left alone.
+  They are installed for `experiments.planning.plan`, and each would report at
+  length what it lacks.  Other plug-ins, and the platform that the user (or JAX
+  on a TPU machine) chose, are left alone.
   """
   if jax.config.jax_platforms or any(map(glob.glob, _ACCELERATORS)):
     return
@@ -178,29 +220,26 @@ def _leave_out_plugins() -> None:
 
 
 def _is_of_runtime(error: Exception) -> bool:
-  """Whether XLA failed, as a collective does when a process is lost.
+  """Returns True if XLA failed, as a collective does when a process is lost.
 
   Called from C++, an error of an unknown kind is a ValueError.
   """
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    return True
-  return isinstance(error, ValueError) and str(error).startswith('UNKNOWN: ')
+  unknown = isinstance(error, ValueError) and str(error).startswith('UNKNOWN: ')
+  return unknown or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def starting_backend(error: Exception) -> bool:
-  """Whether JAX raised an error as it looked for devices."""
-  frames = traceback.extract_tb(error.__traceback__)
-  return any(frame.name == 'backends' for frame in frames if _is_jax(frame))
-
-
-def _is_jax(frame: traceback.FrameSummary) -> bool:
-  return frame.filename.endswith('xla_bridge.py')
+  """Returns True if JAX raised an error while it looked for devices."""
+  return any(
+    frame.name == 'backends' and frame.filename.endswith('xla_bridge.py')
+    for frame in traceback.extract_tb(error.__traceback__)
+  )
 
 
 def no_backend(error: Exception) -> str:
-  """The message for an error of `starting_backend`."""
-  asked = os.environ.get('JAX_PLATFORMS')
-  setting = f' for JAX_PLATFORMS={asked}' if asked else ''
+  """Returns the message for an error of `starting_backend`."""
+  platforms = os.environ.get('JAX_PLATFORMS')
+  setting = f' for JAX_PLATFORMS={platforms}' if platforms else ''
   reason = _text(error) or 'no plug-in for it is installed'
   return (
     f'JAX starts no device{setting}: {reason[:300]}\n'
@@ -210,7 +249,7 @@ def no_backend(error: Exception) -> str:
 
 
 def _output_is_closed() -> bool:
-  """Whether what is left to print finds no reader."""
+  """Returns True if the rest of the output has no reader."""
   try:
     sys.stdout.flush()
   except BrokenPipeError:
@@ -219,12 +258,12 @@ def _output_is_closed() -> bool:
 
 
 def _leave_output() -> int:
-  """Nobody reads standard output any more, as behind `| head`.
+  """Abandons a standard output without a reader, as before `| head`.
 
   Returns:
-    The exit status, that of a program which SIGPIPE ends.
+    The exit status, as of a program that SIGPIPE ends.
   """
-  # Python writes what is left once more as it ends.
+  # Python writes the rest once more as it ends.
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return 128 + signal.SIGPIPE
 
@@ -234,7 +273,7 @@ def _parse(arguments: list[str]) -> list[str]:
     rest = flags.FLAGS([each for each in arguments if each not in _HELP])
     for name in _PATHS:
       if name in flags.FLAGS and _is_empty(flags.FLAGS[name]):
-        _fail(f'--{name} is empty\nis a variable not set that it is made of?')
+        _fail(f'--{name} is empty\nis a shell variable in it not set?')
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
     hint = f'did you mean --{near[0]}?' if near else '--help lists the flags'
@@ -273,7 +312,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _help() -> NoReturn:
-  """Prints the flags and what the configuration, if there is one, has."""
+  """Prints the flags and the fields of the configuration."""
   shown, title = None, 'fields of a configuration, with their defaults'
   if 'config' in flags.FLAGS:
     shown = base.get_config()
@@ -292,7 +331,7 @@ def _is_empty(flag: flags.Flag) -> bool:
 
 
 def _config_path(arguments: list[str]) -> pathlib.Path | None:
-  """The configuration file as the command line names it."""
+  """Returns the configuration file in the command line."""
   for i, argument in enumerate(arguments):
     match = re.fullmatch(r'--?config(?:=(.*))?', argument)
     if match:
@@ -301,7 +340,7 @@ def _config_path(arguments: list[str]) -> pathlib.Path | None:
 
 
 def _without_traceback(text: str, path: pathlib.Path | None) -> str:
-  """ml_collections puts a whole traceback into the message of a TypeError."""
+  """Drops the traceback that ml_collections puts in a TypeError's message."""
   if 'Traceback' not in text:
     return text
   numbers = re.findall(rf'File "{re.escape(str(path))}", line (\d+)', text)
@@ -312,7 +351,7 @@ def _without_traceback(text: str, path: pathlib.Path | None) -> str:
 
 def _unknown_field(error: Exception, arguments: list[str]) -> str:
   """Names the flag whose field the configuration lacks."""
-  # ml_collections names the last part only, and quotes it more than once.
+  # ml_collections reports the last part only, and quotes it more than once.
   match = re.match(
     r"""\W*([\w.]+)(?:.*Did you mean \W*([\w.]+))?""", _text(error)
   )
@@ -330,7 +369,7 @@ def _unknown_field(error: Exception, arguments: list[str]) -> str:
 
 
 def _text(error: Exception) -> str:
-  """An error's message in one line, without the quotes of a KeyError."""
+  """Returns an error's message in one line, without a KeyError's quotes."""
   text = error.args[0] if error.args else ''
   return ' '.join(str(text).replace('\\n', ' ').split())
 

@@ -1,4 +1,4 @@
-"""The data sets that `config.task` can name."""
+"""Data sets that `config.task` can name."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from jaxrl_llm.tasks import text as text_lib
 
 
 class Data(NamedTuple):
-  """Rows with a 'prompt' and the columns that rewards ask for.
+  """Rows with a 'prompt' and the columns that rewards read.
 
   Attributes:
     train: prompts for reinforcement learning.
     held_out: prompts for evaluation only.
     demonstrations: rows with a 'solution', for the supervised warm start.
-    notes: what was left out and why, a line each, for the screen.
+    notes: lines for the screen on the rows that were left out.
   """
 
   train: list[dict]
@@ -37,15 +37,14 @@ def arithmetic(
   largest: int | None = None,
   careless: float = 0.0,
 ) -> Data:
-  """Generated expressions; only the first `demonstrations` show their steps.
+  """Generates expressions; only the first `demonstrations` show their steps.
 
   Args:
     train, held_out: numbers of problems, no prompt in both.
-    demonstrations: how many training problems come with worked steps.
+    demonstrations: number of training problems with worked steps.
     seed: of the problems.
-    operations, operands, operators, modulus, largest, careless: difficulty,
-      and how many solutions are wrong; see
-      `jaxrl_llm.tasks.arithmetic.generate`.
+    operations, operands, operators, modulus, largest, careless: difficulty, and
+      the share of wrong solutions: see `jaxrl_llm.tasks.arithmetic.generate`.
   """
   for name, pair in (('operations', operations), ('operands', operands)):
     if len(pair) != 2:
@@ -67,11 +66,11 @@ def arithmetic(
 
 
 def gsm8k(path: str = '', held_out: int = 0) -> Data:
-  """Grade-school mathematics: its training split, and its test split held out.
+  """Loads grade-school mathematics; its test split is held out.
 
   Args:
     path: folder with train.jsonl and test.jsonl; '' for the hub.
-    held_out: the first so many test problems; 0 for all.
+    held_out: the number of test problems, from the first; 0 for all.
   """
   train = datasets.gsm8k(path or None, 'train')
   test = datasets.gsm8k(path or None, 'test')
@@ -79,9 +78,9 @@ def gsm8k(path: str = '', held_out: int = 0) -> Data:
 
 
 def human_eval(path: str = '', held_out: int = 64, seed: int = 0) -> Data:
-  """The problems of HumanEval, divided at random: it has no training split.
+  """Loads HumanEval, divided at random: it has no training split.
 
-  A model that has been trained on some of them is no longer measured by it.
+  It no longer measures a model that was trained on some of its problems.
 
   Args:
     path: HumanEval.jsonl.gz or its folder; '' for the hub.
@@ -93,12 +92,12 @@ def human_eval(path: str = '', held_out: int = 64, seed: int = 0) -> Data:
 
 
 def mbpp(path: str = '', held_out: int = 0, shown_tests: int = 3) -> Data:
-  """Basic Python problems: MBPP's training split, and its test split held out.
+  """Loads MBPP's basic Python problems; its test split is held out.
 
   Args:
     path: mbpp.jsonl or its folder; '' for the hub.
-    held_out: the first so many test problems; 0 for all.
-    shown_tests: tests of a problem that its prompt shows, of usually three.
+    held_out: the number of test problems, from the first; 0 for all.
+    shown_tests: tests that each prompt shows, of usually three.
   """
   train, test = (
     code.mbpp(path or None, split, shown_tests) for split in ('train', 'test')
@@ -107,15 +106,15 @@ def mbpp(path: str = '', held_out: int = 0, shown_tests: int = 3) -> Data:
 
 
 def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
-  """Competition mathematics: its training split, and one of its test splits.
+  """Loads competition mathematics; one of its test splits is held out.
 
   Problems without an answer, and training problems that are held out too, are
   left out.
 
   Args:
     path: folder with train.json, test.jsonl and math500.jsonl; '' for the hub.
-    split: 'math500' or 'test', of which problems are held out.
-    held_out: the first so many of them; 0 for all.
+    split: 'math500' or 'test', to hold out.
+    held_out: the number of its problems, from the first; 0 for all.
   """
   rows = datasets.math(path or None, 'train')
   tests = datasets.math(path or None, split)[: held_out or None]
@@ -133,7 +132,7 @@ def math(path: str = '', split: str = 'math500', held_out: int = 0) -> Data:
 
 
 def hh_rlhf(path: str = '', held_out: int = 256, seed: int = 0) -> Data:
-  """Dialogues with a chosen and a rejected last response, divided at random.
+  """Loads dialogues with a chosen and a rejected response, divided at random.
 
   Args:
     path: a file of HH-RLHF such as harmless-base/train.jsonl.gz, or its folder;
@@ -141,18 +140,18 @@ def hh_rlhf(path: str = '', held_out: int = 256, seed: int = 0) -> Data:
     held_out: prompts kept for evaluation, with their pairs.
     seed: of their choice.
   """
-  found = pairs.hh_rlhf(path or None)
-  rest, held = splits.split(found.rows, held_out, seed)
+  read = pairs.hh_rlhf(path or None)
+  rest, held = splits.split(read.rows, held_out, seed)
   note = (
-    f'HH-RLHF: {len(found.rows)} pairs; left out {found.apart} that differ '
-    f'before the last response, {found.equal} equal, {found.empty} with an '
+    f'HH-RLHF: {len(read.rows)} pairs; left out {read.apart} that differ '
+    f'before the last response, {read.equal} equal, {read.empty} with an '
     'empty response'
   )
   return Data(rest, held, [], (note,))
 
 
 def jsonl(train: str, held_out: str, prompt_column: str | None = None) -> Data:
-  """Two files of JSON lines with a prompt (or question) and other columns.
+  """Reads two files of JSON lines with a prompt column and others.
 
   Args:
     train, held_out: paths.
@@ -176,7 +175,7 @@ def text(
   held_out: int = 128,
   seed: int = 0,
 ) -> Data:
-  """Prompts cut from the beginnings of a corpus' documents.
+  """Cuts prompts from the beginnings of a corpus' documents.
 
   Args:
     path: a JSON list of texts, or plain text with blank lines between.

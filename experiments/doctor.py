@@ -1,12 +1,12 @@
-"""Whether this installation works; what it prints is enough for a bug report.
+"""Tests this installation; the output is enough for a bug report.
 
     python -m experiments.doctor [--workdir=RUN]
 
-Versions, memory, settings and devices; a sum over many rows, which jax 0.10.2
-compiled wrongly on CPU; then a model of some 10,000 parameters samples, scores
-what it sampled and takes one update, in float32, and a checkpoint is written
-and read back.  Status 0 if all of that is right, else 1.  With a run's folder:
-also how that run is (`health.log`).
+Prints versions, memory, settings and devices, and checks a sum over many rows,
+which jax 0.10.2 computes wrongly on CPU.  Then a model of some 10,000
+parameters samples, scores what it sampled and takes one update, in float32, and
+a checkpoint is written and read back.  Status 0 if all of that is right, else
+1.  With a run's folder it also prints the run's health (`health.log`).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.sampling import policy
 
-# Of two float32 computations of one log-probability, in nats.
+# Between two float32 computations of a log-probability, in nats.
 _TOLERANCE = 1e-4
 _PROMPTS, _SAMPLES, _TOKENS = 4, 8, 16
 _MIB = 2**20
@@ -47,13 +47,25 @@ _score = jax.jit(policy.score, static_argnames='config')
 
 
 def system() -> Iterator[str]:
-  """Lines about versions, memory and settings; it touches no device."""
-  found = run_folder.software()
-  versions = found.pop('versions').items()
+  """Yields lines about versions, memory and settings; touches no device."""
+  software = run_folder.software()
+  versions = software.pop('versions').items()
   yield ', '.join(f'{name} {version}' for name, version in versions)
-  yield f'{found["platform"]}, {found["machine"]}'
-  yield from _host()
-  yield f'compilation cache: {_cache()}'
+  yield f'{software["platform"]}, {software["machine"]}'
+  with contextlib.suppress(ValueError):  # Some systems do not have these.
+    page = os.sysconf('SC_PAGE_SIZE') / _MIB
+    free, whole = map(os.sysconf, ('SC_AVPHYS_PAGES', 'SC_PHYS_PAGES'))
+    yield f'host memory: {free * page:,.0f} of {whole * page:,.0f} MiB free'
+  folders = {'this folder': '.', 'temporary files': tempfile.gettempdir()}
+  for name, folder in folders.items():
+    free = shutil.disk_usage(folder).free / _MIB
+    yield f'disk for {name}: {free:,.0f} MiB free'
+  cache = jax.config.jax_compilation_cache_dir
+  if cache:
+    entries = list(pathlib.Path(cache).glob(compilation.ENTRIES))
+    size = sum(path.stat().st_size for path in entries) / _MIB
+    cache = f'{cache}, {len(entries)} programs, {size:,.0f} MiB'
+  yield f'compilation cache: {cache or "none"}'
   settings = [
     f'{name}={value}'
     for name, value in os.environ.items()
@@ -63,52 +75,28 @@ def system() -> Iterator[str]:
 
 
 def _devices() -> str:
-  """What JAX has to compute with."""
+  """Returns JAX's devices and their memory."""
   try:
-    found = run_folder.devices()
+    devices = run_folder.devices()
   except Exception as error:
     if cli.starting_backend(error):
       raise UserError(cli.no_backend(error)) from error
     raise
-  told = [
-    f'{found["device_count"]} {found["backend"]} device(s), '
-    f'{found["device_kind"]}; {found["process_count"]} process(es)'
+  parts = [
+    f'{devices["device_count"]} {devices["backend"]} device(s), '
+    f'{devices["device_kind"]}; {devices["process_count"]} process(es)'
   ]
   for device in jax.local_devices():
-    memory = device.memory_stats()
-    if memory:
+    if memory := device.memory_stats():
       used, limit = memory.get('bytes_in_use', 0), memory.get('bytes_limit', 0)
-      told.append(
+      parts.append(
         f'device {device.id}: {used / _MIB:,.0f} of {limit / _MIB:,.0f} MiB'
       )
-  return '; '.join(told)
-
-
-def _host() -> Iterator[str]:
-  with contextlib.suppress(ValueError):  # Not every system tells.
-    page = os.sysconf('SC_PAGE_SIZE') / _MIB
-    free, whole = map(os.sysconf, ('SC_AVPHYS_PAGES', 'SC_PHYS_PAGES'))
-    yield f'host memory: {free * page:,.0f} of {whole * page:,.0f} MiB free'
-  for name, folder in (
-    ('this folder', '.'),
-    ('temporary files', tempfile.gettempdir()),
-  ):
-    yield (
-      f'disk for {name}: {shutil.disk_usage(folder).free / _MIB:,.0f} MiB free'
-    )
-
-
-def _cache() -> str:
-  folder = jax.config.jax_compilation_cache_dir
-  if not folder:
-    return 'none'
-  entries = list(pathlib.Path(folder).glob(compilation.ENTRIES))
-  size = sum(path.stat().st_size for path in entries)
-  return f'{folder}, {len(entries)} programs, {size / _MIB:,.0f} MiB'
+  return '; '.join(parts)
 
 
 def check() -> dict[str, Callable[[], str]]:
-  """What is tried, by name; each tells a figure, or raises `UserError`."""
+  """Returns checks by name; each returns a figure, or raises `UserError`."""
   config = ModelConfig(
     vocab_size=64,
     hidden_size=32,
@@ -121,7 +109,7 @@ def check() -> dict[str, Callable[[], str]]:
   )
 
   @functools.cache
-  def made():
+  def given():
     tokens = jax.random.randint(jax.random.key(1), (_PROMPTS, 8), 2, 64)
     prompts = policy.Prompts(
       tokens=tokens, lengths=jnp.arange(5, 5 + _PROMPTS, dtype=jnp.int32)
@@ -130,7 +118,7 @@ def check() -> dict[str, Callable[[], str]]:
 
   @functools.cache
   def sampled():
-    params, prompts = made()
+    params, prompts = given()
     return sampling.sample(
       config,
       transformer.sampling_layout(config, params),
@@ -144,9 +132,9 @@ def check() -> dict[str, Callable[[], str]]:
   return {
     'devices': _devices,
     'compiler': compiler,
-    'sampler = scorer': lambda: _same(config, *made(), sampled()),
-    'update': lambda: _update(config, *made(), sampled()),
-    'checkpoint': lambda: _round_trip(made()[0]),
+    'sampler = scorer': lambda: _same(config, *given(), sampled()),
+    'update': lambda: _update(config, *given(), sampled()),
+    'checkpoint': lambda: _round_trip(given()[0]),
   }
 
 
@@ -173,7 +161,7 @@ def compiler() -> str:
 
 
 def _same(config, params, prompts, samples) -> str:
-  """Sampling and training are to agree on what was drawn."""
+  """Checks that sampling and training agree on log-probabilities."""
   again = _score(config, params, prompts, samples.tokens)
   difference = jnp.abs(again.log_probs - samples.log_probs)
   highest = float(jnp.where(samples.mask, difference, 0.0).max())
@@ -185,7 +173,7 @@ def _same(config, params, prompts, samples) -> str:
 
 
 def _update(config, params, prompts, samples) -> str:
-  """A small step along the gradient is to make better responses likelier."""
+  """Checks that a small step makes better responses likelier."""
   estimator = estimators.grpo(kl=0.0)
   # Any reward: the share of even tokens.
   even = jnp.where(samples.mask, 1.0 - samples.tokens % 2, 0.0).sum(axis=2)
@@ -208,8 +196,8 @@ def _update(config, params, prompts, samples) -> str:
   )
 
   def surrogate(params) -> float:
-    found = _score(config, params, prompts, samples.tokens)
-    gain = jnp.where(batch.mask, batch.advantages * found.log_probs, 0.0)
+    log_probs = _score(config, params, prompts, samples.tokens).log_probs
+    gain = jnp.where(batch.mask, batch.advantages * log_probs, 0.0)
     return float(gain.sum())
 
   before = surrogate(params)
@@ -219,19 +207,17 @@ def _update(config, params, prompts, samples) -> str:
   )
   state, metrics = update(state, None, prompts, batch)
   gain = surrogate(state.trainable['policy']) - before
+  norm = f'gradient norm {float(metrics["grad_norm"]):.3g}'
   if metrics['skipped'] or not gain > 0:
     raise UserError(
-      f'gradient norm {float(metrics["grad_norm"]):.3g}, '
-      f'{int(metrics["skipped"])} skipped; the surrogate changed by {gain:.3g}'
+      f'{norm}, {int(metrics["skipped"])} skipped; the surrogate changed by '
+      f'{gain:.3g}'
     )
-  return (
-    f'gradient norm {float(metrics["grad_norm"]):.3g}; the surrogate rose by '
-    f'{gain:.2g}'
-  )
+  return f'{norm}; the surrogate rose by {gain:.2g}'
 
 
 def _round_trip(params) -> str:
-  """What was saved is to come back bit for bit."""
+  """Checks that a checkpoint is read back bit for bit."""
   with (
     tempfile.TemporaryDirectory() as folder,
     Checkpoints(folder, keep_latest=1, keep_best=0) as checkpoints,
@@ -239,12 +225,9 @@ def _round_trip(params) -> str:
     checkpoints.save(1, {'params': params}, {})
     checkpoints.wait()
     _, tree, _ = checkpoints.restore({'params': params})
-  pairs = zip(
-    jax.tree.leaves(params), jax.tree.leaves(tree['params']), strict=True
-  )
-  for saved, found in pairs:
-    if np.asarray(saved).tobytes() != np.asarray(found).tobytes():
-      raise UserError('what was read is not what was written')
+  bits = lambda tree: [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+  if bits(params) != bits(tree['params']):
+    raise UserError('what was read is not what was written')
   return 'written, verified and read back'
 
 
@@ -252,15 +235,15 @@ def report(workdir=None) -> int:
   """Prints all of it.
 
   Args:
-    workdir: of a run to look at; None for none.
+    workdir: of a run to report on; None for none.
 
   Returns:
-    The exit status: 0 if all that was tried is right, else 1.
+    The exit status: 0 if every check passed, else 1.
 
   Raises:
     UserError: the folder holds no run.
   """
-  of_this_run = [] if workdir is None else of_run(workdir)
+  health = [] if workdir is None else of_run(workdir)
   for line in system():
     print(line)
   failed = 0
@@ -268,22 +251,22 @@ def report(workdir=None) -> int:
     for name, attempt in check().items():
       start = time.perf_counter()
       try:
-        told, word = attempt(), 'ok'
-      except Exception as error:  # Whatever it is belongs into the report.
+        figure, word = attempt(), 'ok'
+      except Exception as error:  # Every error belongs in the report.
         lines = f'{type(error).__name__}: {error}'.splitlines()
-        told = '; '.join(' '.join(line.split()) for line in lines)
+        figure = '; '.join(' '.join(line.split()) for line in lines)
         word, failed = 'FAILED', failed + 1
       seconds = time.perf_counter() - start
-      print(f'{word}: {name}: {told} ({seconds:.1f} s)', flush=True)
+      print(f'{word}: {name}: {figure} ({seconds:.1f} s)', flush=True)
       if failed and name == 'devices':
-        break  # All else would fail by it.
-  for line in of_this_run:
+        break  # All other checks need them.
+  for line in health:
     print(line)
   return 1 if failed else 0
 
 
 def of_run(workdir) -> list[str]:
-  """How a run is at its last step, and what to do.
+  """Returns a run's health at its last step, and what to do about it.
 
   Raises:
     UserError: there is no run, or its records are broken.
@@ -295,7 +278,7 @@ def of_run(workdir) -> list[str]:
     raise UserError(
       f'{path.absolute()}: {error.strerror}\nname the folder of a run'
     ) from error
-  # Main phases alone have a loss or a reward without a prefix.
+  # Only main phases have a loss or a reward without a prefix.
   records = [each for each in records if 'loss' in each or 'reward' in each]
   if not records:
     return [f'{workdir}: no step of the main phase yet']
@@ -304,5 +287,5 @@ def of_run(workdir) -> list[str]:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Folder of a run to look at.')
+  flags.DEFINE_string('workdir', None, 'Folder of a run.')
   cli.run(lambda: report(flags.FLAGS.workdir))

@@ -1,4 +1,4 @@
-"""Accuracy, pass@k, maj@k, best of k: of a run or a Hugging Face folder.
+"""Accuracy, pass@k, maj@k and best of k of a run or a Hugging Face folder.
 
     python -m experiments.evaluate --workdir=runs/quickstart
     python -m experiments.evaluate --workdir=runs/quickstart --step=best \\
@@ -7,29 +7,28 @@
       --best_of=1,4,16 --judge=preference --metric=correct
     python -m experiments.evaluate --model=FOLDER --config=FILE.py
 
-A run is evaluated on its held-out prompts with the settings of its own
-configuration, which its folder holds; flags go over them.  It may still be
-going on: nothing in its folder is changed.  A Hugging Face folder needs a
+A run is evaluated on its held-out prompts with the settings of the
+configuration in its folder; flags override them.  The run may still be in
+progress: nothing in its folder is changed.  A Hugging Face folder needs a
 configuration for the task and the rewards.
 
---maj counts the votes of answers, not of texts.  What the answer of a response
-is, the reward that says what is right tells, if it is one of
-`jaxrl_llm.rewards.functions.READERS`; else name one of these, or a function of
-your own from a text to its answer: --answer=mine.py:read_answer.
+--maj counts the votes of answers, not of texts.  The --metric also reads the
+answers if it is one of `jaxrl_llm.rewards.functions.READERS`; else name one of
+these, or a function of your own from a text to its answer:
+--answer=mine.py:read_answer.
 
---best_of lets one reward, the --judge, choose among k responses, and another,
-the --metric, say what the choice is worth.  A judge that is not to be trained
-on is a reward of weight 0.
+--best_of lets one reward, the --judge, choose among k responses; another, the
+--metric, scores the choice.  A reward of weight 0 judges without being trained
+on.
 
 Greedy decoding needs no samples: --greedy adds its accuracy to the numbers of
-sampling, at the cost of one response more per prompt.
+sampling, at the cost of one more response per prompt.
 
 A reward or task that a run's configuration names as file.py:function or
 module:function is executed with --trust_code alone: read it first.
 """
 
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +40,6 @@ from ml_collections import ConfigDict
 from experiments import build, checks, cli, stored_runs, validation
 from experiments.validation import failure_counts, failure_messages
 from jaxrl_llm import evaluation, naming, rollouts
-from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart, functions
 
@@ -58,36 +56,33 @@ def measure(
   answer: str | None = None,
   metric: str | None = None,
   threshold: float = 1.0,
-  tell: Callable[[str], Any] = print,
   **changes: Any,
 ) -> dict[str, Any]:
-  """Numbers of a model on a configuration's held-out prompts.
+  """Returns numbers of a model on a configuration's held-out prompts.
 
   A response is right if the reward function `metric` gives it at least
   `threshold`.  A prompt with a response that the function does not score is
   left out of accuracy, pass@k, maj@k and best_of@k, and counted as `unscored`.
 
-  Best of k: the response of k that the reward function `judge` scores highest.
-  best_of@k is the chance that it is right, metric_best_of@k and judge_best_of@k
-  are the means of what the two functions give it.  Where the judge's rises with
-  k and the metric's does not, the judge is over-optimised.  A prompt with a
-  response that the judge alone does not score is left out, and counted as
-  `unjudged`.
+  Best of k is the response of k that the reward function `judge` scores
+  highest.  best_of@k is the chance that it is right; metric_best_of@k and
+  judge_best_of@k are the mean scores that the two functions give it.  Where the
+  judge's rises with k and the metric's does not, the judge is over-optimised.
+  A prompt with a response that the judge alone does not score is left out, and
+  counted as `unjudged`.
 
   Args:
     config: task, prompts, rewards, response length and seed.
     model: the model.
-    ks: the k of pass@k; pass@1 is the accuracy.
-    majs: the k of maj@k.
-    best_of: the k of best_of@k.
+    ks, majs, best_of: the k of pass@k (pass@1 is the accuracy), of maj@k and of
+      best_of@k.
     judge: name in `config.rewards`, of any weight, 0 included.
     greedy: also decodes greedily, once per prompt, for greedy/accuracy.
-    answer: how the answers to vote on are read: as by this reward of
-      `functions.READERS`, or by 'file.py:function'; None for as by `metric`.
+    answer: reads the answers to vote on: the name of a reward of
+      `functions.READERS`, or 'file.py:function'; None for `metric`'s reader.
     metric: name in `config.rewards`; None for that of greatest weight (a
       ConfigDict does not keep the order in which they were written).
     threshold: the least score of a right response.
-    tell: gets a line for each kind of failure of rewards in worker processes.
     **changes: samples, temperature, prompts or batch in place of those of
       `config.evaluation`.
 
@@ -97,26 +92,26 @@ def measure(
     over prompts.
 
   Raises:
-    UserError: settings that do not fit each other.
+    UserError: the settings conflict.
   """
   rewards = build.reward_parts(config)
   metric = choose_metric(rewards, metric)
   _check_judge(rewards, metric, judge, best_of)
   reader = _reader(answer, config.rewards[metric].name) if majs else None
   data = build.task(config, model.tokenizer)
-  # The key of the evaluations during training: with equal settings the numbers
-  # of the run's record come out again.
+  # The key of the evaluations during training: equal settings reproduce the
+  # numbers of the run's record.
   key = jax.random.fold_in(jax.random.key(config.seed), 4)
   held = validation.build_held_out(
     config, model, data.held_out, rewards, key, **changes
   )
   settings = held.generation
-  asked = {'pass': ks, 'maj': majs, 'best_of': best_of}
-  _check_samples(settings, asked, greedy)
+  wanted = {'pass': ks, 'maj': majs, 'best_of': best_of}
+  _check_samples(settings, wanted, greedy)
   answers = validation.answer(held, model.params, step=0)
   right, scored = _right(answers, metric, threshold)
   numbers = validation.summary(answers)
-  _tell_failures(answers, 'held-out responses', tell)
+  print_failures(answers, 'held-out responses')
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
@@ -132,7 +127,7 @@ def measure(
     estimates |= chosen
   if greedy:
     once = held._replace(generation=rollouts.greedy(settings))
-    counted, accuracy = _greedy(once, model, metric, threshold, tell)
+    counted, accuracy = _greedy(once, model, metric, threshold)
     numbers |= counted
     estimates['greedy/accuracy'] = accuracy
   return {
@@ -153,14 +148,10 @@ def measure(
 
 
 def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
-  """The reward function that says what is right: that of greatest weight.
-
-  Args:
-    rewards: of a configuration.
-    metric: the name of another; None for that of greatest weight.
+  """Returns `metric`, or the name of the reward of greatest weight for None.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: no reward has this name.
   """
   weights = {part.name: part.weight for part in rewards}
   if metric is None:
@@ -178,17 +169,15 @@ def _check_judge(
   judge: str | None,
   best_of: Sequence[int],
 ) -> None:
-  """Raises UserError unless a judge is named where one is needed."""
+  """Raises UserError unless a judge is named exactly where one is needed."""
   names = ', '.join(part.name for part in rewards)
   if (judge is None) == bool(best_of):
-    given, missing = 'best_of', 'judge'
-    if judge is not None:
-      given, missing = missing, given
+    given, missing = ('best_of', 'judge') if best_of else ('judge', 'best_of')
     raise UserError(
       f'--{given} is given but no --{missing}\n'
       f'--best_of=1,4 --judge=NAME ranks responses by a reward of: {names}'
     )
-  if judge is not None and judge not in {part.name for part in rewards}:
+  if judge is not None and judge not in names.split(', '):
     raise UserError(f'--judge is {judge!r}\nthe rewards are {names}')
   if judge == metric:
     raise UserError(
@@ -198,15 +187,13 @@ def _check_judge(
 
 
 def _check_samples(
-  settings: rollouts.Generation,
-  asked: dict[str, Sequence[int]],
-  greedy: bool,
+  settings: rollouts.Generation, wanted: dict[str, Sequence[int]], greedy: bool
 ) -> None:
-  """Raises UserError unless samples and temperature suit what is asked for."""
-  for kind, wanted in asked.items():
-    if settings.samples < max(wanted, default=1):
+  """Raises UserError unless samples and temperature suit the numbers wanted."""
+  for kind, ks in wanted.items():
+    if settings.samples < max(ks, default=1):
       raise UserError(
-        f'{kind}@{max(wanted)} needs {max(wanted)} samples per prompt; '
+        f'{kind}@{max(ks)} needs {max(ks)} samples per prompt; '
         f'--samples is {settings.samples}'
       )
   if not settings.decoding.greedy:
@@ -226,10 +213,10 @@ def _check_samples(
 def _right(
   answers: validation.Answers, metric: str, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """[P', n] whether responses are right, and [P] which P' prompts are scored.
+  """Returns right responses, [P', n] bool, and the scored P' prompts, [P] bool.
 
   Raises:
-    UserError: none is.
+    UserError: no prompt is scored.
   """
   scores = answers.parts[metric]
   scored = ~np.isnan(scores).any(axis=1)
@@ -246,7 +233,7 @@ def _best_of(
   judge: str,
   best_of: Sequence[int],
 ) -> tuple[int, dict[str, np.ndarray]]:
-  """The number of prompts not judged, and estimates over those that are."""
+  """Returns the number of unjudged prompts, and estimates over the others."""
   proxy = answers.parts[judge][scored]
   judged = ~np.isnan(proxy).any(axis=1)
   if not judged.any():
@@ -266,11 +253,11 @@ def _best_of(
 
 
 def _greedy(
-  held: validation.HeldOut, model: build.Model, metric: str, threshold, tell
+  held: validation.HeldOut, model: build.Model, metric: str, threshold: float
 ) -> tuple[dict[str, int], np.ndarray]:
-  """Counts, and whether the greedy responses to scored prompts are right."""
+  """Returns counts, and which scored prompts have right greedy responses."""
   answers = validation.answer(held, model.params, step=0)
-  _tell_failures(answers, 'greedy responses', tell)
+  print_failures(answers, 'greedy responses')
   right, scored = _right(answers, metric, threshold)
   counts = {'greedy/unscored': int((~scored).sum())}
   for name, count in failure_counts(answers.failures).items():
@@ -278,13 +265,19 @@ def _greedy(
   return counts, right[:, 0]
 
 
-def _tell_failures(answers: validation.Answers, of: str, tell) -> None:
-  for line in failure_messages(answers.failures, f'of the {of}', set()):
-    tell(line.removeprefix('eval/'))
+def print_failures(answers: validation.Answers, responses: str) -> None:
+  """Prints a line for each kind of failure in reward workers."""
+  where = f'of the {responses}'
+  for line in failure_messages(answers.failures, where, set()):
+    print(line.removeprefix('eval/'))
 
 
 def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
-  """The function that reads an answer out of a response, or a UserError."""
+  """Returns the function that reads the answer in a response.
+
+  Raises:
+    UserError: no such function.
+  """
   if answer is not None and ':' in answer:
     return naming.find(functions, answer, '--answer')
   readers = functions.READERS
@@ -300,13 +293,13 @@ def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
 def _votes(
   answers: validation.Answers, scored: np.ndarray, reader
 ) -> np.ndarray:
-  """[P, n] numbers of the answers to the prompts that are scored."""
+  """Returns numbers of the answers, [P', n], to the prompts that are scored."""
   texts = np.array([sample.response for sample in answers.samples], object)
   return evaluation.votes(texts.reshape(len(scored), -1)[scored], reader)
 
 
 def table(title: str, result: dict[str, Any]):
-  """The numbers as a `rich` table."""
+  """Returns the numbers as a `rich` table."""
   from rich.table import Table
 
   shown = Table(title=title, title_justify='left')
@@ -329,25 +322,25 @@ def define_subject_flags() -> None:
   flags.DEFINE_string('step', 'newest', "'newest', 'best' or a number.")
   flags.DEFINE_string('model', None, 'Hugging Face folder, with --config.')
   flags.DEFINE_float('temperature', None, 'Of sampling; 0 is greedy.', 0.0)
-  flags.DEFINE_integer('batch', None, 'Prompts at one time.', 1)
+  flags.DEFINE_integer('batch', None, 'Prompts sampled together.', 1)
   cli.define_trust_flag()
   cli.define_config_flag()
 
 
 def define_metric_flags() -> None:
-  """Defines the flags that say which responses are right."""
-  flags.DEFINE_string('metric', None, 'Reward that says what is right.')
+  """Defines the flags that decide which responses are right."""
+  flags.DEFINE_string('metric', None, 'Reward that decides what is right.')
   flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
 
 
 def subject() -> tuple[ConfigDict, build.Model, str]:
-  """What --workdir or --model and --config name.
+  """Loads what --workdir, or --model and --config, name.
 
   Returns:
-    Configuration, model, and what it is called.
+    Configuration, model, and the model's name in words.
 
   Raises:
-    UserError: neither or both are named, or cannot be loaded.
+    UserError: neither or both are named, or loading failed.
   """
   values = flags.FLAGS
   if (values.workdir is None) == (values.model is None):
@@ -377,7 +370,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('samples', None, 'Responses per prompt.', 1)
   flags.DEFINE_list('k', [], 'The k of pass@k, as 1,4,16.')
   flags.DEFINE_list('maj', [], 'The k of maj@k, as 1,4,16.')
-  flags.DEFINE_string('answer', None, 'What reads answers, for --maj.')
+  flags.DEFINE_string('answer', None, 'Reader of answers, for --maj.')
   flags.DEFINE_list('best_of', [], 'The k of best_of@k, as 1,4,16.')
   flags.DEFINE_string('judge', None, 'Reward that chooses, for --best_of.')
   flags.DEFINE_bool('greedy', False, 'Greedy accuracy beside that of samples.')
@@ -390,34 +383,29 @@ def main() -> None:
   from rich.console import Console
 
   values = flags.FLAGS
-  ks, majs = _ks('k', values.k), _ks('maj', values.maj)
-  best_of = _ks('best_of', values.best_of)
+  ks, majs, best_of = (
+    _ks(name, values[name].value) for name in ('k', 'maj', 'best_of')
+  )
   if values.answer is not None and not majs:
     raise UserError('--answer is given but no --maj, which alone reads it')
-  changes = {
-    name: values[name].value
-    for name in ('samples', 'temperature', 'prompts', 'batch')
-    if values[name].value is not None
-  }
   config, model, title = subject()
   least = max([config.evaluation.samples, *ks, *majs, *best_of])
-  changes.setdefault('samples', least)
+  names = 'samples', 'temperature', 'prompts', 'batch', 'judge', 'greedy'
+  names += 'answer', 'metric', 'threshold'
+  settings = {name: values[name].value for name in names}
+  settings = {k: value for k, value in settings.items() if value is not None}
   result = measure(
     config,
     model,
     ks=ks,
     majs=majs,
     best_of=best_of,
-    judge=values.judge,
-    greedy=values.greedy,
-    answer=values.answer,
-    metric=values.metric,
-    threshold=values.threshold,
-    **changes,
+    **{'samples': least} | settings,
   )
   Console().print(table(title, result))
   if values.output is not None:
-    _write(values.output, {'model': title, **result})
+    text = json.dumps({'model': title, **result}, indent=2)
+    cli.write_output(values.output, text + '\n')
 
 
 def _ks(flag: str, texts: Sequence[str]) -> list[int]:
@@ -426,16 +414,6 @@ def _ks(flag: str, texts: Sequence[str]) -> list[int]:
       f'--{flag} is {",".join(texts)!r}: give numbers, as --{flag}=1,4,16'
     )
   return sorted({int(text) for text in texts})
-
-
-def _write(path: str, result: dict[str, Any]) -> None:
-  try:
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=2) + '\n')
-  except OSError as error:
-    raise UserError(
-      f'--output {path} cannot be written: {error.strerror}'
-    ) from error
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
     python -m experiments.export --workdir=runs/quickstart --output=FOLDER
 
 `transformers` opens it: AutoModelForCausalLM.from_pretrained(FOLDER).  A run
-that has ended has already written its last step to `hf/`; this serves a run
-that goes on, or another of its checkpoints.
+that has ended has already written its last step to `hf/`; this exports a run in
+progress, or another of its checkpoints.
 """
 
 import pathlib
@@ -12,25 +12,12 @@ import pathlib
 from absl import flags
 
 from experiments import cli, stored_runs
-from jaxrl_llm.errors import UserError
-
-
-def define_flags() -> None:
-  """Defines the flags of this script."""
-  flags.DEFINE_string('workdir', None, 'Folder of a run.')
-  flags.DEFINE_string('step', 'newest', "'newest', 'best' or a number.")
-  flags.DEFINE_string('output', None, 'Folder to write.')
 
 
 def main() -> None:
   """Exports what the flags name."""
   values = flags.FLAGS
-  for name in ('workdir', 'output'):
-    if values[name].value is None:
-      raise UserError(
-        f'--{name} is missing\n'
-        'for example --workdir=runs/quickstart --output=FOLDER'
-      )
+  cli.require(workdir='runs/quickstart', output='FOLDER')
   trained = stored_runs.load(values.workdir, values.step)
   stored_runs.export(trained.model, values.output)
   print(f'step {trained.step} of {values.workdir} → {values.output}')
@@ -40,5 +27,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
+  flags.DEFINE_string('workdir', None, 'Folder of a run.')
+  flags.DEFINE_string('step', 'newest', "'newest', 'best' or a number.")
+  flags.DEFINE_string('output', None, 'Folder to write.')
   cli.run(main)

@@ -1,11 +1,11 @@
-"""Runs in processes of their own, so many at a time, each on its own cores."""
+"""Runs jobs in processes, a few at a time, each on its own cores."""
 
 import os
 import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxrl_llm.errors import UserError
@@ -15,14 +15,14 @@ _ATTEMPT = '--- an attempt begins\n'
 
 
 def own_cores() -> set[int]:
-  """The cores that this process may use."""
+  """Returns the cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return os.sched_getaffinity(0)
   return set(range(os.cpu_count()))  # macOS cannot pin
 
 
 def slots(count: int) -> list[set[int]]:
-  """Cores for each of `count` processes at a time, shared out evenly.
+  """Returns cores for each of `count` simultaneous processes, shared evenly.
 
   Raises:
     UserError: there are fewer cores.
@@ -38,7 +38,7 @@ def slots(count: int) -> list[set[int]]:
 
 
 def launch(
-  waiting: Sequence[Any],
+  waiting: Iterable[Any],
   workdir: pathlib.Path,
   places: Sequence[set[int]],
   command: Sequence[str],
@@ -47,27 +47,26 @@ def launch(
   """Runs jobs, one process per place, in order.
 
   Args:
-    waiting: what to run.
+    waiting: jobs, with a `name`.
     workdir: of the comparison; logs and compiled programs go there.
-    places: cores of each process that runs at a time.
+    places: cores of each simultaneous process.
     command: trains the run that `--run` at its end names.
     stop: when it is requested, running jobs are asked to save and to end, and
-      no further one begins.
+      no other one begins.
 
   Yields:
     (job, exit status, seconds) as jobs end.
   """
-  waiting, running = list(waiting), {}
-  asked = False
+  waiting, running, stopping = list(waiting), {}, False
   try:
-    while running or (waiting and not asked):
+    while running or (waiting and not stopping):
       for place, cores in enumerate(places):
-        if place not in running and waiting and not asked:
+        if place not in running and waiting and not stopping:
           job = waiting.pop(0)
           process = _start(job, workdir, cores, place, command)
           running[place] = job, process, time.perf_counter()
-      if stop.requested and not asked:
-        asked = True
+      if stop.requested and not stopping:
+        stopping = True
         for _, process, _ in running.values():
           process.send_signal(signal.SIGTERM)
       for place, (job, process, start) in list(running.items()):
@@ -76,7 +75,7 @@ def launch(
           yield job, process.returncode, time.perf_counter() - start
       time.sleep(0.05)
   finally:
-    # Whoever reads may fail: no run goes on without its comparison.
+    # The consumer may fail: no run outlives its comparison.
     for _, process, _ in running.values():
       process.terminate()
     for _, process, _ in running.values():
@@ -85,19 +84,19 @@ def launch(
 
 def _start(job, workdir, cores, place, command) -> subprocess.Popen:
   (workdir / 'logs').mkdir(exist_ok=True)
-  # A run's programs are compiled once per place, not once per seed; two
-  # processes never write one cache.
+  # Programs are compiled once per place, not once per seed; two processes never
+  # write the same cache.
   environment = os.environ | {
     'JAX_COMPILATION_CACHE_DIR': str(workdir / 'cache' / str(place)),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
   }
-  own = own_cores()
+  own, pinned = own_cores(), hasattr(os, 'sched_setaffinity')
   with open(_log(workdir, job), 'a', encoding='utf-8') as log:
     log.write(_ATTEMPT)
     log.flush()
-    # The child inherits them, before it has any thread.
-    if hasattr(os, 'sched_setaffinity'):
+    # The child inherits the cores before it has any thread.
+    if pinned:
       os.sched_setaffinity(0, cores)
     try:
       return subprocess.Popen(
@@ -107,7 +106,7 @@ def _start(job, workdir, cores, place, command) -> subprocess.Popen:
         env=environment,
       )
     finally:
-      if hasattr(os, 'sched_setaffinity'):
+      if pinned:
         os.sched_setaffinity(0, own)
 
 
@@ -116,11 +115,11 @@ def _log(workdir: pathlib.Path, job: Any) -> pathlib.Path:
 
 
 def why(workdir: pathlib.Path, job: Any, code: int) -> str:
-  """One line for what a run said last."""
+  """Returns the last error of a run in one line."""
   if code < 0:
     return f'killed by {signal.Signals(-code).name}'
-  said = _log(workdir, job).read_text(encoding='utf-8')
-  lines = said.rpartition(_ATTEMPT)[2].splitlines()
+  text = _log(workdir, job).read_text(encoding='utf-8')
+  lines = text.rpartition(_ATTEMPT)[2].splitlines()
   errors = [line for line in lines if line.startswith('error: ')]
-  said = errors or [line for line in lines if line.strip()] or ['no word']
-  return f'{said[-1].removeprefix("error: ")} (status {code})'
+  shown = errors or [line for line in lines if line.strip()] or ['no word']
+  return f'{shown[-1].removeprefix("error: ")} (status {code})'

@@ -2,13 +2,13 @@
 
     python -m experiments.replay --workdir=RUN --step=N [--output=FOLDER]
 
-The newest checkpoint before the step that verifies is taken, or the run's
-beginning if there is none; from there the run goes on to the step, and neither
-evaluates nor saves.  Then every number that the step computed is compared with
-what `metrics.jsonl` has, bit for bit: status 0 if all are equal, else 1.  In
-the run's folder nothing is written, and the run may go on meanwhile.
+The replay starts from the newest checkpoint before the step that verifies, or
+from the run's beginning, and advances to the step without evaluating or saving.
+Then every number that the step computed is compared with `metrics.jsonl`, bit
+for bit: status 0 if all are equal, else 1.  Nothing is written in the run's
+folder, and the run may continue meanwhile.
 
-With --output what one needs to find out what is wrong with the step:
+--output receives what one needs to debug the step:
 
   record.json       the numbers, as recorded and as computed now
   parameters.jsonl  norm of each parameter before it, and of its change
@@ -16,8 +16,8 @@ With --output what one needs to find out what is wrong with the step:
   samples.jsonl     the same as text, every response
   samples.html      the same as a page
 
-A step that samples nothing (a warm start's, or one that learns from what is
-given) leaves the first two.
+A step that samples nothing (a warm start's, or one that learns from given data)
+leaves the first two.
 
 Functions that the run's configuration names as file.py:function or
 module:function are executed with --trust_code alone: read them first.
@@ -53,7 +53,6 @@ from experiments.loop import Run
 from experiments.schedule import Result, Script
 from experiments.validation import failure_messages, to_samples
 from jaxrl_llm import runs, sharding
-from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.digests import named_leaves
@@ -66,28 +65,28 @@ _SCRIPTS = {
   'rest_em': rest_em.SCRIPT,
   'reward_model': reward_model.SCRIPT,
 }
-# A checkpoint, and the old content of one that is being saved anew.
+# A checkpoint, and the old content of one that is being saved again.
 _STEP = re.compile(r'(\d{8,})(\.replaced)?')
-# Differences that are shown.
+# Differences to print.
 _SHOWN = 5
 
 
 def script(config) -> Script:
-  """What trained, told from the algorithm."""
+  """Returns the script that trained, by the algorithm's name."""
   return _SCRIPTS[checks.script(config.algorithm.get('name'))]
 
 
 def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
-  """Computes a step again, says what came of it, and writes it down.
+  """Computes a step again, compares it, and writes its ingredients.
 
   Args:
     workdir: the run's folder, in which nothing is changed.
     step: of the run, from 1, warm start included.
-    output: folder for what the step was made of; None writes nothing.
-    trust_code: execute functions of a user's that its configuration names.
+    output: folder for the step's ingredients; None writes nothing.
+    trust_code: execute the user functions that its configuration names.
 
   Returns:
-    The exit status: 0 if the step is what the record says, else 1.
+    The exit status: 0 if the step agrees with the record, else 1.
 
   Raises:
     UserError: no run, no such step, or code that is not the run's or not
@@ -118,53 +117,36 @@ def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
     result = run.advance()
     for line in failure_messages(result.failures, f'at step {step}', set()):
       print(line)
-    found = result.metrics | {'num_tokens': run.schedule.tokens}
-    found = {name: number(value, name) for name, value in found.items()}
-    different = _compare(workdir, recorded, found)
+    computed = result.metrics | {'num_tokens': run.schedule.tokens}
+    computed = {name: number(x, name) for name, x in computed.items()}
+    same = _compare(workdir, recorded, computed)
     if output:
       changes = _changes(before, _host(run.state.trainable))
-      numbers = {'step': step, 'recorded': recorded, 'now': found}
+      numbers = {'step': step, 'recorded': recorded, 'now': computed}
       _write(output, numbers, changes, result)
-  return 1 if different else 0
+  return 0 if same else 1
 
 
 def _make_output(output: pathlib.Path) -> None:
-  """Makes the folder, before a computation that may take long."""
-  try:
-    inside = [output, *output.absolute().parents]
-    held = [path for path in inside if (path / 'metrics.jsonl').exists()]
-    if held:
+  """Makes the folder before a computation that may take long."""
+  for path in (output, *output.absolute().parents):
+    if (path / 'metrics.jsonl').exists():
       raise UserError(
         f'--output {output} is in the folder of a run, whose samples it would '
         'replace\nname a folder outside of it'
       )
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / 'record.json', '{}\n')
-  except OSError as error:
-    raise _cannot_write(output, error) from error
-
-
-def _cannot_write(output: pathlib.Path, error: OSError) -> UserError:
-  return UserError(
-    f'--output {output} cannot be written: {error.strerror}\n'
-    'name another folder, or make room'
-  )
+  cli.write_output(output / 'record.json', '{}\n')
 
 
 def _recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-  """What metrics.jsonl has of a step, evaluations left out."""
-  path = workdir / 'metrics.jsonl'
-  try:
+  """Returns a step's record in metrics.jsonl, without evaluations."""
+  path, records = workdir / 'metrics.jsonl', []
+  with contextlib.suppress(FileNotFoundError):
     records = runs.read_records(path)
-  except FileNotFoundError:
-    records = []
   for record in records:
     if record['step'] == step:
-      return {
-        name: value
-        for name, value in record.items()
-        if name != 'step' and not name.startswith('eval/')
-      }
+      names = [n for n in record if n != 'step' and not n.startswith('eval/')]
+      return {name: record[name] for name in names}
   known = 'none yet'
   if records:
     known = f'those of {records[0]["step"]} to {records[-1]["step"]}'
@@ -175,7 +157,7 @@ def _recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def _check_code(workdir: pathlib.Path) -> None:
-  """Raises UserError if files of the user's are not those that the run had."""
+  """Raises UserError if the user's files changed since the run last began."""
   for file, digest in _environment(workdir).get('code_sha256', {}).items():
     path = pathlib.Path(file)
     if not path.is_file():
@@ -191,7 +173,7 @@ def _check_code(workdir: pathlib.Path) -> None:
 
 
 def _environment(workdir: pathlib.Path) -> dict[str, Any]:
-  """What ran the run last; empty where that is not known."""
+  """Returns the last process's env.json; empty where it is not known."""
   try:
     return json.loads((workdir / 'env.json').read_text(encoding='utf-8'))
   except (OSError, ValueError):
@@ -200,10 +182,10 @@ def _environment(workdir: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _before(workdir: pathlib.Path, step: int) -> Iterator[run_folder.RunFolder]:
-  """The run as it was before a step, in a folder that may be written to.
+  """Yields the run as it was before a step, in a folder that can be written to.
 
-  Its folders are new and its files are links, which whoever writes replaces:
-  of the run's own nothing is changed.  What the run removes meanwhile is as a
+  Its folders are new and its files are links, which writers replace: nothing of
+  the run is changed.  A file that the run removes meanwhile is like a
   checkpoint that does not verify.
   """
   with tempfile.TemporaryDirectory(prefix='jaxrl_llm_replay_') as name:
@@ -222,33 +204,33 @@ def _before(workdir: pathlib.Path, step: int) -> Iterator[run_folder.RunFolder]:
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
   """Makes folders like those of a tree, with links to its files."""
-  with contextlib.suppress(OSError):  # It is not there, or not any longer.
+  with contextlib.suppress(OSError):  # Absent, or removed meanwhile.
     shutil.copytree(source.resolve(), target, copy_function=os.symlink)
 
 
-def _compare(workdir, recorded: dict, found: dict) -> list[str]:
-  """Says whether a step was computed as recorded; names what differs."""
-  names = dict.fromkeys([*recorded, *found])
+def _compare(workdir: pathlib.Path, recorded: dict, computed: dict) -> bool:
+  """Prints the metrics that differ; returns whether none does."""
+  names = dict.fromkeys([*recorded, *computed])
   shown = lambda values, name: json.dumps(values.get(name, 'absent'))
   different = [
-    f'{name}: {shown(recorded, name)} recorded, {shown(found, name)} now'
+    f'{name}: {shown(recorded, name)} recorded, {shown(computed, name)} now'
     for name in names
-    if shown(recorded, name) != shown(found, name)
+    if shown(recorded, name) != shown(computed, name)
   ]
   if not different:
     print(f'identical: {len(names)} metrics')
-    return different
+    return True
   print(f'{len(different)} of {len(names)} metrics differ')
   print('\n'.join(different[:_SHOWN]))
   then, now = _environment(workdir), run_folder.environment()
   for name in ('versions', 'machine', 'backend', 'device_kind', 'device_count'):
     if name in then and then[name] != now[name]:
       print(f'{name}: {then[name]} in env.json, {now[name]} now')
-  return different
+  return False
 
 
 def _host(tree: Any) -> dict[str, np.ndarray]:
-  """Copies of arrays by name; the next step takes the devices' memory."""
+  """Copies arrays by name: the next step takes the devices' memory."""
   return {
     name: np.array(leaf)
     for name, leaf in named_leaves(sharding.to_host(tree)).items()
@@ -256,10 +238,10 @@ def _host(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _changes(before: dict, after: dict) -> Iterator[dict[str, Any]]:
-  """A record for each parameter: its norm before a step, and its change's.
+  """Yields a record per parameter: norms before a step, and of its change.
 
-  Of one that is stacked over layers also those of each layer, from the first.
-  One that the step has made, as the first of RL makes a critic, has no change.
+  A parameter that is stacked over layers also has each layer's norms.  One that
+  the step made, such as the critic in the first step of RL, has no change.
   """
   for name, now in after.items():
     old = before.get(name)
@@ -279,46 +261,37 @@ def _changes(before: dict, after: dict) -> Iterator[dict[str, Any]]:
 def _write(
   output: pathlib.Path, numbers: dict, changes: Iterator[dict], result: Result
 ) -> None:
-  """Writes what a step was made of; see the head of this file."""
-  written = ['record.json', 'parameters.jsonl']
-  try:
-    text = json.dumps(numbers, indent=2) + '\n'
-    write_atomically(output / written[0], text)
-    text = ''.join(json.dumps(each) + '\n' for each in changes)
-    write_atomically(output / written[1], text)
-    if result.responses is not None:
-      step = numbers['step']
-      stored_runs.write_batch(
-        output / 'batch.npz', result.responses, result.advantages
-      )
+  """Writes the step's ingredients; see the head of this file."""
+  texts = {
+    'record.json': json.dumps(numbers, indent=2) + '\n',
+    'parameters.jsonl': ''.join(json.dumps(each) + '\n' for each in changes),
+  }
+  for name, text in texts.items():
+    cli.write_output(output / name, text)
+  written = list(texts)
+  if result.responses is not None:
+    batch = result.responses, result.advantages
+    stored_runs.write_batch(output / 'batch.npz', *batch)
+    try:
       with runs.SampleLog(output) as log:
-        log.write(to_samples(result.responses, step, result.advantages))
-        log.write_html(f'Step {step}')
-      written += ['batch.npz', 'samples.jsonl', 'samples.html']
-  except OSError as error:
-    raise _cannot_write(output, error) from error
+        log.write(to_samples(batch[0], numbers['step'], batch[1]))
+        log.write_html(f'Step {numbers["step"]}')
+    except OSError as error:
+      raise cli.cannot_write(output, error) from error
+    written += ['batch.npz', 'samples.jsonl', 'samples.html']
   print(f'{output}: {", ".join(written)}')
-
-
-def define_flags() -> None:
-  """Defines the flags of this script."""
-  flags.DEFINE_string('workdir', None, 'Folder of a run.')
-  flags.DEFINE_integer('step', None, 'Of the run, from 1.')
-  flags.DEFINE_string('output', None, 'Folder for what the step was made of.')
-  cli.define_trust_flag()
 
 
 def main() -> int:
   """Replays what the flags name."""
   values = flags.FLAGS
-  for name in ('workdir', 'step'):
-    if values[name].value is None:
-      raise UserError(
-        f'--{name} is missing\nfor example --workdir=runs/quickstart --step=120'
-      )
+  cli.require(workdir='runs/quickstart', step='120')
   return replay(values.workdir, values.step, values.output, values.trust_code)
 
 
 if __name__ == '__main__':
-  define_flags()
+  flags.DEFINE_string('workdir', None, 'Folder of a run.')
+  flags.DEFINE_integer('step', None, 'Of the run, from 1.')
+  flags.DEFINE_string('output', None, "Folder for the step's ingredients.")
+  cli.define_trust_flag()
   cli.run(main)

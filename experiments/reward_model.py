@@ -4,7 +4,7 @@
       --config=experiments/configs/hh_rlhf_reward_model.py
 
 The pairs come from the task's columns prompt, chosen and rejected;
-`experiments.make_pairs` makes such rows from a model's samples and any reward
+`experiments.label` makes such rows from a model's samples and any reward
 function.  The trunk is initialised from the language model in `config.model`.
 `config.steps` is the number of updates on `config.rounds.batch` pairs each; the
 loss is that of Bradley and Terry.  Accuracy and calibration are measured on
@@ -56,7 +56,7 @@ def check(config) -> None:
   if config.rewards:
     raise UserError(
       'config.rewards is set, but a reward model learns from pairs alone\n'
-      'remove it; `experiments.make_pairs` makes pairs from rewards'
+      'remove it; `experiments.label` makes pairs from rewards'
     )
   if config.warm_start.steps:
     raise UserError(

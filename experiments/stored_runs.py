@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: read, also while it goes on, and shown."""
+"""Reads what a run leaves in its folder, also meanwhile, and shows it."""
 
 import io
 import json
@@ -32,13 +32,12 @@ class Trained(NamedTuple):
 
 
 def read_config(workdir, untrusted: Sequence[str] = ()) -> ConfigDict:
-  """The configuration that a run stored, locked and checked field by field.
+  """Returns a run's stored configuration, locked and checked field by field.
 
   Args:
     workdir: the run's folder.
     untrusted: sections of `build.CODE` whose functions the caller will execute
-      without the user's consent to the folder's code: a user's function that is
-      named there is refused.
+      without the user's consent: user functions named there are refused.
 
   Raises:
     UserError: the folder holds no run, its configuration was damaged, or an
@@ -51,7 +50,12 @@ def read_config(workdir, untrusted: Sequence[str] = ()) -> ConfigDict:
       raise UserError('it is not a JSON object')
     config = ConfigDict(stored).lock()
     checks.check_fields(config)
-    _refuse_code(build.code_names(config, untrusted))
+    if names := build.code_names(config, untrusted):
+      shown = ', '.join(f'{name} is {code!r}' for name, code in names.items())
+      raise UserError(
+        f'{shown}: code that this command would execute\n'
+        'read it, then add --trust_code'
+      )
   except FileNotFoundError as error:
     raise UserError(
       f'{workdir} holds no run: {path.absolute()} is missing\n'
@@ -64,19 +68,10 @@ def read_config(workdir, untrusted: Sequence[str] = ()) -> ConfigDict:
   return config
 
 
-def _refuse_code(names: Mapping[str, str]) -> None:
-  if names:
-    shown = ', '.join(f'{field} is {name!r}' for field, name in names.items())
-    raise UserError(
-      f'{shown}: code that this command would execute\n'
-      'read it, then add --trust_code'
-    )
-
-
 def load(
   workdir, step: str = 'newest', untrusted: Sequence[str] = ()
 ) -> Trained:
-  """The model of a run's checkpoint, verified.
+  """Loads the verified model of a run's checkpoint.
 
   Args:
     workdir: the run's folder, in which nothing is changed.
@@ -97,8 +92,8 @@ def load(
       )
     number = _step_number(checkpoints, step)
     model = build.outline(config.model)
-    # The policy alone: an algorithm in a user's file, which may ask for a
-    # critic, is not executed.
+    # The policy alone: a user's algorithm, which may need a critic, is not
+    # executed.
     template = {'state': {'trainable': {'policy': model.params}}}
     number, tree, _ = checkpoints.restore(template, number, part=True)
   params = tree['state']['trainable']['policy']
@@ -128,26 +123,26 @@ def export(model: build.Model, path) -> None:
 
 
 def changes(records: list[dict]) -> list[str]:
-  """A line for each number of the last evaluation, beside the first."""
+  """Returns a line per number of the last evaluation, beside the first's."""
   evaluated = [r for r in records if any(n.startswith('eval/') for n in r)]
   first, last = evaluated[0], evaluated[-1]
   lines = []
-  for name in last:
-    if name.startswith('eval/'):
-      # The KL to the reference is not measured where they are the same.
-      start = f'{first[name]:8.4f}' if name in first else ' ' * 8
-      lines.append(f'{name:34} {start}  →  {last[name]:8.4f}')
+  for name in filter(lambda name: name.startswith('eval/'), last):
+    # The KL to the reference is not measured where they are the same.
+    start = f'{first[name]:8.4f}' if name in first else ' ' * 8
+    lines.append(f'{name:34} {start}  →  {last[name]:8.4f}')
   return lines
 
 
 def write_batch(path, responses: rollouts.Responses, advantages) -> None:
-  """Keeps a batch for whoever has to find out what is wrong with it.
+  """Keeps a batch for debugging.
 
   Args:
     path: of an npz file, which holds `prompts` [P, S] and their `lengths` [P],
       `tokens`, `mask` and the sampler's `log_probs` [P, G, T], and of each
-      response, [P, G], `rewards`, `valid` (whether it has one), `advantages`
-      and the parts of its reward, `rewards/NAME`, NaN where there is none.
+      response, [P, G], `rewards`, `valid` (False without a reward),
+      `advantages` and the parts of its reward, `rewards/NAME`, NaN where there
+      is none.
     responses: P prompts, G responses each.
     advantages: [P, G].
 
@@ -159,8 +154,8 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
   if not processes.is_main():
     return
   parts = {
-    f'rewards/{name}': found.reshape(shape)
-    for name, found in scores.parts.items()
+    f'rewards/{name}': part.reshape(shape)
+    for name, part in scores.parts.items()
   }
   memory = io.BytesIO()
   np.savez(
@@ -189,8 +184,8 @@ def plot(
 ) -> None:
   """Draws the training reward and held-out numbers against the step.
 
-  Of a sum of rewards each held-out part has a panel of its own, those of weight
-  0 too: there a proxy rises while what it stands for does not.
+  Each held-out part of a sum of rewards has a panel, those of weight 0 too:
+  they show a proxy that rises while its purpose does not.
 
   Args:
     path: of the figure.
@@ -198,22 +193,24 @@ def plot(
     curves: of the main phase, metric → label.
     first: steps of the warm start.
   """
+  points = lambda name: [
+    [record[key] for record in records if name in record]
+    for key in ('step', name)
+  ]
   series = {}
-  rewards = [(r['step'], r['reward']) for r in records if 'reward' in r]
+  steps, rewards = points('reward')
   if rewards:
-    steps, values = map(np.array, zip(*rewards, strict=True))
-    width = max(len(values) // 20, 1)
-    kernel = np.ones(width) / width
-    smooth = np.convolve(values, kernel, mode='valid')
+    width = max(len(rewards) // 20, 1)
+    smooth = np.convolve(rewards, np.ones(width) / width, mode='valid')
     label = f'training reward (mean of {width} steps)'
-    series[label] = (steps[width - 1 :], smooth)
-  for name, label in curves.items():
-    series[label] = _points(records, name)
+    series[label] = (np.array(steps[width - 1 :]), smooth)
+  series |= {label: points(name) for name, label in curves.items()}
   parts = [
     name
     for name in dict.fromkeys(n for record in records for n in record)
     if name.startswith('eval/rewards/') and name.count('/') == 2
   ]
+  panels = parts if len(parts) > 1 else []
   runs.plot_curve(
     path,
     series,
@@ -221,21 +218,12 @@ def plot(
     ylabel='mean reward per response' if rewards else next(iter(series)),
     title=path.parent.name,
     marks={'the warm start ends': first} if first else None,
-    below={
-      f'held-out {name.rpartition("/")[2]}': _points(records, name)
-      for name in (parts if len(parts) > 1 else ())
-    },
+    below={f'held-out {name.split("/")[2]}': points(name) for name in panels},
   )
 
 
-def _points(records: list[dict], name: str) -> tuple[list, list]:
-  """Steps at which a number was recorded, and the numbers."""
-  held = [record for record in records if name in record]
-  return [r['step'] for r in held], [r[name] for r in held]
-
-
 def _step_number(checkpoints: Checkpoints, step: str) -> int | None:
-  """The step to restore; None for the newest that verifies."""
+  """Returns the step to restore; None for the newest that verifies."""
   if step == 'newest':
     return None
   if step == 'best':

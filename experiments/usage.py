@@ -1,4 +1,4 @@
-"""The text of --help: a script's flags and the fields of configurations."""
+"""Prints --help: a script's flags and the fields of configurations."""
 
 import ast
 import functools
@@ -17,11 +17,11 @@ from experiments.configs import base
 
 
 def text(config: ConfigDict | None, title: str) -> str:
-  """The text of --help.
+  """Returns the text of --help.
 
   Args:
-    config: whose fields are shown; None for a script without configurations.
-    title: what the fields are of.
+    config: its fields are shown; None for a script without configurations.
+    title: introduces the fields.
   """
   modules = [
     module
@@ -48,7 +48,7 @@ def text(config: ConfigDict | None, title: str) -> str:
 
 
 def values(config: ConfigDict) -> list[str]:
-  """A line for every field, without comments."""
+  """Returns a line for every field, without comments."""
   return [
     f'{name} = {value!r}'
     for name, value in fields(config)
@@ -57,7 +57,7 @@ def values(config: ConfigDict) -> list[str]:
 
 
 def fields(config: ConfigDict) -> list[tuple[str, Any]]:
-  """(dotted name, value) of sections and fields, in the order of `base`."""
+  """Returns (dotted name, value) of sections and fields, in `base`'s order."""
   order = list(comments())
 
   def rank(item: tuple[str, Any]) -> int:
@@ -78,14 +78,14 @@ def _fields(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
 
 @functools.cache
 def comments() -> dict[str, str]:
-  """Comments of `configs.base` by dotted name; '' of a field without one."""
+  """Returns the comments in `configs.base` by dotted name; '' for none."""
   source = inspect.getsource(base)
   functions = {
     node.name: node
     for node in ast.parse(source).body
     if isinstance(node, ast.FunctionDef)
   }
-  lines, notes, owners = source.splitlines(), {}, {}
+  lines, notes, outermost = source.splitlines(), {}, {}
   beside = {
     token.start[0]: token.string
     for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -97,14 +97,14 @@ def comments() -> dict[str, str]:
       above -= 1
     # The outermost of several fields of a line comes first, and takes them.
     key = name.rpartition('.')[2]
-    own = owners.setdefault(line, key) == key
-    found = [beside.get(i, '') for i in range(above + 1, line + 1) if own]
-    notes[name] = ' '.join(part.strip('# ') for part in found).strip()
+    shown = outermost.setdefault(line, key) == key
+    parts = [beside.get(i, '') for i in range(above + 1, line + 1) if shown]
+    notes[name] = ' '.join(part.strip('# ') for part in parts).strip()
   return notes
 
 
 def _assigned(node, functions, prefix: str) -> Iterator[tuple[str, int]]:
-  """(dotted name, line) of every field that an expression or function makes."""
+  """Yields (dotted name, line) of every field that an expression makes."""
   if isinstance(node, ast.FunctionDef):
     node = next(n.value for n in node.body if isinstance(n, ast.Return))
   if isinstance(node, ast.BinOp):

@@ -26,10 +26,10 @@ import scripts
 PLACES = {
   'model': ('experiments.build', 'model'),
   'warm start': ('experiments.supervised', 'WarmStart.step'),
-  'rollout': ('jaxrl_llm.rollouts', 'generate'),
+  'rollout': ('jaxrl_llm.rollouts.responses', 'generate'),
   'branches': ('jaxrl_llm.rollouts.branches', 'branch'),
-  'reward': ('jaxrl_llm.rollouts', 'start_scoring'),
-  'update': ('jaxrl_llm.training', 'make_update'),
+  'reward': ('jaxrl_llm.rollouts.responses', 'start_scoring'),
+  'update': ('jaxrl_llm.training.update', 'make_update'),
   'record': ('jaxrl_llm.runs', 'MetricsWriter.write'),
   'save': ('jaxrl_llm.runs.checkpoints', 'Checkpoints.save'),
   'evaluation': ('experiments.validation', 'evaluate'),

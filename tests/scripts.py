@@ -23,7 +23,7 @@ context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(
   [
     'experiments.stored_runs',
-    'experiments.reinforcement',
+    'experiments.online',
     'experiments.validation',
     'matplotlib.pyplot',
     'orbax.checkpoint.v1',

@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
         chat_template='auto',
         system_prompt='',
         # Data tools (docs/data_tools.md) for the training prompts of RL.
-        # File of experiments.pass_rates: keeps only prompts whose measured rate
+        # File of experiments.label: keeps only prompts whose measured rate
         # is within the bounds, and adds the column pass_rate; '' keeps all.
         pass_rates='',
         min_pass_rate=0.0,

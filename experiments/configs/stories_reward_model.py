@@ -1,7 +1,7 @@
 """A reward model of stories, trained on pairs labelled by a lexicon.
 
     for split in train held_out; do
-      python -m experiments.make_pairs --split=$split --samples=8 \\
+      python -m experiments.label --what=pairs --split=$split --samples=8 \\
         --per_prompt=4 --output=runs/stories_pairs/$split.jsonl \\
         --config=experiments/configs/stories_sentiment.py \\
         --model=PATH/TO/stories260k \\

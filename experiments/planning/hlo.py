@@ -1,13 +1,11 @@
-"""Reads the text of a compiled program: its instructions and its loops.
+"""Reader of a compiled program's text: instructions and how often each runs.
 
 XLA's own `cost_analysis` counts the body of a loop once and is absent for
 GPUs; here every computation counts as often as it is executed.
 """
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 _BYTES = {'pred': 1, 's4': 1, 'u4': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2}
@@ -18,22 +16,18 @@ _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'\s+(ROOT )?%?[\w.\-]+ = ')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(
-  r'\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)'
+  r'\b(?:calls|body|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)'
 )
-_BRANCHES = re.compile(r'\b(?:branch|called)_computations=\{([^}]*)\}')
-# What passes a number on unchanged.
-_COPIES = ('copy', 'bitcast', 'convert', 'reshape', 'copy-done', 'copy-start')
+_CALLS = ('while', 'call', 'fusion', 'conditional', 'async-start')
+# Instructions that pass a number on unchanged.
+_COPIES = ('bitcast', 'convert', 'copy', 'copy-done', 'copy-start')
+_COPIES += ('opt-barrier', 'reshape')
 
 
 class Instruction(NamedTuple):
-  """One instruction.
+  """An instruction; `type` and `rest`, the attributes, are texts.
 
-  Attributes:
-    name: unique within its computation.
-    type: its result's, as text.
-    opcode: such as 'all-gather'.
-    operands: their names; of a constant or parameter the text in parentheses.
-    rest: attributes, as text.
+  Operands are names, or the text of a constant or parameter.
   """
 
   name: str
@@ -43,53 +37,42 @@ class Instruction(NamedTuple):
   rest: str
 
   def attribute(self, pattern: str) -> str | None:
-    """What the first group of a pattern matches among the attributes."""
+    """Returns the first group of a pattern in the attributes, or None."""
     match = re.search(pattern, self.rest)
     return match and match[1]
 
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-  """A compiled program.
-
-  Attributes:
-    computations: {name: {name: instruction}}, in their order.
-    entry: the name of the first.
-  """
-
-  computations: dict[str, dict[str, Instruction]]
-  entry: str
+  @property
+  def multiplies(self) -> bool:
+    """True for a matrix product."""
+    return self.opcode in ('dot', 'convolution') or '$gemm' in self.rest
 
 
-class Place(NamedTuple):
-  """A computation and how it was called.
+# The instructions of a computation by name, in their order.
+Computation = dict[str, Instruction]
 
-  Attributes:
-    computation: its name.
-    caller: the place of the call; None of the entry.
-    call: the instruction there.
-  """
 
-  computation: str
-  caller: 'Place | None' = None
-  call: Instruction | None = None
+class Module(NamedTuple):
+  """A compiled program: its computations by name, and the first of them."""
+
+  computations: dict[str, Computation]
+  entry: Computation
 
 
 def parse(text: str) -> Module:
-  """Reads `jax.stages.Compiled.as_text`."""
-  computations, entry, current = {}, '', None
+  """Reads the result of `jax.stages.Compiled.as_text`."""
+  computations, entry, current = {}, {}, None
   for line in text.splitlines():
     if current is None:
       match = _HEADER.match(line)
       if match:
         current = computations.setdefault(match[2], {})
-        entry = match[2] if match[1] else entry
+        entry = current if match[1] else entry
     elif re.match(r'\}(?!\})', line):
       current = None
     elif _INSTRUCTION.match(line):
-      # Others, such as `}}, metadata=…`, go on with a kernel's description.
-      found = _instruction(line)
-      current[found.name] = found
+      # Other lines, such as `}}, metadata=…`, continue a kernel's description.
+      instruction = _instruction(line)
+      current[instruction.name] = instruction
   return Module(computations, entry)
 
 
@@ -97,9 +80,10 @@ def _instruction(line: str) -> Instruction:
   name, _, rest = line.strip().removeprefix('ROOT ').partition(' = ')
   end = _closing(rest) if rest.startswith('(') else rest.index(' ')
   kind, rest = rest[:end], rest[end:].lstrip()
-  opcode, _, inside = rest.partition('(')
-  end = _closing(rest[len(opcode) :]) + len(opcode)
-  inside, rest = rest[len(opcode) + 1 : end - 1], rest[end:]
+  opcode, _, _ = rest.partition('(')
+  rest = rest[len(opcode) :]
+  end = _closing(rest)
+  inside, rest = rest[1 : end - 1], rest[end:]
   operands = (inside,)
   if opcode not in ('constant', 'parameter'):
     operands = tuple(re.findall(r'%([\w.\-]+)', inside))
@@ -107,7 +91,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """Where the parenthesis that a text begins with has been closed."""
+  """Returns the end of the parenthesis that a text begins with."""
   depth = 0
   for i, letter in enumerate(text):
     depth += (letter == '(') - (letter == ')')
@@ -116,207 +100,102 @@ def _closing(text: str) -> int:
   raise ValueError(f'parentheses do not match: {text[:80]}')
 
 
+def arrays(kind: str) -> list[tuple[tuple[int, ...], int]]:
+  """Shape and bytes, without padding, of each array of a type."""
+  return [
+    (dimensions(text), width * math.prod(dimensions(text)))
+    for dtype, text in _ARRAY.findall(kind)
+    for width in [_BYTES.get(dtype, int(dtype.startswith('f8')))]
+  ]
+
+
 def size(kind: str) -> int:
-  """Bytes of a type, tuples included, without a layout's padding."""
-  return sum(
-    _BYTES.get(dtype, 1) * math.prod(dimensions(shape))
-    for dtype, shape in _ARRAY.findall(kind)
-    if dtype in _BYTES or dtype.startswith('f8')
-  )
-
-
-def arrays(kind: str) -> list[str]:
-  """The types of a tuple's arrays."""
-  return [match[0] for match in _ARRAY.finditer(kind)]
-
-
-def dimensions(shape: str) -> tuple[int, ...]:
-  """'8,128' → (8, 128)."""
-  return tuple(int(x) for x in shape.split(',') if x)
+  """Bytes of a type, which may be a tuple."""
+  return sum(count for _, count in arrays(kind))
 
 
 def shape(kind: str) -> tuple[int, ...]:
-  """The dimensions of an array's type, of a tuple those of its first array."""
-  return dimensions(_ARRAY.search(kind)[2])
+  """Dimensions of an array's type."""
+  return arrays(kind)[0][0]
 
 
-def executed(
+def dimensions(text: str) -> tuple[int, ...]:
+  """'8,128' → (8, 128)."""
+  return tuple(int(x) for x in text.split(',') if x)
+
+
+Execution = tuple[Computation, Instruction, float]
+
+
+def executions(
   module: Module, steps: tuple[float, ...] = ()
-) -> Iterator[tuple[Place, Instruction, float]]:
-  """Every instruction, with how often it is executed.
+) -> list[Execution]:
+  """Returns each instruction, its computation and how often it is executed.
 
-  A conditional's branches count once each.
+  Every branch of a conditional counts.
 
   Args:
     module: the program.
-    steps: of the loops that multiply matrices and do not tell how often, the
-      innermost such, in their order; those left over count as never executed.
-      Other loops that do not tell count once.
+    steps: iterations of the innermost loops that multiply matrices and have no
+      known count, in their order; 0 for further ones.  Other loops without a
+      known count count once.
   """
-  left = list(steps)
+  counts, loops = list(steps), 0
 
-  def walk(place: Place, times: float):
-    for found in module.computations[place.computation].values():
-      yield place, found, times
-      factor = times
-      if found.opcode == 'while':
-        trips = trip_count(module, place, found)
-        body = found.attribute(r'\bbody=%?([\w.\-]+)')
-        if trips is None and _is_innermost(module, place, found, body):
-          trips = left.pop(0) if left else 0
-        factor *= 1 if trips is None else trips
-      for name in called(found):
-        yield from walk(Place(name, place, found), factor)
+  def walk(computation: Computation) -> list[Execution]:
+    nonlocal loops
+    result = []
+    for instruction in computation.values():
+      result.append((computation, instruction, 1.0))
+      outer, inner, times = loops, [], 1
+      for name in _callees(instruction):
+        inner += walk(module.computations[name])
+      if instruction.opcode == 'while':
+        times = trip_count(module, computation, instruction)
+        if times is None:
+          times = 1
+          if loops == outer and any(x.multiplies for _, x, _ in inner):
+            loops += 1
+            times = counts.pop(0) if counts else 0
+      result += [(within, x, times * count) for within, x, count in inner]
+    return result
 
-  yield from walk(Place(module.entry), 1.0)
-
-
-def called(found: Instruction) -> list[str]:
-  """Computations that an instruction executes as a whole."""
-  if found.opcode in ('while', 'call', 'fusion', 'conditional', 'async-start'):
-    names = _CALLED.findall(found.rest)
-    for listed in _BRANCHES.findall(found.rest):
-      names += re.findall(r'%([\w.\-]+)', listed)
-    return names
-  return []
+  return walk(module.entry)
 
 
-def _is_innermost(module, place, loop: Instruction, body: str) -> bool:
-  """Whether a loop multiplies matrices, and no unknown loop within it does."""
-  inner = Place(body, place, loop)
-  return _multiplies(module, inner, loops=True) and not _multiplies(
-    module, inner, loops=False
-  )
+def _callees(instruction: Instruction) -> list[str]:
+  """Names of the computations that an instruction executes as a whole."""
+  if instruction.opcode not in _CALLS:
+    return []
+  return re.findall(r'[\w.\-]+', ' '.join(_CALLED.findall(instruction.rest)))
 
 
-def _multiplies(module: Module, place: Place, loops: bool) -> bool:
-  """Whether matrices are multiplied: anywhere, or within unknown loops."""
-  for found in module.computations[place.computation].values():
-    if loops and found.opcode in ('dot', 'convolution'):
-      return True
-    if loops and '$gemm' in found.rest:
-      return True
-    anywhere = loops or (
-      found.opcode == 'while' and trip_count(module, place, found) is None
-    )
-    for name in called(found):
-      if _multiplies(module, Place(name, place, found), anywhere):
-        return True
-  return False
+def trip_count(
+  module: Module, computation: Computation, loop: Instruction
+) -> int | None:
+  """Returns how often a loop's body is executed at most; None if unknown.
 
-
-def trip_count(module: Module, place: Place, loop: Instruction) -> int | None:
-  """How often a loop's body is executed, at most; None if it is not told.
-
-  XLA's own finding where it wrote it down.  Otherwise the condition is looked
-  through for a counter that stays below a constant; other conditions may end
-  the loop before.
+  XLA records it for CPUs and GPUs.  For TPUs it is the range of the counter
+  that the condition compares with a constant; in JAX's loops it grows by 1.
   """
-  told = loop.attribute(r'known_trip_count\W+n\W+(\d+)')
-  if told:
-    return int(told)
-  condition = loop.attribute(r'\bcondition=%?([\w.\-]+)')
-  body = Place(loop.attribute(r'\bbody=%?([\w.\-]+)'), place, loop)
-  for at, found in _reached(module, Place(condition, place, loop)):
-    if found.opcode != 'compare' or 'direction=LT' not in found.rest:
-      continue
-    counter, bound = (_source(module, at, name) for name in found.operands)
-    last = _constant(module, *bound)
-    if last is None or counter[1].opcode != 'get-tuple-element':
-      continue
-    index = int(counter[1].attribute(r'index=(\d+)'))
-    first = _constant(module, place, _element(module, place, loop, index))
-    step = _step(module, body, index)
-    if first is not None and step:
-      return max(math.ceil((last - first) / step), 0)
+  known = loop.attribute(r'known_trip_count\W+n\W+(\d+)')
+  if known:
+    return int(known)
+  condition = module.computations[loop.attribute(r'condition=%?([\w.\-]+)')]
+  state = _origin(computation, loop.operands[0])
+  for compare in condition.values():
+    if compare.opcode == 'compare' and 'direction=LT' in compare.rest:
+      counter, last = (_origin(condition, x) for x in compare.operands)
+      index = counter.attribute(r'index=(\d+)')
+      if last.opcode == 'constant' and index and state.opcode == 'tuple':
+        first = _origin(computation, state.operands[int(index)])
+        if first.opcode == 'constant':
+          return max(int(last.operands[0]) - int(first.operands[0]), 0)
   return None
 
 
-def _reached(module: Module, place: Place):
-  for found in module.computations[place.computation].values():
-    yield place, found
-    for name in called(found):
-      yield from _reached(module, Place(name, place, found))
-
-
-def _element(module, place, holder: Instruction, index: int):
-  """The instruction that makes an element of a tuple, or of a loop's first."""
-  made = module.computations[place.computation].get(holder.operands[0])
-  if holder.opcode != 'while':
-    made = holder
-  while made and made.opcode in ('copy', 'opt-barrier', 'copy-done'):
-    made = module.computations[place.computation].get(made.operands[0])
-  if made is None or made.opcode != 'tuple':
-    return None
-  return module.computations[place.computation].get(made.operands[index])
-
-
-def _source(module: Module, place: Place, name: str):
-  """(place, instruction) that a number comes from, copies and calls undone."""
-  found = module.computations[place.computation][name]
-  while True:
-    if found.opcode in _COPIES:
-      found = module.computations[place.computation][found.operands[0]]
-    elif found.opcode == 'parameter' and place.call and place.call.operands:
-      if place.call.opcode == 'while':
-        return place, found
-      name = place.call.operands[int(found.operands[0])]
-      place = place.caller
-      found = module.computations[place.computation][name]
-    else:
-      return place, found
-
-
-def _constant(module: Module, place: Place, found: Instruction | None):
-  """The integer that an instruction gives, or None; loops' constants too."""
-  while found is not None:
-    place, found = _source(module, place, found.name)
-    if found.opcode == 'constant':
-      text = found.operands[0]
-      return int(text) if re.fullmatch(r'-?\d+', text) else None
-    if found.opcode != 'get-tuple-element':
-      return None
-    index = int(found.attribute(r'index=(\d+)'))
-    holder = module.computations[place.computation][found.operands[0]]
-    if holder.opcode == 'tuple':
-      found = _element(module, place, holder, index)
-    elif holder.opcode == 'parameter' and place.call is not None:
-      loop, place = place.call, place.caller
-      if loop.opcode != 'while' or not _is_kept(module, loop, index):
-        return None
-      found = _element(module, place, loop, index)
-    else:
-      return None
-  return None
-
-
-def _is_kept(module: Module, loop: Instruction, index: int) -> bool:
-  """Whether a loop's body passes an element on as it is."""
-  body = module.computations[loop.attribute(r'\bbody=%?([\w.\-]+)')]
-  root = list(body.values())[-1]
-  if root.opcode != 'tuple':
-    return False
-  found = body[root.operands[index]]
-  while found.opcode in _COPIES:
-    found = body[found.operands[0]]
-  return found.attribute(r'index=(\d+)') == str(index)
-
-
-def _step(module: Module, body: Place, index: int) -> int | None:
-  """What a loop's body adds to an element of its state."""
-  instructions = module.computations[body.computation]
-  root = list(instructions.values())[-1]
-  if root.opcode != 'tuple':
-    return None
-  place, found = _source(module, body, root.operands[index])
-  while found.opcode == 'fusion':
-    place = Place(called(found)[0], place, found)
-    root = list(module.computations[place.computation].values())[-1]
-    place, found = _source(module, place, root.name)
-  if found.opcode != 'add':
-    return None
-  for name in found.operands:
-    step = _constant(module, *_source(module, place, name))
-    if step is not None:
-      return step
-  return None
+def _origin(computation: Computation, name: str) -> Instruction:
+  """Returns the instruction that computes a value, looking through copies."""
+  while computation[name].opcode in _COPIES:
+    name = computation[name].operands[0]
+  return computation[name]

@@ -1,57 +1,45 @@
-r"""Whether a step of RL fits on a pod, and how long it takes at best.
+r"""Memory and least time of an RL step on a pod, without having the pod.
 
     python -m experiments.planning.plan \
       --config=experiments/configs/qwen2_5_7b_tpu.py \
       --topology=v5p:4x4x4 --model=llama3-8b
 
-No accelerator is needed: every program of the step (sampling, branches, log-
-probabilities, critic, update) is compiled for chips that are not there, from
-shapes alone.  TPUs need libtpu and GPUs the CUDA plug-in:
-pip install 'jaxrl_llm[plan]'.
+Every program of the step (sampling, branches, log-probabilities, critic,
+update) is compiled for the chips, from shapes alone, on a CPU.  TPUs need
+libtpu and GPUs the CUDA plug-in: pip install 'jaxrl_llm[plan]'.
 
   --topology  v4, v5e, v5p or v6e and the slice in chips, such as v5e:16x16;
               h100 or h200 and their number, such as h100:64.
-  --model     a published shape in place of config.model's: see
-              experiments/planning/shapes.py.
-  --search    tries meshes and micro-batches, prints the cheapest that fits.
-  --output    a file for all numbers, as JSON.
+  --model     a published shape (see shapes.py) in place of config.model's.
+  --search    tries meshes and micro-batches and prints the fastest that fits.
+  --output    a JSON file for all numbers.
   --update    compiles the update alone.
-  --effort    of the TPU's compiler: -1 is quick, 0 is what a run has and takes
-              eight times as long.
 
 The status is 2 where a program does not fit, with the GiB that a chip lacks.
 
-What the tables say: `asked` FLOPs are those of the matrix products that the
-programs ask for, loops counted as often as they run, and `repeated` how many
-times more the chips compute together.  `memory s` is the time to read
-parameters and cache, `network s` that of the collectives in the compiled
-program at the bandwidth of the links they use.  A step on the chips takes
-longer: see the assumptions below the tables.
+In the tables, TFLOP/chip are those of matrix products; `repeated` is how many
+times more the chips compute together than the programs ask for.  `memory s` is
+the time to read parameters and cache, `network s` that of the collectives at
+the bandwidth of their links.  A real step takes longer: see the assumptions.
 """
 
 import json
+import math
 import pathlib
 
 import jax
 from absl import flags
 
-from experiments import build, checks, cli, critics, online
-from experiments.planning import (
-  hardware,
-  memory_analysis,
-  plan_report,
-  plan_search,
-  programs,
-  shapes,
-  topologies,
-)
-from jaxrl_llm import rollouts, sharding
+from experiments import build, checks, cli
+from experiments.planning import report, shapes, topologies
+from experiments.planning.programs import Plan, TooLarge
+from experiments.planning.topologies import GIB
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.tasks import vocabulary
 
 
-def model(config, name: str) -> build.Model:
+def outline(config, name: str) -> build.Model:
   """Shapes of the configuration's model, or of a published one by name."""
   if not name:
     return build.outline(config.model)
@@ -59,94 +47,105 @@ def model(config, name: str) -> build.Model:
   params = jax.eval_shape(
     lambda: transformer.init(shape, jax.random.key(0), config.model.param_dtype)
   )
-  # No text is read; a run masks the rows that only pad the embedding, too.
+  # No text is read; the sampler masks ids above the tokenizer's, as in a run.
   tokenizer = vocabulary.character_tokenizer('0')
   return build.Model(shape, params, tokenizer, (0,), None)
 
 
-def iteration(config, built: build.Model) -> programs.Iteration:
-  """One step of `experiments.train` as shapes and functions."""
-  trainer, settings = online.trainer(config, built), config.training
-  estimator, needs = build.estimator(config), trainer.setting.needs
-  critic = critics.critic(config, built) if needs.critic else None
-  optimizer, _ = critics.optimizer(config, needs)
-  micro_prompts = build.micro_prompts(config)
-  count = config.rollout.prompts // settings.minibatches
-  return programs.Iteration(
-    config=built.config,
-    state=critics.shapes(config, estimator, critic, optimizer, built.params),
-    update=trainer.make_update(micro_prompts),
-    prepare=estimator.prepare,
-    needs=needs,
-    rollouts=build.abstract_rollouts(config, needs, count),
-    critic=critic,
-    generation=rollouts.with_statistics(trainer.setting.generation, needs),
-    prompts=config.rollout.prompts,
-    prompt_tokens=config.prompts.max_tokens,
-    micro_prompts=micro_prompts,
-    chunk=settings.chunk,
-    minibatches=settings.minibatches * settings.epochs,
-    # Of bfloat16 the trainer recomputes what the sampler recorded.
-    rescore=built.config.dtype != 'float32',
-  )
+def search(config, chips: int, make) -> Plan:
+  """Returns the plan with the shortest iteration among those that fit.
 
-
-def make(
-  config, built: build.Model, topology: topologies.Topology
-) -> programs.Plan:
-  """A plan with nothing compiled yet.
-
-  Args:
-    config: the whole configuration.
-    built: shapes of the model, of `model`.
-    topology: for which chips.
-
-  Raises:
-    UserError: the mesh does not fit the chips, or the configuration is wrong.
+  For each `tensor`, takes the largest micro-batch that fits, because larger
+  ones gather parameters less often.  `make` returns a configuration's plan.
+  Raises UserError if none fits.
   """
-  return programs.Plan(
-    iteration(config, built),
-    topology,
-    sharding.make_mesh(**config.mesh, devices=topology.devices),
-    hardware.limit(topology.chip),
-    _say,
+  plans, refusals = [], [(math.inf, 'no mesh divides the batch')]
+  minibatch = config.rollout.prompts // config.training.minibatches
+  halvings = (minibatch & -minibatch).bit_length()
+  # With more parts than 16, the matrices of a chip become too narrow.
+  for tensor in [x for x in (1, 2, 4, 8, 16) if x <= chips]:
+    for micro in [minibatch >> i for i in range(halvings)]:
+      changed = config.copy_and_resolve_references()
+      changed.mesh.update(data=1, fsdp=-1, tensor=tensor)
+      changed.training.micro_prompts = micro
+      name = f'tensor={tensor}, micro_prompts={micro}'
+      try:
+        plan = make(changed)
+        plan.compile()
+      except UserError as error:
+        print(f'{name}: {str(error).splitlines()[0]}', flush=True)
+      except TooLarge as error:
+        print(f'{name}: {error}', flush=True)
+        refusals.append((error.missing, f'{name}: {error}'))
+        if error.program != 'update':
+          break  # does not depend on the micro-batch
+      else:
+        plans.append((plan.numbers('')['seconds'], len(plans), plan))
+        print(f'{name}: {plans[-1][0]:.1f} s', flush=True)
+        break
+  if plans:
+    return min(plans)[2]
+  raise UserError(
+    f'nothing that was tried fits; nearest is {min(refusals)[1]}\n'
+    'take more chips, or fewer prompts, samples or tokens'
   )
 
 
-def _say(text: str) -> None:
-  print(text, flush=True)
+def refusal(plan: Plan, error: TooLarge) -> str:
+  """Three lines: the shortfall, the largest parts, and the remedy."""
+  sampling = error.program in ('sample', 'greedy', 'branch')
+  if sum(plan.resident.values()) > plan.limit / 2:
+    advice = (
+      'the state alone is too large: take more chips, raise config.mesh.fsdp '
+      'or .tensor, or hold parameters in bfloat16 (config.model.param_dtype)'
+    )
+  elif sampling and plan.sampler > plan.limit / 3:
+    advice = 'raise config.mesh.tensor, over which the sampler is split'
+  elif sampling:
+    advice = 'lower config.rollout.prompts, samples or max_tokens: the cache'
+  else:
+    advice = 'lower config.training.micro_prompts, or raise config.mesh.tensor'
+  parts = dict(plan.resident)
+  if sampling:
+    parts['parameters to sample with'] = plan.sampler
+  if error.program in plan.programs:
+    parts['cache'] = plan.programs[error.program]['memory']['cache']
+  held = ', '.join(f'{x} {y / GIB:.1f}' for x, y in parts.items() if y)
+  missing = math.ceil(error.missing / GIB * 10) / 10  # never less than it is
+  return (
+    f'does not fit: {error.program} lacks at least {missing:.1f} GiB of '
+    f'{plan.limit / GIB:.2f} GiB per chip of {plan.topology.name}\n'
+    f'GiB per chip: {held}\n{advice}'
+  )
 
 
 def main() -> None:
-  """Plans what the flags name."""
+  """Prints the plan that the flags describe."""
   jax.config.update('jax_platforms', 'cpu')
+  # Without the device, no program can be read back from the cache.
+  jax.config.update('jax_enable_compilation_cache', False)
   jax.config.update('jax_numpy_rank_promotion', 'raise')
-  given, config = flags.FLAGS, cli.config()
-  if not given.topology:
+  args, config = flags.FLAGS, cli.config()
+  if not args.topology:
     raise UserError('--topology is missing\nfor example --topology=v5e:16x16')
   checks.check(config)
-  topologies.parse(given.topology)
-  built = model(config, given.model)
-  topology = topologies.make(given.topology, given.effort)
-  if given.search:
-    plan = plan_search.search(
-      config,
-      len(topology.devices),
-      lambda changed: make(changed, built, topology),
-      _say,
-    )
+  topologies.parse(args.topology)
+  model = outline(config, args.model)
+  topology = topologies.make(args.topology)
+  make = lambda changed: Plan(changed, model, topology)
+  if args.search:
+    plan = search(config, len(topology.devices), make)
   else:
-    plan = make(config, built, topology)
+    plan = make(config)
     try:
-      plan.check_state()
-      plan.update() if given.update else plan.compile()
-    except memory_analysis.TooLarge as error:
-      raise UserError(plan_report.refusal(plan, error)) from error
-  told = plan_report.as_dict(plan, given.model or config.model.path or 'model')
-  print(plan_report.text(told))
-  if given.output:
-    text = json.dumps(told, indent=2) + '\n'
-    pathlib.Path(given.output).write_text(text)
+      plan.compile(args.update)
+    except TooLarge as error:
+      raise UserError(refusal(plan, error)) from error
+  numbers = plan.numbers(args.model or config.model.path or 'model')
+  print(report.text(numbers))
+  if args.output:
+    output = json.dumps(numbers, indent=2) + '\n'
+    pathlib.Path(args.output).write_text(output)
 
 
 if __name__ == '__main__':
@@ -154,7 +153,6 @@ if __name__ == '__main__':
   flags.DEFINE_string('model', '', 'A published shape, such as llama3-8b.')
   flags.DEFINE_bool('search', False, 'Try meshes and micro-batches.')
   flags.DEFINE_bool('update', False, 'Compile the update alone.')
-  flags.DEFINE_float('effort', -1.0, 'Of the TPU compiler.', -1.0, 1.0)
   flags.DEFINE_string('output', '', 'JSON file for all numbers.')
   cli.define_config_flag()
   cli.run(main)

@@ -1,297 +1,222 @@
-"""Compiles the programs of one RL iteration for chips that are not there.
+"""Programs of one RL iteration, compiled for absent chips from shapes alone.
 
-They are the functions that training runs, traced for shapes alone; each gets
-its arguments in the sharding in which the one before leaves them.
+They are the functions that training runs; each gets its arguments in the
+sharding in which the previous one leaves them.
 """
 
 import functools
+import math
+import re
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import build, critics, online
 from experiments.planning import collectives, flops, hlo
-from experiments.planning import memory_analysis as memory
-from experiments.planning.topologies import Topology, coordinates
+from experiments.planning.topologies import GIB, Topology
 from jaxrl_llm import rollouts, sampling, sharding
-from jaxrl_llm.estimators import Needs, Rollouts
+from jaxrl_llm.estimators import Estimator
 from jaxrl_llm.models import transformer
-from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.sampling import policy
-from jaxrl_llm.training import TrainState, Update
-from jaxrl_llm.training import critic as critic_lib
+from jaxrl_llm.training import Critic, TrainState, Update
+from jaxrl_llm.training.critic import score_values
+
+# In the order of an iteration.
+NAMES = ('layout', 'sample', 'greedy', 'branch', 'score', 'critic', 'update')
 
 
-class Iteration(NamedTuple):
-  """One iteration of online RL, as shapes and functions.
+class Step(NamedTuple):
+  """Functions of `experiments.train`, with shapes of their state and batch."""
 
-  Attributes:
-    config: of the policy.
-    state: shapes of the train state.
-    update: of `training.make_update`.
-    prepare: of the estimator.
-    needs: of the estimator.
-    rollouts: shapes of one optimiser minibatch's.
-    critic: None without.
-    generation: how responses are sampled.
-    prompts: P of a step.
-    prompt_tokens: S.
-    micro_prompts: prompts of a micro-batch.
-    chunk: positions whose logits exist at one time.
-    minibatches: optimiser minibatches of a step, epochs included.
-    rescore: whether the trainer recomputes log-probabilities.
-  """
-
-  config: ModelConfig
-  state: TrainState
+  estimator: Estimator
   update: Update
-  prepare: Callable[[Rollouts], Any]
-  needs: Needs
-  rollouts: Rollouts
-  critic: critic_lib.Critic | None
-  generation: rollouts.Generation
-  prompts: int
-  prompt_tokens: int
+  state: TrainState
+  batch: Any
+  critic: Critic | None
   micro_prompts: int
-  chunk: int
-  minibatches: int
-  rescore: bool
 
 
-class Program(NamedTuple):
-  """One compiled program; bytes, FLOPs and seconds are of one chip.
+def step(config, model: build.Model) -> Step:
+  """Returns the step of a configuration, from the shapes of its model."""
+  estimator, trainer = build.estimator(config), online.trainer(config, model)
+  needs, micro_prompts = estimator.needs, build.micro_prompts(config)
+  critic = critics.critic(config, model) if needs.critic else None
+  optimizer, _ = critics.optimizer(config, needs)
+  prompts = config.rollout.prompts // config.training.minibatches
+  shapes = build.abstract_rollouts(config, estimator.needs, prompts)
+  return Step(
+    estimator,
+    trainer.make_update(micro_prompts),
+    critics.shapes(config, estimator, critic, optimizer, model.params),
+    jax.eval_shape(estimator.prepare, shapes),
+    critic,
+    micro_prompts,
+  )
 
-  Attributes:
-    name: what it does.
-    times: how often an iteration runs it.
-    asked: FLOPs of its matrix products, all chips', as written.
-    computed: FLOPs of the matrix products that a chip computes.
-    memory: bytes while it runs.
-    collectives: of one run.
-    compute, traffic, network: seconds of a run that the matrix products, the
-      reads of parameters and cache, and the collectives take at peak.
-    compile_seconds: on this machine.
-  """
 
-  name: str
-  times: float
-  asked: float
-  computed: float
-  memory: memory.Memory
-  collectives: list[collectives.Collective]
-  compute: float
-  traffic: float
-  network: float
-  compile_seconds: float
+class TooLarge(Exception):
+  """A program lacks memory: its name, and the bytes missing on a chip."""
 
-  @property
-  def seconds(self) -> float:
-    """Of all its runs: computing overlaps reading, but not sending."""
-    return self.times * (max(self.compute, self.traffic) + self.network)
+  def __init__(self, program: str, missing: float):
+    super().__init__(f'{program} lacks {missing / GIB:.1f} GiB')
+    self.program, self.missing = program, missing
 
 
 class Plan:
-  """Compiles the programs of an iteration one by one.
-
-  Args:
-    iteration: what to compile.
-    topology: for which chips.
-    mesh: of them.
-    limit: bytes that a chip may hold; None for those of its memory.
-    say: told of each program before it is compiled.
+  """The programs of an iteration, and what each takes.
 
   Attributes:
-    iteration, topology, mesh, limit: as given.
-    resident: bytes that the iteration keeps throughout.
-    sampler: bytes of the parameters in the layout of sampling.
-    programs: those compiled so far, by name.
+    limit: bytes that a chip may hold.
+    resident: bytes of parameters, optimizer and reference on each chip.
+    sampler: bytes of the parameters in the layout of sampling; 0 at first.
+    programs: {name: numbers}, of one run on one chip but for `times`, runs per
+      iteration; `asked`, the FLOPs of matrix products as written, on all chips
+      together; and `seconds`, of all runs.  `compute`, `traffic` and `network`
+      are seconds of the matrix products, of reading parameters and cache, and
+      of the collectives, at peak: the first two overlap.  In `memory`, `other`
+      are further arguments, and `temporary` results and scratch.
   """
 
-  def __init__(
-    self,
-    iteration: Iteration,
-    topology: Topology,
-    mesh: Mesh,
-    limit: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
-  ):
-    self.iteration = iteration
-    self.topology, self.mesh = topology, mesh
-    self.limit = limit or topology.chip.memory
-    self._say = say
-    self.programs: dict[str, Program] = {}
-    with jax.set_mesh(mesh):
-      sharding.check_rows(
-        iteration.prompts, iteration.generation.samples, 'rollout.prompts'
-      )
-      sharding.check_rows(
-        iteration.micro_prompts,
-        iteration.generation.samples,
-        'training.micro_prompts',
-      )
-      self.state = sharding.with_shardings(iteration.state)
-    self._policy = self.state.trainable['policy']
-    reference = self._policy if iteration.needs.reference else None
-    self.resident = memory.Resident.of(self.state, reference)
-    self.sampler = 0
-
-  @property
-  def seconds(self) -> float:
-    """Of an iteration, at best."""
-    return sum(program.seconds for program in self.programs.values())
-
-  @property
-  def tokens(self) -> int:
-    """That an iteration generates, if responses have their full length."""
-    it = self.iteration
-    return it.prompts * it.generation.samples * it.generation.max_tokens
-
-  def check_state(self) -> None:
-    """Raises `memory.TooLarge` if the state and its gradient do not fit."""
-    least = self.resident.all + memory.gradient(self.state.trainable)
-    if least > self.limit:
-      raise memory.TooLarge('update', least - self.limit)
-
-  def compile(self) -> None:
-    """Compiles what is not yet compiled.
-
-    Raises:
-      memory.TooLarge: the state or a program does not fit.
-    """
-    self.check_state()
-    it = self.iteration
-    sampler = self._add(
-      'layout',
-      jax.jit(functools.partial(transformer.sampling_layout, it.config)),
-      (self._policy,),
-      reads=2 * memory.local(self._policy),
-      held=self.resident.all - memory.local(self._policy),
+  def __init__(self, config, model: build.Model, topology: Topology):
+    self._config, self._model = config, model.config
+    self._step = step(config, model)
+    self._needs = self._step.estimator.needs
+    samples, temperature = config.rollout.samples, config.rollout.temperature
+    settings = dict(samples=samples, temperature=temperature)
+    generation = build.generation(config, model, 0, **settings)
+    self._generation = rollouts.with_statistics(generation, self._needs)
+    self.topology, self.limit = topology, topology.chip.limit
+    self._mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    micro = self._step.micro_prompts
+    with jax.set_mesh(self._mesh):
+      sharding.check_rows(config.rollout.prompts, samples, 'rollout.prompts')
+      sharding.check_rows(micro, samples, 'training.micro_prompts')
+      self._state = sharding.with_shardings(self._step.state)
+    self._policy = self._state.trainable['policy']
+    self.resident = dict(
+      parameters=local(self._state.trainable),
+      optimizer=local(self._state.opt_state),
+      reference=local(self._policy) if self._needs.reference else 0,
     )
-    self.sampler = memory.local(sampler)
-    samples = self._sample(sampler)
-    count = it.rescore + bool(it.needs.reference)
-    if count:
-      self._score(samples.tokens, count)
-    if it.critic is not None:
-      self._values(samples.tokens)
-    if 'update' not in self.programs:
-      self.update()
+    self._prompts = self._rows(prompts(config, config.rollout.prompts))
+    self.sampler, self.programs = 0, {}
 
-  def update(self) -> None:
-    """Compiles the update of one optimiser minibatch.
+  def numbers(self, model: str) -> dict[str, Any]:
+    """The whole plan for JSON, under a model's name."""
+    rollout, training = self._config.rollout, self._config.training
+    programs = [self.programs[x] for x in NAMES if x in self.programs]
+    return {
+      'model': model,
+      'topology': self.topology.name,
+      'chips': len(self.topology.devices),
+      'mesh': dict(self._mesh.shape),
+      'prompts': rollout.prompts,
+      'samples': rollout.samples,
+      'minibatches': training.minibatches * training.epochs,
+      'micro_prompts': self._step.micro_prompts,
+      'limit': self.limit,
+      'seconds': sum(program['seconds'] for program in programs),
+      'tokens': rollout.prompts * rollout.samples * rollout.max_tokens,
+      'programs': programs,
+    }
 
-    Raises:
-      memory.TooLarge: it does not fit.
-    """
-    it = self.iteration
-    batch = jax.eval_shape(it.prepare, it.rollouts)
+  def compile(self, update_only: bool = False) -> None:
+    """Compiles the update and perhaps the rest; TooLarge if any is."""
+    state, training = self._state, self._config.training
+    gradient = local(state.trainable, least_width=4)  # summed up in float32
+    missing = sum(self.resident.values()) + gradient - self.limit
+    if missing > 0:
+      raise TooLarge('update', missing)
+    batch, resident = self._step.batch, (state.trainable, state.opt_state)
     count = batch.tokens.shape[0]
-    passes = 3 * count // it.micro_prompts
     self._add(
       'update',
-      it.update,
-      (self.state, None, self._prompts(count), self._rows(batch)),
-      times=it.minibatches,
-      reads=passes * self._gathered() + 2 * self.resident.state,
-      held=self.resident.reference,
+      self._step.update,
+      (state, None, *self._rows((prompts(self._config, count), batch))),
+      times=training.minibatches * training.epochs,
+      reads=self._passes(3 * count) + 2 * local(resident),
+      resident=resident,
     )
+    if not update_only:
+      layout = functools.partial(transformer.sampling_layout, self._model)
+      sampler = self._add(
+        'layout',
+        jax.jit(layout),
+        (self._policy,),
+        reads=2 * local(self._policy),
+        resident=self._policy,
+      )
+      self.sampler = local(sampler)
+      self._score(self._sample(sampler).tokens)
 
   def _sample(self, sampler):
-    """Responses, greedy ones and branches, as far as they are needed."""
-    it = self.iteration
-    generation, needs = it.generation, it.needs
+    """Compiles the programs that generate; returns responses as shapes."""
+    generation, branches = self._generation, self._needs.branches
+    length = generation.max_tokens
+    key = self._rows(jax.eval_shape(jax.random.key, 0))
     static = dict(
       decoding=generation.decoding,
       eos_ids=generation.eos_ids,
       pad_id=generation.pad_id,
       statistics=generation.statistics,
     )
-    keep = needs.branches is not None
-    found = self._decode(
-      'sample',
-      sampling.sample_and_keep if keep else sampling.sample,
-      sampler,
-      static | dict(samples=generation.samples),
+    decode = functools.partial(
+      self._add,
+      arguments=(self._model, sampler, self._prompts, key),
+      steps=length,
+      reads=length * self.sampler,
     )
-    if needs.greedy:
-      decoding = rollouts.greedy(generation).decoding
-      how = static | dict(samples=1, decoding=decoding)
-      self._decode('greedy', sampling.sample, sampler, how)
-    if not keep:
-      return found
-    found, cache = found
-    self._fork(sampler, found, cache, static)
-    return found
-
-  def _decode(self, name, function, sampler, static):
-    it = self.iteration
-    tokens = it.generation.max_tokens
-    return self._add(
-      name,
-      function,
-      (it.config, sampler, self._prompts(), self._key()),
-      static | dict(max_tokens=tokens),
-      steps=(tokens,),
-      reads=tokens * self.sampler,
-      held=self.resident.all,
-    )
-
-  def _fork(self, sampler, samples, cache, static):
-    """Branches; each is taken to write half of a response."""
-    it = self.iteration
-    wanted, length = it.needs.branches, it.generation.max_tokens
-    count = min(wanted.count, max(length - 1, 1))
+    full = static | dict(max_tokens=length, samples=generation.samples)
+    if self._needs.greedy:
+      greedy = dict(samples=1, decoding=rollouts.greedy(generation).decoding)
+      decode('greedy', sampling.sample, static=full | greedy)
+    if branches is None:
+      return decode('sample', sampling.sample, static=full)
+    samples, cache = decode('sample', sampling.sample_and_keep, static=full)
+    count = min(branches.count, max(length - 1, 1))
     shape = (*samples.tokens.shape[:2], count)
     positions = self._rows(jax.ShapeDtypeStruct(shape, jnp.int32))
-    steps = count * wanted.samples * length / 2
+    # Each branch is assumed to write half of a response.
+    steps = count * branches.samples * length / 2
     self._add(
       'branch',
       sampling.fork,
-      (it.config, sampler, cache, samples, positions, self._key()),
-      static | dict(branches=wanted.samples),
-      steps=(steps,),
+      (self._model, sampler, cache, samples, positions, key),
+      static | dict(branches=branches.samples),
+      steps=steps,
       reads=steps * self.sampler,
-      cache=memory.local(cache),
-      held=self.resident.all,
+      cache=local(cache),
     )
+    return samples
 
-  def _score(self, tokens, times):
-    it = self.iteration
-    self._add(
-      'score',
-      rollouts.score_tokens,
-      (it.config, self._policy),
-      dict(
-        prompts=self._prompts(),
-        tokens=tokens,
-        decoding=it.generation.decoding,
-        micro_prompts=it.micro_prompts,
-        chunk=it.chunk,
-      ),
-      times=times,
-      reads=it.prompts // it.micro_prompts * self._gathered(),
-      held=self.resident.all - memory.local(self._policy),
-    )
-
-  def _values(self, tokens):
-    it = self.iteration
-    self._add(
-      'critic',
-      critic_lib.score_values,
-      (
-        it.config,
-        it.critic,
-        self.state.trainable,
-        self._prompts(),
-        tokens,
-        it.micro_prompts,
-      ),
-      reads=it.prompts // it.micro_prompts * self._gathered(),
-      held=self.resident.all - memory.local(self.state.trainable),
-    )
+  def _score(self, tokens) -> None:
+    """Compiles the programs that read responses."""
+    trainable, rest = self._state.trainable, (self._prompts, tokens)
+    micro, chunk = self._step.micro_prompts, self._config.training.chunk
+    reads = self._passes(self._config.rollout.prompts)
+    # The trainer recomputes what a bfloat16 sampler recorded.
+    times = (self._model.dtype != 'float32') + self._needs.reference
+    if times:
+      arguments = (self._model, self._policy, *rest, self._generation.decoding)
+      self._add(
+        'score',
+        rollouts.score_tokens,
+        (*arguments, micro, chunk),
+        times=times,
+        reads=reads,
+        resident=self._policy,
+      )
+    if self._step.critic is not None:
+      self._add(
+        'critic',
+        score_values,
+        (self._model, self._step.critic, trainable, *rest, micro),
+        reads=reads,
+        resident=trainable,
+      )
 
   def _add(
     self,
@@ -301,101 +226,140 @@ class Plan:
     static: dict[str, Any] | None = None,
     *,
     times: float = 1,
-    steps: tuple[float, ...] = (),
+    steps: float = 0,
     reads: float,
     cache: int | None = None,
-    held: int = 0,
+    resident: Any = None,
   ):
-    """Compiles a program and gives its results as shapes.
+    """Compiles a program and returns its results as shapes.
 
     Args:
-      times: how often an iteration runs it.
-      steps: as for `hlo.executed`, the first of them of decoding.
-      reads: bytes of parameters that it reads.
-      cache: bytes of its keys and values, read at every step; None for those
-        that its loops hold.
-      held: bytes of what lies in memory besides the arguments.
+      name, function, arguments, static, times: the program.
+      steps: steps of decoding.
+      reads: bytes of parameters that a run reads.
+      cache: bytes of keys and values, read at every step; None for those in
+        the state of the decoding loop.
+      resident: those arguments that `self.resident` counts.
     """
-    self._say(f'compiling {name}')
-    start = time.perf_counter()
-    chip = self.topology.chip
-    with jax.set_mesh(self.mesh):
+    print(f'compiling {name}', flush=True)
+    start, chip = time.perf_counter(), self.topology.chip
+    options = self.topology.compiler_options
+    # Resident bytes that are not among the arguments.
+    idle = sum(self.resident.values()) - local(resident)
+    with jax.set_mesh(self._mesh):
       traced = function.trace(*arguments, **(static or {}))
-      lowered = traced.lower()
       try:
-        compiled = lowered.compile(
-          compiler_options=self.topology.compiler_options
-        )
+        compiled = traced.lower().compile(compiler_options=options)
       except jax.errors.JaxRuntimeError as error:
-        raise memory.TooLarge.of(name, held, self.limit, error) from error
-    spent = time.perf_counter() - start
+        raise TooLarge(name, needed_bytes(error) + idle - self.limit) from error
+    duration = time.perf_counter() - start
     module = hlo.parse(compiled.as_text())
     if cache is None:
-      cache = memory.held_cache(module) if steps else 0
-    sent = collectives.find(module, steps)
-    asked = flops.of_jaxpr(traced.jaxpr, steps)
-    # What kernels compute only the trace tells.
-    computed = flops.of_module(module, steps)
-    computed += asked.kernels / len(self.topology.devices)
-    program = Program(
+      cache = _cache(module) if steps else 0
+    loops = (steps,) if steps else ()
+    executions = hlo.executions(module, loops)
+    sums, network = collectives.find(executions, self._rate)
+    asked, kernels = flops.of_jaxpr(traced.jaxpr, loops)
+    computed = kernels / len(self.topology.devices)
+    computed += flops.of_executions(executions)
+    compute = computed / chip.flops
+    traffic = (reads + steps * cache) / chip.bandwidth
+    memory = self.resident | _memory(compiled, cache, idle, local(resident))
+    self.programs[name] = dict(
       name=name,
       times=times,
-      asked=asked.total,
+      asked=asked,
       computed=computed,
-      memory=memory.account(compiled, self.resident, cache, held),
-      collectives=sent,
-      compute=computed / chip.flops,
-      traffic=(reads + sum(steps) * cache) / chip.bandwidth,
-      network=collectives.seconds(
-        sent, chip, self.topology.shape, self._locate
-      ),
-      compile_seconds=spent,
+      collectives=sums,
+      compute=compute,
+      traffic=traffic,
+      network=network,
+      compile_seconds=duration,
+      memory=memory,
+      seconds=times * (max(compute, traffic) + network),
     )
-    self.programs[name] = program
-    if program.memory.peak > self.limit:
-      raise memory.TooLarge(name, program.memory.peak - self.limit)
+    if memory['peak'] > self.limit:
+      raise TooLarge(name, memory['peak'] - self.limit)
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       traced.out_info,
       compiled.output_shardings,
     )
 
-  def _locate(self, group: tuple[int, ...]):
-    devices = list(self.mesh.devices.flat)
-    return coordinates(self.topology, [devices[i].id for i in group])
+  def _rate(self, group: tuple[int, ...]) -> float:
+    ids = [self._mesh.devices.flat[i].id for i in group]
+    coordinates = self.topology.coordinates(ids)
+    return collectives.bandwidth(self.topology, coordinates)
 
-  def _gathered(self) -> float:
-    """Bytes of the policy on each chip once fsdp has been gathered."""
-    width = jnp.dtype(self.iteration.config.dtype).itemsize
+  def _passes(self, prompts: int) -> float:
+    """Bytes of the gathered policy that passes over prompts read."""
+    width = jnp.dtype(self._model.dtype).itemsize
     count = sum(x.size for x in jax.tree.leaves(self._policy))
-    return count * width / self.mesh.shape['tensor']
-
-  def _prompts(self, count: int = 0) -> policy.Prompts:
-    count = count or self.iteration.prompts
-    array = jax.ShapeDtypeStruct
-    return self._rows(
-      policy.Prompts(
-        tokens=array((count, self.iteration.prompt_tokens), jnp.int32),
-        lengths=array((count,), jnp.int32),
-      )
-    )
-
-  def _key(self):
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return self._placed(key, PartitionSpec())
+    gathered = count * width / self._mesh.shape['tensor']
+    return prompts // self._step.micro_prompts * gathered
 
   def _rows(self, tree):
-    """Shapes [P, ...] or [P, G, ...] where `sharding.place_rows` puts them."""
+    """Shapes [P, ...] or [P, G, ...], sharded as by `sharding.place_rows`."""
 
     def place(x):
-      if not x.ndim:
-        return self._placed(x, PartitionSpec())
-      spec = sharding.row_spec(x.shape[0], x.shape[1] if x.ndim > 2 else 1)
-      return self._placed(x, spec if x.ndim > 2 else PartitionSpec(*spec[:1]))
+      spec = PartitionSpec()
+      if x.ndim:
+        spec = sharding.row_spec(x.shape[0], x.shape[1] if x.ndim > 2 else 1)
+        spec = spec if x.ndim > 2 else PartitionSpec(*spec[:1])
+      rows = NamedSharding(self._mesh, spec)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
 
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self._mesh):
       return jax.tree.map(place, tree)
 
-  def _placed(self, x, spec):
-    placed = NamedSharding(self.mesh, spec)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+def prompts(config, count: int) -> policy.Prompts:
+  """Shapes of encoded prompts."""
+  return policy.Prompts(
+    tokens=jax.ShapeDtypeStruct((count, config.prompts.max_tokens), jnp.int32),
+    lengths=jax.ShapeDtypeStruct((count,), jnp.int32),
+  )
+
+
+def local(tree: Any, least_width: int = 0) -> int:
+  """Bytes of a tree on each chip, with at least a width per number."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape))
+    * max(x.dtype.itemsize, least_width)
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def needed_bytes(error: Exception) -> float:
+  """Returns the bytes that a program needs, from the compiler's refusal."""
+  text = str(error)
+  match = re.search(r'(?:\(|Used |Attempting to use )([\d.]+)([KMGT])', text)
+  if 'RESOURCE_EXHAUSTED' not in text or not match:
+    raise error
+  return float(match[1]) * 1024 ** ' KMGT'.index(match[2])
+
+
+def _memory(compiled, cache: int, idle: int, resident: int) -> dict[str, int]:
+  report = compiled.memory_analysis()
+  other = report.argument_size_in_bytes
+  temporary = report.output_size_in_bytes + report.temp_size_in_bytes
+  temporary -= report.alias_size_in_bytes
+  peak, other = idle + other + temporary, other - resident
+  if other >= cache:
+    other -= cache
+  else:
+    temporary -= cache
+  return dict(cache=cache, other=other, temporary=temporary, peak=peak)
+
+
+def _cache(module: hlo.Module) -> int:
+  """Bytes of the keys and values in the state of a program's decoding loop.
+
+  They are its only arrays of four dimensions.  Later loops decode fewer rows.
+  """
+  loops = [
+    sum(count for shape, count in hlo.arrays(x.type) if len(shape) == 4)
+    for x in module.entry.values()
+    if x.opcode == 'while'
+  ]
+  return max(loops, default=0)

@@ -1,4 +1,4 @@
-"""Shapes of published models by name, for plans that need no checkpoint."""
+"""Shapes of published models, for plans without a checkpoint."""
 
 import dataclasses
 import difflib
@@ -29,15 +29,29 @@ _LLAMA = dict(
 )
 
 
-def _gemma(layers: int, hidden_size: int, query_scale: int, **shape):
-  """Gemma 3's text model: every sixth layer sees all, the others 1,024."""
+def _shape(
+  layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, **others
+) -> ModelConfig:
   return ModelConfig(
+    num_layers=layers,
+    hidden_size=hidden,
+    intermediate_size=mlp,
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    **others,
+  )
+
+
+def _gemma(layers: int, hidden: int, *sizes: int, query_scale: int, **others):
+  """Gemma 3's text model: 5 of 6 layers attend to 1,024 tokens only."""
+  return _shape(
+    layers,
+    hidden,
+    *sizes,
     family='gemma3_text',
     max_length=131_072,
     vocab_size=262_208,
     tied=True,
-    num_layers=layers,
-    hidden_size=hidden_size,
     rope=Rope(theta=1e6, kind='linear', factor=8.0),
     local_rope=Rope(theta=10_000.0),
     window=1024,
@@ -46,88 +60,29 @@ def _gemma(layers: int, hidden_size: int, query_scale: int, **shape):
     post_norms=True,
     query_key_norm=True,
     activation='gelu_tanh',
-    embedding_scale=hidden_size**0.5,
+    embedding_scale=hidden**0.5,
     query_scale=query_scale**-0.5,
-    **shape,
+    **others,
   )
 
 
-# Of the config.json of each: https://huggingface.co/Qwen/Qwen2.5-7B,
+# From each config.json: https://huggingface.co/Qwen/Qwen2.5-7B,
 # meta-llama/Llama-3.1-8B, google/gemma-3-4b-pt (its text_config) and so on.
 SHAPES = {
-  'qwen2.5-0.5b': ModelConfig(
-    hidden_size=896,
-    intermediate_size=4864,
-    num_layers=24,
-    num_heads=14,
-    num_kv_heads=2,
-    tied=True,
-    **_QWEN,
+  'qwen2.5-0.5b': _shape(24, 896, 4864, 14, 2, tied=True, **_QWEN),
+  'qwen2.5-1.5b': _shape(28, 1536, 8960, 12, 2, tied=True, **_QWEN),
+  'qwen2.5-7b': _shape(
+    28, 3584, 18_944, 28, 4, **_QWEN | dict(vocab_size=152_064)
   ),
-  'qwen2.5-1.5b': ModelConfig(
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_layers=28,
-    num_heads=12,
-    num_kv_heads=2,
-    tied=True,
-    **_QWEN,
-  ),
-  'qwen2.5-7b': ModelConfig(
-    hidden_size=3584,
-    intermediate_size=18_944,
-    num_layers=28,
-    num_heads=28,
-    num_kv_heads=4,
-    **_QWEN | dict(vocab_size=152_064),
-  ),
-  'llama3-8b': ModelConfig(
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    **_LLAMA,
-  ),
-  'llama3-70b': ModelConfig(
-    hidden_size=8192,
-    intermediate_size=28_672,
-    num_layers=80,
-    num_heads=64,
-    num_kv_heads=8,
-    **_LLAMA,
-  ),
-  'gemma3-4b': _gemma(
-    34,
-    2560,
-    query_scale=256,
-    intermediate_size=10_240,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=256,
-  ),
-  'gemma3-27b': _gemma(
-    62,
-    5376,
-    query_scale=168,
-    intermediate_size=21_504,
-    num_heads=32,
-    num_kv_heads=16,
-    head_dim=128,
-  ),
+  'llama3-8b': _shape(32, 4096, 14_336, 32, 8, **_LLAMA),
+  'llama3-70b': _shape(80, 8192, 28_672, 64, 8, **_LLAMA),
+  'gemma3-4b': _gemma(34, 2560, 10_240, 8, 4, query_scale=256, head_dim=256),
+  'gemma3-27b': _gemma(62, 5376, 21_504, 32, 16, query_scale=168, head_dim=128),
 }
 
 
 def named(name: str, **overrides) -> ModelConfig:
-  """The shape of a published model.
-
-  Args:
-    name: a key of `SHAPES`.
-    **overrides: fields of `ModelConfig` to replace, such as dtype.
-
-  Raises:
-    UserError: no such name.
-  """
+  """Returns a published shape with some fields replaced, such as dtype."""
   if name not in SHAPES:
     near = difflib.get_close_matches(name, SHAPES, 1)
     hint = f'did you mean {near[0]}?' if near else f'known: {", ".join(SHAPES)}'

@@ -1,4 +1,4 @@
-"""Gradients of estimators on one model and one set of prompts."""
+"""Draws gradients of estimators on one model and one set of prompts."""
 
 import functools
 import hashlib
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build, checks, critics, online, stored_runs
+from experiments import build, checks, cli, critics, online, stored_runs
 from experiments.configs import base
 from jaxrl_llm import audit, estimators, rollouts, training
-from jaxrl_llm.atomic import as_json, write_atomically
+from jaxrl_llm.atomic import as_json
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.minibatches import split_prompts
 from jaxrl_llm.models.config import ModelConfig
@@ -26,23 +26,28 @@ from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import describe, named_leaves
 from jaxrl_llm.sampling import policy
-from jaxrl_llm.training.critic import Critic
 
 # Batches before the first draw, where an estimator remembers earlier ones.
 _WARM_UP = 30
-_NAMES = ('vectors', 'squared_norms', 'tokens')
+# Fields that choose among prompts or groups.
+_CHOOSING = {
+  'rollout': ('refill', 'hints', 'hint_threshold', 'hint_template'),
+  'prompts': ('curriculum', 'curriculum_steps', 'curriculum_stages'),
+}
+# Sections of a configuration that draws depend on.
+_SECTIONS = ('seed', 'algorithm', 'rollout', 'prompts', 'rewards')
 
 
 class Subject(NamedTuple):
-  """What all estimators are measured on.
+  """The model and the prompts that all estimators share.
 
   Attributes:
     config: of the task, the rewards and the sampling.
     model: with its parameters.
-    rows: the P prompts, rows of the data set.
+    rows: P prompts, rows of the data set.
     critic: parameters of the run's critic; None without.
     reference: parameters of the reference policy; None for the model's own.
-    title: what it is, in words.
+    title: its name in the report.
   """
 
   config: ConfigDict
@@ -54,10 +59,10 @@ class Subject(NamedTuple):
 
 
 class Draws(NamedTuple):
-  """Of one estimator.
+  """Draws of one estimator's gradient.
 
   Attributes:
-    whole: its gradients.
+    whole: the gradients.
     equal: the part of each that groups with equal rewards contribute.
     equal_groups: [n], the share of such groups.
   """
@@ -70,43 +75,40 @@ class Draws(NamedTuple):
 def of_run(
   folder: str, step: str, prompts: int, trust_code: bool = False
 ) -> Subject:
-  """A checkpoint of a run: its policy, critic and reference policy.
+  """Loads a checkpoint of a run: its policy, critic and reference policy.
 
   Args:
     folder: of the run.
     step: 'newest', 'best' or a number.
-    prompts: how many training prompts.
-    trust_code: execute functions of a user's that its configuration names.
+    prompts: number of training prompts.
+    trust_code: execute the user functions that its configuration names.
   """
   untrusted = () if trust_code else build.CODE
   config, model, number = stored_runs.load(folder, step, untrusted)
-  rl = build.estimator(config)
-  path = pathlib.Path(folder)
+  needs, path = build.estimator(config).needs, pathlib.Path(folder)
   critic = reference = None
-  if rl.needs.critic and number > config.warm_start.steps:
+  if needs.critic and number > config.warm_start.steps:
     shapes = critics.critic_shapes(config, critics.critic(config, model))
     template = {'state': {'trainable': {'critic': shapes}}}
-    with Checkpoints(path / 'checkpoints', read_only=True) as checkpoints:
-      _, tree, _ = checkpoints.restore(template, number, part=True)
+    tree = _restore(path / 'checkpoints', template, number, part=True)
     critic = tree['state']['trainable']['critic']
-  if rl.needs.reference and number > config.warm_start.steps:
-    with Checkpoints(path / 'reference', read_only=True) as checkpoints:
-      found = checkpoints.restore(model.params)
-    if found is None:
-      raise UserError(f'{path / "reference"} has no reference policy')
-    reference = found[1]
-  return Subject(
-    config,
-    model,
-    choose_prompts(config, model, prompts),
-    critic,
-    reference,
-    f'{path.name}, step {number}',
-  )
+  if needs.reference and number > config.warm_start.steps:
+    reference = _restore(path / 'reference', model.params)
+  rows = choose_prompts(config, model, prompts)
+  title = f'{path.name}, step {number}'
+  return Subject(config, model, rows, critic, reference, title)
+
+
+def _restore(folder: pathlib.Path, template, step=None, part=False) -> Any:
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    restored = checkpoints.restore(template, step, part=part)
+  if restored is None:
+    raise UserError(f'{folder} has no checkpoint')
+  return restored[1]
 
 
 def of_config(config: ConfigDict, prompts: int) -> Subject:
-  """The model that a configuration names."""
+  """Loads the model that a configuration names."""
   if not config.model.path:
     raise UserError(
       'config.model.path is empty: a model with random parameters has no '
@@ -119,11 +121,7 @@ def of_config(config: ConfigDict, prompts: int) -> Subject:
 
 
 def choose_prompts(config, model: build.Model, count: int) -> list[dict]:
-  """Training prompts, drawn with the configuration's seed.
-
-  Raises:
-    UserError: there are fewer.
-  """
+  """Returns training prompts, drawn with the configuration's seed."""
   data = build.dataset(config, model.tokenizer)
   rows = build.encode(config, data.train, model.tokenizer).rows
   if len(rows) < count:
@@ -133,9 +131,9 @@ def choose_prompts(config, model: build.Model, count: int) -> list[dict]:
 
 
 def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
-  """The configuration of one estimator: on policy, all prompts in a batch.
+  """Returns one estimator's configuration: on policy, all prompts in a batch.
 
-  Nothing chooses among prompts or groups: no hints, refilling or curriculum.
+  It has no hints, refilling or curriculum, which choose prompts or groups.
 
   Raises:
     UserError: the algorithm or the changes do not fit; names the label.
@@ -146,13 +144,11 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
   built.training.update(epochs=1, minibatches=1)
   built.rollout.prompts = len(subject.rows)
   plain = base.get_config()
-  for name in ('refill', 'hints', 'hint_threshold', 'hint_template'):
-    built.rollout[name] = plain.rollout[name]
-  for name in ('curriculum', 'curriculum_steps', 'curriculum_stages'):
-    built.prompts[name] = plain.prompts[name]
+  for section, names in _CHOOSING.items():
+    built[section].update({name: plain[section][name] for name in names})
   changes = spec.get('rollout', {})
   try:
-    if other := sorted(set(changes) - {'samples'}):
+    if other := sorted(changes.keys() - {'samples'}):
       raise UserError(
         f'rollout.{other[0]}: prompts and policy are the same for all\nonly '
         'rollout.samples may differ'
@@ -162,31 +158,28 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
     needs = build.estimator(built).needs
     built.critic.warmup = 0
     if not needs.critic:
-      built.critic = base.get_config().critic
+      built.critic = plain.critic
     elif subject.critic is None:
       raise UserError('it needs a critic, and there is none: audit a PPO run')
     checks.check(built)
   except (KeyError, TypeError, UserError) as error:
-    reason = str(error.args[0])
-    raise UserError(f'{label}: {reason}') from error
+    raise UserError(f'{label}: {error.args[0]}') from error
   return built
 
 
 def begin(
   subject: Subject, config: ConfigDict, label: str
 ) -> tuple[online.Steps, training.TrainState]:
-  """The phase that trains with an estimator, and its first state."""
+  """Returns the phase that trains with an estimator, and its first state."""
   key = jax.random.fold_in(
     jax.random.key(config.seed), zlib.crc32(label.encode())
   )
   rl = online.Steps(config, subject.model, subject.rows, key)
-  reference = subject.reference
-  rl.fix(reference=subject.model.params if reference is None else reference)
+  rl.reference = subject.reference or subject.model.params
   state = rl.begin(subject.model.params)
   if rl.critic is not None:
-    state = state.replace(
-      trainable=state.trainable | {'critic': subject.critic}
-    )
+    trainable = state.trainable | {'critic': subject.critic}
+    state = state.replace(trainable=trainable)
   difference = rl.log_prob_difference(state, 0)
   rl.fix(rescore=not difference <= config.rollout.log_prob_tolerance)
   needs = rl.estimator.needs
@@ -198,11 +191,6 @@ def begin(
   return rl, state
 
 
-def critic_of(subject: Subject) -> Critic:
-  """The run's critic, without its parameters."""
-  return critics.critic(subject.config, subject.model)
-
-
 def load_or_draw(
   subject: Subject,
   config: ConfigDict,
@@ -211,12 +199,12 @@ def load_or_draw(
   tokens: int,
   dimension: int,
 ) -> tuple[Draws, bool]:
-  """An estimator's draws, and whether they were stored.
+  """Returns an estimator's draws, and whether they were stored.
 
   Args:
-    subject: what it is measured on.
+    subject: the model and the prompts.
     config: of `variant`.
-    label: the estimator's name, and its randomness.
+    label: the estimator's name, and the seed of its draws.
     folder: where draws are stored.
     tokens: budget of generated tokens.
     dimension: numbers kept of each gradient.
@@ -230,64 +218,85 @@ def load_or_draw(
   if stored is not None:
     return stored, True
   draws = draw(subject, config, label, tokens, dimension)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _to_bytes(draws, digest))
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}') from error
+  memory = io.BytesIO()
+  np.savez(memory, np.array(digest), *jax.tree.leaves(draws))
+  cli.write_files(folder, {path.name: memory.getvalue()})
   return draws, False
 
 
-def draw(
-  subject: Subject,
-  config: ConfigDict,
-  label: str,
-  tokens: int,
-  dimension: int,
-) -> Draws:
+def _read(path: pathlib.Path, digest: str) -> Draws | None:
+  """Returns stored draws with these settings, or None."""
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      if str(stored['arr_0']) != digest:
+        return None
+      arrays = [stored[f'arr_{i}'] for i in range(1, 8)]
+  except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
+    return None
+  whole, equal = audit.Gradients(*arrays[:3]), audit.Gradients(*arrays[3:6])
+  return Draws(whole, equal, arrays[6])
+
+
+def _digest(subject: Subject, config, label, tokens, dimension) -> str:
+  """Hashes all that draws depend on, except the library's own code."""
+  values = as_json(config.to_dict(), 'configuration')
+  trees = {
+    'policy': subject.model.params,
+    'critic': subject.critic,
+    'reference': subject.reference,
+  }
+  settings = [
+    {name: values[name] for name in _SECTIONS},
+    [pathlib.Path(file).read_text() for file in build.code_files(config)],
+    repr(subject.model.config),
+    as_json(subject.rows, 'prompts'),
+    {k: describe(named_leaves(tree)) for k, tree in trees.items() if tree},
+    [label, tokens, dimension],
+  ]
+  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def draw(subject: Subject, config, label, tokens, dimension) -> Draws:
   """Draws an estimator's gradient; the arguments are `load_or_draw`'s."""
   rl, state = begin(subject, config, label)
   params = state.trainable['policy']
   prepare = jax.jit(rl.estimator.prepare)
   differentiate = jax.jit(functools.partial(token_weights, rl.estimator))
   settings = {
-    'decoding': rl.trainer.setting.generation.decoding,
+    'decoding': rl.generation.decoding,
     'micro_prompts': build.micro_prompts(config),
     'chunk': config.training.chunk,
   }
+  score, gradient = (
+    functools.partial(f, subject.model.config, params, **settings)
+    for f in (rollouts.score_tokens, weighted_gradient)
+  )
   zeros = jax.tree.map(jnp.zeros_like, params)
   shares = []
 
   def one(i: int) -> tuple[dict[str, Any], int]:
-    found = rl.collect(state, _WARM_UP + i)
-    inputs = found.responses.prompts, found.rollouts.tokens
-    outputs = rollouts.score_tokens(
-      subject.model.config, params, *inputs, **settings
-    )
-    batch, equal = prepare(found.rollouts), equal_rewards(found.own)
+    collected = rl.collect(state, _WARM_UP + i)
+    inputs = collected.responses.prompts, collected.rollouts.tokens
+    outputs = score(*inputs)
+    batch = prepare(collected.rollouts)
+    equal = equal_rewards(collected.own)
     shares.append(float(equal.mean()))
     parts = []
-    for chosen in (equal, ~equal):
-      weights = differentiate(batch, outputs, chosen)
-      # Groups of equal rewards often give nothing: so much is known for free.
+    for where in (equal, ~equal):
+      weights = differentiate(batch, outputs, where)
+      # Groups with equal rewards often have no gradient.
       some = any(bool(jnp.any(x != 0)) for x in weights)
-      parts.append(
-        weighted_gradient(
-          subject.model.config, params, *inputs, *weights, **settings
-        )
-        if some
-        else zeros
-      )
+      parts.append(gradient(*inputs, *weights) if some else zeros)
     whole = jax.tree.map(jnp.add, *parts)
-    generated = int(np.asarray(found.responses.samples.mask).sum())
-    return {'equal': parts[0], 'whole': whole}, generated + found.tokens
+    generated = int(np.asarray(collected.responses.samples.mask).sum())
+    return {'equal': parts[0], 'whole': whole}, generated + collected.tokens
 
   drawn = audit.draw_gradients(one, tokens=tokens, dimension=dimension)
   return Draws(drawn['whole'], drawn['equal'], np.array(shares))
 
 
 def equal_rewards(rollouts: estimators.Rollouts) -> jax.Array:
-  """[P, 1, 1] bool, whether two or more valid responses all earned the same."""
+  """Marks prompts, [P, 1, 1], whose several valid responses earn the same."""
   valid = estimators.valid_responses(rollouts)
   several = valid.sum(axis=1, keepdims=True) > 1
   low = jnp.where(valid, rollouts.rewards, jnp.inf).min(axis=1, keepdims=True)
@@ -301,23 +310,23 @@ def token_weights(
   outputs: TokenStatistics,
   where: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """−∂ loss / ∂ log-probabilities and entropies, [P, G, T] each.
+  """Returns −∂ loss / ∂ log-probabilities and entropies, [P, G, T] each.
 
-  A critic's own error is left out: it is no part of the policy gradient.
+  A critic's own error is left out: it is not part of the policy gradient.
 
   Args:
     estimator: the loss.
-    batch: of its `prepare`.
-    outputs: what the policy says of the batch.
+    batch: from its `prepare`.
+    outputs: the policy's statistics of the batch.
     where: [P, 1, 1] bool, the prompts that contribute.
   """
   kept = batch.replace(weights=jnp.where(where, batch.weights, 0.0))
 
   def objective(log_probs, entropy):
-    found = estimators.Outputs(
+    given = estimators.Outputs(
       log_probs=log_probs, entropy=entropy, values=batch.values
     )
-    return -estimator.loss(found, kept)
+    return -estimator.loss(given, kept)
 
   return jax.grad(objective, argnums=(0, 1))(outputs.log_probs, outputs.entropy)
 
@@ -337,9 +346,9 @@ def weighted_gradient(
   micro_prompts: int,
   chunk: int,
 ) -> Any:
-  """∇ of Σ weights · (log-probabilities, entropies): a tree like `params`.
+  """Returns ∇ Σ weights · (log-probabilities, entropies), a tree like `params`.
 
-  One program for all estimators, which differ in the weights alone.
+  All estimators share one program: they differ in the weights alone.
   """
 
   def objective(params, part):
@@ -357,59 +366,5 @@ def weighted_gradient(
 
 
 def file_name(label: str) -> str:
-  """A label as the name of a file."""
+  """Returns a label as the name of a file."""
   return re.sub(r'\W+', '_', label).strip('_').lower()
-
-
-def _digest(subject: Subject, config, label, tokens, dimension) -> str:
-  """Of everything that draws depend on, but for the library's own code."""
-  files = [pathlib.Path(file) for file in build.code_files(config)]
-  settings = {
-    'config': {
-      name: value
-      for name, value in as_json(config.to_dict(), 'configuration').items()
-      if name in ('seed', 'algorithm', 'rollout', 'prompts', 'rewards')
-    },
-    'model': repr(subject.model.config),
-    'rows': as_json(subject.rows, 'prompts'),
-    'parameters': {
-      name: describe(named_leaves(tree))
-      for name, tree in (
-        ('policy', subject.model.params),
-        ('critic', subject.critic),
-        ('reference', subject.reference),
-      )
-      if tree is not None
-    },
-    'files': [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-    'draws': [label, tokens, dimension],
-  }
-  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-
-def _to_bytes(draws: Draws, digest: str) -> bytes:
-  buffer = io.BytesIO()
-  parts = {'whole': draws.whole, 'equal': draws.equal}
-  np.savez(
-    buffer,
-    digest=np.array(digest),
-    equal_groups=draws.equal_groups,
-    **{
-      f'{k}_{name}': getattr(v, name)
-      for k, v in parts.items()
-      for name in _NAMES
-    },
-  )
-  return buffer.getvalue()
-
-
-def _read(path: pathlib.Path, digest: str) -> Draws | None:
-  """Stored draws of these settings; None where there are none."""
-  try:
-    with np.load(path, allow_pickle=False) as stored:
-      if str(stored['digest']) != digest:
-        return None
-      part = lambda k: audit.Gradients(*(stored[f'{k}_{n}'] for n in _NAMES))
-      return Draws(part('whole'), part('equal'), stored['equal_groups'])
-  except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
-    return None

@@ -93,7 +93,7 @@ RANGES = (
     0.0,
     0.9,
     'most groups have equal rewards and teach nothing\n'
-    'choose prompts of medium pass rate (experiments.pass_rates), or raise '
+    'choose prompts of medium pass rate (experiments.label), or raise '
     'config.rollout.samples',
   ),
   Range(

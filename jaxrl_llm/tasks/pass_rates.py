@@ -78,7 +78,7 @@ def choose(
     raise UserError(
       f'{len(missing)} of {len(rows)} training prompts have no record of their '
       f'pass rate; the first is {missing[0]["prompt"]!r:.60}\n'
-      'measure them with experiments.pass_rates'
+      'measure them with experiments.label'
     )
   conflicts = sum(COLUMN in row for row in rows)
   if conflicts:

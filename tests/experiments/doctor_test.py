@@ -1,4 +1,4 @@
-"""What the doctor says of an installation, of a broken one, and of a run."""
+"""The doctor on a sound installation, on a broken one, and on a run."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_sampler_that_is_off_is_told(monkeypatch, capsys):
-  """It writes down log-probabilities that are 0.01 nats too low."""
+  """The sampler records log-probabilities that are 0.01 nats too low."""
   sample = sampling.sample
 
   def off(*args, **kwargs):
@@ -112,7 +112,7 @@ def test_health_of_a_run(tmp_path):
 
 
 def test_no_run(tmp_path):
-  """Said before anything is tried."""
+  """The error comes before any check."""
   with pytest.raises(UserError) as error:
     doctor.report(tmp_path)
   assert len(str(error.value).splitlines()) <= 3

@@ -124,7 +124,7 @@ def rank(completion_ids, prompts, **kwargs):
 
 
 def test_best_of_k_counts_subsets(trained, tmp_path):
-  """Of equal scores of the judge each is chosen as often."""
+  """Responses with equal scores of the judge are chosen equally often."""
   file = tmp_path / 'graded.py'
   file.write_text(GRADED)
   config = trained.config.copy_and_resolve_references().unlock()
@@ -174,7 +174,7 @@ def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
   assert without == {k: v for k, v in result.items() if 'greedy' not in k}
 
 
-def test_failures_in_workers_are_counted_and_told(trained, tmp_path):
+def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
   file = tmp_path / 'even.py'
   file.write_text(
     'def even(prompts, completions):\n'
@@ -185,7 +185,6 @@ def test_failures_in_workers_are_counted_and_told(trained, tmp_path):
   config.rewards = {'even': {'name': f'{file}:even', 'workers': 1}}
   data = build.dataset(config, trained.model.tokenizer)
   odd = sum(int(row['prompt'][0]) % 2 for row in data.held_out)
-  lines = []
   result = evaluate.measure(
     config,
     trained.model,
@@ -193,13 +192,12 @@ def test_failures_in_workers_are_counted_and_told(trained, tmp_path):
     temperature=1.0,
     greedy=True,
     batch=4,
-    tell=lines.append,
   )
   assert 0 < odd < scripts.HELD_OUT
   assert result['rewards/even/failed'] == 2 * odd
   assert result['greedy/rewards/even/failed'] == odd
   assert result['unscored'] == result['greedy/unscored'] == odd
-  sampled, greedy = lines
+  sampled, greedy = capsys.readouterr().out.splitlines()
   assert sampled.startswith(f'rewards/even: {2 * odd} of the held-out')
   assert greedy.startswith(f'rewards/even: {odd} of the greedy')
   assert 'by error: ValueError: odd' in sampled

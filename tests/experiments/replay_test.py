@@ -1,4 +1,4 @@
-"""A step computed again alone: what its record says, in an untouched folder."""
+"""Replays of steps: equal to their records, in an untouched folder."""
 
 import json
 import shutil
@@ -203,7 +203,7 @@ def train(script, config, folder, *flags):
 
 
 def identical(workdir, steps):
-  """Asserts that steps are as recorded, and how far the checkpoints were."""
+  """Asserts that steps are as recorded, in an unchanged folder."""
   before = contents(workdir)
   for step in steps:
     assert replay.replay(workdir, step, trust_code=True) == 0, step
@@ -255,7 +255,7 @@ def test_steps_with_data_tools(tmp_path):
 
 @pytest.mark.slow
 def test_a_changed_checkpoint_is_passed_over(tmp_path, capsys, caplog):
-  """Of a reward model, which keeps the checkpoints of steps 10 and 20."""
+  """The run is a reward model's, with checkpoints of steps 10 and 20."""
   config = reward_model_script_test.a_config(tmp_path)
   workdir = tmp_path / 'run'
   reward_model_script_test.train(config, workdir)

@@ -108,7 +108,7 @@ def test_scripts_say_it_in_three_lines(script, tmp_path):
 
 
 def test_each_part_of_a_sum_of_rewards_has_a_panel(tmp_path, monkeypatch):
-  """Of a reward that is alone the curve is there already."""
+  """A single reward has no panel: the main one shows it."""
   from matplotlib.figure import Figure
 
   drawn = []

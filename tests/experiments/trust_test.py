@@ -87,11 +87,12 @@ def test_evaluate_executes_no_reward(kind, folder, mark):
   assert not mark.exists()
 
 
-@pytest.mark.parametrize('script', ['pass_rates', 'make_pairs'])
-def test_other_scripts_execute_no_task(script, folder, mark, tmp_path):
+@pytest.mark.parametrize('what', ['pass_rates', 'pairs'])
+def test_labelling_executes_no_task(what, folder, mark, tmp_path):
   store(folder, task=dict(name='evil.py:score'))
   output = tmp_path / 'output.jsonl'
-  ended = run(script, folder, f'--workdir={folder}', f'--output={output}')
+  flags = f'--what={what}', f'--workdir={folder}', f'--output={output}'
+  ended = run('label', folder, *flags)
   refused(ended, "config.task.name is 'evil.py:score'", '--trust_code')
   assert not mark.exists()
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import make_pairs
+from experiments import label
 from jaxrl_llm import estimators
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
@@ -43,9 +43,7 @@ def test_noise_prefers_as_often_as_bradley_and_terry_say():
   rewards = np.array([[0.0, 1.0, -2.0]])
   pairs = np.array([[0, 1, 0], [0, 0, 1], [0, 1, 2]])
   count = 20_000
-  drawn = make_pairs.noisy_pairs(
-    np.repeat(pairs, count, axis=0), rewards, 1.5, [7]
-  )
+  drawn = label.noisy_pairs(np.repeat(pairs, count, axis=0), rewards, 1.5, [7])
   for i, (_, one, two) in enumerate(pairs):
     margin = rewards[0, one] - rewards[0, two]
     expected = 1 / (1 + math.exp(-margin / 1.5))
@@ -53,7 +51,7 @@ def test_noise_prefers_as_often_as_bradley_and_terry_say():
     assert {tuple(row) for row in found} == {(0, one, two), (0, two, one)}
     error = math.sqrt(expected * (1 - expected) / count)
     assert abs((found[:, 1] == one).mean() - expected) < 4 * error
-  sure = make_pairs.noisy_pairs(pairs, rewards, 0.0, [7])
+  sure = label.noisy_pairs(pairs, rewards, 0.0, [7])
   assert sure.tolist() == [[0, 1, 0], [0, 1, 0], [0, 1, 2]]
 
 

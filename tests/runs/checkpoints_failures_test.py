@@ -187,7 +187,7 @@ def test_a_killed_save_leaves_a_sound_folder(tmp_path, seed):
 LOOP = """
 import sys, time
 import jax, jax.numpy as jnp
-from jaxrl_llm import run_folder
+from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs import MetricsWriter, Sample, SampleLog
 

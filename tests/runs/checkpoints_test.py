@@ -229,7 +229,7 @@ def test_ordinary_use_is_silent(tmp_path):
 import sys
 import jax.numpy as jnp
 from absl import app, logging
-from jaxrl_llm import orbax_io
+from jaxrl_llm.runs import orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import named_leaves
 def main(argv):
@@ -248,7 +248,7 @@ TOPOLOGIES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxrl_llm import orbax_io
+from jaxrl_llm.runs import orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import named_leaves
 from jaxrl_llm.runs.digests import digest
@@ -291,7 +291,7 @@ def test_other_topologies(tmp_path):
   script = """
 import sys
 import jax.numpy as jnp
-from jaxrl_llm import orbax_io
+from jaxrl_llm.runs import orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import named_leaves
 like = {'w': jnp.zeros((16, 24)), 'h': jnp.zeros(8, jnp.bfloat16),

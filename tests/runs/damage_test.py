@@ -35,7 +35,7 @@ def resume():
 
   def resume(workdir) -> int:
     assert train.train(config, workdir, resume=True) == 0
-    return reached.pop().course.step
+    return reached.pop().schedule.step
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run.Run, 'train', lambda self: reached.append(self))

@@ -15,7 +15,7 @@ from jaxrl_llm.runs import folder as run_folder
 # Takes the lock, optionally forks a child that outlives it, and waits.
 OWNER = """
 import os, sys, time
-from jaxrl_llm import run_folder
+from jaxrl_llm.runs import folder as run_folder
 run = run_folder.open_run(sys.argv[1], False, {'steps': 1})
 if sys.argv[2] == 'fork':
   child = os.fork()

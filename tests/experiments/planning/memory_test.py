@@ -1,4 +1,4 @@
-"""The compiled update's bytes: of TRePO as of GRPO, and as counted by hand."""
+"""Bytes of compiled updates against counts by hand and each other."""
 
 import jax
 import pytest
@@ -8,7 +8,6 @@ from experiments import build
 from experiments.configs import base
 from experiments.planning import memory
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import transformer
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.tasks import arithmetic
 
@@ -24,7 +23,7 @@ def get_config(hidden_size=32, num_layers=2):
     tied=True,
     max_length=64,
   )
-  config.task = dict(name='a data set that is not read')
+  config.task = dict(name='a data set that is never read')
   config.prompts.max_tokens = 8
   config.rewards = dict(correct=dict(name='arithmetic_answer'))
   config.algorithm = dict(name='rloo')
@@ -44,7 +43,9 @@ def count(config) -> int:
 
 @pytest.fixture(scope='module')
 def measured():
-  return memory.measure_all(get_config(), ['grpo:kl=0.0', 'trepo', 'ppo'])
+  specs = dict(name='grpo', kl=0.0), dict(name='trepo'), dict(name='ppo')
+  configs = (memory.with_algorithm(get_config(), spec) for spec in specs)
+  return {x.algorithm.name: memory.measure(x) for x in configs}
 
 
 @pytest.mark.slow
@@ -68,16 +69,16 @@ def test_bytes_are_as_counted_by_hand(measured):
     state = found.parameters + found.optimizer
     # The whole state is donated, and comes back in place.
     assert state <= found.aliased <= found.outputs < state + 1000
-    # Every gradient exists at one time, beside the activations.
+    # Gradients and activations.
     assert found.temporary > found.parameters
-    # State, batch and temporaries: outputs take no room of their own.
+    # Outputs reuse the memory of the state.
     whole = state + found.batch + found.temporary
     assert abs(found.peak - whole) < 0.02 * whole
 
 
 def test_a_model_is_measured_that_does_not_exist(monkeypatch):
   def fail(*args, **kwargs):
-    raise AssertionError('parameters are made')
+    raise AssertionError('parameters are created')
 
   monkeypatch.setattr(build, 'model', fail)
   monkeypatch.setattr(folders, 'load', fail)
@@ -97,14 +98,8 @@ def test_a_folder_is_measured_by_its_config_alone(tmp_path):
   folders.save(folder, model.config, model.params, tokenizer=model.tokenizer)
   (folder / 'model.safetensors').unlink()
   config.model.path = str(folder)
-  outline = build.outline(config.model)
-  shapes = jax.eval_shape(
-    lambda: transformer.init(outline.config, jax.random.key(0))
-  )
-  assert jax.tree.map(lambda x: x.shape, outline.params) == jax.tree.map(
-    lambda x: x.shape, model.params
-  )
-  assert jax.tree.structure(shapes) == jax.tree.structure(model.params)
+  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  assert shapes(build.outline(config.model).params) == shapes(model.params)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +123,17 @@ def test_an_algorithm_without_a_critic_beside_one_with():
   assert memory.with_algorithm(config, dict(name='vapo')).critic.warmup == 3
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
   with pytest.raises(UserError, match='write grpo:clip=NUMBER'):
     memory.parse('grpo:clip=wide')
   with pytest.raises(UserError, match="no 'gpro'"):
-    memory.measure_all(get_config(), ['gpro'])
-  ended = scripts.run('memory', '--config=nowhere.py')
+    memory.with_algorithm(get_config(), dict(name='gpro'))
+  ended = scripts.run('planning.memory', '--config=nowhere.py')
   assert ended.code == 2 and 'no such file' in ended.err
+
+
+def test_a_column_per_algorithm():
+  sizes = memory.Memory(*[2**20] * 6, peak=2**21)
+  lines = memory.table(dict(grpo=sizes, ppo=sizes._replace(peak=2**22)))
+  assert '| peak              |   2.00 |   4.00 |' in lines
+  assert '| peak / grpo       | 1.0000 | 2.0000 |' in lines

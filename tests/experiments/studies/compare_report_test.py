@@ -40,7 +40,6 @@ def run(label, seed, ends, updates=10, **more):
     'updates': updates,
     'seconds_per_update': 0.25,
     'rollout_share': 0.4,
-    'peak_rss': 2**30,
     'update_bytes': 3 * 2**20,
     'cores': 1,
   }
@@ -108,4 +107,4 @@ def test_nothing_yet():
   ([0.5, np.nan], '–'),
 ])  # fmt: skip
 def test_intervals_that_say_nothing_are_left_out(values, text):
-  assert compare_report._interval(values, 2) == text
+  assert compare_report._interval(values, {'digits': 2}) == text

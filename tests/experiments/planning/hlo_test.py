@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from experiments.planning import collectives, flops, hlo
-from experiments.planning.hardware import CHIPS
+from experiments.planning.topologies import Topology, parse
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
-# On each of 8 devices, 2 × 4: all that it sends is spelled out.
+# On 2 × 4 devices, with every collective explicit.
 PROGRAM = """
 import json, os
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
@@ -61,21 +61,26 @@ f = jax.jit(jax.shard_map(
 x, w = jnp.zeros((32, 32)), jnp.zeros((16, 32))
 traced = f.trace(x, w)
 module = hlo.parse(traced.lower().compile().as_text())
+executed = hlo.executions(module, (3, 7))
+groups = []
+found, seconds = collectives.find(
+  executed, lambda group: groups.append(group) or 1.0
+)
 print(json.dumps(dict(
-  found=[
-    (c.kind, list(c.group), c.times, c.sent)
-    for c in collectives.find(module, (7,))
-  ],
-  once=sum(c.times for c in collectives.find(module)),
-  compiled=flops.of_module(module, (7,)),
-  traced=flops.of_jaxpr(traced.jaxpr, (7,)).total,
+  found=found,
+  seconds=seconds,
+  groups=sorted(groups),
+  compiled=flops.of_executions(executed),
+  unknown=flops.of_executions(hlo.executions(module)),
+  traced=flops.of_jaxpr(traced.jaxpr, (3, 7))[0],
 )))
 """
 
 
-def run(code):
+@pytest.fixture(scope='module')
+def measured():
   done = subprocess.run(
-    [sys.executable, '-c', code],
+    [sys.executable, '-c', PROGRAM],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -84,31 +89,66 @@ def run(code):
   return json.loads(done.stdout)
 
 
-@pytest.fixture(scope='module')
-def measured():
-  return run(PROGRAM)
-
-
 def test_collectives_are_as_counted_by_hand(measured):
-  found = {kind: rest for kind, *rest in measured['found']}
-  # [8, 8] float32 of each to the three others, in 5 layers.
-  assert found['all-gather'] == [[0, 1, 2, 3], 5, 5 * 3 * 256]
-  # [16, 8] float32, summed over two: half there and half back, three times.
-  assert found['all-reduce'] == [[0, 4], 3, 3 * 512]
-  assert found['collective-permute'] == [[0, 4], 1, 512]
-  assert found['all-to-all'][:2] == [[0, 1, 2, 3], 1]
-  assert found['all-to-all'][2] == pytest.approx(512 * 3 / 4)
-  # Of a loop that tells nothing: as often as was said.
-  assert found['reduce-scatter'] == [[0, 1, 2, 3], 7, 7 * 4 * 4 * 4 * 3 / 4]
-  assert measured['once'] == sum(c[2] for c in measured['found']) - 7
+  found = {
+    x['kind']: (x['chips'], x['times'], x['sent']) for x in measured['found']
+  }
+  assert found == {
+    # [8, 8] float32 of each to the three others, in 5 layers.
+    'all-gather': (4, 5, 5 * 3 * 256),
+    # [16, 8] float32, summed over two: half there and half back, three times.
+    'all-reduce': (2, 3, 3 * 512),
+    'collective-permute': (2, 1, 512),
+    'all-to-all': (4, 1, 512 * 3 / 4),
+    'reduce-scatter': (4, 7, 7 * 4 * 4 * 4 * 3 / 4),
+  }
+  assert measured['seconds'] == sum(sent for _, _, sent in found.values())
+  assert measured['groups'] == [[0, 1, 2, 3], [0, 4]]
 
 
 def test_flops_are_as_counted_by_hand(measured):
-  layers, steps = 5 * 2 * 16 * 8 * 8, 3 * 2 * 16 * 8 * 8
-  last = 7 * 2 * 4 * 4 * 32
-  assert measured['compiled'] == layers + steps + last
-  # No static bound: a loop of which nothing is said is not counted.
-  assert measured['traced'] == 8 * (layers + 7 * 2 * 16 * 8 * 8)
+  layers, step = 5 * 2 * 16 * 8 * 8, 2 * 16 * 8 * 8
+  last = 2 * 4 * 4 * 32
+  assert measured['compiled'] == layers + 3 * step + 7 * last
+  # Products within loops without a known count.
+  assert measured['unknown'] == layers
+  assert measured['traced'] == 8 * measured['compiled']
+
+
+def test_a_tpu_loop_counts_as_its_condition_says():
+  text = """
+%body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%next, %y)
+}
+
+%condition (q: (s32[], f32[8,8])) -> pred[] {
+  %q = (s32[], f32[8,8]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %last = s32[] constant(9)
+  ROOT %less = pred[] compare(%j, %last), direction=LT
+}
+
+ENTRY %main (a: f32[8,8]) -> (s32[], f32[8,8]) {
+  %a = f32[8,8]{1,0} parameter(0)
+  %first = s32[] constant(2)
+  %copy = s32[] copy(%first)
+  %state = (s32[], f32[8,8]{1,0}) tuple(%copy, %a)
+  ROOT %loop = (s32[], f32[8,8]{1,0}) while(%state), CALLS
+}
+"""
+  text = text.replace('CALLS', 'condition=%condition, body=%body')
+  count = lambda text: flops.of_executions(
+    hlo.executions(hlo.parse(text), (3,))
+  )
+  assert count(text) == 7 * 2 * 8**3
+  # Not a counter from a constant: as many iterations as the caller expects.
+  assert count(text.replace('s32[] copy', 's32[] negate')) == 3 * 2 * 8**3
 
 
 @pytest.mark.parametrize(
@@ -130,23 +170,24 @@ def test_groups_of_every_notation(text, kind, group):
 
 
 def test_bandwidth_of_links():
-  chip = CHIPS['v5e']
-  line = np.array([[i, 0] for i in range(16)])
-  half, pair = line[:8], line[:2]
-  square = np.array([[i, j] for i in range(16) for j in range(4)])
-  rate = lambda places: collectives.bandwidth(chip, (16, 16), places)
-  assert rate(line) == 2 * chip.link
-  assert rate(half) == rate(pair) == chip.link
-  assert rate(square) == 3 * chip.link
-  gpu = CHIPS['h100']
-  rate = lambda places: collectives.bandwidth(gpu, (8, 8), places)
-  assert rate(np.array([[0, i] for i in range(8)])) == 450e9
-  assert rate(np.array([[i, 0] for i in range(8)])) == 50e9
-  assert rate(np.array([[i, j] for i in range(8) for j in range(8)])) == 400e9
+  def rate(name, positions):
+    topology = Topology(name, *parse(name), [], {})
+    return collectives.bandwidth(topology, np.array(positions))
+
+  line = [[i, 0] for i in range(16)]
+  link = parse('v5e:16x16')[0].link
+  assert rate('v5e:16x16', line) == 2 * link
+  assert rate('v5e:16x16', line[:8]) == rate('v5e:16x16', line[:2]) == link
+  plane = [[i, j] for i in range(16) for j in range(4)]
+  assert rate('v5e:16x16', plane) == 3 * link
+  assert rate('h100:64', [[0, i] for i in range(8)]) == 450e9
+  assert rate('h100:64', [[i, 0] for i in range(8)]) == 50e9
+  everything = [[i, j] for i in range(8) for j in range(8)]
+  assert rate('h100:64', everything) == 400e9
 
 
 def test_flops_equal_those_of_the_unrolled_program(optimized):
-  """Of XLA's own count, which knows no loops: hence unrolled."""
+  """Compares with XLA's own count, which ignores loops: hence unrolled."""
 
   def layers(unroll):
     def f(x, ws):
@@ -158,11 +199,11 @@ def test_flops_equal_those_of_the_unrolled_program(optimized):
   x, ws = jnp.zeros((64, 32)), jnp.zeros((6, 32, 32))
   traced = layers(1).trace(x, ws)
   compiled = traced.lower().compile()
-  found = flops.of_module(hlo.parse(compiled.as_text()))
+  found = flops.of_executions(hlo.executions(hlo.parse(compiled.as_text())))
   unrolled = layers(6).lower(x, ws).compile().cost_analysis()['flops']
   assert compiled.cost_analysis()['flops'] < unrolled / 3
   # Forward, and two products backward; XLA counts sums and sines, too.
-  assert found == flops.of_jaxpr(traced.jaxpr).total == 6 * 3 * 2 * 64 * 32 * 32
+  assert found == flops.of_jaxpr(traced.jaxpr)[0] == 6 * 3 * 2 * 64 * 32 * 32
   assert found < unrolled < 1.05 * found
 
 
@@ -175,7 +216,9 @@ ENTRY %main (a: bf16[512,64], b: bf16[64,32]) -> bf16[512,32] {
   ROOT %c = bf16[512,32]{1,0:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
 }
 """
-  assert flops.of_module(hlo.parse(text)) == 2 * 512 * 64 * 32
+  assert (
+    flops.of_executions(hlo.executions(hlo.parse(text))) == 2 * 512 * 64 * 32
+  )
   text = """
 ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
   %a = bf16[4,512,64]{2,1,0} parameter(0)
@@ -185,11 +228,14 @@ ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
 """
   window = 'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, '
   text = text.replace('WINDOW', window + 'dim_labels=0bf_0io->0bf')
-  assert flops.of_module(hlo.parse(text)) == 4 * 2 * 512 * 64 * 32
+  assert (
+    flops.of_executions(hlo.executions(hlo.parse(text)))
+    == 4 * 2 * 512 * 64 * 32
+  )
 
 
 def test_flops_of_a_kernel():
-  """A Pallas kernel's products count once per place of its grid."""
+  """A Pallas kernel's products count once per point of its grid."""
   from jax.experimental import pallas
 
   def kernel(x, y, out):

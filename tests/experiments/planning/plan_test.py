@@ -1,0 +1,325 @@
+"""Programs, bytes and FLOPs of a plan for 8 CPU devices; flags; real pods."""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import types
+
+import pytest
+import scripts
+
+from experiments.configs import base
+from experiments.planning import plan, programs, report, topologies
+from experiments.planning.programs import TooLarge
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.tasks import arithmetic
+
+ROOT = pathlib.Path(__file__).parents[3]
+CONFIG = 'experiments/configs/qwen2_5_7b_tpu.py'
+GIB = 2**30
+
+# 8 CPU devices take the place of a machine of 8 GPUs.
+PROGRAM = """
+import json
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_disable_most_optimizations', True)
+from experiments.configs import base
+from experiments.planning import plan, programs, report, topologies
+from jaxrl_llm.tasks import arithmetic
+
+config = base.get_config()
+config.model.alphabet = arithmetic.ALPHABET
+config.model.architecture = dict(
+  hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4,
+  num_kv_heads=2, tied=True, max_length=64,
+)
+config.mesh.update(data=2, fsdp=2, tensor=2)
+config.prompts.max_tokens = 8
+config.rewards = dict(correct=dict(name='arithmetic_answer'))
+config.algorithm = ALGORITHM
+config.rollout.update(prompts=8, samples=4, max_tokens=16)
+config.training.update(minibatches=1, micro_prompts=4)
+chip = topologies.CHIPS['h100']
+topology = topologies.Topology('cpu:8', chip, (1, 8), jax.devices(), {})
+made = programs.Plan(config, plan.outline(config, ''), topology)
+made.compile()
+numbers = made.numbers('tiny')
+refusals = []
+for limit in (2**10, made.programs['update']['memory']['peak'] - 2**10):
+  made.limit = limit
+  try:
+    made.compile()
+  except programs.TooLarge as error:
+    refusals.append(plan.refusal(made, error))
+text = report.text(numbers)
+print(json.dumps(dict(numbers, text=text, refusals=refusals)))
+"""
+
+
+def run(algorithm):
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM.replace('ALGORITHM', algorithm)],
+    cwd=ROOT,
+    env=os.environ | {'XLA_FLAGS': scripts.xla_flags(devices=8)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  numbers = json.loads(done.stdout.splitlines()[-1])
+  return numbers | {'programs': {x['name']: x for x in numbers['programs']}}
+
+
+@pytest.fixture(scope='module')
+def planned():
+  return run("dict(name='grpo', kl=0.1)")
+
+
+# Width, MLP, layers, response and prompt tokens, vocabulary.
+D, F, L, T, S, V = 32, 64, 3, 16, 8, 3 + len(arithmetic.ALPHABET)
+# Query and output, key and value, MLP.
+MATRICES = 2 * D * D + 2 * D * (D // 2) + 3 * D * F
+
+
+def test_memory_is_as_counted_by_hand(planned):
+  norms = (2 * L + 1) * D
+  # fsdp and tensor split matrices in 4, data copies them; tensor does not split
+  # the embedding's odd number of rows.
+  assert V % 2
+  by_hand = 4 * (V * D // 2 + L * MATRICES // 4 + norms)
+  for program in planned['programs'].values():
+    memory = program['memory']
+    assert memory['parameters'] == memory['reference'] == by_hand
+    # Adam's two moments, and its counter of steps.
+    assert 2 * by_hand <= memory['optimizer'] <= 2 * by_hand + 32
+    assert all(part >= 0 for part in memory.values())
+    assert 2 * memory['peak'] == sum(memory.values())
+  # Keys and values of 7 tokens of 8 prompts and 16 of 32 rows; 4 × 2 shards.
+  cache = 2 * L * D // 2 * 4 * (8 * (S - 1) + 32 * T) // 8
+  assert planned['programs']['sample']['memory']['cache'] == cache
+  assert planned['programs']['update']['memory']['cache'] == 0
+  # The policy that is copied into another layout is no further argument.
+  assert planned['programs']['layout']['memory']['other'] == 0
+
+
+def test_flops_are_as_counted_by_hand(planned):
+  rows, prompts = 32, 8
+  attend = lambda count, keys: 2 * 2 * count * keys * D
+  layers = lambda count: 2 * count * MATRICES
+  prefill = L * (layers(prompts * 7) + prompts * attend(7, 7))
+  step = L * (layers(1) + attend(1, 7 + T)) + 2 * V * D
+  sample, score, update = (
+    planned['programs'][name] for name in ('sample', 'score', 'update')
+  )
+  assert sample['asked'] == prefill + rows * T * step
+  # The trainer reads a response at once.
+  head = rows * T * 2 * V * D
+  reading = L * (layers(rows * T) + rows * attend(T, 7 + T)) + prefill + head
+  assert score['asked'] == reading
+  # Twice as much backward; the head is computed again there.
+  assert update['asked'] == pytest.approx(3 * reading + head, rel=0.02)
+  for program in (sample, score, update):
+    share = program['computed'] * 8 / program['asked']
+    # XLA skips what sampling does not use of the prompts' last layer.
+    least = 1.0 - (prefill / L / sample['asked'] if program is sample else 0.0)
+    assert least <= share < 1.6, program['name']
+
+
+def test_programs_of_an_iteration(planned):
+  assert [*planned['programs']] == ['layout', 'sample', 'score', 'update']
+  assert planned['tokens'] == 32 * T
+  # In float32 only the reference reads responses again.
+  assert planned['programs']['score']['times'] == 1
+  # Only the tensor axis communicates while sampling.
+  sent = planned['programs']['sample']['collectives']
+  assert {x['chips'] for x in sent} == {2}
+  seconds = [x['seconds'] for x in planned['programs'].values()]
+  assert planned['seconds'] == sum(seconds)
+  assert 'per chip' in planned['text'] and '| update ' in planned['text']
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_shortfall(planned):
+  state, update = planned['refusals']
+  start = 'does not fit: update lacks at least 0.1 GiB of 0.00 GiB'
+  assert state.startswith(start) and 'take more chips' in state
+  assert update.startswith(start)
+  assert all(len(text.splitlines()) == 3 for text in planned['refusals'])
+
+
+@pytest.mark.parametrize(
+  'algorithm, more',
+  [
+    ("dict(name='trepo')", 'branch'),
+    ("dict(name='ppo')", 'critic'),
+    ("dict(name='remax')", 'greedy'),
+  ],
+)
+@pytest.mark.slow
+def test_programs_that_other_algorithms_need(algorithm, more):
+  assert {more, 'layout', 'sample', 'update'} <= {*run(algorithm)['programs']}
+
+
+def test_a_gpu_leaves_a_fraction_of_its_memory(monkeypatch):
+  chip = topologies.CHIPS['h100']
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+  assert chip.limit == int(0.75 * chip.memory)
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
+  assert chip.limit == int(0.9 * chip.memory)
+  assert topologies.CHIPS['v5e'].limit == int(15.75 * GIB)
+
+
+def test_the_compilers_refusal_is_read():
+  text = (
+    'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+    'for HLO temporaries (20.00G) exceeds available HBM (15.75G).'
+  )
+  assert programs.needed_bytes(RuntimeError(text)) == 20 * GIB
+  with pytest.raises(ValueError, match='something else'):
+    programs.needed_bytes(ValueError('something else'))
+
+
+def search(capsys, fits, seconds=lambda tensor: 1.0):
+  """Searches plans that lack memory where `fits` names a program."""
+  config = base.get_config()
+  config.rollout.prompts, config.training.minibatches = 16, 2
+
+  def make(changed):
+    tensor, micro = changed.mesh.tensor, changed.training.micro_prompts
+    lacking = fits(tensor, micro)
+    if lacking == 'rows':
+      raise UserError('rows do not spread\nchoose others')
+
+    def compile():
+      if lacking:
+        raise TooLarge(lacking, micro * GIB)
+
+    numbers = lambda name: dict(seconds=seconds(tensor))
+    chosen = tensor, micro
+    return types.SimpleNamespace(
+      chosen=chosen, compile=compile, numbers=numbers
+    )
+
+  chosen = plan.search(config, 4, make).chosen
+  return chosen, capsys.readouterr().out.splitlines()
+
+
+def test_search_takes_the_largest_micro_batch_of_the_fastest_mesh(capsys):
+  fits = lambda tensor, micro: 'update' if micro > 2 * tensor else None
+  seconds = {1: 3.0, 2: 1.0, 4: 2.0}.get
+  chosen, lines = search(capsys, fits, seconds)
+  assert chosen == (2, 4)
+  assert 'tensor=1, micro_prompts=8: update lacks 8.0 GiB' in lines
+  assert lines[-1] == 'tensor=4, micro_prompts=8: 2.0 s'
+
+
+def test_search_leaves_out_meshes_that_cannot_sample_or_spread_rows(capsys):
+  fits = lambda tensor, micro: 'sample' if tensor < 4 else None
+  chosen, lines = search(capsys, fits)
+  assert chosen == (4, 8) and len(lines) == 3
+  fits = lambda tensor, micro: 'rows' if tensor < 2 or micro < 8 else None
+  assert search(capsys, fits)[0] == (2, 8)
+  with pytest.raises(UserError, match='update lacks 1.0 GiB') as caught:
+    search(capsys, lambda tensor, micro: 'update')
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('v5p', 'no such topology'),
+    ('v9:4x4', 'no such topology'),
+    ('v5p:4x4', 'write v5p:4x4x4'),
+    ('v5e:4x4x4', 'write v5e:4x4,'),
+    ('h100:0', 'whole machines of 8'),
+    ('h100:12', 'whole machines of 8'),
+  ],
+)
+def test_wrong_topologies(name, message):
+  with pytest.raises(UserError, match=message) as caught:
+    topologies.parse(name)
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_topologies_count_chips():
+  assert topologies.parse('v5p:4x4x8')[1] == (4, 4, 8)
+  assert topologies.parse('h100:64')[1] == (8, 8)
+  assert topologies.parse('h200:4')[1] == (1, 4)
+
+
+@pytest.mark.parametrize('name', ['v5e:4x4', 'h100:8'])
+def test_a_missing_plugin_is_reported(name, monkeypatch):
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r'not installed\n.*\[plan\]'):
+    topologies.make(name)
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], '--topology is missing'),
+    (['--topology=v5q:4x4'], 'no such topology'),
+    (['--topolgy=v5e:4x4'], 'did you mean --topology'),
+    (['--topology=v5e:4x4', '--model=llama-8b'], 'did you mean llama3-8b'),
+  ],
+)
+def test_wrong_flags(arguments, message):
+  ended = scripts.run('planning.plan', f'--config={ROOT / CONFIG}', *arguments)
+  assert ended.code == 2
+  assert message in ended.err
+  assert len(ended.err.strip().splitlines()) <= 3
+
+
+def test_a_table_lines_up():
+  rows = [['a', 'bb'], ['longer', '1']]
+  lines = report.markdown(rows).splitlines()
+  assert lines == ['| a      | bb |', '| ------ | -: |', '| longer |  1 |']
+
+
+def needs(module):
+  pytest.importorskip(
+    module, reason=f"needs {module}: pip install 'jaxrl_llm[plan]'"
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'topology, module',
+  [('v5e:16x16', 'libtpu'), ('h100:64', 'jax_cuda13_plugin')],
+)
+def test_pods_are_compiled_for(topology, module, tmp_path):
+  needs(module)
+  output = tmp_path / 'plan.json'
+  arguments = f'--config={ROOT / CONFIG}', f'--topology={topology}'
+  ended = scripts.run(
+    'planning.plan', *arguments, '--model=llama3-8b', f'--output={output}'
+  )
+  assert ended.code == 0, ended.err
+  numbers = json.loads(output.read_text())
+  for program in numbers['programs']:
+    assert 0 < program['memory']['peak'] <= numbers['limit']
+
+
+@pytest.mark.slow
+def test_a_70b_model_is_refused_on_16_chips():
+  needs('libtpu')
+  arguments = '--topology=v5e:4x4', '--model=llama3-70b'
+  ended = scripts.run('planning.plan', f'--config={ROOT / CONFIG}', *arguments)
+  assert ended.code == 2
+  assert 'does not fit: update lacks' in ended.err
+
+
+def test_efficiency_of_more_chips():
+  def numbers(chips, network):
+    update = dict(name='update', computed=2e12, compute=1.0, traffic=0.5)
+    update |= dict(network=network, collectives=[dict(sent=3e9)])
+    counts = dict(chips=chips, prompts=4 * chips, minibatches=2)
+    return counts | dict(programs=[update])
+
+  page = runpy.run_path(str(ROOT / 'docs' / 'make_plans.py'))
+  rows = page['scaling_table']([numbers(64, 0.5), numbers(512, 2.0)])
+  assert rows[1][:4] == ['64', '128', '2.0', '3.0']
+  assert [row[-2:] for row in rows[1:]] == [['100%', '100%'], ['50%', '50%']]
