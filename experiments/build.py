@@ -1,4 +1,4 @@
-"""Turns a configuration into the values that the library's functions take."""
+"""Builds the arguments of the library's functions from a configuration."""
 
 import functools
 import inspect
@@ -29,28 +29,28 @@ from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import pass_rates, vocabulary
 from jaxrl_llm.tasks import prompts as prompts_lib
 
-# Modules with the functions that `config.algorithm` may name, and with those
-# that its arguments may.
+# Modules whose functions `config.algorithm` may name, and modules whose
+# functions its arguments may name.
 ALGORITHMS = (algorithms, actor_critic)
 PARTS = (advantages, positions)
 
-# Sections whose specifications may name functions of a user's.
+# Sections whose specifications may name a user's functions.
 CODE = ('task', 'algorithm', 'rewards')
 
-# What a reward in worker processes is given, besides what its factory takes.
+# Arguments of a reward in worker processes besides those of its factory.
 _LIMITS = ('workers', 'timeout', 'memory', 'environment')
 
-# What a recipe raises for an argument that it cannot compute with.
+# Exceptions that a recipe raises for an unsuitable argument.
 _WRONG = (ArithmeticError, TypeError, ValueError)
 
 
 class Model(NamedTuple):
-  """A model, its tokenizer and where they came from.
+  """A model with its tokenizer and source.
 
   Attributes:
     config, params, tokenizer: the model.
     eos_ids: tokens that end a response.
-    source: the Hugging Face folder, None for a model made from scratch.
+    source: the Hugging Face folder; None for a model made from scratch.
   """
 
   config: ModelConfig
@@ -61,7 +61,7 @@ class Model(NamedTuple):
 
 
 def model(config, seed: int) -> Model:
-  """Loads `config.path`, or makes a model of `config.architecture`."""
+  """Loads `config.path`, or initialises a model of `config.architecture`."""
   built = outline(config)
   if config.path:
     _, params = folders.load(
@@ -77,7 +77,7 @@ def model(config, seed: int) -> Model:
 
 
 def outline(config) -> Model:
-  """The model that `model` gives, with shapes in place of parameters."""
+  """Returns the same as `model`, with shapes in place of parameters."""
   settings = model_settings(config)
   if config.path:
     shape = folders.load_config(config.path, **settings)
@@ -87,7 +87,7 @@ def outline(config) -> Model:
     if not config.alphabet:
       raise UserError(
         'config.model: neither path nor alphabet is set\n'
-        'name a Hugging Face folder: --config.model.path=FOLDER'
+        'set a Hugging Face folder: --config.model.path=FOLDER'
       )
     tokenizer = vocabulary.character_tokenizer(config.alphabet)
     shape = _architecture(config.architecture, len(tokenizer), settings)
@@ -100,17 +100,17 @@ def outline(config) -> Model:
 
 
 def task(config, tokenizer) -> data.Data:
-  """The data set that `config.task` names, whole."""
+  """Returns the whole data set of `config.task`."""
   return naming.call(
     data, config.task.to_dict(), 'config.task', tokenizer=tokenizer
   )
 
 
 def dataset(config, tokenizer) -> data.Data:
-  """The data set of a training: `task` with what `config.prompts` leaves.
+  """Returns the data set for training: `task` filtered by `config.prompts`.
 
   Raises:
-    UserError: the file of pass rates lacks prompts, or leaves none.
+    UserError: the file of pass rates lacks prompts, or no prompt remains.
   """
   whole, settings = task(config, tokenizer), config.prompts
   if not settings.pass_rates:
@@ -120,7 +120,7 @@ def dataset(config, tokenizer) -> data.Data:
   chosen = pass_rates.choose(whole.train, rates, low, high)
   note = (
     f'{settings.pass_rates}: {len(chosen.rows):,} of {len(whole.train):,} '
-    f'training prompts have a pass rate within [{low:g}, {high:g}]; left out '
+    f'training prompts have a pass rate within [{low:g}, {high:g}]; excluded '
     f'{chosen.below:,} below, {chosen.above:,} above, {chosen.unrated:,} '
     'without a rate'
   )
@@ -128,7 +128,7 @@ def dataset(config, tokenizer) -> data.Data:
 
 
 def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
-  """Rows as token ids, after `config.prompts`."""
+  """Encodes rows as token ids, as specified by `config.prompts`."""
   return prompts_lib.encode_prompts(
     rows,
     tokenizer,
@@ -143,27 +143,27 @@ def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
 def encode_targets(
   config, rows, built: Model, column: str, limited: bool = True
 ) -> list[np.ndarray]:
-  """Ids of the texts in a column, each with the end token.
+  """Encodes the texts of a column, each followed by the end token.
 
   Args:
     config: the whole configuration.
-    rows: with the column.
-    built: tokenizer and end tokens.
-    column: of the texts.
-    limited: refuse those of more than `config.rollout.max_tokens`.
+    rows: rows with the column.
+    built: model with tokenizer and end tokens.
+    column: name of the column.
+    limited: refuse texts of more than `config.rollout.max_tokens`.
 
   Raises:
-    UserError: a text is missing, too long or not expressible, or there is no
-      end token to teach.
+    UserError: a text is missing, too long or cannot be encoded, or there is no
+      end token to learn.
   """
   if not built.eos_ids:
-    raise UserError('the tokenizer has no end token to teach')
-  own = built.tokenizer.eos_token_id
+    raise UserError('the tokenizer has no end token to learn')
+  end = built.tokenizer.eos_token_id
   return prompts_lib.encode_targets(
     rows,
     built.tokenizer,
     config.rollout.max_tokens if limited else None,
-    own if own in built.eos_ids else built.eos_ids[0],
+    end if end in built.eos_ids else built.eos_ids[0],
     column,
   )
 
@@ -182,7 +182,7 @@ def check_room(config, built: Model) -> None:
 def generation(
   config, built: Model, pad_id: int, *, samples: int, temperature: float
 ) -> rollouts.Generation:
-  """Sampling settings of `config.rollout` with another G and temperature."""
+  """Builds settings from `config.rollout` with the given G and temperature."""
   check_room(config, built)
   return rollouts.Generation(
     samples=samples,
@@ -194,7 +194,7 @@ def generation(
 
 
 def decoding(config, built: Model, temperature: float) -> policy.Decoding:
-  """How `config.rollout` draws a token, with another temperature."""
+  """Builds the decoding of `config.rollout` with the given temperature."""
   return policy.Decoding(
     temperature=temperature,
     top_k=config.rollout.top_k,
@@ -204,12 +204,12 @@ def decoding(config, built: Model, temperature: float) -> policy.Decoding:
 
 
 def known_tokens(built: Model) -> int:
-  """Ids below this are the tokenizer's; rows above only pad the embedding."""
+  """Returns the number of token ids; further embedding rows are padding."""
   return max(built.tokenizer.get_vocab().values()) + 1
 
 
 def estimator(config) -> estimators.Estimator:
-  """The estimator that `config.algorithm` names, checked against rollouts."""
+  """Builds the estimator of `config.algorithm` and checks its shapes."""
   spec = config.algorithm.to_dict()
   built = named_estimator(spec)
   if config.rollout.samples < built.needs.samples:
@@ -230,7 +230,7 @@ def estimator(config) -> estimators.Estimator:
 
 
 def named_estimator(spec) -> estimators.Estimator:
-  """The estimator of a `config.algorithm`, unchecked."""
+  """Builds the estimator of a `config.algorithm` without checks."""
   try:
     return naming.call(ALGORITHMS, spec, 'config.algorithm', PARTS)
   except UserError:
@@ -240,7 +240,7 @@ def named_estimator(spec) -> estimators.Estimator:
 
 
 def reference(config) -> estimators.Estimator:
-  """Returns the named recipe of `estimators.supervised_preference`."""
+  """Builds the named estimator of `estimators.supervised_preference`."""
   spec = config.algorithm.to_dict()
   try:
     return naming.call(supervised_preference, spec, 'config.algorithm')
@@ -258,12 +258,12 @@ def _refused(spec, error: Exception) -> UserError:
 def abstract_rollouts(
   config, needs: estimators.Needs, prompts: int = 0
 ) -> estimators.Rollouts:
-  """Shapes of a batch with everything that an estimator asks for.
+  """Returns the shapes of a batch with everything that an estimator needs.
 
   Args:
     config: the whole configuration.
-    needs: of the estimator.
-    prompts: P; 0 for those of a step.
+    needs: needs of the estimator.
+    prompts: P; 0 for the number of prompts per step.
   """
   rollout, wanted = config.rollout, needs.branches
   prompts, rows = prompts or rollout.prompts, rollout.samples
@@ -275,7 +275,7 @@ def abstract_rollouts(
   shape, whole = (prompts, rows, rollout.max_tokens), (prompts, rows, 1)
   numbers, count = array(shape, 'float32'), array(whole, 'int32')
   valued = wanted is not None and not trained
-  asked = {
+  optional = {
     'ref_log_probs': needs.reference,
     'values': needs.critic,
     'entropy': needs.entropy,
@@ -284,7 +284,7 @@ def abstract_rollouts(
     'branch_values': valued,
     'branch_baselines': valued and wanted.score_weighted,
   }
-  given = {name: numbers for name, due in asked.items() if due}
+  needed = {name: numbers for name, used in optional.items() if used}
   greedy = array((prompts, 1, 1), 'float32')
   return estimators.Rollouts(
     tokens=array(shape, 'int32'),
@@ -297,12 +297,12 @@ def abstract_rollouts(
     parents=count if trained else None,
     forked_at=count if trained else None,
     running={part.name: array((), 'float32') for part in needs.running},
-    **given,
+    **needed,
   )
 
 
 def token_metrics(config) -> dict[str, diagnostics.Diagnostic]:
-  """Per-token diagnostics of the named algorithm, with the range it clips."""
+  """Returns per-token diagnostics with the algorithm's clip range."""
   spec = config.algorithm.to_dict()
   argument = functools.partial(naming.argument, ALGORITHMS, spec)
   return diagnostics.per_token(
@@ -313,12 +313,12 @@ def token_metrics(config) -> dict[str, diagnostics.Diagnostic]:
 def init_state(
   params, optimizer, estimator, critic=None
 ) -> training.TrainState:
-  """A state that has taken no update, for any of a run's phases.
+  """Returns a state before the first update, for any phase of a run.
 
   Args:
-    params: of the policy.
-    optimizer: of what is trained.
-    estimator: of the whole run.
+    params: parameters of the policy.
+    optimizer: optimiser of the trained parameters.
+    estimator: estimator of the whole run.
     critic: parameters of the critic, in a phase that trains one.
   """
   running = estimators.start_running(estimator.needs)
@@ -329,7 +329,7 @@ def init_state(
 
 
 def reward_parts(config) -> list[RewardPart]:
-  """The reward functions of `config.rewards` with their weights."""
+  """Builds the reward functions of `config.rewards` with their weights."""
   if not config.rewards:
     raise UserError('config.rewards is empty: name at least one reward')
   parts = []
@@ -342,9 +342,9 @@ def reward_parts(config) -> list[RewardPart]:
 
 
 def code_files(config) -> list[str]:
-  """Files of the user's that the configuration names functions of.
+  """Returns the user's files whose functions the configuration names.
 
-  One that cannot be read is left to what loads it and can name the field.
+  Unreadable files are omitted: loading them later reports the field.
   """
   files = [naming.file_of(name) for name in code_names(config).values()]
   return [
@@ -365,7 +365,7 @@ def code_names(config, sections: Sequence[str] = CODE) -> dict[str, str]:
 
 
 def _names(spec, field: str) -> Iterator[tuple[str, str]]:
-  """The functions that a specification names, also for its arguments."""
+  """Yields the functions that a specification and its arguments name."""
   if not isinstance(spec, ConfigDict):
     return
   for key, value in spec.items():
@@ -375,22 +375,22 @@ def _names(spec, field: str) -> Iterator[tuple[str, str]]:
 
 
 def optimizer(config, total_updates: int):
-  """AdamW and its schedule, from an `optimizer` section.
+  """Builds AdamW and its schedule from an `optimizer` section.
 
-  The schedule is one program; outside of jit each of its operations would be.
+  The schedule is jitted, so that it compiles to one program.
   """
   arguments = config.to_dict()
-  course = training.schedule(
+  schedule = training.schedule(
     arguments.pop('learning_rate'),
     total_updates,
     arguments.pop('warmup_updates'),
     arguments.pop('decay'),
   )
-  return training.adamw(course, **arguments), jax.jit(course)
+  return training.adamw(schedule, **arguments), jax.jit(schedule)
 
 
 def micro_prompts(config) -> int:
-  """Prompts, with all their responses, that an update takes at one time."""
+  """Returns the number of prompts, with all responses, per micro-batch."""
   settings = config.training
   minibatch = config.rollout.prompts // settings.minibatches
   return settings.micro_prompts or minibatch
@@ -403,7 +403,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
   if not isinstance(spec.get('name'), str):
     raise UserError(
       f"{field} has no 'name'\n"
-      "name a function of jaxrl_llm.rewards, or 'file.py:function'"
+      "set it to a function of jaxrl_llm.rewards, or 'file.py:function'"
     )
   chosen = spec.pop('name')
   if 'workers' in spec:
@@ -415,7 +415,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
 
 
 def model_settings(config) -> dict[str, Any]:
-  """How a model computes, of `config.model`: fields of its ModelConfig."""
+  """Returns the fields of `ModelConfig` that select how a model computes."""
   return {
     'dtype': config.dtype,
     'remat': config.remat,
@@ -437,12 +437,12 @@ def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:
       f'config.model.architecture has no field {unknown[0]!r}\n'
       f'it takes {", ".join(known)}'
     )
-  # A configuration read back from JSON has lists for tuples.
-  given = {
+  # A configuration read from JSON has lists in place of tuples.
+  values = {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in fields.to_dict().items()
   }
   try:
-    return ModelConfig(vocab_size=vocab_size, **given, **settings)
+    return ModelConfig(vocab_size=vocab_size, **values, **settings)
   except TypeError as error:
     raise UserError(f'config.model.architecture: {error}') from error

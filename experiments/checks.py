@@ -1,4 +1,4 @@
-"""What a configuration must be before anything is loaded or written."""
+"""Checks a configuration before anything is loaded or written."""
 
 import difflib
 import math
@@ -16,7 +16,7 @@ from jaxrl_llm.models.config import ATTENTION, DTYPES
 from jaxrl_llm.runs.folder import SECRET
 from jaxrl_llm.tasks import hints
 
-# The scripts of the algorithms that `train` does not train by.
+# The scripts of the algorithms that `train` does not support.
 _SCRIPTS = {
   'sft': 'sft',
   'dpo': 'preference',
@@ -26,7 +26,7 @@ _SCRIPTS = {
   'reward_model': 'reward_model',
 }
 
-# Sections whose fields are arguments of the function that they name.
+# Sections whose fields are arguments of the function named in them.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
 
 _LEAST = {
@@ -66,7 +66,7 @@ _LEAST = {
   'log.table': 0,
 }
 
-# What integers stay below: all others, what an array's axis holds.
+# Upper bounds of integers; the default is the largest size of an axis.
 _BELOW = {
   'seed': 2**32,
   'tokens': 2**63,
@@ -75,7 +75,7 @@ _BELOW = {
 
 
 def check(config: ConfigDict) -> None:
-  """Raises UserError for what `train` cannot do, told from settings alone.
+  """Raises UserError for settings that `train` does not support.
 
   An algorithm that is named as file.py:function is loaded.
   """
@@ -83,10 +83,10 @@ def check(config: ConfigDict) -> None:
   name = config.algorithm.get('name')
   if name in _SCRIPTS:
     raise UserError(
-      f'config.algorithm.name is {name!r}, which is no online RL\n'
+      f'config.algorithm.name is {name!r}, which is not online RL\n'
       f'{_script(name)}'
     )
-  check_default(config, 'rounds', 'learns from what it samples in every step')
+  check_default(config, 'rounds', 'learns from its own samples in every step')
   needs = build.estimator(config).needs
   _check_critic(config, needs.critic)
   _check_schedules(config, needs.critic)
@@ -105,11 +105,11 @@ def check(config: ConfigDict) -> None:
 
 
 def check_name(config: ConfigDict, names: Sequence[str]) -> None:
-  """Raises UserError for an algorithm that a script does not train by.
+  """Raises UserError for an algorithm that a script does not support.
 
   Args:
     config: the whole configuration.
-    names: of those that it does.
+    names: names of the supported algorithms.
   """
   name = config.algorithm.get('name')
   if name not in names:
@@ -117,26 +117,26 @@ def check_name(config: ConfigDict, names: Sequence[str]) -> None:
     known = f'{", ".join(most)} or {last}' if most else last
     hint = f', or {_script(name)}' if name else ''
     raise UserError(
-      f'config.algorithm.name is {name!r}: this script learns by {known}\n'
+      f'config.algorithm.name is {name!r}: this script supports {known}\n'
       f'set {known}{hint}'
     )
 
 
 def script(name: Any) -> str:
-  """Of the scripts of `experiments`, the one that learns by an algorithm."""
+  """Returns the script of `experiments` that supports an algorithm."""
   return _SCRIPTS.get(name, 'train')
 
 
 def _script(name: Any) -> str:
-  return f'train by it with experiments.{script(name)}'
+  return f'train with experiments.{script(name)}'
 
 
 def check_fields(config: ConfigDict) -> None:
-  """Raises UserError for a field that is wrong by itself; executes nothing.
+  """Raises UserError for a field that is invalid by itself; runs no code.
 
-  A field that `configs.base` does not have would be read by nothing; one that
-  is missing would fail in the middle of a run.  Types are those of the
-  defaults: JSON, which a run's configuration is read back from, has others.
+  A field that `configs.base` lacks would have no effect, and a missing field
+  would fail in the middle of a run.  Types must match those of the defaults;
+  lists are accepted for tuples, since a resumed run reads JSON.
   """
   _check_secrets(config)
   fields, known = dict(leaves(config)), dict(leaves(base.get_config()))
@@ -149,7 +149,7 @@ def check_fields(config: ConfigDict) -> None:
     kind, types = _kind(default)
     if name not in fields:
       raise UserError(
-        f'config.{name} is missing: {kind}\nbegin with config = '
+        f'config.{name} is missing: {kind}\nstart from config = '
         'base.get_config() of experiments.configs, which has every field'
       )
     if type(fields[name]) not in types:
@@ -163,7 +163,7 @@ def check_fields(config: ConfigDict) -> None:
   for section in ('task', 'algorithm'):
     name = fields[section].get('name')
     if not isinstance(name, str | None):
-      raise UserError(f'config.{section}.name is {name!r}\nit must be a text')
+      raise UserError(f'config.{section}.name is {name!r}\nit must be a string')
   _check_numbers(config)
   _check_prompts(config.prompts)
   _check_hints(config.rollout)
@@ -180,22 +180,22 @@ def _check_secrets(config: ConfigDict) -> None:
 
 
 def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
-  """What a field with this default holds, in words and as types."""
+  """Returns the type of a field with this default, in words and as types."""
   if isinstance(default, ConfigDict):
-    return 'a section with fields of its own', (ConfigDict,)
+    return 'a section with fields', (ConfigDict,)
   kinds = {
     bool: ('true or false', (bool,)),
     int: (f'an integer, such as {default!r}', (int,)),
     float: (f'a number, such as {default!r}', (float, int)),
-    str: (f'a text, such as {default!r}', (str,)),
-    # JSON has lists alone.
+    str: (f'a string, such as {default!r}', (str,)),
+    # JSON has only lists.
     tuple: ('a tuple of numbers, such as (0.25, 0.5)', (tuple, list)),
   }
   return kinds[type(default)]
 
 
 def _check_sizes(fields: dict[str, Any]) -> None:
-  """Refuses what no array and no computation takes."""
+  """Refuses NaN and numbers that are too large."""
   for name, value in fields.items():
     if isinstance(value, float) and math.isnan(value):
       raise UserError(f'config.{name} is nan\nit must be a number')
@@ -207,9 +207,9 @@ def _check_sizes(fields: dict[str, Any]) -> None:
 def _check_numbers(config: ConfigDict) -> None:
   if config.model.param_dtype != 'float32':
     raise UserError(
-      f'config.model.param_dtype is {config.model.param_dtype!r}: small '
-      "updates would be rounded away\nkeep 'float32' (config.model.dtype may "
-      "be 'bfloat16')"
+      f'config.model.param_dtype is {config.model.param_dtype!r}: '
+      "rounding would lose small updates\nset it to 'float32' "
+      "(config.model.dtype may be 'bfloat16')"
     )
   for name, choices in (('dtype', DTYPES), ('attention', ATTENTION)):
     if config.model[name] not in choices:
@@ -219,7 +219,7 @@ def _check_numbers(config: ConfigDict) -> None:
       )
   if not 0 < config.rollout.top_p <= 1:
     raise UserError(
-      f'config.rollout.top_p is {config.rollout.top_p}\nit must be above 0, '
+      f'config.rollout.top_p is {config.rollout.top_p}\nit must be above 0 '
       'and at most 1, which draws from all tokens'
     )
   if config.evaluation.samples > 1 and config.evaluation.temperature == 0:
@@ -255,13 +255,13 @@ def _check_numbers(config: ConfigDict) -> None:
 def check_default(
   config: ConfigDict, section: str, why: str, do: str = 'remove it'
 ) -> None:
-  """Raises UserError if a section that nothing reads is not the default.
+  """Raises UserError if an unused section differs from the default.
 
   Args:
     config: the whole configuration.
-    section: its name.
-    why: what the algorithm does, or lacks.
-    do: what the user may do.
+    section: name of the section.
+    why: reason that the algorithm does not use it, as a predicate.
+    do: advice to the user.
   """
   defaults = dict(leaves(base.get_config()[section]))
   for name, value in leaves(config[section]):
@@ -273,7 +273,7 @@ def check_default(
 
 
 def check_schedule(field: str, settings: ConfigDict, updates: int) -> None:
-  """Raises UserError if an optimiser's schedule does not fit its updates."""
+  """Raises UserError if a schedule does not fit the number of updates."""
   try:
     build.optimizer(settings, updates)
   except UserError as error:
@@ -281,7 +281,7 @@ def check_schedule(field: str, settings: ConfigDict, updates: int) -> None:
 
 
 def _check_critic(config: ConfigDict, wanted: bool) -> None:
-  """Refuses what a critic cannot be, and settings of one that there is not."""
+  """Refuses invalid settings of a critic, or any if there is no critic."""
   section = config.critic
   if not wanted:
     check_default(
@@ -303,8 +303,9 @@ def _check_critic(config: ConfigDict, wanted: bool) -> None:
     )
   if section.warmup >= config.steps > 0:
     raise UserError(
-      f'config.critic.warmup is {section.warmup}: of {config.steps} steps the '
-      f'policy would learn in none\nset it to {config.steps - 1} or less'
+      f'config.critic.warmup is {section.warmup}, but there are only '
+      f'{config.steps} steps: the policy would never learn\n'
+      f'set it to {config.steps - 1} or less'
     )
 
 
@@ -323,7 +324,7 @@ def _check_schedules(config: ConfigDict, with_critic: bool) -> None:
     decay = phases[section][0].decay
     if config.tokens and decay != 'constant':
       raise UserError(
-        f'config.{section}.decay is {decay!r}: where it ends is not known if '
+        f'config.{section}.decay is {decay!r}, but its end is unknown if '
         "config.tokens ends the run\nset decay to 'constant', or tokens to 0 "
         'and config.steps'
       )
@@ -332,18 +333,18 @@ def _check_schedules(config: ConfigDict, with_critic: bool) -> None:
 
 
 def _check_on_policy(config: ConfigDict, needs: Needs) -> None:
-  """Refuses a loss without a ratio where updates leave the sampled policy."""
+  """Refuses several updates per step for a loss without a ratio."""
   updates = config.training.epochs * config.training.minibatches
   if needs.on_policy and updates > 1:
     raise UserError(
       f'{config.algorithm.name} has no importance ratio, but a step takes '
       f'{updates} updates\n'
-      'set config.training.epochs and minibatches to 1, or use a clipped recipe'
+      'set config.training.epochs and minibatches to 1, or use a clipped loss'
     )
 
 
 def _check_regrouping(config: ConfigDict, needs: Needs) -> None:
-  """Refuses data tools that the estimator's rollouts leave no room for."""
+  """Refuses data tools that do not fit the estimator's rollouts."""
   rollout = config.rollout
   name = 'refill' if rollout.refill else 'hints'
   if not rollout[name]:
@@ -351,23 +352,23 @@ def _check_regrouping(config: ConfigDict, needs: Needs) -> None:
   if needs.branches:
     raise UserError(
       f'config.rollout.{name} replaces groups of responses, but '
-      f'{config.algorithm.name} goes on from their keys and values\n'
+      f'{config.algorithm.name} branches from their keys and values\n'
       f'remove {name}, or use an algorithm without branches'
     )
   if rollout.refill and rollout.samples < 2:
     raise UserError(
-      'config.rollout.refill asks for groups whose rewards differ, but '
+      'config.rollout.refill needs groups whose rewards differ, but '
       'config.rollout.samples is 1\nset samples to 2 or more, or refill to 0'
     )
 
 
 def _check_prompts(settings: ConfigDict) -> None:
-  """Refuses filter and curriculum that cannot be, or that nothing reads."""
+  """Refuses an invalid filter or curriculum, and unused settings."""
   low, high = settings.min_pass_rate, settings.max_pass_rate
   if not 0 <= low <= high <= 1:
     raise UserError(
       f'config.prompts.min_pass_rate is {low}, max_pass_rate {high}\n'
-      'they must be in order and from 0 to 1'
+      'set both from 0 to 1, the minimum first'
     )
   parts = {
     'pass_rates': ('min_pass_rate', 'max_pass_rate'),
@@ -394,7 +395,7 @@ def _check_hints(rollout: ConfigDict) -> None:
   if not numbers or shares != sorted({s for s in shares if 0 < s <= 1}):
     raise UserError(
       f'config.rollout.hints is {rollout.hints!r}\ngive shares above 0 and at '
-      'most 1, each above the last, such as (0.25, 0.5, 0.75)'
+      'most 1, in increasing order, such as (0.25, 0.5, 0.75)'
     )
   try:
     hints.check_template(rollout.hint_template)
@@ -405,13 +406,13 @@ def _check_hints(rollout: ConfigDict) -> None:
 def _check_unset(
   section: str, name: str, others: tuple[str, ...], settings: ConfigDict
 ) -> None:
-  """Refuses settings of a tool that is off."""
+  """Refuses settings of a disabled tool."""
   defaults = base.get_config()[section]
   for other in others:
     if settings[other] != defaults[other]:
       raise UserError(
-        f'config.{section}.{other} is {settings[other]!r}, but '
-        f'config.{section}.{name} is not set, without which nothing reads it\n'
+        f'config.{section}.{other} is {settings[other]!r}, which has no '
+        f'effect unless config.{section}.{name} is set\n'
         f'set {name}, or remove {other}'
       )
 
@@ -419,7 +420,7 @@ def _check_unset(
 def leaves(
   config: ConfigDict, prefix: str = '', free: Container[str] = _FREE
 ) -> Iterator[tuple[str, Any]]:
-  """(dotted name, value) of every field; a free section is one field."""
+  """Yields (dotted name, value) per field; a free section is one field."""
   for key, value in config.items():
     name = prefix + key
     if isinstance(value, ConfigDict) and name not in free:

@@ -1,4 +1,4 @@
-"""Critic, optimiser and diagnostics that a configuration describes."""
+"""Builds critic, optimiser and diagnostics from a configuration."""
 
 import functools
 from collections.abc import Callable
@@ -18,11 +18,11 @@ TRUNKS = {'separate': critic_lib.separate, 'shared': critic_lib.shared}
 
 
 def critic(config, built: build.Model) -> critic_lib.Critic:
-  """Returns the critic that `config.critic` describes.
+  """Builds the critic of `config.critic`.
 
   Raises:
-    UserError: the folder it is to begin with holds no model whose values could
-      be learned, or one that reads other tokens than the policy writes.
+    UserError: the folder of the critic does not hold a suitable model, or its
+      tokenizer differs from the policy's.
   """
   section = config.critic
   if not section.path:
@@ -37,7 +37,7 @@ def critic(config, built: build.Model) -> critic_lib.Critic:
       raise UserError(
         f'config.critic.path: in {section.path} the token {token!r} has the '
         f'id {known.get(token)}, in the policy {i}\n'
-        "name a model with the policy's tokenizer"
+        "choose a model with the policy's tokenizer"
       )
   longest = config.prompts.max_tokens + config.rollout.max_tokens
   if longest > shape.max_length:
@@ -50,15 +50,15 @@ def critic(config, built: build.Model) -> critic_lib.Critic:
 
 
 def describe(config) -> str:
-  """The critic in a line."""
+  """Describes the critic in a line."""
   if config.critic.trunk == 'shared':
     return "critic: a value head on the policy's hidden states"
   beginning = config.critic.path or "the policy's parameters"
-  return f'critic: a trunk of its own, which begins with {beginning}'
+  return f'critic: a separate trunk, initialised from {beginning}'
 
 
 def start(config, built: critic_lib.Critic, policy_params):
-  """What a critic begins with: a copy of the policy, or its folder."""
+  """Returns initial parameters, from the policy or the critic's folder."""
   if not config.critic.path:
     return sharding.place(built.init(policy_params))
   trunk, score = folders.load_trunk(
@@ -71,14 +71,14 @@ def start(config, built: critic_lib.Critic, policy_params):
 
 
 def critic_shapes(config, built: critic_lib.Critic):
-  """Returns the shapes of `start`, from nothing."""
+  """Returns the shapes of `start` without parameters."""
   return jax.eval_shape(built.init, _trunk_shapes(config, built))
 
 
 def shapes(
   config, estimator, critic, optimizer, policy_params
 ) -> training.TrainState:
-  """Returns the shapes of a first state, from those of the policy."""
+  """Returns the shapes of the initial state, from those of the policy."""
   critic_params = None if critic is None else critic_shapes(config, critic)
   make = lambda policy, value: build.init_state(
     policy, optimizer, estimator, value
@@ -96,41 +96,41 @@ def _trunk_shapes(config, built: critic_lib.Critic):
 
 
 def optimizer(config, needs: estimators.Needs):
-  """The optimiser of online RL, and its learning rates.
+  """Builds the optimiser of online RL, and its learning rates.
 
-  With a critic both have their own; the policy's begins, with its schedule,
-  after `config.critic.warmup` steps.
+  With a critic, both have their own; the policy's optimiser and its schedule
+  start after `config.critic.warmup` steps.
 
   Returns:
     (transformation, rates): `rates` maps the number of updates taken to the
-    rates of the next one, by metric name.
+    learning rates of the next one, by metric name.
   """
   per_step = config.training.epochs * config.training.minibatches
   left_out = config.critic.warmup * per_step if needs.critic else 0
   total = config.steps * per_step
-  chosen, course = build.optimizer(config.optimizer, total - left_out)
+  for_policy, schedule = build.optimizer(config.optimizer, total - left_out)
 
   def rate(updates: int) -> float:
-    return float(course(updates - left_out)) if updates >= left_out else 0.0
+    return float(schedule(updates - left_out)) if updates >= left_out else 0.0
 
   if not needs.critic:
-    return chosen, lambda updates: {'learning_rate': rate(updates)}
-  of_critic, its_course = build.optimizer(config.critic.optimizer, total)
+    return for_policy, lambda updates: {'learning_rate': rate(updates)}
+  for_critic, critic_schedule = build.optimizer(config.critic.optimizer, total)
   both = training.by_part(
-    policy=training.delayed(chosen, left_out), critic=of_critic
+    policy=training.delayed(for_policy, left_out), critic=for_critic
   )
   return both, lambda updates: {
     'learning_rate': rate(updates),
-    'critic/learning_rate': float(its_course(updates)),
+    'critic/learning_rate': float(critic_schedule(updates)),
   }
 
 
 def explained_variance(config) -> Callable[[estimators.Rollouts], jax.Array]:
-  """How much of the returns' variance the values of rollouts explain.
+  """Returns a function: the returns' variance explained by the values.
 
-  The return of a state is the shaped reward to go: the algorithm's own value
-  target with λ = 1.  An algorithm of the user's is measured so if it has a
-  parameter `lam`, otherwise against its value targets as they are.
+  The return of a state is the shaped reward to go: the algorithm's value target
+  with λ = 1.  This also applies to a user's algorithm if it has a parameter
+  `lam`; otherwise its unchanged value targets are used.
   """
   spec = config.algorithm.to_dict()
   if naming.argument(build.ALGORITHMS, spec, 'lam') is not None:
@@ -140,7 +140,7 @@ def explained_variance(config) -> Callable[[estimators.Rollouts], jax.Array]:
 
 
 def value_metrics(config) -> dict[str, diagnostics.Diagnostic]:
-  """Per-token diagnostics of the named algorithm's critic."""
+  """Returns the per-token diagnostics of the named algorithm's critic."""
   spec = config.algorithm.to_dict()
   clip = naming.argument(build.ALGORITHMS, spec, 'value_clip')
   return diagnostics.critic_per_token(clip)

@@ -1,7 +1,7 @@
-"""The loop of a run: its phases in a folder, recorded, saved and evaluated.
+"""Runs the phases of a run in a folder: trains, records, saves, evaluates.
 
-What differs between `experiments.train`, `sft`, `preference`, `rest_em` and
-`reward_model` is the main phase, which comes after the warm start.
+The scripts `experiments.train`, `sft`, `preference`, `rest_em` and
+`reward_model` differ in the main phase, which follows the warm start.
 """
 
 import functools
@@ -24,24 +24,24 @@ from jaxrl_llm.runs.samples import from_record, read_samples, to_record
 from jaxrl_llm.signals import StopRequested
 
 _MAX_SKIPPED = 3
-# Seconds that a process which fails waits for the others to fail too.
+# Seconds that a failing process waits for the others to fail as well.
 _FAIL_TOGETHER = 10.0
 
 
 class Run:
-  """One run: what it is made of, how far it is, and what it has said.
+  """A run: its parts, its progress and its records.
 
   Args:
     config: the whole configuration.
-    folder: `run_folder.RunFolder`.
-    stop: polled; None where nobody asks a run to stop.
-    files: closes what the run opens.
-    make_phase: of the script.
-    silent: says and records nothing, for `advance`.
+    folder: `runs.folder.RunFolder`.
+    stop: polled stop signal; None if the run is never asked to stop.
+    files: exit stack that closes the run's files.
+    make_phase: the script's `MakePhase`.
+    silent: print and record nothing, for `advance`.
 
   Attributes:
-    schedule: how far it is.
-    state: the `TrainState` there.
+    schedule: schedule and progress.
+    state: the current `TrainState`.
   """
 
   def __init__(
@@ -56,16 +56,16 @@ class Run:
     self._compiled = Meter()
     self._key = jax.random.key(config.seed)
     model = build.model(config.model, config.seed)
-    # The parameters live in the state alone.
+    # Only the state holds the parameters.
     self._model = model._replace(params=None)
-    found = build.dataset(config, self._model.tokenizer)
-    self._warm = WarmStart(config, self._model, found.demonstrations)
-    self._main = make_phase(config, self._model, found, self._key, self._folder)
+    task = build.dataset(config, self._model.tokenizer)
+    self._warm = WarmStart(config, self._model, task.demonstrations)
+    self._main = make_phase(config, self._model, task, self._key, self._folder)
     warm = config.warm_start.steps
     self.schedule = Schedule(
       warm, warm + config.steps, config.tokens, self._main.cycle
     )
-    # Taken before anything is trained: of some data there is none.
+    # Computed before training: some data has no fingerprint.
     self._prompts = self._fingerprint()
     self._keep = files.enter_context(
       Checkpoints(
@@ -75,11 +75,10 @@ class Run:
       )
     )
     self._reference = files.enter_context(Reference(self._folder))
-    # What is to be written of the step that `state` is of, while it is not yet
-    # whole: an evaluation may fail or be stopped after the update is made.
+    # Unwritten records of this step: its evaluation may fail or be stopped.
     self._pending = None if warm else _unwritten({}, {})
-    self._score = None  # of the evaluation at this step, if there was one
-    # Whether the newest checkpoint is of the state and the records as they are.
+    self._score = None  # of the evaluation at this step, if any
+    # True if the newest checkpoint holds the current state and records.
     self._saved = False
     restored = self._restore(model.params)
     if not silent:
@@ -93,11 +92,11 @@ class Run:
     self._watch = runs.Silent()
     if processes.is_main() and not silent:
       self._open_records(files, written)
-    mended = [] if silent else self._reference.mend()
-    self._describe(found, restored, mended)
+    repairs = [] if silent else self._reference.repair()
+    self._describe(task, restored, repairs)
 
   def _open_records(self, files, written: int | None) -> None:
-    """Opens what is recorded and shown, which is kept up to a step."""
+    """Opens records and displays; keeps existing records up to a step."""
     self._metrics = files.enter_context(
       runs.MetricsWriter(self._folder, written)
     )
@@ -111,7 +110,7 @@ class Run:
     )
 
   def train(self) -> None:
-    """Runs what is left of the run; saves also when it is cut short."""
+    """Runs the remaining steps; also saves if it is interrupted."""
     try:
       if self._pending is not None:
         self._record()
@@ -129,18 +128,18 @@ class Run:
     self._keep.wait()
 
   def _save_the_rest(self) -> None:
-    """Saves what is not saved, where a run is cut short.
+    """Saves unsaved progress of an interrupted run.
 
     Raises:
-      UserError: it is not saved.
+      UserError: it could not be saved.
     """
     failed = None
     try:
       self._keep.wait()
     except UserError as error:
-      # What that save wrote is cleared: there may be room for another one.
+      # The files of that save are removed: a new save may have enough space.
       failed = error
-    # One process alone cannot save: what it failed at the others may not.
+    # One process cannot save alone, and the others may not have failed.
     if (failed or not self._saved) and processes.all_come(
       'the end', _FAIL_TOGETHER
     ):
@@ -150,14 +149,14 @@ class Run:
       raise failed
 
   def finish(self) -> None:
-    """Exports the model; shows and writes what the run came to.
+    """Exports the model; shows and writes the results.
 
     Raises:
-      StopRequested: a stop was asked for before it began; resumed, the run
+      StopRequested: a stop was requested before this began; a resumed run
         finishes.
     """
     self._stop.check()
-    left = self._main.finish(self.state.trainable, self._folder)
+    exported = self._main.finish(self.state.trainable, self._folder)
     if not processes.is_main():
       return
     records = runs.read_metrics(self._folder / 'metrics.jsonl')
@@ -168,7 +167,7 @@ class Run:
       self.schedule.first,
     )
     before, after = self._before_after()
-    written = ['curve.png', *left]
+    written = ['curve.png', *exported]
     if before or after:
       self._samples.write_html(self._folder.name, before, after)
       self._progress.print(runs.before_after_table(before, after))
@@ -177,10 +176,10 @@ class Run:
     print(f'{self._folder}: {", ".join(written)}')
 
   def advance(self) -> Result:
-    """One step of the phase that the run is in, of which nothing is recorded.
+    """Takes one step of the current phase without recording it.
 
-    What depends on a step alone follows from it: a run that is only advanced,
-    never evaluated or saved, computes what one that trains does.
+    A run that is only advanced, never evaluated or saved, computes the same
+    states as one that trains.
     """
     schedule = self.schedule
     if schedule.in_warm_start:
@@ -195,7 +194,7 @@ class Run:
     return result
 
   def _one_step(self) -> None:
-    """One step, and its record."""
+    """Takes one step and records it."""
     schedule, result = self.schedule, self.advance()
     shown = []
     if result.responses is not None:
@@ -205,7 +204,7 @@ class Run:
         result.advantages,
         self._config.log.samples,
       )
-    # From here on a checkpoint is of this step, of which nothing is written.
+    # From here on, a checkpoint holds this step, whose records are pending.
     self._pending = _unwritten(result.metrics, result.timings, shown)
     self._score = None
     when = f'at step {schedule.step}'
@@ -221,50 +220,51 @@ class Run:
       self._abort(result)
 
   def _abort(self, result: Result) -> None:
-    """Ends a run whose updates stay non-finite; keeps the last batch."""
-    kept = 'look at what is learned from'
+    """Ends a run whose updates remain non-finite; keeps the last batch."""
+    advice = 'inspect the training data'
     if result.responses is not None:
       path = self._folder / 'nonfinite_batch.npz'
       stored_runs.write_batch(path, result.responses, result.advantages)
-      kept = f'look at the batch in {path}'
+      advice = f'inspect the batch in {path}'
     skipped = int(result.metrics['skipped'])
     raise UserError(
       f'{skipped} updates in a row were not finite, up to step '
-      f'{self.schedule.step}; parameters are those before\n'
-      f'lower the learning rate, or {kept}'
+      f'{self.schedule.step}; parameters unchanged\n'
+      f'lower the learning rate, or {advice}'
     )
 
   def _begin_main(self) -> None:
-    """Fixes what the main phase starts from: its state, a reference."""
+    """Sets the initial state and the reference of the main phase."""
     if self.schedule.first:
-      # A state of another kind, which is no checkpoint of this step: if the
-      # save of the warm start's end has failed, it must not be tried with this.
+      # The new state has another structure.  If the save at the end of the
+      # warm start failed, it must not be repeated with this state.
       self._keep.wait()
       self.state = self._main.begin(self.state.trainable['policy'])
     if self._main.keeps_reference:
       policy = self.state.trainable['policy']
-      # A copy: updates reuse the memory of the parameters they change.
+      # A copy, since updates reuse the memory of the parameters they change.
       self._main.reference = jax.tree.map(jnp.copy, policy)
       if not self._silent:
         self._reference.save(self.schedule.first, self._main.reference)
     self._progress.print(*self._main.start(self.state))
 
   def _record(self) -> None:
-    """Adds the evaluation where one is due, and writes what is pending."""
+    """Evaluates if due, and writes the pending records."""
     metrics, timings = self._pending['metrics'], self._pending['timings']
     self._saved = False
     self._samples.write([from_record(x) for x in self._pending['samples']])
     due = self._config.evaluation
     if self.schedule.evaluation_is_due(due.every, due.every_tokens):
       start = time.perf_counter()
-      found = self._main.evaluate(
+      evaluation = self._main.evaluate(
         self.state.trainable, self.schedule.step, self._stop
       )
-      metrics = metrics | found.metrics
+      metrics = metrics | evaluation.metrics
       when = f'at step {self.schedule.step}'
-      told = failure_messages(found.failures, when, self._reported)
-      self._progress.print(*told)
-      self._samples.write(found.samples)
+      self._progress.print(
+        *failure_messages(evaluation.failures, when, self._reported)
+      )
+      self._samples.write(evaluation.samples)
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
     metrics = metrics | {'num_tokens': self.schedule.tokens}
@@ -286,11 +286,11 @@ class Run:
     )
 
   def _is_main(self, step: int) -> bool:
-    """Whether a record is one of the main phase's steps."""
+    """Returns True if a step belongs to the main phase."""
     return step > self.schedule.first
 
   def _before_after(self):
-    """Held-out samples of the start and of the end of RL."""
+    """Returns held-out samples from the start and the end of RL."""
     samples = read_samples(self._folder / 'samples.jsonl')
     kept = [sample for sample in samples if sample.advantage is None]
     return tuple(
@@ -304,7 +304,7 @@ class Run:
     return build.init_state(params, self._warm.optimizer, self._main.estimator)
 
   def _template(self, params, step: int) -> dict:
-    """Shapes of what a checkpoint holds: two states need not fit in memory."""
+    """Returns the shapes in a checkpoint, so that memory holds one state."""
     first = self.schedule.first
     if step > first or not first:
       state = self._main.shapes(params)
@@ -314,14 +314,14 @@ class Run:
     return self._tree(state)
 
   def _tree(self, state) -> dict:
-    """What a checkpoint holds, for a state or the shapes of one."""
+    """Returns the content of a checkpoint, for a state or its shapes."""
     return {'state': state, 'key': jax.random.key_data(self._key)}
 
   def _fingerprint(self) -> dict:
-    found = self._main.fingerprint()
+    fingerprint = self._main.fingerprint()
     if self.schedule.first:
-      found['warm_start'] = self._warm.source.fingerprint()
-    return found
+      fingerprint['warm_start'] = self._warm.source.fingerprint()
+    return fingerprint
 
   def _save(self) -> None:
     self._metrics.sync()
@@ -342,7 +342,7 @@ class Run:
     self._saved = True
 
   def _restore(self, params) -> bool:
-    """Takes up the newest checkpoint that verifies, or starts afresh."""
+    """Restores the newest checkpoint that verifies, or initialises."""
     if not self._keep.steps():
       self.state = self._initial_state(params)
       return False
@@ -365,13 +365,13 @@ class Run:
     schedule.tokens_before = metadata['tokens_before']
     self._pending = metadata['pending']
     self._score = metadata['score']
-    # A run evaluates where it ends: what has no score went on from there.
+    # A run evaluates at its end: without a score it continued past the end.
     unscored = self._pending is None and self._score is None
     if schedule.ended and (unscored or schedule.overran):
       raise UserError(
         f'the run has done {schedule.step - schedule.first} steps of RL and '
-        f'generated {schedule.tokens} tokens: more than the configuration asks '
-        'for\nraise config.steps or config.tokens, whichever is below'
+        f'generated {schedule.tokens} tokens, more than configured\n'
+        'raise config.steps or config.tokens, whichever is too low'
       )
     self._main.load(metadata['main'])
     if schedule.step > schedule.first and self._main.keeps_reference:
@@ -381,33 +381,30 @@ class Run:
     self._saved = True
     return True
 
-  def _describe(self, found: data.Data, restored: bool, mended) -> None:
-    """Says what the run is, a line each."""
-    lines = [
-      *_parts(self._model, self.state, self._main, found),
-      *mended,
-    ]
+  def _describe(self, task: data.Data, restored: bool, repairs) -> None:
+    """Prints a line about each part of the run."""
+    lines = [*_parts(self._model, self.state, self._main, task), *repairs]
     if restored:
       lines.append(
         f'resumed at step {self.schedule.step} of {self.schedule.total}'
       )
     elif self._resuming:
-      lines.append('no checkpoint yet: the run starts from its beginning')
+      lines.append('no checkpoint yet: the run starts from the beginning')
     self._progress.print(*lines)
 
 
 def plan(config, make_phase: MakePhase) -> list[str]:
-  """Lines about a run that is not begun, from the shapes of its parameters."""
+  """Describes a run before it starts, from the shapes of its parameters."""
   model = build.outline(config.model)
-  found = build.dataset(config, model.tokenizer)
-  WarmStart(config, model, found.demonstrations)  # for what it refuses
+  task = build.dataset(config, model.tokenizer)
+  WarmStart(config, model, task.demonstrations)  # for its checks
   key = jax.random.key(config.seed)
-  main = make_phase(config, model._replace(params=None), found, key, '')
-  return _parts(model, main.shapes(model.params), main, found)
+  main = make_phase(config, model._replace(params=None), task, key, '')
+  return _parts(model, main.shapes(model.params), main, task)
 
 
-def _parts(model: build.Model, state, main, found: data.Data) -> list[str]:
-  """Lines about model, devices, main phase and data."""
+def _parts(model: build.Model, state, main, task: data.Data) -> list[str]:
+  """Describes model, devices, main phase and data, a line each."""
   trained = state.trainable.get('policy', state.trainable)
   size = sum(leaf.size for leaf in jax.tree.leaves(trained))
   return [
@@ -415,16 +412,16 @@ def _parts(model: build.Model, state, main, found: data.Data) -> list[str]:
     f'{len(model.tokenizer)} tokens; {jax.device_count()} '
     f'{jax.default_backend()} device(s){_mesh()}',
     *main.describe(),
-    *found.notes,
+    *task.notes,
   ]
 
 
 def _refuse_loss(folder, restored: bool) -> None:
-  """Raises UserError if samples or checkpoints of a resumed run are gone."""
+  """Raises UserError if a resumed run has lost samples or checkpoints."""
   lost, records = folder.path / 'samples.jsonl', folder.path / 'metrics.jsonl'
   gone = restored and not lost.exists()
   if not restored and records.exists():
-    # Two saves were due, and the second waits for the first.
+    # Two saves were due by then, and the second waits for the first.
     due = 2 * folder.former['checkpoints']['every'] + 1
     gone = records.read_bytes().count(b'\n') > due
   if gone:
@@ -439,7 +436,7 @@ def _mesh() -> str:
 
 
 def _unwritten(metrics: dict, timings: dict, samples=()) -> dict:
-  """What is to be written of a step, as JSON values."""
+  """Returns the pending records of a step, as JSON values."""
   return {
     'metrics': _plain(metrics),
     'timings': _plain(timings),
@@ -448,5 +445,5 @@ def _unwritten(metrics: dict, timings: dict, samples=()) -> dict:
 
 
 def _plain(numbers: dict) -> dict:
-  """Scalars of NumPy and JAX as numbers of Python, exactly."""
+  """Converts NumPy and JAX scalars to Python numbers, exactly."""
   return {name: np.asarray(value).item() for name, value in numbers.items()}

@@ -1,10 +1,10 @@
-"""Learning from responses that are there, as the main phase of a run.
+"""Learning from stored responses, as the main phase of a run.
 
-Either the task gives the responses, and all steps learn from them; or a run
-goes in rounds: some steps sample and score responses and choose what to keep,
-then others learn from that.  What was chosen is written to the run's folder,
-`rounds/NUMBER.npz`, a file for each step that samples, by its number in the
-phase, from 0; a resumed round reads it there.
+Either the task supplies the responses, and all steps learn from them; or a run
+consists of rounds: first some steps sample and score responses and select which
+to keep, then others learn from them.  Each sampling step writes its selection
+to `rounds/NUMBER.npz` in the run's folder, where NUMBER is the number of the
+step in the phase, from 0.  A resumed round reads these files.
 """
 
 import pathlib
@@ -34,12 +34,12 @@ from jaxrl_llm.tasks import sources
 
 
 class Given(NamedTuple):
-  """What a task gives to learn from.
+  """Training data that a task supplies.
 
   Attributes:
-    encoded: prompts of the groups, in their order.
+    encoded: prompts of the groups, in order.
     pool: the groups.
-    notes: what was left out, a line each.
+    notes: lines about the data, such as what was excluded.
   """
 
   encoded: prompts_lib.EncodedPrompts
@@ -48,16 +48,16 @@ class Given(NamedTuple):
 
 
 class Method(NamedTuple):
-  """How a script learns from responses.
+  """The part of a script that is specific to its algorithm.
 
   Attributes:
-    given: (configuration, model, data) → what the task's data gives to learn
-      from.
+    given: (configuration, model, data) → `Given`, the training data that the
+      task supplies.
     choose: (valid, rewards), [P, G] each, → groups of a step's responses, as
-      `stored.singles` gives them; `valid` is False for those without a reward
-      and those that the estimator does not keep.
-    restarts: whether every round begins with the policy that the first began
-      with, or with the one that sampled.
+      in `stored.singles`; `valid` is False for responses without a reward and
+      for those that the estimator does not keep.
+    restarts: True if every round starts with the initial policy of the first
+      round, False if it starts with the policy that sampled.
   """
 
   given: Callable[[Any, build.Model, Data], Given]
@@ -66,7 +66,7 @@ class Method(NamedTuple):
 
 
 def rounds(config) -> Cycle:
-  """The rounds that a configuration describes; one for what the task gives."""
+  """Returns the rounds of a run; one round if the task supplies the data."""
   settings = config.rounds
   if not settings.sampling:
     return Cycle(0, config.steps or 1)
@@ -74,20 +74,20 @@ def rounds(config) -> Cycle:
 
 
 def updates(config) -> int:
-  """How many of them a round takes; 0 where there is none."""
+  """Returns the number of updates per round; 0 if there are no updates."""
   return rounds(config).learning if config.steps else 0
 
 
 class Offline:
-  """A likelihood or a preference loss as the main phase; see `phase.Phase`.
+  """Likelihood or preference losses as the main phase; see `schedule.Phase`.
 
   Args:
     config: the whole configuration.
     model: the model to train.
-    data: of the task.
+    data: data of the task.
     key: PRNG key of the run.
-    folder: of the run.
-    method: of the script.
+    folder: folder of the run.
+    method: method of the script.
   """
 
   reference = None
@@ -117,13 +117,13 @@ class Offline:
     else:
       self._given = method.given(config, model, data)
       self._encoded = self._given.encoded
-    self._pairs = None  # held-out ones, where the task gives pairs
+    self._pairs = None  # held-out pairs, if the task supplies pairs
     if self._given is not None and self.estimator.needs.reference:
-      # Those whose prompts are evaluated.
+      # Only pairs whose prompts are evaluated.
       limit = config.evaluation.prompts or None
       held = data._replace(train=data.held_out[:limit])
       self._pairs = method.given(config, model, held)
-    self._learned = None  # (round, pool, source) that is learned from
+    self._learned = None  # (round, pool, source) of the current round
     self._optimizer, self._schedule = build.optimizer(
       config.optimizer, updates(config)
     )
@@ -152,7 +152,7 @@ class Offline:
         state, number, turn * self.cycle.sampling + place, stop
       )
     if not number and self._pairs is not None:
-      self._ask_reference(state.trainable['policy'], stop)
+      self._score_given(state.trainable['policy'], stop)
     start = time.perf_counter()
     if place == self.cycle.sampling:
       params = state.trainable['policy']
@@ -166,7 +166,7 @@ class Offline:
     rate = float(self._schedule(int(state.updates)))
     groups = stored.take(pool, source.indices(update))
     state, metrics = self._trainer.step(state, groups, source.batch(update))
-    # Nothing of the pool was sampled by the policy that is trained.
+    # The trained policy did not sample the pool.
     metrics = {
       name: value
       for name, value in metrics.items()
@@ -186,7 +186,7 @@ class Offline:
     return {}
 
   def load(self, values) -> None:
-    del values  # a round's files are read when it is learned
+    del values  # the files of a round are read when it is trained on
 
   def fingerprint(self):
     prompts = sources.PromptSource(self._encoded, 1, self._config.seed)
@@ -198,17 +198,17 @@ class Offline:
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
     held = self._held_out._replace(key=jax.random.fold_in(self.key, 4))
     policy = trainable['policy']
-    found = validation.evaluate(
+    evaluation = validation.evaluate(
       held, policy, step, self._config.log.table, stop=stop
     )
     if self._pairs is None:
-      return found
+      return evaluation
     # Before the first step the policy is the reference.
     margins = np.zeros(len(self._pairs.pool.prompts))
     if step > self._config.warm_start.steps:
       margins = self._margins(policy, stop)
-    return found._replace(
-      metrics=found.metrics
+    return evaluation._replace(
+      metrics=evaluation.metrics
       | {
         'eval/preference/accuracy': float(np.mean((np.sign(margins) + 1) / 2)),
         'eval/preference/margin': float(margins.mean()),
@@ -232,29 +232,29 @@ class Offline:
         f'rounds of {self.cycle.sampling} steps of sampling and '
         f'{self.cycle.learning} updates of {settings.batch}; '
         + (
-          'each begins with the initial model'
+          'each starts from the initial model'
           if self._method.restarts
-          else 'each goes on from the last'
+          else 'each continues from the previous one'
         )
       )
       return lines
     return [*lines, *self._given.notes]
 
-  def _sample(self, state, number: int, at: int, stop) -> Result:
-    """Samples and scores one batch, and writes what of it is to be learned.
+  def _sample(self, state, number: int, index: int, stop) -> Result:
+    """Samples and scores a batch, and writes the groups to learn from.
 
     Args:
-      state: of the policy that samples.
-      number: of the step.
-      at: steps that sampled before it.
-      stop: polled.
+      state: state of the policy that samples.
+      number: number of the step.
+      index: number of earlier steps that sampled.
+      stop: polled stop signal.
     """
     start = time.perf_counter()
     params = state.trainable['policy']
     responses = rollouts.respond(
       self._model.config,
       params,
-      self._sampling.batch(at),
+      self._sampling.batch(index),
       self._generation,
       self._model.tokenizer,
       self.rewards,
@@ -278,7 +278,7 @@ class Offline:
       valid[..., 0] & self._kept(data), rewards[..., 0]
     )
     pool = stored.choose(
-      self._sampling.indices(at),
+      self._sampling.indices(index),
       groups,
       tokens,
       mask.sum(axis=2),
@@ -300,13 +300,13 @@ class Offline:
     return Result(state, metrics, timings, tokens, responses, shown, failures)
 
   def _kept(self, data: estimators.Rollouts) -> np.ndarray:
-    """[P, G] which responses the estimator would train on one by one."""
+    """Marks the responses that the estimator keeps when single, [P, G]."""
     if self.estimator.needs.samples > 1:
       return np.ones(data.mask.shape[:2], bool)
     return sharding.to_host(self.estimator.prepare(data).valid)[..., 0]
 
   def _open(self, turn: int) -> tuple[stored.Pool, sources.PromptSource]:
-    """What a round learns from, and the order of it."""
+    """Returns the pool of a round and the source of its batches."""
     pool = self._pool(turn)
     source = sources.PromptSource(
       prompts_lib.take(self._encoded, pool.prompts),
@@ -329,39 +329,39 @@ class Offline:
     )
     if not len(pool.prompts):
       raise UserError(
-        f'round {turn} has nothing to learn from: of its responses none, or no '
-        f'pair, is what {self._config.algorithm.name} keeps\n'
-        'sample more (config.rounds.sampling), or begin with a better model'
+        f'round {turn} has nothing to learn from: '
+        f'{self._config.algorithm.name} kept none of its responses or pairs\n'
+        'sample more (config.rounds.sampling), or start from a better model'
       )
     return stored.limit(pool, self._config.rounds.per_prompt)
 
-  def _ask_reference(self, params, stop) -> None:
-    """Writes down what the reference says of given pairs."""
-    for name, given in (('given', self._given), ('held_out', self._pairs)):
-      scored = self._scored(params, given, stop)
+  def _score_given(self, params, stop) -> None:
+    """Writes the reference's log-probabilities of the task's pairs."""
+    for name, part in (('given', self._given), ('held_out', self._pairs)):
+      scored = self._scored(params, part, stop)
       self._write(self._folder / f'{name}.npz', scored)
 
   @staticmethod
   def _write(path, pool: stored.Pool) -> None:
-    """Process 0 writes what all processes have, and all read later on."""
+    """Writes a pool in process 0, for all processes to read later."""
     processes.on_main(lambda: stored.save(path, pool), str(path))
 
-  def _scored(self, params, given: Given, stop) -> stored.Pool:
-    """The pool with log-probabilities of a policy as the reference's."""
+  def _scored(self, params, part: Given, stop) -> stored.Pool:
+    """Returns the pool with a policy's log-probabilities as reference."""
     scored = training.score_pool(
       self._model.config,
       params,
-      given.pool,
-      given.encoded,
+      part.pool,
+      part.encoded,
       supervised.batch(self._config),
       supervised.decoding(self._model),
       self._config.training.chunk,
       stop,
     )
-    return given.pool._replace(ref_log_probs=scored)
+    return part.pool._replace(ref_log_probs=scored)
 
   def _margins(self, params, stop) -> np.ndarray:
-    """[N] margins h of the held-out pairs, nats."""
+    """Returns margins h of the held-out pairs, [N], nats."""
     before = stored.load(self._folder / 'held_out.npz').ref_log_probs
     now = self._scored(params, self._pairs, stop).ref_log_probs
     ratios = (now - before).sum(axis=2)
@@ -372,7 +372,7 @@ class Offline:
 
 
 def _signs(groups: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """[P, G] for the sample table: 1 for what is learned, −1 for rejected."""
+  """Returns [P, G] for the sample table: 1 for learned, −1 for rejected."""
   signs = np.zeros(shape)
   signs[groups[:, 0], groups[:, 1]] = 1.0
   if groups.shape[1] == 3:

@@ -1,4 +1,4 @@
-"""What a configuration must be to learn from responses that are there."""
+"""Checks configurations of the scripts that learn from stored responses."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,13 @@ from jaxrl_llm.minibatches import check_divides
 def check(
   config: ConfigDict, *, names: Sequence[str], sampled: bool | None = None
 ) -> None:
-  """Raises UserError for what can be told from the configuration alone.
+  """Raises UserError for settings that the script does not support.
 
   Args:
-    config: as `configs.base` has it.
-    names: of algorithms that the script knows.
-    sampled: whether responses have to be sampled, or given; None for both.
+    config: configuration with the fields of `configs.base`.
+    names: algorithms that the script supports.
+    sampled: True if responses must be sampled, False if the task must supply
+      them; None for either.
   """
   checks.check_fields(config)
   checks.check_name(config, names)
@@ -46,7 +47,7 @@ def check(
 
 
 def _check_tools(config: ConfigDict) -> None:
-  """Refuses what nothing reads: online RL alone has these tools."""
+  """Refuses tools that only online RL has."""
   for section, field in (
     ('prompts', 'curriculum'),
     ('rollout', 'refill'),
@@ -55,27 +56,27 @@ def _check_tools(config: ConfigDict) -> None:
     if value := config[section][field]:
       raise UserError(
         f'config.{section}.{field} is {value!r}, but {config.algorithm.name} '
-        'does not read it: it is for experiments.train\nremove it'
+        'does not use it: it is only for experiments.train\nremove it'
       )
   if config.prompts.pass_rates and config.algorithm.name == 'sft':
     raise UserError(
-      'config.prompts.pass_rates chooses among prompts to sample from, but sft '
+      'config.prompts.pass_rates filters prompts to sample from, but sft '
       'learns from demonstrations\nremove it'
     )
 
 
 def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
-  """Steps, rounds and tokens have to fit each other."""
+  """Refuses steps, rounds and tokens that do not fit together."""
   settings, name = config.rounds, config.algorithm.name
   if sampled and not settings.sampling:
     raise UserError(
       f'config.rounds.sampling is 0, but {name} learns from its own samples\n'
-      'set it to the steps of sampling that begin a round'
+      'set it to the number of sampling steps per round'
     )
   if sampled is False and settings.sampling:
     raise UserError(
       f'config.rounds.sampling is {settings.sampling}, but {name} learns from '
-      'what the task gives\nset it to 0'
+      'the data of the task\nset it to 0'
     )
   if not settings.sampling:
     unread = {
@@ -96,7 +97,7 @@ def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
   if not settings.learning:
     raise UserError(
       'config.rounds.learning is 0: a round would learn nothing\n'
-      'set it to the updates that follow the sampling'
+      'set it to the number of updates per round'
     )
   steps = offline.rounds(config).steps
   if config.steps % steps and not config.tokens:

@@ -1,4 +1,4 @@
-"""Online RL as the main phase of a run: a trainer and its steps' data."""
+"""Online RL as the main phase of a run: the trainer and its data."""
 
 import types
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jaxrl_llm.tasks import sources
 from jaxrl_llm.tasks.curriculum import Curriculum
 from jaxrl_llm.tasks.hints import Hints, has_solution
 
-# Numbers that `jax.random.fold_in` of the run's key gets, by use.
+# Numbers that are folded into the run's key, by use.
 _USES = Keys(responses=1, shuffle=2, branches=3, refill=5, hints=6)
 _HELD_OUT = 4
 
@@ -31,15 +31,15 @@ def trainer(
   reference=None,
   rescore: bool = False,
 ) -> training.Trainer:
-  """Builds the trainer that a configuration describes.
+  """Builds the trainer of a configuration.
 
   Args:
     config: the whole configuration.
-    model: the policy; shapes serve for its parameters.
-    rewards: of `build.reward_parts`; none where nothing is sampled.
+    model: the policy; its parameters may be shapes.
+    rewards: result of `build.reward_parts`; empty if nothing is sampled.
     generation: None for the configuration's, padded with 0.
-    reference: parameters of the reference policy; None for the model's own.
-    rescore: whether the trainer recomputes the sampler's log-probabilities.
+    reference: parameters of the reference policy; None for those of `model`.
+    rescore: recompute the sampler's log-probabilities in the trainer.
   """
   estimator = build.estimator(config)
   needs = estimator.needs
@@ -83,7 +83,7 @@ def _generation(config, model: build.Model, pad_id: int):
 
 
 class Steps:
-  """The steps of online RL: each a function of the state and its number.
+  """The steps of online RL, each a function of the state and its number.
 
   Args:
     config: the whole configuration.
@@ -92,10 +92,10 @@ class Steps:
     key: PRNG key of the run.
 
   Attributes:
-    key: as given; a resumed run sets the one of its checkpoint.
-    estimator, critic, optimizer: of the configuration.
+    key: PRNG key; a resumed run sets the one in its checkpoint.
+    estimator, critic, optimizer: those of the configuration.
     generation, rewards: its sampling settings and reward functions.
-    source: of the steps' own prompts.
+    source: source of the steps' own prompts.
     dropped: number of prompts over budget.
   """
 
@@ -122,7 +122,7 @@ class Steps:
 
   @property
   def trainer(self) -> training.Trainer:
-    """The trainer, built when it is first asked for."""
+    """The trainer, built on first use."""
     if self._trainer is None:
       self._trainer = trainer(
         self._config,
@@ -140,7 +140,7 @@ class Steps:
 
   @property
   def reference(self):
-    """Parameters of the reference policy."""
+    """The parameters of the reference policy."""
     return self._fixed['reference']
 
   @reference.setter
@@ -149,13 +149,13 @@ class Steps:
 
   @property
   def rescore(self) -> bool:
-    """Whether the trainer recomputes the sampler's log-probabilities."""
+    """True if the trainer recomputes the sampler's log-probabilities."""
     return self._fixed['rescore']
 
   def begin(self, policy_params) -> training.TrainState:
-    """Returns the state that online RL begins with, critic included.
+    """Returns the initial state of online RL, critic included.
 
-    Updates will donate the parameters that it is given.
+    Updates donate the parameters that are passed in.
     """
     parameters = None
     if self.critic is not None:
@@ -163,7 +163,7 @@ class Steps:
     return self._state(policy_params, parameters)
 
   def shapes(self, policy_params) -> training.TrainState:
-    """Returns the shapes of `begin`, from the shapes of its argument."""
+    """Returns the shapes of `begin` from the shapes of its argument."""
     return critics.shapes(
       self._config, self.estimator, self.critic, self.optimizer, policy_params
     )
@@ -174,7 +174,7 @@ class Steps:
     )
 
   def collect(self, state: training.TrainState, step: int, stop=None):
-    """Returns the `Collected` rollouts of a step."""
+    """Samples a step and returns its `Collected` rollouts."""
     return self.trainer.collect(state, *self._inputs(step), stop)
 
   def log_prob_difference(self, state: training.TrainState, step: int) -> float:
@@ -189,7 +189,7 @@ class Steps:
     )
 
   def step(self, state: training.TrainState, step: int, stop=None) -> Result:
-    """Samples, scores, and takes the step's updates."""
+    """Samples and scores responses, and takes the step's updates."""
     rates = self.rates(int(state.updates))
     state, metrics, sampled = self.trainer.step(
       state, *self._inputs(step), stop
@@ -207,7 +207,7 @@ class Steps:
     )
 
   def _inputs(self, step: int):
-    """Prompts, keys and groups of a step."""
+    """Returns prompts, keys and groups of a step."""
     return self.source.batch(step), self._keys(step), self._groups(step)
 
   def _keys(self, step: int) -> Keys:
@@ -229,9 +229,9 @@ class Online:
   Args:
     config: the whole configuration.
     model: the model to train.
-    data: of the task.
+    data: data of the task.
     key: PRNG key of the run.
-    folder: of the run.
+    folder: folder of the run.
   """
 
   cycle = Cycle()
@@ -268,13 +268,13 @@ class Online:
     self._steps.reference = params
 
   def start(self, state: training.TrainState) -> list[str]:
-    """Decides whose log-probabilities count."""
+    """Chooses the sampler's or the trainer's log-probabilities."""
     difference = self._steps.log_prob_difference(state, 0)
     limit = self._config.rollout.log_prob_tolerance
     if not np.isfinite(difference):
       raise UserError(
         f'log-probabilities of sampler and trainer differ by {difference}\n'
-        "the model's parameters give no finite log-probabilities"
+        "the model's parameters do not yield finite log-probabilities"
       )
     self._steps.fix(rescore=difference > limit)
     if not self._steps.rescore:
@@ -334,15 +334,15 @@ def _held_out_key(key):
 
 
 def group_tools(config, encoded, tokenizer) -> Callable[[int], groups.Groups]:
-  """Returns step → how its groups are drawn: refilled, hinted, as sampled.
+  """Returns step → its `Groups`: refilled, hinted, or as sampled.
 
   Args:
     config: the whole configuration.
     encoded: training prompts.
-    tokenizer: of the model.
+    tokenizer: tokenizer of the model.
 
   Raises:
-    UserError: hints are asked for and no prompt has a solution.
+    UserError: hints are configured, but no prompt has a solution.
   """
   settings, tools = config.rollout, []
   if settings.hints:
@@ -377,13 +377,13 @@ def group_tools(config, encoded, tokenizer) -> Callable[[int], groups.Groups]:
 def prompt_source(
   config, encoded, seed: int, batches_per_step: int = 1
 ) -> sources.PromptSource | Curriculum:
-  """Returns the order of prompts that `config.prompts` asks for.
+  """Returns the source of prompts that `config.prompts` specifies.
 
   Args:
     config: the whole configuration.
     encoded: training prompts.
-    seed: of the order.
-    batches_per_step: batches of P prompts that a step may ask for.
+    seed: seed of the order.
+    batches_per_step: maximum number of batches of P prompts per step.
   """
   settings, count = config.prompts, config.rollout.prompts
   if not settings.curriculum:

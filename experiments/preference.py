@@ -1,20 +1,22 @@
-"""DPO, DPO-Positive and IPO, on pairs that are given or sampled.
+"""DPO, DPO-Positive and IPO on pairs from a data set or sampled pairs.
 
     python -m experiments.preference \\
       --config=experiments/configs/arithmetic_dpop.py
 
-With `config.rounds.sampling` at 0 the task's rows bring the pairs, in the
-columns prompt, chosen and rejected, and every step is an update on `batch` of
-them; the reference is the model that the run begins with.  An end token follows
-each response, unless chosen_finished or rejected_finished says false: it was
-cut off.  Otherwise a run goes in rounds: `sampling` steps sample and score
-responses as `experiments.train` does; of every prompt the best response is
-paired with the worst, the second best with the second worst, and so on while
-their rewards differ, at most `per_prompt` pairs; and `learning` updates follow.
-The reference of a round is the policy that sampled it.  What the reference says
-is computed once, when pairs are made: its parameters are not kept in memory.
+If `config.rounds.sampling` is 0, the pairs come from the task's columns prompt,
+chosen and rejected, and every step is an update on `batch` pairs; the reference
+is the initial model.  An end token is appended to each response unless
+chosen_finished or rejected_finished is false, which marks a response that was
+cut off.
 
-Everything else is as in `experiments.train`: --workdir, --resume, evaluation.
+Otherwise a run consists of rounds.  First, `sampling` steps sample and score
+responses as in `experiments.train`.  For each prompt, the best response is
+paired with the worst, the second best with the second worst, and so on while
+their rewards differ, up to `per_prompt` pairs.  Then `learning` updates follow.
+The reference of a round is the policy that sampled it.  Its log-probabilities
+are computed once, with the pairs: its parameters are not kept in memory.
+
+--workdir, --resume and evaluation are the same as in `experiments.train`.
 """
 
 import functools
@@ -30,11 +32,11 @@ from jaxrl_llm.tasks import prompts as prompts_lib
 
 
 def given(config, model, data) -> offline.Given:
-  """The pairs of a task's training rows, after the length policy of prompts.
+  """Encodes the pairs of a task's training rows that are within budget.
 
   Raises:
-    UserError: a row has no pair, or one of equal responses, or none is within
-      budget.
+    UserError: a row has no pair, the responses of a pair are equal, or no pair
+      is within budget.
   """
   encoded = build.encode(config, data.train, model.tokenizer)
   sides = [
@@ -45,8 +47,8 @@ def given(config, model, data) -> offline.Given:
   equal = [i for i, pair in enumerate(pairs) if np.array_equal(*pair)]
   if equal:
     raise UserError(
-      f'{len(equal)} of {len(pairs)} pairs have equal responses; the first is '
-      f'of the prompt {encoded.rows[equal[0]]["prompt"]!r:.60}\nremove them'
+      f'{len(equal)} of {len(pairs)} pairs have equal responses; the first has '
+      f'the prompt {encoded.rows[equal[0]]["prompt"]!r:.60}\nremove them'
     )
   budget = config.rollout.max_tokens
   kept = [i for i, pair in enumerate(pairs) if max(map(len, pair)) <= budget]
@@ -56,7 +58,7 @@ def given(config, model, data) -> offline.Given:
     raise UserError(
       f'{long} of {len(pairs)} pairs have a response of more than '
       f'config.rollout.max_tokens, {budget}; the longest has {longest}\n'
-      "raise it, or leave them out with config.prompts.overlong='drop'"
+      "raise it, or exclude them with config.prompts.overlong='drop'"
     )
   pool = stored.given(
     range(len(kept)),
@@ -65,13 +67,13 @@ def given(config, model, data) -> offline.Given:
     encoded.pad_id,
   )
   encoded = prompts_lib.take(encoded, kept)
-  note = f'{len(kept):,} pairs; left out as over budget: {encoded.dropped:,} '
-  note += f'with their prompt, {long:,} with a response'
+  note = f'{len(kept):,} pairs; excluded as over budget: '
+  note += f'{encoded.dropped:,} by prompt, {long:,} by response'
   return offline.Given(encoded, pool, (note,))
 
 
 def _encode_side(config, rows, model, column: str) -> list:
-  """Ids of the responses in a column; those that were cut off have no end."""
+  """Encodes a column of responses; those cut off have no end token."""
   ended = pairs_lib.finished(rows, column)
   sides = build.encode_targets(config, rows, model, column, limited=False)
   return [

@@ -1,6 +1,7 @@
-"""The policy that the main phase begins with, kept where an estimator needs it.
+"""Stores the initial policy of the main phase, if an estimator needs it.
 
-It lies in `reference/`, of a form that `jaxrl_llm.runs.checkpoints` verifies.
+It is saved in `reference/`, in a form that `jaxrl_llm.runs.checkpoints`
+verifies.
 """
 
 import pathlib
@@ -13,7 +14,7 @@ from jaxrl_llm.runs.checkpoints import Checkpoints
 
 
 class Reference:
-  """The reference policy of a run, in a folder of its own.
+  """The reference policy of a run, in its own folder.
 
   Use it as a context manager.
 
@@ -23,7 +24,7 @@ class Reference:
 
   def __init__(self, run: pathlib.Path):
     self._kept = Checkpoints(run / 'reference', keep_latest=1, keep_best=0)
-    self._unsaved = None  # (step, parameters) that took the place of damage
+    self._unsaved = None  # (step, parameters) that replace damaged ones
 
   def __enter__(self):
     return self
@@ -32,7 +33,7 @@ class Reference:
     self._kept.close()
 
   def save(self, step: int, params: Any) -> None:
-    """Keeps the policy after `step` steps of the run.
+    """Saves the policy after `step` steps of the run.
 
     Raises:
       UserError: it could not be written.
@@ -41,19 +42,18 @@ class Reference:
     self._kept.wait()
 
   def restore(self, template: Any, initial: Any | None) -> Any:
-    """The policy that was kept.
+    """Returns the saved policy.
 
     Args:
-      template: parameters of the same shapes, in the layout to be had.
-      initial: the initial model's, where a run without a warm start has kept
-        those: they take the place of damaged ones, of which the digests are
-        left.
+      template: parameters of the same shapes, in the desired layout.
+      initial: parameters of the initial model if a run without a warm start
+        saved those: they replace damaged ones with the same digests.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: the policy is missing or damaged.
     """
     try:
-      found = self._kept.restore(template)
+      restored = self._kept.restore(template)
     except UserError:
       if initial is None or not self._kept.is_of(0, initial):
         raise
@@ -62,15 +62,15 @@ class Reference:
       )
       self._unsaved = 0, params
       return params
-    if found is None:
+    if restored is None:
       raise UserError(
         f'{self._kept.folder} has no reference policy\n'
         'restore the folder from a copy, or start in another --workdir'
       )
-    return found[1]
+    return restored[1]
 
-  def mend(self) -> list[str]:
-    """Saves anew what was damaged; says so in a line, if it was.
+  def repair(self) -> list[str]:
+    """Saves a damaged policy again; returns a line about it, if any.
 
     Raises:
       UserError: it could not be written.
@@ -81,5 +81,5 @@ class Reference:
     self._unsaved = None
     return [
       f'{self._kept.folder} was damaged: the initial model has the same '
-      'digests and is saved there anew'
+      'digests and was saved there again'
     ]

@@ -1,15 +1,15 @@
-"""RestEM: sample, keep what is right, train the initial model on it, repeat.
+"""RestEM: sample, keep correct responses, train the initial model, repeat.
 
     python -m experiments.rest_em \\
       --config=experiments/configs/arithmetic_rest_em.py
 
-A round is `config.rounds.sampling` steps that sample and score responses as
-`experiments.train` does, and `learning` updates on those whose reward is above
-the algorithm's threshold, at most `per_prompt` of one prompt.  The updates
-begin with the model that the first round began with; the policy that samples is
-that of the round before.  `config.steps` counts steps of both kinds.
+A round consists of `config.rounds.sampling` steps that sample and score
+responses as in `experiments.train`, and `learning` updates on responses whose
+reward exceeds the algorithm's threshold, at most `per_prompt` per prompt.  The
+updates of every round start from the initial model; the policy that samples is
+the result of the previous round.  `config.steps` counts steps of both kinds.
 
-Everything else is as in `experiments.train`: --workdir, --resume, evaluation.
+--workdir, --resume and evaluation are the same as in `experiments.train`.
 
 Singh et al., `Beyond Human Data <https://arxiv.org/abs/2312.06585>`_, 2023
 """
@@ -23,7 +23,7 @@ from jaxrl_llm.rollouts import stored
 
 
 def given(config, model, data) -> offline.Given:
-  """RestEM has no data but its samples."""
+  """Raises UserError: RestEM learns only from its samples."""
   del config, model, data
   raise UserError('config.rounds.sampling is 0: RestEM learns from its samples')
 

@@ -1,18 +1,18 @@
-"""A reward model, trained on pairs of which one response was preferred.
+"""Reward model training on pairs of a preferred and a rejected response.
 
     python -m experiments.reward_model \\
       --config=experiments/configs/hh_rlhf_reward_model.py
 
-The rows of the task bring pairs, in the columns prompt, chosen and rejected;
-`experiments.label` makes such rows of a model's samples and of any reward
-function.  The trunk begins as the language model that `config.model` names.
-`config.steps` counts updates on `config.rounds.batch` pairs each; the loss is
-Bradley and Terry's.  Held-out pairs tell accuracy and calibration.  --workdir
-and --resume are as in `experiments.train`.
+The pairs come from the task's columns prompt, chosen and rejected;
+`experiments.label` makes such rows from a model's samples and any reward
+function.  The trunk is initialised from the language model in `config.model`.
+`config.steps` is the number of updates on `config.rounds.batch` pairs each; the
+loss is that of Bradley and Terry.  Accuracy and calibration are measured on
+held-out pairs.  --workdir and --resume are the same as in `experiments.train`.
 
-The run leaves `hf/`, a folder that `transformers` opens as
-AutoModelForSequenceClassification.  As a reward and as what a critic begins
-with:
+The run writes `hf/`, a folder that `transformers` opens as
+AutoModelForSequenceClassification.  To use it as a reward and as the initial
+critic:
 
     config.rewards = dict(
       proxy=dict(name='reward_model', path='runs/NAME/hf'),
@@ -21,7 +21,7 @@ with:
     config.critic.path = 'runs/NAME/hf'
 
   hf/               trunk, head and tokenizer
-  calibration.json  of the held-out pairs: accuracy, log-loss, reliability
+  calibration.json  accuracy, log-loss and reliability on held-out pairs
   calibration.png
 """
 
@@ -51,24 +51,24 @@ from jaxrl_llm.training import reward_model as reward_model_lib
 
 
 def check(config) -> None:
-  """Raises UserError for what can be told from the configuration alone."""
+  """Raises UserError for settings that the script does not support."""
   offline_checks.check(config, names=('reward_model',), sampled=False)
   if config.rewards:
     raise UserError(
       'config.rewards is set, but a reward model learns from pairs alone\n'
-      'remove it; `experiments.label` makes pairs of rewards'
+      'remove it; `experiments.label` makes pairs from rewards'
     )
   if config.warm_start.steps:
     raise UserError(
       f'config.warm_start.steps is {config.warm_start.steps}, but a reward '
-      'model writes nothing\nset it to 0'
+      'model does not generate text\nset it to 0'
     )
 
 
 def encode(config, model: build.Model, rows: list[dict]):
-  """Pairs as prompts and a pool; what is over budget is an error or left out.
+  """Encodes pairs as prompts and a pool; excludes or refuses those too long.
 
-  What both texts of a pair begin with is read once, as its prompt, up to
+  The common beginning of a pair's texts is read once, as its prompt, up to
   `config.prompts.max_tokens`; the rest belongs to the responses, which may have
   `config.rollout.max_tokens` each.
 
@@ -76,11 +76,11 @@ def encode(config, model: build.Model, rows: list[dict]):
     (EncodedPrompts, Pool).
 
   Raises:
-    UserError: a row is no pair, or too long.
+    UserError: a row is not a pair, or too long.
   """
   shared, budget = config.prompts.max_tokens, config.rollout.max_tokens
   build.check_room(config, model)
-  found = pairs_lib.encode_pairs(
+  pairs = pairs_lib.encode_pairs(
     rows,
     model.tokenizer,
     max_tokens=None,
@@ -90,7 +90,7 @@ def encode(config, model: build.Model, rows: list[dict]):
   )
   responses = [
     [pair.prompt[shared:] + ids for ids in (pair.chosen, pair.rejected)]
-    for pair in found
+    for pair in pairs
   ]
   lengths = [max(map(len, both)) for both in responses]
   kept = [i for i, length in enumerate(lengths) if length <= budget]
@@ -98,12 +98,12 @@ def encode(config, model: build.Model, rows: list[dict]):
   if long and (config.prompts.overlong == 'error' or not kept):
     raise UserError(
       f'{long} of {len(rows)} pairs have a text of more than '
-      f'config.rollout.max_tokens, {budget}, behind the {shared} of '
+      f'config.rollout.max_tokens, {budget}, after the {shared} of '
       f'config.prompts.max_tokens; the longest has {max(lengths)}\n'
-      "raise them, or leave such pairs out with config.prompts.overlong='drop'"
+      "raise them, or exclude such pairs with config.prompts.overlong='drop'"
     )
   encoded = prompts_lib.from_ids(
-    [found[i].prompt[:shared] for i in kept],
+    [pairs[i].prompt[:shared] for i in kept],
     [rows[i] for i in kept],
     model.tokenizer,
     shared,
@@ -118,14 +118,14 @@ def encode(config, model: build.Model, rows: list[dict]):
 
 
 class RewardModeling:
-  """Bradley-Terry training as the main phase of a run; see `phase.Phase`.
+  """Bradley-Terry training as the main phase of a run; see `schedule.Phase`.
 
   Args:
     config: the whole configuration.
-    model: the language model that the trunk begins as.
-    data: of the task.
-    key: PRNG key of the run, of which nothing is drawn.
-    folder: of the run.
+    model: the language model that the trunk is initialised from.
+    data: data of the task.
+    key: PRNG key of the run, which is not used.
+    folder: folder of the run.
   """
 
   keeps_reference = False
@@ -204,13 +204,13 @@ class RewardModeling:
 
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
     del step
-    found = calibration.examine(self._margins(trainable, stop))
+    result = calibration.examine(self._margins(trainable, stop))
     return Evaluation(
       {
-        'eval/accuracy': found.accuracy.mean,
-        'eval/log_loss': found.log_loss.mean,
-        'eval/calibration_error': found.error,
-        'eval/temperature': found.temperature,
+        'eval/accuracy': result.accuracy.mean,
+        'eval/log_loss': result.log_loss.mean,
+        'eval/calibration_error': result.error,
+        'eval/temperature': result.temperature,
       }
     )
 
@@ -224,29 +224,29 @@ class RewardModeling:
       tokenizer=self._model.tokenizer,
       source=self._model.source,
     )
-    found = calibration.examine(self._margins(trainable))
-    text = json.dumps(_plain(found), indent=1, allow_nan=False) + '\n'
+    result = calibration.examine(self._margins(trainable))
+    text = json.dumps(_plain(result), indent=1, allow_nan=False) + '\n'
     if processes.is_main():
       _write(folder / 'calibration.json', text)
-      _plot(folder / 'calibration.png', found)
+      _plot(folder / 'calibration.png', result)
     return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
 
   def describe(self) -> list[str]:
     held, _ = self._held_out
     return [
       f'{len(self._encoded.rows):,} training and {len(held.rows):,} held-out '
-      f'pairs; left out as over budget: {self._encoded.dropped:,} and '
+      f'pairs; excluded as over budget: {self._encoded.dropped:,} and '
       f'{held.dropped:,}'
     ]
 
   def _margins(self, trainable, stop=None) -> np.ndarray:
-    """[N] s⁺ − s⁻ of the held-out pairs, nats."""
+    """Returns s⁺ − s⁻ of the held-out pairs, [N], nats."""
     encoded, pool = self._held_out
     count, scores = len(pool.prompts), []
     for start in range(0, count, self._micro):
       if stop is not None:
         stop.check()
-      # The last part is filled up, so that few shapes are compiled.
+      # The last part is padded, so that few shapes are compiled.
       part = [min(i, count - 1) for i in range(start, start + self._micro)]
       scores.append(
         value_head.score(
@@ -258,45 +258,45 @@ class RewardModeling:
           self._micro,
         )
       )
-    found = np.concatenate(sharding.to_host(scores))[:count].astype(np.float64)
-    return found[:, 0] - found[:, 1]
+    both = np.concatenate(sharding.to_host(scores))[:count].astype(np.float64)
+    return both[:, 0] - both[:, 1]
 
 
-def _plain(found: calibration.Calibration) -> dict:
-  """As JSON: NaN of an empty bin, and an infinite temperature, are null."""
-  values = found._asdict()
-  if np.isinf(found.temperature):
+def _plain(result: calibration.Calibration) -> dict:
+  """Converts to JSON values: NaN and an infinite temperature become null."""
+  values = result._asdict()
+  if np.isinf(result.temperature):
     values['temperature'] = None
   for name in ('accuracy', 'log_loss'):
     values[name] = values[name]._asdict()
   values['bins'] = [
     {k: None if np.isnan(v) else v for k, v in one._asdict().items()}
-    for one in found.bins
+    for one in result.bins
   ]
   return values
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file; raises UserError where it cannot."""
+  """Writes a file; raises UserError if it cannot be written."""
   try:
     write_atomically(path, text)
   except OSError as error:
     raise cannot_write(path, error.strerror) from error
 
 
-def _plot(path: pathlib.Path, found: calibration.Calibration) -> None:
-  """The reliability diagram."""
-  filled = [one for one in found.bins if one.count]
+def _plot(path: pathlib.Path, result: calibration.Calibration) -> None:
+  """Plots the reliability diagram."""
+  filled = [one for one in result.bins if one.count]
   points = np.array([[one.confidence, one.accuracy] for one in filled]).T
   runs.plot_curve(
     path,
     {
-      f'{found.count:,} held-out pairs': (points[0], points[1]),
-      'as sure as right': (np.array([0.5, 1.0]), np.array([0.5, 1.0])),
+      f'{result.count:,} held-out pairs': (points[0], points[1]),
+      'perfect calibration': (np.array([0.5, 1.0]), np.array([0.5, 1.0])),
     },
     xlabel='confidence σ(|s⁺ − s⁻|), mean of a bin',
-    ylabel='share of pairs that are right',
-    title=f'calibration error {found.error:.3f}',
+    ylabel='share of pairs ranked correctly',
+    title=f'calibration error {result.error:.3f}',
   )
 
 

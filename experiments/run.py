@@ -1,4 +1,4 @@
-"""Begins a run, or continues it, in a folder and on a mesh of devices."""
+"""Starts or resumes a run in a folder, on a mesh of devices."""
 
 import contextlib
 import pathlib
@@ -19,13 +19,13 @@ from jaxrl_llm.runs.folder import RunFolder, open_run
 from jaxrl_llm.runs.progress import say
 from jaxrl_llm.signals import StopRequested, StopSignal
 
-# What may differ when a run is resumed.
+# Fields that may differ when a run is resumed.
 _MUTABLE = frozenset({'steps', 'tokens', 'mesh', 'checkpoints', 'log.samples'})
 _RECORDS = ('checkpoints', 'metrics.jsonl', 'timings.jsonl', 'samples.jsonl')
 
 
 def _mutable(config) -> frozenset[str]:
-  """Fields that may differ on resume; a decay depends on the last step."""
+  """Returns fields that may differ; a decay depends on the last step."""
   decays = {config.optimizer.decay, config.critic.optimizer.decay}
   return _MUTABLE if decays == {'constant'} else _MUTABLE - {'steps'}
 
@@ -34,16 +34,16 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
   """Trains in a folder.
 
   Args:
-    script: what trains.
-    config: as `configs.base` has it.
+    script: the script that trains.
+    config: configuration with the fields of `configs.base`.
     workdir: the run's folder.
-    resume: continue the run that the folder holds.
+    resume: continue the run in the folder.
 
   Returns:
     The exit status: 0, or 128 + the number of the signal that stopped it.
 
   Raises:
-    UserError: for everything that the user can mend.
+    UserError: for every error that the user can fix.
   """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   script.check(config)
@@ -52,29 +52,29 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
       files.enter_context(_mesh(config))
       return _train(script, config, workdir, resume, files)
   except KeyboardInterrupt:
-    say('interrupted at once: --resume continues from the last checkpoint')
+    say('interrupted: --resume continues from the last checkpoint')
     membership.fail(128 + signal.SIGINT)
     return 128 + signal.SIGINT
 
 
 def _mesh(config):
-  """The context of the mesh that a configuration names."""
+  """Returns the context of the mesh in a configuration."""
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def dry_run(script: Script, config) -> int:
-  """Prints the configuration and what a run would be; trains, writes nothing.
+  """Prints the configuration and a summary; neither trains nor writes.
 
   Args:
-    script: what would train.
-    config: as `configs.base` has it.
+    script: the script that would train.
+    config: configuration with the fields of `configs.base`.
 
   Returns:
     The exit status, 0.
 
   Raises:
-    UserError: as `train` before its first step.
+    UserError: as in `train` before its first step.
   """
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   script.check(config)
@@ -87,7 +87,7 @@ def dry_run(script: Script, config) -> int:
 
 
 def _counts(config) -> list[str]:
-  """Lines about steps, updates and tokens."""
+  """Describes the numbers of steps, updates and tokens, a line each."""
   rollout, warm = config.rollout, config.warm_start
   steps = f'training: {config.steps:,} steps'
   if config.tokens:
@@ -122,27 +122,27 @@ def _train(
   )
   if folder.changed and processes.is_main():
     say(
-      'warning: changed since this run last began: '
+      'warning: changed since this run last started: '
       f'{", ".join(folder.changed)}\n'
-      'the records so far are of the old code, what follows is of the new\n'
-      'put the old file back if they are to be one run'
+      'earlier records come from the old code, later ones from the new\n'
+      'restore the old file if all records must come from the same code'
     )
-  found = processes.on_main(
+  records = processes.on_main(
     lambda: [name for name in _RECORDS if (folder.path / name).exists()],
     'records of the run folder',
   )
-  if found and not folder.resuming:
+  if records and not folder.resuming:
     _leave_unused(folder)
     raise UserError(
-      f'{folder.path} holds {", ".join(found)} but no config.json\n'
-      'name another --workdir, or restore config.json and --resume'
+      f'{folder.path} holds {", ".join(records)} but no config.json\n'
+      'choose another --workdir, or restore config.json and pass --resume'
     )
   stop = files.enter_context(StopSignal())
   files.enter_context(interruptible.checked(stop.check_alone))
   try:
     run = Run(config, folder, stop, files, script.phase)
   except (UserError, StopRequested) as error:
-    # Nothing has begun: leave the folder to the corrected configuration.
+    # Nothing has started: the corrected configuration may use the folder.
     if not folder.resuming:
       _leave_unused(folder)
     if isinstance(error, UserError):
@@ -161,14 +161,14 @@ def _train(
 
 
 def _stopped(request: StopRequested, where: str) -> int:
-  """Says where a signal has stopped the run; gives the exit status."""
+  """Reports where a signal stopped the run; returns the exit status."""
   if processes.is_main():
     say(f'stopped by {request} {where}')
   return 128 + signal.Signals[str(request)]
 
 
 def _leave_unused(folder: RunFolder) -> None:
-  """Takes back what says that the folder holds a run."""
+  """Removes the file that marks the folder as a run."""
   if processes.is_main():
     (folder.path / 'config.json').unlink()
 
@@ -176,17 +176,17 @@ def _leave_unused(folder: RunFolder) -> None:
 def define_flags() -> None:
   """Defines the flags of a script that trains."""
   flags.DEFINE_string('workdir', None, 'Folder of the run.')
-  flags.DEFINE_bool('resume', False, 'Continue the run that the folder holds.')
+  flags.DEFINE_bool('resume', False, 'Continue the run in the folder.')
   cli.define_trust_flag()
   flags.DEFINE_bool(
-    'dry_run', False, 'Print configuration and counts; train, write nothing.'
+    'dry_run', False, 'Print configuration and counts, then exit.'
   )
   cli.define_process_flags()
   cli.define_config_flag()
 
 
 def _config() -> ConfigDict:
-  """The user's own configuration, or that of the folder to resume."""
+  """Returns the user's configuration, or that of the folder to resume."""
   values = flags.FLAGS
   if values['config'].present or not values.resume or values.workdir is None:
     return cli.config()

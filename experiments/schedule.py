@@ -17,14 +17,14 @@ from jaxrl_llm.signals import StopSignal
 
 
 class Cycle(NamedTuple):
-  """What the main phase of a run repeats.
+  """The cycle of steps that the main phase of a run repeats: a round.
 
-  Online RL samples and learns in every step.  Other methods sample for some
-  steps, and learn from that for some more.
+  Online RL samples and learns in every step.  Other methods first sample for
+  some steps, and then learn from the samples for some more.
 
   Attributes:
-    sampling: steps that only sample, at the beginning.
-    learning: steps after them, at least 1.
+    sampling: number of initial steps that only sample.
+    learning: number of steps after them, at least 1.
   """
 
   sampling: int = 0
@@ -32,7 +32,7 @@ class Cycle(NamedTuple):
 
   @property
   def steps(self) -> int:
-    """Of both kinds."""
+    """Number of steps of both kinds."""
     return self.sampling + self.learning
 
 
@@ -41,12 +41,13 @@ class Schedule:
   """Steps of a run, the warm start's first, and the tokens it generated.
 
   Attributes:
-    first: steps of the warm start; the main phase begins after them.
-    total: steps of both.
-    budget: generated tokens after which no round begins; 0 for any number.
-    cycle: of the main phase.
-    step: steps done.
-    tokens: generated so far; evaluations do not count.
+    first: number of steps of the warm start, which precedes the main phase.
+    total: number of steps of both.
+    budget: number of generated tokens after which no round starts; 0 for no
+      limit.
+    cycle: cycle of the main phase.
+    step: number of completed steps.
+    tokens: number of tokens generated so far, without evaluations.
     tokens_before: `tokens` before the last round.
   """
 
@@ -59,7 +60,7 @@ class Schedule:
   tokens_before: int = 0
 
   def advance(self, tokens: int) -> None:
-    """A step is done, which generated so many tokens."""
+    """Counts a completed step and its generated tokens."""
     if self._place(self.step) == 0:
       self.tokens_before = self.tokens
     self.step += 1
@@ -67,29 +68,30 @@ class Schedule:
 
   @property
   def in_warm_start(self) -> bool:
-    """Whether the next step is one of the warm start."""
+    """True if the next step belongs to the warm start."""
     return self.step < self.first
 
   @property
   def ended(self) -> bool:
-    """Whether the last step was the last, by steps or by tokens."""
+    """True if the run is complete, by steps or by tokens."""
     spent = 0 < self.budget <= self.tokens and self._place(self.step) == 0
     return self.step >= self.total or spent
 
   @property
   def overran(self) -> bool:
-    """Whether there are more steps than the settings ask for."""
+    """True if the run has taken more steps than configured."""
     return self.step > self.total or 0 < self.budget <= self.tokens_before
 
   def evaluation_is_due(self, every: int, every_tokens: int) -> bool:
-    """Where the main phase begins and ends, and in between by steps and tokens.
+    """Returns True at both ends of the main phase and at its intervals.
 
-    Rounds that begin with sampling are evaluated after it, for what the tokens
-    have not yet changed, while they learn, and at their ends.
+    Rounds with sampling steps are evaluated after sampling, when the model is
+    still unchanged, at intervals while they learn, and at their ends.
 
     Args:
-      every: steps of the main phase.
-      every_tokens: tokens, where every step samples and learns; 0 for never.
+      every: interval in steps of the main phase.
+      every_tokens: interval in tokens, used if every step samples and learns;
+        0 for none.
     """
     since = self.step - self.first
     if since <= 0 or self.ended:
@@ -105,28 +107,28 @@ class Schedule:
     return since % every == 0
 
   def checkpoint_is_due(self, every: int) -> bool:
-    """Where a phase ends, and every so many of its steps."""
+    """Returns True at the end of a phase and after every `every` steps."""
     if self.step == self.first or self.ended:
       return True
     since = self.step - self.first if self.step > self.first else self.step
     return since % every == 0
 
   def _place(self, step: int) -> int:
-    """How many steps of its round are done after so many of the run."""
+    """Returns the number of steps done in the round after `step` steps."""
     return max(step - self.first, 0) % self.cycle.steps
 
 
 class Result(NamedTuple):
-  """What a step leaves: state, records, and responses for the sample table.
+  """Result of a step: state, records, and responses for the sample table.
 
   Attributes:
     state: the new `TrainState`.
-    metrics: numbers that depend on the computation only.
-    timings: seconds.
-    tokens: generated tokens.
-    responses, advantages: what was sampled, and [P, G] advantages; None in
-      the warm start.
-    failures: of rewards in worker processes, by name in the record.
+    metrics: numbers that depend only on the computation.
+    timings: times in seconds.
+    tokens: number of generated tokens.
+    responses, advantages: sampled responses and their [P, G] advantages; None
+      in the warm start.
+    failures: failures of rewards in worker processes, by name in the record.
   """
 
   state: training.TrainState
@@ -139,12 +141,12 @@ class Result(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-  """Numbers on held-out data.
+  """Results on held-out data.
 
   Attributes:
-    metrics: by name, 'eval/…'.
-    samples: rows for the sample table; empty where nothing was sampled.
-    failures: of rewards in worker processes, by name in the record.
+    metrics: numbers by name, 'eval/…'.
+    samples: rows for the sample table; empty if nothing was sampled.
+    failures: failures of rewards in worker processes, by name in the record.
   """
 
   metrics: dict[str, float]
@@ -156,13 +158,13 @@ class Phase(Protocol):
   """The main phase of a run, as `loop.Run` uses it.
 
   Attributes:
-    cycle: what it repeats.
-    estimator: whose running numbers the state holds.
-    key: PRNG key of the run; a resumed run sets the one of its checkpoint.
-    keeps_reference: whether it needs the policy that it begins with later on.
+    cycle: the cycle of steps that it repeats.
+    estimator: the estimator whose running numbers the state holds.
+    key: PRNG key of the run; a resumed run sets the one in its checkpoint.
+    keeps_reference: True if the phase needs its initial policy later.
     reference: parameters of that policy, set by `Run` if it is kept.
-    curves: what the curve of held-out numbers shows, metric → label; the first
-      is the score by which the best checkpoint is chosen.
+    curves: held-out metrics to plot, metric → label; the first is the score
+      that selects the best checkpoint.
   """
 
   cycle: Cycle
@@ -173,54 +175,54 @@ class Phase(Protocol):
   curves: Mapping[str, str]
 
   def begin(self, policy_params: Any) -> training.TrainState:
-    """The state that the phase begins with."""
+    """Returns the initial state of the phase."""
 
   def shapes(self, policy_params: Any) -> training.TrainState:
-    """Shapes of `begin`."""
+    """Returns the shapes of `begin`."""
 
   def start(self, state: training.TrainState) -> Sequence[str]:
-    """Called before the first step, again if that did not end.
+    """Prepares the first step; called again if that step did not complete.
 
     Returns:
-      What the user should know.
+      Lines for the user.
     """
 
   def step(
     self, state: training.TrainState, number: int, stop: StopSignal
   ) -> Result:
-    """Step `number` of the phase, from 0."""
+    """Takes step `number` of the phase, from 0."""
 
   def save(self) -> dict[str, Any]:
-    """Returns the JSON values that a checkpoint holds beside the state."""
+    """Returns the JSON values that a checkpoint holds besides the state."""
 
   def load(self, values: Mapping[str, Any]) -> None:
     """Restores what `save` returned."""
 
   def fingerprint(self) -> dict[str, Any]:
-    """What must be equal for a step number to mean the same data."""
+    """Returns values that identify the data of each step number."""
 
   def evaluate(self, trainable: Any, step: int, stop: StopSignal) -> Evaluation:
-    """Numbers on held-out data after so many steps of the run."""
+    """Evaluates on held-out data after `step` steps of the run."""
 
   def finish(self, trainable: Any, folder: pathlib.Path) -> Sequence[str]:
-    """Writes `hf/`, which `transformers` opens, and more; gives their names."""
+    """Writes files, such as `hf/` for `transformers`; returns their names."""
 
   def describe(self) -> Sequence[str]:
-    """Lines about data and parts."""
+    """Returns lines about data and parts."""
 
 
-# Makes the phase of (configuration, outline of the model, data, key, folder).
+# (configuration, outline of the model, data, key, folder) → phase.
 MakePhase = Callable[
   [ConfigDict, build.Model, data.Data, Any, pathlib.Path], Phase
 ]
 
 
 class Script(NamedTuple):
-  """What is peculiar to a script that trains.
+  """The parts that differ between the scripts that train.
 
   Attributes:
-    check: raises UserError for a configuration that it cannot train.
-    phase: makes its main phase.
+    check: raises UserError for a configuration that the script cannot train.
+    phase: builds the main phase.
   """
 
   check: Callable[[ConfigDict], None]

@@ -2,8 +2,8 @@
 
     python -m experiments.sft --config=experiments/configs/arithmetic_sft.py
 
-A step is an update on `config.rounds.batch` worked solutions.  Everything else,
-held-out evaluation, checkpoints, --workdir, --resume and the exported model, is
+Each step is an update on `config.rounds.batch` worked solutions.  Held-out
+evaluation, checkpoints, --workdir, --resume and the exported model are the same
 as in `experiments.train`.
 """
 
@@ -16,12 +16,12 @@ from jaxrl_llm.rollouts import stored
 
 
 def given(config, model, data) -> offline.Given:
-  """The task's worked solutions."""
+  """Returns the task's worked solutions."""
   rows = data.demonstrations
   if not rows:
     raise UserError(
       'config.task has no demonstrations to learn from\n'
-      'name a task with worked solutions, or give its rows a column solution'
+      'choose a task with worked solutions, or add a column solution'
     )
   encoded, pool = supervised.demonstrations(config, model, rows)
   return offline.Given(encoded, pool, (f'{len(rows):,} demonstrations',))

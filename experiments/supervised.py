@@ -1,4 +1,4 @@
-"""Maximum likelihood of worked solutions, and the trainer of stored groups."""
+"""Supervised learning of solutions, and the trainer of stored groups."""
 
 import time
 
@@ -14,14 +14,14 @@ from jaxrl_llm.tasks import sources
 
 
 def decoding(model: build.Model) -> policy.Decoding:
-  """Returns the model's own distribution, whose likelihood is maximised."""
+  """Returns the model's distribution, whose likelihood is maximised."""
   return policy.Decoding(num_tokens=build.known_tokens(model))
 
 
 def trainer(
   config, model: build.Model, estimator: estimators.Estimator, optimizer
 ) -> training.OfflineTrainer:
-  """Builds the trainer of `config.rounds.batch` groups at a time."""
+  """Builds the trainer that takes `config.rounds.batch` groups at a time."""
   preferences = estimator.needs.samples > 1
   return training.offline(
     model.config,
@@ -43,15 +43,15 @@ def batch(config) -> int:
 def demonstrations(
   config, model: build.Model, rows: list[dict]
 ) -> tuple[prompts_lib.EncodedPrompts, stored.Pool]:
-  """Prompts and worked solutions as token ids.
+  """Encodes prompts and worked solutions as token ids.
 
   Args:
     config: the whole configuration.
-    model: tokenizer and end tokens.
-    rows: with a 'solution'.
+    model: model with tokenizer and end tokens.
+    rows: rows with a 'solution'.
 
   Raises:
-    UserError: a solution is missing, too long or not expressible, or the
+    UserError: a solution is missing, too long or cannot be encoded, or the
       tokenizer has no end token.
   """
   encoded = build.encode(config, rows, model.tokenizer)
@@ -72,7 +72,7 @@ class WarmStart:
   Args:
     config: the whole configuration.
     model: the model to train.
-    rows: demonstrations, with a 'solution'.
+    rows: demonstrations with a 'solution'.
   """
 
   def __init__(self, config, model: build.Model, rows: list[dict]):
@@ -80,7 +80,7 @@ class WarmStart:
     if settings.steps and not rows:
       raise UserError(
         f'config.warm_start.steps is {settings.steps}, but the task '
-        'has no demonstrations\nset it to 0, or give rows a solution'
+        'has no demonstrations\nset it to 0, or add a solution to the rows'
       )
     self.steps = settings.steps
     self.optimizer, self._schedule = build.optimizer(
@@ -100,7 +100,7 @@ class WarmStart:
     )
 
   def step(self, state: training.TrainState, step: int) -> Result:
-    """One supervised update."""
+    """Takes one supervised update."""
     start = time.perf_counter()
     rate = float(self._schedule(int(state.updates)))
     groups = stored.take(self._pool, self.source.indices(step))

@@ -7,8 +7,8 @@ configuration's name), and `--resume` continues it, bit for bit:
 
     python -m experiments.train --workdir=runs/quickstart --resume
 
-Without --config it is continued by its own config.json, whose functions named
-as file.py:function or module:function are executed with --trust_code alone.
+Without --config, a run continues with its own config.json; functions named in
+it as file.py:function or module:function run only with --trust_code.
 """
 
 from experiments import checks, cli, run

@@ -19,16 +19,16 @@ from jaxrl_llm.tasks import sources
 
 
 class HeldOut(NamedTuple):
-  """A held-out set and how responses to it are drawn and scored.
+  """A held-out set with the settings for sampling and scoring responses.
 
   Attributes:
     model: configuration and tokenizer of the model.
     encoded: the prompts.
     generation: samples per prompt, temperature, length.
-    rewards: as in training.
-    batch: prompts at one time.
-    micro_prompts: prompts whose responses are scored at one time for the KL.
-    key: PRNG key, the same at every evaluation.
+    rewards: reward functions, as in training.
+    batch: number of prompts at one time.
+    micro_prompts: number of prompts at one time when scoring for the KL.
+    key: PRNG key, the same in every evaluation.
     chunk: positions whose logits exist at one time.
   """
 
@@ -42,14 +42,14 @@ class HeldOut(NamedTuple):
   chunk: int
 
   def fingerprint(self) -> dict[str, Any]:
-    """What must be equal for the numbers to be of the same prompts."""
+    """Returns values that identify the prompts."""
     return sources.PromptSource(self.encoded, 1, 0).fingerprint()
 
 
 def build_held_out(
   config, model: build.Model, rows, rewards, key, **changes
 ) -> HeldOut:
-  """The held-out set of a configuration; `changes` go over its evaluation."""
+  """Builds a held-out set; `changes` override `config.evaluation`."""
   settings = config.evaluation.to_dict() | changes
   encoded = build.encode(
     config, rows[: settings['prompts'] or None], model.tokenizer
@@ -61,7 +61,7 @@ def build_held_out(
     samples=settings['samples'],
     temperature=settings['temperature'],
   )
-  # As many responses as in a micro-batch of training, whose memory suffices.
+  # As many responses as in a micro-batch of training, which fits in memory.
   responses = build.micro_prompts(config) * config.rollout.samples
   return HeldOut(
     model,
@@ -79,14 +79,15 @@ class Answers(NamedTuple):
   """Responses to N held-out prompts, n each, in the prompts' order.
 
   Attributes:
-    rewards: [N, n] weighted sums, NaN where a part gave None.
-    parts: the same by reward function.
-    lengths: [N, n] tokens, EOS included.
-    finished: [N, n] whether the response ended with EOS.
+    rewards: [N, n] weighted sums; NaN if any part returned None.
+    parts: [N, n] rewards by reward function.
+    lengths: [N, n] numbers of tokens, EOS included.
+    finished: [N, n] bool, True if the response ended with EOS.
     tokens: N·n lists of token ids.
     samples: N·n rows for a sample table.
-    kl: mean of log π − log π_ref over the tokens, nats; None without.
-    failures: of rewards in worker processes, by name in the record.
+    kl: mean of log π − log π_ref over the tokens, nats; None without a
+      reference.
+    failures: failures of rewards in worker processes, by name in the record.
   """
 
   rewards: np.ndarray
@@ -107,10 +108,10 @@ def answer(
   Args:
     held_out: the set.
     params: the model's parameters.
-    step: for the sample table.
-    reference: parameters of a reference policy; gives `kl` if the responses
-      are sampled (of greedy ones the mean log-ratio is no KL).
-    stop: polled between batches.
+    step: step number for the sample table.
+    reference: parameters of a reference policy, for `kl`; ignored for greedy
+      responses, whose mean log-ratio is not a KL.
+    stop: stop signal, polled between batches.
   """
   if held_out.generation.decoding.greedy:
     reference = None
@@ -152,7 +153,7 @@ def answer(
     ).reshape(shape)
     for part in held_out.rewards
   }
-  failed = merge(piece.scores.failures for piece in pieces)
+  failures = merge(piece.scores.failures for piece in pieces)
   return Answers(
     rewards=np.concatenate(rewards).reshape(shape),
     parts=parts,
@@ -161,18 +162,18 @@ def answer(
     tokens=tokens,
     samples=samples,
     kl=None if reference is None else kl_sum / max(lengths.sum(), 1),
-    failures={f'eval/rewards/{name}': each for name, each in failed.items()},
+    failures={f'eval/rewards/{name}': each for name, each in failures.items()},
   )
 
 
 def evaluate(
   held_out: HeldOut, params, step: int, table: int, reference=None, stop=None
 ) -> Evaluation:
-  """Answers the whole set; gives its numbers and rows for a sample table.
+  """Answers the whole set; returns metrics and rows for a sample table.
 
   Args:
     held_out, params, step, reference, stop: as for `answer`.
-    table: prompts whose first response is shown.
+    table: number of prompts whose first response is shown.
   """
   answers = answer(held_out, params, step, reference, stop)
   per_prompt = held_out.generation.samples
@@ -181,10 +182,10 @@ def evaluate(
 
 
 def summary(answers: Answers) -> dict[str, float]:
-  """Means over the held-out responses, named for the training record.
+  """Returns means over the held-out responses, named as in the record.
 
-  eval/rewards/NAME/failed is no mean: it counts the responses that a reward in
-  worker processes failed on.
+  eval/rewards/NAME/failed is a count instead: the number of responses on which
+  a reward in worker processes failed.
   """
   metrics = {'eval/reward': mean(answers.rewards)}
   for name, scores in answers.parts.items():
@@ -199,7 +200,7 @@ def summary(answers: Answers) -> dict[str, float]:
 
 
 def mean(scores: np.ndarray) -> float:
-  """Mean of the scores that are known; NaN where none is."""
+  """Returns the mean of the known scores; NaN if there are none."""
   known = scores[~np.isnan(scores)]
   return float(known.mean()) if known.size else np.nan
 
@@ -210,9 +211,9 @@ def to_samples(
   advantages: np.ndarray | None = None,
   limit: int | None = None,
 ) -> list[Sample]:
-  """Rows for a sample table; [P, G] advantages where known.
+  """Builds rows for a sample table, with [P, G] advantages if known.
 
-  With a `limit`, so many rows spread over the prompts.
+  With a `limit`, returns at most `limit` rows, spread over the prompts.
   """
   mask, finished = sharding.to_host(
     (responses.samples.mask, responses.samples.finished)
@@ -244,7 +245,7 @@ def to_samples(
 
 
 def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
-  """Σ log π − log π_ref over the responses' tokens, nats."""
+  """Returns Σ log π − log π_ref over the responses' tokens, nats."""
   samples = responses.samples
   total = 0.0
   for start in range(0, len(responses.rows), held_out.micro_prompts):
@@ -270,27 +271,27 @@ def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
 
 
 def failure_counts(failures: Mapping[str, Failures]) -> dict[str, int]:
-  """Numbers for the record: NAME/failed, of all kinds."""
-  return {f'{name}/failed': found.total for name, found in failures.items()}
+  """Returns numbers of failures of all kinds for the record: NAME/failed."""
+  return {f'{name}/failed': each.total for name, each in failures.items()}
 
 
 def failure_messages(
   failures: Mapping[str, Failures], where: str, told: set[tuple[str, str]]
 ) -> list[str]:
-  """A line for each kind of failure that was not told before.
+  """Returns a line for each kind of failure that was not reported before.
 
   Args:
-    failures: by name in the record.
-    where: such as 'at step 7'.
-    told: (name, kind) of what was told; what is now is added.
+    failures: failures by name in the record.
+    where: where they occurred, such as 'at step 7'.
+    told: (name, kind) of reported failures, to which the new ones are added.
   """
   lines = []
-  for name, found in failures.items():
-    for kind, message in found.messages.items():
+  for name, each in failures.items():
+    for kind, message in each.messages.items():
       if (name, kind) not in told:
         told.add((name, kind))
         lines.append(
-          f'{name}: {found.counts[kind]} {where} without a score by {kind}: '
+          f'{name}: {each.counts[kind]} {where} without a score by {kind}: '
           f'{message}'
         )
   return lines

@@ -68,7 +68,7 @@ def iteration(algorithm: str) -> dict:
   state = rl.begin(model.params)
   found = rl.collect(state, 0)
   batch = jax.jit(rl.estimator.prepare)(found.rollouts)
-  batch = jax.jit(rl.estimator.weigh)(batch)
+  batch = jax.jit(rl.estimator.reweight)(batch)
   update = training.make_update(
     training.policy_forward(model.config, rl.generation.decoding, chunk=8),
     rl.estimator,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on careless demonstrations: what SFT alone comes to.
+"""Supervised fine-tuning alone on demonstrations with careless errors.
 
     python -m experiments.sft --config=experiments/configs/arithmetic_sft.py
 

@@ -1,4 +1,4 @@
-"""The methods of `compare_arithmetic.py`, audited where PPO has got half way.
+"""Audit of the methods of `compare_arithmetic.py` halfway through PPO.
 
     python -m experiments.train --workdir=runs/half_way \\
       --config=experiments/configs/audit_arithmetic.py
@@ -6,8 +6,8 @@
       --run=runs/half_way --tokens=100_000 --reference_tokens=800_000 \\
       --branches=64 --estimators=experiments/configs/audit_arithmetic.py
 
-The run gives the policy and the critic.  Beside the table's methods stand forms
-that it leaves out: `docs/audit.md` holds what came out.
+The run provides the policy and the critic.  The audit adds variants that are
+not in the comparison.  `docs/audit.md` has the results.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from experiments.configs import compare_arithmetic
 
 
 def get_config() -> ConfigDict:
-  """PPO for a third of the comparison's tokens."""
+  """Configures PPO for a third of the comparison's tokens."""
   config = compare_arithmetic.base_config()
   (ppo,) = (m for m in compare_arithmetic.methods() if m['label'] == 'ppo')
   config.algorithm = ppo['algorithm']
@@ -27,19 +27,21 @@ def get_config() -> ConfigDict:
 
 
 def get_estimators() -> dict[str, dict]:
-  """The comparison's methods with as many responses per prompt as there."""
+  """Returns the comparison's methods with its responses per prompt."""
   usual = compare_arithmetic.base_config().rollout
-  found = {
+  estimators = {
     method['title']: dict(
       algorithm=method['algorithm'],
       rollout=dict(samples=method.get('rollout', usual)['samples']),
     )
     for method in compare_arithmetic.methods()
   }
-  # The run's critic is PPO's, fitted to its own targets.
-  found["TRePO, PPO's critic"] = found.pop('TRePO, critic of branches')
-  found['TRePO, hold, score-weighted'] = dict(
-    algorithm=dict(name='trepo', count=2, samples=4, score_weighted=True),
-    rollout=found['TRePO, hold']['rollout'],
+  # The run's critic is that of PPO, fitted to PPO's targets.
+  estimators["TRePO, PPO's critic"] = estimators.pop(
+    'TRePO, critic of branches'
   )
-  return found
+  estimators['TRePO, hold, score-weighted'] = dict(
+    algorithm=dict(name='trepo', count=2, samples=4, score_weighted=True),
+    rollout=estimators['TRePO, hold']['rollout'],
+  )
+  return estimators

@@ -15,7 +15,7 @@ def trepo_values_interpolated(count: int = 2, samples: int = 4):
 
 
 def trepo_published(count: int = 4, samples: int = 4):
-  """TRePO as its authors' words read; each token takes two positions."""
+  """Builds TRePO as published; each token takes two positions."""
   return est.trepo(count, samples, fill=est.interpolate_advantages)
 
 

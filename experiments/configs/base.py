@@ -1,18 +1,18 @@
-"""Every field that a configuration has, with its default.
+"""Defaults of all configuration fields.
 
-A configuration begins with `config = base.get_config()` and sets what differs.
+A configuration starts with `config = base.get_config()` and changes fields.
 """
 
 from ml_collections import ConfigDict
 
 
 def optimizer(learning_rate: float, **changes) -> ConfigDict:
-  """Arguments of `training.schedule` and `training.adamw`."""
+  """Builds arguments of `training.schedule` and `training.adamw`."""
   return ConfigDict(
     dict(
       learning_rate=learning_rate,
       warmup_updates=0,
-      # 'constant', or 'linear' or 'cosine': to 0 at the last update.
+      # 'constant', 'linear' or 'cosine'; the last two decay to 0.
       decay='constant',
       b1=0.9,
       b2=0.95,
@@ -32,15 +32,14 @@ def method(
   samples: int | None = None,
   **changes,
 ) -> dict:
-  """A line of a comparison (`experiments.studies.compare`).
+  """Builds an entry of a comparison (`experiments.studies.compare`).
 
   Args:
-    label: names its runs.
-    title: in table and figure.
-    algorithm: as `config.algorithm`.
-    prompts, samples: P and G, where they are not those of the base; both or
-      neither.
-    **changes: of other sections.
+    label: name of its runs.
+    title: title in table and figure.
+    algorithm: value of `config.algorithm`.
+    prompts, samples: P and G, if they differ from the base; both or neither.
+    **changes: changes to other sections.
   """
   if prompts:
     changes['rollout'] = dict(prompts=prompts, samples=samples)
@@ -52,15 +51,15 @@ def get_config() -> ConfigDict:
     dict(
       seed=0,
       steps=100,  # of reinforcement learning, after the warm start
-      # RL ends after the step that brings the tokens it has generated (greedy
-      # baselines and branches included) to so many; 0: by steps alone.
+      # RL ends after the step in which its generated tokens (greedy baselines
+      # and branches included) reach this number; 0: by steps alone.
       tokens=0,
       model=dict(
-        # A Hugging Face folder or hub name; '' makes a model, which alone
-        # reads alphabet and architecture.
+        # A Hugging Face folder or hub name; '' for a new model, defined by
+        # alphabet and architecture.
         path='',
-        alphabet='',  # of the character tokenizer of a made model
-        architecture=ConfigDict(),  # of a made model: fields of ModelConfig
+        alphabet='',  # of a new model's character tokenizer
+        architecture=ConfigDict(),  # of a new model: fields of ModelConfig
         dtype='float32',  # of matrix products: 'float32' or 'bfloat16'
         param_dtype='float32',
         remat=False,
@@ -68,27 +67,27 @@ def get_config() -> ConfigDict:
         # Kernel of training and scoring: 'auto', 'xla', 'splash' or 'cudnn'.
         attention='auto',
       ),
-      # Devices along the axes of the mesh; -1, for one of them: the rest.  Rows
-      # are spread over data x fsdp, parameters over fsdp (all of it gathered
-      # layer by layer) and tensor (docs/scale.md).
+      # Devices along the axes of the mesh; one axis may be -1, all remaining
+      # devices.  Rows are sharded over data x fsdp, parameters over fsdp
+      # (gathered layer by layer) and tensor (docs/scale.md).
       mesh=dict(data=1, fsdp=-1, tensor=1),
       task=ConfigDict(dict(name='')),  # a function of experiments/data.py
       prompts=dict(
         max_tokens=256,
         overlong='error',  # 'error' or 'drop'
         suffix='',
-        # 'auto': where the tokenizer has one; '' never.
+        # 'auto': if the tokenizer has one; '' never.
         chat_template='auto',
         system_prompt='',
-        # Data tools (docs/data_tools.md), of the training prompts of RL.
-        # File of experiments.label: only prompts whose measured rate lies
-        # within the bounds stay, with it in the column pass_rate; '' keeps all.
+        # Data tools (docs/data_tools.md) for the training prompts of RL.
+        # File of experiments.label: keeps only prompts whose measured rate
+        # is within the bounds, and adds the column pass_rate; '' keeps all.
         pass_rates='',
         min_pass_rate=0.0,
         max_pass_rate=1.0,
         # Easy prompts first: a column of numbers, least first ('-pass_rate':
-        # greatest first).  The share that is drawn from grows in equal stages,
-        # to all prompts from step curriculum_steps on.
+        # greatest first).  The share of prompts to draw from grows in equal
+        # stages, and includes all prompts from step curriculum_steps onward.
         curriculum='',
         curriculum_steps=0,
         curriculum_stages=10,
@@ -107,19 +106,19 @@ def get_config() -> ConfigDict:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        # Data tools (docs/data_tools.md).  Groups whose rewards are all equal
-        # are replaced by groups of further prompts (DAPO), which are sampled
-        # in at most so many more rounds; 0: never.
+        # Data tools (docs/data_tools.md).  Replaces groups whose rewards are
+        # all equal by groups of further prompts (DAPO); the maximum number of
+        # additional rounds of sampling; 0: never.
         refill=0,
-        # A group whose rewards are all at most the threshold is sampled again
-        # with so much of its row's solution, of its tokens, until a response
-        # succeeds (GHPO), such as (0.25, 0.5, 0.75).  prompts.max_tokens is for
+        # A group without a reward above the threshold is sampled again with
+        # these shares of its solution's tokens in turn, until a response
+        # succeeds (GHPO), such as (0.25, 0.5, 0.75).  prompts.max_tokens limits
         # prompt and hint.  '{prompt}' includes the suffix.
         hints=(),
         hint_threshold=0.0,
         hint_template='{prompt}{hint}',
         # The trainer recomputes log-probabilities if the sampler's differ by
-        # more at the start, in nats.
+        # more than this at the start, in nats.
         log_prob_tolerance=1e-4,
       ),
       training=dict(
@@ -128,22 +127,22 @@ def get_config() -> ConfigDict:
         micro_prompts=0,  # prompts per micro-batch; 0 for all of a minibatch
         chunk=256,  # positions whose logits exist at one time
       ),
-      # What sft, preference, rest_em and reward_model learn from; `train`
-      # learns from every step's samples and reads none of it.
+      # Data of sft, preference, rest_em and reward_model; `train` learns from
+      # every step's samples and does not use this section.
       rounds=dict(
-        # Steps of sampling that begin a round; 0 learns from the
-        # demonstrations, or the pairs, that the task's rows bring.
+        # Sampling steps at the start of a round; 0: learn from the
+        # demonstrations or pairs in the task's rows.
         sampling=0,
-        learning=0,  # updates that follow, where there is sampling
+        learning=0,  # updates after the sampling steps
         batch=64,  # demonstrations, responses or pairs per update
-        per_prompt=4,  # responses or pairs of one prompt in a round, at most
+        per_prompt=4,  # most responses or pairs of one prompt in a round
       ),
       optimizer=optimizer(1e-5),
-      critic=dict(  # of an algorithm that has one
-        # 'separate', or 'shared': a value head on the policy's.
+      critic=dict(  # for algorithms with a critic
+        # 'separate', or 'shared': a value head on the policy's trunk.
         trunk='separate',
-        # What a trunk of its own begins with: a Hugging Face folder or hub
-        # name of a language model or of a reward model, with its head (the
+        # Initial parameters of a separate trunk: a Hugging Face folder or hub
+        # name of a language model, or of a reward model including its head (the
         # layout *ForSequenceClassification); '' for a copy of the policy.
         path='',
         warmup=0,  # steps in which only the critic learns
@@ -156,7 +155,7 @@ def get_config() -> ConfigDict:
       ),
       evaluation=dict(
         every=20,  # steps
-        every_tokens=0,  # and so many generated tokens; 0: by steps alone
+        every_tokens=0,  # generated tokens, in addition; 0: by steps alone
         prompts=256,  # held-out prompts; 0 for all
         batch=256,  # prompts at one time
         samples=1,

@@ -3,17 +3,18 @@ r"""Estimators compared on multi-step arithmetic, at equal generated tokens.
     python -m experiments.studies.compare --jobs=2 \
       --config=experiments/configs/compare_arithmetic.py
 
-One datum: '8+5*7+8*8=' → '8+5+8*8=8+5+4=3+4=7', answer '7' (every result is
-taken modulo 10), 20 tokens with the end token.  The initial model, 223,000
-parameters, has copied solutions of which 65 % are careless: from left to right,
-as if products did not come first.  RL sees only whether the last number is
-right; where in a solution it went wrong is each method's to find out.
+Example: '8+5*7+8*8=' → '8+5+8*8=8+5+4=3+4=7', answer '7' (every result is taken
+modulo 10), 20 tokens with the end token.  The initial model, 223,000
+parameters, was trained on solutions, 65 % of them careless: computed from left
+to right, without precedence of products.  The reward of RL only checks the
+last number; each method has to find the error in a solution by itself.
 
-Each update sees about 5,000 generated tokens, whatever they are spent on: 256
-responses, or fewer with branches; where branches fork by uncertainty, which
-falls, at first more than that and later less.  One update per batch, one
+Each update uses about 5,000 generated tokens: 256 responses, or fewer with
+branches.  If branches fork by uncertainty, which falls during training, an
+update uses more tokens at first and fewer later.  One update per batch, one
 learning rate for all, no KL; `compare_arithmetic_rates.py` tries half and twice
-the rate.  What came out, in 44 minutes on 2 cores, is in `docs/comparison.md`.
+the rate.  The results, computed in 44 minutes on 2 cores, are in
+`docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict
@@ -30,10 +31,10 @@ FILE = 'experiments/configs/compare_arithmetic.py'
 def trepo_published(
   count: int, samples: int, clip: float = 0.2, kl: float = 0.0
 ):
-  """TRePO as its authors' words are read most literally.
+  """Builds TRePO in the most literal reading of its paper.
 
   Args:
-    count: positions per response: two for each token whose advantage is known.
+    count: positions per response: two for each token with a known advantage.
     samples: K.
     clip: ε.
     kl: β, in the reward.
@@ -64,7 +65,7 @@ def get_config() -> ConfigDict:
 
 
 def base_config() -> ConfigDict:
-  """What all methods share."""
+  """Returns the configuration that all methods share."""
   config = base.get_config()
   config.model.alphabet = arithmetic.ALPHABET
   config.model.architecture = dict(
@@ -90,7 +91,7 @@ def base_config() -> ConfigDict:
   config.rewards = dict(correct=dict(name='arithmetic_answer'))
   config.algorithm = dict(name='rloo')
   config.rollout.update(prompts=32, samples=8, max_tokens=22)
-  config.steps = 100_000  # the budget of tokens ends a run
+  config.steps = 100_000  # the token budget ends a run
   config.optimizer = base.optimizer(2e-4, warmup_updates=5)
   config.warm_start.update(steps=500, batch=64)
   config.warm_start.optimizer = base.optimizer(1e-3, warmup_updates=20)
@@ -101,7 +102,7 @@ def base_config() -> ConfigDict:
 
 
 def methods() -> tuple[dict, ...]:
-  """One line per method, in the order of table and figure."""
+  """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4)
   uncertain = dict(name='entropy_sum', nats=0.5)
   return (
@@ -155,7 +156,7 @@ def methods() -> tuple[dict, ...]:
 
 
 def references() -> tuple[dict, ...]:
-  """What is not RL: on as many tokens, or on as many demonstrations."""
+  """Returns methods other than RL, with as many tokens or demonstrations."""
   rounds = dict(sampling=5, batch=64, per_prompt=4)
   return (
     method(

@@ -1,11 +1,11 @@
-r"""Learning rates for `compare_arithmetic.py`, on a seed of their own.
+r"""Learning rates for `compare_arithmetic.py`, with a separate seed.
 
     python -m experiments.studies.compare --jobs=2 \
       --config=experiments/configs/compare_arithmetic_rates.py
 
-Every method at every rate, one run of 200,000 tokens each: half and twice the
-rate of the comparison, and that.  What came out, in 29 minutes on 2 cores, is
-in `docs/comparison.md`.
+Runs every method with half, once and twice the learning rate of the comparison,
+for 200,000 tokens each.  The results, computed in 29 minutes on 2 cores, are in
+`docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict

@@ -5,14 +5,14 @@ r"""Estimators compared on stories with sentiment, at equal generated tokens.
       --config.base.model.path=PATH/TO/stories260k \
       --config.base.task.path=PATH/TO/tinystories_1000.json
 
-Model, data and reward are those of `stories_sentiment.py`; the reward is a
-number in [−1, 1] of the whole text, so that groups of equal rewards are rare,
-unlike those of arithmetic.  Every method pays for its KL to the original model
-in the reward, exactly and at the same rate, so that reward, KL and distinct
-bigrams together say what a method is worth; for GRPO and VinePPO as published
-the KL is in the loss, where its gradient is another.  The rates of KL and
-learning are not tuned.  What came out, in about 70 minutes on 2 cores, is in
-`docs/comparison.md`.
+Model, data and reward are those of `stories_sentiment.py`.  The reward of a
+whole text is a number in [−1, 1], so that groups of equal rewards are rare,
+unlike in arithmetic.  Every method is charged for its KL to the original model
+in the reward, exactly and with the same coefficient, so that reward, KL and
+distinct bigrams together measure a method.  GRPO and VinePPO as published have
+the KL in the loss instead, where its gradient differs.  The KL coefficient and
+the learning rate are not tuned.  The results, computed in about 70 minutes on 2
+cores, are in `docs/comparison.md`.
 """
 
 from ml_collections import ConfigDict
@@ -27,17 +27,20 @@ _FILE = 'experiments/configs/compare_stories.py'
 
 
 def reinforce(kl: float):
-  """REINFORCE, charged for its KL in the reward."""
+  """Builds REINFORCE with its KL charged in the reward."""
   return _charged(kl, est.identity())
 
 
 def remax(kl: float):
-  """ReMax, charged for its KL in the reward, unlike its greedy response."""
+  """Builds ReMax with its KL charged in the reward.
+
+  The greedy response is not charged.
+  """
   return _charged(kl, est.subtract_greedy_reward())
 
 
 def dr_grpo(kl: float, max_length: int, clip: float = 0.2):
-  """Dr. GRPO, charged for its KL in the reward."""
+  """Builds Dr. GRPO with its KL charged in the reward."""
   return est.estimator(
     est.chain(est.subtract_response_kl(kl), est.subtract_group_mean()),
     est.clipped(clip),
@@ -46,7 +49,7 @@ def dr_grpo(kl: float, max_length: int, clip: float = 0.2):
 
 
 def score_weighted(kl: float):
-  """RLOO with the score-weighted baseline, charged for its KL."""
+  """Builds RLOO with a score-weighted baseline and its KL charged."""
   baseline = est.subtract_weighted_leave_one_out_mean(est.score_norm())
   return _charged(kl, baseline)
 
@@ -79,11 +82,11 @@ def get_config() -> ConfigDict:
 
 
 def base_config() -> ConfigDict:
-  """What all methods share."""
+  """Returns the configuration that all methods share."""
   config = stories_sentiment.get_config()
   config.algorithm = dict(name='rloo', kl=_KL)
   config.rollout.update(prompts=16, samples=8)
-  config.steps = 100_000  # the budget of tokens ends a run
+  config.steps = 100_000  # the token budget ends a run
   config.optimizer = base.optimizer(3e-4, warmup_updates=5)
   config.evaluation.update(every=100_000, samples=4)
   config.checkpoints.update(every=1000, keep_latest=1, keep_best=0)
@@ -92,7 +95,7 @@ def base_config() -> ConfigDict:
 
 
 def methods() -> tuple[dict, ...]:
-  """One line per method, in the order of table and figure."""
+  """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4, kl=_KL)
   uncertain = dict(name='entropy_sum', nats=25.0)
   critic = dict(optimizer=dict(learning_rate=1e-3), warmup=5)

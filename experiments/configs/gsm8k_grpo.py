@@ -4,20 +4,20 @@ r"""GRPO on grade-school mathematics (GSM8K), from an instruction-tuned model.
       --config.model.path=PATH/TO/Qwen2.5-0.5B-Instruct
 
 The model is public: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct; with
-network access its name Qwen/Qwen2.5-0.5B-Instruct serves as the path.  Problems
+network access, its name Qwen/Qwen2.5-0.5B-Instruct can be the path.  Problems
 come from the hub (pip install 'jaxrl_llm[data]'), or from a folder that holds
 train.jsonl and test.jsonl of https://github.com/openai/grade-school-math:
 --config.task.path=FOLDER.
 
-Hardware: one accelerator.  The parameters are float32 (0.5 billion of them take
-2 GB, with gradients and Adam's moments 8 GB, with the reference of the KL
-10 GB); if memory runs out, lower training.micro_prompts and rollout.prompts.
-It has been run on a CPU only, for two steps of a tiny random Qwen2, as a test
-of the path from file to update; no accuracy after training has been measured.
+Hardware: one accelerator.  The parameters are float32: 0.5 billion of them take
+2 GB, 8 GB with gradients and Adam's moments, and 10 GB with the reference of
+the KL.  If memory runs out, lower training.micro_prompts and rollout.prompts.
+This configuration was only run on a CPU, for two steps of a tiny random Qwen2,
+to test the path from file to update; no accuracy after training was measured.
 
-Reward: 1 where the number after `####` (or in \boxed{…}) is the answer, and 0.1
-more where the whole response fits `.*#### number`.  The format reward is small
-so that a well-formed wrong answer never comes near a right one.
+Reward: 1 if the number after `####` (or in \boxed{…}) is the answer, and 0.1
+more if the whole response matches `.*#### number`.  The format reward is small,
+so that a well-formed wrong answer earns far less than a correct one.
 """
 
 from experiments.configs import base

@@ -1,4 +1,4 @@
-"""A reward model of a tiny language model, on dialogues people have compared.
+"""A small reward model trained on human comparisons of dialogues.
 
     python -m experiments.reward_model --config.model.path=FOLDER \\
       --config=experiments/configs/hh_rlhf_reward_model.py

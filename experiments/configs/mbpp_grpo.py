@@ -8,19 +8,19 @@ Problems come from the hub (pip install 'jaxrl_llm[data]'), or from a folder
 that holds mbpp.jsonl of https://github.com/google-research/google-research:
 --config.task.path=FOLDER.
 
-Programs that the model writes are run on this machine, in a sandbox that is no
-security boundary: read the head of jaxrl_llm/rewards/sandbox.py, and heed what
-the log says is missing here.
+Programs that the model writes run on this machine, in a sandbox that is not a
+security boundary: read the docstring of jaxrl_llm/rewards/sandbox.py, and the
+log's warnings about missing protections.
 
-Hardware: one accelerator, as for gsm8k_grpo.py, and cores that run programs: a
-step's 256 take about 10 s of one core in all, but 256 · 5 s / cores if none of
-them ends.  It has been run on a CPU only, for two steps of a tiny random
-Qwen2, as a test of the path from file to update; no accuracy after training
-has been measured.
+Hardware: one accelerator, as for gsm8k_grpo.py, and CPU cores to run programs:
+the 256 programs of a step take about 10 s of one core in total, but
+256 · 5 s / cores if none of them terminates.  This configuration was only run
+on a CPU, for two steps of a tiny random Qwen2, to test the path from file to
+update; no accuracy after training was measured.
 
-Reward: the share of a problem's tests that the program passes.  Of the three
-the prompt shows one, for the name of the function and its arguments: a program
-that answers just what it has been shown earns a third.
+Reward: the share of a problem's tests that the program passes.  The prompt
+shows one of three tests, for the name of the function and its arguments: a
+program that only handles this test earns a third.
 """
 
 from experiments.configs import base

@@ -1,12 +1,12 @@
-"""A model made from scratch learns arithmetic: from examples, then by RL.
+"""Arithmetic from scratch: supervised warm start, then RL.
 
     python -m experiments.train --config=experiments/configs/quickstart.py
 
-One datum: '8+2*7+6=' → '8+4+6=2+6=8', answer '8' (every result is taken modulo
-10).  Of the demonstrations 60 % are worked carelessly, from left to right as if
-products did not come first; where that matters their answer is wrong.
-Supervised training copies both kinds.  RL sees only whether the last number is
-right.
+Example: '8+2*7+6=' → '8+4+6=2+6=8', answer '8' (every result is taken modulo
+10).  60 % of the demonstrations are careless: they compute from left to right,
+without precedence of products, and their answer is wrong if precedence matters.
+Supervised training copies both kinds.  The reward of RL only checks the last
+number.
 
 On 2 slow CPU cores: 58 s of warm start and 45 s of RL.  Greedy exact
 match on 512 held-out problems:

@@ -1,23 +1,23 @@
 r"""GRPO on grade-school mathematics with Qwen2.5-7B on a TPU pod.
 
-    experiments/launch/ holds the scripts that start it on every worker of
+The scripts in experiments/launch/ start this command on every worker:
 
     python -m experiments.train --config=experiments/configs/qwen2_5_7b_tpu.py \
       --config.model.path=PATH/TO/Qwen2.5-7B-Instruct
 
 The model is public: https://huggingface.co/Qwen/Qwen2.5-7B-Instruct.  Problems
-come from the hub (pip install 'jaxrl_llm[data]') or from a folder, as
-gsm8k_grpo.py says.
+come from the hub (pip install 'jaxrl_llm[data]') or from a folder, as in
+gsm8k_grpo.py.
 
-Hardware: 256 chips of TPU v5e, or 64 of v5p or v6e.  What it takes there and
-how long a step lasts at best:
+Hardware: 256 chips of TPU v5e, or 64 of v5p or v6e.  This command estimates the
+memory and the shortest possible time of a step:
 
     python -m experiments.planning.plan \
       --config=experiments/configs/qwen2_5_7b_tpu.py \
       --topology=v5e:16x16 --model=qwen2.5-7b
 
-It has been compiled for these chips, not run on them: docs/plans.md holds the
-plans; no accuracy has been measured.
+The programs were compiled for these chips but not run on them; docs/plans.md
+has the plans.  No accuracy was measured.
 """
 
 from experiments.configs import base
@@ -26,7 +26,7 @@ from experiments.configs import base
 def get_config():
   config = base.get_config()
   config.model.update(path='', dtype='bfloat16', remat=True)
-  # Qwen2.5-7B has 4 key heads: more parts than that would copy the cache.
+  # Qwen2.5-7B has 4 key heads: more than 4 parts would replicate the cache.
   config.mesh.update(data=1, fsdp=-1, tensor=4)
   config.task = dict(name='gsm8k', path='', held_out=0)
   config.prompts.update(

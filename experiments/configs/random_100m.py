@@ -1,13 +1,13 @@
-"""A random model of 100 million parameters, to measure a machine with.
+"""A random model with 100 million parameters, to benchmark a machine.
 
     python -m experiments.train --config=experiments/configs/random_100m.py
     python -m experiments.train --config=experiments/configs/random_100m.py \
       --config.algorithm.name=trepo --workdir=runs/random_100m_trepo
 
-Its vocabulary is so large that a response hardly ever ends before its 1,000
-tokens, so that a step always does the same work.  It learns nothing.  The
-seconds of the parts of a step are in timings.jsonl, tokens in metrics.jsonl;
-docs/scale.md has the table that they go into.
+The vocabulary is so large that a response rarely ends before 1,000 tokens, so
+that all steps do the same work.  The model learns nothing.  The times of the
+parts of a step are in timings.jsonl, token counts in metrics.jsonl; the table
+in docs/scale.md is made from them.
 """
 
 from experiments.configs import base

@@ -1,17 +1,17 @@
-"""A story model learns what a poor reward model of sentiment likes: too well.
+"""Stories with a poor reward model of sentiment: reward overoptimisation.
 
     python -m experiments.train --config=experiments/configs/stories_proxy.py \\
       --config.model.path=PATH/TO/stories260k \\
       --config.task.path=PATH/TO/tinystories_1000.json
 
-The reward is the score of a reward model that `stories_reward_model.py` has
-trained on 124 pairs, by the commands in docs/reward_models.md; the lexicon's
-sentiment, by which those pairs were judged, is logged beside it at weight 0.
-Model, data and sizes are those of `stories_sentiment.py`, but nothing holds the
-policy near the original model.
+The reward is the score of a reward model that `stories_reward_model.py` trained
+on 124 pairs, with the commands in docs/reward_models.md.  The lexicon's
+sentiment, which labelled those pairs, is also logged, with weight 0.  Model,
+data and sizes are those of `stories_sentiment.py`, but there is no KL to the
+original model.
 
-On 2 busy CPU cores 100 steps take 14 minutes.  On 128 held-out prompts, 4
-samples each at temperature 1, after 0, 60 and 100 steps:
+On 2 busy CPU cores, 100 steps take 14 minutes.  Results on 128 held-out
+prompts, with 4 samples each at temperature 1, after 0, 60 and 100 steps:
 
   proxy               −0.39   1.46   1.51
   gold                 0.50   0.98   0.18

@@ -1,4 +1,4 @@
-"""A reward model of stories, of pairs that a lexicon's sentiment judged.
+"""A reward model of stories, trained on pairs labelled by a lexicon.
 
     for split in train held_out; do
       python -m experiments.label --what=pairs --split=$split --samples=8 \\
@@ -11,9 +11,9 @@
       --config=experiments/configs/stories_reward_model.py \\
       --config.model.path=PATH/TO/stories260k
 
-Of 2,532 training pairs, one epoch.  On 510 held-out pairs: accuracy 74.7 %
-(71.0 – 78.4), log-loss 0.533 nats, calibration error 0.034.  The pairs take 140
-seconds of 2 busy CPU cores, the training 110 seconds of CPU time.
+One epoch of 2,532 training pairs.  On 510 held-out pairs: accuracy 74.7 %
+(71.0 – 78.4), log-loss 0.533 nats, calibration error 0.034.  Making the pairs
+takes 140 seconds on 2 busy CPU cores; training takes 110 seconds of CPU time.
 """
 
 from experiments.configs import base
@@ -29,7 +29,7 @@ def get_config():
   )
   config.algorithm = dict(name='reward_model')
   config.prompts.max_tokens = 16
-  # Text is tokenised anew, prompt and response together: not as it was sampled.
+  # Prompt and response are tokenised again, together: not as when sampled.
   config.rollout.max_tokens = 80
   config.rounds.batch = 32
   config.steps = 80

@@ -1,25 +1,26 @@
-"""A story model learns to write happy stories.
+"""GRPO on the sentiment of stories: a small model writes happier stories.
 
     python -m experiments.train \\
       --config=experiments/configs/stories_sentiment.py \\
       --config.model.path=PATH/TO/stories260k \\
       --config.task.path=PATH/TO/tinystories_1000.json
 
-Needs `pip install -e '.[sentiment]'`.  The model is karpathy/tinyllamas'
-stories260K as a Hugging Face folder, the prompts are the first 16 tokens of
-stories of roneneldan/TinyStories.  Reward: VADER's compound score, in [−1, 1],
-of the 64 tokens that follow.  The KL to the original model is k3 in the loss:
-its gradient is that of KL(π_ref‖π), which punishes what the policy forgets, and
-so keeps the stories varied.
+Requires `pip install -e '.[sentiment]'`.  The model is stories260K of
+karpathy/tinyllamas as a Hugging Face folder; the prompts are the first 16
+tokens of stories in roneneldan/TinyStories.  The reward is VADER's compound
+score, in [−1, 1], of the next 64 tokens.  The KL to the original model is k3 in
+the loss: its gradient is that of KL(π_ref‖π), which penalises stories that the
+policy no longer writes, and so preserves variety.
 
-On 2 CPU cores 120 steps take 3:36 minutes.  On 128 held-out prompts, 8 samples
-each at temperature 1:
+On 2 CPU cores, 120 steps take 3:36 minutes.  Results on 128 held-out prompts,
+with 8 samples each at temperature 1:
 
   mean reward              0.454 → 0.867
   KL, nats per token           0 → 0.050
   distinct bigrams         0.0952 → 0.0907 (95.3 %)
 
-Three continuations, prompt | response, with their reward:
+Three prompts with a response before and after training, prompt | response, and
+the reward:
 
   before (0.40): Once upon a time, there was a little car named Bee | p who
     lived in a room. One sunny day, Bee decided to jog at the end of the well

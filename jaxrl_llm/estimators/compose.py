@@ -33,15 +33,15 @@ class Estimator(NamedTuple):
   Attributes:
     needs: inputs that must be sampled or computed first.
     prepare: whole rollouts → batch.  Uses whole groups and stops gradients.
-    weigh: batch → batch with token weights for its rows alone.  `prepare` does
-      this for all rows; call it again on each optimiser minibatch.
+    reweight: batch → batch with token weights for its rows alone.  `prepare`
+      does this for all rows; call it again on each optimiser minibatch.
     loss: (outputs, batch) → scalar, a plain sum over tokens, so that the
       losses and gradients of micro-batches add up exactly.
   """
 
   needs: Needs
   prepare: Callable[[Rollouts], Batch]
-  weigh: Callable[[Batch], Batch]
+  reweight: Callable[[Batch], Batch]
   loss: Callable[[Outputs, Batch], Array]
 
 
@@ -92,7 +92,7 @@ def estimator(
       '`keep` selects among whole groups, but rows may be branches: omit it'
     )
 
-  def weigh(batch: Batch) -> Batch:
+  def reweight(batch: Batch) -> Batch:
     mask, counted = batch.mask & batch.valid, batch.valid
     if batch.whole is None:
       return batch.replace(weights=weights(mask, counted))
@@ -122,7 +122,7 @@ def estimator(
       whole=whole,
       shares=shares,
     )
-    return jax.lax.stop_gradient(weigh(batch))
+    return jax.lax.stop_gradient(reweight(batch))
 
   def loss(outputs: Outputs, batch: Batch) -> Array:
     arrays = (outputs.log_probs, outputs.entropy, outputs.values)
@@ -132,7 +132,7 @@ def estimator(
     outputs, batch = _blank_outside(outputs, batch)
     return jnp.sum(batch.weights * token_loss.apply(outputs, batch))
 
-  return Estimator(needs, prepare, weigh, loss)
+  return Estimator(needs, prepare, reweight, loss)
 
 
 def start_running(needs: Needs) -> dict[str, Array]:

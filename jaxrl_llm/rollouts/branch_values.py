@@ -1,4 +1,4 @@
-"""What estimators get from branches: values of states, or rows to train on."""
+"""Turns branches into state values or training rows."""
 
 import functools
 
@@ -12,13 +12,13 @@ from jaxrl_llm.estimators import (
   branch_returns,
   valid_responses,
 )
-from jaxrl_llm.rollouts.branches import Forks, mark_rows
+from jaxrl_llm.rollouts.branches import ForkPoints, mark_rows
 
 Array = jax.Array
 
 
 def row_needs(needs: Needs) -> Needs:
-  """What the branches' own rollouts have to hold."""
+  """Returns the inputs that the branches' own rollouts must hold."""
   if needs.branches.trained:
     return needs._replace(greedy=False, branches=None)
   shaping, weighted = needs.branches.shaping, needs.branches.score_weighted
@@ -33,19 +33,19 @@ def row_needs(needs: Needs) -> Needs:
 
 @functools.partial(jax.jit, static_argnames='wanted')
 def add_values(
-  rollouts: Rollouts, rows: Rollouts, forks: Forks, wanted: Branches
+  rollouts: Rollouts, rows: Rollouts, forks: ForkPoints, wanted: Branches
 ) -> Rollouts:
-  """The responses' rollouts with the values of the states that have branches.
+  """Adds to the responses' rollouts the values of the states with branches.
 
-  The value of a state is the mean return of its branches from there on.  A
-  branch without a score (None) is left out; a state none of whose branches has
-  one is not known.
+  The value of a state is the mean return of its branches from that state
+  onward.  A branch without a score (None) is excluded; the value of a state is
+  unknown if none of its branches has a score.
 
   Args:
-    rollouts: of the responses, [P, G, T].
-    rows: of the branches, [P, R, T], with `row_needs`.
-    forks: of `branch`.
-    wanted: as given to `branch`.
+    rollouts: rollouts of the responses, [P, G, T].
+    rows: rollouts of the branches, [P, R, T], with `row_needs`.
+    forks: fork points returned by `branch`.
+    wanted: the same as for `branch`.
   """
   num_prompts, groups, length = rollouts.mask.shape
   shape = (num_prompts, groups, -1, wanted.samples)
@@ -64,31 +64,31 @@ def add_values(
     )
     return jnp.where(here, mean[..., None], 0.0).sum(axis=2)
 
-  found = {
+  additions = {
     'branch_values': at_places(jnp.ones(returns.shape)),
     'branch_mask': here.any(axis=2),
   }
   if wanted.score_weighted:
     weights = _segment_norms(rows, forks, wanted, shape, of_place)
     total = jnp.where(valid, weights, 0.0).sum(axis=-1, keepdims=True)
-    # Nothing was random: all branches count alike.
+    # If nothing was random, all branches count equally.
     weights = jnp.where(total > 0, weights, 1.0)
-    found['branch_baselines'] = at_places(weights)
-  return rollouts.replace(**found)
+    additions['branch_baselines'] = at_places(weights)
+  return rollouts.replace(**additions)
 
 
 def _of_place(owners: Array, x: Array) -> Array:
-  """[P, G, M, K, ...] of the owners' places → of all places."""
+  """Copies [P, G, M, K, ...] values of owners to the positions they serve."""
   flat = x.reshape(x.shape[0], -1, *x.shape[3:])
   index = owners.reshape(*flat.shape[:2], *(1,) * (flat.ndim - 2))
   return jnp.take_along_axis(flat, index, axis=1).reshape(x.shape)
 
 
 def _segment_norms(rows, forks, wanted, shape, of_place) -> Array:
-  """[P, G, M, K]: branches' squared scores up to the response's next fork.
+  """Sums the branches' squared scores up to the next fork, [P, G, M, K].
 
-  The next fork is where the rule, in the state that it has for the response,
-  forks from the branch.
+  The next fork is the first one that the rule places in the branch, using its
+  state for the response.
   """
   length = rows.mask.shape[2]
   take = lambda x: of_place(x.reshape(*shape, length))
@@ -103,13 +103,13 @@ def _segment_norms(rows, forks, wanted, shape, of_place) -> Array:
 
 
 @jax.jit
-def add_rows(rollouts: Rollouts, rows: Rollouts, forks: Forks) -> Rollouts:
-  """The responses' rollouts, [P, G, T], with the branches as further rows.
+def add_rows(rollouts: Rollouts, rows: Rollouts, forks: ForkPoints) -> Rollouts:
+  """Appends the branches as rows to the responses' rollouts, [P, G, T].
 
   Args:
-    rollouts: of the responses.
-    rows: of the branches, [P, R, T], with `row_needs`.
-    forks: of `branch`.
+    rollouts: rollouts of the responses.
+    rows: rollouts of the branches, [P, R, T], with `row_needs`.
+    forks: fork points returned by `branch`.
   """
   num_prompts, groups, _ = rollouts.mask.shape
   per_row = {
@@ -117,10 +117,11 @@ def add_rows(rollouts: Rollouts, rows: Rollouts, forks: Forks) -> Rollouts:
     for name, value in rollouts.items()
     if value is not None and name not in ('greedy_rewards', 'running')
   }
-  own = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
-  own = jnp.broadcast_to(own, (num_prompts, groups, 1))
+  parents = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
+  parents = jnp.broadcast_to(parents, (num_prompts, groups, 1))
+  zeros = jnp.zeros_like(parents)
   return rollouts.replace(
     **per_row,
-    parents=jnp.concatenate([own, forks.parents], axis=1),
-    forked_at=jnp.concatenate([jnp.zeros_like(own), forks.forked_at], axis=1),
+    parents=jnp.concatenate([parents, forks.parents], axis=1),
+    forked_at=jnp.concatenate([zeros, forks.forked_at], axis=1),
   )

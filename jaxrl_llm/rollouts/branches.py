@@ -1,8 +1,8 @@
 """Monte Carlo branches: fresh continuations from inside finished responses.
 
-A branch is a response.  It keeps the first tokens of another one, has its
-settings and the budget that it had left, and is scored as a whole.
-`branch_values` makes values of states of them, or rows to train on.
+A branch is a response that keeps the first tokens of another one.  It uses the
+same settings and the remaining token budget, and is scored as a whole.
+`branch_values` turns branches into state values or training rows.
 """
 
 import functools
@@ -23,16 +23,17 @@ from jaxrl_llm.rollouts.responses import Generation, Responses, score_responses
 Array = jax.Array
 
 
-class Forks(NamedTuple):
-  """Where branches fork; M places per response, K branches each, R = G·M·K.
+class ForkPoints(NamedTuple):
+  """Fork points of branches: M per response, K branches each, R = G·M·K.
 
   Attributes:
-    places: [P, G, M] int32, where the rule forks, in tokens; 0 for nowhere.
-    owners: [P, G, M] int32, the place g·M + m whose branches value this one:
-      responses that begin alike share a state.
+    places: [P, G, M] int32, number of tokens before each fork; 0 for no fork.
+    owners: [P, G, M] int32, index g·M + m of the fork point whose branches
+      serve this one: responses with the same prefix share a state.
     parents: [P, R, 1] int32, the response that a branch forks from.
-    forked_at: [P, R, 1] int32, how many of its tokens it keeps; 0 for none.
-    key: the rule's: response i of [P·G] draws its state from split i.
+    forked_at: [P, R, 1] int32, number of its tokens that the branch keeps; 0
+      for no branch.
+    key: PRNG key of the rule: response i of [P·G] draws its state from split i.
   """
 
   places: Array
@@ -47,35 +48,36 @@ class Branched(NamedTuple):
 
   Attributes:
     responses: the branches as whole responses, prefix and continuation: R rows
-      per prompt in the order of responses, places, branches.  A row without a
-      branch has no tokens and is not valid.
-    forks: where they fork.
-    work: what decoding cost.
+      per prompt in the order of responses, fork points, branches.  A row
+      without a branch has no tokens and is not valid.
+    forks: the fork points.
+    work: cost of decoding.
   """
 
   responses: Responses
-  forks: Forks
+  forks: ForkPoints
   work: sampling.Work
 
   @property
   def tokens(self) -> int:
-    """How many were generated: the continuations' alone."""
+    """Number of generated tokens: those of the continuations alone."""
     return int(self.work.tokens)
 
   @property
   def statistics(self) -> dict[str, float]:
-    """Numbers of the sampling, for the record.
+    """Sampling statistics for the record.
 
-    branches/forks: states that branches were drawn from.
-    branches/shared: share of the places that another place's branches serve.
+    branches/forks: number of states that branches were drawn from.
+    branches/shared: fraction of fork points served by another one's branches.
     branches/utilization: useful tokens / (rows × steps) of the decoding.
-    branches/copied_bytes: of keys and values, which every row copies once and
-      whenever it takes a response over.
+    branches/copied_bytes: bytes of keys and values, which every row copies
+      once and whenever it takes over a response.
     """
     places, owners = sharding.to_host((self.forks.places, self.forks.owners))
-    own = owners == _slots(places.shape)
-    forks, shared = int(((places > 0) & own).sum()), int((~own).sum())
-    share = lambda part, of: float(part) / max(float(of), 1.0)
+    is_owner = owners == _slots(places.shape)
+    forks = int(((places > 0) & is_owner).sum())
+    shared = int((~is_owner).sum())
+    share = lambda part, whole: float(part) / max(float(whole), 1.0)
     return {
       'branches/forks': forks,
       'branches/shared': share(shared, forks + shared),
@@ -96,20 +98,21 @@ def branch(
 ) -> Branched:
   """Samples and scores branches of responses.
 
-  No state is sampled from twice: of the responses to a prompt that agree up to
-  a place, the first one's branches serve all.  Where the branches themselves
-  are trained on, the others have no fork there.
+  Each state is sampled from once: if responses to a prompt agree up to a fork
+  point, the branches of the first response serve them all.  If the branches
+  themselves are trained on, the other responses do not fork there.
 
   Args:
-    config, params: the model that sampled.
-    responses: with their cache, and with entropies if the rule reads them.
-    generation: the settings that they were generated with.
-    wanted: how many branches, and where.
+    config, params: the model that sampled the responses.
+    responses: responses with their cache, and with entropies if the rule reads
+      them.
+    generation: settings that the responses were generated with.
+    wanted: number and positions of the branches.
     tokenizer, rewards: as for the responses.
     key: PRNG key.
 
   Raises:
-    UserError: as `score_responses` and `sampling.fork`.
+    UserError: as in `score_responses` and `sampling.fork`.
   """
   samples = responses.samples
   rule_key, sample_key = jax.random.split(key)
@@ -118,16 +121,16 @@ def branch(
   )
   host_places, host_tokens = sharding.to_host((places, samples.tokens))
   owners = find_owners(host_places, host_tokens)
-  own = np.where(owners == _slots(owners.shape), host_places, 0)
-  own, places, owners = sharding.place_rows(
-    (own, own if wanted.trained else host_places, owners)
+  sampled = np.where(owners == _slots(owners.shape), host_places, 0)
+  sampled, places, owners = sharding.place_rows(
+    (sampled, sampled if wanted.trained else host_places, owners)
   )
   forked, work = sampling.fork(
     config,
     params,
     responses.cache,
     samples,
-    own,
+    sampled,
     sample_key,
     branches=wanted.samples,
     decoding=generation.decoding,
@@ -135,12 +138,12 @@ def branch(
     pad_id=generation.pad_id,
     statistics=generation.statistics,
   )
-  whole, parents, forked_at = _as_rows(samples, forked, own)
+  whole, parents, forked_at = _as_rows(samples, forked, sampled)
   completions, scoring = _score_rows(responses, whole, tokenizer, rewards)
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scoring
   )
-  forks = Forks(places, owners, parents, forked_at, rule_key)
+  forks = ForkPoints(places, owners, parents, forked_at, rule_key)
   return Branched(rows, forks, work)
 
 
@@ -152,7 +155,7 @@ def fork_places(
   entropy: Array | None,
   key: Array,
 ) -> Array:
-  """[P, G, M] int32: branches keep so many tokens of a response; 0 for none.
+  """Returns the number of tokens before each fork, [P, G, M]; 0 for no fork.
 
   Every response draws its own state of the rule.
   """
@@ -171,7 +174,7 @@ def mark_rows(
   entropy: Array | None,
   key: Array,
 ) -> Array:
-  """`mark` of rows [P, G, ..., T]; rows of one response share its state."""
+  """Applies `mark` to [P, G, ..., T]; rows of a response share its state."""
   length = mask.shape[-1]
   responses = mask.shape[0] * mask.shape[1]
   if entropy is None:
@@ -189,10 +192,10 @@ def mark_rows(
 
 
 def find_owners(places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-  """[P, G, M] int32: the first place g·M + m of the prompt with this state.
+  """Finds the prompt's first fork point g·M + m with the same state, [P, G, M].
 
   Args:
-    places: [P, G, M], of `fork_places`.
+    places: [P, G, M], from `fork_places`.
     tokens: [P, G, T].
   """
   owners = _slots(places.shape).copy()
@@ -204,14 +207,14 @@ def find_owners(places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def _slots(shape: tuple[int, ...]) -> np.ndarray:
-  """[P, G, M] int32: the number g·M + m of each place."""
+  """Returns the index g·M + m of each fork point, [P, G, M] int32."""
   numbers = np.arange(shape[1] * shape[2], dtype=np.int32)
   return np.broadcast_to(numbers.reshape(1, *shape[1:]), shape)
 
 
 @jax.jit
 def _as_rows(samples, forked, places):
-  """Prefixes and continuations as whole responses.
+  """Joins prefixes and continuations into whole responses.
 
   Args:
     samples: [P, G, T].
@@ -225,20 +228,20 @@ def _as_rows(samples, forked, places):
   count, branches = forked.tokens.shape[2:4]
   rows = groups * count * branches
   time = jnp.arange(length)[None, None, None, None]
-  at = places[..., None, None]
-  later = jnp.maximum(time - at, 0)
+  start = places[..., None, None]
+  later = jnp.maximum(time - start, 0)
   later = jnp.broadcast_to(later, (*forked.tokens.shape[:4], length))
-  # One place more than the longest continuation: nothing is ever read there.
+  # One position more than the longest continuation; it is never read.
   pad = [(0, 0)] * 4 + [(0, 1)]
 
   def join(prefix, continuation):
     if prefix is None:
       return None
     suffix = jnp.take_along_axis(jnp.pad(continuation, pad), later, axis=4)
-    whole = jnp.where(time < at, prefix[:, :, None, None], suffix)
+    whole = jnp.where(time < start, prefix[:, :, None, None], suffix)
     return whole.reshape(num_prompts, rows, length)
 
-  present = jnp.broadcast_to(at > 0, (*forked.tokens.shape[:4], 1))
+  present = jnp.broadcast_to(start > 0, (*forked.tokens.shape[:4], 1))
   present = present.reshape(num_prompts, rows, 1)
   whole = jax.tree.map(
     join,
@@ -258,9 +261,10 @@ def _as_rows(samples, forked, places):
 
 
 def _score_rows(responses, whole, tokenizer, rewards):
-  """Texts and scores of the rows [P, R] that are branches; '' and no score.
+  """Decodes and scores the rows [P, R] that are branches.
 
-  As `score_responses`.
+  Rows without a branch get '' and no score.  Returns the same as
+  `score_responses`.
   """
   tokens, mask, finished = sharding.to_host(
     (whole.tokens, whole.mask, whole.finished)

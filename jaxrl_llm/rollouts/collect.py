@@ -50,25 +50,25 @@ class Keys(NamedTuple):
 
 
 def split_key(key: Array | Keys) -> Keys:
-  """Splits the key of a step into those of its uses."""
+  """Splits the key of a step into one key per use."""
   return key if isinstance(key, Keys) else Keys(*jax.random.split(key, 5))
 
 
 class Setting(NamedTuple):
-  """Everything that stays the same from one step's rollouts to the next.
+  """Everything that stays constant between the rollouts of different steps.
 
   Attributes:
     model: configuration of the policy.
-    tokenizer: of the model.
-    needs: of the estimator.
-    rewards: functions with their weights.
+    tokenizer: tokenizer of the model.
+    needs: needs of the estimator.
+    rewards: reward functions with their weights.
     generation: settings of the responses, with the statistics that `needs`
-      asks for.
+      requires.
     reference: parameters of the reference policy, read if needed.
-    values: of a critic, called if needed.
+    values: function that computes a critic's values, called if needed.
     micro_prompts: prompts, with all their responses, scored at one time.
     chunk: positions whose logits exist at one time.
-    rescore: replaces the sampler's log-probabilities by the scorer's, where
+    rescore: replaces the sampler's log-probabilities by the scorer's, if
       the sampler's are not exact enough (bfloat16).
   """
 
@@ -85,17 +85,17 @@ class Setting(NamedTuple):
 
 
 class Collected(NamedTuple):
-  """What one step sampled.
+  """Rollouts of one step.
 
   Attributes:
-    responses: to the step's prompts.
-    rollouts: of them, with everything that the estimator needs.
-    own: the rollouts' rows that are responses, without branches.
-    tokens: generated beside the responses: greedy ones, branches, groups that
-      hints or refilling replaced.
-    record: numbers of groups and branches.
-    failures: of rewards in worker processes, by name in the record.
-    seconds: of sampling.
+    responses: responses to the step's prompts.
+    rollouts: their rollouts, with everything that the estimator needs.
+    own: the rollouts of the responses alone, without branches.
+    tokens: number of tokens generated in addition to the responses: greedy
+      responses, branches, and groups that hints or refilling replaced.
+    record: metrics of groups and branches.
+    failures: failures of rewards in worker processes, by name in the record.
+    seconds: sampling time.
   """
 
   responses: Responses
@@ -119,23 +119,23 @@ def collect(
   """Samples, scores and completes the rollouts of one step.
 
   Args:
-    setting: what stays the same.
-    trainable: {'policy': parameters}, and {'critic': …} beside them.
-    running: the estimator's numbers that outlive a batch.
+    setting: everything that stays constant between steps.
+    trainable: {'policy': parameters}, with a critic also {'critic': …}.
+    running: the estimator's numbers that persist across batches.
     prompts: P prompts.
     key: PRNG key of the step, or its `Keys`.
-    groups: chooses the groups of responses that are trained on.
-    stop: its `check()` is called between the parts, and may raise.
+    groups: selects the groups of responses to train on.
+    stop: object whose `check()` is called between the parts and may raise.
 
   Raises:
     UserError: a reward function fails or returns something that is not a
-      reward; as `complete`.
+      reward; also as in `complete`.
   """
   start = time.perf_counter()
   keys, needs = split_key(key), setting.needs
   generation = with_statistics(setting.generation, needs)
   sampled_by = transformer.sampling_layout(setting.model, trainable['policy'])
-  ask = functools.partial(
+  answer = functools.partial(
     respond,
     setting.model,
     sampled_by,
@@ -143,14 +143,14 @@ def collect(
     rewards=setting.rewards,
   )
   sample = functools.partial(
-    ask, generation=generation, keep_cache=needs.branches is not None
+    answer, generation=generation, keep_cache=needs.branches is not None
   )
   drawn = groups(sample, prompts, keys, stop)
   responses = drawn.responses
   baseline = branched = None
   if needs.greedy:
-    # To the prompts that are trained on, hints included.
-    baseline = ask(
+    # For the prompts that are trained on, hints included.
+    baseline = answer(
       batch=drawn.batch, generation=greedy(generation), key=keys.responses
     )
   if needs.branches:
@@ -164,17 +164,17 @@ def collect(
       setting.rewards,
       keys.branches,
     )
-  del sampled_by, ask, sample
-  # The keys and values have served.
+  del sampled_by, answer, sample
+  # The keys and values are no longer needed.
   responses = responses._replace(cache=None)
   seconds = time.perf_counter() - start
   if stop is not None:
     stop.check()
   setting = setting._replace(generation=generation)
-  own = complete(setting, trainable, running, responses, baseline)
-  rollouts, tokens, record = own, drawn.tokens, drawn.record
+  completed = complete(setting, trainable, running, responses, baseline)
+  rollouts, tokens, record = completed, drawn.tokens, drawn.record
   if branched is not None:
-    rollouts = _add_branches(setting, trainable, running, own, branched)
+    rollouts = _add_branches(setting, trainable, running, completed, branched)
     tokens += branched.tokens
     record = record | branched.statistics
   if baseline is not None:
@@ -182,7 +182,7 @@ def collect(
   return Collected(
     responses,
     rollouts,
-    own,
+    completed,
     tokens,
     record,
     failures_of_step(responses, baseline, branched and branched.responses),
@@ -191,12 +191,12 @@ def collect(
 
 
 def _add_branches(
-  setting: Setting, trainable, running, own: Rollouts, branched
+  setting: Setting, trainable, running, completed: Rollouts, branched
 ) -> Rollouts:
   """Adds branches to the rollouts, as values of states or as rows."""
   needs = branch_values.row_needs(setting.needs)
   trained = setting.needs.branches.trained
-  # Of branches that are values alone only a KL reads log-probabilities.
+  # If branches only provide values, only a KL reads their log-probabilities.
   reads = trained or needs.reference
   rows = complete(
     setting._replace(needs=needs, rescore=setting.rescore and reads),
@@ -206,9 +206,9 @@ def _add_branches(
     at_once=setting.generation.samples,
   )
   if trained:
-    return branch_values.add_rows(own, rows, branched.forks)
+    return branch_values.add_rows(completed, rows, branched.forks)
   return branch_values.add_values(
-    own, rows, branched.forks, setting.needs.branches
+    completed, rows, branched.forks, setting.needs.branches
   )
 
 
@@ -220,17 +220,17 @@ def complete(
   baseline: Responses | None = None,
   at_once: int | None = None,
 ) -> Rollouts:
-  """Adds to responses what an estimator needs.
+  """Adds everything that an estimator needs to responses.
 
   Args:
     setting, trainable, running: as for `collect`.
-    responses: from `respond`.
-    baseline: greedy responses to the same prompts; read if needed.  One without
-      a reward (None) counts 0, which as a baseline biases nothing.
-    at_once: responses to a prompt scored at one time; None for all.
+    responses: responses returned by `respond`.
+    baseline: greedy responses to the same prompts; read if needed.  A missing
+      reward (None) counts as 0, which does not bias the gradient.
+    at_once: number of responses to a prompt scored at one time; None for all.
 
   Raises:
-    UserError: rewards of tokens are needed, which nothing here supplies, or a
+    UserError: the estimator needs token rewards, which are not supported, or a
       critic or reference that the setting lacks.
   """
   needs, samples = setting.needs, responses.samples
@@ -250,19 +250,19 @@ def complete(
     values = setting.values(
       trainable, responses.prompts, samples.tokens, setting.micro_prompts
     )
-  own = samples
+  statistics = samples
   unknown = needs.entropy and samples.entropy is None
   unknown |= needs.score_norms and samples.score_norms is None
   if setting.rescore or unknown:
-    own = score(trainable['policy'])
+    statistics = score(trainable['policy'])
   ref_log_probs = None
   if needs.reference:
     ref_log_probs = score(setting.reference).log_probs
-  # Scores last: until here the device only received work.
+  # Scores come last: until here, work was only dispatched to the device.
   scores, greedy_rewards = responses.scores, None
   if needs.greedy:
-    found = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
-    greedy_rewards = found.reshape(-1, 1, 1).astype(np.float32)
+    totals = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
+    greedy_rewards = totals.reshape(-1, 1, 1).astype(np.float32)
     greedy_rewards = sharding.place_rows(greedy_rewards)
   shape = samples.finished.shape
   rewards, valid = sharding.place_rows(
@@ -275,14 +275,14 @@ def complete(
   return Rollouts(
     tokens=samples.tokens,
     mask=samples.mask,
-    log_probs=own.log_probs if rescored else samples.log_probs,
+    log_probs=statistics.log_probs if rescored else samples.log_probs,
     sampler_log_probs=samples.log_probs if rescored else None,
     rewards=rewards,
     valid=valid,
     greedy_rewards=greedy_rewards,
     ref_log_probs=ref_log_probs,
-    entropy=own.entropy if needs.entropy else None,
-    score_norms=own.score_norms if needs.score_norms else None,
+    entropy=statistics.entropy if needs.entropy else None,
+    score_norms=statistics.score_norms if needs.score_norms else None,
     values=values,
     running=running,
   )
@@ -293,7 +293,7 @@ def _check(setting: Setting) -> None:
   if needs.token_rewards:
     raise UserError('rollouts cannot supply token rewards to the estimator yet')
   if needs.critic and setting.values is None:
-    raise UserError('the estimator needs a critic, whose values are missing')
+    raise UserError('the estimator needs a critic, but its values are missing')
   if needs.reference and setting.reference is None:
     raise UserError('the estimator needs a reference policy: reference=…')
 
@@ -303,8 +303,8 @@ def failures_of_step(
   baseline: Responses | None = None,
   branched: Responses | None = None,
 ) -> dict[str, Failures]:
-  """Failures of one step's rewards, by their names in the record."""
-  found = {}
+  """Returns the failures of one step's rewards, by name in the record."""
+  failures = {}
   for prefix, part in (
     ('', responses),
     ('greedy/', baseline),
@@ -312,15 +312,15 @@ def failures_of_step(
   ):
     if part is not None:
       for name, each in part.scores.failures.items():
-        found[f'{prefix}rewards/{name}'] = each
-  return found
+        failures[f'{prefix}rewards/{name}'] = each
+  return failures
 
 
 def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
-  """Returns numbers of rewards and lengths, under TRL's names.
+  """Returns metrics of rewards and lengths, under TRL's names.
 
   Args:
-    responses: of one step.
+    responses: responses of one step.
     own: their rollouts, without branches.
   """
   metrics = jax.device_get(_group_metrics(own, responses.samples.finished))
@@ -334,7 +334,7 @@ def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
 
 
 def _hash(samples) -> int:
-  """Returns 48 bits of the sha256 of all tokens: exact also as a float."""
+  """Returns 48 bits of the sha256 of all tokens, exact as a float."""
   tokens, mask = sharding.to_host((samples.tokens, samples.mask))
   content = np.where(mask, tokens, -1).astype('<i4').tobytes()
   return int.from_bytes(hashlib.sha256(content).digest()[:6], 'big')

@@ -1,13 +1,13 @@
 """Selects the groups of responses that a step trains on.
 
-A group is all G responses to one prompt.  Without tools these are the groups of
-the step's own prompts.  `hint` (GHPO) samples a group whose responses all fail
-again, with the beginning of its reference solution.  `refill` (DAPO) replaces
-groups without variance of the reward by groups of further prompts.
+A group is all G responses to one prompt.  Without tools, a step trains on the
+groups of its own prompts.  If all responses of a group fail, `hint` (GHPO)
+samples the group again with the beginning of its reference solution.  `refill`
+(DAPO) replaces groups without reward variance by groups of further prompts.
 
     groups = chain(hint(hints.encode, shares=(.25, .5)), refill(further, 4))
 
-Hints come first; further prompts get none.
+Hints come first; further prompts are not hinted.
 
 References:
   Yu et al., `DAPO <https://arxiv.org/abs/2503.14476>`_, 2025
@@ -34,11 +34,11 @@ class Drawn(NamedTuple):
   """The groups that a step trains on.
 
   Attributes:
-    responses: of P groups.  The 'prompt' of a row is the text that was read,
-      with its hint.
+    responses: responses of P groups.  The 'prompt' of a row is the text that
+      the model read, with its hint.
     batch: the same prompts as token ids, with the rows of the data set.
-    tokens: generated in groups that are not trained on.
-    record: numbers for the log.
+    tokens: number of tokens generated in groups that are not trained on.
+    record: metrics for the log.
   """
 
   responses: Responses
@@ -47,24 +47,26 @@ class Drawn(NamedTuple):
   record: Mapping[str, float] = types.MappingProxyType({})
 
 
-# (respond, prompts, keys, stop) → Drawn.  `respond` is called with a batch and
-# a key; `stop.check()` before sampling again.
+# (respond, prompts, keys, stop) → Drawn.  `respond` takes a batch and a key;
+# `stop.check()` is called before sampling again.
 Groups = Callable[..., Drawn]
 
 
 def as_sampled(respond, prompts, keys, stop=None) -> Drawn:
-  """Keeps the groups of the step's own prompts; asks for no score."""
+  """Keeps the groups of the step's own prompts; reads no scores."""
   del stop
   return Drawn(respond(batch=prompts, key=keys.responses), prompts)
 
 
 class Pending:
-  """All that a step has sampled, and which group stands for each prompt.
+  """Everything that a step has sampled, and the group chosen for each prompt.
+
+  A place is the index of one of the P prompts that the step trains on.
 
   Attributes:
-    parts: batches of responses, the first of them to the step's own prompts.
-    chosen: (batch, group in it) for each of the P prompts.
-    texts: prompts with a hint, by their place among the P.
+    parts: batches of responses; the first belongs to the step's own prompts.
+    chosen: (batch, group in it) for each of the P places.
+    texts: hinted prompts, by place.
   """
 
   def __init__(self, first: Responses):
@@ -77,25 +79,25 @@ class Pending:
     self.chosen[place] = (len(self.parts) - 1, group)
 
   def varying(self) -> np.ndarray:
-    """[P] bool: the group at each place has variance."""
-    found = [varying(part.scores, len(part.rows)) for part in self.parts]
-    return np.array([found[part][group] for part, group in self.chosen])
+    """Returns [P] bool: the group at each place has reward variance."""
+    flags = [varying(part.scores, len(part.rows)) for part in self.parts]
+    return np.array([flags[part][group] for part, group in self.chosen])
 
 
-# Changes what is pending; returns numbers for the log.
+# Changes a `Pending` in place; returns metrics for the log.
 Tool = Callable[..., dict[str, float]]
 
 
 def chain(*tools: Tool) -> Groups:
   """Applies tools in reading order to the groups of the step's own prompts.
 
-  Its record has beside the tools' numbers those of all that was sampled:
+  The record adds these metrics of all samples to those of the tools:
 
-  sampled/reward, sampled/frac_reward_zero_std: of the step's own prompts
-    without hints, which are what `reward` and `frac_reward_zero_std` are
-    without tools: unbiased.
+  sampled/reward, sampled/frac_reward_zero_std: metrics of the step's own
+    prompts without hints.  They are unbiased: they equal `reward` and
+    `frac_reward_zero_std` of a step without tools.
   sampled/all_reward: mean over every response of the step.
-  sampled/discarded_tokens: generated in groups that are not trained on.
+  sampled/discarded_tokens: tokens generated in groups that are not trained on.
   """
 
   def draw(respond, prompts, keys, stop=None) -> Drawn:
@@ -125,21 +127,21 @@ def hint(
   shares: Sequence[float],
   threshold: float = 0.0,
 ) -> Tool:
-  """Samples groups that fail again, with more and more of the solution.
+  """Resamples failed groups with ever larger parts of the solution.
 
-  Its record:
+  The record:
 
-  hints/failed: groups that have a score and none above the threshold.
-  hints/no_solution, hints/over_budget: of these the ones without a solution,
-    and the ones whose prompt with a hint is too long.
+  hints/failed: groups with at least one score and none above the threshold.
+  hints/no_solution, hints/over_budget: failed groups without a solution, and
+    those whose hinted prompt is too long.
   hints/groups_0.25, …: groups sampled with this share.
   hints/saved: groups in which a response succeeded with a hint.
 
   Args:
-    encode: of `tasks.hints.Hints`.
-    encoded: the training prompts, whose budget and padding count.
-    shares: of a solution's tokens, rising.
-    threshold: a response whose reward is above it succeeds.
+    encode: method `encode` of a `tasks.hints.Hints`.
+    encoded: the training prompts, which define budget and padding.
+    shares: increasing shares of a solution's tokens.
+    threshold: a response succeeds if its reward is above this.
   """
 
   def apply(pending: Pending, respond, prompts, keys, stop) -> dict[str, int]:
@@ -155,7 +157,7 @@ def hint(
     }
     for number, share in enumerate(shares):
       hinted = {place: encode(first.rows[place], share) for place in left}
-      # A prompt that does not fit now will not fit with more of the solution.
+      # A prompt that is too long now would also be with a larger share.
       budget = encoded.max_tokens
       fits = [place for place in left if len(hinted[place].ids) <= budget]
       record['hints/over_budget'] += len(left) - len(fits)
@@ -186,16 +188,16 @@ def refill(
 ) -> Tool:
   """Replaces groups without variance by groups of further prompts.
 
-  Its record:
+  The record:
 
-  refill/rounds: of sampling.
+  refill/rounds: rounds of sampling.
   refill/replaced, refill/unfilled: groups without variance that were, and
     were not, replaced.
-  refill/discarded: groups sampled that are not trained on.
+  refill/discarded: sampled groups that are not trained on.
 
   Args:
     further: round of this step, from 0 → P further prompts.
-    rounds: of sampling at most.
+    rounds: maximum number of rounds of sampling.
   """
 
   def apply(pending: Pending, respond, prompts, keys, stop) -> dict[str, int]:
@@ -205,17 +207,17 @@ def refill(
     while missing and done < rounds:
       if stop is not None:
         stop.check()
-      # Enough if the share with variance stays what it was.
+      # Enough if the share of groups with variance stays the same.
       size = _usual(-(-len(missing) * drawn // max(good, 1)), most)
       batch = prompts_lib.PromptBatch(*(part[:size] for part in further(done)))
       part = respond(batch=batch, key=jax.random.fold_in(keys.refill, done))
       pending.parts.append(part)
-      found = np.flatnonzero(varying(part.scores, size)).tolist()
-      for place, group in zip(missing, found, strict=False):
+      usable = np.flatnonzero(varying(part.scores, size)).tolist()
+      for place, group in zip(missing, usable, strict=False):
         pending.replace(place, group)
         pending.texts.pop(place, None)
-      missing = missing[len(found) :]
-      good, drawn, done = good + len(found), drawn + size, done + 1
+      missing = missing[len(usable) :]
+      good, drawn, done = good + len(usable), drawn + size, done + 1
     return {
       'refill/rounds': done,
       'refill/replaced': wanted - len(missing),
@@ -228,13 +230,13 @@ def refill(
 
 
 def varying(scores: Scores, groups: int) -> np.ndarray:
-  """[P] bool: groups with two valid rewards that differ.
+  """Marks groups with two valid rewards that differ, [P] bool.
 
-  Without them a group's baseline leaves nothing to learn from.  Rewards are
-  compared as float32, the type that estimators get.
+  In other groups all advantages are 0 after subtracting the group's baseline.
+  Rewards are compared as float32, the type that estimators receive.
 
   Args:
-    scores: of P·G responses.
+    scores: scores of P·G responses.
     groups: P.
   """
   valid = scores.valid.reshape(groups, -1)
@@ -244,7 +246,7 @@ def varying(scores: Scores, groups: int) -> np.ndarray:
 
 
 def succeeding(scores: Scores, groups: int, threshold: float) -> np.ndarray:
-  """[P] bool: groups with a valid reward above a threshold."""
+  """Marks groups with a valid reward above a threshold, [P] bool."""
   success = scores.valid & (scores.total > threshold)
   return success.reshape(groups, -1).any(axis=1)
 
@@ -256,12 +258,12 @@ def join(
 
   Args:
     parts: batches with G responses of T tokens to each prompt; their caches
-      are not taken over.
+      are dropped.
     chosen: (batch, group in it) for each group of the result, in its order.
 
   Returns:
-    Responses, their prompts padded to the widest batch that a group is from.
-    Failures are those of all batches, whether or not they were chosen.
+    Responses, with prompts padded to the widest batch that a group comes from.
+    Failures cover all batches, including groups that were not chosen.
   """
   first = np.cumsum([0] + [len(part.rows) for part in parts])
   groups = np.asarray([first[part] + group for part, group in chosen])
@@ -270,7 +272,7 @@ def join(
   rows = (groups[:, None] * samples + np.arange(samples)).reshape(-1)
 
   def take(*arrays: Any) -> jax.Array:
-    # On the host: the number of groups differs from step to step, and each
+    # On the host: the number of groups varies by step, and on the device each
     # number would compile another program.
     return sharding.place_rows(np.concatenate(sharding.to_host(arrays))[groups])
 
@@ -290,7 +292,7 @@ def join(
 
 
 def _batch(encoded, ids: list[list[int]], rows: list[dict], most: int):
-  """Prompts that are not of a source, repeated up to a usual number."""
+  """Builds a batch from token ids; repeats prompts up to a power of two."""
   size = _usual(len(ids), most)
   again = [i % len(ids) for i in range(size)]
   encoded = encoded._replace(
@@ -300,7 +302,7 @@ def _batch(encoded, ids: list[list[int]], rows: list[dict], most: int):
 
 
 def _usual(count: int, most: int) -> int:
-  """The next power of two, at most `most`: few sizes are ever compiled."""
+  """Rounds up to a power of two, at most `most`, to compile few sizes."""
   return min(1 << (count - 1).bit_length(), most)
 
 
@@ -327,7 +329,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _fit(tokens: Any, width: int) -> np.ndarray:
-  """Prompts [P, S] as [P, width]; columns cut off belong to no chosen one."""
+  """Pads or cuts prompts [P, S] to [P, width].
+
+  The columns that are cut are padding in every chosen prompt.
+  """
   tokens = sharding.to_host(tokens)[:, :width]
   return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
 
@@ -350,7 +355,7 @@ def _join_scores(scores: Sequence[Scores], rows: np.ndarray) -> Scores:
 def _add_failures(
   failures: Sequence[Mapping[str, Failures]], name: str
 ) -> Failures:
-  """Counts of all batches, and the first message of each kind."""
+  """Sums counts over batches; keeps the first message of each kind."""
   counts, messages = {}, {}
   for part in failures:
     for kind, count in part[name].counts.items():

@@ -1,4 +1,4 @@
-"""Fulfils an estimator's `Needs`: samples, rewards, greedy, reference."""
+"""Samples, decodes and scores responses to prompts."""
 
 import dataclasses
 import functools
@@ -27,16 +27,16 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """How responses are generated.
+  """Settings for generating responses.
 
   Attributes:
     samples: G, responses per prompt.
     max_tokens: T, EOS included.
-    eos_ids: any of these ends a response.
-    pad_id: fills the places behind a response's end.
+    eos_ids: tokens that end a response.
+    pad_id: token that fills the positions after a response's end.
     decoding: temperature, top-k, top-p.
-    statistics: what the sampler records beside log-probabilities: 'entropy',
-      'score_norms'.
+    statistics: names of what the sampler records besides log-probabilities:
+      'entropy', 'score_norms'.
   """
 
   samples: int
@@ -54,10 +54,10 @@ class Responses(NamedTuple):
     prompts: the prompts as the model reads them.
     rows: P dataset rows.
     samples: tokens, mask and log-probabilities, [P, G, T].
-    completions: P·G texts, special tokens left out.
-    scoring: called for the rewards of the P·G responses, which workers may
-      still be at.
-    cache: keys and values that branches fork, where they were kept.
+    completions: P·G texts, without special tokens.
+    scoring: function that returns the rewards of the P·G responses; workers
+      may still be computing them.
+    cache: keys and values for branches to fork; None if not kept.
   """
 
   prompts: policy.Prompts
@@ -72,13 +72,14 @@ class Responses(NamedTuple):
     """Rewards of the P·G responses, total and by part.
 
     Raises:
-      UserError: a reward function fails or gives something that is no reward.
+      UserError: a reward function fails or returns something that is not a
+        reward.
     """
     return self.scoring()
 
 
 def to_prompts(batch: PromptBatch) -> policy.Prompts:
-  """A batch of the data set as the model reads it."""
+  """Places a batch of the data set on the device, as the model reads it."""
   return sharding.place_rows(
     policy.Prompts(tokens=batch.tokens, lengths=batch.lengths)
   )
@@ -92,7 +93,7 @@ def generate(
   key: Array,
   sampler: Callable = sampling.sample,
 ) -> tuple[policy.Prompts, Any]:
-  """Samples responses; gives the prompts as the model reads them, too.
+  """Samples responses; also returns the prompts as the model reads them.
 
   Args:
     sampler: `sampling.sample` or `sampling.sample_and_keep`.
@@ -123,16 +124,16 @@ def respond(
   key: Array,
   keep_cache: bool = False,
 ) -> Responses:
-  """Samples responses and begins to score them.
+  """Samples responses and starts to score them.
 
   Args:
     config, params: the model.
     batch: P prompts.
-    generation: how to generate.
-    tokenizer: of the model.
+    generation: settings for generating.
+    tokenizer: tokenizer of the model.
     rewards: reward functions.
     key: PRNG key.
-    keep_cache: keeps the responses' keys and values, for branches.
+    keep_cache: keep the responses' keys and values, for branches.
   """
   cache = None
   if keep_cache:
@@ -163,75 +164,75 @@ def score_responses(
   ids: Sequence[list[int]],
   finished: Sequence[bool],
 ) -> tuple[list[str], Callable[[], Scores]]:
-  """Decodes N whole responses and begins to score them.
+  """Decodes N whole responses and starts to score them.
 
-  Of several processes each scores its own part of them, in order, and has the
-  scores of all in the end.  Reward functions get the prompts' and responses'
-  texts, every column of the dataset, `completion_ids` (tokens, EOS included)
-  and `finished` (whether the response ended with EOS).
+  With several processes, each scores its own part, in order, and then receives
+  the scores of all.  Reward functions receive the texts of prompts and
+  responses, every column of the dataset, `completion_ids` (tokens, EOS
+  included) and `finished` (true if the response ended with EOS).
 
   Args:
-    tokenizer: of the model.
+    tokenizer: tokenizer of the model.
     rewards: reward functions.
     rows: N dataset rows, one per response.
     ids: N lists of tokens.
-    finished: N.
+    finished: N flags, true if a response ended with EOS.
 
   Returns:
-    Texts, special tokens left out, and what to call for the scores; see
+    Texts without special tokens, and a function that returns the scores; see
     `rewards.start`.
   """
   completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-  own = processes.own_part(len(rows))
-  given = columns(rows[own])
-  given['completion_ids'] = list(ids[own])
-  given['finished'] = list(finished[own])
-  prompts = [row['prompt'] for row in rows[own]]
+  part = processes.own_part(len(rows))
+  inputs = columns(rows[part])
+  inputs['completion_ids'] = list(ids[part])
+  inputs['finished'] = list(finished[part])
+  prompts = [row['prompt'] for row in rows[part]]
   scoring = functools.partial(_no_scores, rewards)
   if prompts or processes.count() == 1:
-    scoring = start_scoring(rewards, prompts, completions[own], given)
+    scoring = start_scoring(rewards, prompts, completions[part], inputs)
   if processes.count() > 1:
     scoring = functools.cache(functools.partial(_share, scoring))
   return completions, scoring
 
 
 def _no_scores(rewards: Sequence[RewardPart]) -> Scores:
-  """Of a process that has no response to score."""
+  """Returns the scores of a process that has no response to score."""
   none = np.zeros(0)
   parts = {part.name: none for part in rewards}
   return Scores(none, none.astype(bool), parts)
 
 
 def _share(scoring: Callable[[], Scores]) -> Scores:
-  """Scores of all processes' responses; an error of one is raised in all."""
-  found, error = None, None
+  """Gathers the scores of all processes; raises the error of any in all."""
+  scores, error = None, None
   try:
-    found = scoring()
+    scores = scoring()
   except UserError as caught:
     error = str(caught)
   for each in processes.gather_objects(error, 'rewards'):
     if each is not None:
       raise UserError(each)
   total, valid, parts = processes.gather(
-    (found.total, found.valid, found.parts), 'rewards'
+    (scores.total, scores.valid, scores.parts), 'rewards'
   )
-  told = processes.gather_objects(found.failures, 'failures of rewards')
+  gathered = processes.gather_objects(scores.failures, 'failures of rewards')
   failures = [
-    {name: Failures(*each) for name, each in of_process.items()}
-    for of_process in told
+    {name: Failures(*each) for name, each in reported.items()}
+    for reported in gathered
   ]
   return Scores(total, valid, parts, merge(failures))
 
 
 def with_statistics(generation: Generation, needs: Needs) -> Generation:
-  """The settings under which the sampler records what `needs` asks for."""
-  wanted = ('entropy', 'score_norms')
-  found = tuple(name for name in wanted if getattr(needs, name))
-  return dataclasses.replace(generation, statistics=found)
+  """Returns settings that make the sampler record what `needs` requires."""
+  optional = ('entropy', 'score_norms')
+  names = tuple(name for name in optional if getattr(needs, name))
+  return dataclasses.replace(generation, statistics=names)
 
 
 def greedy(generation: Generation) -> Generation:
-  """The settings of one greedy response per prompt."""
+  """Returns the settings for one greedy response per prompt."""
   decoding = dataclasses.replace(generation.decoding, temperature=0.0)
   return dataclasses.replace(generation, samples=1, decoding=decoding)
 
@@ -250,16 +251,16 @@ def score_tokens(
   chunk: int = 256,
   at_once: int | None = None,
 ) -> TokenStatistics:
-  """`policy.score` in parts, so that memory does not grow with the batch.
+  """Applies `policy.score` in parts, so that memory is bounded.
 
   Args:
     config, params: the model.
     prompts: P prompts.
     tokens: [P, G, T] int32.
     decoding, chunk: as for `policy.score`.
-    micro_prompts: prompts at one time.
-    at_once: responses to a prompt at one time, which read it each time anew;
-      None for all.  It divides G.
+    micro_prompts: number of prompts at one time.
+    at_once: number of responses to a prompt at one time, which must divide G;
+      None for all.  The prompt is read again for each part.
 
   Returns:
     `TokenStatistics` with arrays [P, G, T].

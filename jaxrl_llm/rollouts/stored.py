@@ -1,7 +1,7 @@
-"""Responses that are there, given or sampled before, and are trained on.
+"""Pools of stored responses to train on, from a data set or sampled earlier.
 
 A pool holds groups: single responses for a likelihood, pairs for a preference.
-It lives in host memory, and in files where it was sampled.
+It lives in host memory; sampled pools are also written to files.
 """
 
 import io
@@ -22,11 +22,11 @@ class Pool(NamedTuple):
 
   Attributes:
     prompts: [N] int32, positions of the prompts in the data set.
-    tokens: [N, g, T] int32; anything behind a response's end.
-    lengths: [N, g] int32, tokens, the end token included.
+    tokens: [N, g, T] int32; arbitrary after a response's end.
+    lengths: [N, g] int32, number of tokens, the end token included.
     rewards: [N, g] float32.
-    ref_log_probs: [N, g, T] float32 of the reference policy, nats; None where
-      no estimator asks for them.
+    ref_log_probs: [N, g, T] float32, log-probabilities under the reference
+      policy, nats; None if the estimator does not need them.
   """
 
   prompts: np.ndarray
@@ -42,13 +42,13 @@ def given(
   rewards: Sequence[Sequence[float]],
   pad_id: int,
 ) -> Pool:
-  """A pool of token lists.
+  """Builds a pool from token lists.
 
   Args:
     prompts: N positions in the data set.
     responses: N groups of g responses, lists of token ids.
     rewards: N groups of g numbers.
-    pad_id: stands behind a response's end.
+    pad_id: token that fills the positions after a response's end.
   """
   lengths = np.array([[len(ids) for ids in group] for group in responses])
   shape = (*lengths.shape, int(lengths.max(initial=1)))
@@ -65,7 +65,7 @@ def given(
 
 
 def singles(keep: np.ndarray) -> np.ndarray:
-  """Groups of one response for each that is kept.
+  """Returns a group of one response for each response that is kept.
 
   Args:
     keep: [P, G] bool.
@@ -77,18 +77,18 @@ def singles(keep: np.ndarray) -> np.ndarray:
 
 
 def ranked_pairs(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
-  """Pairs of each prompt's best with its worst, second best with second worst.
+  """Pairs each prompt's best response with its worst, and so on inward.
 
-  No response is in two pairs, and no pair has equal rewards.  Among equals the
-  first sampled counts as better.
+  No response is in two pairs, and no pair has equal rewards.  Among equal
+  rewards, the response sampled first counts as better.
 
   Args:
     rewards: [P, G].
-    valid: [P, G] bool, False for responses to leave out.
+    valid: [P, G] bool, False for responses to exclude.
 
   Returns:
-    [N, 3] int: prompt, preferred and rejected response of each pair; those of
-    one prompt by falling difference of their rewards.
+    [N, 3] int: prompt, preferred and rejected response of each pair; pairs of
+    one prompt are in decreasing order of their reward difference.
   """
   pairs = []
   for p, (row, known) in enumerate(zip(rewards, valid, strict=True)):
@@ -107,25 +107,25 @@ def choose(
   lengths: np.ndarray,
   rewards: np.ndarray,
 ) -> Pool:
-  """The pool of some of a step's responses.
+  """Builds a pool from selected responses of a step.
 
   Args:
     prompts: P positions in the data set.
-    groups: [N, 1 + g] int, as `singles` and `ranked_pairs` give them.
+    groups: [N, 1 + g] int, as returned by `singles` and `ranked_pairs`.
     tokens: [P, G, T] int32.
     lengths, rewards: [P, G].
   """
-  of, members = groups[:, :1], groups[:, 1:]
+  rows, members = groups[:, :1], groups[:, 1:]
   return Pool(
     np.asarray(prompts, np.int32)[groups[:, 0]],
-    np.asarray(tokens, np.int32)[of, members],
-    np.asarray(lengths, np.int32)[of, members],
-    np.asarray(rewards, np.float32)[of, members],
+    np.asarray(tokens, np.int32)[rows, members],
+    np.asarray(lengths, np.int32)[rows, members],
+    np.asarray(rewards, np.float32)[rows, members],
   )
 
 
 def join(pools: Sequence[Pool]) -> Pool:
-  """One pool of several, in their order; all have, or lack, the same arrays."""
+  """Concatenates pools, which must all have, or lack, the same arrays."""
   return Pool(
     *(
       None if arrays[0] is None else np.concatenate(arrays)
@@ -135,7 +135,7 @@ def join(pools: Sequence[Pool]) -> Pool:
 
 
 def limit(pool: Pool, per_prompt: int) -> Pool:
-  """Keeps the first `per_prompt` groups of every prompt; the order stays."""
+  """Keeps the first `per_prompt` groups of every prompt, in order."""
   seen, kept = {}, []
   for i, prompt in enumerate(pool.prompts.tolist()):
     seen[prompt] = seen.get(prompt, 0) + 1
@@ -145,15 +145,15 @@ def limit(pool: Pool, per_prompt: int) -> Pool:
 
 
 def take(pool: Pool, indices: Sequence[int]) -> Pool:
-  """The groups at `indices`, in that order."""
+  """Returns the groups at `indices`, in that order."""
   chosen = np.asarray(indices, np.int64)
   return Pool(*(None if x is None else x[chosen] for x in pool))
 
 
 def narrowed(pool: Pool, bucket: int = 32) -> Pool:
-  """Cuts off columns behind the longest response, up to multiples of `bucket`.
+  """Cuts columns after the longest response, to a multiple of `bucket`.
 
-  So few shapes are compiled as there are multiples.
+  The multiples bound the number of shapes that are compiled.
   """
   longest = int(pool.lengths.max(initial=1))
   width = min(-(-longest // bucket) * bucket, pool.tokens.shape[2])
@@ -165,10 +165,10 @@ def narrowed(pool: Pool, bucket: int = 32) -> Pool:
 
 
 def to_rollouts(pool: Pool) -> Rollouts:
-  """What an estimator's `prepare` takes: prompts are groups, [N, g, T].
+  """Returns the rollouts for an estimator's `prepare`: groups are prompts.
 
-  The log-probabilities of who wrote the responses are those of the reference
-  where they are known, and otherwise 0, which no likelihood reads.
+  The log-probabilities, [N, g, T], are those of the reference if known, and
+  otherwise 0; no likelihood reads them.
   """
   mask = np.arange(pool.tokens.shape[2]) < pool.lengths[..., None]
   ref = pool.ref_log_probs
@@ -185,7 +185,7 @@ def to_rollouts(pool: Pool) -> Rollouts:
 
 
 def save(path: pathlib.Path, pool: Pool) -> None:
-  """Writes a pool as npz; the file is the old one or the whole new one.
+  """Writes a pool as npz, atomically.
 
   Raises:
     UserError: the disk is full or the folder cannot be written.
@@ -199,12 +199,12 @@ def save(path: pathlib.Path, pool: Pool) -> None:
   except OSError as error:
     raise UserError(
       f'{path} cannot be written: {error.strerror}\n'
-      'make room or mend the disk, then resume'
+      'free some space or fix the disk, then resume'
     ) from error
 
 
 def load(path: pathlib.Path) -> Pool:
-  """Reads what `save` wrote.
+  """Reads a pool that `save` wrote.
 
   Raises:
     UserError: the file is missing or damaged.
@@ -212,7 +212,7 @@ def load(path: pathlib.Path) -> Pool:
   try:
     with np.load(path, allow_pickle=False) as stored:
       return Pool(**{name: _array(stored, name) for name in Pool._fields})
-  except Exception as error:  # A damaged file can raise what it likes.
+  except Exception as error:  # A damaged file can raise any exception.
     raise UserError(
       f'{path} cannot be read: {" ".join(str(error).split())[:200]}\n'
       'restore it from a copy, or start in another --workdir'

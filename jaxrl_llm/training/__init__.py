@@ -1,4 +1,4 @@
-"""Training steps as values: online, on stored responses, and their update."""
+"""Training steps, online and on stored responses, and the shared update."""
 
 from jaxrl_llm.training.critic import Critic, separate, shared
 from jaxrl_llm.training.offline import OfflineTrainer, offline, score_pool

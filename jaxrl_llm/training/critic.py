@@ -1,8 +1,8 @@
 """The critic: a learned value of the state before every token.
 
-A value is a linear function of the hidden state that the logits of the next
-token are computed from.  The trunk that gives the hidden states is the
-critic's own (`separate`) or the policy's (`shared`).
+A value is a linear function of the hidden state from which the logits of the
+next token are computed.  The trunk that computes the hidden states is either
+the critic's own (`separate`) or the policy's (`shared`).
 """
 
 import functools
@@ -22,16 +22,16 @@ Array = jax.Array
 
 
 class Critic(NamedTuple):
-  """A critic is a value of two pure functions.
+  """A critic as a pair of pure functions.
 
   Attributes:
-    config: of the trunk.
+    config: configuration of the trunk.
     init: (parameters of a decoder of `config`, score=None) → the critic's
-      parameters, in arrays of their own.  `score`, [1, D], is the head of a
-      reward model; without one the head is zeros.
+      parameters, in newly allocated arrays.  `score`, [1, D], is the head of a
+      reward model; without it the head is zeros.
     values: (parameters, prompts, responses, hidden) → [P, G, T] float32, in
       units of the reward; index t is the value of the state before token t.
-      `hidden` is what `policy.read` gives of the policy.
+      `hidden` is the result of `policy.read` for the policy.
   """
 
   config: ModelConfig
@@ -40,35 +40,36 @@ class Critic(NamedTuple):
 
 
 def separate(config: ModelConfig) -> Critic:
-  """A critic with a trunk of its own: twice the memory, two aims kept apart.
+  """Builds a critic with its own trunk: twice the memory, separate objectives.
 
-  It begins as a copy of what `init` is given: the policy, or a reward model.
+  The trunk starts as a copy of the parameters passed to `init`: those of the
+  policy or of a reward model.
 
   Args:
-    config: of the trunk, whose tokens are those of the policy.
+    config: configuration of the trunk, which reads the policy's tokens.
   """
   trunk = value_head.trunk(config)
 
   def init(params, score: Array | None = None):
-    own = {name: leaf for name, leaf in params.items() if name != 'head'}
-    own = jax.tree.map(jnp.copy, own)
-    return {'trunk': own, 'value': value_head.init_head(config, score)}
+    kept = {name: leaf for name, leaf in params.items() if name != 'head'}
+    kept = jax.tree.map(jnp.copy, kept)
+    return {'trunk': kept, 'value': value_head.init_head(config, score)}
 
   def values(params, prompts, responses, hidden):
     del hidden
-    own = policy.read(trunk, params['trunk'], prompts, responses)
-    return value_head.apply_head(params['value'], own)
+    states = policy.read(trunk, params['trunk'], prompts, responses)
+    return value_head.apply_head(params['value'], states)
 
   return Critic(trunk, init, values)
 
 
 def shared(config: ModelConfig) -> Critic:
-  """A value head on the policy's hidden states, which it helps to shape.
+  """Builds a critic that is a value head on the policy's hidden states.
 
   The gradient of the value error reaches the policy's trunk.
 
   Args:
-    config: of the policy.
+    config: configuration of the policy.
   """
 
   def init(params, score: Array | None = None):
@@ -93,11 +94,11 @@ def score_values(
   responses: Array,
   micro_prompts: int,
 ) -> Array:
-  """The critic's values of responses, `micro_prompts` prompts at a time.
+  """Computes the critic's values of responses, `micro_prompts` at a time.
 
   Args:
-    config: of the policy.
-    critic: whose values.
+    config: configuration of the policy.
+    critic: the critic to apply.
     trainable: {'policy': parameters, 'critic': parameters}.
     prompts: P prompts.
     responses: [P, G, T] int32.
@@ -109,7 +110,7 @@ def score_values(
 
   def part(inputs):
     inputs = sharding.constrain_rows(inputs)
-    # Of no use to a trunk of its own, and then not computed under jit.
+    # A separate trunk does not use this; jit then removes the computation.
     hidden = policy.read(config, trainable['policy'], *inputs)
     return critic.values(trainable['critic'], *inputs, hidden)
 

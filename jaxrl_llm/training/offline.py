@@ -1,4 +1,4 @@
-"""The step of learning from stored responses, as a value of pure functions.
+"""The training step on stored responses, as a value of pure functions.
 
     trainer = offline(model, est.dpo(), adamw(1e-5))
     state = trainer.init(params)
@@ -32,10 +32,10 @@ class OfflineTrainer(NamedTuple):
   """Training of one estimator on stored responses.
 
   Attributes:
-    init: parameters of the policy → `TrainState`; they are copied, since
-      updates donate the state.
-    step: (state, groups, prompts) → (state, metrics on the host), with groups a
-      `stored.Pool` and prompts the `PromptBatch` of its groups, in their order.
+    init: parameters of the policy → `TrainState`.  The parameters are copied,
+      since updates donate the state.
+    step: (state, groups, prompts) → (state, metrics on the host); `groups` is a
+      `stored.Pool` and `prompts` the `PromptBatch` of its groups, in order.
       `state` is donated.
     make_update: micro_prompts → the jitted update.
   """
@@ -63,11 +63,12 @@ def offline(
     model: configuration of the policy.
     estimator: such as `estimators.sft()` or `estimators.dpo()`; one that needs
       a reference reads `ref_log_probs` of the groups, see `score_pool`.
-    optimizer: of what is trained.
-    decoding: of the likelihoods; temperature 1 by default.
+    optimizer: optimiser of the trained parameters.
+    decoding: distribution of the likelihoods; temperature 1 by default.
     micro_prompts: groups in memory at one time; None for all of a step.
     chunk: positions whose logits exist at one time.
-    forward: None for a policy's; `reward_model.forward(model)` for another.
+    forward: forward pass; None for a policy's, `reward_model.forward(model)`
+      for a reward model.
     per_token, per_response: metrics, as for `make_update`.
   """
   forward = forward or update_lib.policy_forward(model, decoding, chunk)
@@ -105,28 +106,28 @@ def score_pool(
   chunk: int = 256,
   stop: Any = None,
 ) -> np.ndarray:
-  """Scores a pool's tokens: a reference for preferences, or a likelihood.
+  """Computes the log-probabilities of a pool's tokens under a policy.
 
   Args:
-    model, params: of the policy.
+    model, params: the policy.
     pool: N groups of g responses.
-    encoded: prompts; the pool's are positions in them.
+    encoded: prompts that the pool's positions index.
     micro_prompts: groups scored at one time.
     decoding, chunk: as for `offline`.
-    stop: its `check()` is called between parts, and may raise.
+    stop: object whose `check()` is called between parts and may raise.
 
   Returns:
-    [N, g, T] float32 log-probabilities, nats; 0 behind the responses' ends.
+    [N, g, T] float32 log-probabilities, nats; 0 after the responses' ends.
   """
   count = len(pool.prompts)
   scored = []
   for start in range(0, count, micro_prompts):
     if stop is not None:
       stop.check()
-    # The last part is filled up, so that one shape is compiled.
+    # The last part is padded, so that only one shape is compiled.
     part = [min(i, count - 1) for i in range(start, start + micro_prompts)]
     groups = stored.take(pool, part)
-    found = responses.score_tokens(
+    statistics = responses.score_tokens(
       model,
       params,
       responses.to_prompts(prompts_lib.gather(encoded, groups.prompts)),
@@ -136,7 +137,8 @@ def score_pool(
       chunk,
     )
     mask = np.arange(groups.tokens.shape[2]) < groups.lengths[..., None]
-    scored.append(np.where(mask, sharding.to_host(found.log_probs), 0.0))
+    log_probs = sharding.to_host(statistics.log_probs)
+    scored.append(np.where(mask, log_probs, 0.0))
   if not scored:
     return np.zeros(pool.tokens.shape, np.float32)
   return np.concatenate(scored)[:count].astype(np.float32)

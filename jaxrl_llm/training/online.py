@@ -1,4 +1,4 @@
-"""The step of online reinforcement learning, as a value of pure functions.
+"""The training step of online RL, as a value of pure functions.
 
     trainer = online(model, tokenizer, est.rloo(), adamw(1e-5), rewards,
                      generation)
@@ -8,8 +8,9 @@
         state, source.batch(step), jax.random.fold_in(key, step)
       )
 
-A step collects rollouts (samples, scores and completes them for what the
-estimator needs), prepares them (advantages, token weights) and takes updates.
+A step collects rollouts (samples, scores, and adds everything that the
+estimator needs), prepares them (advantages, token weights) and updates the
+parameters.
 """
 
 import functools
@@ -54,20 +55,21 @@ from jaxrl_llm.training import update as update_lib
 from jaxrl_llm.training.update import TrainState
 
 Array = jax.Array
-# Rollouts → a number for the record.
+# Rollouts → a metric for the record.
 Measure = Callable[[Rollouts], Array]
 
 
 class Sampled(NamedTuple):
-  """What a step learned from.
+  """Training data of one step.
 
   Attributes:
-    responses: with their texts and scores.
+    responses: responses with their texts and scores.
     advantages: [P, G] float, means over each response's tokens.
-    tokens: generated, those of branches, greedy responses and discarded groups
-      included.
-    failures: of rewards in worker processes, by name in the record.
-    timings: seconds, of sampling ('rollout_time') and in all ('step_time').
+    tokens: number of generated tokens, including those of branches, greedy
+      responses and discarded groups.
+    failures: failures of rewards in worker processes, by name in the record.
+    timings: seconds of sampling ('rollout_time') and of the whole step
+      ('step_time').
   """
 
   responses: Responses
@@ -81,12 +83,12 @@ class Trainer(NamedTuple):
   """Online training of one estimator.
 
   Attributes:
-    init: parameters → `TrainState`.  The parameters are copied: updates donate
-      the state, and the caller's stay usable.
+    init: parameters → `TrainState`.  The parameters are copied, so that the
+      caller's remain usable although updates donate the state.
     collect: (state, prompts, key, groups=…, stop=…) → `Collected`.
     step: (state, prompts, key, groups=…, stop=…) → (state, metrics, `Sampled`).
       `state` is donated.
-    setting: what every call of `collect` samples under.
+    setting: the `Setting` of every call of `collect`.
     make_update: micro_prompts → the jitted update of a minibatch.
   """
 
@@ -117,14 +119,14 @@ def online(
 ) -> Trainer:
   """Builds the training step of an estimator.
 
-  Whatever `estimator.needs` asks for is sampled or computed.
+  Everything in `estimator.needs` is sampled or computed.
 
   Args:
     model: configuration of the policy.
-    tokenizer: of `transformers`, the model's.
+    tokenizer: the model's tokenizer, from `transformers`.
     estimator: such as `estimators.trepo()`.
-    optimizer: of the policy; with a critic of {'policy': …, 'critic': …}, such
-      as `by_part(policy=…, critic=…)`.
+    optimizer: optimiser of the policy, or of {'policy': …, 'critic': …} if
+      there is a critic, such as `by_part(policy=…, critic=…)`.
     rewards: functions with TRL's signature, each of weight 1, or `RewardPart`s.
     generation: samples per prompt, lengths, temperature.
     reference: parameters of the reference policy, for estimators with a KL.
@@ -134,9 +136,9 @@ def online(
     minibatches: updates per epoch.
     epochs: passes over a step's rollouts.
     chunk: positions whose logits exist at one time.
-    rescore: replaces the sampler's log-probabilities by the trainer's, where
+    rescore: replaces the sampler's log-probabilities by the trainer's, if
       they differ (bfloat16); see `log_prob_difference`.
-    per_token: metrics to average over tokens; None for the usual ones.
+    per_token: metrics to average over tokens; None for the default ones.
     per_batch: metrics of a step's rollouts.
 
   Raises:
@@ -176,7 +178,7 @@ def online(
     return micro_prompts or max(prompts // minibatches, 1)
 
   measures = {name: jax.jit(f) for name, f in (per_batch or {}).items()}
-  prepare, weigh = jax.jit(estimator.prepare), jax.jit(estimator.weigh)
+  prepare, reweight = jax.jit(estimator.prepare), jax.jit(estimator.reweight)
   advance = jax.jit(functools.partial(estimators.update_running, needs))
 
   def init(params: Any) -> TrainState:
@@ -213,11 +215,11 @@ def online(
   ) -> tuple[TrainState, dict[str, float], Sampled]:
     start = time.perf_counter()
     keys = split_key(key)
-    found = collect(state, prompts, keys, groups, stop)
-    whole = (found.responses.prompts, prepare(found.rollouts))
-    running = advance(found.own)
-    record = found.record | {
-      name: measure(found.rollouts) for name, measure in measures.items()
+    collected = collect(state, prompts, keys, groups, stop)
+    whole = (collected.responses.prompts, prepare(collected.rollouts))
+    running = advance(collected.own)
+    record = collected.record | {
+      name: measure(collected.rollouts) for name, measure in measures.items()
     }
     update = make_update(size_of(len(prompts.rows)))
     records = []
@@ -226,14 +228,14 @@ def online(
       for part, batch in minibatches_lib.minibatches(
         whole, minibatches, shuffle
       ):
-        state, metrics = update(state, None, part, weigh(batch))
+        state, metrics = update(state, None, part, reweight(batch))
         records.append(metrics)
     state = state.replace(running=running)
     records = jax.device_get(records)
     seconds = time.perf_counter() - start
-    metrics = reward_metrics(found.responses, found.own)
+    metrics = reward_metrics(collected.responses, collected.own)
     metrics |= update_lib.mean_metrics(records) | jax.device_get(record)
-    return state, metrics, _sampled(found, whole[1].advantages, seconds)
+    return state, metrics, _sampled(collected, whole[1].advantages, seconds)
 
   return Trainer(init, collect, step, setting, make_update)
 
@@ -241,13 +243,13 @@ def online(
 def log_prob_difference(
   setting: Setting, params: Any, prompts: PromptBatch, key: Array
 ) -> float:
-  """Largest |scorer − sampler| log-probability of fresh responses, nats.
+  """Returns the largest |scorer − sampler| log-probability difference, nats.
 
   Args:
-    setting: of a trainer.
-    params: of the policy.
-    prompts: P prompts.
-    key: PRNG key of the sampling.
+    setting: setting of a trainer.
+    params: parameters of the policy.
+    prompts: P prompts, to which new responses are sampled.
+    key: PRNG key for sampling.
   """
   read, samples = generate(
     setting.model,
@@ -269,36 +271,38 @@ def log_prob_difference(
   return float(jnp.where(samples.mask, difference, 0.0).max())
 
 
-def _sampled(found: Collected, advantages: Array, seconds: float) -> Sampled:
+def _sampled(
+  collected: Collected, advantages: Array, seconds: float
+) -> Sampled:
   mask, advantages = sharding.to_host(
-    (found.responses.samples.mask, advantages)
+    (collected.responses.samples.mask, advantages)
   )
   advantages = advantages[:, : mask.shape[1]]
-  # A per-token advantage is shown by its mean over the response.
+  # Advantages per token are shown as their mean over the response.
   shown = (np.broadcast_to(advantages, mask.shape) * mask).sum(axis=2)
   return Sampled(
-    found.responses,
+    collected.responses,
     shown / np.maximum(mask.sum(axis=2), 1),
-    int(mask.sum()) + found.tokens,
-    found.failures,
-    {'rollout_time': found.seconds, 'step_time': seconds},
+    int(mask.sum()) + collected.tokens,
+    collected.failures,
+    {'rollout_time': collected.seconds, 'step_time': seconds},
   )
 
 
 def as_reward(reward: RewardPart | Callable) -> RewardPart:
-  """Returns a function as a reward of weight 1 under its own name."""
+  """Wraps a function as a reward of weight 1 under the function's name."""
   if isinstance(reward, RewardPart):
     return reward
   return RewardPart(getattr(reward, '__name__', 'reward'), reward)
 
 
 def _usual_metrics(needs: estimators.Needs) -> dict[str, Any]:
-  found = diagnostics.per_token()
+  metrics = diagnostics.per_token()
   if needs.reference:
-    found['kl'] = diagnostics.reference_kl
+    metrics['kl'] = diagnostics.reference_kl
   if needs.critic:
-    found |= diagnostics.critic_per_token()
-  return found
+    metrics |= diagnostics.critic_per_token()
+  return metrics
 
 
 def _check(needs, generation: Generation, reference, critic) -> None:
@@ -309,11 +313,11 @@ def _check(needs, generation: Generation, reference, critic) -> None:
     )
   if needs.reference and reference is None:
     raise UserError(
-      'the estimator reads a reference policy, and there is none\n'
+      'the estimator needs a reference policy, but none was passed\n'
       'pass online(…, reference=params)'
     )
   if needs.critic and critic is None:
     raise UserError(
-      'the estimator needs a critic, and there is none\n'
+      'the estimator needs a critic, but none was passed\n'
       'pass online(…, critic=training.separate(model))'
     )

@@ -1,13 +1,14 @@
-"""Reward models: one number for a whole response, learned from preferences.
+"""Reward models: a number for a whole response, learned from preferences.
 
-A reward model is a critic with a trunk of its own (`critic.separate`), read at
-one place: the score of a response is the value of the state after its last
-token.  That is where *ForSequenceClassification of `transformers` reads it.
-Parameters are {'trunk': …, 'value': …} of the critic.
+A reward model is a critic with its own trunk (`critic.separate`), read at one
+position: the score of a response is the value of the state after its last
+token.  *ForSequenceClassification of `transformers` reads the same position.
+Its parameters are {'trunk': …, 'value': …} of the critic.
 
-`Outputs.values` of a critic stand before their tokens.  Here they are moved by
-one, so that index t is the score of the response up to and with token t; the
-state after token T is there too, and no batch needs a column for it.
+In `Outputs.values` of a critic, index t is the value of the state before token
+t.  Here values are shifted by one: index t is the score of the response up to
+and including token t.  This covers the state after the last of T tokens
+without another column in the batch.
 """
 
 import jax
@@ -20,16 +21,16 @@ from jaxrl_llm.training.update import Forward
 
 
 def forward(config: ModelConfig) -> Forward:
-  """The forward pass for `estimators.reward_model`.
+  """Builds the forward pass for `estimators.reward_model`.
 
   `trainable['critic']` holds the parameters, as {'trunk': …, 'value': …}.  The
-  head's bias gets no gradient: a constant cancels in every pair, and what is
-  left of it by rounding Adam would blow up to steps of full size.
+  head's bias gets no gradient: a constant cancels in every pair, and Adam would
+  amplify the remaining rounding errors to steps of full size.
 
-  A reward model gives no probabilities: those of the batch are handed on.
+  A reward model has no token probabilities: those of the batch are returned.
 
   Args:
-    config: of the trunk.
+    config: configuration of the trunk.
   """
 
   def apply(trainable, frozen, prompts: Prompts, batch: Batch):

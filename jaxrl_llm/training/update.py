@@ -1,7 +1,7 @@
 """Train state and the jitted update.
 
-An update scans over micro-batches, sums their gradients, which add up exactly
-because losses are plain sums, and takes one optax step.
+An update scans over micro-batches, sums their gradients and takes one optax
+step.  The sum is exact because losses are plain sums over tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +29,16 @@ Update = Callable[..., tuple['TrainState', dict[str, Array]]]
 
 @chex.dataclass(frozen=True)
 class TrainState:
-  """What an update changes.
+  """State of training: parameters, optimiser state and counters.
 
   Attributes:
-    trainable: {'policy': parameters}, and with a critic {'critic': parameters}
-      beside them.
+    trainable: {'policy': parameters}, with a critic also
+      {'critic': parameters}.
     opt_state: optax state of `trainable`.
     updates: int32, optimiser steps taken.
     skipped: int32, non-finite updates skipped since the last finite one.
-    running: {name: scalar}, the estimator's numbers that outlive a batch; the
-      loop changes them, once per batch.
+    running: {name: scalar}, the estimator's numbers that persist across
+      batches; the loop changes them once per batch.
   """
 
   trainable: Any
@@ -53,17 +53,17 @@ def init_state(
   optimizer: optax.GradientTransformation,
   running: dict[str, Array] | None = None,
 ) -> TrainState:
-  """A state that has taken no update; on a mesh it lives where training is."""
+  """Returns a state before the first update, sharded as for training."""
 
   @jax.jit
   def rest(trainable, running):
-    made = {
+    others = {
       'opt_state': optimizer.init(trainable),
       'updates': jnp.int32(0),
       'skipped': jnp.int32(0),
       'running': running,
     }
-    return sharding.constrain_params(made)
+    return sharding.constrain_params(others)
 
   return TrainState(trainable=trainable, **rest(trainable, running or {}))
 
@@ -74,16 +74,18 @@ def schedule(
   warmup_updates: int = 0,
   decay: str = 'constant',
 ) -> optax.Schedule:
-  """Linear warm-up, then a constant, linear or cosine course.
+  """Builds a schedule: linear warm-up, then constant, linear or cosine.
 
   Args:
-    learning_rate: the highest one.
-    total_updates: where a decay reaches 0; 0 where there is to be no update.
-    warmup_updates: updates in which the rate rises from 0, fewer than all.
+    learning_rate: the highest learning rate.
+    total_updates: number of updates after which a decay reaches 0; 0 if there
+      are no updates.
+    warmup_updates: number of updates in which the rate rises from 0; less than
+      `total_updates`.
     decay: 'constant', 'linear' or 'cosine'.
 
   Raises:
-    UserError: for another `decay`, or a warm-up that takes all updates.
+    UserError: `decay` is unknown, or the warm-up takes all updates.
   """
   if warmup_updates >= total_updates > 0:
     raise UserError(
@@ -101,7 +103,7 @@ def schedule(
     raise UserError(f'decay is {decay!r}; choose one of {list(courses)}')
   if not warmup_updates:
     return courses[decay]()
-  # The first update already moves: the rate at update 0 is not 0.
+  # The rate is positive at update 0, so that the first update has an effect.
   rise = optax.linear_schedule(
     learning_rate / warmup_updates, learning_rate, warmup_updates - 1
   )
@@ -116,13 +118,14 @@ def adamw(
   weight_decay: float = 0.0,
   max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW behind clipping of the gradient's global norm.
+  """Builds AdamW with clipping of the gradient's global norm.
 
   Args:
     learning_rate: a rate or a schedule of the number of updates.
-    b1, b2, eps: Adam's.
-    weight_decay: decoupled; matrices decay, norms and biases do not.
-    max_grad_norm: the largest global norm; None does not clip.
+    b1, b2, eps: parameters of Adam.
+    weight_decay: decoupled weight decay; applies to matrices, not to norms and
+      biases.
+    max_grad_norm: largest global norm; None for no clipping.
   """
   clip = (
     optax.identity()
@@ -141,7 +144,7 @@ class DelayedState(NamedTuple):
   """State of `delayed`.
 
   Attributes:
-    seen: int32, updates it was asked for, up to those that it leaves out.
+    seen: int32, number of updates requested, at most the number skipped.
     inner: state of the optimiser.
   """
 
@@ -152,14 +155,14 @@ class DelayedState(NamedTuple):
 def delayed(
   optimizer: optax.GradientTransformation, updates: int
 ) -> optax.GradientTransformation:
-  """An optimiser that leaves out its first updates.
+  """Wraps an optimiser so that it skips its first updates.
 
-  Parameters and its own state stay as they are until then, bit for bit, so
-  that its schedule begins when it does.
+  Until then, parameters and optimiser state are unchanged, bit for bit, so that
+  the schedule starts with the first update that is applied.
 
   Args:
-    optimizer: what begins later.
-    updates: how many are left out.
+    optimizer: the optimiser to delay.
+    updates: number of updates to skip.
   """
 
   def init(params: Any) -> DelayedState:
@@ -168,7 +171,7 @@ def delayed(
   def update(gradients: Any, state: DelayedState, params: Any = None):
     begun = state.seen >= updates
     changes, inner = optimizer.update(gradients, state.inner, params)
-    # x + −0 is x also where x is −0.
+    # −0 leaves every x unchanged, including −0; +0 would not.
     changes = jax.tree.map(lambda x: jnp.where(begun, x, -0.0), changes)
     inner = jax.tree.map(
       lambda new, old: jnp.where(begun, new, old), inner, state.inner
@@ -182,10 +185,10 @@ def delayed(
 def by_part(
   **optimizers: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """An optimiser of its own for each part of `TrainState.trainable`.
+  """Combines one optimiser for each part of `TrainState.trainable`.
 
-  Each clips, schedules and decays by itself: the size of one part's gradient
-  changes nothing for another.
+  Each has its own clipping, schedule and decay: the gradient norm of one part
+  does not affect another.
 
   Args:
     **optimizers: by the part's name, such as policy=…, critic=….
@@ -196,7 +199,7 @@ def by_part(
 def policy_forward(
   config: ModelConfig, decoding: policy.Decoding, chunk: int = 256
 ) -> Forward:
-  """The forward pass of a policy without a critic.
+  """Builds the forward pass of a policy without a critic.
 
   Args:
     config: the model; `trainable['policy']` holds its parameters.
@@ -220,7 +223,9 @@ def actor_critic_forward(
   critic: Critic,
   chunk: int = 256,
 ) -> Forward:
-  """The forward pass of a policy and its critic; the policy is read once.
+  """Builds the forward pass of a policy and its critic.
+
+  The policy is evaluated once.
 
   Args:
     config: the policy; `trainable['policy']` holds its parameters.
@@ -255,12 +260,12 @@ def make_update(
 ) -> Update:
   """Builds the jitted update.
 
-  An update whose loss or gradient is not finite is skipped: parameters and
-  optimiser state stay as they are, bit for bit, and `state.skipped` grows.
+  An update with a non-finite loss or gradient is skipped: parameters and
+  optimiser state are unchanged, bit for bit, and `state.skipped` increases.
 
   Args:
-    forward: gives the loss's inputs from the parameters.
-    estimator: the loss.
+    forward: computes the loss's inputs from the parameters.
+    estimator: estimator that defines the loss.
     optimizer: optax transformation of `trainable`.
     micro_prompts: prompts, each with all its responses, per micro-batch.
     per_token: metrics to average over the minibatch's tokens.
@@ -269,7 +274,7 @@ def make_update(
   Returns:
     update(state, frozen, prompts, batch) → (state, metrics).  `state` is
     donated.  metrics holds scalars: `loss`, `skipped`, the policy's
-    `grad_norm` (and another part's, as `critic/grad_norm`), the means of
+    `grad_norm` (for other parts, such as `critic/grad_norm`), the means of
     `per_token` and `per_response`, and the mean and maximum of
     `log_prob_difference`.
   """
@@ -302,7 +307,7 @@ def make_update(
       return jax.tree.map(jnp.add, gradients, gradient), (loss, aux)
 
     parts = split_prompts((prompts, batch), micro_prompts)
-    # Sums of bfloat16 gradients would depend on how they were split.
+    # Sums of bfloat16 gradients would depend on the split into parts.
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
       state.trainable,
@@ -357,7 +362,7 @@ def _apply(
 
 
 def _is_matrix(params: Any) -> Any:
-  """True for kernels and embeddings, by name: stacked norms are 2-D too."""
+  """Marks kernels and embeddings, by name: stacked norms are 2-D as well."""
 
   def is_matrix(path, leaf) -> bool:
     del leaf
@@ -367,10 +372,10 @@ def _is_matrix(params: Any) -> Any:
 
 
 def mean_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Returns the numbers of a step's updates: means over them, except for two.
+  """Averages the metrics of a step's updates, with two exceptions.
 
   The log-probability difference is that of the first update, whose parameters
-  are those that sampled; `skipped` is the longest run of skips.
+  are the ones that sampled; `skipped` is the longest run of skips.
 
   Args:
     records: metrics of each update, on the host.

@@ -90,7 +90,7 @@ def test_branch_rows_train_what_they_added_and_do_not_count():
   shares[:, 1:3, 2:] = 1 / 2
   np.testing.assert_allclose(batch.weights, shares / (3 * size[0]), rtol=1e-6)
   part = changed(batch, lambda x: x[:1])
-  weighed = needing(branches=rule).weigh(part)
+  weighed = needing(branches=rule).reweight(part)
   np.testing.assert_allclose(weighed.weights, shares[:1] / 3, rtol=1e-6)
 
 
@@ -215,7 +215,7 @@ def test_weigh_follows_the_rows_of_a_minibatch():
   rollouts, _ = random_rollouts(0, prompts=4)
   part = lambda x: changed(x, lambda a: a[1:3])
   for estimator in (est.grpo(), est.sft()):
-    weighed = estimator.weigh(part(estimator.prepare(rollouts)))
+    weighed = estimator.reweight(part(estimator.prepare(rollouts)))
     alone = estimator.prepare(part(rollouts))
     np.testing.assert_array_equal(weighed.weights, alone.weights)
     np.testing.assert_array_equal(weighed.advantages, alone.advantages)

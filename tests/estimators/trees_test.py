@@ -104,7 +104,7 @@ def changed(estimator, change):
   """The estimator with a batch that `change`, (batch, rollouts), has made."""
 
   def prepare(rollouts):
-    return estimator.weigh(change(estimator.prepare(rollouts), rollouts))
+    return estimator.reweight(change(estimator.prepare(rollouts), rollouts))
 
   return estimator._replace(prepare=prepare)
 

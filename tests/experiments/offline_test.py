@@ -315,8 +315,7 @@ def test_pairs_over_budget_are_an_error_or_counted(tmp_path):
   config.prompts.overlong = 'drop'
   phase, _ = phase_of(config, tmp_path, long)
   assert any(
-    '11 pairs' in line and '1 with a response' in line
-    for line in phase.describe()
+    '11 pairs' in line and '1 by response' in line for line in phase.describe()
   )
 
 
@@ -353,7 +352,7 @@ def changed(config: ConfigDict, **values):
 @pytest.mark.parametrize(
   'name, values, said',
   [
-    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script learns by"),
+    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script supports"),
     ('rest_em', {'rounds.sampling': 0}, 'learns from its own samples'),
     ('rest_em', {'rounds.learning': 0}, 'a round would learn nothing'),
     ('rest_em', {'steps': 61}, 'set it to 60 or 80'),
@@ -372,7 +371,7 @@ def changed(config: ConfigDict, **values):
     ('dpo', {'rollout.samples': 1}, 'needs at least 2 per prompt'),
     ('dpo', {'training.micro_prompts': 3}, 'does not divide'),
     ('dpo', {'rounds.sampling': 0}, 'config.rounds.learning is 10'),
-    ('sft', {}, 'learns from what the task gives'),
+    ('sft', {}, 'learns from the data of the task'),
     ('sft', {'rounds.sampling': 0, 'rounds.learning': 0}, 'set it to 4'),
     ('sft', GIVEN | {'prompts.pass_rates': 'x'}, 'learns from demonstrations'),
     ('sft', GIVEN | {'tokens': 9}, 'config.tokens is 9, but nothing'),
@@ -402,7 +401,7 @@ def test_online_rl_has_no_rounds():
     ('train', 'sft', 'experiments.sft'),
     ('train', 'ipo', 'experiments.preference'),
     ('train', 'rest_em', 'experiments.rest_em'),
-    ('sft', 'dpop', 'set sft, or train by it with experiments.preference'),
+    ('sft', 'dpop', 'set sft, or train with experiments.preference'),
     ('dpo', 'grpo', 'set dpo, dpop or ipo, or .* with experiments.train'),
     ('rest_em', '', 'set rest_em$'),
   ],

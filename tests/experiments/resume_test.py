@@ -56,7 +56,7 @@ def test_stops_and_bad_rewards_leave_the_same_records(tmp_path):
     ended = scripts.train(workdir, config).wait()
     refused(ended, "reward 'symbols' returned nan for sample 3", 'finite')
     reward = tmp_path / 'config' / 'reward.py'
-    assert f'changed since this run last began: {reward}\n' in ended.err
+    assert f'changed since this run last started: {reward}\n' in ended.err
     assert before <= scripts.steps_written(workdir) < scripts.TOTAL
   scripts.write_reward(tmp_path / 'config')
   ended = scripts.train(workdir, config).wait()
@@ -92,7 +92,7 @@ def test_without_a_configuration_file(tmp_path):
   for script, flags, texts in (
     ('train', [], ['config.rewards.symbols.name is', 'add --trust_code']),
     ('train', ['--config.steps=3'], ['--config.steps', '--config=FILE.py']),
-    ('sft', ['--trust_code'], ['train by it with experiments.train']),
+    ('sft', ['--trust_code'], ['train with experiments.train']),
   ):
     refused(scripts.run(script, *alone, *flags), *texts)
   assert not newest.exists()

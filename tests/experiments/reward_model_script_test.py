@@ -198,7 +198,7 @@ def test_a_model_that_learned_nothing_has_no_temperature(tmp_path):
   [
     ({'rewards': {'a': {'name': 'sentiment'}}}, 'learns from pairs alone'),
     ({'warm_start.steps': 3}, 'config.warm_start.steps is 3'),
-    ({'algorithm.name': 'dpo'}, "'dpo': this script learns by"),
+    ({'algorithm.name': 'dpo'}, "'dpo': this script supports"),
     ({'rounds.sampling': 2}, 'config.rounds.sampling is 2'),
     ({'critic.warmup': 2}, 'has no critic'),
   ],
@@ -242,7 +242,7 @@ def test_rows_that_are_no_pairs_are_refused(model, tmp_path):
   for columns, words in (
     (
       {'chosen': '1' * 20},
-      '1 of 12 pairs have a text of more than .* 8, behind',
+      '1 of 12 pairs have a text of more than .* 8, after',
     ),
     ({'rejected': None}, 'row 5 has no text in its column rejected'),
     ({'chosen': '1', 'rejected': '1'}, 'row 5 are the same tokens'),

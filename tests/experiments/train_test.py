@@ -178,7 +178,7 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
   code = train.train(config.get_config().lock(), tmp_path / 'run')
   assert code == 128 + signal.SIGINT
   assert capsys.readouterr().err == (
-    'interrupted at once: --resume continues from the last checkpoint\n'
+    'interrupted: --resume continues from the last checkpoint\n'
   )
   # The folder is free, and resumes as after a kill.
   with open_run(

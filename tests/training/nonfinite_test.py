@@ -104,8 +104,7 @@ def test_the_third_in_a_row_ends_the_run(runs):
   message = second.err[second.err.index('error: ') :].splitlines()
   assert len(message) == 2
   assert message[0].endswith(
-    '3 updates in a row were not finite, up to step 9; parameters are those '
-    'before'
+    '3 updates in a row were not finite, up to step 9; parameters unchanged'
   )
   assert 'lower the learning rate' in message[1]
   assert str(workdir / 'nonfinite_batch.npz') in message[1]
