@@ -16,6 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = pathlib.Path('jaxrl_llm/estimators')
+TESTS = pathlib.Path('tests/estimators')
 
 
 class Mutation(NamedTuple):
@@ -145,8 +146,8 @@ MUTATIONS = {
   ),
   'a branch trains what it inherited': Mutation(
     'compose.py',
-    'own = rollouts.mask & (time >= rollouts.forked_at)',
-    'own = rollouts.mask & (time >= 0)',
+    'rollouts.mask & (time >= rollouts.forked_at)',
+    'rollouts.mask & (time >= 0)',
     'compose_test.py',
   ),
   'a continuation in its own baseline': Mutation(
@@ -195,13 +196,13 @@ MUTATIONS = {
     'preferences.py',
     'preferred = jnp.where(batch.advantages > 0,',
     'preferred = jnp.where(batch.advantages < 0,',
-    'psupervised_preference_test.py',
+    'preferences_test.py',
   ),
   'a score before the last token': Mutation(
     'preferences.py',
     'numbers = jnp.arange(1, mask.shape[2] + 1)[None, None]',
     'numbers = jnp.arange(mask.shape[2], 0, -1)[None, None]',
-    'psupervised_preference_test.py',
+    'preferences_test.py',
   ),
   'DAPO with one clip': Mutation(
     'algorithms.py',
@@ -330,7 +331,7 @@ def test_the_table_fits_the_sources(name):
   source = (ROOT / SOURCES / mutation.source).read_text()
   assert source.count(mutation.old) == 1
   compile(source.replace(mutation.old, mutation.new), mutation.source, 'exec')
-  assert (ROOT / 'tests' / mutation.test).is_file()
+  assert (ROOT / TESTS / mutation.test).is_file()
 
 
 def copy(folder):
@@ -342,8 +343,9 @@ def copy(folder):
 
 def run(folder, *tests):
   command = [sys.executable, '-m', 'pytest', '-n0', '-x', '-q', '--tb=line']
+  paths = [str(TESTS / test) for test in tests]
   done = subprocess.run(
-    [*command, '-p', 'no:cacheprovider', *(f'tests/{test}' for test in tests)],
+    [*command, '-p', 'no:cacheprovider', *paths],
     cwd=folder,
     env=os.environ | {'PYTHONPATH': str(folder)},
     capture_output=True,

@@ -123,6 +123,7 @@ def fields_read() -> dict[str, set[str]]:
       read[node.attr] |= {of, *stands_for[of]}
   # `held_out` makes a dictionary of its section.
   read['temperature'].add('evaluation')
+  read['batch'].add('evaluation')
   return read
 
 
