@@ -259,11 +259,7 @@ def complete(
   if needs.reference:
     ref_log_probs = score(setting.reference).log_probs
   # Scores come last: until here, work was only dispatched to the device.
-  scores, greedy_rewards = responses.scores, None
-  if needs.greedy:
-    totals = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
-    greedy_rewards = totals.reshape(-1, 1, 1).astype(np.float32)
-    greedy_rewards = sharding.place_rows(greedy_rewards)
+  scores = responses.scores
   shape = samples.finished.shape
   rewards, valid = sharding.place_rows(
     (
@@ -279,13 +275,20 @@ def complete(
     sampler_log_probs=samples.log_probs if rescored else None,
     rewards=rewards,
     valid=valid,
-    greedy_rewards=greedy_rewards,
+    greedy_rewards=_greedy_rewards(baseline) if needs.greedy else None,
     ref_log_probs=ref_log_probs,
     entropy=statistics.entropy if needs.entropy else None,
     score_norms=statistics.score_norms if needs.score_norms else None,
     values=values,
     running=running,
   )
+
+
+def _greedy_rewards(baseline: Responses) -> Array:
+  """Returns [P, 1, 1] rewards of greedy responses, 0 for those without one."""
+  rewards = np.where(baseline.scores.valid, baseline.scores.total, 0.0)
+  rewards = rewards.reshape(-1, 1, 1).astype(np.float32)
+  return sharding.place_rows(rewards)
 
 
 def _check(setting: Setting) -> None:

@@ -174,70 +174,105 @@ def online(
       forward, estimator, optimizer, size, per_token
     )
 
-  def size_of(prompts: int) -> int:
-    return micro_prompts or max(prompts // minibatches, 1)
-
-  measures = {name: jax.jit(f) for name, f in (per_batch or {}).items()}
-  prepare, reweight = jax.jit(estimator.prepare), jax.jit(estimator.reweight)
-  advance = jax.jit(functools.partial(estimators.update_running, needs))
-
-  def init(params: Any) -> TrainState:
-    copied = jax.tree.map(jnp.copy, params)
-    trainable = {'policy': copied}
-    if needs.critic:
-      trainable['critic'] = sharding.place(critic.init(copied))
-    running = estimators.start_running(needs)
-    return update_lib.init_state(trainable, optimizer, running)
-
-  def collect(
-    state: TrainState,
-    prompts: PromptBatch,
-    key: Array | Keys,
-    groups: Groups = as_sampled,
-    stop: Any = None,
-  ) -> Collected:
-    return collect_rollouts(
-      setting._replace(micro_prompts=size_of(len(prompts.rows))),
-      state.trainable,
-      state.running,
-      prompts,
-      key,
-      groups,
-      stop,
-    )
-
-  def step(
-    state: TrainState,
-    prompts: PromptBatch,
-    key: Array | Keys,
-    groups: Groups = as_sampled,
-    stop: Any = None,
-  ) -> tuple[TrainState, dict[str, float], Sampled]:
-    start = time.perf_counter()
-    keys = split_key(key)
-    collected = collect(state, prompts, keys, groups, stop)
-    whole = (collected.responses.prompts, prepare(collected.rollouts))
-    running = advance(collected.own)
-    record = collected.record | {
-      name: measure(collected.rollouts) for name, measure in measures.items()
-    }
-    update = make_update(size_of(len(prompts.rows)))
-    records = []
-    for epoch in range(epochs):
-      shuffle = jax.random.fold_in(keys.shuffle, epoch)
-      for part, batch in minibatches_lib.minibatches(
-        whole, minibatches, shuffle
-      ):
-        state, metrics = update(state, None, part, reweight(batch))
-        records.append(metrics)
-    state = state.replace(running=running)
-    records = jax.device_get(records)
-    seconds = time.perf_counter() - start
-    metrics = reward_metrics(collected.responses, collected.own)
-    metrics |= update_lib.mean_metrics(records) | jax.device_get(record)
-    return state, metrics, _sampled(collected, whole[1].advantages, seconds)
-
+  parts = _Parts(
+    setting,
+    optimizer,
+    critic,
+    make_update,
+    micro_prompts,
+    minibatches,
+    epochs,
+    jax.jit(estimator.prepare),
+    jax.jit(estimator.reweight),
+    jax.jit(functools.partial(estimators.update_running, needs)),
+    {name: jax.jit(f) for name, f in (per_batch or {}).items()},
+  )
+  init, collect, step = (
+    functools.partial(function, parts) for function in (_init, _collect, _step)
+  )
   return Trainer(init, collect, step, setting, make_update)
+
+
+class _Parts(NamedTuple):
+  """Everything that the functions of a trainer close over."""
+
+  setting: Setting
+  optimizer: optax.GradientTransformation
+  critic: critic_lib.Critic | None
+  make_update: Callable[[int], update_lib.Update]
+  micro_prompts: int | None
+  minibatches: int
+  epochs: int
+  prepare: Callable[[Rollouts], Any]
+  reweight: Callable[[Any], Any]
+  advance: Callable[[Rollouts], dict[str, Array]]
+  measures: Mapping[str, Measure]
+
+  def size(self, prompts: PromptBatch) -> int:
+    """Returns the number of prompts in memory at one time."""
+    return self.micro_prompts or max(len(prompts.rows) // self.minibatches, 1)
+
+
+def _init(parts: _Parts, params: Any) -> TrainState:
+  copied = jax.tree.map(jnp.copy, params)
+  trainable = {'policy': copied}
+  if parts.setting.needs.critic:
+    trainable['critic'] = sharding.place(parts.critic.init(copied))
+  running = estimators.start_running(parts.setting.needs)
+  return update_lib.init_state(trainable, parts.optimizer, running)
+
+
+def _collect(
+  parts: _Parts,
+  state: TrainState,
+  prompts: PromptBatch,
+  key: Array | Keys,
+  groups: Groups = as_sampled,
+  stop: Any = None,
+) -> Collected:
+  return collect_rollouts(
+    parts.setting._replace(micro_prompts=parts.size(prompts)),
+    state.trainable,
+    state.running,
+    prompts,
+    key,
+    groups,
+    stop,
+  )
+
+
+def _step(
+  parts: _Parts,
+  state: TrainState,
+  prompts: PromptBatch,
+  key: Array | Keys,
+  groups: Groups = as_sampled,
+  stop: Any = None,
+) -> tuple[TrainState, dict[str, float], Sampled]:
+  start = time.perf_counter()
+  keys = split_key(key)
+  collected = _collect(parts, state, prompts, keys, groups, stop)
+  whole = (collected.responses.prompts, parts.prepare(collected.rollouts))
+  running = parts.advance(collected.own)
+  record = collected.record | {
+    name: measure(collected.rollouts)
+    for name, measure in parts.measures.items()
+  }
+  update = parts.make_update(parts.size(prompts))
+  records = []
+  for epoch in range(parts.epochs):
+    shuffle = jax.random.fold_in(keys.shuffle, epoch)
+    for part, batch in minibatches_lib.minibatches(
+      whole, parts.minibatches, shuffle
+    ):
+      state, metrics = update(state, None, part, parts.reweight(batch))
+      records.append(metrics)
+  state = state.replace(running=running)
+  records = jax.device_get(records)
+  seconds = time.perf_counter() - start
+  metrics = reward_metrics(collected.responses, collected.own)
+  metrics |= update_lib.mean_metrics(records) | jax.device_get(record)
+  return state, metrics, _sampled(collected, whole[1].advantages, seconds)
 
 
 def log_prob_difference(
