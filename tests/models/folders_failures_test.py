@@ -59,15 +59,15 @@ def test_a_kill_between_the_renames_keeps_the_old_folder(
 # Saves, and dies where nothing is cleaned up or, told to, waits meanwhile.
 KILLED = """
 import os, signal, sys, time
-from jaxrl_llm.models import pretrained, writing
+from jaxrl_llm.models.huggingface import folders, writing
 def write(*args):
   print('writing', flush=True)
   if sys.argv[2] == 'wait':
     time.sleep(60)
   os.kill(os.getpid(), signal.SIGKILL)
-config, params = pretrained.load(sys.argv[1])
+config, params = folders.load(sys.argv[1])
 writing.write = write
-pretrained.save(sys.argv[1], config, params)
+folders.save(sys.argv[1], config, params)
 """
 
 
@@ -133,12 +133,12 @@ FULL = """
 import resource, signal, sys
 import jax, jax.numpy as jnp
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.models import pretrained
-config, params = pretrained.load(sys.argv[1])
+from jaxrl_llm.models.huggingface import folders
+config, params = folders.load(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 try:
-  pretrained.save(sys.argv[1], config, jax.tree.map(jnp.zeros_like, params))
+  folders.save(sys.argv[1], config, jax.tree.map(jnp.zeros_like, params))
 except UserError as error:
   print(error)
 """
