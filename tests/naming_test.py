@@ -75,7 +75,6 @@ def test_a_function_of_a_module_that_can_be_imported():
     'os.path:join',
     'multiprocessing.util:spawnv_passfds',
     # What other modules have imported of it.
-    'six.moves.builtins:eval',
     'exporting.py:system',
     'exporting.py:Popen',
     'exporting.py:choice',
