@@ -72,13 +72,13 @@ def measure(
   for number in range(rounds + 1):
     keys = jax.random.split(jax.random.key(number), 3)
     (_, (responses, cache)), seconds = _time(lambda key=keys[0]: respond(key))
-    places = jax.block_until_ready(
-      branches.fork_places(
+    fork_positions = jax.block_until_ready(
+      branches.draw_fork_positions(
         wanted, responses.tokens, responses.mask, None, keys[1]
       )
     )
     (_, work), branch_seconds = _time(
-      lambda state=(cache, responses, places, keys[2]): sampling.fork(
+      lambda state=(cache, responses, fork_positions, keys[2]): sampling.fork(
         model.config,
         model.params,
         *state,
@@ -101,7 +101,7 @@ def measure(
         'utilization': mask.sum() / row_steps,
         'branch_utilization': int(work.tokens) / float(work.row_steps),
         'copied_bytes': float(work.copied),
-        'prefix_bytes': slot_bytes * int(places.sum()) * wanted.samples,
+        'prefix_bytes': slot_bytes * int(fork_positions.sum()) * wanted.samples,
       }
     )
   seconds = [one.pop('branch_seconds') for one in records][1:]

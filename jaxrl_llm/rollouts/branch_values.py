@@ -49,15 +49,15 @@ def add_values(
   """
   num_prompts, groups, length = rollouts.mask.shape
   shape = (num_prompts, groups, -1, wanted.samples)
-  of_place = functools.partial(_of_place, forks.owners)
+  of_fork = functools.partial(_of_fork, forks.shared_with)
   returns = branch_returns(wanted.shaping, rows.rewards, rows, forks.forked_at)
-  returns = of_place(returns.reshape(shape))
-  valid = of_place(valid_responses(rows).reshape(shape))
-  known = valid.any(axis=-1) & (forks.places > 0)
+  returns = of_fork(returns.reshape(shape))
+  valid = of_fork(valid_responses(rows).reshape(shape))
+  known = valid.any(axis=-1) & (forks.fork_positions > 0)
   time = jnp.arange(length)[None, None, None]
-  here = (forks.places[..., None] == time) & known[..., None]
+  here = (forks.fork_positions[..., None] == time) & known[..., None]
 
-  def at_places(weights):
+  def at_forks(weights):
     weights = jnp.where(valid, weights, 0.0)
     mean = (weights * returns).sum(axis=-1) / jnp.where(
       known, weights.sum(axis=-1), 1.0
@@ -65,37 +65,37 @@ def add_values(
     return jnp.where(here, mean[..., None], 0.0).sum(axis=2)
 
   additions = {
-    'branch_values': at_places(jnp.ones(returns.shape)),
+    'branch_values': at_forks(jnp.ones(returns.shape)),
     'branch_mask': here.any(axis=2),
   }
   if wanted.score_weighted:
-    weights = _segment_norms(rows, forks, wanted, shape, of_place)
+    weights = _segment_norms(rows, forks, wanted, shape, of_fork)
     total = jnp.where(valid, weights, 0.0).sum(axis=-1, keepdims=True)
     # If nothing was random, all branches count equally.
     weights = jnp.where(total > 0, weights, 1.0)
-    additions['branch_baselines'] = at_places(weights)
+    additions['branch_baselines'] = at_forks(weights)
   return rollouts.replace(**additions)
 
 
-def _of_place(owners: Array, x: Array) -> Array:
-  """Copies [P, G, M, K, ...] values of owners to the positions they serve."""
+def _of_fork(shared_with: Array, x: Array) -> Array:
+  """Copies [P, G, M, K, ...] values to all forks that share them."""
   flat = x.reshape(x.shape[0], -1, *x.shape[3:])
-  index = owners.reshape(*flat.shape[:2], *(1,) * (flat.ndim - 2))
+  index = shared_with.reshape(*flat.shape[:2], *(1,) * (flat.ndim - 2))
   return jnp.take_along_axis(flat, index, axis=1).reshape(x.shape)
 
 
-def _segment_norms(rows, forks, wanted, shape, of_place) -> Array:
+def _segment_norms(rows, forks, wanted, shape, of_fork) -> Array:
   """Sums the branches' squared scores up to the next fork, [P, G, M, K].
 
   The next fork is the first one that the rule places in the branch, using its
   state for the response.
   """
   length = rows.mask.shape[2]
-  take = lambda x: of_place(x.reshape(*shape, length))
+  take = lambda x: of_fork(x.reshape(*shape, length))
   tokens, mask, norms = map(take, (rows.tokens, rows.mask, rows.score_norms))
   entropy = None if rows.entropy is None else take(rows.entropy)
   time = jnp.arange(length)[None, None, None, None]
-  start = forks.places[..., None, None]
+  start = forks.fork_positions[..., None, None]
   next_forks = mark_rows(wanted, tokens, mask, entropy, forks.key)
   begun = time >= start
   ended = jnp.cumsum(next_forks & (time > start), axis=-1) > 0

@@ -27,8 +27,9 @@ class ForkPoints(NamedTuple):
   """Fork points of branches: M per response, K branches each, R = G·M·K.
 
   Attributes:
-    places: [P, G, M] int32, number of tokens before each fork; 0 for no fork.
-    owners: [P, G, M] int32, index g·M + m of the fork point whose branches
+    fork_positions: [P, G, M] int32, number of tokens before each fork; 0 for
+      no fork.
+    shared_with: [P, G, M] int32, index g·M + m of the fork point whose branches
       serve this one: responses with the same prefix share a state.
     parents: [P, R, 1] int32, the response that a branch forks from.
     forked_at: [P, R, 1] int32, number of its tokens that the branch keeps; 0
@@ -36,8 +37,8 @@ class ForkPoints(NamedTuple):
     key: PRNG key of the rule: response i of [P·G] draws its state from split i.
   """
 
-  places: Array
-  owners: Array
+  fork_positions: Array
+  shared_with: Array
   parents: Array
   forked_at: Array
   key: Array
@@ -73,10 +74,12 @@ class Branched(NamedTuple):
     branches/copied_bytes: bytes of keys and values, which every row copies
       once and whenever it takes over a response.
     """
-    places, owners = sharding.to_host((self.forks.places, self.forks.owners))
-    is_owner = owners == _slots(places.shape)
-    forks = int(((places > 0) & is_owner).sum())
-    shared = int((~is_owner).sum())
+    fork_positions, shared_with = sharding.to_host(
+      (self.forks.fork_positions, self.forks.shared_with)
+    )
+    is_first = shared_with == _slots(fork_positions.shape)
+    forks = int(((fork_positions > 0) & is_first).sum())
+    shared = int((~is_first).sum())
     share = lambda part, whole: float(part) / max(float(whole), 1.0)
     return {
       'branches/forks': forks,
@@ -116,14 +119,18 @@ def branch(
   """
   samples = responses.samples
   rule_key, sample_key = jax.random.split(key)
-  places = fork_places(
+  fork_positions = draw_fork_positions(
     wanted, samples.tokens, samples.mask, samples.entropy, rule_key
   )
-  host_places, host_tokens = sharding.to_host((places, samples.tokens))
-  owners = find_owners(host_places, host_tokens)
-  sampled = np.where(owners == _slots(owners.shape), host_places, 0)
-  sampled, places, owners = sharding.place_rows(
-    (sampled, sampled if wanted.trained else host_places, owners)
+  host_positions, host_tokens = sharding.to_host(
+    (fork_positions, samples.tokens)
+  )
+  shared_with = find_shared(host_positions, host_tokens)
+  sampled = np.where(
+    shared_with == _slots(shared_with.shape), host_positions, 0
+  )
+  sampled, fork_positions, shared_with = sharding.place_rows(
+    (sampled, sampled if wanted.trained else host_positions, shared_with)
   )
   forked, work = sampling.fork(
     config,
@@ -143,12 +150,12 @@ def branch(
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scoring
   )
-  forks = ForkPoints(places, owners, parents, forked_at, rule_key)
+  forks = ForkPoints(fork_positions, shared_with, parents, forked_at, rule_key)
   return Branched(rows, forks, work)
 
 
 @functools.partial(jax.jit, static_argnames='wanted')
-def fork_places(
+def draw_fork_positions(
   wanted: Branches,
   tokens: Array,
   mask: Array,
@@ -191,19 +198,19 @@ def mark_rows(
   return forks.reshape(mask.shape)
 
 
-def find_owners(places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def find_shared(fork_positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
   """Finds the prompt's first fork point g·M + m with the same state, [P, G, M].
 
   Args:
-    places: [P, G, M], from `fork_places`.
+    fork_positions: [P, G, M], from `draw_fork_positions`.
     tokens: [P, G, T].
   """
-  owners = _slots(places.shape).copy()
+  shared_with = _slots(fork_positions.shape).copy()
   first: dict[tuple, int] = {}
-  for p, g, m in zip(*np.nonzero(places), strict=True):
-    state = (p, tokens[p, g, : places[p, g, m]].tobytes())
-    owners[p, g, m] = first.setdefault(state, owners[p, g, m])
-  return owners
+  for p, g, m in zip(*np.nonzero(fork_positions), strict=True):
+    state = (p, tokens[p, g, : fork_positions[p, g, m]].tobytes())
+    shared_with[p, g, m] = first.setdefault(state, shared_with[p, g, m])
+  return shared_with
 
 
 def _slots(shape: tuple[int, ...]) -> np.ndarray:
@@ -213,13 +220,13 @@ def _slots(shape: tuple[int, ...]) -> np.ndarray:
 
 
 @jax.jit
-def _as_rows(samples, forked, places):
+def _as_rows(samples, forked, fork_positions):
   """Joins prefixes and continuations into whole responses.
 
   Args:
     samples: [P, G, T].
     forked: [P, G, M, K, T − 1].
-    places: [P, G, M], 0 without branches.
+    fork_positions: [P, G, M], 0 without branches.
 
   Returns:
     `Samples` [P, R, T], parents [P, R, 1] and forked_at [P, R, 1].
@@ -228,7 +235,7 @@ def _as_rows(samples, forked, places):
   count, branches = forked.tokens.shape[2:4]
   rows = groups * count * branches
   time = jnp.arange(length)[None, None, None, None]
-  start = places[..., None, None]
+  start = fork_positions[..., None, None]
   later = jnp.maximum(time - start, 0)
   later = jnp.broadcast_to(later, (*forked.tokens.shape[:4], length))
   # One position more than the longest continuation; it is never read.
@@ -256,7 +263,9 @@ def _as_rows(samples, forked, places):
   each = count * branches
   parents = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), each)
   parents = jnp.broadcast_to(parents[None, :, None], (num_prompts, rows, 1))
-  forked_at = jnp.repeat(places.reshape(num_prompts, -1), branches, axis=1)
+  forked_at = jnp.repeat(
+    fork_positions.reshape(num_prompts, -1), branches, axis=1
+  )
   return whole, parents, forked_at[..., None]
 
 

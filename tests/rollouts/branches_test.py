@@ -91,10 +91,12 @@ def valued(model, positions, shaping=(), **settings):
 
 def test_states_are_shared_between_responses_that_begin_alike():
   tokens = np.array([[[3, 4, 5], [3, 4, 6], [3, 5, 5]], [[3, 4, 5]] * 3])
-  places = np.array([[[1, 2], [1, 2], [0, 2]], [[2, 0], [0, 1], [1, 2]]])
-  owners = branches.find_owners(places, tokens)
+  fork_positions = np.array(
+    [[[1, 2], [1, 2], [0, 2]], [[2, 0], [0, 1], [1, 2]]]
+  )
+  shared_with = branches.find_shared(fork_positions, tokens)
   np.testing.assert_array_equal(
-    owners, [[[0, 1], [0, 1], [4, 5]], [[0, 1], [2, 3], [3, 0]]]
+    shared_with, [[[0, 1], [0, 1], [4, 5]], [[0, 1], [2, 3], [3, 0]]]
   )
 
 
@@ -104,14 +106,17 @@ def test_values_are_means_over_whole_responses(model, rule):
     model, RULES[rule], (est.at_last_token(),)
   )
   forks, samples = found.forks, responses.samples
-  places, mask = np.asarray(forks.places), np.asarray(samples.mask)
+  fork_positions, mask = (
+    np.asarray(forks.fork_positions),
+    np.asarray(samples.mask),
+  )
   tokens, seen, known = np.asarray(samples.tokens), {}, 0
   row_tokens, row_mask = np.asarray(rows.tokens), np.asarray(rows.mask)
   shape = (2, GROUP, COUNT, SAMPLES)
   expected = np.zeros(mask.shape)
   drawn = 0
-  for p, g, m in zip(*np.nonzero(places), strict=True):
-    at = places[p, g, m]
+  for p, g, m in zip(*np.nonzero(fork_positions), strict=True):
+    at = fork_positions[p, g, m]
     assert mask[p, g, at]  # inside the response
     state = (p, *tokens[p, g, :at])
     slot = np.ravel_multi_index((g, m, 0), shape[1:])
@@ -140,7 +145,9 @@ def test_values_are_means_over_whole_responses(model, rule):
   np.testing.assert_allclose(data.branch_values, expected, atol=1e-6)
   assert known == np.asarray(data.branch_mask).sum() > 5
   assert found.tokens == drawn
-  assert len(seen) == found.statistics['branches/forks'] < (places > 0).sum()
+  assert (
+    len(seen) == found.statistics['branches/forks'] < (fork_positions > 0).sum()
+  )
   assert any(len(scores) < SAMPLES for scores in seen.values())
 
 
@@ -155,13 +162,13 @@ def test_a_branch_is_charged_like_its_response(model):
     model, RULES['fixed'], shaping, score_weighted=True
   )
   assert estimator.needs.branches.shaping is not None
-  places = np.asarray(found.forks.places)
+  fork_positions = np.asarray(found.forks.fork_positions)
   kl = np.asarray(rows.log_probs - rows.ref_log_probs)
   norms, mask = np.asarray(rows.score_norms), np.asarray(rows.mask)
   checked = 0
-  for p, g, m in zip(*np.nonzero(places), strict=True):
-    at = places[p, g, m]
-    slot = int(found.forks.owners[p, g, m]) * SAMPLES
+  for p, g, m in zip(*np.nonzero(fork_positions), strict=True):
+    at = fork_positions[p, g, m]
+    slot = int(found.forks.shared_with[p, g, m]) * SAMPLES
     later = [q for q in (1, 3, 4, LENGTH) if q > at][0]
     returns, weights = [], []
     for r in range(slot, slot + SAMPLES):
@@ -197,10 +204,13 @@ def test_branches_that_train_are_rows(model):
   estimator = est.trepo_tree(COUNT, SAMPLES, RULES['fixed'])
   responses, found, own, rows = sampled(model, estimator)
   data = branch_values.add_rows(own, rows, found.forks)
-  places, tokens = np.asarray(found.forks.places), responses.samples.tokens
+  fork_positions, tokens = (
+    np.asarray(found.forks.fork_positions),
+    responses.samples.tokens,
+  )
   states = [
-    (p, *np.asarray(tokens[p, g, : places[p, g, m]]))
-    for p, g, m in zip(*np.nonzero(places), strict=True)
+    (p, *np.asarray(tokens[p, g, : fork_positions[p, g, m]]))
+    for p, g, m in zip(*np.nonzero(fork_positions), strict=True)
   ]
   # A state that a sibling forks from has no second fork.
   assert len(states) == len(set(states)) > 3

@@ -338,7 +338,7 @@ def _branch_rows(slots: Slots) -> tuple[Array, dict[str, Array]]:
   index = jnp.broadcast_to(jnp.arange(samples), (prompts, samples))
   join = lambda *x: jnp.concatenate(x, axis=1)
   parents = jnp.repeat(index, most * branches, axis=1)
-  forked_at = jnp.repeat(flat(slots.places), branches, axis=1)
+  forked_at = jnp.repeat(flat(slots.fork_positions), branches, axis=1)
   fields = {
     'parents': join(index, parents),
     'forked_at': join(jnp.zeros_like(index), forked_at),

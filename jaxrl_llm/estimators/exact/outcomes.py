@@ -31,7 +31,7 @@ class Slots(NamedTuple):
   # For trained branches: the responses that they ended as and, in tokens, where
   # they fork; 0 for no branch.
   ends: np.ndarray | None = None  # [..., M, K]
-  places: np.ndarray | None = None  # [..., M]
+  fork_positions: np.ndarray | None = None  # [..., M]
   weight: np.ndarray | None = None  # probability, in a list of outcomes
 
 
@@ -195,10 +195,10 @@ def _slot(forest: Forest, n, forks, times, outcomes, weight) -> Slots:
   slot = Slots(np.int64(n), weight=np.float64(weight))
   if forest.trained:
     ends = np.zeros((forest.most, forest.samples), int)
-    places = np.zeros(forest.most, int)
+    fork_positions = np.zeros(forest.most, int)
     for m, (t, chosen) in enumerate(zip(times, outcomes, strict=True)):
-      ends[m], places[m] = chosen, t
-    return slot._replace(ends=ends, places=places)
+      ends[m], fork_positions[m] = chosen, t
+    return slot._replace(ends=ends, fork_positions=fork_positions)
   values = np.zeros((2, len(forks)))
   for t, pair in zip(times, outcomes, strict=True):
     values[:, t] = pair
@@ -240,11 +240,13 @@ def draw(
     ended = functools.partial(_draw_branches, p, forest, response, random)
     if forest.trained:
       time = np.arange(forks.shape[-1])
-      places = np.sort(np.where(forks, time, len(time)))[..., : forest.most]
-      places = np.where(places < len(time), places, 0)
-      ends = [ended(places[..., m]) for m in range(forest.most)]
+      fork_positions = np.sort(np.where(forks, time, len(time)))[
+        ..., : forest.most
+      ]
+      fork_positions = np.where(fork_positions < len(time), fork_positions, 0)
+      ends = [ended(fork_positions[..., m]) for m in range(forest.most)]
       ends = np.stack(ends, axis=-2)
-      yield weights, Slots(response, ends=ends, places=places)
+      yield weights, Slots(response, ends=ends, fork_positions=fork_positions)
       continue
     values = np.zeros((2, *forks.shape))
     for t in range(forks.shape[-1]):
