@@ -1,5 +1,6 @@
 """Builds the arguments of the library's functions from a configuration."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -39,9 +40,6 @@ CODE = ('task', 'algorithm', 'rewards')
 
 # Arguments of a reward in worker processes besides those of its factory.
 _LIMITS = ('workers', 'timeout', 'memory', 'environment')
-
-# Exceptions that a recipe raises for an unsuitable argument.
-_WRONG = (ArithmeticError, TypeError, ValueError)
 
 
 class Model(NamedTuple):
@@ -85,10 +83,9 @@ def outline(config) -> Model:
     eos_ids = folders.eos_token_ids(config.path, tokenizer)
   else:
     if not config.alphabet:
-      raise UserError(
-        'config.model: neither path nor alphabet is set\n'
-        'set a Hugging Face folder: --config.model.path=FOLDER'
-      )
+      message = 'config.model: neither path nor alphabet is set'
+      folder = 'set a Hugging Face folder: --config.model.path=FOLDER'
+      raise UserError(f'{message}\n{folder}')
     tokenizer = vocabulary.character_tokenizer(config.alphabet)
     shape = _architecture(config.architecture, len(tokenizer), settings)
     eos_ids = folders.eos_token_ids(tokenizer=tokenizer)
@@ -170,36 +167,45 @@ def encode_targets(
 
 def check_room(config, built: Model) -> None:
   """Raises UserError if a model cannot read prompt and response together."""
-  longest = config.prompts.max_tokens + config.rollout.max_tokens
-  if longest > built.config.max_length:
+  prompt, response = config.prompts.max_tokens, config.rollout.max_tokens
+  if prompt + response > built.config.max_length:
     raise UserError(
-      f'{config.prompts.max_tokens} prompt and {config.rollout.max_tokens} '
-      f"response tokens exceed the model's {built.config.max_length}\n"
+      f'{prompt} prompt and {response} response tokens exceed the '
+      f"model's {built.config.max_length}\n"
       'lower config.prompts.max_tokens or config.rollout.max_tokens'
     )
 
 
 def generation(
-  config, built: Model, pad_id: int, *, samples: int, temperature: float
+  config,
+  built: Model,
+  pad_id: int,
+  *,
+  samples: int | None = None,
+  temperature: float | None = None,
 ) -> rollouts.Generation:
-  """Builds settings from `config.rollout` with the given G and temperature."""
+  """Builds the sampling settings of `config.rollout`.
+
+  Args:
+    config, built: the whole configuration and the model.
+    pad_id: token after the end of a response.
+    samples, temperature: in place of the configuration's.
+  """
   check_room(config, built)
+  settings = config.rollout
+  if temperature is None:
+    temperature = settings.temperature
   return rollouts.Generation(
-    samples=samples,
-    max_tokens=config.rollout.max_tokens,
-    decoding=decoding(config, built, temperature),
+    samples=settings.samples if samples is None else samples,
+    max_tokens=settings.max_tokens,
+    decoding=policy.Decoding(
+      temperature=temperature,
+      top_k=settings.top_k,
+      top_p=settings.top_p,
+      num_tokens=known_tokens(built),
+    ),
     eos_ids=built.eos_ids,
     pad_id=pad_id,
-  )
-
-
-def decoding(config, built: Model, temperature: float) -> policy.Decoding:
-  """Builds the decoding of `config.rollout` with the given temperature."""
-  return policy.Decoding(
-    temperature=temperature,
-    top_k=config.rollout.top_k,
-    top_p=config.rollout.top_p,
-    num_tokens=known_tokens(built),
   )
 
 
@@ -222,37 +228,35 @@ def estimator(config) -> estimators.Estimator:
       'config.rollout.temperature is 0: greedy responses have no policy '
       'gradient\nset a temperature above 0 (config.evaluation may use 0)'
     )
-  try:
+  with _reported(spec):
     jax.eval_shape(built.prepare, abstract_rollouts(config, built.needs))
-  except _WRONG as error:
-    raise _refused(spec, error) from error
   return built
 
 
 def named_estimator(spec) -> estimators.Estimator:
   """Builds the estimator of a `config.algorithm` without checks."""
-  try:
+  with _reported(spec):
     return naming.call(ALGORITHMS, spec, 'config.algorithm', PARTS)
-  except UserError:
-    raise
-  except _WRONG as error:
-    raise _refused(spec, error) from error
 
 
 def reference(config) -> estimators.Estimator:
   """Builds the named estimator of `estimators.supervised_preference`."""
   spec = config.algorithm.to_dict()
-  try:
+  with _reported(spec):
     return naming.call(supervised_preference, spec, 'config.algorithm')
+
+
+@contextlib.contextmanager
+def _reported(spec) -> Iterator[None]:
+  """Turns errors of a recipe into the user's."""
+  try:
+    yield
   except UserError:
     raise
-  except _WRONG as error:
-    raise _refused(spec, error) from error
-
-
-def _refused(spec, error: Exception) -> UserError:
-  reason = ' '.join(str(error).split())[:300]
-  return UserError(f'config.algorithm: {spec["name"]}: {reason}')
+  except (ArithmeticError, TypeError, ValueError) as error:
+    reason = ' '.join(str(error).split())[:300]
+    message = f'config.algorithm: {spec["name"]}: {reason}'
+    raise UserError(message) from error
 
 
 def abstract_rollouts(
@@ -269,8 +273,8 @@ def abstract_rollouts(
   prompts, rows = prompts or rollout.prompts, rollout.samples
   trained = wanted is not None and wanted.trained
   if trained:
-    places = min(wanted.count, max(rollout.max_tokens - 1, 1))
-    rows *= 1 + places * wanted.samples
+    forks = min(wanted.count, max(rollout.max_tokens - 1, 1))
+    rows *= 1 + forks * wanted.samples
   array = jax.ShapeDtypeStruct
   shape, whole = (prompts, rows, rollout.max_tokens), (prompts, rows, 1)
   numbers, count = array(shape, 'float32'), array(whole, 'int32')
@@ -321,10 +325,10 @@ def init_state(
     estimator: estimator of the whole run.
     critic: parameters of the critic, in a phase that trains one.
   """
+  trainable = {'policy': params} | (
+    {} if critic is None else {'critic': critic}
+  )
   running = estimators.start_running(estimator.needs)
-  trainable = {'policy': params}
-  if critic is not None:
-    trainable['critic'] = critic
   return training.init_state(trainable, optimizer, running)
 
 
@@ -425,16 +429,14 @@ def model_settings(config) -> dict[str, Any]:
 
 
 def _architecture(fields, vocab_size: int, settings: dict) -> ModelConfig:
-  taken = {'vocab_size', *settings}
   known = [
     name
     for name in inspect.signature(ModelConfig).parameters
-    if name not in taken
+    if name not in ('vocab_size', *settings)
   ]
-  unknown = [name for name in fields if name not in known]
-  if unknown:
+  for name in set(fields) - set(known):
     raise UserError(
-      f'config.model.architecture has no field {unknown[0]!r}\n'
+      f'config.model.architecture has no field {name!r}\n'
       f'it takes {", ".join(known)}'
     )
   # A configuration read from JSON has lists in place of tuples.

@@ -95,36 +95,6 @@ def _trunk_shapes(config, built: critic_lib.Critic):
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def optimizer(config, needs: estimators.Needs):
-  """Builds the optimiser of online RL, and its learning rates.
-
-  With a critic, both have their own; the policy's optimiser and its schedule
-  start after `config.critic.warmup` steps.
-
-  Returns:
-    (transformation, rates): `rates` maps the number of updates taken to the
-    learning rates of the next one, by metric name.
-  """
-  per_step = config.training.epochs * config.training.minibatches
-  left_out = config.critic.warmup * per_step if needs.critic else 0
-  total = config.steps * per_step
-  for_policy, schedule = build.optimizer(config.optimizer, total - left_out)
-
-  def rate(updates: int) -> float:
-    return float(schedule(updates - left_out)) if updates >= left_out else 0.0
-
-  if not needs.critic:
-    return for_policy, lambda updates: {'learning_rate': rate(updates)}
-  for_critic, critic_schedule = build.optimizer(config.critic.optimizer, total)
-  both = training.by_part(
-    policy=training.delayed(for_policy, left_out), critic=for_critic
-  )
-  return both, lambda updates: {
-    'learning_rate': rate(updates),
-    'critic/learning_rate': float(critic_schedule(updates)),
-  }
-
-
 def explained_variance(config) -> Callable[[estimators.Rollouts], jax.Array]:
   """Returns a function: the returns' variance explained by the values.
 

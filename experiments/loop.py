@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, data, stored_runs
-from experiments.reference import Reference
+from experiments.offline import WarmStart
 from experiments.schedule import MakePhase, Result, Schedule
-from experiments.supervised import WarmStart
 from experiments.validation import failure_messages, to_samples
 from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.compilation import Meter
@@ -74,7 +73,9 @@ class Run:
         config.checkpoints.keep_best,
       )
     )
-    self._reference = files.enter_context(Reference(self._folder))
+    self._reference = files.enter_context(
+      Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
+    )
     # Unwritten records of this step: its evaluation may fail or be stopped.
     self._pending = None if warm else _unwritten({}, {})
     self._score = None  # of the evaluation at this step, if any
@@ -92,8 +93,7 @@ class Run:
     self._watch = runs.Silent()
     if processes.is_main() and not silent:
       self._open_records(files, written)
-    repairs = [] if silent else self._reference.repair()
-    self._describe(task, restored, repairs)
+    self._describe(task, restored)
 
   def _open_records(self, files, written: int | None) -> None:
     """Opens records and displays; keeps existing records up to a step."""
@@ -101,9 +101,10 @@ class Run:
       runs.MetricsWriter(self._folder, written)
     )
     records = runs.read_metrics(self._folder / 'metrics.jsonl')
-    self._watch = runs.Watch(
-      self._folder, [each for each in records if self._is_main(each['step'])]
-    )
+    earlier = [
+      record for record in records if record['step'] > self.schedule.first
+    ]
+    self._watch = runs.Watch(self._folder, earlier)
     self._samples = files.enter_context(runs.SampleLog(self._folder, written))
     self._progress = files.enter_context(
       runs.Progress(self.schedule.total, self.schedule.step)
@@ -207,10 +208,7 @@ class Run:
     # From here on, a checkpoint holds this step, whose records are pending.
     self._pending = _unwritten(result.metrics, result.timings, shown)
     self._score = None
-    when = f'at step {schedule.step}'
-    self._progress.print(
-      *failure_messages(result.failures, when, self._reported)
-    )
+    self._report(result.failures)
     self._record()
     if shown and self._score is not None:
       title = f'Step {schedule.step}'
@@ -218,6 +216,11 @@ class Run:
       self._samples.write_html(self._folder.name)
     if result.metrics.get('skipped', 0) >= _MAX_SKIPPED:
       self._abort(result)
+
+  def _report(self, failures) -> None:
+    """Prints the kinds of failed rewards that were not reported before."""
+    when = f'at step {self.schedule.step}'
+    self._progress.print(*failure_messages(failures, when, self._reported))
 
   def _abort(self, result: Result) -> None:
     """Ends a run whose updates remain non-finite; keeps the last batch."""
@@ -245,7 +248,8 @@ class Run:
       # A copy, since updates reuse the memory of the parameters they change.
       self._main.reference = jax.tree.map(jnp.copy, policy)
       if not self._silent:
-        self._reference.save(self.schedule.first, self._main.reference)
+        self._reference.save(self.schedule.first, self._main.reference, {})
+        self._reference.wait()
     self._progress.print(*self._main.start(self.state))
 
   def _record(self) -> None:
@@ -260,10 +264,7 @@ class Run:
         self.state.trainable, self.schedule.step, self._stop
       )
       metrics = metrics | evaluation.metrics
-      when = f'at step {self.schedule.step}'
-      self._progress.print(
-        *failure_messages(evaluation.failures, when, self._reported)
-      )
+      self._report(evaluation.failures)
       self._samples.write(evaluation.samples)
       timings = timings | {'evaluation_time': time.perf_counter() - start}
       self._score = metrics[next(iter(self._main.curves))]
@@ -275,7 +276,7 @@ class Run:
     }
     self._metrics.write(self.schedule.step, metrics, timings)
     self._pending = None
-    if self._is_main(self.schedule.step):
+    if self.schedule.step > self.schedule.first:
       record = {'step': self.schedule.step, **_plain(metrics)}
       self._progress.print(*self._watch.add(record))
     shown = ('warm_start/loss', 'loss', 'reward', *self._main.curves)
@@ -284,10 +285,6 @@ class Run:
     self._progress.update(
       self.schedule.step, **{k: metrics[k] for k in shown if k in metrics}
     )
-
-  def _is_main(self, step: int) -> bool:
-    """Returns True if a step belongs to the main phase."""
-    return step > self.schedule.first
 
   def _before_after(self):
     """Returns held-out samples from the start and the end of RL."""
@@ -375,15 +372,23 @@ class Run:
       )
     self._main.load(metadata['main'])
     if schedule.step > schedule.first and self._main.keeps_reference:
-      self._main.reference = self._reference.restore(
-        self.state.trainable['policy'], None if schedule.first else params
-      )
+      self._main.reference = self._restore_reference()
     self._saved = True
     return True
 
-  def _describe(self, task: data.Data, restored: bool, repairs) -> None:
+  def _restore_reference(self):
+    """Returns the policy at the start of the main phase, verified."""
+    restored = self._reference.restore(self.state.trainable['policy'])
+    if restored is None:
+      raise UserError(
+        f'{self._reference.folder} has no reference policy\n'
+        'restore the folder from a copy, or start in another --workdir'
+      )
+    return restored[1]
+
+  def _describe(self, task: data.Data, restored: bool) -> None:
     """Prints a line about each part of the run."""
-    lines = [*_parts(self._model, self.state, self._main, task), *repairs]
+    lines = parts(self._model, self.state, self._main, task)
     if restored:
       lines.append(
         f'resumed at step {self.schedule.step} of {self.schedule.total}'
@@ -393,17 +398,7 @@ class Run:
     self._progress.print(*lines)
 
 
-def plan(config, make_phase: MakePhase) -> list[str]:
-  """Describes a run before it starts, from the shapes of its parameters."""
-  model = build.outline(config.model)
-  task = build.dataset(config, model.tokenizer)
-  WarmStart(config, model, task.demonstrations)  # for its checks
-  key = jax.random.key(config.seed)
-  main = make_phase(config, model._replace(params=None), task, key, '')
-  return _parts(model, main.shapes(model.params), main, task)
-
-
-def _parts(model: build.Model, state, main, task: data.Data) -> list[str]:
+def parts(model: build.Model, state, main, task: data.Data) -> list[str]:
   """Describes model, devices, main phase and data, a line each."""
   trained = state.trainable.get('policy', state.trainable)
   size = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -430,8 +425,7 @@ def _refuse_loss(folder, restored: bool) -> None:
 
 
 def _mesh() -> str:
-  sizes = sharding.mesh_sizes()
-  shown = ' x '.join(f'{name} {size}' for name, size in sizes.items())
+  shown = ' x '.join(f'{n} {size}' for n, size in sharding.mesh_sizes().items())
   return f': {shown}' if shown else ''
 
 

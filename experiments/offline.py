@@ -9,26 +9,27 @@ step in the phase, from 0.  A resumed round reads these files.
 
 import pathlib
 import time
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments import build, stored_runs, supervised, validation
+from experiments import build, validation
 from experiments.data import Data
-from experiments.schedule import Cycle, Evaluation, Result
-from experiments.validation import failure_counts
-from jaxrl_llm import estimators, processes, rollouts, sharding, training
+from experiments.schedule import Cycle, Evaluation, Phase, Result
+from jaxrl_llm import estimators, processes, sharding, training
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.rollouts import stored
 from jaxrl_llm.rollouts.collect import (
+  Keys,
   Setting,
-  complete,
-  failures_of_step,
+  collect,
+  failure_counts,
   reward_metrics,
 )
+from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
 
@@ -78,8 +79,61 @@ def updates(config) -> int:
   return rounds(config).learning if config.steps else 0
 
 
-class Offline:
-  """Likelihood or preference losses as the main phase; see `schedule.Phase`.
+def decoding(model: build.Model) -> policy.Decoding:
+  """Returns the model's distribution, whose likelihood is maximised."""
+  return policy.Decoding(num_tokens=build.known_tokens(model))
+
+
+def trainer(
+  config, model: build.Model, estimator: estimators.Estimator, optimizer
+) -> training.OfflineTrainer:
+  """Builds the trainer that takes `config.rounds.batch` groups at a time."""
+  preferences = estimator.needs.samples > 1
+  return training.offline(
+    model.config,
+    estimator,
+    optimizer,
+    decoding=decoding(model),
+    micro_prompts=batch(config),
+    chunk=config.training.chunk,
+    per_token={'entropy': lambda outputs, batch: outputs.entropy},
+    per_response=diagnostics.preference_statistics() if preferences else None,
+  )
+
+
+def batch(config) -> int:
+  """Returns the number of groups in memory at one time."""
+  return config.training.micro_prompts or config.rounds.batch
+
+
+def demonstrations(
+  config, model: build.Model, rows: list[dict]
+) -> tuple[prompts_lib.EncodedPrompts, stored.Pool]:
+  """Encodes prompts and worked solutions as token ids.
+
+  Args:
+    config: the whole configuration.
+    model: model with tokenizer and end tokens.
+    rows: rows with a 'solution'.
+
+  Raises:
+    UserError: a solution is missing, too long or cannot be encoded, or the
+      tokenizer has no end token.
+  """
+  encoded = build.encode(config, rows, model.tokenizer)
+  solutions = build.encode_targets(config, encoded.rows, model, 'solution')
+  count = len(solutions)
+  pool = stored.given(
+    range(count),
+    [[ids] for ids in solutions],
+    [[1.0]] * count,
+    encoded.pad_id,
+  )
+  return encoded, pool
+
+
+class Offline(Phase):
+  """Likelihood or preference losses as the main phase of a run.
 
   Args:
     config: the whole configuration.
@@ -88,31 +142,31 @@ class Offline:
     key: PRNG key of the run.
     folder: folder of the run.
     method: method of the script.
+
+  Attributes:
+    setting: the `Setting` of sampled responses; None if the task supplies them.
   """
 
-  reference = None
-  curves = types.MappingProxyType({'eval/reward': 'held-out reward'})
-
   def __init__(self, config, model, data, key, folder, method: Method):
-    self._config, self._model, self._method = config, model, method
-    self.key = key
+    self._config, self._method = config, method
+    self.model, self.key = model, key
     self.cycle = rounds(config)
     self.estimator = build.reference(config)
     self.keeps_reference = method.restarts
     self._folder = pathlib.Path(folder) / 'rounds'
-    self.rewards = build.reward_parts(config)
-    self._given = None
+    rewards = build.reward_parts(config)
+    self.setting = self._given = None
     if self.cycle.sampling:
       self._encoded = build.encode(config, data.train, model.tokenizer)
       self._sampling = sources.PromptSource(
         self._encoded, config.rollout.prompts, config.seed
       )
-      self._generation = build.generation(
-        config,
-        model,
-        self._encoded.pad_id,
-        samples=config.rollout.samples,
-        temperature=config.rollout.temperature,
+      self.setting = Setting(
+        model.config,
+        model.tokenizer,
+        estimators.Needs(),
+        rewards,
+        build.generation(config, model, self._encoded.pad_id),
       )
     else:
       self._given = method.given(config, model, data)
@@ -124,26 +178,13 @@ class Offline:
       held = data._replace(train=data.held_out[:limit])
       self._pairs = method.given(config, model, held)
     self._learned = None  # (round, pool, source) of the current round
-    self._optimizer, self._schedule = build.optimizer(
+    self.optimizer, self._schedule = build.optimizer(
       config.optimizer, updates(config)
     )
-    self._trainer = supervised.trainer(
-      config, model, self.estimator, self._optimizer
-    )
+    self._trainer = trainer(config, model, self.estimator, self.optimizer)
     self._held_out = validation.build_held_out(
-      config, model, data.held_out, self.rewards, None
+      config, model, data.held_out, rewards, None
     )
-
-  def begin(self, policy_params) -> training.TrainState:
-    return build.init_state(policy_params, self._optimizer, self.estimator)
-
-  def shapes(self, policy_params) -> training.TrainState:
-    state = jax.eval_shape(self.begin, policy_params)
-    return sharding.with_shardings(state)
-
-  def start(self, state: training.TrainState) -> list[str]:
-    del state
-    return []
 
   def step(self, state: training.TrainState, number: int, stop) -> Result:
     turn, place = divmod(number, self.cycle.steps)
@@ -172,21 +213,14 @@ class Offline:
       for name, value in metrics.items()
       if not name.startswith('log_prob_difference/')
     }
+    seen = (update + 1) * self._config.rounds.batch
     metrics |= {
       'learning_rate': rate,
       'rounds/round': turn,
       'rounds/groups': len(pool.prompts),
-      'rounds/epoch': (update + 1)
-      * self._config.rounds.batch
-      / len(pool.prompts),
+      'rounds/epoch': seen / len(pool.prompts),
     }
     return Result(state, metrics, {'step_time': time.perf_counter() - start})
-
-  def save(self):
-    return {}
-
-  def load(self, values) -> None:
-    del values  # the files of a round are read when it is trained on
 
   def fingerprint(self):
     prompts = sources.PromptSource(self._encoded, 1, self._config.seed)
@@ -215,30 +249,23 @@ class Offline:
       }
     )
 
-  def finish(self, trainable, folder) -> list[str]:
-    trained = self._model._replace(params=trainable['policy'])
-    stored_runs.export(trained, folder / 'hf')
-    return ['hf/ (for transformers)']
-
   def describe(self) -> list[str]:
-    held, settings = self._held_out.encoded, self._config.rounds
-    lines = [
+    held, cycle = self._held_out.encoded, self.cycle
+    if self._given is not None:
+      notes = self._given.notes
+    else:
+      origin = 'initial' if self._method.restarts else 'previous'
+      notes = (
+        f'rounds of {cycle.sampling} steps of sampling and {cycle.learning} '
+        f'updates of {self._config.rounds.batch}; each starts from the '
+        f'{origin} model',
+      )
+    return [
       f'{len(self._encoded.rows):,} training and {len(held.rows):,} held-out '
       f'prompts; dropped as over budget: {self._encoded.dropped:,} and '
-      f'{held.dropped:,}'
+      f'{held.dropped:,}',
+      *notes,
     ]
-    if self._given is None:
-      lines.append(
-        f'rounds of {self.cycle.sampling} steps of sampling and '
-        f'{self.cycle.learning} updates of {settings.batch}; '
-        + (
-          'each starts from the initial model'
-          if self._method.restarts
-          else 'each continues from the previous one'
-        )
-      )
-      return lines
-    return [*lines, *self._given.notes]
 
   def _sample(self, state, number: int, index: int, stop) -> Result:
     """Samples and scores a batch, and writes the groups to learn from.
@@ -250,27 +277,16 @@ class Offline:
       stop: polled stop signal.
     """
     start = time.perf_counter()
-    params = state.trainable['policy']
-    responses = rollouts.respond(
-      self._model.config,
-      params,
+    key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
+    collected = collect(
+      self.setting,
+      state.trainable,
+      {},
       self._sampling.batch(index),
-      self._generation,
-      self._model.tokenizer,
-      self.rewards,
-      jax.random.fold_in(jax.random.fold_in(self.key, 1), number),
+      Keys(*[key] * len(Keys._fields)),
+      stop=stop,
     )
-    sampled = time.perf_counter()
-    if stop is not None:
-      stop.check()
-    setting = Setting(
-      self._model.config,
-      self._model.tokenizer,
-      estimators.Needs(),
-      self.rewards,
-      self._generation,
-    )
-    data = complete(setting, state.trainable, {}, responses)
+    data = collected.rollouts
     mask, valid, rewards, tokens = sharding.to_host(
       (data.mask, data.valid, data.rewards, data.tokens)
     )
@@ -285,19 +301,23 @@ class Offline:
       rewards[..., 0],
     )
     if self.estimator.needs.reference:
-      pool = self._scored(params, Given(self._encoded, pool), stop)
+      policy_params = state.trainable['policy']
+      pool = self._scored(policy_params, Given(self._encoded, pool), stop)
     self._write(self._file(number), pool)
-    metrics = reward_metrics(responses, data)
+    metrics = reward_metrics(collected.responses, data)
     metrics['rounds/chosen'] = len(groups)
-    failures = failures_of_step(responses)
-    metrics |= failure_counts(failures)
-    timings = {
-      'rollout_time': sampled - start,
-      'step_time': time.perf_counter() - start,
-    }
-    tokens = int(mask.sum())
-    shown = _signs(groups, rewards.shape[:2])
-    return Result(state, metrics, timings, tokens, responses, shown, failures)
+    return Result(
+      state,
+      metrics | failure_counts(collected.failures),
+      {
+        'rollout_time': collected.seconds,
+        'step_time': time.perf_counter() - start,
+      },
+      int(mask.sum()),
+      collected.responses,
+      _signs(groups, rewards.shape[:2]),
+      collected.failures,
+    )
 
   def _kept(self, data: estimators.Rollouts) -> np.ndarray:
     """Marks the responses that the estimator keeps when single, [P, G]."""
@@ -349,12 +369,12 @@ class Offline:
   def _scored(self, params, part: Given, stop) -> stored.Pool:
     """Returns the pool with a policy's log-probabilities as reference."""
     scored = training.score_pool(
-      self._model.config,
+      self.model.config,
       params,
       part.pool,
       part.encoded,
-      supervised.batch(self._config),
-      supervised.decoding(self._model),
+      batch(self._config),
+      decoding(self.model),
       self._config.training.chunk,
       stop,
     )
@@ -378,3 +398,51 @@ def _signs(groups: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   if groups.shape[1] == 3:
     signs[groups[:, 0], groups[:, 2]] = -1.0
   return signs
+
+
+class WarmStart:
+  """Maximum likelihood of the task's worked solutions.
+
+  Args:
+    config: the whole configuration.
+    model: the model to train.
+    rows: demonstrations with a 'solution'.
+  """
+
+  def __init__(self, config, model: build.Model, rows: list[dict]):
+    settings = config.warm_start
+    if settings.steps and not rows:
+      raise UserError(
+        f'config.warm_start.steps is {settings.steps}, but the task '
+        'has no demonstrations\nset it to 0, or add a solution to the rows'
+      )
+    self.steps = settings.steps
+    self.optimizer, self._schedule = build.optimizer(
+      settings.optimizer, self.steps
+    )
+    if not self.steps:
+      return
+    sharding.check_rows(settings.batch, 1, 'config.warm_start.batch')
+    encoded, self._pool = demonstrations(config, model, rows)
+    self.source = sources.PromptSource(encoded, settings.batch, config.seed)
+    self._trainer = training.offline(
+      model.config,
+      estimators.sft(),
+      self.optimizer,
+      decoding=decoding(model),
+      chunk=config.training.chunk,
+    )
+
+  def step(self, state: training.TrainState, step: int) -> Result:
+    """Takes one supervised update."""
+    start = time.perf_counter()
+    rate = float(self._schedule(int(state.updates)))
+    groups = stored.take(self._pool, self.source.indices(step))
+    state, metrics = self._trainer.step(state, groups, self.source.batch(step))
+    record = {
+      'warm_start/loss': metrics['loss'],
+      'warm_start/grad_norm': metrics['grad_norm'],
+      'warm_start/learning_rate': rate,
+      'skipped': metrics['skipped'],
+    }
+    return Result(state, record, {'step_time': time.perf_counter() - start})

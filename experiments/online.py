@@ -1,15 +1,13 @@
 """Online RL as the main phase of a run: the trainer and its data."""
 
-import types
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from experiments import build, critics, stored_runs, validation
-from experiments.schedule import Cycle, Evaluation, Result
-from experiments.validation import failure_counts
-from jaxrl_llm import rollouts, sharding, training
+from experiments import build, critics, validation
+from experiments.schedule import Evaluation, Phase, Result
+from jaxrl_llm import estimators, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.rollouts import groups
@@ -57,9 +55,9 @@ def trainer(
     model.config,
     model.tokenizer,
     estimator,
-    critics.optimizer(config, needs)[0],
+    optimizer(config, needs)[0],
     rewards,
-    generation or _generation(config, model, 0),
+    generation or build.generation(config, model, 0),
     reference=reference,
     critic=critic,
     micro_prompts=build.micro_prompts(config),
@@ -72,18 +70,40 @@ def trainer(
   )
 
 
-def _generation(config, model: build.Model, pad_id: int):
-  return build.generation(
-    config,
-    model,
-    pad_id,
-    samples=config.rollout.samples,
-    temperature=config.rollout.temperature,
+def optimizer(config, needs: estimators.Needs):
+  """Builds the optimiser of online RL, and its learning rates.
+
+  With a critic, both have their own; the policy's optimiser and its schedule
+  start after `config.critic.warmup` steps.
+
+  Returns:
+    (transformation, rates): `rates` maps the number of updates taken to the
+    learning rates of the next one, by metric name.
+  """
+  per_step = config.training.epochs * config.training.minibatches
+  left_out = config.critic.warmup * per_step if needs.critic else 0
+  total = config.steps * per_step
+  for_policy, schedule = build.optimizer(config.optimizer, total - left_out)
+
+  def rate(updates: int) -> float:
+    return float(schedule(updates - left_out)) if updates >= left_out else 0.0
+
+  if not needs.critic:
+    return for_policy, lambda updates: {'learning_rate': rate(updates)}
+  for_critic, critic_schedule = build.optimizer(config.critic.optimizer, total)
+  both = training.by_part(
+    policy=training.delayed(for_policy, left_out), critic=for_critic
   )
+  return both, lambda updates: {
+    'learning_rate': rate(updates),
+    'critic/learning_rate': float(critic_schedule(updates)),
+  }
 
 
-class Steps:
+class Steps(Phase):
   """The steps of online RL, each a function of the state and its number.
+
+  `Online` adds held-out prompts.
 
   Args:
     config: the whole configuration.
@@ -100,7 +120,7 @@ class Steps:
   """
 
   def __init__(self, config, model: build.Model, rows: list[dict], key):
-    self._config, self._model, self.key = config, model, key
+    self._config, self.model, self.key = config, model, key
     for name, prompts in (
       ('config.rollout.prompts', config.rollout.prompts),
       ('config.training.micro_prompts', build.micro_prompts(config)),
@@ -110,13 +130,14 @@ class Steps:
     self.dropped = self._encoded.dropped
     self.source = prompt_source(config, self._encoded, config.seed)
     self._groups = group_tools(config, self._encoded, model.tokenizer)
-    self.generation = _generation(config, model, self._encoded.pad_id)
+    self.generation = build.generation(config, model, self._encoded.pad_id)
     self.rewards = build.reward_parts(config)
     self.estimator = build.estimator(config)
     self.critic = None
     if self.estimator.needs.critic:
       self.critic = critics.critic(config, model)
-    self.optimizer, self.rates = critics.optimizer(config, self.estimator.needs)
+    self.keeps_reference = self.estimator.needs.reference
+    self.optimizer, self.rates = optimizer(config, self.estimator.needs)
     self._fixed = {'reference': None, 'rescore': False}
     self._trainer = None
 
@@ -126,7 +147,7 @@ class Steps:
     if self._trainer is None:
       self._trainer = trainer(
         self._config,
-        self._model,
+        self.model,
         self.rewards,
         self.generation,
         **self._fixed,
@@ -160,17 +181,14 @@ class Steps:
     parameters = None
     if self.critic is not None:
       parameters = critics.start(self._config, self.critic, policy_params)
-    return self._state(policy_params, parameters)
+    return build.init_state(
+      policy_params, self.optimizer, self.estimator, parameters
+    )
 
   def shapes(self, policy_params) -> training.TrainState:
     """Returns the shapes of `begin` from the shapes of its argument."""
     return critics.shapes(
       self._config, self.estimator, self.critic, self.optimizer, policy_params
-    )
-
-  def _state(self, policy_params, critic_params) -> training.TrainState:
-    return build.init_state(
-      policy_params, self.optimizer, self.estimator, critic_params
     )
 
   def collect(self, state: training.TrainState, step: int, stop=None):
@@ -195,7 +213,6 @@ class Steps:
       state, *self._inputs(step), stop
     )
     metrics = metrics | self._curriculum(step) | rates
-    metrics |= failure_counts(sampled.failures)
     return Result(
       state,
       metrics,
@@ -223,8 +240,8 @@ class Steps:
     }
 
 
-class Online:
-  """Online RL as the main phase of a run; see `schedule.Phase`.
+class Online(Steps):
+  """Online RL as the main phase of a run.
 
   Args:
     config: the whole configuration.
@@ -234,50 +251,25 @@ class Online:
     folder: folder of the run.
   """
 
-  cycle = Cycle()
-  curves = types.MappingProxyType({'eval/reward': 'held-out reward'})
-
   def __init__(self, config, model: build.Model, data, key, folder):
     del folder
-    self._config, self._model = config, model
-    self._steps = Steps(config, model, data.train, key)
+    super().__init__(config, model, data.train, key)
     self._prompts = len(data.train)
     self._held_out = validation.build_held_out(
-      config, model, data.held_out, self._steps.rewards, _held_out_key(key)
+      config, model, data.held_out, self.rewards, None
     )
-    self.estimator = self._steps.estimator
-    self.keeps_reference = self.estimator.needs.reference
-    self.begin, self.shapes = self._steps.begin, self._steps.shapes
-    self.step = self._steps.step
-
-  @property
-  def key(self):
-    return self._steps.key
-
-  @key.setter
-  def key(self, key):
-    self._steps.key = key
-    self._held_out = self._held_out._replace(key=_held_out_key(key))
-
-  @property
-  def reference(self):
-    return self._steps.reference
-
-  @reference.setter
-  def reference(self, params):
-    self._steps.reference = params
 
   def start(self, state: training.TrainState) -> list[str]:
     """Chooses the sampler's or the trainer's log-probabilities."""
-    difference = self._steps.log_prob_difference(state, 0)
+    difference = self.log_prob_difference(state, 0)
     limit = self._config.rollout.log_prob_tolerance
     if not np.isfinite(difference):
       raise UserError(
         f'log-probabilities of sampler and trainer differ by {difference}\n'
         "the model's parameters do not yield finite log-probabilities"
       )
-    self._steps.fix(rescore=difference > limit)
-    if not self._steps.rescore:
+    self.fix(rescore=difference > limit)
+    if not self.rescore:
       return []
     return [
       f'sampler and trainer differ by {difference:.2g} nats, more than '
@@ -285,20 +277,21 @@ class Online:
     ]
 
   def save(self):
-    return {'rescore': self._steps.rescore}
+    return {'rescore': self.rescore}
 
   def load(self, values) -> None:
-    self._steps.fix(rescore=values['rescore'])
+    self.fix(rescore=values['rescore'])
 
   def fingerprint(self):
     return {
-      'rl': self._steps.source.fingerprint(),
+      'rl': self.source.fingerprint(),
       'held-out': self._held_out.fingerprint(),
     }
 
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
+    key = jax.random.fold_in(self.key, _HELD_OUT)
     return validation.evaluate(
-      self._held_out,
+      self._held_out._replace(key=key),
       trainable['policy'],
       step,
       self._config.log.table,
@@ -306,13 +299,8 @@ class Online:
       stop,
     )
 
-  def finish(self, trainable, folder) -> list[str]:
-    trained = self._model._replace(params=trainable['policy'])
-    stored_runs.export(trained, folder / 'hf')
-    return ['hf/ (for transformers)']
-
   def describe(self) -> list[str]:
-    held, dropped = self._held_out.encoded, self._steps.dropped
+    held, dropped = self._held_out.encoded, self.dropped
     lines = [
       f'{self._prompts - dropped:,} training and {len(held.rows):,} held-out '
       f'prompts; dropped as over budget: {dropped:,} and {held.dropped:,}'
@@ -324,13 +312,9 @@ class Online:
         f'{per_step:,} prompts per step (config.rollout.prompts) of {known:,}: '
         'each step repeats some'
       )
-    if self._steps.critic is not None:
+    if self.critic is not None:
       lines.append(critics.describe(self._config))
     return lines
-
-
-def _held_out_key(key):
-  return jax.random.fold_in(key, _HELD_OUT)
 
 
 def group_tools(config, encoded, tokenizer) -> Callable[[int], groups.Groups]:

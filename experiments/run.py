@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from experiments import build, checks, cli, loop, stored_runs, usage
 from experiments.loop import Run
-from experiments.schedule import Script
+from experiments.offline import WarmStart
+from experiments.schedule import MakePhase, Script
 from jaxrl_llm import processes, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import interruptible
@@ -79,11 +80,21 @@ def dry_run(script: Script, config) -> int:
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   script.check(config)
   with _mesh(config):
-    lines = loop.plan(config, script.phase)
+    lines = _plan(config, script.phase)
   if processes.is_main():
     values = usage.values(config)
     print('\n'.join([*values, '', *lines, *_counts(config)]))
   return 0
+
+
+def _plan(config, make_phase: MakePhase) -> list[str]:
+  """Describes a run before it starts, from the shapes of its parameters."""
+  model = build.outline(config.model)
+  task = build.dataset(config, model.tokenizer)
+  WarmStart(config, model, task.demonstrations)  # for its checks
+  key = jax.random.key(config.seed)
+  main = make_phase(config, model._replace(params=None), task, key, '')
+  return loop.parts(model, main.shapes(model.params), main, task)
 
 
 def _counts(config) -> list[str]:

@@ -1,16 +1,18 @@
-"""The schedule of a run, and the protocol of its main phase."""
+"""The schedule of a run, and the interface of its main phase."""
 
 import dataclasses
 import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from experiments import build, data
-from jaxrl_llm import rollouts, training
+from experiments import build, data, stored_runs
+from jaxrl_llm import estimators, rollouts, sharding, training
 from jaxrl_llm.rewards.failures import Failures
 from jaxrl_llm.runs import Sample
 from jaxrl_llm.signals import StopSignal
@@ -154,31 +156,43 @@ class Evaluation(NamedTuple):
   failures: Mapping[str, Failures] = types.MappingProxyType({})
 
 
-class Phase(Protocol):
+class Phase:
   """The main phase of a run, as `loop.Run` uses it.
+
+  A subclass implements `step`, `fingerprint`, `evaluate` and `describe`; the
+  other methods are those of a phase that trains a policy without a critic.
 
   Attributes:
     cycle: the cycle of steps that it repeats.
-    estimator: the estimator whose running numbers the state holds.
-    key: PRNG key of the run; a resumed run sets the one in its checkpoint.
-    keeps_reference: True if the phase needs its initial policy later.
-    reference: parameters of that policy, set by `Run` if it is kept.
     curves: held-out metrics to plot, metric → label; the first is the score
       that selects the best checkpoint.
+    keeps_reference: True if the phase needs its initial policy later.
+    reference: parameters of that policy, set by `Run` if it is kept.
+    model: outline of the model.
+    estimator: the estimator whose running numbers the state holds.
+    optimizer: optimiser of the trained parameters.
+    key: PRNG key of the run; a resumed run sets the one in its checkpoint.
   """
 
-  cycle: Cycle
-  estimator: Any
-  key: Any
-  keeps_reference: bool
-  reference: Any
-  curves: Mapping[str, str]
+  cycle = Cycle()
+  curves: Mapping[str, str] = types.MappingProxyType(
+    {'eval/reward': 'held-out reward'}
+  )
+  keeps_reference = False
+  reference = None
+  model: build.Model
+  estimator: estimators.Estimator
+  optimizer: optax.GradientTransformation
+  key: jax.Array
 
   def begin(self, policy_params: Any) -> training.TrainState:
     """Returns the initial state of the phase."""
+    return build.init_state(policy_params, self.optimizer, self.estimator)
 
   def shapes(self, policy_params: Any) -> training.TrainState:
     """Returns the shapes of `begin`."""
+    state = jax.eval_shape(self.begin, policy_params)
+    return sharding.with_shardings(state)
 
   def start(self, state: training.TrainState) -> Sequence[str]:
     """Prepares the first step; called again if that step did not complete.
@@ -186,29 +200,39 @@ class Phase(Protocol):
     Returns:
       Lines for the user.
     """
+    del state
+    return ()
 
   def step(
     self, state: training.TrainState, number: int, stop: StopSignal
   ) -> Result:
     """Takes step `number` of the phase, from 0."""
+    raise NotImplementedError
 
   def save(self) -> dict[str, Any]:
     """Returns the JSON values that a checkpoint holds besides the state."""
+    return {}
 
   def load(self, values: Mapping[str, Any]) -> None:
     """Restores what `save` returned."""
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns values that identify the data of each step number."""
+    raise NotImplementedError
 
   def evaluate(self, trainable: Any, step: int, stop: StopSignal) -> Evaluation:
     """Evaluates on held-out data after `step` steps of the run."""
+    raise NotImplementedError
 
   def finish(self, trainable: Any, folder: pathlib.Path) -> Sequence[str]:
     """Writes files, such as `hf/` for `transformers`; returns their names."""
+    trained = self.model._replace(params=trainable['policy'])
+    stored_runs.export(trained, folder / 'hf')
+    return ['hf/ (for transformers)']
 
   def describe(self) -> Sequence[str]:
     """Returns lines about data and parts."""
+    raise NotImplementedError
 
 
 # (configuration, outline of the model, data, key, folder) → phase.

@@ -9,7 +9,7 @@ as in `experiments.train`.
 
 import functools
 
-from experiments import cli, offline, offline_checks, run, supervised
+from experiments import cli, offline, offline_checks, run
 from experiments.schedule import Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
@@ -23,7 +23,7 @@ def given(config, model, data) -> offline.Given:
       'config.task has no demonstrations to learn from\n'
       'choose a task with worked solutions, or add a column solution'
     )
-  encoded, pool = supervised.demonstrations(config, model, rows)
+  encoded, pool = offline.demonstrations(config, model, rows)
   return offline.Given(encoded, pool, (f'{len(rows):,} demonstrations',))
 
 

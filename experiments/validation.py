@@ -13,6 +13,7 @@ from jaxrl_llm import evaluation, rollouts, sharding
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.rewards.failures import Failures, merge
+from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.runs import Sample
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources
@@ -270,26 +271,21 @@ def _kl_sum(held_out: HeldOut, params, reference, responses) -> float:
   return total
 
 
-def failure_counts(failures: Mapping[str, Failures]) -> dict[str, int]:
-  """Returns numbers of failures of all kinds for the record: NAME/failed."""
-  return {f'{name}/failed': each.total for name, each in failures.items()}
-
-
 def failure_messages(
-  failures: Mapping[str, Failures], where: str, told: set[tuple[str, str]]
+  failures: Mapping[str, Failures], where: str, reported: set[tuple[str, str]]
 ) -> list[str]:
   """Returns a line for each kind of failure that was not reported before.
 
   Args:
     failures: failures by name in the record.
     where: where they occurred, such as 'at step 7'.
-    told: (name, kind) of reported failures, to which the new ones are added.
+    reported: (name, kind) of reported failures; the new ones are added.
   """
   lines = []
   for name, each in failures.items():
     for kind, message in each.messages.items():
-      if (name, kind) not in told:
-        told.add((name, kind))
+      if (name, kind) not in reported:
+        reported.add((name, kind))
         lines.append(
           f'{name}: {each.counts[kind]} {where} without a score by {kind}: '
           f'{message}'

@@ -24,7 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, offline, supervised
+from experiments import build, checks, cli, offline
 from experiments.configs import base
 from experiments.planning import programs, report
 from jaxrl_llm.errors import UserError
@@ -53,8 +53,8 @@ def measure_offline(config: ConfigDict) -> Memory:
   model = build.outline(config.model)
   estimator = build.reference(config)
   optimizer, _ = build.optimizer(config.optimizer, offline.updates(config))
-  trainer = supervised.trainer(config, model, estimator, optimizer)
-  update = trainer.make_update(supervised.batch(config))
+  trainer = offline.trainer(config, model, estimator, optimizer)
+  update = trainer.make_update(offline.batch(config))
   state = jax.eval_shape(
     lambda params: build.init_state(params, optimizer, estimator), model.params
   )

@@ -44,7 +44,7 @@ def step(config, model: build.Model) -> Step:
   estimator, trainer = build.estimator(config), online.trainer(config, model)
   needs, micro_prompts = estimator.needs, build.micro_prompts(config)
   critic = critics.critic(config, model) if needs.critic else None
-  optimizer, _ = critics.optimizer(config, needs)
+  optimizer, _ = online.optimizer(config, needs)
   prompts = config.rollout.prompts // config.training.minibatches
   shapes = build.abstract_rollouts(config, estimator.needs, prompts)
   return Step(

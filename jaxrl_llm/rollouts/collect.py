@@ -319,6 +319,11 @@ def failures_of_step(
   return failures
 
 
+def failure_counts(failures: Mapping[str, Failures]) -> dict[str, int]:
+  """Returns numbers of failures of all kinds for the record: NAME/failed."""
+  return {f'{name}/failed': each.total for name, each in failures.items()}
+
+
 def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
   """Returns metrics of rewards and lengths, under TRL's names.
 

@@ -35,6 +35,7 @@ from jaxrl_llm.rollouts.collect import (
   Collected,
   Keys,
   Setting,
+  failure_counts,
   reward_metrics,
   split_key,
 )
@@ -272,6 +273,7 @@ def _step(
   seconds = time.perf_counter() - start
   metrics = reward_metrics(collected.responses, collected.own)
   metrics |= update_lib.mean_metrics(records) | jax.device_get(record)
+  metrics |= failure_counts(collected.failures)
   return state, metrics, _sampled(collected, whole[1].advantages, seconds)
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, checks, critics
+from experiments import build, checks, critics, online
 from experiments.configs import base, quickstart
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
@@ -107,7 +107,7 @@ def test_rates_of_both():
     training__epochs=2,
   )
   needs = build.estimator(config).needs
-  _, rates = critics.optimizer(config, needs)
+  _, rates = online.optimizer(config, needs)
   policy = [rates(n)['learning_rate'] for n in range(18)]
   # Six updates are left out, then its own warm-up of ten begins.
   expected = [0.0] * 6 + [2e-5 * n for n in range(1, 11)] + [2e-4] * 2
@@ -115,7 +115,7 @@ def test_rates_of_both():
   critic = [rates(n)['critic/learning_rate'] for n in range(3)]
   np.testing.assert_allclose(critic, [5e-4, 1e-3, 1e-3], rtol=1e-5)
   plain = config_of(dict(name='grpo'))
-  _, rates = critics.optimizer(plain, build.estimator(plain).needs)
+  _, rates = online.optimizer(plain, build.estimator(plain).needs)
   assert set(rates(0)) == {'learning_rate'}
 
 

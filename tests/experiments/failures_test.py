@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from experiments.validation import failure_counts, failure_messages
+from experiments.validation import failure_messages
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rewards.failures import Failures, merge
 from jaxrl_llm.rollouts import Responses
+from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.rollouts.collect import failures_of_step as of_step
 
 SOME = Failures(

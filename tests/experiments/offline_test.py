@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from experiments import (
   build,
+  offline,
   preference,
   rest_em,
   run,
   sft,
   stored_runs,
-  supervised,
 )
 from experiments.configs import arithmetic_dpop, arithmetic_rest_em, quickstart
 from experiments.data import Data
@@ -49,7 +49,7 @@ def tiny(algorithm, **rounds):
 @pytest.fixture(scope='module', autouse=True)
 def compiled_once():
   """Configurations with the same update share it, as processes share none."""
-  made, make = {}, supervised.trainer
+  made, make = {}, offline.trainer
 
   def shared(config, *rest):
     key = str((config.algorithm, config.optimizer, config.rounds.batch))
@@ -58,7 +58,7 @@ def compiled_once():
     return made[key]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(supervised, 'trainer', shared)
+    patch.setattr(offline, 'trainer', shared)
     yield
 
 
@@ -81,7 +81,10 @@ def phase_of(config, folder, data=None):
   script = SCRIPTS[config.algorithm.name].SCRIPT
   script.check(config)
   phase = script.phase(config, model, data or own, jax.random.key(0), folder)
-  phase.rewards = [RewardPart('ones', count_ones)]
+  if phase.setting is not None:
+    phase.setting = phase.setting._replace(
+      rewards=[RewardPart('ones', count_ones)]
+    )
   phase.reference = model.params
   return phase, phase.begin(jax.tree.map(jnp.copy, model.params))
 
@@ -196,14 +199,13 @@ def test_what_has_no_reward_is_not_learned(tmp_path):
   config = tiny(dict(name='rest_em', threshold=0.0), **REST)
   config.steps = 4
   phase, state = phase_of(config, tmp_path)
-  phase.rewards = [
-    RewardPart(
-      'some',
-      lambda completions: [
-        None if i % 3 else 1.0 for i in range(len(completions))
-      ],
-    )
-  ]
+  some = RewardPart(
+    'some',
+    lambda completions: [
+      None if i % 3 else 1.0 for i in range(len(completions))
+    ],
+  )
+  phase.setting = phase.setting._replace(rewards=[some])
   result = phase.step(state, 0, None)
   pool = pools.load(tmp_path / 'rounds' / '00000000.npz')
   # Of 16 responses those numbered 0, 3, 6, … are scored.

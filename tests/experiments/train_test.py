@@ -86,7 +86,7 @@ def test_log_probs_of_float32_differ_by_less_than_the_default(monkeypatch):
   # The first is what trained models have.
   for nats, lines in ((1.6e-5, 0), (2e-4, 1)):
     monkeypatch.setattr(
-      online._steps, 'log_prob_difference', lambda *_, nats=nats: nats
+      online, 'log_prob_difference', lambda *_, nats=nats: nats
     )
     assert len(online.start(None)) == lines
 
