@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from jaxrl_llm.atomic import write_atomically
-from jaxrl_llm.runs.records import cannot_write
+from jaxrl_llm.runs.metrics import cannot_write
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #646a73;

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.runs.records import cannot_write
+from jaxrl_llm.runs.metrics import cannot_write
 
 
 def plot_curve(

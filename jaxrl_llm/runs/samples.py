@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import page
-from jaxrl_llm.runs.records import RecordFile, cut, number, read_records
+from jaxrl_llm.runs.metrics import RecordFile, cut, number, read_records
 
 
 @dataclasses.dataclass(frozen=True)
