@@ -24,7 +24,7 @@ from jaxrl_llm.estimators import (
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.huggingface import folders
-from jaxrl_llm.rewards import RewardPart, Workers, loading
+from jaxrl_llm.rewards import RewardPart, Workers, calling
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import pass_rates, vocabulary
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -411,7 +411,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
     return RewardPart(
       name, Workers(chosen, spec, field=field, **limits), weight
     )
-  return RewardPart(name, loading.load(chosen, spec, field), weight)
+  return RewardPart(name, calling.load(chosen, spec, field), weight)
 
 
 def model_settings(config) -> dict[str, Any]:
