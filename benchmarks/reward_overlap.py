@@ -78,7 +78,7 @@ def ways(milliseconds: float, workers: int) -> Iterator[dict[str, Any]]:
       AwaitedAtOnce(name, **settings) as at_once,
       Workers(name, **settings) as last,
     ):
-      here = calling.load(name, {}, 'reward')
+      here = calling.load_reward(name, {}, 'reward')
       yield {'here': here, 'at_once': at_once, 'last': last}
 
 

@@ -116,8 +116,8 @@ def dataset(config, tokenizer) -> data.Data:
   if not settings.pass_rates:
     return whole
   low, high = settings.min_pass_rate, settings.max_pass_rate
-  rates = pass_rates.read(settings.pass_rates)
-  chosen = pass_rates.choose(whole.train, rates, low, high)
+  rates = pass_rates.read_rates(settings.pass_rates)
+  chosen = pass_rates.filter_by_rate(whole.train, rates, low, high)
   note = (
     f'{settings.pass_rates}: {len(chosen.rows):,} of {len(whole.train):,} '
     f'training prompts have a pass rate within [{low:g}, {high:g}]; excluded '
@@ -411,7 +411,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
     return RewardPart(
       name, Workers(chosen, spec, field=field, **limits), weight
     )
-  return RewardPart(name, calling.load(chosen, spec, field), weight)
+  return RewardPart(name, calling.load_reward(chosen, spec, field), weight)
 
 
 def model_settings(config) -> dict[str, Any]:

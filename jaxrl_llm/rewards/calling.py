@@ -23,7 +23,7 @@ _ENDLESS = ('math_verify_answer',)
 _RESPONSES = frozenset({'prompts', 'completions', 'completion_ids'})
 
 
-def load(
+def load_reward(
   name: str, settings: Mapping[str, Any], field: str, killable: bool = False
 ) -> Callable:
   """Returns the reward function called `name`.
@@ -94,7 +94,7 @@ def parameters(function: Callable) -> Parameters:
   )
 
 
-def select(
+def select_arguments(
   name: str, taken: Parameters, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Selects the arguments that the function can take.

@@ -57,7 +57,7 @@ def reward_model(
   from jaxrl_llm.tasks.templates import template_text
 
   _check(overlong, batch_size, mean, std)
-  config, params = model.load(path, dtype=dtype, param_dtype=dtype)
+  config, params = model.load_reward_model(path, dtype=dtype, param_dtype=dtype)
   most = _length_limit(path, config.max_length, max_tokens)
   tokenizer = folders.load_tokenizer(path)
   folders.check_vocabulary(config, tokenizer)

@@ -159,7 +159,7 @@ def _check(parts, arguments, columns):
 def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
   # Copies: a function that changes its arguments affects no other.
-  accepted = calling.select(
+  accepted = calling.select_arguments(
     part.name, calling.parameters(part.function), arguments
   )
   try:

@@ -2,7 +2,7 @@
 
 Started only by `workers.Workers`.  The first line of descriptor 0 is JSON:
 
-  name, settings, field   as in `calling.load`
+  name, settings, field   as in `calling.load_reward`
   containment             a kind of `containment.KINDS`; null for the strongest
   memory                  bytes
   timeout                 seconds
@@ -77,7 +77,7 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   _restore_path(spec['pythonpath'])
   limited = _limit(spec['memory'])
   try:
-    function = calling.load(
+    function = calling.load_reward(
       spec['name'], spec['settings'], spec['field'], killable=True
     )
   except UserError as error:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
 from jaxrl_llm.rewards import interruptible, learned
-from jaxrl_llm.rewards.calling import select, shortened
+from jaxrl_llm.rewards.calling import select_arguments, shortened
 from jaxrl_llm.rewards.pool import Job, Pool
 from jaxrl_llm.rewards.worker_process import Reply
 
@@ -155,7 +155,7 @@ class Workers:
         cannot express, or the workers are closed.
     """
     arguments = {'prompts': prompts, 'completions': completions, **columns}
-    arguments = select(self.name, self.parameters, arguments)
+    arguments = select_arguments(self.name, self.parameters, arguments)
     samples = _encode_each(self.name, arguments, len(completions))
     pending = Pending(self.name, completions, self._pool)
     self._pool.put(

@@ -132,7 +132,7 @@ def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
   return ''.join(parts) + '</html>\n'
 
 
-def write(path, text: str) -> None:
+def write_page(path, text: str) -> None:
   """Writes the page atomically.
 
   Raises:

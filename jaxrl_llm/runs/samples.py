@@ -102,7 +102,7 @@ class SampleLog:
     pairs = _pairs(before, after)
     alone = len(before) + len(after) - 2 * len(pairs)
     text = page.render(title, samples, pairs, steps, alone)
-    page.write(self._workdir / 'samples.html', text)
+    page.write_page(self._workdir / 'samples.html', text)
 
 
 def read_samples(path) -> list[Sample]:

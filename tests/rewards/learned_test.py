@@ -67,7 +67,9 @@ def call(function, **columns):
 
 
 def test_it_is_the_score_that_transformers_gives_the_text(folder):
-  function = calling.load('reward_model', {'path': str(folder)}, 'rewards')
+  function = calling.load_reward(
+    'reward_model', {'path': str(folder)}, 'rewards'
+  )
   texts = [
     prompt + answer + '<eos>' * ended
     for prompt, answer, ended in zip(PROMPTS, ANSWERS, FINISHED, strict=True)
@@ -82,7 +84,7 @@ def test_it_is_the_score_that_transformers_gives_the_text(folder):
 
 def test_it_is_the_score_that_training_reads(folder):
   """Of pairs, whose ids are cut where the two texts part."""
-  config, params = folder_rm.load(folder)
+  config, params = folder_rm.load_reward_model(folder)
   tokenizer = folders.load_tokenizer(folder)
   rows = [
     {'prompt': 'A: ', 'chosen': 'yes', 'rejected': 'yonder'},
@@ -185,5 +187,7 @@ def test_worker_processes_are_no_place_for_it(folder):
 )
 def test_settings_that_make_no_sense_are_refused(folder, settings, words):
   with pytest.raises(UserError, match=words) as caught:
-    calling.load('reward_model', {'path': str(folder)} | settings, 'rewards')
+    calling.load_reward(
+      'reward_model', {'path': str(folder)} | settings, 'rewards'
+    )
   assert len(str(caught.value).splitlines()) <= 3

@@ -85,7 +85,7 @@ def test_a_page_or_picture_that_cannot_be_written_is_said(tmp_path, name):
       labels = dict(xlabel='x', ylabel='y', title='t')
       runs.plot_curve(tmp_path / name, {'a': ([1], [2])}, **labels)
     else:
-      page.write(tmp_path / name, 'text')
+      page.write_page(tmp_path / name, 'text')
   assert len(str(caught.value).splitlines()) == 2
   assert [path.name for path in tmp_path.iterdir()] == [name]
 
