@@ -46,7 +46,7 @@ from absl import flags
 
 from experiments import build, checks, cli, online
 from jaxrl_llm import training
-from jaxrl_llm.rewards import RewardPart, Workers, loading
+from jaxrl_llm.rewards import RewardPart, Workers, calling
 
 _WAITS = """
 import time
@@ -78,7 +78,7 @@ def ways(milliseconds: float, workers: int) -> Iterator[dict[str, Any]]:
       AwaitedAtOnce(name, **settings) as at_once,
       Workers(name, **settings) as last,
     ):
-      here = loading.load(name, {}, 'reward')
+      here = calling.load_reward(name, {}, 'reward')
       yield {'here': here, 'at_once': at_once, 'last': last}
 
 

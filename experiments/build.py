@@ -25,7 +25,7 @@ from jaxrl_llm.estimators import (
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.huggingface import folders
-from jaxrl_llm.rewards import RewardPart, Workers, loading
+from jaxrl_llm.rewards import RewardPart, Workers, calling
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import pass_rates, vocabulary
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -113,8 +113,8 @@ def dataset(config, tokenizer) -> data.Data:
   if not settings.pass_rates:
     return whole
   low, high = settings.min_pass_rate, settings.max_pass_rate
-  rates = pass_rates.read(settings.pass_rates)
-  chosen = pass_rates.choose(whole.train, rates, low, high)
+  rates = pass_rates.read_rates(settings.pass_rates)
+  chosen = pass_rates.filter_by_rate(whole.train, rates, low, high)
   note = (
     f'{settings.pass_rates}: {len(chosen.rows):,} of {len(whole.train):,} '
     f'training prompts have a pass rate within [{low:g}, {high:g}]; excluded '
@@ -415,7 +415,7 @@ def _reward_part(name: str, spec: dict, field: str) -> RewardPart:
     return RewardPart(
       name, Workers(chosen, spec, field=field, **limits), weight
     )
-  return RewardPart(name, loading.load(chosen, spec, field), weight)
+  return RewardPart(name, calling.load_reward(chosen, spec, field), weight)
 
 
 def model_settings(config) -> dict[str, Any]:

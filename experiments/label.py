@@ -58,7 +58,7 @@ from jaxrl_llm.atomic import as_json, write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
 from jaxrl_llm.runs import digests
-from jaxrl_llm.runs.records import RecordFile
+from jaxrl_llm.runs.metrics import RecordFile
 from jaxrl_llm.tasks import pairs, sources
 
 SPLITS = ('train', 'held_out')

@@ -293,7 +293,7 @@ class Offline(Phase):
     groups = self._method.choose(
       valid[..., 0] & self._kept(data), rewards[..., 0]
     )
-    pool = stored.choose(
+    pool = stored.select(
       self._sampling.indices(index),
       groups,
       tokens,
@@ -338,12 +338,12 @@ class Offline(Phase):
   def _pool(self, turn: int) -> stored.Pool:
     if self._given is not None:
       if self.estimator.needs.reference:
-        return stored.load(self._folder / 'given.npz')
+        return stored.load_pool(self._folder / 'given.npz')
       return self._given.pool
     first = turn * self.cycle.steps
     pool = stored.join(
       [
-        stored.load(self._file(number))
+        stored.load_pool(self._file(number))
         for number in range(first, first + self.cycle.sampling)
       ]
     )
@@ -364,7 +364,7 @@ class Offline(Phase):
   @staticmethod
   def _write(path, pool: stored.Pool) -> None:
     """Writes a pool in process 0, for all processes to read later."""
-    processes.on_main(lambda: stored.save(path, pool), str(path))
+    processes.on_main(lambda: stored.save_pool(path, pool), str(path))
 
   def _scored(self, params, part: Given, stop) -> stored.Pool:
     """Returns the pool with a policy's log-probabilities as reference."""
@@ -382,7 +382,7 @@ class Offline(Phase):
 
   def _margins(self, params, stop) -> np.ndarray:
     """Returns margins h of the held-out pairs, [N], nats."""
-    before = stored.load(self._folder / 'held_out.npz').ref_log_probs
+    before = stored.load_pool(self._folder / 'held_out.npz').ref_log_probs
     now = self._scored(params, self._pairs, stop).ref_log_probs
     ratios = (now - before).sum(axis=2)
     return ratios[:, 0] - ratios[:, 1]

@@ -56,7 +56,7 @@ from jaxrl_llm import runs, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.digests import named_leaves
-from jaxrl_llm.runs.records import number
+from jaxrl_llm.runs.metrics import number
 
 _SCRIPTS = {
   'train': train.SCRIPT,

@@ -42,7 +42,7 @@ from jaxrl_llm.estimators import diagnostics
 from jaxrl_llm.models import value_head
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.rollouts import stored, to_prompts
-from jaxrl_llm.runs.records import cannot_write
+from jaxrl_llm.runs.metrics import cannot_write
 from jaxrl_llm.tasks import pairs as pairs_lib
 from jaxrl_llm.tasks import prompts as prompts_lib
 from jaxrl_llm.tasks import sources

@@ -12,7 +12,7 @@ from experiments.schedule import Evaluation
 from jaxrl_llm import evaluation, rollouts, sharding
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.rewards.failures import Failures, merge
+from jaxrl_llm.rewards.workers import Failures, merge_failures
 from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.runs import Sample
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -154,7 +154,7 @@ def answer(
     ).reshape(shape)
     for part in held_out.rewards
   }
-  failures = merge(piece.scores.failures for piece in pieces)
+  failures = merge_failures(piece.scores.failures for piece in pieces)
   return Answers(
     rewards=np.concatenate(rewards).reshape(shape),
     parts=parts,

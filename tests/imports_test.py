@@ -127,7 +127,18 @@ def test_order_within_the_estimators():
   )
 
 
+def executed(name):
+  """Modules whose code an import by `name` runs: packages come along."""
+  modules = own(name)
+  for other in own(name):
+    parts = other.split('.')
+    around = {'.'.join(parts[:i]) for i in range(1, len(parts))}
+    modules |= {package for package in around if not within(name, package)}
+  return modules
+
+
 def test_no_cycles():
+  """Not even through the names that a package re-exports."""
   done, path = set(), []
 
   def visit(name):
@@ -135,12 +146,19 @@ def test_no_cycles():
     if name in done:
       return
     path.append(name)
-    for other in own(name):
+    for other in executed(name):
       visit(other if other in FILES else other.rpartition('.')[0])
     done.add(path.pop())
 
   for name in FILES:
     visit(name)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_what_a_package_exports_is_for_others(name):
+  """Its own modules import the one that defines a name."""
+  around = {other for other in own(name) if within(name, other)}
+  assert not around, f'{name} imports from {around}'
 
 
 # Programs that a model has written are run by these two alone, which are

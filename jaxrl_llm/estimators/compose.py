@@ -72,25 +72,7 @@ def estimator(
   Raises:
     ValueError: the parts do not fit together.
   """
-  if advantages.takes not in (None, 'response'):
-    raise ValueError(
-      f'the first transform takes a number per {advantages.takes}; rewards '
-      'are per response: begin with `at_last_token()`'
-    )
-  if token_loss.needs.critic != (value_target is not None):
-    raise ValueError(
-      '`value_error` and `value_target` go together: one is missing'
-    )
-  needs = merge_needs(
-    advantages.needs,
-    token_loss.needs,
-    Needs() if value_target is None else value_target.needs,
-  )
-
-  if needs.branches and needs.branches.trained and keep != valid_responses:
-    raise ValueError(
-      '`keep` selects among whole groups, but rows may be branches: omit it'
-    )
+  needs = _needs_of_parts(advantages, token_loss, keep, value_target)
 
   def reweight(batch: Batch) -> Batch:
     mask, counted = batch.mask & batch.valid, batch.valid
@@ -133,6 +115,38 @@ def estimator(
     return jnp.sum(batch.weights * token_loss.apply(outputs, batch))
 
   return Estimator(needs, prepare, reweight, loss)
+
+
+def _needs_of_parts(
+  advantages: AdvantageTransform,
+  token_loss: TokenLoss,
+  keep: Filter,
+  value_target: AdvantageTransform | None,
+) -> Needs:
+  """Merges the needs of an estimator's parts.
+
+  Raises:
+    ValueError: the parts do not fit together.
+  """
+  if advantages.takes not in (None, 'response'):
+    raise ValueError(
+      f'the first transform takes a number per {advantages.takes}; rewards '
+      'are per response: begin with `at_last_token()`'
+    )
+  if token_loss.needs.critic != (value_target is not None):
+    raise ValueError(
+      '`value_error` and `value_target` go together: one is missing'
+    )
+  needs = merge_needs(
+    advantages.needs,
+    token_loss.needs,
+    Needs() if value_target is None else value_target.needs,
+  )
+  if needs.branches and needs.branches.trained and keep != valid_responses:
+    raise ValueError(
+      '`keep` selects among whole groups, but rows may be branches: omit it'
+    )
+  return needs
 
 
 def start_running(needs: Needs) -> dict[str, Array]:

@@ -56,22 +56,9 @@ def reward_model(
   from jaxrl_llm.tasks.pairs import encode_responses
   from jaxrl_llm.tasks.templates import template_text
 
-  field = 'reward_model'
-  if overlong not in ('error', 'none'):
-    raise UserError(f"{field}: overlong={overlong!r} must be 'error' or 'none'")
-  if batch_size < 1:
-    raise UserError(
-      f'{field}: batch_size is {batch_size}; it must be at least 1'
-    )
-  if not (0 < std < math.inf and math.isfinite(mean)):
-    raise UserError(f'{field}: {mean=} and {std=}; std must be above 0')
-  config, params = model.load(path, dtype=dtype, param_dtype=dtype)
-  most = config.max_length if max_tokens is None else max_tokens
-  if not 1 <= most <= config.max_length:
-    raise UserError(
-      f'{field}: max_tokens is {max_tokens}; {path} reads 1 to '
-      f'{config.max_length} tokens'
-    )
+  _check(overlong, batch_size, mean, std)
+  config, params = model.load_reward_model(path, dtype=dtype, param_dtype=dtype)
+  most = _length_limit(path, config.max_length, max_tokens)
   tokenizer = folders.load_tokenizer(path)
   folders.check_vocabulary(config, tokenizer)
   padding = folders.pad_token_id(path)
@@ -96,14 +83,14 @@ def reward_model(
         prompts, completions, ended, tokenizer, **settings
       )
     ]
-    long = [i for i, ids in enumerate(texts) if len(ids) > most]
-    if long and overlong == 'error':
-      raise UserError(
-        f'{field}: {len(long)} of {len(texts)} texts exceed {most} tokens of '
-        f'{path}; the longest has {max(map(len, texts))}.\nShorten prompts or '
-        "responses, raise max_tokens, or give them no score: overlong='none'."
-      )
     fitting = [ids for ids in texts if len(ids) <= most]
+    if (long := len(texts) - len(fitting)) and overlong == 'error':
+      raise UserError(
+        f'reward_model: {long} of {len(texts)} texts exceed {most} tokens of '
+        f'{path}; the longest has {max(map(len, texts))}.\nShorten prompts '
+        'or responses, raise max_tokens, or give them no score: '
+        "overlong='none'."
+      )
     scores = iter(model.score_texts(config, params, fitting, batch_size))
     return [
       (float(next(scores)) - mean) / std if len(ids) <= most else None
@@ -111,6 +98,30 @@ def reward_model(
     ]
 
   return scores_texts
+
+
+def _check(overlong: str, batch_size: int, mean: float, std: float) -> None:
+  if overlong not in ('error', 'none'):
+    raise UserError(
+      f"reward_model: overlong={overlong!r} must be 'error' or 'none'"
+    )
+  if batch_size < 1:
+    raise UserError(
+      f'reward_model: batch_size is {batch_size}; it must be at least 1'
+    )
+  if not (0 < std < math.inf and math.isfinite(mean)):
+    raise UserError(f'reward_model: {mean=} and {std=}; std must be above 0')
+
+
+def _length_limit(path: str, readable: int, max_tokens: int | None) -> int:
+  """Returns the most tokens of a text, at most what the model can read."""
+  limit = readable if max_tokens is None else max_tokens
+  if not 1 <= limit <= readable:
+    raise UserError(
+      f'reward_model: max_tokens is {max_tokens}; {path} reads 1 to '
+      f'{readable} tokens'
+    )
+  return limit
 
 
 def _unpadded(ids: list[int], padding: int | None) -> list[int]:

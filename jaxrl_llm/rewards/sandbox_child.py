@@ -297,7 +297,7 @@ def _work(program, requests, replies, values, harness):
     write(replies, f'{type(error).__name__}: {error}\n'.encode())
     end(1)
   write(replies, b'ready\n')
-  module, failure = harness.load(program)
+  module, failure = harness.load_program(program)
   secret, passed = '', []
   if failure is None:
     write(replies, b'loaded\n')

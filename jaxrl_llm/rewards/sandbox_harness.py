@@ -57,7 +57,7 @@ _VIEWS = type({}.keys()), type({}.values()), type({}.items())
 _SEQUENCES = list, tuple, set, frozenset, _collections.deque, *_VIEWS
 
 
-def load(program):
+def load_program(program):
   """Runs the program.
 
   It becomes the module 'program', so code below `if __name__ == '__main__'`

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.arguments import parameters, select
-from jaxrl_llm.rewards.failures import Failures
-from jaxrl_llm.rewards.results import LARGEST, as_float, as_list, shortened
-from jaxrl_llm.rewards.workers import Workers
+from jaxrl_llm.rewards import calling
+from jaxrl_llm.rewards.calling import shortened
+from jaxrl_llm.rewards.workers import Failures, Workers
 
 
 class RewardPart(NamedTuple):
@@ -122,7 +121,7 @@ def _total(
   valid = ~np.isnan(stacked).any(axis=0)
   with np.errstate(over='ignore', invalid='ignore'):
     total = np.where(valid, (weights[:, None] * stacked).sum(axis=0), 0.0)
-  fits = np.abs(total) <= LARGEST
+  fits = np.abs(total) <= calling.LARGEST
   if not fits.all():
     raise UserError(
       'the weighted sum of rewards overflows float32 at sample '
@@ -160,7 +159,9 @@ def _check(parts, arguments, columns):
 def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
   # Copies: a function that changes its arguments affects no other.
-  accepted = select(part.name, parameters(part.function), arguments)
+  accepted = calling.select_arguments(
+    part.name, calling.parameters(part.function), arguments
+  )
   try:
     result = part.function(**_copies(accepted))
   except UserError:
@@ -171,7 +172,7 @@ def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
       f'{shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
     ) from error
   completions = arguments['completions']
-  values = as_list(part.name, result, len(completions))
+  values = calling.as_list(part.name, result, len(completions))
   return np.asarray(
     [
       _number(part.name, value, i, completions[i])
@@ -198,7 +199,7 @@ def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
 def _number(name: str, value: Any, index: int, completion: str) -> float:
   """Returns one value as a finite float, or NaN for None."""
   try:
-    return as_float(value)
+    return calling.as_float(value)
   except ValueError as error:
     raise UserError(
       f'reward {name!r} returned {shortened(repr(value))} for sample {index}, '

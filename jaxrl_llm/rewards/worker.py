@@ -2,7 +2,7 @@
 
 Started only by `workers.Workers`.  The first line of descriptor 0 is JSON:
 
-  name, settings, field   as in `loading.load`
+  name, settings, field   as in `calling.load_reward`
   containment             a kind of `containment.KINDS`; null for the strongest
   memory                  bytes
   timeout                 seconds
@@ -39,9 +39,7 @@ from typing import Any
 
 from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import containment, loading
-from jaxrl_llm.rewards.arguments import parameters
-from jaxrl_llm.rewards.results import as_float, as_list, shortened
+from jaxrl_llm.rewards import calling, containment
 
 # Characters of a UserError's message, whose lines are kept.
 _MAX_MESSAGE = 2000
@@ -79,7 +77,7 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   _restore_path(spec['pythonpath'])
   limited = _limit(spec['memory'])
   try:
-    function = loading.load(
+    function = calling.load_reward(
       spec['name'], spec['settings'], spec['field'], killable=True
     )
   except UserError as error:
@@ -92,7 +90,7 @@ def _work(spec: dict[str, Any], kind: str) -> int:
   ready = {
     'containment': kind,
     'memory_limited': limited,
-    'parameters': parameters(function),
+    'parameters': calling.parameters(function),
     'source': _digest(naming.file_of(spec['name'])),
   }
   _send(replies, ['ready', ready])
@@ -116,9 +114,9 @@ def _score(name: str, function: Callable, arguments: dict) -> tuple[str, Any]:
     except UserError as error:
       return 'user', str(error)[:_MAX_MESSAGE]
     try:
-      score = as_float(as_list(name, result, 1)[0])
+      score = calling.as_float(calling.as_list(name, result, 1)[0])
     except ValueError:
-      return 'error', f'returned {shortened(repr(result))}'
+      return 'error', f'returned {calling.shortened(repr(result))}'
   except MemoryError as error:
     return 'memory', _said(error)
   except BaseException as error:
@@ -129,7 +127,7 @@ def _score(name: str, function: Callable, arguments: dict) -> tuple[str, Any]:
 def _said(error: BaseException) -> str:
   """Returns an exception's type and message in one line."""
   text = f'{type(error).__name__}: {error}'.removesuffix(': ')
-  return shortened(text, 200)
+  return calling.shortened(text, 200)
 
 
 def _take_channel() -> tuple[int, int]:

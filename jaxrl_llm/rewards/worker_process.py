@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import interruptible
-from jaxrl_llm.rewards.arguments import Parameters
+from jaxrl_llm.rewards.calling import Parameters
 
 _WROTE = 'wrote to the channel of its worker'
 # Most bytes in a line from a worker; anything longer is not a reply.
@@ -57,7 +57,7 @@ class Reply(NamedTuple):
 
   Attributes:
     kind: 'score', 'user' for a UserError of the function, or one of
-      `failures.FAILURES`.
+      `workers.FAILURES`.
     score: the score, if there is one; also None if the function returned None.
     message: the reason for a missing score.
   """

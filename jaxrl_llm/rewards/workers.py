@@ -8,24 +8,44 @@ replaces it while the others continue.
 """
 
 import functools
+import json
 import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import containment as containment_lib
 from jaxrl_llm.rewards import interruptible, learned
-from jaxrl_llm.rewards.arguments import encode_each, is_json, select
-from jaxrl_llm.rewards.failures import FAILURES, Failures
+from jaxrl_llm.rewards.calling import select_arguments, shortened
 from jaxrl_llm.rewards.pool import Job, Pool
-from jaxrl_llm.rewards.results import shortened
 from jaxrl_llm.rewards.worker_process import Reply
 
 # Bytes.  The interpreter alone takes 10 MB.
 _LEAST_MEMORY = 1 << 26
+
+# Reasons for a missing score.
+FAILURES = ('timeout', 'crash', 'error', 'memory')
+
+
+class Failures(NamedTuple):
+  """Samples of a batch without a score because scoring them failed.
+
+  Attributes:
+    counts: number of samples by kind, for all of `FAILURES`.
+    messages: for each kind that occurred, its first sample's: the cause, the
+      sample's index, and its completion.
+  """
+
+  counts: dict[str, int]
+  messages: dict[str, str]
+
+  @property
+  def total(self) -> int:
+    """Total number of failures, of all kinds."""
+    return sum(self.counts.values())
 
 
 class Workers:
@@ -135,8 +155,8 @@ class Workers:
         cannot express, or the workers are closed.
     """
     arguments = {'prompts': prompts, 'completions': completions, **columns}
-    arguments = select(self.name, self.parameters, arguments)
-    samples = encode_each(self.name, arguments, len(completions))
+    arguments = select_arguments(self.name, self.parameters, arguments)
+    samples = _encode_each(self.name, arguments, len(completions))
     pending = Pending(self.name, completions, self._pool)
     self._pool.put(
       [
@@ -262,6 +282,68 @@ class Pending:
     return Failures(counts, messages)
 
 
+def merge_failures(
+  batches: Iterable[Mapping[str, Failures]],
+) -> dict[str, Failures]:
+  """Merges the failures of several batches, by the name of the reward.
+
+  The first message of each kind is kept; it numbers samples within its batch.
+  """
+  merged: dict[str, Failures] = {}
+  for batch in batches:
+    for name, (counts, messages) in batch.items():
+      before = merged.get(name, Failures(dict.fromkeys(FAILURES, 0), {}))
+      merged[name] = Failures(
+        {kind: before.counts[kind] + counts[kind] for kind in FAILURES},
+        messages | before.messages,
+      )
+  return merged
+
+
+def _encode_each(
+  name: str, arguments: Mapping[str, Sequence[Any]], count: int
+) -> list[bytes]:
+  """Encodes the arguments of `count` calls, one sample each, as JSON objects.
+
+  Args:
+    name: the function's name, for the message.
+    arguments: `count` values each.
+    count: number of completions.
+
+  Raises:
+    UserError: the number of values is not `count`, or one is not a JSON value.
+  """
+  for column, values in arguments.items():
+    if len(values) != count:
+      raise UserError(
+        f'there are {count} completions to score but {len(values)} entries in '
+        f'{column!r}.'
+      )
+    for i, value in enumerate(values):
+      if not _is_json(value):
+        raise UserError(
+          f'the column {column!r} holds a {type(value).__name__} at sample {i}.'
+          f'\n{name!r} runs in worker processes, which take JSON values: text, '
+          'numbers,\nbooleans, None, lists, and dictionaries with string keys.'
+        )
+  return [
+    json.dumps({key: [values[i]] for key, values in arguments.items()}).encode()
+    for i in range(count)
+  ]
+
+
+def _is_json(value: Any) -> bool:
+  """Returns True if JSON preserves the value: not a tuple, not an array."""
+  kind = type(value)
+  if kind is list:
+    return all(map(_is_json, value))
+  if kind is dict:
+    return all(type(key) is str for key in value) and all(
+      map(_is_json, value.values())
+    )
+  return value is None or kind in (str, int, float, bool)
+
+
 def _check(spec: Mapping[str, Any], workers: int) -> None:
   """Raises UserError for an invalid argument."""
 
@@ -299,7 +381,7 @@ def _check(spec: Mapping[str, Any], workers: int) -> None:
       f'choose one of {", ".join(kinds)}'
     )
   for key, value in spec['settings'].items():
-    if not is_json(value):
+    if not _is_json(value):
       raise UserError(
         f'{field}: {key} is {value!r}, which is not a JSON value\n'
         'it is sent to worker processes; write a list for a tuple'

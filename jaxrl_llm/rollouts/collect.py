@@ -20,7 +20,7 @@ from jaxrl_llm.estimators import Needs, Rollouts, diagnostics
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.rewards.failures import Failures
+from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.rollouts import branch_values, branches
 from jaxrl_llm.rollouts.groups import Groups, as_sampled
 from jaxrl_llm.rollouts.responses import (

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxrl_llm import sharding
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.failures import Failures
+from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.rollouts.responses import Responses
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib

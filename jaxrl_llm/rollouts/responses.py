@@ -18,7 +18,7 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import start as start_scoring
-from jaxrl_llm.rewards.failures import Failures, merge
+from jaxrl_llm.rewards.workers import Failures, merge_failures
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
 
@@ -221,7 +221,7 @@ def _share(scoring: Callable[[], Scores]) -> Scores:
     {name: Failures(*each) for name, each in reported.items()}
     for reported in gathered
   ]
-  return Scores(total, valid, parts, merge(failures))
+  return Scores(total, valid, parts, merge_failures(failures))
 
 
 def with_statistics(generation: Generation, needs: Needs) -> Generation:

@@ -100,7 +100,7 @@ def ranked_pairs(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
   return np.array(pairs, np.int64).reshape(-1, 3)
 
 
-def choose(
+def select(
   prompts: Sequence[int],
   groups: np.ndarray,
   tokens: np.ndarray,
@@ -184,7 +184,7 @@ def to_rollouts(pool: Pool) -> Rollouts:
   )
 
 
-def save(path: pathlib.Path, pool: Pool) -> None:
+def save_pool(path: pathlib.Path, pool: Pool) -> None:
   """Writes a pool as npz, atomically.
 
   Raises:
@@ -203,8 +203,8 @@ def save(path: pathlib.Path, pool: Pool) -> None:
     ) from error
 
 
-def load(path: pathlib.Path) -> Pool:
-  """Reads a pool that `save` wrote.
+def load_pool(path: pathlib.Path) -> Pool:
+  """Reads a pool that `save_pool` wrote.
 
   Raises:
     UserError: the file is missing or damaged.

@@ -1,7 +1,7 @@
 """A run's reports: records, health, sample tables, progress, plots."""
 
 from jaxrl_llm.runs.health import WINDOW, Health, Watch, assess
-from jaxrl_llm.runs.metrics import MetricsWriter, read_metrics
+from jaxrl_llm.runs.metrics import MetricsWriter, read_metrics, read_records
 from jaxrl_llm.runs.plots import (
   Band,
   Panel,
@@ -10,7 +10,6 @@ from jaxrl_llm.runs.plots import (
   plot_estimates,
 )
 from jaxrl_llm.runs.progress import Progress
-from jaxrl_llm.runs.records import read_records
 from jaxrl_llm.runs.samples import (
   Sample,
   SampleLog,

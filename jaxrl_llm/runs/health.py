@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.runs.records import cannot_write
+from jaxrl_llm.runs.metrics import cannot_write
 
 Record = Mapping[str, float]
 

@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from jaxrl_llm.atomic import write_atomically
-from jaxrl_llm.runs.records import cannot_write
+from jaxrl_llm.runs.metrics import cannot_write
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #646a73;
@@ -132,7 +132,7 @@ def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
   return ''.join(parts) + '</html>\n'
 
 
-def write(path, text: str) -> None:
+def write_page(path, text: str) -> None:
   """Writes the page atomically.
 
   Raises:

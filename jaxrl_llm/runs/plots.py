@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.runs.records import cannot_write
+from jaxrl_llm.runs.metrics import cannot_write
 
 
 def plot_curve(
@@ -76,7 +76,7 @@ def plot_curve(
     _style(panel)
   if len(series) > 1:
     axes.legend(frameon=False, fontsize=9)
-  save(figure, path)
+  save_figure(figure, path)
 
 
 def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
@@ -164,7 +164,7 @@ def plot_bands(
     fontsize=9,
     handlelength=2.6,
   )
-  save(figure, path)
+  save_figure(figure, path)
 
 
 class Panel(NamedTuple):
@@ -236,7 +236,7 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
   row[0].set_yticks(np.arange(len(labels)), labels, fontsize=9)
   row[0].set_ylim(len(labels) - 0.5, -0.5)
   figure.suptitle(title, x=0.01, ha='left', fontsize=11)
-  save(figure, path)
+  save_figure(figure, path)
 
 
 def _style(axes: Any) -> None:
@@ -245,7 +245,7 @@ def _style(axes: Any) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def save(figure: Any, path) -> None:
+def save_figure(figure: Any, path) -> None:
   """Writes a figure as a PNG; equal figures give equal bytes.
 
   Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import page
-from jaxrl_llm.runs.records import RecordFile, cut, number, read_records
+from jaxrl_llm.runs.metrics import RecordFile, cut, number, read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class SampleLog:
     pairs = _pairs(before, after)
     alone = len(before) + len(after) - 2 * len(pairs)
     text = page.render(title, samples, pairs, steps, alone)
-    page.write(self._workdir / 'samples.html', text)
+    page.write_page(self._workdir / 'samples.html', text)
 
 
 def read_samples(path) -> list[Sample]:

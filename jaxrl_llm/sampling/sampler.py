@@ -236,15 +236,7 @@ def fork(
       other responses; unknown statistics.
   """
   max_tokens = responses.tokens.shape[-1]
-  if branches < 1 or max_tokens < 2:
-    raise UserError(f'{branches=} must be ≥ 1 and {max_tokens=} ≥ 2')
-  if rows is not None and rows < 1:
-    raise UserError(f'{rows=} must be at least 1')
-  if cache.suffix.capacity != max_tokens:
-    raise UserError(
-      f'the cache has room for {cache.suffix.capacity} tokens, the responses '
-      f'have {max_tokens}: it belongs to others'
-    )
+  _check_fork(cache, max_tokens, branches, rows)
   _check_statistics(statistics)
   starts = jnp.repeat(positions, branches, axis=2)
   # One number per branch and token.
@@ -287,11 +279,32 @@ def fork(
   shape = (*positions.shape, branches, max_tokens - 1)
   written = {name: x.reshape(shape) for name, x in written.items()}
   samples = _until_end(written, positions, max_tokens, eos_ids)
+  return samples, _total_work(cache, samples, row_steps, copies)
+
+
+def _check_fork(
+  cache: transformer.Cache, max_tokens: int, branches: int, rows: int | None
+) -> None:
+  if branches < 1 or max_tokens < 2:
+    raise UserError(f'{branches=} must be ≥ 1 and {max_tokens=} ≥ 2')
+  if rows is not None and rows < 1:
+    raise UserError(f'{rows=} must be at least 1')
+  if cache.suffix.capacity != max_tokens:
+    raise UserError(
+      f'the cache has room for {cache.suffix.capacity} tokens, the responses '
+      f'have {max_tokens}: it belongs to others'
+    )
+
+
+def _total_work(
+  cache: transformer.Cache, samples: Samples, row_steps: Array, copies: Array
+) -> Work:
+  """Adds up the work of all devices, whose counts are given one each."""
   row_bytes = sum(
     x.nbytes // x.shape[0]
     for x in jax.tree.leaves((cache.suffix.keys, cache.suffix.values))
   )
-  return samples, Work(
+  return Work(
     row_steps=row_steps.sum(),
     tokens=samples.mask.sum(dtype=jnp.int32),
     copied=copies.sum().astype(jnp.float32) * row_bytes,

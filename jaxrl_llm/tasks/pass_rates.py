@@ -35,7 +35,7 @@ class Chosen(NamedTuple):
   unrated: int
 
 
-def read(path: str) -> dict[str, float | None]:
+def read_rates(path: str) -> dict[str, float | None]:
   """Reads rates by prompt; those of a repeated prompt are averaged.
 
   Each is weighted by its number of samples.
@@ -61,7 +61,7 @@ def read(path: str) -> dict[str, float | None]:
   }
 
 
-def choose(
+def filter_by_rate(
   rows: Sequence[dict],
   rates: Mapping[str, float | None],
   low: float = 0.0,

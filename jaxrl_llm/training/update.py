@@ -283,18 +283,8 @@ def make_update(
 
   def loss_fn(trainable, frozen, prompts, batch):
     outputs = forward(trainable, frozen, prompts, batch)
-    mask = batch.mask & batch.valid
-    sums = {
-      name: jnp.where(mask, metric(outputs, batch), 0.0).sum()
-      for name, metric in per_token.items()
-    }
-    sums |= {
-      name: jnp.where(batch.valid, metric(outputs, batch), 0.0).sum()
-      for name, metric in per_response.items()
-    }
-    difference = diagnostics.log_prob_difference(outputs, batch)
-    highest = jnp.where(mask, difference, 0.0).max()
-    return estimator.loss(outputs, batch), (sums, highest)
+    sums = _metric_sums(per_token, per_response, outputs, batch)
+    return estimator.loss(outputs, batch), sums
 
   @jax.jit(donate_argnames='state')
   def update(state: TrainState, frozen, prompts, batch):
@@ -335,6 +325,26 @@ def make_update(
     return state, metrics
 
   return update
+
+
+def _metric_sums(
+  per_token: Mapping[str, diagnostics.Diagnostic],
+  per_response: Mapping[str, diagnostics.Diagnostic],
+  outputs: Outputs,
+  batch: Batch,
+) -> tuple[dict[str, Array], Array]:
+  """Returns the metrics' sums and the largest log-probability difference."""
+  mask = batch.mask & batch.valid
+  sums = {
+    name: jnp.where(mask, metric(outputs, batch), 0.0).sum()
+    for name, metric in per_token.items()
+  }
+  sums |= {
+    name: jnp.where(batch.valid, metric(outputs, batch), 0.0).sum()
+    for name, metric in per_response.items()
+  }
+  difference = diagnostics.log_prob_difference(outputs, batch)
+  return sums, jnp.where(mask, difference, 0.0).max()
 
 
 def _apply(

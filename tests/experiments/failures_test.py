@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments.validation import failure_messages
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.failures import Failures, merge
+from jaxrl_llm.rewards.workers import Failures, merge_failures
 from jaxrl_llm.rollouts import Responses
 from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.rollouts.collect import failures_of_step as of_step
@@ -48,10 +48,10 @@ def test_failures_of_a_step_are_those_of_all_that_it_scored():
 
 
 def test_merged_batches_add_up_and_keep_the_first_message():
-  merged = merge([{'a': SOME}, {'a': MORE, 'b': SOME}, {}])
+  merged = merge_failures([{'a': SOME}, {'a': MORE, 'b': SOME}, {}])
   assert merged['a'].counts == dict(timeout=1, crash=5, error=0, memory=0)
   assert merged['a'].total == 6 and merged['b'] == SOME
   assert merged['a'].messages == dict(
     crash='ended with status 0', timeout='5 s'
   )
-  assert merge([]) == {}
+  assert merge_failures([]) == {}

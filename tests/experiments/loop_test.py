@@ -15,7 +15,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import Sample, checkpoints, orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import describe, named_leaves
-from jaxrl_llm.runs.records import RecordFile
+from jaxrl_llm.runs.metrics import RecordFile
 from tests.experiments import boundaries_test
 
 # Of its 9 steps it evaluates 0, 4, 8 and 9, and saves every second one.

@@ -128,7 +128,7 @@ def test_a_round_learns_what_was_right_and_no_more_than_allowed(rest):
   sampled, chosen = 0, []
   for number in (0, 1):
     result = found[number][1]
-    pool = pools.load(folder / 'rounds' / files[number])
+    pool = pools.load_pool(folder / 'rounds' / files[number])
     samples = jax.device_get(result.responses.samples)
     right = [
       np.reshape(samples.tokens, (-1, 12))[i][: len(ids)].tolist()
@@ -155,7 +155,10 @@ def test_a_round_learns_what_was_right_and_no_more_than_allowed(rest):
   assert found[2][1].tokens == 0 and found[2][1].responses is None
   # Learning sees these rows alone: the loss of the first update, by hand.
   pool = pools.limit(
-    pools.join([pools.load(folder / 'rounds' / name) for name in files[:2]]), 2
+    pools.join(
+      [pools.load_pool(folder / 'rounds' / name) for name in files[:2]]
+    ),
+    2,
   )
   assert len(pool.prompts) == allowed
 
@@ -207,7 +210,7 @@ def test_what_has_no_reward_is_not_learned(tmp_path):
   )
   phase.setting = phase.setting._replace(rewards=[some])
   result = phase.step(state, 0, None)
-  pool = pools.load(tmp_path / 'rounds' / '00000000.npz')
+  pool = pools.load_pool(tmp_path / 'rounds' / '00000000.npz')
   # Of 16 responses those numbered 0, 3, 6, … are scored.
   assert result.metrics['rewards/some/none'] == 10
   assert len(pool.prompts) == result.metrics['rounds/chosen'] == 6
@@ -246,7 +249,7 @@ def test_given_pairs_are_learned_against_the_initial_model(tmp_path):
   phase, state = phase_of(config, tmp_path, pair_data())
   model, _ = setting()
   done = steps(phase, state, range(3))
-  stored = pools.load(tmp_path / 'rounds' / 'given.npz')
+  stored = pools.load_pool(tmp_path / 'rounds' / 'given.npz')
   encoded = build.encode(config, pair_data().train, model.tokenizer)
   whole = rollouts.score_tokens(
     model.config,
@@ -280,7 +283,7 @@ def test_given_pairs_are_learned_against_the_initial_model(tmp_path):
   assert at_start['eval/preference/accuracy'] == 0.5
   assert at_start['eval/preference/margin'] == 0.0
   assert set(at_start) == set(evaluated)
-  held_out = pools.load(tmp_path / 'rounds' / 'held_out.npz')
+  held_out = pools.load_pool(tmp_path / 'rounds' / 'held_out.npz')
   assert len(held_out.prompts) == config.evaluation.prompts == 8
 
 

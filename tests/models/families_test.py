@@ -34,7 +34,7 @@ LLAMA = dict(
 
 
 def test_reads_the_older_spelling():
-  config = families.read(LLAMA, dtype='bfloat16')
+  config = families.read_config(LLAMA, dtype='bfloat16')
   assert config == ModelConfig(
     vocab_size=128256,
     hidden_size=2048,
@@ -55,16 +55,16 @@ def test_reads_the_older_spelling():
 def test_write_inverts_read(name):
   raw = {**tiny_models.ROTARY, **tiny_models.CASES[name]}
   with tiny_models.quiet():
-    config = families.read(raw)
+    config = families.read_config(raw)
     if name == 'llama_longrope':
       with pytest.raises(UserError, match='pass source'):
-        families.write(config)
+        families.write_config(config)
     else:
-      assert families.read(families.write(config)) == config
+      assert families.read_config(families.write_config(config)) == config
 
 
 def test_what_a_family_cannot_express_is_refused():
-  config = families.read(LLAMA)
+  config = families.read_config(LLAMA)
   fields = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1)
   for changed in (
     ModelConfig(**fields, num_heads=2, query_bias=True),
@@ -73,7 +73,7 @@ def test_what_a_family_cannot_express_is_refused():
     ModelConfig(**fields, num_heads=2, family='gpt2'),
   ):
     with pytest.raises(UserError, match='cannot express'):
-      families.write(changed)
+      families.write_config(changed)
   assert families.differences(config, {**LLAMA, 'vocab_size': 3}) == [
     'vocab_size'
   ]
@@ -107,10 +107,10 @@ def test_unsupported_settings_are_named(change, words):
     tiny_models.quiet(),
     pytest.raises(UserError, match=words) as caught,
   ):
-    families.read({**LLAMA, **change})
+    families.read_config({**LLAMA, **change})
   assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_unknown_override():
   with pytest.raises(UserError, match="no field 'rematerialise'"):
-    families.read(LLAMA, rematerialise=True)
+    families.read_config(LLAMA, rematerialise=True)

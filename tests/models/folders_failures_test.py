@@ -66,7 +66,7 @@ def write(*args):
     time.sleep(60)
   os.kill(os.getpid(), signal.SIGKILL)
 config, params = folders.load(sys.argv[1])
-writing.write = write
+writing.write_params = write
 folders.save(sys.argv[1], config, params)
 """
 

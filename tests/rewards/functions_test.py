@@ -14,8 +14,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import (
   RewardPart,
   Workers,
+  calling,
   functions,
-  loading,
   score,
   symbolic,
 )
@@ -165,7 +165,7 @@ def test_math_verify_runs_in_workers_alone():
   """What it is given may never end, and here nothing could end it."""
   name = 'math_verify_answer'
   with pytest.raises(UserError, match='set workers, as in') as caught:
-    loading.load(name, {}, 'config.rewards.right')
+    calling.load_reward(name, {}, 'config.rewards.right')
   assert str(caught.value).startswith(
     'config.rewards.right: math_verify_answer'
   )

@@ -12,7 +12,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import value_head
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.models.huggingface import reward_model as folder_rm
-from jaxrl_llm.rewards import RewardPart, Workers, learned, loading, score
+from jaxrl_llm.rewards import RewardPart, Workers, calling, learned, score
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import pairs, vocabulary
 from jaxrl_llm.training import critic
@@ -67,7 +67,9 @@ def call(function, **columns):
 
 
 def test_it_is_the_score_that_transformers_gives_the_text(folder):
-  function = loading.load('reward_model', {'path': str(folder)}, 'rewards')
+  function = calling.load_reward(
+    'reward_model', {'path': str(folder)}, 'rewards'
+  )
   texts = [
     prompt + answer + '<eos>' * ended
     for prompt, answer, ended in zip(PROMPTS, ANSWERS, FINISHED, strict=True)
@@ -82,7 +84,7 @@ def test_it_is_the_score_that_transformers_gives_the_text(folder):
 
 def test_it_is_the_score_that_training_reads(folder):
   """Of pairs, whose ids are cut where the two texts part."""
-  config, params = folder_rm.load(folder)
+  config, params = folder_rm.load_reward_model(folder)
   tokenizer = folders.load_tokenizer(folder)
   rows = [
     {'prompt': 'A: ', 'chosen': 'yes', 'rejected': 'yonder'},
@@ -185,5 +187,7 @@ def test_worker_processes_are_no_place_for_it(folder):
 )
 def test_settings_that_make_no_sense_are_refused(folder, settings, words):
   with pytest.raises(UserError, match=words) as caught:
-    loading.load('reward_model', {'path': str(folder)} | settings, 'rewards')
+    calling.load_reward(
+      'reward_model', {'path': str(folder)} | settings, 'rewards'
+    )
   assert len(str(caught.value).splitlines()) <= 3

@@ -63,7 +63,7 @@ def test_singles_are_what_is_kept():
 def test_what_is_chosen_is_what_was_sampled(sampled):
   rewards, tokens, lengths = sampled
   pairs = stored.ranked_pairs(rewards, np.ones(rewards.shape, bool))
-  pool = stored.choose([7, 5, 3], pairs, tokens, lengths, rewards)
+  pool = stored.select([7, 5, 3], pairs, tokens, lengths, rewards)
   assert pool.prompts.tolist() == [7, 7, 3, 3]
   for group, (p, best, worst) in enumerate(pairs):
     for side, g in enumerate((best, worst)):
@@ -77,7 +77,7 @@ def test_what_is_chosen_is_what_was_sampled(sampled):
 
 def test_a_file_gives_back_what_was_saved(sampled, tmp_path):
   rewards, tokens, lengths = sampled
-  pool = stored.choose(
+  pool = stored.select(
     [0, 1, 2], stored.singles(rewards > 0), tokens, lengths, rewards
   )
   scored = pool._replace(
@@ -85,19 +85,19 @@ def test_a_file_gives_back_what_was_saved(sampled, tmp_path):
   )
   for name, saved in (('a', pool), ('b', scored)):
     path = tmp_path / 'rounds' / f'{name}.npz'
-    stored.save(path, saved)
-    loaded = stored.load(path)
+    stored.save_pool(path, saved)
+    loaded = stored.load_pool(path)
     for before, after in zip(saved, loaded, strict=True):
       np.testing.assert_array_equal(before, after)
       assert before is None or before.dtype == after.dtype
   with pytest.raises(UserError, match='c.npz'):
-    stored.load(tmp_path / 'c.npz')
+    stored.load_pool(tmp_path / 'c.npz')
 
 
 def test_a_damaged_file_is_told_or_harmless(tmp_path):
   path = tmp_path / 'pool.npz'
   pool = stored.given([0, 1], [[[1, 2, 3], [4]], [[5], [6]]], [[1, 0]] * 2, 0)
-  stored.save(path, pool)
+  stored.save_pool(path, pool)
   whole, told = path.read_bytes(), 0
   damaged = [whole[:size] for size in range(0, len(whole), 20)]
   for place in range(len(whole)):
@@ -106,7 +106,7 @@ def test_a_damaged_file_is_told_or_harmless(tmp_path):
   for content in damaged:
     path.write_bytes(content)
     try:
-      loaded = stored.load(path)
+      loaded = stored.load_pool(path)
     except UserError as error:
       assert 'restore it' in str(error) and str(error).count('\n') == 1
       told += 1

@@ -1,10 +1,14 @@
-"""Bands of many methods as a picture."""
+"""Curves and bands of many methods as pictures."""
+
+import errno
+import math
 
 import numpy as np
 import pytest
 
 from jaxrl_llm import runs
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs import page
 
 LABELS = dict(xlabels=['tokens', 'updates'], ylabel='accuracy', title='t')
 
@@ -47,3 +51,54 @@ def test_more_methods_than_styles_are_told_apart(tmp_path, monkeypatch):
   dashes = {str(line._unscaled_dash_pattern) for line in lines}
   assert len(lines) == 18 and len({c for c, _ in looks}) == 6
   assert len(dashes) == 3
+
+
+def test_plot(tmp_path):
+  path = tmp_path / 'curve.png'
+  series = {'reward': ([0, 1, 2], [0.1, math.nan, 0.3]), 'b': ([0, 2], [1, 2])}
+
+  def draw_it():
+    runs.plot_curve(
+      path,
+      series,
+      xlabel='step',
+      ylabel='reward',
+      title='A run',
+      marks={'warm start ends': 1},
+    )
+    return path.read_bytes()
+
+  first = draw_it()
+  assert first.startswith(b'\x89PNG') and draw_it() == first
+  assert list(tmp_path.iterdir()) == [path]
+  series['b'] = ([0], [1, 2])
+  with pytest.raises(ValueError, match='b: 1 x values, 2 y values'):
+    draw_it()
+  assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize('name', ['samples.html', 'curve.png'])
+def test_a_page_or_picture_that_cannot_be_written_is_said(tmp_path, name):
+  (tmp_path / name).mkdir()  # no file can take its place
+  with pytest.raises(UserError, match=f'{name} cannot be written: ') as caught:
+    if name == 'curve.png':
+      labels = dict(xlabel='x', ylabel='y', title='t')
+      runs.plot_curve(tmp_path / name, {'a': ([1], [2])}, **labels)
+    else:
+      page.write_page(tmp_path / name, 'text')
+  assert len(str(caught.value).splitlines()) == 2
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_plot_on_a_full_disk_is_said(tmp_path, monkeypatch):
+  from matplotlib.figure import Figure
+
+  def full(self, path, **kwargs):
+    path.write_bytes(b'half')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(Figure, 'savefig', full)
+  labels = dict(xlabel='x', ylabel='y', title='t')
+  with pytest.raises(UserError, match='No space left on device'):
+    runs.plot_curve(tmp_path / 'c.png', {'a': ([1], [2])}, **labels)
+  assert not list(tmp_path.iterdir())

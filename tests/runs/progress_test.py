@@ -1,4 +1,4 @@
-"""What a run says where nobody can read it any longer."""
+"""Progress on a terminal, without one, and where nobody can read it."""
 
 import errno
 import io
@@ -88,3 +88,30 @@ class _Mesh:
 class _Config:
   class mesh:
     to_dict = dict
+
+
+def test_progress_without_a_terminal_prints_plain_lines():
+  stream = io.StringIO()
+  with runs.Progress(23, 3, every=10, label='rl', stream=stream) as progress:
+    for step in range(4, 24):
+      progress.update(step, reward=step / 23)
+    progress.print('a [bold] word')
+  assert stream.getvalue().splitlines() == [
+    'rl 10/23  reward 0.4348',
+    'rl 20/23  reward 0.8696',
+    'rl 23/23  reward 1',
+    'a [bold] word',
+  ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+  stream = io.StringIO()
+  stream.isatty = lambda: True
+  with runs.Progress(4, label='rl', stream=stream) as progress:
+    for step in range(1, 5):
+      progress.update(step, reward=0.5)
+    progress.print('table')
+  text = stream.getvalue()
+  assert 'rl: 100%' in text and '4/4' in text and 'reward=0.5' in text
+  # Behind a bar that another test left open, the cursor goes up a line first.
+  assert '\ntable' in text.replace('\r', '\n').replace('\x1b[A', '')

@@ -30,7 +30,7 @@ def test_what_is_read(tmp_path):
     record('d', None, 0),
     record('d', 0.5, 4),
   )
-  rates = pass_rates.read(path)
+  rates = pass_rates.read_rates(path)
   assert rates == {'a\u2028': 0.25, 'b': 0.625, 'c': None, 'd': 0.5}
 
 
@@ -45,7 +45,7 @@ def test_what_is_read(tmp_path):
 )
 def test_bounds(low, high, kept, left):
   rates = {'a': 0.0, 'b': 0.25, 'c': 0.75, 'd': None, 'unused': 0.5}
-  chosen = pass_rates.choose(ROWS, rates, low, high)
+  chosen = pass_rates.filter_by_rate(ROWS, rates, low, high)
   assert sorted(row['prompt'] for row in chosen.rows) == list(kept)
   assert (chosen.below, chosen.above, chosen.unrated) == left
   for row in chosen.rows:
@@ -57,13 +57,13 @@ def test_bounds(low, high, kept, left):
 def test_refusals(tmp_path):
   rates = {'a': 0.0, 'c': 0.75}
   with pytest.raises(UserError, match="3 of 5 training .* the first is 'b'"):
-    pass_rates.choose(ROWS, rates)
+    pass_rates.filter_by_rate(ROWS, rates)
   with pytest.raises(UserError, match='2 are below, 0 above, 0 without'):
-    pass_rates.choose(ROWS[:1] * 2, rates, 0.5)
+    pass_rates.filter_by_rate(ROWS[:1] * 2, rates, 0.5)
   with pytest.raises(UserError, match='1 rows already have a column'):
-    pass_rates.choose([{'prompt': 'a', 'pass_rate': 1}], rates)
+    pass_rates.filter_by_rate([{'prompt': 'a', 'pass_rate': 1}], rates)
   with pytest.raises(UserError, match='cannot be read'):
-    pass_rates.read(str(tmp_path / 'none.jsonl'))
+    pass_rates.read_rates(str(tmp_path / 'none.jsonl'))
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_refusals(tmp_path):
 def test_broken_records_are_named(wrong, tmp_path):
   path = write(tmp_path / 'rates.jsonl', record('b', 0.5), wrong)
   with pytest.raises(UserError, match='line 2'):
-    pass_rates.read(path)
+    pass_rates.read_rates(path)

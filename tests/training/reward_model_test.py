@@ -53,7 +53,7 @@ def test_scores_are_those_of_transformers(name, tmp_path):
   """Ragged prompts and responses, one of them empty, some full."""
   pytest.importorskip('torch')
   oracle = reward_model(name, tmp_path)
-  config, params = folder_rm.load(tmp_path)
+  config, params = folder_rm.load_reward_model(tmp_path)
   prompts = toys.make_prompts([3, 1, 5, 2], vocab_size=PADDING)
   responses = responses_of((4, 2, 6), PADDING)
   lengths = np.array([[6, 0], [1, 4], [6, 2], [3, 5]], np.int32)
@@ -173,7 +173,7 @@ def test_a_language_model_is_no_reward_model(tmp_path):
   config, params = toys.make_policy(num_layers=1)
   folders.save(tmp_path / 'model', config, params)
   with pytest.raises(UserError, match='gives no score.\nName a reward model'):
-    folder_rm.load(tmp_path / 'model')
+    folder_rm.load_reward_model(tmp_path / 'model')
 
 
 def reopen(folder):
@@ -234,7 +234,9 @@ def test_a_trunk_of_a_real_model_with_its_tokenizer(shared, tmp_path):
   with torch.no_grad():
     expected = model(**given).logits[:, 0].numpy()
   ids = [tokenizer(text)['input_ids'] for text in texts]
-  found = folder_rm.score_texts(*folder_rm.load(tmp_path / 'rm'), ids, 4)
+  found = folder_rm.score_texts(
+    *folder_rm.load_reward_model(tmp_path / 'rm'), ids, 4
+  )
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
   half = jax.tree.map(lambda x: x.astype('bfloat16'), trunk)
   folders.save_trunk(tmp_path / 'rm', config, half, head, source=source)

@@ -34,7 +34,7 @@ from jax.flatten_util import ravel_pytree
 from jaxrl_llm.estimators.compose import Estimator
 from jaxrl_llm.estimators.exact.languages import (
   Toy,
-  check,
+  check_toy,
   discounted,
   exact_gradient,
   exact_values,
@@ -179,7 +179,7 @@ def expected_gradient(
 
 def _moments(estimator, toy, samples, running, limit, draws, seed):
   """Returns (E g [D], E‖g‖², tokens of one g, combinations, `exact`)."""
-  check(toy)
+  check_toy(toy)
   needs = estimator.needs
   if samples < needs.samples:
     raise ValueError(

@@ -161,7 +161,7 @@ def exact_gradient(toy: Toy, kl: float = 0.0) -> Any:
     toy: language, policy and reward.
     kl: β, in units of the reward per nat.
   """
-  check(toy)
+  check_toy(toy)
 
   gradient = _gradient(
     toy.logits,
@@ -240,7 +240,7 @@ def floats(tree: Any) -> Any:
   return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
 
 
-def check(toy: Toy) -> None:
+def check_toy(toy: Toy) -> None:
   """Raises ValueError if an array of the toy has the wrong shape."""
   prompts, states = np.shape(toy.rewards)[0], len(toy.prefixes)
   tokens = max(map(max, toy.responses)) + 1

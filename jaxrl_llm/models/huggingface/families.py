@@ -48,7 +48,7 @@ UNSUPPORTED = {
 RUN_FIELDS = 'dtype', 'remat', 'unroll', 'attention', 'max_length'
 
 
-def read(raw: dict, **overrides) -> ModelConfig:
+def read_config(raw: dict, **overrides) -> ModelConfig:
   """Converts the contents of a config.json to a ModelConfig.
 
   `transformers` fills in defaults and translates older spellings
@@ -241,8 +241,8 @@ def _yarn_attention(raw: dict, factor: float) -> float:
   return grow(1.0)
 
 
-def write(config: ModelConfig) -> dict:
-  """Returns a config.json's contents, which `read` turns back into `config`.
+def write_config(config: ModelConfig) -> dict:
+  """Returns a config.json's contents; `read_config` is the inverse.
 
   Raises:
     UserError: the config's family cannot express one of its fields.
@@ -270,7 +270,7 @@ def write(config: ModelConfig) -> dict:
 def differences(config: ModelConfig, raw: dict) -> list[str]:
   """Lists fields, besides RUN_FIELDS, in which `config` and `raw` differ."""
   run = {name: getattr(config, name) for name in RUN_FIELDS}
-  other = read(raw, **run)
+  other = read_config(raw, **run)
   return [
     field.name
     for field in dataclasses.fields(ModelConfig)

@@ -52,12 +52,14 @@ def load(path, param_dtype='float32', *, shardings=None, **overrides):
       missing, unknown or of another shape.
   """
   config = load_config(path, **overrides)
-  return config, reading.read(config, resolve(path), param_dtype, shardings)
+  return config, reading.read_params(
+    config, resolve(path), param_dtype, shardings
+  )
 
 
 def load_config(path, **overrides) -> ModelConfig:
   """Reads config.json alone; arguments and errors as in `load`."""
-  return families.read(_read_json(resolve(path) / CONFIG), **overrides)
+  return families.read_config(_read_json(resolve(path) / CONFIG), **overrides)
 
 
 def load_trunk_config(path, **overrides) -> ModelConfig:
@@ -72,7 +74,7 @@ def load_trunk_config(path, **overrides) -> ModelConfig:
     UserError: as `load`, or the model outputs more than one score.
   """
   folder = resolve(path)
-  config = families.read(
+  config = families.read_config(
     _read_json(folder / CONFIG), **{**overrides, 'tied': True}
   )
   reading.check_trunk(config, folder)
@@ -238,7 +240,7 @@ def save(
   """
   source = resolve(source) if source is not None else None
   with new_folder(path) as folder:
-    writing.write(config, folder, params)
+    writing.write_params(config, folder, params)
     if folder is None:
       return
     raw = _fields(config, tokenizer, source)
@@ -287,7 +289,7 @@ def save_trunk(
     tokenizer = _with_padding(tokenizer)
   score = writing.whole(head['kernel']).T
   with new_folder(path) as folder:
-    writing.write(config, folder, params, score)
+    writing.write_params(config, folder, params, score)
     if folder is None:
       return
     raw = _fields(config, tokenizer, source)
@@ -330,7 +332,7 @@ def _fields(config, tokenizer, source) -> dict:
   """Returns the fields of config.json: the source's, or those of `config`."""
   if source is None:
     ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
-    return families.write(config) | ids
+    return families.write_config(config) | ids
   # Untying is a choice of the run (`load(..., tied=False)`).
   raw = {**_read_json(source / CONFIG), 'tie_word_embeddings': config.tied}
   differing = families.differences(config, raw)

@@ -242,7 +242,7 @@ def _canonical(name: str) -> str:
   return re.sub(r'^(model|transformer)\.', '', name)
 
 
-def read(
+def read_params(
   config: ModelConfig, folder: pathlib.Path, param_dtype, shardings=None
 ) -> dict:
   """Reads parameters from a folder.
@@ -282,7 +282,7 @@ def read_trunk(
   Args:
     config: tied, because a language model's head is not read.
     folder: of a language model, or of a *ForSequenceClassification.
-    param_dtype, shardings: of the parameters, as for `read`.
+    param_dtype, shardings: of the parameters, as for `read_params`.
 
   Returns:
     (parameters, score): [1, D] in its own dtype, or None for a language model.

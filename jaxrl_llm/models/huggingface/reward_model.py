@@ -15,7 +15,7 @@ from jaxrl_llm.models.prompts import Prompts
 from jaxrl_llm.tasks.prompts import padded
 
 
-def load(path, dtype='float32', param_dtype='float32'):
+def load_reward_model(path, dtype='float32', param_dtype='float32'):
   """Reads a reward model from a folder as `folders.save_trunk` writes it.
 
   Args:

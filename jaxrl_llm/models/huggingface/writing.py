@@ -23,7 +23,7 @@ from jaxrl_llm.models.huggingface.reading import (
 SHARD_BYTES = 5_000_000_000
 
 
-def write(
+def write_params(
   config: ModelConfig, folder: pathlib.Path, params, score=None
 ) -> None:
   """Writes one file, or shards of up to `SHARD_BYTES` and their index.

@@ -44,7 +44,7 @@ def test_gemma_as_transformers_builds_it(name):
     sliding_window=1024,
     rope_scaling=dict(rope_type='linear', factor=8.0),
   )
-  assert families.read(theirs.to_dict()) == config
+  assert families.read_config(theirs.to_dict()) == config
 
 
 def test_overrides_and_unknown_names():
