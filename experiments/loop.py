@@ -16,7 +16,6 @@ from experiments.offline import WarmStart
 from experiments.schedule import MakePhase, Result, Schedule
 from experiments.validation import failure_messages, to_samples
 from jaxrl_llm import processes, runs, sharding, training
-from jaxrl_llm.compilation import Meter
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.samples import from_record, read_samples, to_record
@@ -52,7 +51,7 @@ class Run:
     self._resuming = folder.resuming
     self._stop = stop
     self._reported = set()
-    self._compiled = Meter()
+    self._compiled = runs.Meter()
     self._key = jax.random.key(config.seed)
     model = build.model(config.model, config.seed)
     # Only the state holds the parameters.

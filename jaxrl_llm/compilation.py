@@ -1,4 +1,4 @@
-"""Compiled programs: cached in a folder for later processes, and counted.
+"""Caches compiled programs in a folder for later processes.
 
 JAX stores and finds them (its persistent compilation cache); this module sets
 and tidies the user's folder.  A program's key covers its HLO, its compiler
@@ -12,9 +12,7 @@ import os
 import pathlib
 import platform
 import tempfile
-import threading
 import zlib
-from typing import NamedTuple
 
 import jax
 from jaxlib import utils
@@ -192,52 +190,3 @@ def _machine() -> str:
       if line.split(b'\t')[0] in (b'model name', b'flags', b'Features')
     ]
   return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
-
-
-# JAX's event for every program that is compiled or, compiled before, read from
-# the persistent cache.
-_EVENT = '/jax/core/compile/backend_compile_duration'
-
-_lock = threading.Lock()
-_total = [0, 0.0]
-
-
-class Compiled(NamedTuple):
-  """Programs of any size that were compiled.
-
-  Attributes:
-    programs: their number, those read from the persistent cache included.
-    seconds: the time it took, without tracing and lowering.
-  """
-
-  programs: int
-  seconds: float
-
-
-class Meter:
-  """Reports what the process has compiled since the last report."""
-
-  def __init__(self):
-    _listen()
-    self._seen = _total[:]
-
-  def take(self) -> Compiled:
-    """Returns what was compiled since the last call, or since the beginning."""
-    with _lock:
-      now = _total[:]
-    before, self._seen = self._seen, now
-    return Compiled(now[0] - before[0], now[1] - before[1])
-
-
-@functools.cache
-def _listen() -> None:
-  """Begins to count; a listener cannot be removed."""
-  jax.monitoring.register_event_duration_secs_listener(_add)
-
-
-def _add(event: str, seconds: float, **kwargs) -> None:
-  del kwargs
-  if event == _EVENT:
-    with _lock:
-      _total[0] += 1
-      _total[1] += seconds

@@ -9,9 +9,8 @@ import scripts
 
 from experiments import build, online
 from experiments.configs import quickstart
-from jaxrl_llm.compilation import Meter
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.runs import read_metrics
+from jaxrl_llm.runs import Meter, read_metrics
 
 
 def test_a_program_counts_once():

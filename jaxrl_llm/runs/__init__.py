@@ -1,7 +1,12 @@
 """A run's reports: records, health, sample tables, progress, plots."""
 
 from jaxrl_llm.runs.health import WINDOW, Health, Watch, assess
-from jaxrl_llm.runs.metrics import MetricsWriter, read_metrics, read_records
+from jaxrl_llm.runs.metrics import (
+  Meter,
+  MetricsWriter,
+  read_metrics,
+  read_records,
+)
 from jaxrl_llm.runs.plots import (
   Band,
   Panel,
@@ -23,6 +28,7 @@ __all__ = [
   'WINDOW',
   'Band',
   'Health',
+  'Meter',
   'MetricsWriter',
   'Panel',
   'Progress',

@@ -3,11 +3,16 @@
 Files of one JSON record per line survive a kill and a resume.
 """
 
+import functools
 import json
 import math
 import os
 import pathlib
+import threading
 import time
+from typing import NamedTuple
+
+import jax
 
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
@@ -327,3 +332,52 @@ def _check_complete(path, steps: list[int], step: int | None) -> None:
     f'{problem}.\n'
     'Restore the file from a copy, or start afresh in another folder.'
   )
+
+
+# JAX's event for every program that is compiled or, compiled before, read from
+# the persistent cache.
+_COMPILED = '/jax/core/compile/backend_compile_duration'
+
+_lock = threading.Lock()
+_compiled = [0, 0.0]
+
+
+class Compiled(NamedTuple):
+  """Programs of any size that were compiled.
+
+  Attributes:
+    programs: their number, those read from the persistent cache included.
+    seconds: the time it took, without tracing and lowering.
+  """
+
+  programs: int
+  seconds: float
+
+
+class Meter:
+  """Reports what the process has compiled since the last report."""
+
+  def __init__(self):
+    _listen()
+    self._seen = _compiled[:]
+
+  def take(self) -> Compiled:
+    """Returns what was compiled since the last call, or since the beginning."""
+    with _lock:
+      now = _compiled[:]
+    before, self._seen = self._seen, now
+    return Compiled(now[0] - before[0], now[1] - before[1])
+
+
+@functools.cache
+def _listen() -> None:
+  """Begins to count; a listener cannot be removed."""
+  jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def _count(event: str, seconds: float, **kwargs) -> None:
+  del kwargs
+  if event == _COMPILED:
+    with _lock:
+      _compiled[0] += 1
+      _compiled[1] += seconds

@@ -10,10 +10,10 @@ import pytest
 from experiments import build, checks, online, stored_runs
 from experiments.configs import quickstart
 from experiments.validation import failure_messages
-from jaxrl_llm.compilation import Meter
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart, Workers
 from jaxrl_llm.rollouts import branches
+from jaxrl_llm.runs import Meter
 from jaxrl_llm.runs.checkpoints import Checkpoints
 
 CLIPS = {'clip_ratio/low', 'clip_ratio/high'}
