@@ -33,7 +33,7 @@ import types
 import jax
 import numpy as np
 
-from experiments import build, cli, offline_checks, run
+from experiments import build, checks, cli, offline_checks, run
 from experiments.schedule import Cycle, Evaluation, Result, Script
 from jaxrl_llm import calibration, processes, runs, sharding, training
 from jaxrl_llm.atomic import write_atomically
@@ -58,11 +58,9 @@ def check(config) -> None:
       'config.rewards is set, but a reward model learns from pairs alone\n'
       'remove it; `experiments.label` makes pairs from rewards'
     )
-  if config.warm_start.steps:
-    raise UserError(
-      f'config.warm_start.steps is {config.warm_start.steps}, but a reward '
-      'model does not generate text\nset it to 0'
-    )
+  checks.check_unused(
+    config, ['warm_start.steps'], 'but a reward model does not generate text'
+  )
 
 
 def encode(config, model: build.Model, rows: list[dict]):
