@@ -20,11 +20,9 @@ critic first lacks examples, and later variance to explain.  If only the critic
 learns for longer (warmup=50, λ = 1, values not clipped), it explains 0.42 in
 steps 41 to 50, each of 256 responses, and 0.47 with four updates per step.
 Once the policy learns, the fraction falls again; in steps 61 to 70 of the run
-above, 95.6 % of the rewards are 1.  Four updates per step in training as well
-(training.minibatches=4, policy at 1e-4, critic.warmup=10) yield 0.34 in steps
-11 to 20, and a final accuracy of 99.0 %.  With a learning rate of 3e-4, the
-critic explains almost nothing (at most 0.05), yet the accuracy is 99.2 %: the
-advantages are then little more than whitened rewards, which suffice here.
+above, 95.6 % of the rewards are 1.  With a learning rate of 3e-4, the critic
+explains almost nothing, yet the accuracy is 99.2 %: the advantages are then
+little more than whitened rewards, which suffice here.
 """
 
 from experiments.configs import base, quickstart

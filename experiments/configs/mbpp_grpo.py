@@ -23,31 +23,20 @@ shows one of three tests, for the name of the function and its arguments: a
 program that only handles this test earns a third.
 """
 
-from experiments.configs import base
+from experiments.configs import gsm8k_grpo
 
 
 def get_config():
-  config = base.get_config()
-  config.model.update(path='', dtype='bfloat16', remat=True)
+  config = gsm8k_grpo.get_config()
   config.task = dict(name='mbpp', path='', held_out=0, shown_tests=1)
-  config.prompts.update(
-    max_tokens=320,  # the template's own tokens included
-    overlong='drop',
-    system_prompt=(
-      'Write one Python program that solves the task, in a block that begins '
-      'with ```python. Use the standard library only.'
-    ),
+  config.prompts.system_prompt = (
+    'Write one Python program that solves the task, in a block that begins '
+    'with ```python. Use the standard library only.'
   )
   config.rewards = dict(
     correct=dict(
       name='code_tests', score=dict(name='share_passed'), timeout=5.0
     )
   )
-  config.algorithm = dict(name='grpo', clip=0.2, kl=0.001)
-  config.rollout.update(prompts=32, samples=8, max_tokens=512)
-  config.training.update(minibatches=2, micro_prompts=1)
   config.steps = 240
-  config.optimizer = base.optimizer(1e-6, b2=0.99, warmup_updates=20)
-  config.evaluation.update(every=20, prompts=256, batch=64)
-  config.checkpoints.update(every=20, keep_latest=1, keep_best=1)
   return config
