@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -109,6 +109,12 @@ def config() -> ConfigDict:
       'experiments.configs.base.get_config()'
     )
   return flag.value
+
+
+def given(*names: str) -> dict[str, Any]:
+  """Returns the values of flags by name, without those that are None."""
+  values = {name: flags.FLAGS[name].value for name in names}
+  return {k: value for k, value in values.items() if value is not None}
 
 
 def require(**examples: str) -> None:

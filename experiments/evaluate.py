@@ -28,6 +28,7 @@ A reward or task that a run's configuration names as file.py:function or
 module:function is executed with --trust_code alone: read it first.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,20 +95,26 @@ def measure(
   Raises:
     UserError: the settings conflict.
   """
-  rewards = build.reward_parts(config)
-  metric = choose_metric(rewards, metric)
-  _check_judge(rewards, metric, judge, best_of)
-  reader = _reader(answer, config.rewards[metric].name) if majs else None
   data = build.task(config, model.tokenizer)
   # The key of the evaluations during training: equal settings reproduce the
   # numbers of the run's record.
-  key = jax.random.fold_in(jax.random.key(config.seed), 4)
-  held = validation.build_held_out(
-    config, model, data.held_out, rewards, key, **changes
-  )
+  seeds = config.seed, 4
+  held = build_held_out(config, model, data.held_out, seeds, **changes)
+  metric = choose_metric(held.rewards, metric)
+  _check_judge(held.rewards, metric, judge, best_of)
+  reader = _reader(answer, config.rewards[metric].name) if majs else None
   settings = held.generation
-  wanted = {'pass': ks, 'maj': majs, 'best_of': best_of}
-  _check_samples(settings, wanted, greedy)
+  for kind, counts in (('pass', ks), ('maj', majs), ('best_of', best_of)):
+    if settings.samples < max(counts, default=1):
+      raise UserError(
+        f'{kind}@{max(counts)} needs {max(counts)} samples per prompt; '
+        f'--samples is {settings.samples}'
+      )
+  if greedy and settings.decoding.greedy:
+    raise UserError(
+      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
+      'set --temperature above 0, or leave out --greedy'
+    )
   answers = validation.answer(held, model.params, step=0)
   right, scored = _right(answers, metric, threshold)
   numbers = validation.summary(answers)
@@ -147,6 +154,33 @@ def measure(
   }
 
 
+def build_held_out(
+  config, model: build.Model, rows, seeds: Sequence[int], **changes: Any
+) -> validation.HeldOut:
+  """Builds a held-out set that `config.rewards` score.
+
+  Args:
+    config, model: as for `measure`.
+    rows: rows with prompts.
+    seeds: seed of the key, and numbers to fold in.
+    **changes: in place of the settings in `config.evaluation`.
+
+  Raises:
+    UserError: all samples of a prompt would be equal.
+  """
+  seed, *rest = seeds
+  key = functools.reduce(jax.random.fold_in, rest, jax.random.key(seed))
+  rewards = build.reward_parts(config)
+  held = validation.build_held_out(config, model, rows, rewards, key, **changes)
+  samples = held.generation.samples
+  if samples > 1 and held.generation.decoding.greedy:
+    raise UserError(
+      f'at temperature 0 all {samples} samples of a prompt are equal\n'
+      'set --temperature above 0'
+    )
+  return held
+
+
 def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
   """Returns `metric`, or the name of the reward of greatest weight for None.
 
@@ -164,10 +198,7 @@ def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
 
 
 def _check_judge(
-  rewards: Sequence[RewardPart],
-  metric: str,
-  judge: str | None,
-  best_of: Sequence[int],
+  rewards: Sequence[RewardPart], metric: str, judge: str | None, best_of
 ) -> None:
   """Raises UserError unless a judge is named exactly where one is needed."""
   names = ', '.join(part.name for part in rewards)
@@ -183,30 +214,6 @@ def _check_judge(
     raise UserError(
       f'{judge} is --judge and --metric: nothing else says what its choice is '
       f'worth\nset --metric to another of the rewards {names}'
-    )
-
-
-def _check_samples(
-  settings: rollouts.Generation, wanted: dict[str, Sequence[int]], greedy: bool
-) -> None:
-  """Raises UserError unless samples and temperature suit the numbers wanted."""
-  for kind, ks in wanted.items():
-    if settings.samples < max(ks, default=1):
-      raise UserError(
-        f'{kind}@{max(ks)} needs {max(ks)} samples per prompt; '
-        f'--samples is {settings.samples}'
-      )
-  if not settings.decoding.greedy:
-    return
-  if settings.samples > 1:
-    raise UserError(
-      f'at temperature 0 all {settings.samples} samples of a prompt are equal\n'
-      'set --temperature above 0, or --samples=1'
-    )
-  if greedy:
-    raise UserError(
-      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
-      'set --temperature above 0, or leave out --greedy'
     )
 
 
@@ -390,10 +397,10 @@ def main() -> None:
     raise UserError('--answer is given but no --maj, which alone reads it')
   config, model, title = subject()
   least = max([config.evaluation.samples, *ks, *majs, *best_of])
-  names = 'samples', 'temperature', 'prompts', 'batch', 'judge', 'greedy'
-  names += 'answer', 'metric', 'threshold'
-  settings = {name: values[name].value for name in names}
-  settings = {k: value for k, value in settings.items() if value is not None}
+  settings = cli.given(
+    *('samples', 'temperature', 'prompts', 'batch', 'judge', 'greedy'),
+    *('answer', 'metric', 'threshold'),
+  )
   result = measure(
     config,
     model,
