@@ -115,10 +115,9 @@ def measure(
       '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
       'set --temperature above 0, or leave out --greedy'
     )
-  answers = validation.answer(held, model.params, step=0)
-  right, scored = _right(answers, metric, threshold)
+  rule = metric, threshold
+  answers, right, scored = _answer(held, model, 'held-out responses', *rule)
   numbers = validation.summary(answers)
-  print_failures(answers, 'held-out responses')
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
@@ -134,9 +133,11 @@ def measure(
     estimates |= chosen
   if greedy:
     once = held._replace(generation=rollouts.greedy(settings))
-    counted, accuracy = _greedy(once, model, metric, threshold)
-    numbers |= counted
-    estimates['greedy/accuracy'] = accuracy
+    greedily, best, known = _answer(once, model, 'greedy responses', *rule)
+    numbers['greedy/unscored'] = int((~known).sum())
+    for name, count in failure_counts(greedily.failures).items():
+      numbers[name.replace('eval/', 'greedy/', 1)] = count
+    estimates['greedy/accuracy'] = best[:, 0]
   return {
     'prompts': len(scored),
     'over_budget': held.encoded.dropped,
@@ -217,19 +218,29 @@ def _check_judge(
     )
 
 
-def _right(
-  answers: validation.Answers, metric: str, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns right responses, [P', n] bool, and the scored P' prompts, [P] bool.
+def _answer(
+  held: validation.HeldOut,
+  model: build.Model,
+  responses: str,
+  metric: str,
+  threshold: float,
+) -> tuple[validation.Answers, np.ndarray, np.ndarray]:
+  """Answers a set, and reports failures in reward workers.
+
+  Returns:
+    The answers, right responses, [P', n] bool, and the scored P' prompts, [P]
+    bool.
 
   Raises:
     UserError: no prompt is scored.
   """
+  answers = validation.answer(held, model.params, step=0)
+  print_failures(answers, responses)
   scores = answers.parts[metric]
   scored = ~np.isnan(scores).any(axis=1)
   if not scored.any():
     raise UserError(f'{metric} scores no prompt: choose another --metric')
-  return scores[scored] >= threshold, scored
+  return answers, scores[scored] >= threshold, scored
 
 
 def _best_of(
@@ -257,19 +268,6 @@ def _best_of(
     for k in best_of
     for name, gold in worth.items()
   }
-
-
-def _greedy(
-  held: validation.HeldOut, model: build.Model, metric: str, threshold: float
-) -> tuple[dict[str, int], np.ndarray]:
-  """Returns counts, and which scored prompts have right greedy responses."""
-  answers = validation.answer(held, model.params, step=0)
-  print_failures(answers, 'greedy responses')
-  right, scored = _right(answers, metric, threshold)
-  counts = {'greedy/unscored': int((~scored).sum())}
-  for name, count in failure_counts(answers.failures).items():
-    counts[name.replace('eval/', 'greedy/', 1)] = count
-  return counts, right[:, 0]
 
 
 def print_failures(answers: validation.Answers, responses: str) -> None:
