@@ -121,15 +121,15 @@ def measure(
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
-    votes = _votes(answers, scored, reader)
+    texts = np.array([sample.response for sample in answers.samples], object)
+    votes = evaluation.votes(texts.reshape(scored.size, -1)[scored], reader)
     numbers['answered'] = float((votes >= 0).mean())
     estimates |= {
       f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
     }
   if best_of:
-    numbers['unjudged'], chosen = _best_of(
-      answers, scored, right, metric, judge, best_of
-    )
+    proxy, gold = (answers.parts[name][scored] for name in (judge, metric))
+    numbers['unjudged'], chosen = _best_of(proxy, gold, right, best_of)
     estimates |= chosen
   if greedy:
     once = held._replace(generation=rollouts.greedy(settings))
@@ -244,29 +244,19 @@ def _answer(
 
 
 def _best_of(
-  answers: validation.Answers,
-  scored: np.ndarray,
-  right: np.ndarray,
-  metric: str,
-  judge: str,
-  best_of: Sequence[int],
+  proxy: np.ndarray, gold: np.ndarray, right: np.ndarray, ks: Sequence[int]
 ) -> tuple[int, dict[str, np.ndarray]]:
   """Returns the number of unjudged prompts, and estimates over the others."""
-  proxy = answers.parts[judge][scored]
   judged = ~np.isnan(proxy).any(axis=1)
   if not judged.any():
     raise UserError(
-      f'{judge} scores no prompt that {metric} scores: choose another --judge'
+      '--judge scores no prompt that --metric scores\nchoose another --judge'
     )
-  worth = {
-    'best_of': right,
-    'metric_best_of': answers.parts[metric][scored],
-    'judge_best_of': proxy,
-  }
+  worth = {'best_of': right, 'metric_best_of': gold, 'judge_best_of': proxy}
   return int((~judged).sum()), {
-    f'{name}@{k}': evaluation.best_of_n(proxy[judged], gold[judged], k)
-    for k in best_of
-    for name, gold in worth.items()
+    f'{name}@{k}': evaluation.best_of_n(proxy[judged], values[judged], k)
+    for k in ks
+    for name, values in worth.items()
   }
 
 
@@ -293,14 +283,6 @@ def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
     f'--maj: {problem}\n'
     f'set --answer to file.py:function or one of {", ".join(readers)}'
   )
-
-
-def _votes(
-  answers: validation.Answers, scored: np.ndarray, reader
-) -> np.ndarray:
-  """Returns numbers of the answers, [P', n], to the prompts that are scored."""
-  texts = np.array([sample.response for sample in answers.samples], object)
-  return evaluation.votes(texts.reshape(len(scored), -1)[scored], reader)
 
 
 def table(title: str, result: dict[str, Any]):

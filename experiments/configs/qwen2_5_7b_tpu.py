@@ -5,9 +5,8 @@ The scripts in experiments/launch/ start this command on every worker:
     python -m experiments.train --config=experiments/configs/qwen2_5_7b_tpu.py \
       --config.model.path=PATH/TO/Qwen2.5-7B-Instruct
 
-The model is public: https://huggingface.co/Qwen/Qwen2.5-7B-Instruct.  Problems
-come from the hub (pip install 'jaxrl_llm[data]') or from a folder, as in
-gsm8k_grpo.py.
+The model is https://huggingface.co/Qwen/Qwen2.5-7B-Instruct.  Everything that
+is not set here is as in gsm8k_grpo.py.
 
 Hardware: 256 chips of TPU v5e, or 64 of v5p or v6e.  This command estimates the
 memory and the shortest possible time of a step:
