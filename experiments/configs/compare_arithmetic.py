@@ -82,54 +82,53 @@ def base_config() -> ConfigDict:
   return config
 
 
-def method(
-  label: str, title: str, rollout: tuple[int, int] | None = None, **algorithm
-) -> dict:
+def method(label: str, title: str, **algorithm) -> dict:
   """Builds an entry of a comparison (`experiments.studies.compare`).
 
   Args:
     label: name of its runs.
     title: title in table and figure.
-    rollout: P and G, if they differ from the base.
     **algorithm: fields of `config.algorithm`; its name is the label by default.
   """
-  entry = dict(label=label, title=title, algorithm=dict(name=label) | algorithm)
-  if rollout:
-    entry['rollout'] = dict(zip(('prompts', 'samples'), rollout, strict=True))
-  return entry
+  return dict(label=label, title=title, algorithm=dict(name=label) | algorithm)
+
+
+def groups(prompts: int, samples: int) -> dict:
+  """Builds the section of an entry whose P and G differ from the base's."""
+  return dict(rollout=dict(prompts=prompts, samples=samples))
 
 
 def methods() -> tuple[dict, ...]:
   """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4)
   uncertain = dict(name='entropy_sum', nats=0.5)
-  critic = dict(critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5))
   published = dict(name=f'{_FILE}:trepo_published', count=4, samples=4)
-  vine = dict(delimiters=(_EQUALS,), count=3, kl=0.0)
+  critic = dict(critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5))
   rounds = dict(sampling=5, batch=64, per_prompt=4)
   return (
     method('reinforce', 'REINFORCE'),
-    method('remax', 'ReMax', (128, 1)),
+    method('remax', 'ReMax') | groups(128, 1),
     method('rloo', 'RLOO'),
     method('grpo', 'GRPO', kl=0.0),
     method('dr_grpo', 'Dr. GRPO', max_length=22),
     method('ppo', 'PPO') | critic,
-    method('trepo_published', 'TRePO, as published', (10, 4), **published),
-    method('trepo', 'TRePO, hold', (16, 4), **branched),
-    method('trepo_tree', 'TRePO, tree', (16, 4), **branched),
+    method('trepo_published', 'TRePO, as published', **published)
+    | groups(10, 4),
+    method('trepo', 'TRePO, hold', **branched) | groups(16, 4),
+    method('trepo_tree', 'TRePO, tree', **branched) | groups(16, 4),
     method(
       'trepo_uncertain',
       'TRePO, where uncertain',
-      (42, 4),
       name='trepo',
       positions=uncertain,
       **branched,
-    ),
-    method(
-      'trepo_critic', 'TRePO, critic of branches', (25, 4), count=1, samples=4
     )
-    | critic,
-    method('vine_ppo', 'VinePPO', (15, 4), **vine),
+    | groups(42, 4),
+    method('trepo_critic', 'TRePO, critic of branches', count=1, samples=4)
+    | critic
+    | groups(25, 4),
+    method('vine_ppo', 'VinePPO', delimiters=(_EQUALS,), count=3, kl=0.0)
+    | groups(15, 4),
     method('obl_reinforce', 'score-weighted RLOO'),
     # Methods other than RL, with as many tokens or demonstrations.
     method('rest_em', 'RestEM')
