@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,48 +29,75 @@ _SCRIPTS = {
 # Sections whose fields are arguments of the function named in them.
 _FREE = frozenset({'model.architecture', 'task', 'rewards', 'algorithm'})
 
+# Type of a field in words, and accepted types, by the type of its default.
+_KINDS = {
+  ConfigDict: ('a section with fields', (ConfigDict,)),
+  bool: ('true or false', (bool,)),
+  int: ('an integer, such as {!r}', (int,)),
+  float: ('a number, such as {!r}', (float, int)),
+  str: ('a string, such as {!r}', (str,)),
+  # JSON has only lists.
+  tuple: ('a tuple of numbers, such as (0.25, 0.5)', (tuple, list)),
+}
+
+# Integers are at least 0 and fit 32 bits, except the following.
 _LEAST = {
-  'seed': 0,
-  'steps': 0,
-  'tokens': 0,
+  'mesh.data': -1,
+  'mesh.fsdp': -1,
+  'mesh.tensor': -1,
   'prompts.max_tokens': 1,
-  'prompts.curriculum_steps': 0,
   'prompts.curriculum_stages': 2,
   'rollout.prompts': 1,
   'rollout.samples': 1,
   'rollout.max_tokens': 1,
-  'rollout.temperature': 0,
-  'rollout.top_k': 0,
-  'rollout.refill': 0,
   'training.epochs': 1,
   'training.minibatches': 1,
-  'training.micro_prompts': 0,
   'training.chunk': 1,
-  'rounds.sampling': 0,
-  'rounds.learning': 0,
   'rounds.batch': 1,
   'rounds.per_prompt': 1,
-  'critic.warmup': 0,
-  'warm_start.steps': 0,
   'warm_start.batch': 1,
   'evaluation.every': 1,
-  'evaluation.every_tokens': 0,
-  'evaluation.prompts': 0,
   'evaluation.batch': 1,
   'evaluation.samples': 1,
-  'evaluation.temperature': 0,
   'checkpoints.every': 1,
   'checkpoints.keep_latest': 1,
-  'checkpoints.keep_best': 0,
-  'log.samples': 0,
-  'log.table': 0,
+}
+_BELOW = {'seed': 2**32, 'tokens': 2**63, 'evaluation.every_tokens': 2**63}
+
+_SHARE = (lambda x: 0 <= x < 1, 'at least 0 and below 1')
+_POSITIVE = (lambda x: x > 0, 'above 0')
+
+# Condition on a value, and the same in words, by the last part of its name.
+_RULES = {
+  'param_dtype': (
+    lambda x: x == 'float32',
+    "'float32', as rounding would lose small updates (config.model.dtype may "
+    "be 'bfloat16')",
+  ),
+  'dtype': (DTYPES.__contains__, f'one of {", ".join(DTYPES)}'),
+  'attention': (ATTENTION.__contains__, f'one of {", ".join(ATTENTION)}'),
+  'trunk': (critics.TRUNKS.__contains__, f'one of {", ".join(critics.TRUNKS)}'),
+  'temperature': (lambda x: x >= 0, 'at least 0'),
+  'top_p': (
+    lambda x: 0 < x <= 1,
+    'above 0 and at most 1, which draws from all tokens',
+  ),
+  'learning_rate': _POSITIVE,
+  'max_grad_norm': _POSITIVE,
+  'eps': _POSITIVE,
+  'b1': _SHARE,
+  'b2': _SHARE,
+  'weight_decay': (lambda x: 0 <= x < math.inf, 'at least 0 and below inf'),
 }
 
-# Upper bounds of integers; the default is the largest size of an axis.
-_BELOW = {
-  'seed': 2**32,
-  'tokens': 2**63,
-  'evaluation.every_tokens': 2**63,
+# Fields without effect, by the field that enables them.
+_TOOLS = {
+  'prompts.pass_rates': ('prompts.min_pass_rate', 'prompts.max_pass_rate'),
+  'prompts.curriculum': (
+    'prompts.curriculum_steps',
+    'prompts.curriculum_stages',
+  ),
+  'rollout.hints': ('rollout.hint_threshold', 'rollout.hint_template'),
 }
 
 
@@ -84,13 +111,13 @@ def check(config: ConfigDict) -> None:
   if name in _SCRIPTS:
     raise UserError(
       f'config.algorithm.name is {name!r}, which is not online RL\n'
-      f'{_script(name)}'
+      f'train with experiments.{script(name)}'
     )
-  check_default(config, 'rounds', 'learns from its own samples in every step')
+  reason = f'but {name} learns from its own samples in every step'
+  check_unused(config, ['rounds'], reason)
   needs = build.estimator(config).needs
   _check_critic(config, needs.critic)
-  _check_schedules(config, needs.critic)
-  _check_on_policy(config, needs)
+  _check_updates(config, needs)
   _check_regrouping(config, needs)
   prompts, settings = config.rollout.prompts, config.training
   name = 'config.training.minibatches'
@@ -104,7 +131,7 @@ def check(config: ConfigDict) -> None:
   )
 
 
-def check_name(config: ConfigDict, names: Sequence[str]) -> None:
+def check_name(config: ConfigDict, names: Collection[str]) -> None:
   """Raises UserError for an algorithm that a script does not support.
 
   Args:
@@ -113,9 +140,8 @@ def check_name(config: ConfigDict, names: Sequence[str]) -> None:
   """
   name = config.algorithm.get('name')
   if name not in names:
-    *most, last = names
-    known = f'{", ".join(most)} or {last}' if most else last
-    hint = f', or {_script(name)}' if name else ''
+    known = ' or '.join(names)
+    hint = f', or train with experiments.{script(name)}' if name else ''
     raise UserError(
       f'config.algorithm.name is {name!r}: this script supports {known}\n'
       f'set {known}{hint}'
@@ -125,10 +151,6 @@ def check_name(config: ConfigDict, names: Sequence[str]) -> None:
 def script(name: Any) -> str:
   """Returns the script of `experiments` that supports an algorithm."""
   return _SCRIPTS.get(name, 'train')
-
-
-def _script(name: Any) -> str:
-  return f'train with experiments.{script(name)}'
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -146,26 +168,26 @@ def check_fields(config: ConfigDict) -> None:
       hint = f'did you mean config.{near[0]}?' if near else 'remove it'
       raise UserError(f'nothing reads config.{name}\n{hint}')
   for name, default in known.items():
-    kind, types = _kind(default)
+    kind, types = _KINDS[type(default)]
     if name not in fields:
       raise UserError(
-        f'config.{name} is missing: {kind}\nstart from config = '
-        'base.get_config() of experiments.configs, which has every field'
+        f'config.{name} is missing: {kind.format(default)}\nstart from config '
+        '= base.get_config() of experiments.configs, which has every field'
       )
-    if type(fields[name]) not in types:
-      raise UserError(f'config.{name} is {fields[name]!r}\nit must be {kind}')
-  for name, least in _LEAST.items():
-    if fields[name] < least:
-      raise UserError(
-        f'config.{name} is {fields[name]}\nit must be at least {least}'
-      )
-  _check_sizes(fields)
+    value, required = fields[name], kind.format(default)
+    if type(value) in types:
+      required = _violated(name, value, default)
+    if required:
+      raise UserError(f'config.{name} is {value!r}\nit must be {required}')
   for section in ('task', 'algorithm'):
     name = fields[section].get('name')
     if not isinstance(name, str | None):
       raise UserError(f'config.{section}.name is {name!r}\nit must be a string')
-  _check_numbers(config)
-  _check_prompts(config.prompts)
+  for tool, names in _TOOLS.items():
+    if not fields[tool]:
+      reason = f'which has no effect unless config.{tool} is set'
+      check_unused(config, names, reason, f'remove it, or set config.{tool}')
+  _check_combinations(config)
   _check_hints(config.rollout)
 
 
@@ -179,129 +201,69 @@ def _check_secrets(config: ConfigDict) -> None:
       )
 
 
-def _kind(default: Any) -> tuple[str, tuple[type, ...]]:
-  """Returns the type of a field with this default, in words and as types."""
-  if isinstance(default, ConfigDict):
-    return 'a section with fields', (ConfigDict,)
-  kinds = {
-    bool: ('true or false', (bool,)),
-    int: (f'an integer, such as {default!r}', (int,)),
-    float: (f'a number, such as {default!r}', (float, int)),
-    str: (f'a string, such as {default!r}', (str,)),
-    # JSON has only lists.
-    tuple: ('a tuple of numbers, such as (0.25, 0.5)', (tuple, list)),
-  }
-  return kinds[type(default)]
+def _violated(name: str, value: Any, default: Any) -> str:
+  """Returns the condition that a value violates, in words; '' for none."""
+  low, below = _LEAST.get(name, 0), _BELOW.get(name, 2**31)
+  satisfies, words = _RULES.get(name.rpartition('.')[2], (lambda x: True, ''))
+  if isinstance(value, float) and math.isnan(value):
+    return 'a number'
+  if type(default) is int and value < low:
+    return f'at least {low}'
+  if isinstance(value, int) and abs(value) >= below:
+    return f'below {below}'
+  return '' if satisfies(value) else words
 
 
-def _check_sizes(fields: dict[str, Any]) -> None:
-  """Refuses NaN and numbers that are too large."""
-  for name, value in fields.items():
-    if isinstance(value, float) and math.isnan(value):
-      raise UserError(f'config.{name} is nan\nit must be a number')
-    below = _BELOW.get(name, 2**31)
-    if isinstance(value, int) and abs(value) >= below:
-      raise UserError(f'config.{name} is {value}\nit must be below {below}')
-
-
-def _check_numbers(config: ConfigDict) -> None:
-  if config.model.param_dtype != 'float32':
-    raise UserError(
-      f'config.model.param_dtype is {config.model.param_dtype!r}: '
-      "rounding would lose small updates\nset it to 'float32' "
-      "(config.model.dtype may be 'bfloat16')"
-    )
-  for name, choices in (('dtype', DTYPES), ('attention', ATTENTION)):
-    if config.model[name] not in choices:
-      raise UserError(
-        f'config.model.{name} is {config.model[name]!r}\nit must be one of '
-        f'{", ".join(choices)}'
-      )
-  if not 0 < config.rollout.top_p <= 1:
-    raise UserError(
-      f'config.rollout.top_p is {config.rollout.top_p}\nit must be above 0 '
-      'and at most 1, which draws from all tokens'
-    )
-  if config.evaluation.samples > 1 and config.evaluation.temperature == 0:
-    raise UserError(
-      f'config.evaluation.samples is {config.evaluation.samples} at '
-      'temperature 0: all would be equal\nset samples to 1, or a temperature'
-    )
-  sections = {
-    'optimizer': config.optimizer,
-    'critic.optimizer': config.critic.optimizer,
-    'warm_start.optimizer': config.warm_start.optimizer,
-  }
-  for section, settings in sections.items():
-    for name in ('learning_rate', 'max_grad_norm', 'eps'):
-      value = settings[name]
-      if value is not None and not value > 0:
-        raise UserError(
-          f'config.{section}.{name} is {value}\nit must be above 0'
-        )
-    for name, high in (('b1', 1), ('b2', 1), ('weight_decay', float('inf'))):
-      if not 0 <= settings[name] < high:
-        raise UserError(
-          f'config.{section}.{name} is {settings[name]}\n'
-          f'it must be at least 0 and below {high}'
-        )
-    if settings.warmup_updates < 0:
-      raise UserError(
-        f'config.{section}.warmup_updates is {settings.warmup_updates}\n'
-        'it must be at least 0'
-      )
-
-
-def check_default(
-  config: ConfigDict, section: str, why: str, do: str = 'remove it'
+def check_unused(
+  config: ConfigDict, names: Collection[str], why: str, do: str = ''
 ) -> None:
-  """Raises UserError if an unused section differs from the default.
+  """Raises UserError if a field without effect differs from its default.
 
   Args:
     config: the whole configuration.
-    section: name of the section.
-    why: reason that the algorithm does not use it, as a predicate.
-    do: advice to the user.
+    names: dotted names of fields or sections without effect.
+    why: the reason, which continues the sentence 'config.NAME is VALUE, '.
+    do: advice to the user; '' to set the default.
   """
-  defaults = dict(leaves(base.get_config()[section]))
-  for name, value in leaves(config[section]):
-    if value != defaults[name]:
-      raise UserError(
-        f'config.{section}.{name} is {value!r}, but {config.algorithm.name} '
-        f'{why}\n{do}'
-      )
+  defaults = dict(leaves(base.get_config()))
+  for name, value in leaves(config):
+    default = defaults[name]
+    named = any(f'{name}.'.startswith(f'{each}.') for each in names)
+    # An empty list stands for an empty tuple.
+    if named and value != default and (value or default):
+      do = do or f'set it to {default!r}'
+      raise UserError(f'config.{name} is {value!r}, {why}\n{do}')
 
 
-def check_schedule(field: str, settings: ConfigDict, updates: int) -> None:
-  """Raises UserError if a schedule does not fit the number of updates."""
-  try:
-    build.optimizer(settings, updates)
-  except UserError as error:
-    raise UserError(f'config.{field}: {error}') from error
+def check_schedules(config: ConfigDict, updates: Mapping[str, int]) -> None:
+  """Raises UserError if a schedule does not fit the number of updates.
+
+  Args:
+    config: the whole configuration.
+    updates: number of updates by the name of the optimizer's section.
+  """
+  for name, count in updates.items():
+    *section, field = name.split('.')
+    settings = config[section[0]] if section else config
+    try:
+      build.optimizer(settings[field], count)
+    except UserError as error:
+      raise UserError(f'config.{name}: {error}') from error
 
 
 def _check_critic(config: ConfigDict, wanted: bool) -> None:
   """Refuses invalid settings of a critic, or any if there is no critic."""
   section = config.critic
   if not wanted:
-    check_default(
-      config,
-      'critic',
-      'has no critic',
-      'remove it, or use an algorithm with one, such as ppo',
-    )
-    return
-  if section.trunk not in critics.TRUNKS:
-    raise UserError(
-      f'config.critic.trunk is {section.trunk!r}\n'
-      f'choose one of {", ".join(critics.TRUNKS)}'
-    )
-  if section.path and section.trunk == 'shared':
+    advice = 'remove it, or use an algorithm with one, such as ppo'
+    reason = f'but {config.algorithm.name} has no critic'
+    check_unused(config, ['critic'], reason, advice)
+  elif section.path and section.trunk == 'shared':
     raise UserError(
       f'config.critic.path is {section.path!r}, but a shared trunk is the '
       "policy's\nset config.critic.trunk to 'separate', or path to ''"
     )
-  if section.warmup >= config.steps > 0:
+  elif section.warmup >= config.steps > 0:
     raise UserError(
       f'config.critic.warmup is {section.warmup}, but there are only '
       f'{config.steps} steps: the policy would never learn\n'
@@ -309,47 +271,40 @@ def _check_critic(config: ConfigDict, wanted: bool) -> None:
     )
 
 
-def _check_schedules(config: ConfigDict, with_critic: bool) -> None:
+def _check_updates(config: ConfigDict, needs: Needs) -> None:
+  """Refuses schedules or numbers of updates that do not fit the estimator."""
   per_step = config.training.epochs * config.training.minibatches
-  warmup = config.critic.warmup if with_critic else 0
-  phases = {
-    'optimizer': (config.optimizer, (config.steps - warmup) * per_step),
-    'critic.optimizer': (config.critic.optimizer, config.steps * per_step),
-    'warm_start.optimizer': (
-      config.warm_start.optimizer,
-      config.warm_start.steps,
-    ),
+  if needs.on_policy and per_step > 1:
+    raise UserError(
+      f'{config.algorithm.name} has no importance ratio, but a step takes '
+      f'{per_step} updates\n'
+      'set config.training.epochs and minibatches to 1, or use a clipped loss'
+    )
+  decays = {
+    'optimizer': config.optimizer.decay,
+    'critic.optimizer': config.critic.optimizer.decay,
   }
-  for section in ('optimizer', 'critic.optimizer'):
-    decay = phases[section][0].decay
+  for section, decay in decays.items():
     if config.tokens and decay != 'constant':
       raise UserError(
         f'config.{section}.decay is {decay!r}, but its end is unknown if '
         "config.tokens ends the run\nset decay to 'constant', or tokens to 0 "
         'and config.steps'
       )
-  for section, (settings, updates) in phases.items():
-    check_schedule(section, settings, updates)
-
-
-def _check_on_policy(config: ConfigDict, needs: Needs) -> None:
-  """Refuses several updates per step for a loss without a ratio."""
-  updates = config.training.epochs * config.training.minibatches
-  if needs.on_policy and updates > 1:
-    raise UserError(
-      f'{config.algorithm.name} has no importance ratio, but a step takes '
-      f'{updates} updates\n'
-      'set config.training.epochs and minibatches to 1, or use a clipped loss'
-    )
+  # Without a critic, its warm-up is 0.
+  updates = {
+    'optimizer': (config.steps - config.critic.warmup) * per_step,
+    'critic.optimizer': config.steps * per_step,
+    'warm_start.optimizer': config.warm_start.steps,
+  }
+  check_schedules(config, updates)
 
 
 def _check_regrouping(config: ConfigDict, needs: Needs) -> None:
   """Refuses data tools that do not fit the estimator's rollouts."""
   rollout = config.rollout
   name = 'refill' if rollout.refill else 'hints'
-  if not rollout[name]:
-    return
-  if needs.branches:
+  if rollout[name] and needs.branches:
     raise UserError(
       f'config.rollout.{name} replaces groups of responses, but '
       f'{config.algorithm.name} branches from their keys and values\n'
@@ -362,21 +317,20 @@ def _check_regrouping(config: ConfigDict, needs: Needs) -> None:
     )
 
 
-def _check_prompts(settings: ConfigDict) -> None:
-  """Refuses an invalid filter or curriculum, and unused settings."""
+def _check_combinations(config: ConfigDict) -> None:
+  """Refuses valid fields that do not fit together, whatever the algorithm."""
+  settings, evaluation = config.prompts, config.evaluation
+  if evaluation.samples > 1 and evaluation.temperature == 0:
+    raise UserError(
+      f'config.evaluation.samples is {evaluation.samples} at temperature 0: '
+      'all would be equal\nset samples to 1, or a temperature'
+    )
   low, high = settings.min_pass_rate, settings.max_pass_rate
   if not 0 <= low <= high <= 1:
     raise UserError(
       f'config.prompts.min_pass_rate is {low}, max_pass_rate {high}\n'
       'set both from 0 to 1, the minimum first'
     )
-  parts = {
-    'pass_rates': ('min_pass_rate', 'max_pass_rate'),
-    'curriculum': ('curriculum_steps', 'curriculum_stages'),
-  }
-  for name, others in parts.items():
-    if not settings[name]:
-      _check_unset('prompts', name, others, settings)
   steps, stages = settings.curriculum_steps, settings.curriculum_stages
   if settings.curriculum and stages > steps + 1:
     raise UserError(
@@ -386,10 +340,6 @@ def _check_prompts(settings: ConfigDict) -> None:
 
 
 def _check_hints(rollout: ConfigDict) -> None:
-  if not rollout.hints:
-    names = 'hint_threshold', 'hint_template'
-    _check_unset('rollout', 'hints', names, rollout)
-    return
   shares = list(rollout.hints)
   numbers = all(type(share) in (int, float) for share in shares)
   if not numbers or shares != sorted({s for s in shares if 0 < s <= 1}):
@@ -401,20 +351,6 @@ def _check_hints(rollout: ConfigDict) -> None:
     hints.check_template(rollout.hint_template)
   except UserError as error:
     raise UserError(f'config.rollout.hint_template: {error}') from error
-
-
-def _check_unset(
-  section: str, name: str, others: tuple[str, ...], settings: ConfigDict
-) -> None:
-  """Refuses settings of a disabled tool."""
-  defaults = base.get_config()[section]
-  for other in others:
-    if settings[other] != defaults[other]:
-      raise UserError(
-        f'config.{section}.{other} is {settings[other]!r}, which has no '
-        f'effect unless config.{section}.{name} is set\n'
-        f'set {name}, or remove {other}'
-      )
 
 
 def leaves(

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -111,6 +111,12 @@ def config() -> ConfigDict:
   return flag.value
 
 
+def given(*names: str) -> dict[str, Any]:
+  """Returns the values of flags by name, without those that are None."""
+  values = {name: flags.FLAGS[name].value for name in names}
+  return {k: value for k, value in values.items() if value is not None}
+
+
 def require(**examples: str) -> None:
   """Raises UserError if a flag has no value; the message shows examples."""
   for name in examples:
@@ -119,38 +125,30 @@ def require(**examples: str) -> None:
       raise UserError(f'--{name} is missing\nfor example {shown}')
 
 
-def write_output(path: str, text: str) -> None:
-  """Writes the file that --output names, in a folder made for it.
+def write_output(path, content: str | bytes) -> None:
+  """Writes a file that a flag names, in a folder made for it.
 
   Raises:
     UserError: it cannot be written.
   """
   try:
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_atomically(path, content)
   except OSError as error:
     raise cannot_write(path, error) from error
 
 
 def write_files(folder: pathlib.Path, files: dict[str, str | bytes]) -> None:
-  """Writes files by name into a folder made for them.
-
-  Raises:
-    UserError: one cannot be written.
-  """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-      write_atomically(folder / name, content)
-  except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror}') from error
+  """Writes files by name as `write_output` does."""
+  for name, content in files.items():
+    write_output(folder / name, content)
 
 
 def cannot_write(path, error: OSError) -> UserError:
-  """Returns the error to raise where --output cannot be written."""
+  """Returns the error to raise where a file of a flag cannot be written."""
   return UserError(
-    f'--output {path} cannot be written: {error.strerror}\n'
-    'name another path, or make room'
+    f'{path} cannot be written: {error.strerror}\nname another path, or make '
+    'room'
   )
 
 
@@ -271,44 +269,54 @@ def _leave_output() -> int:
 def _parse(arguments: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS([each for each in arguments if each not in _HELP])
-    for name in _PATHS:
-      if name in flags.FLAGS and _is_empty(flags.FLAGS[name]):
-        _fail(f'--{name} is empty\nis a shell variable in it not set?')
-  except flags.UnrecognizedFlagError as error:
+  except (Exception, SystemExit) as error:
+    message = _explained(error, arguments)
+    if message is None:
+      raise
+    _fail(message)
+  for name in flags.FLAGS:
+    flag = flags.FLAGS[name]
+    if name in _PATHS and flag.present and flag.value == '':
+      _fail(f'--{name} is empty\nis a shell variable in it not set?')
+  if _HELP.intersection(arguments):
+    _help()
+  return rest
+
+
+def _explained(error: BaseException, arguments: list[str]) -> str | None:
+  """Returns the message for an error in parsing flags; None for others."""
+  path, cause = _config_path(arguments), error
+  while cause is not None:
+    for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+      if frame.filename == str(path):
+        return f'{path}, line {frame.lineno}: {_described(cause)}'
+    cause = cause.__context__
+  if isinstance(error, flags.UnrecognizedFlagError):
     near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
     hint = f'did you mean --{near[0]}?' if near else '--help lists the flags'
     if error.flagname.startswith('config.'):
       hint = 'it changes a field of the file that --config=FILE.py names'
-    _fail(f'unknown flag --{error.flagname}\n{hint}')
-  except flags.Error as error:
-    _fail(_without_traceback(str(error), _config_path(arguments)))
-  except (Exception, SystemExit) as error:
-    path = _config_path(arguments)
-    lines = [
-      frame.lineno
-      for frame in traceback.extract_tb(error.__traceback__)
-      if path is not None and frame.filename == str(path)
-    ]
-    if lines:
-      _fail(f'{path}, line {lines[-1]}: {_described(error)}')
-    if isinstance(error, SyntaxError):
-      _fail(f'{path}, line {error.lineno}: {_described(error)}')
-    if isinstance(error, AttributeError) and 'get_config' in str(error):
-      _fail(f'--config: {path} has no function get_config()')
-    if isinstance(error, KeyError | AttributeError):
-      _fail(_unknown_field(error, arguments))
-    if isinstance(error, IndexError):
-      given = [a.partition('=')[0] for a in arguments if '[' in a]
-      _fail(
-        f'{", ".join(given) or "--config"}: {_text(error)}\nset the whole '
-        'tuple, as in --config.task.operations=(1,2)'
-      )
-    if isinstance(error, TypeError | ValueError):
-      _fail(f'--config: {_described(error)}')
-    raise
-  if _HELP.intersection(arguments):
-    _help()
-  return rest
+    return f'unknown flag --{error.flagname}\n{hint}'
+  if isinstance(error, flags.Error):
+    text = str(error)
+    # ml_collections puts a traceback in some messages.
+    last = text.strip().split('\n')[-1]
+    return f'{path}: {last}' if 'Traceback' in text else text
+  if isinstance(error, SyntaxError):
+    return f'{path}, line {error.lineno}: {_described(error)}'
+  if isinstance(error, AttributeError) and 'get_config' in str(error):
+    return f'--config: {path} has no function get_config()'
+  if isinstance(error, KeyError | AttributeError):
+    return _unknown_field(error, arguments)
+  if isinstance(error, IndexError):
+    indexed = [a.partition('=')[0] for a in arguments if '[' in a]
+    return (
+      f'{", ".join(indexed) or "--config"}: {_text(error)}\n'
+      'set the whole tuple, as in --config.task.operations=(1,2)'
+    )
+  if isinstance(error, TypeError | ValueError):
+    return f'--config: {_described(error)}'
+  return None
 
 
 def _help() -> NoReturn:
@@ -326,10 +334,6 @@ def _help() -> NoReturn:
   sys.exit(0)
 
 
-def _is_empty(flag: flags.Flag) -> bool:
-  return bool(flag.present) and flag.value == ''
-
-
 def _config_path(arguments: list[str]) -> pathlib.Path | None:
   """Returns the configuration file in the command line."""
   for i, argument in enumerate(arguments):
@@ -337,16 +341,6 @@ def _config_path(arguments: list[str]) -> pathlib.Path | None:
     if match:
       return pathlib.Path(match[1] or ''.join(arguments[i + 1 : i + 2]))
   return None
-
-
-def _without_traceback(text: str, path: pathlib.Path | None) -> str:
-  """Drops the traceback that ml_collections puts in a TypeError's message."""
-  if 'Traceback' not in text:
-    return text
-  numbers = re.findall(rf'File "{re.escape(str(path))}", line (\d+)', text)
-  line = f', line {numbers[-1]}' if numbers else ''
-  last = text.strip().split('\n')[-1]
-  return f'{path}{line}: {last}'
 
 
 def _unknown_field(error: Exception, arguments: list[str]) -> str:

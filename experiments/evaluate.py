@@ -28,6 +28,7 @@ A reward or task that a run's configuration names as file.py:function or
 module:function is executed with --trust_code alone: read it first.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,42 +95,49 @@ def measure(
   Raises:
     UserError: the settings conflict.
   """
-  rewards = build.reward_parts(config)
-  metric = choose_metric(rewards, metric)
-  _check_judge(rewards, metric, judge, best_of)
-  reader = _reader(answer, config.rewards[metric].name) if majs else None
   data = build.task(config, model.tokenizer)
   # The key of the evaluations during training: equal settings reproduce the
   # numbers of the run's record.
-  key = jax.random.fold_in(jax.random.key(config.seed), 4)
-  held = validation.build_held_out(
-    config, model, data.held_out, rewards, key, **changes
-  )
+  seeds = config.seed, 4
+  held = build_held_out(config, model, data.held_out, seeds, **changes)
+  metric = choose_metric(held.rewards, metric)
+  _check_judge(held.rewards, metric, judge, best_of)
+  reader = _reader(answer, config.rewards[metric].name) if majs else None
   settings = held.generation
-  wanted = {'pass': ks, 'maj': majs, 'best_of': best_of}
-  _check_samples(settings, wanted, greedy)
-  answers = validation.answer(held, model.params, step=0)
-  right, scored = _right(answers, metric, threshold)
+  for kind, counts in (('pass', ks), ('maj', majs), ('best_of', best_of)):
+    if settings.samples < max(counts, default=1):
+      raise UserError(
+        f'{kind}@{max(counts)} needs {max(counts)} samples per prompt; '
+        f'--samples is {settings.samples}'
+      )
+  if greedy and settings.decoding.greedy:
+    raise UserError(
+      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
+      'set --temperature above 0, or leave out --greedy'
+    )
+  rule = metric, threshold
+  answers, right, scored = _answer(held, model, 'held-out responses', *rule)
   numbers = validation.summary(answers)
-  print_failures(answers, 'held-out responses')
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
-    votes = _votes(answers, scored, reader)
+    texts = np.array([sample.response for sample in answers.samples], object)
+    votes = evaluation.votes(texts.reshape(scored.size, -1)[scored], reader)
     numbers['answered'] = float((votes >= 0).mean())
     estimates |= {
       f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
     }
   if best_of:
-    numbers['unjudged'], chosen = _best_of(
-      answers, scored, right, metric, judge, best_of
-    )
+    proxy, gold = (answers.parts[name][scored] for name in (judge, metric))
+    numbers['unjudged'], chosen = _best_of(proxy, gold, right, best_of)
     estimates |= chosen
   if greedy:
     once = held._replace(generation=rollouts.greedy(settings))
-    counted, accuracy = _greedy(once, model, metric, threshold)
-    numbers |= counted
-    estimates['greedy/accuracy'] = accuracy
+    greedily, best, known = _answer(once, model, 'greedy responses', *rule)
+    numbers['greedy/unscored'] = int((~known).sum())
+    for name, count in failure_counts(greedily.failures).items():
+      numbers[name.replace('eval/', 'greedy/', 1)] = count
+    estimates['greedy/accuracy'] = best[:, 0]
   return {
     'prompts': len(scored),
     'over_budget': held.encoded.dropped,
@@ -145,6 +153,33 @@ def measure(
       for name, values in estimates.items()
     },
   }
+
+
+def build_held_out(
+  config, model: build.Model, rows, seeds: Sequence[int], **changes: Any
+) -> validation.HeldOut:
+  """Builds a held-out set that `config.rewards` score.
+
+  Args:
+    config, model: as for `measure`.
+    rows: rows with prompts.
+    seeds: seed of the key, and numbers to fold in.
+    **changes: in place of the settings in `config.evaluation`.
+
+  Raises:
+    UserError: all samples of a prompt would be equal.
+  """
+  seed, *rest = seeds
+  key = functools.reduce(jax.random.fold_in, rest, jax.random.key(seed))
+  rewards = build.reward_parts(config)
+  held = validation.build_held_out(config, model, rows, rewards, key, **changes)
+  samples = held.generation.samples
+  if samples > 1 and held.generation.decoding.greedy:
+    raise UserError(
+      f'at temperature 0 all {samples} samples of a prompt are equal\n'
+      'set --temperature above 0'
+    )
+  return held
 
 
 def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
@@ -164,10 +199,7 @@ def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
 
 
 def _check_judge(
-  rewards: Sequence[RewardPart],
-  metric: str,
-  judge: str | None,
-  best_of: Sequence[int],
+  rewards: Sequence[RewardPart], metric: str, judge: str | None, best_of
 ) -> None:
   """Raises UserError unless a judge is named exactly where one is needed."""
   names = ', '.join(part.name for part in rewards)
@@ -186,83 +218,46 @@ def _check_judge(
     )
 
 
-def _check_samples(
-  settings: rollouts.Generation, wanted: dict[str, Sequence[int]], greedy: bool
-) -> None:
-  """Raises UserError unless samples and temperature suit the numbers wanted."""
-  for kind, ks in wanted.items():
-    if settings.samples < max(ks, default=1):
-      raise UserError(
-        f'{kind}@{max(ks)} needs {max(ks)} samples per prompt; '
-        f'--samples is {settings.samples}'
-      )
-  if not settings.decoding.greedy:
-    return
-  if settings.samples > 1:
-    raise UserError(
-      f'at temperature 0 all {settings.samples} samples of a prompt are equal\n'
-      'set --temperature above 0, or --samples=1'
-    )
-  if greedy:
-    raise UserError(
-      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
-      'set --temperature above 0, or leave out --greedy'
-    )
+def _answer(
+  held: validation.HeldOut,
+  model: build.Model,
+  responses: str,
+  metric: str,
+  threshold: float,
+) -> tuple[validation.Answers, np.ndarray, np.ndarray]:
+  """Answers a set, and reports failures in reward workers.
 
-
-def _right(
-  answers: validation.Answers, metric: str, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns right responses, [P', n] bool, and the scored P' prompts, [P] bool.
+  Returns:
+    The answers, right responses, [P', n] bool, and the scored P' prompts, [P]
+    bool.
 
   Raises:
     UserError: no prompt is scored.
   """
+  answers = validation.answer(held, model.params, step=0)
+  print_failures(answers, responses)
   scores = answers.parts[metric]
   scored = ~np.isnan(scores).any(axis=1)
   if not scored.any():
     raise UserError(f'{metric} scores no prompt: choose another --metric')
-  return scores[scored] >= threshold, scored
+  return answers, scores[scored] >= threshold, scored
 
 
 def _best_of(
-  answers: validation.Answers,
-  scored: np.ndarray,
-  right: np.ndarray,
-  metric: str,
-  judge: str,
-  best_of: Sequence[int],
+  proxy: np.ndarray, gold: np.ndarray, right: np.ndarray, ks: Sequence[int]
 ) -> tuple[int, dict[str, np.ndarray]]:
   """Returns the number of unjudged prompts, and estimates over the others."""
-  proxy = answers.parts[judge][scored]
   judged = ~np.isnan(proxy).any(axis=1)
   if not judged.any():
     raise UserError(
-      f'{judge} scores no prompt that {metric} scores: choose another --judge'
+      '--judge scores no prompt that --metric scores\nchoose another --judge'
     )
-  worth = {
-    'best_of': right,
-    'metric_best_of': answers.parts[metric][scored],
-    'judge_best_of': proxy,
-  }
+  worth = {'best_of': right, 'metric_best_of': gold, 'judge_best_of': proxy}
   return int((~judged).sum()), {
-    f'{name}@{k}': evaluation.best_of_n(proxy[judged], gold[judged], k)
-    for k in best_of
-    for name, gold in worth.items()
+    f'{name}@{k}': evaluation.best_of_n(proxy[judged], values[judged], k)
+    for k in ks
+    for name, values in worth.items()
   }
-
-
-def _greedy(
-  held: validation.HeldOut, model: build.Model, metric: str, threshold: float
-) -> tuple[dict[str, int], np.ndarray]:
-  """Returns counts, and which scored prompts have right greedy responses."""
-  answers = validation.answer(held, model.params, step=0)
-  print_failures(answers, 'greedy responses')
-  right, scored = _right(answers, metric, threshold)
-  counts = {'greedy/unscored': int((~scored).sum())}
-  for name, count in failure_counts(answers.failures).items():
-    counts[name.replace('eval/', 'greedy/', 1)] = count
-  return counts, right[:, 0]
 
 
 def print_failures(answers: validation.Answers, responses: str) -> None:
@@ -288,14 +283,6 @@ def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
     f'--maj: {problem}\n'
     f'set --answer to file.py:function or one of {", ".join(readers)}'
   )
-
-
-def _votes(
-  answers: validation.Answers, scored: np.ndarray, reader
-) -> np.ndarray:
-  """Returns numbers of the answers, [P', n], to the prompts that are scored."""
-  texts = np.array([sample.response for sample in answers.samples], object)
-  return evaluation.votes(texts.reshape(len(scored), -1)[scored], reader)
 
 
 def table(title: str, result: dict[str, Any]):
@@ -390,10 +377,10 @@ def main() -> None:
     raise UserError('--answer is given but no --maj, which alone reads it')
   config, model, title = subject()
   least = max([config.evaluation.samples, *ks, *majs, *best_of])
-  names = 'samples', 'temperature', 'prompts', 'batch', 'judge', 'greedy'
-  names += 'answer', 'metric', 'threshold'
-  settings = {name: values[name].value for name in names}
-  settings = {k: value for k, value in settings.items() if value is not None}
+  settings = cli.given(
+    *('samples', 'temperature', 'prompts', 'batch', 'judge', 'greedy'),
+    *('answer', 'metric', 'threshold'),
+  )
   result = measure(
     config,
     model,

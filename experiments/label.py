@@ -40,7 +40,6 @@ module:function is executed with --trust_code alone: read it first.
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -111,8 +110,8 @@ def make_pairs(
     raise UserError(f'--noise is {noise}\nit must be 0, for none, or above')
   seeds = config.seed if seed is None else seed, SPLITS.index(split)
   rows = getattr(build.task(config, model.tokenizer), split)
-  salts = seeds[0], 8, seeds[1]
-  held = _held_out(config, model, rows, salts, samples, **sampling)
+  sampling |= {'samples': samples}
+  held = _held_out(config, model, rows, (seeds[0], 8, seeds[1]), **sampling)
   answers = validation.answer(held, model.params, step=0)
   evaluate.print_failures(answers, 'responses')
   rows, counts = _paired(config, held, answers, per_prompt, noise, seeds)
@@ -124,22 +123,11 @@ def make_pairs(
   return rows, counts
 
 
-def _held_out(
-  config, model, rows, salts: Sequence[int], samples: int, **changes: Any
-) -> validation.HeldOut:
-  """Returns prompts and how they are sampled: as in training, but `changes`."""
+def _held_out(config, model, rows, seeds: Sequence[int], **changes: Any):
+  """Returns a held-out set, sampled as in training but for `changes`."""
   defaults = {'temperature': config.rollout.temperature, 'prompts': 0}
-  sampling = defaults | changes | {'samples': samples}
-  if samples > 1 and sampling['temperature'] == 0:
-    raise UserError(
-      f'at temperature 0 all {samples} samples of a prompt are equal\n'
-      'set --temperature above 0'
-    )
-  seed, *rest = salts
-  key = functools.reduce(jax.random.fold_in, rest, jax.random.key(seed))
-  rewards = build.reward_parts(config)
-  return validation.build_held_out(
-    config, model, rows, rewards, key, **sampling
+  return evaluate.build_held_out(
+    config, model, rows, seeds, **defaults | changes
   )
 
 
@@ -249,9 +237,10 @@ def measure_pass_rates(
   Raises:
     UserError: the settings conflict, or the partial file has others.
   """
-  metric = evaluate.choose_metric(build.reward_parts(config), metric)
   rows = build.task(config, model.tokenizer).train
-  held = _held_out(config, model, rows, (config.seed, 7), samples, **sampling)
+  sampling |= {'samples': samples}
+  held = _held_out(config, model, rows, (config.seed, 7), **sampling)
+  metric = evaluate.choose_metric(held.rewards, metric)
   weights = digests.describe(digests.named_leaves(model.params))
   source = sources.PromptSource(held.encoded, held.batch, config.seed)
   settings = {
@@ -368,9 +357,7 @@ def main() -> None:
   if pathlib.Path(output).exists():
     raise UserError(f'--output {output} exists\nremove it, or name another')
   config, model, title = evaluate.subject()
-  names = 'samples', 'temperature', 'batch', *_READS[what]
-  settings = {name: values[name].value for name in names}
-  settings = {k: value for k, value in settings.items() if value is not None}
+  settings = cli.given('samples', 'temperature', 'batch', *_READS[what])
   if what == 'pass_rates':
     records = measure_pass_rates(config, model, output, title=title, **settings)
     print(summarize_pass_rates(records))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from experiments import build, checks, offline
-from experiments.configs import base
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.minibatches import check_divides
 
@@ -23,78 +22,61 @@ def check(
   """
   checks.check_fields(config)
   checks.check_name(config, names)
-  name = config.algorithm.name
-  estimator = build.reference(config)
-  checks.check_default(config, 'critic', 'has no critic')
-  _check_tools(config)
-  _check_rounds(config, sampled)
-  if config.rounds.sampling:
-    _check_sampling(config, estimator.needs.samples)
-  for field in ('epochs', 'minibatches'):
-    if config.training[field] != 1:
-      raise UserError(
-        f'config.training.{field} is {config.training[field]}, but a step of '
-        f'{name} is one update\nset it to 1'
-      )
-  batch = config.rounds.batch
-  micro = config.training.micro_prompts or batch
-  name = 'config.training.micro_prompts'
-  check_divides(micro, batch, name, 'config.rounds.batch')
-  checks.check_schedule('optimizer', config.optimizer, offline.updates(config))
-  checks.check_schedule(
-    'warm_start.optimizer', config.warm_start.optimizer, config.warm_start.steps
-  )
-
-
-def _check_tools(config: ConfigDict) -> None:
-  """Refuses tools that only online RL has."""
-  for section, field in (
-    ('prompts', 'curriculum'),
-    ('rollout', 'refill'),
-    ('rollout', 'hints'),
-  ):
-    if value := config[section][field]:
-      raise UserError(
-        f'config.{section}.{field} is {value!r}, but {config.algorithm.name} '
-        'does not use it: it is only for experiments.train\nremove it'
-      )
-  if config.prompts.pass_rates and config.algorithm.name == 'sft':
-    raise UserError(
-      'config.prompts.pass_rates filters prompts to sample from, but sft '
-      'learns from demonstrations\nremove it'
-    )
-
-
-def _check_rounds(config: ConfigDict, sampled: bool | None) -> None:
-  """Refuses steps, rounds and tokens that do not fit together."""
-  settings, name = config.rounds, config.algorithm.name
+  needed = build.reference(config).needs.samples
+  name, settings = config.algorithm.name, config.rounds
   if sampled and not settings.sampling:
     raise UserError(
       f'config.rounds.sampling is 0, but {name} learns from its own samples\n'
       'set it to the number of sampling steps per round'
     )
-  if sampled is False and settings.sampling:
-    raise UserError(
-      f'config.rounds.sampling is {settings.sampling}, but {name} learns from '
-      'the data of the task\nset it to 0'
+  for fields, reason in _unused(config, sampled).items():
+    checks.check_unused(config, fields, reason)
+  if settings.sampling:
+    _check_rounds(config)
+    _check_sampling(config, needed)
+  check_divides(
+    config.training.micro_prompts or settings.batch,
+    settings.batch,
+    'config.training.micro_prompts',
+    'config.rounds.batch',
+  )
+  updates = {
+    'optimizer': offline.updates(config),
+    'warm_start.optimizer': config.warm_start.steps,
+  }
+  checks.check_schedules(config, updates)
+
+
+def _unused(
+  config: ConfigDict, sampled: bool | None
+) -> dict[tuple[str, ...], str]:
+  """Returns the reason, as for `check_unused`, by fields without effect."""
+  name = config.algorithm.name
+  unused = {
+    ('critic',): f'but {name} has no critic',
+    ('prompts.curriculum', 'rollout.refill', 'rollout.hints'): (
+      f'but {name} does not use it: it is only for experiments.train'
+    ),
+    ('training.epochs', 'training.minibatches'): (
+      f'but a step of {name} is one update'
+    ),
+  }
+  if name == 'sft':
+    unused['prompts.pass_rates',] = (
+      'which filters prompts to sample from, but sft learns from demonstrations'
     )
-  if not settings.sampling:
-    unread = {
-      'rounds.learning': (settings.learning, 0),
-      'rounds.per_prompt': (
-        settings.per_prompt,
-        base.get_config().rounds.per_prompt,
-      ),
-      'tokens': (config.tokens, 0),
-    }
-    for field, (value, default) in unread.items():
-      if value != default:
-        raise UserError(
-          f'config.{field} is {value}, but nothing is sampled: there is one '
-          f'round of config.steps updates\nset it to {default}'
-        )
-    return
-  if not settings.learning:
+  if sampled is False:
+    unused['rounds.sampling',] = f'but {name} learns from the data of the task'
+  if not config.rounds.sampling:
+    unused['rounds.learning', 'rounds.per_prompt', 'tokens'] = (
+      'but nothing is sampled: there is one round of config.steps updates'
+    )
+  return unused
+
+
+def _check_rounds(config: ConfigDict) -> None:
+  """Refuses steps that do not fill rounds, and rounds without updates."""
+  if not config.rounds.learning:
     raise UserError(
       'config.rounds.learning is 0: a round would learn nothing\n'
       'set it to the number of updates per round'

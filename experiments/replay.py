@@ -50,7 +50,7 @@ from experiments import (
   train,
 )
 from experiments.loop import Run
-from experiments.schedule import Result, Script
+from experiments.schedule import Result
 from experiments.validation import failure_messages, to_samples
 from jaxrl_llm import runs, sharding
 from jaxrl_llm.errors import UserError
@@ -69,11 +69,6 @@ _SCRIPTS = {
 _STEP = re.compile(r'(\d{8,})(\.replaced)?')
 # Differences to print.
 _SHOWN = 5
-
-
-def script(config) -> Script:
-  """Returns the script that trained, by the algorithm's name."""
-  return _SCRIPTS[checks.script(config.algorithm.get('name'))]
 
 
 def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
@@ -100,7 +95,7 @@ def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
     _make_output(output)
   recorded = _recorded(workdir, step)
   _check_code(workdir)
-  made_by = script(config)
+  made_by = _SCRIPTS[checks.script(config.algorithm.get('name'))]
   made_by.check(config)
   with contextlib.ExitStack() as files:
     mesh = sharding.make_mesh(**config.mesh.to_dict())
@@ -160,16 +155,13 @@ def _check_code(workdir: pathlib.Path) -> None:
   """Raises UserError if the user's files changed since the run last began."""
   for file, digest in _environment(workdir).get('code_sha256', {}).items():
     path = pathlib.Path(file)
-    if not path.is_file():
-      now = 'missing'
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-      now = 'changed'
-    else:
-      continue
-    raise UserError(
-      f'{path.absolute()} is {now} since the run last began\n'
-      'put the old file back: a step can be replayed by its own code alone'
-    )
+    code = path.read_bytes() if path.is_file() else None
+    if code is None or hashlib.sha256(code).hexdigest() != digest:
+      raise UserError(
+        f'{path.absolute()} is {"missing" if code is None else "changed"} since'
+        ' the run last began\nput the old file back: a step can be replayed by '
+        'its own code alone'
+      )
 
 
 def _environment(workdir: pathlib.Path) -> dict[str, Any]:
@@ -210,18 +202,22 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _compare(workdir: pathlib.Path, recorded: dict, computed: dict) -> bool:
   """Prints the metrics that differ; returns whether none does."""
-  names = dict.fromkeys([*recorded, *computed])
-  shown = lambda values, name: json.dumps(values.get(name, 'absent'))
+  then, now = (
+    {name: json.dumps(value) for name, value in each.items()}
+    for each in (recorded, computed)
+  )
+  names = dict.fromkeys([*then, *now])
+  absent = '"absent"'
   different = [
-    f'{name}: {shown(recorded, name)} recorded, {shown(computed, name)} now'
+    f'{name}: {then.get(name, absent)} recorded, {now.get(name, absent)} now'
     for name in names
-    if shown(recorded, name) != shown(computed, name)
+    if then.get(name) != now.get(name)
   ]
   if not different:
     print(f'identical: {len(names)} metrics')
     return True
   print(f'{len(different)} of {len(names)} metrics differ')
-  print('\n'.join(different[:_SHOWN]))
+  print(*different[:_SHOWN], sep='\n')
   then, now = _environment(workdir), run_folder.environment()
   for name in ('versions', 'machine', 'backend', 'device_kind', 'device_count'):
     if name in then and then[name] != now[name]:
@@ -266,8 +262,7 @@ def _write(
     'record.json': json.dumps(numbers, indent=2) + '\n',
     'parameters.jsonl': ''.join(json.dumps(each) + '\n' for each in changes),
   }
-  for name, text in texts.items():
-    cli.write_output(output / name, text)
+  cli.write_files(output, texts)
   written = list(texts)
   if result.responses is not None:
     batch = result.responses, result.advantages

@@ -33,7 +33,7 @@ import types
 import jax
 import numpy as np
 
-from experiments import build, cli, offline_checks, run
+from experiments import build, checks, cli, offline_checks, run
 from experiments.schedule import Cycle, Evaluation, Result, Script
 from jaxrl_llm import calibration, processes, runs, sharding, training
 from jaxrl_llm.atomic import write_atomically
@@ -58,11 +58,9 @@ def check(config) -> None:
       'config.rewards is set, but a reward model learns from pairs alone\n'
       'remove it; `experiments.label` makes pairs from rewards'
     )
-  if config.warm_start.steps:
-    raise UserError(
-      f'config.warm_start.steps is {config.warm_start.steps}, but a reward '
-      'model does not generate text\nset it to 0'
-    )
+  checks.check_unused(
+    config, ['warm_start.steps'], 'but a reward model does not generate text'
+  )
 
 
 def encode(config, model: build.Model, rows: list[dict]):
@@ -227,7 +225,11 @@ class RewardModeling:
     result = calibration.examine(self._margins(trainable))
     text = json.dumps(_plain(result), indent=1, allow_nan=False) + '\n'
     if processes.is_main():
-      _write(folder / 'calibration.json', text)
+      path = folder / 'calibration.json'
+      try:
+        write_atomically(path, text)
+      except OSError as error:
+        raise cannot_write(path, error.strerror) from error
       _plot(folder / 'calibration.png', result)
     return ['hf/ (for transformers)', 'calibration.json', 'calibration.png']
 
@@ -262,26 +264,13 @@ class RewardModeling:
     return both[:, 0] - both[:, 1]
 
 
-def _plain(result: calibration.Calibration) -> dict:
-  """Converts to JSON values: NaN and an infinite temperature become null."""
-  values = result._asdict()
-  if np.isinf(result.temperature):
-    values['temperature'] = None
-  for name in ('accuracy', 'log_loss'):
-    values[name] = values[name]._asdict()
-  values['bins'] = [
-    {k: None if np.isnan(v) else v for k, v in one._asdict().items()}
-    for one in result.bins
-  ]
-  return values
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file; raises UserError if it cannot be written."""
-  try:
-    write_atomically(path, text)
-  except OSError as error:
-    raise cannot_write(path, error.strerror) from error
+def _plain(value):
+  """Converts to JSON values: NaN and the infinities become null."""
+  if hasattr(value, '_asdict'):
+    return {name: _plain(x) for name, x in value._asdict().items()}
+  if isinstance(value, list | tuple):
+    return [_plain(x) for x in value]
+  return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _plot(path: pathlib.Path, result: calibration.Calibration) -> None:

@@ -150,13 +150,11 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
     UserError: the disk is full or the folder cannot be written.
   """
   prompts, samples = sharding.to_host((responses.prompts, responses.samples))
-  scores, shape = responses.scores, advantages.shape
+  scores = responses.scores
   if not processes.is_main():
     return
-  parts = {
-    f'rewards/{name}': part.reshape(shape)
-    for name, part in scores.parts.items()
-  }
+  per_response = {f'rewards/{name}': x for name, x in scores.parts.items()}
+  per_response |= {'rewards': scores.total, 'valid': scores.valid}
   memory = io.BytesIO()
   np.savez(
     memory,
@@ -165,10 +163,8 @@ def write_batch(path, responses: rollouts.Responses, advantages) -> None:
     tokens=samples.tokens,
     mask=samples.mask,
     log_probs=samples.log_probs,
-    rewards=scores.total.reshape(shape),
-    valid=scores.valid.reshape(shape),
     advantages=advantages,
-    **parts,
+    **{n: x.reshape(advantages.shape) for n, x in per_response.items()},
   )
   try:
     write_atomically(path, memory.getvalue())

@@ -3,10 +3,8 @@
 import ast
 import functools
 import inspect
-import io
 import sys
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,11 +84,7 @@ def comments() -> dict[str, str]:
     if isinstance(node, ast.FunctionDef)
   }
   lines, notes, outermost = source.splitlines(), {}, {}
-  beside = {
-    token.start[0]: token.string
-    for token in tokenize.generate_tokens(io.StringIO(source).readline)
-    if token.type == tokenize.COMMENT
-  }
+  beside = [line.partition('# ')[2] for line in lines]
   for name, line in _assigned(functions['get_config'], functions, ''):
     above = line - 1
     while lines[above - 1].lstrip().startswith('#'):
@@ -98,8 +92,7 @@ def comments() -> dict[str, str]:
     # The outermost of several fields of a line comes first, and takes them.
     key = name.rpartition('.')[2]
     shown = outermost.setdefault(line, key) == key
-    parts = [beside.get(i, '') for i in range(above + 1, line + 1) if shown]
-    notes[name] = ' '.join(part.strip('# ') for part in parts).strip()
+    notes[name] = ' '.join(filter(None, beside[above:line] if shown else []))
   return notes
 
 

@@ -24,28 +24,6 @@ def optimizer(learning_rate: float, **changes) -> ConfigDict:
   )
 
 
-def method(
-  label: str,
-  title: str,
-  algorithm: dict,
-  prompts: int | None = None,
-  samples: int | None = None,
-  **changes,
-) -> dict:
-  """Builds an entry of a comparison (`experiments.studies.compare`).
-
-  Args:
-    label: name of its runs.
-    title: title in table and figure.
-    algorithm: value of `config.algorithm`.
-    prompts, samples: P and G, if they differ from the base; both or neither.
-    **changes: changes to other sections.
-  """
-  if prompts:
-    changes['rollout'] = dict(prompts=prompts, samples=samples)
-  return dict(label=label, title=title, algorithm=algorithm, **changes)
-
-
 def get_config() -> ConfigDict:
   return ConfigDict(
     dict(

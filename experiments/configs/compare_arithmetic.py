@@ -19,13 +19,12 @@ the rate.  The results, computed in 44 minutes on 2 cores, are in
 
 from ml_collections import ConfigDict
 
-from experiments.configs import base
-from experiments.configs.base import method
+from experiments.configs import quickstart
 from jaxrl_llm import estimators as est
 from jaxrl_llm.tasks import arithmetic
 
 _EQUALS = 3 + arithmetic.ALPHABET.index('=')  # after three special tokens
-FILE = 'experiments/configs/compare_arithmetic.py'
+_FILE = 'experiments/configs/compare_arithmetic.py'
 
 
 def trepo_published(
@@ -66,119 +65,76 @@ def get_config() -> ConfigDict:
 
 def base_config() -> ConfigDict:
   """Returns the configuration that all methods share."""
-  config = base.get_config()
-  config.model.alphabet = arithmetic.ALPHABET
-  config.model.architecture = dict(
-    hidden_size=96,
-    intermediate_size=256,
-    num_layers=2,
-    num_heads=4,
-    tied=True,
-    max_length=32,
+  config = quickstart.get_config()
+  config.model.architecture.update(
+    hidden_size=96, intermediate_size=256, max_length=32
   )
-  config.task = dict(
-    name='arithmetic',
-    train=20_000,
-    held_out=512,
-    demonstrations=20_000,
-    operations=(4, 4),
-    operands=(1, 9),
-    operators='+*',
-    modulus=10,
-    careless=0.65,
-  )
+  config.task.update(operations=(4, 4), careless=0.65)
   config.prompts.max_tokens = 10
-  config.rewards = dict(correct=dict(name='arithmetic_answer'))
   config.algorithm = dict(name='rloo')
-  config.rollout.update(prompts=32, samples=8, max_tokens=22)
+  config.rollout.max_tokens = 22
   config.steps = 100_000  # the token budget ends a run
-  config.optimizer = base.optimizer(2e-4, warmup_updates=5)
-  config.warm_start.update(steps=500, batch=64)
-  config.warm_start.optimizer = base.optimizer(1e-3, warmup_updates=20)
-  config.evaluation.update(every=100_000, prompts=512, batch=512)
+  config.optimizer.warmup_updates = 5
+  config.warm_start.steps = 500
+  config.evaluation.every = 100_000
   config.checkpoints.update(every=1000, keep_latest=1, keep_best=0)
   config.log.samples = 1
   return config
+
+
+def method(label: str, title: str, **algorithm) -> dict:
+  """Builds an entry of a comparison (`experiments.studies.compare`).
+
+  Args:
+    label: name of its runs.
+    title: title in table and figure.
+    **algorithm: fields of `config.algorithm`; its name is the label by default.
+  """
+  return dict(label=label, title=title, algorithm=dict(name=label) | algorithm)
+
+
+def groups(prompts: int, samples: int) -> dict:
+  """Builds the section of an entry whose P and G differ from the base's."""
+  return dict(rollout=dict(prompts=prompts, samples=samples))
 
 
 def methods() -> tuple[dict, ...]:
   """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4)
   uncertain = dict(name='entropy_sum', nats=0.5)
+  published = dict(name=f'{_FILE}:trepo_published', count=4, samples=4)
+  critic = dict(critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5))
+  rounds = dict(sampling=5, batch=64, per_prompt=4)
   return (
-    method('reinforce', 'REINFORCE', dict(name='reinforce')),
-    method('remax', 'ReMax', dict(name='remax'), 128, 1),
-    method('rloo', 'RLOO', dict(name='rloo')),
-    method('grpo', 'GRPO', dict(name='grpo', kl=0.0)),
-    method('dr_grpo', 'Dr. GRPO', dict(name='dr_grpo', max_length=22)),
-    method(
-      'ppo',
-      'PPO',
-      dict(name='ppo'),
-      critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5),
-    ),
-    method(
-      'trepo_published',
-      'TRePO, as published',
-      dict(name=f'{FILE}:trepo_published', count=4, samples=4),
-      10,
-      4,
-    ),
-    method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 16, 4),
-    method(
-      'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 16, 4
-    ),
+    method('reinforce', 'REINFORCE'),
+    method('remax', 'ReMax') | groups(128, 1),
+    method('rloo', 'RLOO'),
+    method('grpo', 'GRPO', kl=0.0),
+    method('dr_grpo', 'Dr. GRPO', max_length=22),
+    method('ppo', 'PPO') | critic,
+    method('trepo_published', 'TRePO, as published', **published)
+    | groups(10, 4),
+    method('trepo', 'TRePO, hold', **branched) | groups(16, 4),
+    method('trepo_tree', 'TRePO, tree', **branched) | groups(16, 4),
     method(
       'trepo_uncertain',
       'TRePO, where uncertain',
-      dict(name='trepo', positions=uncertain, **branched),
-      42,
-      4,
-    ),
-    method(
-      'trepo_critic',
-      'TRePO, critic of branches',
-      dict(name='trepo_critic', count=1, samples=4),
-      25,
-      4,
-      critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5),
-    ),
-    method(
-      'vine_ppo',
-      'VinePPO',
-      dict(name='vine_ppo', delimiters=(_EQUALS,), count=3, kl=0.0),
-      15,
-      4,
-    ),
-    method('obl_reinforce', 'score-weighted RLOO', dict(name='obl_reinforce')),
-    *references(),
-  )
-
-
-def references() -> tuple[dict, ...]:
-  """Returns methods other than RL, with as many tokens or demonstrations."""
-  rounds = dict(sampling=5, batch=64, per_prompt=4)
-  return (
-    method(
-      'rest_em',
-      'RestEM',
-      dict(name='rest_em'),
-      script='rest_em',
-      rounds=dict(learning=45, **rounds),
-    ),
-    method(
-      'dpop',
-      'DPO-Positive',
-      dict(name='dpop'),
-      script='preference',
-      rounds=dict(learning=15, **rounds),
-    ),
-    method(
-      'sft',
-      'SFT, more of the same',
-      dict(name='sft'),
-      script='sft',
-      steps=59,
-      rounds=dict(batch=256),
-    ),
+      name='trepo',
+      positions=uncertain,
+      **branched,
+    )
+    | groups(42, 4),
+    method('trepo_critic', 'TRePO, critic of branches', count=1, samples=4)
+    | critic
+    | groups(25, 4),
+    method('vine_ppo', 'VinePPO', delimiters=(_EQUALS,), count=3, kl=0.0)
+    | groups(15, 4),
+    method('obl_reinforce', 'score-weighted RLOO'),
+    # Methods other than RL, with as many tokens or demonstrations.
+    method('rest_em', 'RestEM')
+    | dict(script='rest_em', rounds=dict(learning=45, **rounds)),
+    method('dpop', 'DPO-Positive')
+    | dict(script='preference', rounds=dict(learning=15, **rounds)),
+    method('sft', 'SFT, more of the same')
+    | dict(script='sft', steps=59, rounds=dict(batch=256)),
   )

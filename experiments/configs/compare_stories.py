@@ -18,7 +18,6 @@ cores, are in `docs/comparison.md`.
 from ml_collections import ConfigDict
 
 from experiments.configs import base, compare_arithmetic, stories_sentiment
-from experiments.configs.base import method
 from jaxrl_llm import estimators as est
 
 _KL = 0.02  # units of the reward per nat
@@ -95,62 +94,35 @@ def base_config() -> ConfigDict:
 
 
 def methods() -> tuple[dict, ...]:
-  """Returns one entry per method, in the order of table and figure."""
-  branched = dict(count=2, samples=4, kl=_KL)
+  """Returns the comparison's methods with RL on arithmetic, KL charged."""
   uncertain = dict(name='entropy_sum', nats=25.0)
-  critic = dict(optimizer=dict(learning_rate=1e-3), warmup=5)
-  return (
-    method('reinforce', 'REINFORCE', dict(name=f'{_FILE}:reinforce', kl=_KL)),
-    method('remax', 'ReMax', dict(name=f'{_FILE}:remax', kl=_KL), 64, 1),
-    method('rloo', 'RLOO', dict(name='rloo', kl=_KL)),
-    method('grpo', 'GRPO', dict(name='grpo', kl=0.33)),
-    method(
-      'dr_grpo',
-      'Dr. GRPO',
-      dict(name=f'{_FILE}:dr_grpo', kl=_KL, max_length=64),
-    ),
-    method('ppo', 'PPO', dict(name='ppo', kl=_KL), critic=critic),
-    method(
-      'trepo_published',
-      'TRePO, as published',
-      dict(
-        name=f'{compare_arithmetic.FILE}:trepo_published',
-        count=4,
-        samples=4,
-        kl=_KL,
-      ),
-      4,
-      4,
-    ),
-    method('trepo', 'TRePO, hold', dict(name='trepo', **branched), 6, 4),
-    method(
-      'trepo_tree', 'TRePO, tree', dict(name='trepo_tree', **branched), 6, 4
-    ),
-    method(
-      'trepo_uncertain',
-      'TRePO, where uncertain',
-      dict(name='trepo', positions=uncertain, **branched),
-      6,
-      4,
-    ),
-    method(
-      'trepo_critic',
-      'TRePO, critic of branches',
-      dict(name='trepo_critic', count=1, samples=4, kl=_KL),
-      10,
-      4,
-      critic=critic,
-    ),
-    method(
-      'vine_ppo',
-      'VinePPO',
-      dict(name='vine_ppo', delimiters=_SENTENCE_ENDS, count=3, kl=0.33),
-      2,
-      4,
-    ),
-    method(
-      'score_weighted',
-      'score-weighted RLOO',
-      dict(name=f'{_FILE}:score_weighted', kl=_KL),
-    ),
-  )
+  changes = {
+    'reinforce': dict(name=f'{_FILE}:reinforce'),
+    'remax': dict(name=f'{_FILE}:remax'),
+    'grpo': dict(kl=0.33),
+    'dr_grpo': dict(name=f'{_FILE}:dr_grpo', max_length=64),
+    'trepo_uncertain': dict(positions=uncertain),
+    'vine_ppo': dict(delimiters=_SENTENCE_ENDS, kl=0.33),
+    'obl_reinforce': dict(name=f'{_FILE}:score_weighted'),
+  }
+  prompts = {
+    'remax': 64,
+    'trepo_published': 4,
+    'trepo': 6,
+    'trepo_tree': 6,
+    'trepo_uncertain': 6,
+    'trepo_critic': 10,
+    'vine_ppo': 2,
+  }
+  entries = []
+  for entry in compare_arithmetic.methods():
+    label = entry['label']
+    if 'script' in entry:  # not RL
+      continue
+    entry['algorithm'] |= dict(kl=_KL) | changes.get(label, {})
+    if label in prompts:
+      entry['rollout']['prompts'] = prompts[label]
+    if label == 'obl_reinforce':
+      entry['label'] = 'score_weighted'
+    entries.append(entry)
+  return tuple(entries)

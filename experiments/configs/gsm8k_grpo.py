@@ -3,17 +3,15 @@ r"""GRPO on grade-school mathematics (GSM8K), from an instruction-tuned model.
     python -m experiments.train --config=experiments/configs/gsm8k_grpo.py \
       --config.model.path=PATH/TO/Qwen2.5-0.5B-Instruct
 
-The model is public: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct; with
-network access, its name Qwen/Qwen2.5-0.5B-Instruct can be the path.  Problems
-come from the hub (pip install 'jaxrl_llm[data]'), or from a folder that holds
+The model is https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct.  Problems come
+from the hub (pip install 'jaxrl_llm[data]'), or from a folder that holds
 train.jsonl and test.jsonl of https://github.com/openai/grade-school-math:
 --config.task.path=FOLDER.
 
-Hardware: one accelerator.  The parameters are float32: 0.5 billion of them take
-2 GB, 8 GB with gradients and Adam's moments, and 10 GB with the reference of
-the KL.  If memory runs out, lower training.micro_prompts and rollout.prompts.
-This configuration was only run on a CPU, for two steps of a tiny random Qwen2,
-to test the path from file to update; no accuracy after training was measured.
+Hardware: one accelerator.  Parameters, gradients, Adam's moments and the
+reference of the KL take 10 GB.  If memory runs out, lower
+training.micro_prompts and rollout.prompts.  This configuration was only run on
+a CPU, for two steps of a tiny random Qwen2; no accuracy was measured.
 
 Reward: 1 if the number after `####` (or in \boxed{…}) is the answer, and 0.1
 more if the whole response matches `.*#### number`.  The format reward is small,

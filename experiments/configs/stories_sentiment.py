@@ -19,8 +19,8 @@ with 8 samples each at temperature 1:
   KL, nats per token           0 → 0.050
   distinct bigrams         0.0952 → 0.0907 (95.3 %)
 
-Three prompts with a response before and after training, prompt | response, and
-the reward:
+A prompt with a response before and after training, prompt | response, and the
+reward:
 
   before (0.40): Once upon a time, there was a little car named Bee | p who
     lived in a room. One sunny day, Bee decided to jog at the end of the well
@@ -28,19 +28,6 @@ the reward:
   after (0.90): Once upon a time, there was a little car named Bee | p who
     lived in a room. Betsy loved to eat yummy things, but he needed to play
     with his friends. One day, Bella and his friends were sad. They dec
-  before (0.80): Once upon a time, in a big forest, there was | a hole in the
-    big tree. She loved to sing a cup and make piles that she liked to crimp!
-    One day, her friend, Max, saw Max, crying. The cake fe
-  after (0.88): Once upon a time, in a big forest, there was | a funny dog
-    named Spot. Spot was a bird and could eat sandwich. He loved to sing,
-    especially his friend, Christmas named named Spot.
-  before (0.15): Once upon a time, there was a little white cat | named Daisy.
-    Miss of the cat named Daisy, Spot, saw a little bird with a long dog.
-    Daisy wanted to go find a long treasure, so
-  after (0.96): Once upon a time, there was a little white cat | named Kitty.
-    He had a boy named Tim. Brown loved to play with his friends. He would
-    play path chase Dreddy. He liked to play with him and look for seen
-    friends
 """
 
 from experiments.configs import base

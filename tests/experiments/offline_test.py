@@ -407,7 +407,7 @@ def test_online_rl_has_no_rounds():
     ('train', 'ipo', 'experiments.preference'),
     ('train', 'rest_em', 'experiments.rest_em'),
     ('sft', 'dpop', 'set sft, or train with experiments.preference'),
-    ('dpo', 'grpo', 'set dpo, dpop or ipo, or .* with experiments.train'),
+    ('dpo', 'grpo', 'set dpo or dpop or ipo, or .* with experiments.train'),
     ('rest_em', '', 'set rest_em$'),
   ],
 )
