@@ -38,11 +38,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, stored_runs, validation
-from experiments.validation import failure_counts, failure_messages
+from experiments import build, checks, cli, schedule, stored_runs
+from experiments.schedule import failure_messages
 from jaxrl_llm import evaluation, naming, rollouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart, functions
+from jaxrl_llm.rollouts.collect import failure_counts
 
 
 def measure(
@@ -100,10 +101,10 @@ def measure(
   # numbers of the run's record.
   seeds = config.seed, 4
   held = build_held_out(config, model, data.held_out, seeds, **changes)
-  metric = choose_metric(held.rewards, metric)
-  _check_judge(held.rewards, metric, judge, best_of)
+  metric = choose_metric(held.setting.rewards, metric)
+  _check_judge(held.setting.rewards, metric, judge, best_of)
   reader = _reader(answer, config.rewards[metric].name) if majs else None
-  settings = held.generation
+  settings = held.setting.generation
   for kind, counts in (('pass', ks), ('maj', majs), ('best_of', best_of)):
     if settings.samples < max(counts, default=1):
       raise UserError(
@@ -117,12 +118,12 @@ def measure(
     )
   rule = metric, threshold
   answers, right, scored = _answer(held, model, 'held-out responses', *rule)
-  numbers = validation.summary(answers)
+  numbers = evaluation.summary(answers)
   estimates = {'accuracy': right.mean(axis=1)}
   estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
   if majs:
-    texts = np.array([sample.response for sample in answers.samples], object)
-    votes = evaluation.votes(texts.reshape(scored.size, -1)[scored], reader)
+    texts = np.array(answers.completions, object).reshape(scored.size, -1)
+    votes = evaluation.votes(texts[scored], reader)
     numbers['answered'] = float((votes >= 0).mean())
     estimates |= {
       f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
@@ -132,7 +133,8 @@ def measure(
     numbers['unjudged'], chosen = _best_of(proxy, gold, right, best_of)
     estimates |= chosen
   if greedy:
-    once = held._replace(generation=rollouts.greedy(settings))
+    setting = held.setting._replace(generation=rollouts.greedy(settings))
+    once = held._replace(setting=setting)
     greedily, best, known = _answer(once, model, 'greedy responses', *rule)
     numbers['greedy/unscored'] = int((~known).sum())
     for name, count in failure_counts(greedily.failures).items():
@@ -157,7 +159,7 @@ def measure(
 
 def build_held_out(
   config, model: build.Model, rows, seeds: Sequence[int], **changes: Any
-) -> validation.HeldOut:
+) -> evaluation.HeldOut:
   """Builds a held-out set that `config.rewards` score.
 
   Args:
@@ -172,9 +174,9 @@ def build_held_out(
   seed, *rest = seeds
   key = functools.reduce(jax.random.fold_in, rest, jax.random.key(seed))
   rewards = build.reward_parts(config)
-  held = validation.build_held_out(config, model, rows, rewards, key, **changes)
-  samples = held.generation.samples
-  if samples > 1 and held.generation.decoding.greedy:
+  held = schedule.build_held_out(config, model, rows, rewards, key, **changes)
+  samples = held.setting.generation.samples
+  if samples > 1 and held.setting.generation.decoding.greedy:
     raise UserError(
       f'at temperature 0 all {samples} samples of a prompt are equal\n'
       'set --temperature above 0'
@@ -219,12 +221,12 @@ def _check_judge(
 
 
 def _answer(
-  held: validation.HeldOut,
+  held: evaluation.HeldOut,
   model: build.Model,
   responses: str,
   metric: str,
   threshold: float,
-) -> tuple[validation.Answers, np.ndarray, np.ndarray]:
+) -> tuple[evaluation.Answers, np.ndarray, np.ndarray]:
   """Answers a set, and reports failures in reward workers.
 
   Returns:
@@ -234,7 +236,7 @@ def _answer(
   Raises:
     UserError: no prompt is scored.
   """
-  answers = validation.answer(held, model.params, step=0)
+  answers = evaluation.answer(held, model.params)
   print_failures(answers, responses)
   scores = answers.parts[metric]
   scored = ~np.isnan(scores).any(axis=1)
@@ -260,7 +262,7 @@ def _best_of(
   }
 
 
-def print_failures(answers: validation.Answers, responses: str) -> None:
+def print_failures(answers: evaluation.Answers, responses: str) -> None:
   """Prints a line for each kind of failure in reward workers."""
   where = f'of the {responses}'
   for line in failure_messages(answers.failures, where, set()):

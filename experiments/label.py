@@ -52,7 +52,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, evaluate, validation
+from experiments import build, cli, evaluate
+from jaxrl_llm import evaluation
 from jaxrl_llm.atomic import as_json, write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollouts import stored
@@ -112,7 +113,7 @@ def make_pairs(
   rows = getattr(build.task(config, model.tokenizer), split)
   sampling |= {'samples': samples}
   held = _held_out(config, model, rows, (seeds[0], 8, seeds[1]), **sampling)
-  answers = validation.answer(held, model.params, step=0)
+  answers = evaluation.answer(held, model.params)
   evaluate.print_failures(answers, 'responses')
   rows, counts = _paired(config, held, answers, per_prompt, noise, seeds)
   if not rows:
@@ -132,11 +133,11 @@ def _held_out(config, model, rows, seeds: Sequence[int], **changes: Any):
 
 
 def _paired(
-  config, held, answers: validation.Answers, per_prompt, noise, seeds
+  config, held, answers: evaluation.Answers, per_prompt, noise, seeds
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
   """Pairs scored responses; the arguments and the result are `make_pairs`'."""
   scored = ~np.isnan(answers.rewards)
-  repeated = _repeated(config, held.model, answers, scored)
+  repeated = _repeated(config, held, answers, scored)
   usable = scored & ~repeated
   ranked = stored.ranked_pairs(answers.rewards, usable)
   # The number of a prompt's first pair; its pairs are adjacent.
@@ -159,15 +160,17 @@ def _paired(
 
 
 def _repeated(
-  config, model: build.Model, answers: validation.Answers, scored: np.ndarray
+  config,
+  held: evaluation.HeldOut,
+  answers: evaluation.Answers,
+  scored: np.ndarray,
 ) -> np.ndarray:
   """Marks [P, G] responses with the tokens of an earlier scored sibling."""
-  samples = answers.samples
   texts = pairs.encode_responses(
-    [sample.prompt for sample in samples],
-    [sample.response for sample in samples],
-    [True] * len(samples),
-    model.tokenizer,
+    [r['prompt'] for r in held.encoded.rows for _ in range(scored.shape[1])],
+    answers.completions,
+    [True] * scored.size,
+    held.setting.tokenizer,
     chat_template=config.prompts.chat_template or None,
     system_prompt=config.prompts.system_prompt or None,
     suffix=config.prompts.suffix,
@@ -202,12 +205,12 @@ def noisy_pairs(
   return np.where(swapped[:, None], pairs[:, [0, 2, 1]], pairs)
 
 
-def _row(row: dict, answers: validation.Answers, prompt: int, *pair) -> dict:
+def _row(row: dict, answers: evaluation.Answers, prompt: int, *pair) -> dict:
   """Returns a pair's output line."""
   for name, sample in zip(('chosen', 'rejected'), pair, strict=True):
     i = prompt * answers.rewards.shape[1] + sample
     row = row | {
-      name: answers.samples[i].response,
+      name: answers.completions[i],
       f'{name}_score': float(answers.rewards.flat[i]),
       f'{name}_finished': bool(answers.finished.flat[i]),
     }
@@ -240,13 +243,13 @@ def measure_pass_rates(
   rows = build.task(config, model.tokenizer).train
   sampling |= {'samples': samples}
   held = _held_out(config, model, rows, (config.seed, 7), **sampling)
-  metric = evaluate.choose_metric(held.rewards, metric)
+  metric = evaluate.choose_metric(held.setting.rewards, metric)
   weights = digests.describe(digests.named_leaves(model.params))
   source = sources.PromptSource(held.encoded, held.batch, config.seed)
   settings = {
     'samples': samples,
-    'decoding': str(held.generation.decoding),
-    'max_tokens': held.generation.max_tokens,
+    'decoding': str(held.setting.generation.decoding),
+    'max_tokens': held.setting.generation.max_tokens,
     'rewards': config.rewards.to_dict(),
     'prompts': source.fingerprint(),
     'parameters': hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
@@ -272,7 +275,7 @@ def measure_pass_rates(
 
 
 def _scores(
-  held: validation.HeldOut, params, metric: str, first: int
+  held: evaluation.HeldOut, params, metric: str, first: int
 ) -> Iterator[tuple[list[str], np.ndarray]]:
   """Yields prompts and scores [P, G], batch after batch from `first` on."""
   encoded = held.encoded
@@ -283,9 +286,7 @@ def _scores(
     )
     # The key depends on the position, not on where a measurement was resumed.
     key = jax.random.fold_in(held.key, start)
-    answers = validation.answer(
-      held._replace(encoded=part, key=key), params, step=0
-    )
+    answers = evaluation.answer(held._replace(encoded=part, key=key), params)
     yield [row['prompt'] for row in part.rows], answers.parts[metric]
 
 

@@ -13,8 +13,13 @@ import numpy as np
 
 from experiments import build, data, stored_runs
 from experiments.offline import WarmStart
-from experiments.schedule import MakePhase, Result, Schedule
-from experiments.validation import failure_messages, to_samples
+from experiments.schedule import (
+  MakePhase,
+  Result,
+  Schedule,
+  failure_messages,
+  to_samples,
+)
 from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs.checkpoints import Checkpoints

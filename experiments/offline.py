@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, validation
+from experiments import build, schedule
 from experiments.data import Data
 from experiments.schedule import Cycle, Evaluation, Phase, Result
 from jaxrl_llm import estimators, processes, sharding, training
@@ -182,7 +182,7 @@ class Offline(Phase):
       config.optimizer, updates(config)
     )
     self._trainer = trainer(config, model, self.estimator, self.optimizer)
-    self._held_out = validation.build_held_out(
+    self._held_out = schedule.build_held_out(
       config, model, data.held_out, rewards, None
     )
 
@@ -226,15 +226,16 @@ class Offline(Phase):
     prompts = sources.PromptSource(self._encoded, 1, self._config.seed)
     return {
       'training': prompts.fingerprint(),
-      'held-out': self._held_out.fingerprint(),
+      'held-out': sources.PromptSource(
+        self._held_out.encoded, 1, 0
+      ).fingerprint(),
     }
 
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
     held = self._held_out._replace(key=jax.random.fold_in(self.key, 4))
     policy = trainable['policy']
-    evaluation = validation.evaluate(
-      held, policy, step, self._config.log.table, stop=stop
-    )
+    table = self._config.log.table
+    evaluation = schedule.evaluate(held, policy, step, table, stop)
     if self._pairs is None:
       return evaluation
     # Before the first step the policy is the reference.

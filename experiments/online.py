@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from experiments import build, critics, validation
+from experiments import build, critics, schedule
 from experiments.schedule import Evaluation, Phase, Result
 from jaxrl_llm import estimators, rollouts, sharding, training
 from jaxrl_llm.errors import UserError
@@ -255,7 +255,7 @@ class Online(Steps):
     del folder
     super().__init__(config, model, data.train, key)
     self._prompts = len(data.train)
-    self._held_out = validation.build_held_out(
+    self._held_out = schedule.build_held_out(
       config, model, data.held_out, self.rewards, None
     )
 
@@ -285,19 +285,17 @@ class Online(Steps):
   def fingerprint(self):
     return {
       'rl': self.source.fingerprint(),
-      'held-out': self._held_out.fingerprint(),
+      'held-out': sources.PromptSource(
+        self._held_out.encoded, 1, 0
+      ).fingerprint(),
     }
 
   def evaluate(self, trainable, step: int, stop) -> Evaluation:
+    setting = self._held_out.setting._replace(reference=self.reference)
     key = jax.random.fold_in(self.key, _HELD_OUT)
-    return validation.evaluate(
-      self._held_out._replace(key=key),
-      trainable['policy'],
-      step,
-      self._config.log.table,
-      self.reference,
-      stop,
-    )
+    held_out = self._held_out._replace(setting=setting, key=key)
+    table = self._config.log.table
+    return schedule.evaluate(held_out, trainable['policy'], step, table, stop)
 
   def describe(self) -> list[str]:
     held, dropped = self._held_out.encoded, self.dropped

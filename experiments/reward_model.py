@@ -30,15 +30,15 @@ import pathlib
 import time
 import types
 
-import jax
 import numpy as np
 
 from experiments import build, checks, cli, offline_checks, run
-from experiments.schedule import Cycle, Evaluation, Result, Script
-from jaxrl_llm import calibration, processes, runs, sharding, training
+from experiments.schedule import Cycle, Evaluation, Phase, Result, Script
+from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import diagnostics
+from jaxrl_llm.evaluation import calibration
 from jaxrl_llm.models import value_head
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.rollouts import stored, to_prompts
@@ -115,8 +115,8 @@ def encode(config, model: build.Model, rows: list[dict]):
   return encoded, stored.narrowed(pool)
 
 
-class RewardModeling:
-  """Bradley-Terry training as the main phase of a run; see `schedule.Phase`.
+class RewardModeling(Phase):
+  """Bradley-Terry training as the main phase of a run.
 
   Args:
     config: the whole configuration.
@@ -126,13 +126,10 @@ class RewardModeling:
     folder: folder of the run.
   """
 
-  keeps_reference = False
-  reference = None
   curves = types.MappingProxyType({'eval/accuracy': 'held-out accuracy'})
 
   def __init__(self, config, model: build.Model, data, key, folder):
-    self._config, self._model, self._folder = config, model, folder
-    self.key = key
+    self._config, self.model, self.key = config, model, key
     self.cycle = Cycle(0, config.steps or 1)
     self.estimator = build.reference(config)
     self._critic = critic.separate(model.config)
@@ -142,14 +139,14 @@ class RewardModeling:
     self._source = sources.PromptSource(
       self._encoded, config.rounds.batch, config.seed
     )
-    self._optimizer, self._schedule = build.optimizer(
+    self.optimizer, self._schedule = build.optimizer(
       config.optimizer, self.cycle.learning
     )
     self._micro = config.training.micro_prompts or config.rounds.batch
     self._trainer = training.offline(
       model.config,
       self.estimator,
-      self._optimizer,
+      self.optimizer,
       micro_prompts=self._micro,
       forward=reward_model_lib.forward(model.config),
       per_response=diagnostics.score_statistics(),
@@ -157,16 +154,8 @@ class RewardModeling:
 
   def begin(self, policy_params) -> training.TrainState:
     return training.init_state(
-      {'critic': self._critic.init(policy_params)}, self._optimizer
+      {'critic': self._critic.init(policy_params)}, self.optimizer
     )
-
-  def shapes(self, policy_params) -> training.TrainState:
-    state = jax.eval_shape(self.begin, policy_params)
-    return sharding.with_shardings(state)
-
-  def start(self, state) -> list[str]:
-    del state
-    return []
 
   def step(self, state, number: int, stop) -> Result:
     del stop
@@ -186,12 +175,6 @@ class RewardModeling:
       **{name: metrics[name] for name in diagnostics.score_statistics()},
     }
     return Result(state, record, {'step_time': time.perf_counter() - start})
-
-  def save(self):
-    return {}
-
-  def load(self, values) -> None:
-    del values
 
   def fingerprint(self):
     held, _ = self._held_out
@@ -219,8 +202,8 @@ class RewardModeling:
       self._critic.config,
       params['trunk'],
       params['value'],
-      tokenizer=self._model.tokenizer,
-      source=self._model.source,
+      tokenizer=self.model.tokenizer,
+      source=self.model.source,
     )
     result = calibration.examine(self._margins(trainable))
     text = json.dumps(_plain(result), indent=1, allow_nan=False) + '\n'
@@ -252,7 +235,7 @@ class RewardModeling:
       part = [min(i, count - 1) for i in range(start, start + self._micro)]
       scores.append(
         value_head.score(
-          self._model.config,
+          self.model.config,
           trainable['critic'],
           to_prompts(prompts_lib.gather(encoded, part)),
           stored.take(pool, part).tokens,

@@ -1,4 +1,4 @@
-"""The schedule of a run, and the interface of its main phase."""
+"""The schedule of a run, the interface of its main phase, and its results."""
 
 import dataclasses
 import pathlib
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import build, data, stored_runs
 from jaxrl_llm import estimators, rollouts, sharding, training
+from jaxrl_llm.evaluation import HeldOut, answer, summary
 from jaxrl_llm.rewards.workers import Failures
 from jaxrl_llm.runs import Sample
 from jaxrl_llm.signals import StopSignal
@@ -154,6 +155,110 @@ class Evaluation(NamedTuple):
   metrics: dict[str, float]
   samples: Sequence[Sample] = ()
   failures: Mapping[str, Failures] = types.MappingProxyType({})
+
+
+def to_samples(
+  responses: rollouts.Responses,
+  step: int,
+  advantages: np.ndarray | None = None,
+  limit: int | None = None,
+) -> list[Sample]:
+  """Builds rows for a sample table, with [P, G] advantages if known.
+
+  With a `limit`, returns at most `limit` rows, spread over the prompts.
+  """
+  mask, finished = sharding.to_host(
+    (responses.samples.mask, responses.samples.finished)
+  )
+  mask, finished = np.concatenate(mask), finished.reshape(-1)
+  scores = responses.scores
+  per_prompt = len(mask) // len(responses.rows)
+
+  def sample(i: int) -> Sample:
+    parts = {
+      name: None if np.isnan(values[i]) else float(values[i])
+      for name, values in scores.parts.items()
+    }
+    return Sample(
+      step=step,
+      prompt=responses.rows[i // per_prompt]['prompt'],
+      response=responses.completions[i],
+      rewards=parts,
+      reward=float(scores.total[i]) if scores.valid[i] else None,
+      advantage=None if advantages is None else float(advantages.flat[i]),
+      tokens=int(mask[i].sum()),
+      finished=bool(finished[i]),
+    )
+
+  if limit is None:
+    return [sample(i) for i in range(len(mask))]
+  count = min(limit, len(mask))
+  return [sample(i * len(mask) // count) for i in range(count)]
+
+
+def build_held_out(
+  config, model: build.Model, rows, rewards, key, **changes
+) -> HeldOut:
+  """Builds a held-out set; `changes` override `config.evaluation`."""
+  settings = config.evaluation.to_dict() | changes
+  encoded = build.encode(
+    config, rows[: settings['prompts'] or None], model.tokenizer
+  )
+  samples, temperature = settings['samples'], settings['temperature']
+  setting = rollouts.Setting(
+    model.config,
+    model.tokenizer,
+    estimators.Needs(),
+    rewards,
+    build.generation(
+      config, model, encoded.pad_id, samples=samples, temperature=temperature
+    ),
+    # As many responses as in a micro-batch of training, which fits in memory.
+    micro_prompts=max(
+      build.micro_prompts(config) * config.rollout.samples // samples, 1
+    ),
+    chunk=config.training.chunk,
+  )
+  return HeldOut(setting, encoded, settings['batch'], key)
+
+
+def evaluate(
+  held_out: HeldOut, params, step: int, table: int, stop=None
+) -> Evaluation:
+  """Answers a held-out set; returns metrics and rows for a sample table.
+
+  Args:
+    held_out, params, stop: as for `evaluation.answer`.
+    step: step number for the sample table.
+    table: number of prompts whose first response is shown.
+  """
+  answers = answer(held_out, params, stop)
+  samples = [s for part in answers.responses for s in to_samples(part, step)]
+  per_prompt = held_out.setting.generation.samples
+  shown = samples[: table * per_prompt : per_prompt]
+  return Evaluation(summary(answers), shown, answers.failures)
+
+
+def failure_messages(
+  failures: Mapping[str, Failures], where: str, reported: set[tuple[str, str]]
+) -> list[str]:
+  """Returns a line for each kind of failure that was not reported before.
+
+  Args:
+    failures: failures by name in the record.
+    where: where they occurred, such as 'at step 7'.
+    reported: (name, kind) of reported failures; the new ones are added.
+  """
+  lines = []
+  for name, each in failures.items():
+    for kind, message in each.messages.items():
+      if (name, kind) not in reported:
+        reported.add((name, kind))
+        lines.append(
+          f'{name}: {each.counts[kind]} {where} without a score by {kind}: '
+          f'{message}'
+        )
+  return lines
 
 
 class Phase:

@@ -69,10 +69,10 @@ LAYERS = [
   'sampling rewards',
   'rollouts',
   'training',
-  'evaluation audit calibration',
+  'evaluation audit',
 ]
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms.split()}
-BESIDE = {('signals', 'processes'), ('calibration', 'evaluation')}
+BESIDE = {('signals', 'processes')}
 CORE = ('estimators', 'models', 'sampling', 'rollouts', 'training')
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.validation import failure_messages
+from experiments.schedule import failure_messages
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rewards.workers import Failures, merge_failures
 from jaxrl_llm.rollouts import Responses

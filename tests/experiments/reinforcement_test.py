@@ -9,7 +9,7 @@ import pytest
 
 from experiments import build, checks, online, stored_runs
 from experiments.configs import quickstart
-from experiments.validation import failure_messages
+from experiments.schedule import failure_messages
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart, Workers
 from jaxrl_llm.rollouts import branches

@@ -12,8 +12,9 @@ import tiny_models
 from experiments import build, reward_model, run
 from experiments.configs import base
 from experiments.data import Data
-from jaxrl_llm import calibration, runs
+from jaxrl_llm import runs
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.evaluation import calibration
 from jaxrl_llm.rewards import learned
 
 STEPS = 30
@@ -217,7 +218,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, values, words):
 
 def test_a_calibration_that_cannot_be_written_is_said(tmp_path, monkeypatch):
   phase = object.__new__(reward_model.RewardModeling)
-  phase._critic = phase._model = types.SimpleNamespace(
+  phase._critic = phase.model = types.SimpleNamespace(
     config=None, tokenizer=None, source=None
   )
   monkeypatch.setattr(phase, '_margins', lambda trainable: np.ones(4))

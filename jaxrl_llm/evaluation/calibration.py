@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.evaluation import Interval, bootstrap
+from jaxrl_llm.evaluation.estimates import Interval, bootstrap
 
 
 class Bin(NamedTuple):

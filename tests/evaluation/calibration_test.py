@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm import calibration
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.evaluation import calibration
 
 # σ(0.2) = 0.54983, σ(1) = 0.73106, σ(2) = 0.88080, σ(3) = 0.95257.
 FEW = np.array([0.2, -0.2, 1.0, 0.0, 2.0, -3.0, 3.0, 3.0])

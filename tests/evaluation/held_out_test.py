@@ -6,9 +6,9 @@ import pytest
 import toys
 from selection import mostly_slow
 
-from experiments import build, validation
+from experiments import build, schedule
 from experiments.configs import base
-from jaxrl_llm import rollouts
+from jaxrl_llm import estimators, evaluation, rollouts
 from jaxrl_llm.rewards import RewardPart, Workers
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -19,20 +19,21 @@ ROWS = [{'prompt': text} for text in ('abc', 'd', 'ef', 'ghij', 'ab')]
 DECODING = policy.Decoding(temperature=1.2)
 
 
-def make(micro_prompts, batch):
+def make(micro_prompts, batch, reference=None):
   config, _ = toys.make_policy('llama')
-  return validation.HeldOut(
-    model=build.Model(config, None, TOKENIZER, (1,), None),
-    encoded=prompts_lib.encode_prompts(ROWS, TOKENIZER, 4),
-    generation=rollouts.Generation(2, 6, (1,), 0, DECODING),
-    rewards=[
-      RewardPart('length', lambda completions: [1.0] * len(completions))
-    ],
-    batch=batch,
+  ones = RewardPart('length', lambda completions: [1.0] * len(completions))
+  setting = rollouts.Setting(
+    config,
+    TOKENIZER,
+    estimators.Needs(),
+    [ones],
+    rollouts.Generation(2, 6, (1,), 0, DECODING),
+    reference,
     micro_prompts=micro_prompts,
-    key=jax.random.key(0),
     chunk=5,
   )
+  encoded = prompts_lib.encode_prompts(ROWS, TOKENIZER, 4)
+  return evaluation.HeldOut(setting, encoded, batch, jax.random.key(0))
 
 
 def expected_kl(batch):
@@ -46,7 +47,7 @@ def expected_kl(batch):
       config,
       params,
       prompts_lib.gather(held.encoded, chosen),
-      held.generation,
+      held.setting.generation,
       jax.random.fold_in(held.key, start),
     )
     logs = []
@@ -76,9 +77,8 @@ def test_kl_is_scored_in_parts(micro_prompts, batch, monkeypatch):
     return score(config, weights, prompts, tokens, *rest)
 
   monkeypatch.setattr(rollouts, 'score_tokens', watched)
-  answers = validation.answer(
-    make(micro_prompts, batch), params, 0, reference(params)
-  )
+  held = make(micro_prompts, batch, reference(params))
+  answers = evaluation.answer(held, params)
   np.testing.assert_allclose(answers.kl, expected_kl(batch), rtol=1e-4)
   assert max(sizes) == min(micro_prompts, batch)
   # Both policies, every prompt once.
@@ -95,10 +95,10 @@ def test_as_many_responses_as_in_training(samples, micro_prompts, expected):
   config.training.update(minibatches=2, micro_prompts=micro_prompts)
   shape, _ = toys.make_policy('llama')
   model = build.Model(shape, None, TOKENIZER, (1,), None)
-  found = validation.build_held_out(
+  found = schedule.build_held_out(
     config, model, ROWS, [], jax.random.key(0), samples=samples, temperature=1.0
   )
-  assert found.micro_prompts == expected
+  assert found.setting.micro_prompts == expected
 
 
 def test_failures_of_all_batches_are_counted(tmp_path):
@@ -110,12 +110,13 @@ def test_failures_of_all_batches_are_counted(tmp_path):
   _, params = toys.make_policy('llama')
   with Workers(f'{tmp_path}/odd.py:odd', workers=1, timeout=60) as workers:
     held = make(1, batch=2)
-    held = held._replace(rewards=[RewardPart('odd', workers), *held.rewards])
-    answers = validation.answer(held, params, 0)
-  even = [len(sample.response) % 2 == 0 for sample in answers.samples]
+    rewards = [RewardPart('odd', workers), *held.setting.rewards]
+    held = held._replace(setting=held.setting._replace(rewards=rewards))
+    answers = evaluation.answer(held, params)
+  even = [len(text) % 2 == 0 for text in answers.completions]
   per_batch = [sum(even[i : i + 4]) for i in range(0, 10, 4)]
   assert sum(count > 0 for count in per_batch) > 1, 'the test needs other rows'
-  summary = validation.summary(answers)
+  summary = evaluation.summary(answers)
   assert summary['eval/rewards/odd/failed'] == sum(even) < len(even)
   assert summary['eval/rewards/odd'] == 1.0
   assert 'eval/rewards/length/failed' not in summary
