@@ -119,7 +119,7 @@ def methods() -> tuple[dict, ...]:
     ),
     method(
       'trepo_published',
-      'TRePO, as published',
+      'TRePO as published',
       dict(name=f'{FILE}:trepo_published', count=4, samples=4),
       10,
       4,

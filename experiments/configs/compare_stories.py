@@ -112,7 +112,7 @@ def methods() -> tuple[dict, ...]:
     method('ppo', 'PPO', dict(name='ppo', kl=_KL), critic=critic),
     method(
       'trepo_published',
-      'TRePO, as published',
+      'TRePO as published',
       dict(
         name=f'{compare_arithmetic.FILE}:trepo_published',
         count=4,
