@@ -248,13 +248,13 @@ def compare(
   )
   reported = [job for job in jobs(config, workdir) if job.label != _INIT]
   failures = {}
-  # The initial model has to be there before any other run begins.
   first = [job for job in todo if job.label == _INIT]
-  phases = (first, [set().union(*slots)]), (todo[len(first) :], slots)
+  rest, every_core = todo[len(first) :], set().union(*slots)
   with StopSignal() as stop:
-    ended = itertools.chain.from_iterable(
-      parallel.launch(waiting, workdir, cores, command, stop)
-      for waiting, cores in phases
+    # The initial model has to be there before any other run begins.
+    ended = itertools.chain(
+      parallel.launch(first, workdir, [every_core], command, stop),
+      parallel.launch(rest, workdir, slots, command, stop),
     )
     for number, (job, code, seconds) in enumerate(ended, 1):
       word = 'stopped' if code else 'done'
@@ -282,14 +282,12 @@ def choose(
     UserError: the configuration does not have a label or a seed.
   """
   chosen = [job for job in everything if job.label != _INIT]
-  for flag, field, values in (
-    ('only', 'label', only),
-    ('seeds', 'seed', seeds),
-  ):
+  for field, values in (('label', only), ('seed', seeds)):
     known = {str(getattr(job, field)): None for job in chosen}
     if missing := sorted(set(values) - set(known)):
       raise UserError(
-        f'--{flag} has {missing[0]!r}\nthe configuration has {", ".join(known)}'
+        f'no run has the {field} {missing[0]!r}\n'
+        f'the configuration has {", ".join(known)}'
       )
     chosen = [j for j in chosen if str(getattr(j, field)) in (values or known)]
   return [job for job in everything if job.label == _INIT or job in chosen]

@@ -11,12 +11,16 @@ from typing import Any
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.signals import StopSignal
 
-_CAN_PIN = hasattr(os, 'sched_setaffinity')  # not on macOS
+# macOS cannot pin.
+_get_cores = getattr(
+  os, 'sched_getaffinity', lambda pid: set(range(os.cpu_count()))
+)
+_pin = getattr(os, 'sched_setaffinity', lambda pid, cores: None)
 
 
 def own_cores() -> set[int]:
   """Returns the cores that this process may use."""
-  return os.sched_getaffinity(0) if _CAN_PIN else set(range(os.cpu_count()))
+  return _get_cores(0)
 
 
 def slots(count: int) -> list[set[int]]:
@@ -55,18 +59,14 @@ def launch(
   Yields:
     (job, exit status, seconds) as jobs end.
   """
-  waiting, running, stopped = list(jobs), {}, False
+  waiting, running = list(jobs), {}
   try:
-    while running or (waiting and not stop.requested):
+    while (waiting or running) and not stop.requested:
       for slot, cores in enumerate(slots):
-        if waiting and slot not in running and not stop.requested:
+        if waiting and slot not in running:
           job, start = waiting.pop(0), time.perf_counter()
           process = _start(job, workdir, slot, cores, command)
           running[slot] = job, process, start
-      if stop.requested and not stopped:
-        stopped = True
-        for _, process, _ in running.values():
-          process.terminate()
       for slot, (job, process, start) in list(running.items()):
         if process.poll() is not None:
           del running[slot]
@@ -78,6 +78,8 @@ def launch(
       process.terminate()
     for _, process, _ in running.values():
       process.wait()
+  for job, process, start in running.values():
+    yield job, process.returncode, time.perf_counter() - start
 
 
 def _start(job, workdir, slot, cores, command) -> subprocess.Popen:
@@ -93,18 +95,13 @@ def _start(job, workdir, slot, cores, command) -> subprocess.Popen:
   arguments = [*command, f'--run={job.name}']
   with open(log, 'w', encoding='utf-8') as out:
     # The child inherits the cores before it has any thread.
-    _pin(cores)
+    _pin(0, cores)
     try:
       return subprocess.Popen(
         arguments, stdout=out, stderr=out, env=environment
       )
     finally:
-      _pin(own)
-
-
-def _pin(cores: set[int]) -> None:
-  if _CAN_PIN:
-    os.sched_setaffinity(0, cores)
+      _pin(0, own)
 
 
 def _log(workdir: pathlib.Path, job: Any) -> pathlib.Path:
