@@ -183,8 +183,8 @@ def begin(
   rl.fix(rescore=not difference <= config.rollout.log_prob_tolerance)
   # Running numbers are fixed after the warm-up.
   for step in range(_WARM_UP if rl.estimator.needs.running else 0):
-    own = rl.collect(state, step).own
-    running = estimators.update_running(rl.estimator.needs, own)
+    collected = rl.collect(state, step)
+    running = estimators.update_running(rl.estimator.needs, collected.own)
     state = state.replace(running=running)
   return rl, state
 

@@ -7,7 +7,7 @@
 First the common initial model is made, by the base configuration's supervised
 warm start.  From it every method is trained with every seed until it has
 generated the budget of tokens: each run is `experiments.train`, or the script
-that the method names, in a process of its own.  --jobs=N processes run at a
+of the method's algorithm, in a process of its own.  --jobs=N processes run at a
 time, each pinned to its own cores.  A method that generates nothing, `sft`,
 ends after `steps` of its own.  The same command continues: complete runs are
 skipped, interrupted ones resume, failed ones are tried again.  --only and
@@ -144,7 +144,7 @@ def jobs(config: ConfigDict, workdir: pathlib.Path) -> list[Job]:
   for seed, method in itertools.product(config.seeds, config.methods):
     changes = dict(method)
     label, _, algorithm = (changes.pop(key) for key in _METHOD)
-    # The algorithm's name determines it.
+    # The algorithm's name determines the script.
     changes.pop('script', None)
     built = config.base.copy_and_resolve_references().unlock()
     built.algorithm = ConfigDict(algorithm)
@@ -161,7 +161,7 @@ def jobs(config: ConfigDict, workdir: pathlib.Path) -> list[Job]:
     built.update(seed=seed, tokens=config.tokens if generates else 0)
     built.evaluation.every_tokens = max(config.tokens // config.evaluations, 1)
     built.warm_start.steps = 0
-    # The initial model's making matters, not its place.
+    # The digest depends on the initial model's settings, not on its path.
     built.model.path = ''
     digest = _digest(built, init)
     built.model.path = path

@@ -127,7 +127,7 @@ def by_method(config: ConfigDict, results: dict) -> dict[str, list[dict]]:
     method['title']: [run for run in order if run['label'] == method['label']]
     for method in config.methods
   }
-  return {title: found for title, found in methods.items() if found}
+  return {title: trained for title, trained in methods.items() if trained}
 
 
 def table(config: ConfigDict, results: dict) -> str:
@@ -139,19 +139,21 @@ def table(config: ConfigDict, results: dict) -> str:
   header = ['method', 'seeds', *titles, *costs, 'update, MiB']
   lines = [header, ['---'] * len(header)]
   # With one seed all methods evaluate the same model with the same key.
-  every = [run for found in methods.values() for run in found]
+  every = [run for trained in methods.values() for run in trained]
   seeds = {run['seed']: run for run in reversed(every)}
   if start := list(seeds.values())[::-1]:
     starts = [_text(start, metric, 0) for metric in config.metrics]
     starts[1:1] = ['']
     lines.append([config.init, '', *starts, *[''] * 5])
-  for title, found in methods.items():
-    ends = [_text(found, metric, math.inf) for metric in config.metrics]
-    ends[1:1] = [_text(found, first, config.tokens / 2)]
-    tokens = np.mean([run['tokens'] / run['updates'] for run in found])
-    median = lambda name, found=found: np.median([run[name] for run in found])
+  for title, trained in methods.items():
+    ends = [_text(trained, metric, math.inf) for metric in config.metrics]
+    ends[1:1] = [_text(trained, first, config.tokens / 2)]
+    tokens = np.mean([run['tokens'] / run['updates'] for run in trained])
+    median = lambda name, trained=trained: np.median(
+      [run[name] for run in trained]
+    )
     lines.append(
-      [title, f'{len(found)} of {len(config.seeds)}', *ends]
+      [title, f'{len(trained)} of {len(config.seeds)}', *ends]
       + [f'{tokens:,.0f}', f'{median("updates"):,.0f}']
       + [f'{median("seconds_per_update"):.3f}']
       + [f'{100 * median("rollout_share"):.0f} %']
@@ -173,14 +175,14 @@ def _curve(run: dict, metric: dict, axis: str, points) -> np.ndarray:
   return np.interp(points, run['curve'][axis], values)
 
 
-def _text(found, metric: dict, tokens: float) -> str:
+def _text(trained, metric: dict, tokens: float) -> str:
   """Formats mean and interval over runs after a number of tokens.
 
   Equal values have no interval, and a run without tokens only start and end.
   """
   digits = metric['digits']
-  values = np.array([_curve(run, metric, 'tokens', tokens) for run in found])
-  inside = 0 < tokens < math.inf and not all(run['tokens'] for run in found)
+  values = np.array([_curve(run, metric, 'tokens', tokens) for run in trained])
+  inside = 0 < tokens < math.inf and not all(run['tokens'] for run in trained)
   if inside or np.isnan(values).any():
     return '–'
   mean, low, high = evaluation.bootstrap_few(values)
@@ -192,19 +194,19 @@ def _text(found, metric: dict, tokens: float) -> str:
 def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
   """Draws the first metric against tokens and updates, of all that generate."""
   methods = {
-    title: found
-    for title, found in by_method(config, results).items()
-    if all(run['tokens'] for run in found)
+    title: trained
+    for title, trained in by_method(config, results).items()
+    if all(run['tokens'] for run in trained)
   }
   if not methods:
     return
-  seeds = sorted({len(found) for found in methods.values()})
+  seeds = sorted({len(trained) for trained in methods.values()})
   runs.plot_bands(
     path,
     [
       {
-        title: _band(found, config, axis, scale)
-        for title, found in methods.items()
+        title: _band(trained, config, axis, scale)
+        for title, trained in methods.items()
       }
       for axis, scale in (('tokens', 1e-3), ('updates', 1.0))
     ],
@@ -215,12 +217,12 @@ def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
 
 
 def _band(
-  found: list[dict], config: ConfigDict, axis: str, scale: float
+  trained: list[dict], config: ConfigDict, axis: str, scale: float
 ) -> runs.Band:
   """Returns mean and interval over runs, on a grid that all of them reach."""
-  end = min(run['curve'][axis][-1] for run in found)
+  end = min(run['curve'][axis][-1] for run in trained)
   grid = np.linspace(0, end, config.evaluations + 1)
-  values = [_curve(run, config.metrics[0], axis, grid) for run in found]
+  values = [_curve(run, config.metrics[0], axis, grid) for run in trained]
   intervals = [
     evaluation.bootstrap_few(column) for column in np.transpose(values)
   ]

@@ -83,7 +83,7 @@ def launch(
 
 
 def _start(job, workdir, slot, cores, command) -> subprocess.Popen:
-  own, log = own_cores(), _log(workdir, job)
+  former, log = own_cores(), _log(workdir, job)
   log.parent.mkdir(parents=True, exist_ok=True)
   # Programs are compiled once per slot, not once per seed; two processes never
   # write the same cache.
@@ -101,7 +101,7 @@ def _start(job, workdir, slot, cores, command) -> subprocess.Popen:
         arguments, stdout=out, stderr=out, env=environment
       )
     finally:
-      _pin(0, own)
+      _pin(0, former)
 
 
 def _log(workdir: pathlib.Path, job: Any) -> pathlib.Path:
