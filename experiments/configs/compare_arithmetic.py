@@ -112,7 +112,7 @@ def methods() -> tuple[dict, ...]:
     method('grpo', 'GRPO', kl=0.0),
     method('dr_grpo', 'Dr. GRPO', max_length=22),
     method('ppo', 'PPO') | critic,
-    method('trepo_published', 'TRePO, as published', **published)
+    method('trepo_published', 'TRePO as published', **published)
     | groups(10, 4),
     method('trepo', 'TRePO, hold', **branched) | groups(16, 4),
     method('trepo_tree', 'TRePO, tree', **branched) | groups(16, 4),
@@ -131,10 +131,8 @@ def methods() -> tuple[dict, ...]:
     | groups(15, 4),
     method('obl_reinforce', 'score-weighted RLOO'),
     # Methods other than RL, with as many tokens or demonstrations.
-    method('rest_em', 'RestEM')
-    | dict(script='rest_em', rounds=dict(learning=45, **rounds)),
-    method('dpop', 'DPO-Positive')
-    | dict(script='preference', rounds=dict(learning=15, **rounds)),
+    method('rest_em', 'RestEM') | dict(rounds=dict(learning=45, **rounds)),
+    method('dpop', 'DPO-Positive') | dict(rounds=dict(learning=15, **rounds)),
     method('sft', 'SFT, more of the same')
-    | dict(script='sft', steps=59, rounds=dict(batch=256)),
+    | dict(steps=59, rounds=dict(batch=256)),
   )

@@ -117,7 +117,7 @@ def methods() -> tuple[dict, ...]:
   entries = []
   for entry in compare_arithmetic.methods():
     label = entry['label']
-    if 'script' in entry:  # not RL
+    if 'rounds' in entry:  # not RL
       continue
     entry['algorithm'] |= dict(kl=_KL) | changes.get(label, {})
     if label in prompts:

@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import io
-import json
 import pathlib
-import re
-import zipfile
+import time
 import zlib
 from typing import Any, NamedTuple
 
@@ -18,8 +16,8 @@ from ml_collections import ConfigDict
 from experiments import build, checks, cli, critics, online, stored_runs
 from experiments.configs import base
 from jaxrl_llm import audit, estimators, rollouts, training
-from jaxrl_llm.atomic import as_json
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.estimators import baselines
 from jaxrl_llm.minibatches import split_prompts
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
@@ -29,6 +27,8 @@ from jaxrl_llm.sampling import policy
 
 # Batches before the first draw, where an estimator remembers earlier ones.
 _WARM_UP = 30
+# Numbers kept of each gradient.
+_DIMENSION = 2**14
 # Fields that choose among prompts or groups.
 _CHOOSING = {
   'rollout': ('refill', 'hints', 'hint_threshold', 'hint_template'),
@@ -90,7 +90,7 @@ def of_run(
   if needs.critic and number > config.warm_start.steps:
     shapes = critics.critic_shapes(config, critics.critic(config, model))
     template = {'state': {'trainable': {'critic': shapes}}}
-    tree = _restore(path / 'checkpoints', template, number, part=True)
+    tree = _restore(path / 'checkpoints', template, number)
     critic = tree['state']['trainable']['critic']
   if needs.reference and number > config.warm_start.steps:
     reference = _restore(path / 'reference', model.params)
@@ -99,12 +99,12 @@ def of_run(
   return Subject(config, model, rows, critic, reference, title)
 
 
-def _restore(folder: pathlib.Path, template, step=None, part=False) -> Any:
+def _restore(folder: pathlib.Path, template, step=None) -> Any:
+  """Returns the part of a checkpoint that a template names."""
   with Checkpoints(folder, read_only=True) as checkpoints:
-    restored = checkpoints.restore(template, step, part=part)
-  if restored is None:
-    raise UserError(f'{folder} has no checkpoint')
-  return restored[1]
+    if restored := checkpoints.restore(template, step, part=True):
+      return restored[1]
+  raise UserError(f'{folder} has no checkpoint')
 
 
 def of_config(config: ConfigDict, prompts: int) -> Subject:
@@ -139,41 +139,40 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
     UserError: the algorithm or the changes do not fit; names the label.
   """
   built = subject.config.copy_and_resolve_references().unlock()
-  built.algorithm = ConfigDict(spec['algorithm'])
-  built.steps, built.warm_start.steps = 0, 0
+  plain = base.get_config()
+  built.steps = built.warm_start.steps = built.critic.warmup = 0
   built.training.update(epochs=1, minibatches=1)
   built.rollout.prompts = len(subject.rows)
-  plain = base.get_config()
   for section, names in _CHOOSING.items():
     built[section].update({name: plain[section][name] for name in names})
-  changes = spec.get('rollout', {})
   try:
-    if other := sorted(changes.keys() - {'samples'}):
+    spec = {'rollout': {}} | spec
+    known = set(spec) == {'algorithm', 'rollout'}
+    if not known or set(spec['rollout']) - {'samples'}:
       raise UserError(
-        f'rollout.{other[0]}: prompts and policy are the same for all\nonly '
-        'rollout.samples may differ'
+        f'{spec} is not like dict(algorithm=dict(name=…), '
+        'rollout=dict(samples=8))\nprompts and policy are the same for all; '
+        'rollout may be left out'
       )
-    built.lock()
-    built.rollout.update(ConfigDict(changes))
+    built.algorithm = ConfigDict(spec['algorithm'])
+    built.rollout.update(spec['rollout'])
     needs = build.estimator(built).needs
-    built.critic.warmup = 0
     if not needs.critic:
       built.critic = plain.critic
     elif subject.critic is None:
       raise UserError('it needs a critic, and there is none: audit a PPO run')
     checks.check(built)
-  except (KeyError, TypeError, UserError) as error:
+  except (TypeError, UserError) as error:
     raise UserError(f'{label}: {error.args[0]}') from error
-  return built
+  return built.lock()
 
 
 def begin(
   subject: Subject, config: ConfigDict, label: str
 ) -> tuple[online.Steps, training.TrainState]:
   """Returns the phase that trains with an estimator, and its first state."""
-  key = jax.random.fold_in(
-    jax.random.key(config.seed), zlib.crc32(label.encode())
-  )
+  key = jax.random.key(config.seed)
+  key = jax.random.fold_in(key, zlib.crc32(label.encode()))
   rl = online.Steps(config, subject.model, subject.rows, key)
   rl.reference = subject.reference or subject.model.params
   state = rl.begin(subject.model.params)
@@ -182,12 +181,11 @@ def begin(
     state = state.replace(trainable=trainable)
   difference = rl.log_prob_difference(state, 0)
   rl.fix(rescore=not difference <= config.rollout.log_prob_tolerance)
-  needs = rl.estimator.needs
-  if needs.running:
-    # Running numbers are fixed from here on.
-    for step in range(_WARM_UP):
-      own = rl.collect(state, step).own
-      state = state.replace(running=estimators.update_running(needs, own))
+  # Running numbers are fixed after the warm-up.
+  for step in range(_WARM_UP if rl.estimator.needs.running else 0):
+    collected = rl.collect(state, step)
+    running = estimators.update_running(rl.estimator.needs, collected.own)
+    state = state.replace(running=running)
   return rl, state
 
 
@@ -197,9 +195,8 @@ def load_or_draw(
   label: str,
   folder: pathlib.Path,
   tokens: int,
-  dimension: int,
-) -> tuple[Draws, bool]:
-  """Returns an estimator's draws, and whether they were stored.
+) -> Draws:
+  """Returns an estimator's draws, stored ones if their settings are the same.
 
   Args:
     subject: the model and the prompts.
@@ -207,56 +204,43 @@ def load_or_draw(
     label: the estimator's name, and the seed of its draws.
     folder: where draws are stored.
     tokens: budget of generated tokens.
-    dimension: numbers kept of each gradient.
 
   Raises:
     UserError: the folder cannot be written.
   """
-  path = folder / f'{file_name(label)}.npz'
-  digest = _digest(subject, config, label, tokens, dimension)
-  stored = _read(path, digest)
-  if stored is not None:
-    return stored, True
-  draws = draw(subject, config, label, tokens, dimension)
-  memory = io.BytesIO()
-  np.savez(memory, np.array(digest), *jax.tree.leaves(draws))
-  cli.write_files(folder, {path.name: memory.getvalue()})
-  return draws, False
-
-
-def _read(path: pathlib.Path, digest: str) -> Draws | None:
-  """Returns stored draws with these settings, or None."""
-  try:
+  start = time.perf_counter()
+  path = folder / f'{_digest(subject, config, label, tokens)}.npz'
+  if path.exists():
     with np.load(path, allow_pickle=False) as stored:
-      if str(stored['arr_0']) != digest:
-        return None
-      arrays = [stored[f'arr_{i}'] for i in range(1, 8)]
-  except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
-    return None
+      arrays = list(stored.values())
+    source = 'stored'
+  else:
+    arrays = jax.tree.leaves(draw(subject, config, label, tokens))
+    memory = io.BytesIO()
+    np.savez(memory, *arrays)
+    cli.write_files(folder, {path.name: memory.getvalue()})
+    source = f'{time.perf_counter() - start:.0f} s'
   whole, equal = audit.Gradients(*arrays[:3]), audit.Gradients(*arrays[3:6])
+  spent, count = whole.tokens.sum(), len(whole.tokens)
+  print(
+    f'{label}: {spent:,.0f} tokens, {count} gradients, {source}', flush=True
+  )
   return Draws(whole, equal, arrays[6])
 
 
-def _digest(subject: Subject, config, label, tokens, dimension) -> str:
+def _digest(subject: Subject, config, label, tokens) -> str:
   """Hashes all that draws depend on, except the library's own code."""
-  values = as_json(config.to_dict(), 'configuration')
-  trees = {
-    'policy': subject.model.params,
-    'critic': subject.critic,
-    'reference': subject.reference,
-  }
+  parameters = subject.model.params, subject.critic, subject.reference
   settings = [
-    {name: values[name] for name in _SECTIONS},
+    [config[name] for name in _SECTIONS],
     [pathlib.Path(file).read_text() for file in build.code_files(config)],
-    repr(subject.model.config),
-    as_json(subject.rows, 'prompts'),
-    {k: describe(named_leaves(tree)) for k, tree in trees.items() if tree},
-    [label, tokens, dimension],
+    [subject.model.config, subject.rows, label, tokens, _DIMENSION],
+    [tree and describe(named_leaves(tree)) for tree in parameters],
   ]
-  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+  return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
-def draw(subject: Subject, config, label, tokens, dimension) -> Draws:
+def draw(subject: Subject, config, label, tokens) -> Draws:
   """Draws an estimator's gradient; the arguments are `load_or_draw`'s."""
   rl, state = begin(subject, config, label)
   params = state.trainable['policy']
@@ -271,27 +255,25 @@ def draw(subject: Subject, config, label, tokens, dimension) -> Draws:
     functools.partial(f, subject.model.config, params, **settings)
     for f in (rollouts.score_tokens, weighted_gradient)
   )
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  shares = []
+  zeros, shares = jax.tree.map(jnp.zeros_like, params), []
 
   def one(i: int) -> tuple[dict[str, Any], int]:
     collected = rl.collect(state, _WARM_UP + i)
     inputs = collected.responses.prompts, collected.rollouts.tokens
-    outputs = score(*inputs)
-    batch = prepare(collected.rollouts)
+    outputs, batch = score(*inputs), prepare(collected.rollouts)
     equal = equal_rewards(collected.own)
     shares.append(float(equal.mean()))
     parts = []
     for where in (equal, ~equal):
       weights = differentiate(batch, outputs, where)
       # Groups with equal rewards often have no gradient.
-      some = any(bool(jnp.any(x != 0)) for x in weights)
-      parts.append(gradient(*inputs, *weights) if some else zeros)
+      some = any(bool(x.any()) for x in jax.tree.leaves(weights))
+      parts.append(gradient(*inputs, weights) if some else zeros)
     whole = jax.tree.map(jnp.add, *parts)
-    generated = int(np.asarray(collected.responses.samples.mask).sum())
+    generated = int(collected.responses.samples.mask.sum())
     return {'equal': parts[0], 'whole': whole}, generated + collected.tokens
 
-  drawn = audit.draw_gradients(one, tokens=tokens, dimension=dimension)
+  drawn = audit.draw_gradients(one, tokens=tokens, dimension=_DIMENSION)
   return Draws(drawn['whole'], drawn['equal'], np.array(shares))
 
 
@@ -299,9 +281,7 @@ def equal_rewards(rollouts: estimators.Rollouts) -> jax.Array:
   """Marks prompts, [P, 1, 1], whose several valid responses earn the same."""
   valid = estimators.valid_responses(rollouts)
   several = valid.sum(axis=1, keepdims=True) > 1
-  low = jnp.where(valid, rollouts.rewards, jnp.inf).min(axis=1, keepdims=True)
-  high = jnp.where(valid, rollouts.rewards, -jnp.inf)
-  return several & (low >= high.max(axis=1, keepdims=True))
+  return several & ~baselines.varies(rollouts.rewards, valid)
 
 
 def token_weights(
@@ -309,7 +289,7 @@ def token_weights(
   batch: estimators.Batch,
   outputs: TokenStatistics,
   where: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> TokenStatistics:
   """Returns −∂ loss / ∂ log-probabilities and entropies, [P, G, T] each.
 
   A critic's own error is left out: it is not part of the policy gradient.
@@ -322,13 +302,11 @@ def token_weights(
   """
   kept = batch.replace(weights=jnp.where(where, batch.weights, 0.0))
 
-  def objective(log_probs, entropy):
-    given = estimators.Outputs(
-      log_probs=log_probs, entropy=entropy, values=batch.values
-    )
-    return -estimator.loss(given, kept)
+  def objective(x):
+    fields = dict(log_probs=x.log_probs, entropy=x.entropy, values=batch.values)
+    return -estimator.loss(estimators.Outputs(**fields), kept)
 
-  return jax.grad(objective, argnums=(0, 1))(outputs.log_probs, outputs.entropy)
+  return jax.grad(objective)(outputs)
 
 
 @functools.partial(
@@ -339,8 +317,7 @@ def weighted_gradient(
   params: Any,
   prompts: policy.Prompts,
   tokens: jax.Array,
-  by_log_probs: jax.Array,
-  by_entropy: jax.Array,
+  weights: TokenStatistics,
   *,
   decoding: policy.Decoding,
   micro_prompts: int,
@@ -351,20 +328,14 @@ def weighted_gradient(
   All estimators share one program: they differ in the weights alone.
   """
 
-  def objective(params, part):
-    *inputs, by_log_probs, by_entropy = part
-    found = policy.score(config, params, *inputs, decoding, chunk)
-    return (by_log_probs * found.log_probs + by_entropy * found.entropy).sum()
+  def objective(params, prompts, tokens, weights):
+    x = policy.score(config, params, prompts, tokens, decoding, chunk)
+    return (weights.log_probs * x.log_probs + weights.entropy * x.entropy).sum()
 
   def add(total, part):
-    return jax.tree.map(jnp.add, total, jax.grad(objective)(params, part)), None
+    gradient = jax.grad(objective)(params, *part)
+    return jax.tree.map(jnp.add, total, gradient), None
 
-  everything = (prompts, tokens, by_log_probs, by_entropy)
-  parts = split_prompts(everything, micro_prompts)
+  parts = split_prompts((prompts, tokens, weights), micro_prompts)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   return jax.lax.scan(add, zeros, parts)[0]
-
-
-def file_name(label: str) -> str:
-  """Returns a label as the name of a file."""
-  return re.sub(r'\W+', '_', label).strip('_').lower()

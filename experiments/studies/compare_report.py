@@ -1,7 +1,8 @@
 """Reports a comparison: numbers of its runs, one table, one figure."""
 
-import itertools
+import bisect
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,16 @@ from ml_collections import ConfigDict
 from experiments import cli
 from jaxrl_llm import evaluation, runs
 from jaxrl_llm.atomic import as_json
-from jaxrl_llm.errors import UserError
+
+_NOTES = """
+Each run ends with the update that brings its generated tokens (greedy \
+responses and branches included) to {tokens:,}; at half of them its curve is \
+interpolated. In brackets: 95 % bootstrap intervals over seeds, widened for \
+their small number (`evaluation.bootstrap_few`). Seconds: medians over \
+updates, so without compilation, each run on {cores} core(s) of its own. \
+Update: peak bytes of the compiled update (`experiments.planning.memory`) of \
+as many responses as the method trains on at one time.
+"""
 
 
 def read_run(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
@@ -30,35 +40,33 @@ def read_run(folder: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
   """
   records = runs.read_metrics(folder / 'metrics.jsonl')
   timings = runs.read_metrics(folder / 'timings.jsonl')
-  per_step = config.training.epochs * config.training.minibatches
   # Some steps of some methods only sample.
-  learned = np.array([r['step'] for r in records if 'loss' in r])
+  learned = [record['step'] for record in records if 'loss' in record]
+  per_step = config.training.epochs * config.training.minibatches
+  updates = lambda step: bisect.bisect(learned, step) * per_step
   evaluated = [record for record in records if 'eval/reward' in record]
-  names = {n for r in evaluated for n in r if n.startswith('eval/')}
   curve = {
     'tokens': [record['num_tokens'] for record in evaluated],
-    'updates': [
-      int((learned <= record['step']).sum()) * per_step for record in evaluated
-    ],
+    'updates': [updates(record['step']) for record in evaluated],
   }
-  for name in sorted(names):
-    # The KL to the reference is not measured where the two are the same.
-    curve[name] = [
-      r.get(name, 0.0) if name == 'eval/kl' else r[name] for r in evaluated
-    ]
-  updates = len(learned) * per_step
+  for name in sorted(set().union(*evaluated)):
+    if name.startswith('eval/'):
+      # The KL to the reference is not measured where the two are the same.
+      zero = {name: 0.0} if name == 'eval/kl' else {}
+      curve[name] = [(zero | record)[name] for record in evaluated]
+  total = updates(math.inf)
   seconds = _usual_time(timings, learned, 'step_time')
   return {
     **json.loads((folder / 'finished.json').read_text(encoding='utf-8')),
     'tokens': records[-1]['num_tokens'],
-    'updates': updates,
-    'seconds_per_update': seconds / updates,
+    'updates': total,
+    'seconds_per_update': seconds / total,
     'rollout_share': _usual_time(timings, learned, 'rollout_time') / seconds,
     'curve': curve,
   }
 
 
-def _usual_time(timings: list[dict], learned: np.ndarray, name: str) -> float:
+def _usual_time(timings: list[dict], learned: list[int], name: str) -> float:
   """Returns a time of all steps, without the compilation in some of them.
 
   Every step counts with the median of its kind: those that learn, and those
@@ -71,31 +79,30 @@ def _usual_time(timings: list[dict], learned: np.ndarray, name: str) -> float:
   return float(sum(len(kind) * np.median(kind) for kind in kinds if len(kind)))
 
 
-def collect(
-  workdir: pathlib.Path, trained: Sequence, failures: dict[str, str]
-) -> dict[str, Any]:
-  """Returns the numbers of all runs, from folders and an earlier results.json.
+def write(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  trained: Sequence,
+  failures: dict[str, str],
+) -> str:
+  """Writes results.json, table.md and figure.png; returns the table.
+
+  The numbers are those of the runs' folders and of an earlier results.json, as
+  far as they belong to the present configuration.
 
   Args:
-    workdir: of the comparison.
+    config: of the comparison.
+    workdir: its folder.
     trained: its `compare.Job`s, without that of the initial model.
     failures: name of a run → its error now.
 
-  Returns:
-    {'runs': {name: numbers}, 'failures': {name: {'why', 'digest'}}}, of the
-    present configuration alone: earlier results of another one are left out.
+  Raises:
+    UserError: the folder cannot be written.
   """
-  path, earlier = workdir / 'results.json', {'runs': {}, 'failures': {}}
-  if path.exists():
-    try:
-      earlier = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-      raise UserError(
-        f'{path} is not JSON: {error}\nremove it: it is made again of the runs'
-      ) from error
-  results = {'runs': {}, 'failures': {}}
+  path, results = workdir / 'results.json', {'runs': {}, 'failures': {}}
+  earlier = json.loads(path.read_text()) if path.exists() else {}
   for job in trained:
-    run, failure = (earlier[kind].get(job.name, {}) for kind in results)
+    run, failure = (earlier.get(kind, {}).get(job.name, {}) for kind in results)
     if job.complete:
       run = {'label': job.label, 'seed': job.seed}
       run |= read_run(job.folder, job.config)
@@ -105,29 +112,11 @@ def collect(
       results['runs'][job.name] = run
     elif failure.get('digest') == job.digest:
       results['failures'][job.name] = failure
-  return results
-
-
-def write(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  trained: Sequence,
-  failures: dict[str, str],
-) -> str:
-  """Writes results.json, table.md and figure.png; returns the table.
-
-  Raises:
-    UserError: the disk is full or the folder cannot be written.
-  """
-  results = collect(workdir, trained, failures)
-  results['config'] = as_json(config.to_dict(), 'configuration')
   text = table(config, results)
-  cli.write_files(
-    workdir,
-    {'results.json': json.dumps(results, indent=1) + '\n', 'table.md': text},
-  )
-  if drawn(config, results):
-    figure(workdir / 'figure.png', config, results)
+  results['config'] = as_json(config.to_dict(), 'configuration')
+  numbers = json.dumps(results, indent=1) + '\n'
+  cli.write_files(workdir, {path.name: numbers, 'table.md': text})
+  figure(workdir / 'figure.png', config, results)
   return text
 
 
@@ -138,94 +127,65 @@ def by_method(config: ConfigDict, results: dict) -> dict[str, list[dict]]:
     method['title']: [run for run in order if run['label'] == method['label']]
     for method in config.methods
   }
-  return {title: found for title, found in methods.items() if found}
-
-
-def drawn(config: ConfigDict, results: dict) -> dict[str, list[dict]]:
-  """Returns `by_method` without methods that generate nothing."""
-  return {
-    title: found
-    for title, found in by_method(config, results).items()
-    if all(run['tokens'] for run in found)
-  }
+  return {title: trained for title, trained in methods.items() if trained}
 
 
 def table(config: ConfigDict, results: dict) -> str:
   """Returns the comparison as a Markdown table and a line on how to read it."""
-  methods = by_method(config, results)
-  first, *others = config.metrics
-  header = ['method', 'seeds', first['title'], 'at half the tokens']
-  header += [metric['title'] for metric in others]
-  header += ['tokens / update', 'updates', 's / update', 'of it sampling']
-  lines = [[*header, 'update, MiB'], ['---'] * (len(header) + 1)]
-  if methods:
-    # With one seed all methods evaluate the same model with the same key.
-    seeds = {}
-    for run in itertools.chain(*methods.values()):
-      seeds.setdefault(run['seed'], run)
-    cells = [_ends(seeds.values(), metric, 0) for metric in config.metrics]
-    lines.append([config.init, '', cells[0], '', *cells[1:], *[''] * 5])
-  for title, found in methods.items():
-    ends = [_ends(found, metric, -1) for metric in config.metrics]
-    half = _interval(
-      [_at(run, first, config.tokens / 2) for run in found], first
+  methods, first = by_method(config, results), config.metrics[0]
+  titles = [metric['title'] for metric in config.metrics]
+  titles[1:1] = ['at half the tokens']
+  costs = ['tokens / update', 'updates', 's / update', 'share of sampling']
+  header = ['method', 'seeds', *titles, *costs, 'update, MiB']
+  lines = [header, ['---'] * len(header)]
+  # With one seed all methods evaluate the same model with the same key.
+  every = [run for trained in methods.values() for run in trained]
+  seeds = {run['seed']: run for run in reversed(every)}
+  if start := list(seeds.values())[::-1]:
+    starts = [_text(start, metric, 0) for metric in config.metrics]
+    starts[1:1] = ['']
+    lines.append([config.init, '', *starts, *[''] * 5])
+  for title, trained in methods.items():
+    ends = [_text(trained, metric, math.inf) for metric in config.metrics]
+    ends[1:1] = [_text(trained, first, config.tokens / 2)]
+    tokens = np.mean([run['tokens'] / run['updates'] for run in trained])
+    median = lambda name, trained=trained: np.median(
+      [run[name] for run in trained]
     )
-    median = lambda name, found=found: np.median([run[name] for run in found])
-    tokens = np.mean([run['tokens'] / run['updates'] for run in found])
     lines.append(
-      [title, f'{len(found)} of {len(config.seeds)}', ends[0], half, *ends[1:]]
+      [title, f'{len(trained)} of {len(config.seeds)}', *ends]
       + [f'{tokens:,.0f}', f'{median("updates"):,.0f}']
       + [f'{median("seconds_per_update"):.3f}']
       + [f'{100 * median("rollout_share"):.0f} %']
       + [f'{median("update_bytes") / 2**20:,.1f}']
     )
-  text = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-  failed = ''.join(
-    f'\nfailed: {name}: {failure["why"]}\n'
-    for name, failure in results['failures'].items()
-  )
-  return f'{text}\n\n{_notes(config, results)}\n{failed}'
+  text = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+  cores = ' or '.join(map(str, sorted({run['cores'] for run in every}))) or 'no'
+  text += _NOTES.format(tokens=config.tokens, cores=cores)
+  for name, failure in results['failures'].items():
+    text += f'\nfailed: {name}: {failure["why"]}\n'
+  return text
 
 
-def _notes(config: ConfigDict, results: dict) -> str:
-  cores = {run['cores'] for run in results['runs'].values()}
-  count = ' or '.join(map(str, sorted(cores))) or 'no'
-  return (
-    f'Each run ends with the update that brings its generated tokens (greedy '
-    f'responses and branches included) to {config.tokens:,}; '
-    'at half of them its curve is interpolated. In brackets: 95 % bootstrap '
-    'intervals over seeds, widened for their small number '
-    '(`evaluation.bootstrap_few`). Seconds: medians over updates, so without '
-    f'compilation, each run on {count} core(s) of its own. Update: peak bytes '
-    'of the compiled update (`experiments.planning.memory`) of as many '
-    'responses as the method trains on at one time.'
-  )
+def _curve(run: dict, metric: dict, axis: str, points) -> np.ndarray:
+  """Returns a metric at points of an axis, interpolated; NaNs without it."""
+  if metric['name'] not in run['curve']:
+    return np.full(np.shape(points), np.nan)
+  values = metric['scale'] * np.array(run['curve'][metric['name']])
+  return np.interp(points, run['curve'][axis], values)
 
 
-def _curve(run: dict, metric: dict) -> np.ndarray:
-  """Returns a metric of a run's evaluations; NaN without it."""
-  return metric['scale'] * np.array(run['curve'].get(metric['name'], [np.nan]))
+def _text(trained, metric: dict, tokens: float) -> str:
+  """Formats mean and interval over runs after a number of tokens.
 
-
-def _at(run: dict, metric: dict, tokens: float) -> float:
-  """Returns a metric after a number of tokens; NaN where it is not known."""
-  values = _curve(run, metric)
-  if not run['tokens'] or np.isnan(values).any():
-    return np.nan
-  return np.interp(tokens, run['curve']['tokens'], values)
-
-
-def _ends(found, metric: dict, place: int) -> str:
-  """Formats a metric of runs where they begin (0) or end (−1)."""
-  return _interval([_curve(run, metric)[place] for run in found], metric)
-
-
-def _interval(values: Sequence[float], metric: dict) -> str:
-  """Formats mean and interval over seeds; equal values have no interval."""
+  Equal values have no interval, and a run without tokens only start and end.
+  """
   digits = metric['digits']
-  if np.isnan(values).any():
+  values = np.array([_curve(run, metric, 'tokens', tokens) for run in trained])
+  inside = 0 < tokens < math.inf and not all(run['tokens'] for run in trained)
+  if inside or np.isnan(values).any():
     return '–'
-  mean, low, high = evaluation.bootstrap_few(np.array(values))
+  mean, low, high = evaluation.bootstrap_few(values)
   if np.isnan(low) or low == high:
     return f'{mean:.{digits}f}'
   return f'{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
@@ -233,32 +193,37 @@ def _interval(values: Sequence[float], metric: dict) -> str:
 
 def figure(path: pathlib.Path, config: ConfigDict, results: dict) -> None:
   """Draws the first metric against tokens and updates, of all that generate."""
-  metric = config.metrics[0]
-  methods = drawn(config, results)
-  seeds = sorted({len(found) for found in methods.values()})
+  methods = {
+    title: trained
+    for title, trained in by_method(config, results).items()
+    if all(run['tokens'] for run in trained)
+  }
+  if not methods:
+    return
+  seeds = sorted({len(trained) for trained in methods.values()})
   runs.plot_bands(
     path,
     [
       {
-        title: _band(found, metric, axis, config.evaluations, scale)
-        for title, found in methods.items()
+        title: _band(trained, config, axis, scale)
+        for title, trained in methods.items()
       }
       for axis, scale in (('tokens', 1e-3), ('updates', 1.0))
     ],
     xlabels=['generated tokens, thousands', 'updates'],
-    ylabel=f'held-out {metric["title"]}',
+    ylabel=f'held-out {config.metrics[0]["title"]}',
     title=f'means of {"–".join(map(str, seeds))} seeds, 95 % intervals',
   )
 
 
 def _band(
-  found: list[dict], metric: dict, axis: str, points: int, scale: float
+  trained: list[dict], config: ConfigDict, axis: str, scale: float
 ) -> runs.Band:
   """Returns mean and interval over runs, on a grid that all of them reach."""
-  end = min(run['curve'][axis][-1] for run in found)
-  grid = np.linspace(0, end, points + 1)
-  values = np.array(
-    [np.interp(grid, run['curve'][axis], _curve(run, metric)) for run in found]
-  )
-  intervals = [evaluation.bootstrap_few(column) for column in values.T]
-  return runs.Band(scale * grid, *map(np.array, zip(*intervals, strict=True)))
+  end = min(run['curve'][axis][-1] for run in trained)
+  grid = np.linspace(0, end, config.evaluations + 1)
+  values = [_curve(run, config.metrics[0], axis, grid) for run in trained]
+  intervals = [
+    evaluation.bootstrap_few(column) for column in np.transpose(values)
+  ]
+  return runs.Band(scale * grid, *np.transpose(intervals))

@@ -83,7 +83,7 @@ def test_table():
 def test_bands_end_where_the_shortest_run_does():
   runs = [run('grpo', 0, 0.8), run('grpo', 1, 0.9)]
   runs[0]['curve']['tokens'] = [0, 400, 800, 1000]
-  band = compare_report._band(runs, CONFIG.metrics[0], 'tokens', 4, 1e-3)
+  band = compare_report._band(runs, CONFIG, 'tokens', 1e-3)
   np.testing.assert_allclose(band.x, [0, 0.25, 0.5, 0.75, 1.0])
   assert band.mean[0] == 25.0 and band.low[0] == band.high[0] == 25.0
   last = 55 + (90 - 55) * 200 / 300
@@ -107,4 +107,13 @@ def test_nothing_yet():
   ([0.5, np.nan], '–'),
 ])  # fmt: skip
 def test_intervals_that_say_nothing_are_left_out(values, text):
-  assert compare_report._interval(values, {'digits': 2}) == text
+  metric = CONFIG.metrics[0] | dict(scale=1, digits=2)
+  found = [run('grpo', i, value) for i, value in enumerate(values)]
+  assert compare_report._text(found, metric, np.inf) == text
+
+
+def test_a_run_without_tokens_has_a_start_and_an_end():
+  found = [run('sft', 0, 0.5) | dict(tokens=0)]
+  found[0]['curve']['tokens'] = [0] * 4
+  text = lambda tokens: compare_report._text(found, CONFIG.metrics[0], tokens)
+  assert text(500) == '–' and text(np.inf) == '50.0'

@@ -14,10 +14,10 @@ import pytest
 import scripts
 from ml_collections import ConfigDict
 
-from experiments import build, checks, processes
+from experiments import build, checks
 from experiments import stored_runs as runs
 from experiments.planning import memory
-from experiments.studies import compare
+from experiments.studies import compare, parallel
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import read_metrics
 from jaxrl_llm.signals import StopSignal
@@ -162,13 +162,12 @@ TWICE = tuple(method(label)['methods'][0] for label in ('rloo', 'again'))
     (dict(tokens=0), 'config.tokens is 0'),
     (dict(seeds=()), 'config.seeds is empty or repeats'),
     (dict(seeds=(1, 1)), 'config.seeds is empty or repeats'),
-    (dict(methods=TWICE), 'config.methods is empty or repeats'),
+    (dict(methods=TWICE), 'config.methods, title is empty or'),
     (method(tokens=10**9), 'rloo sets tokens'),
-    (method(evaluation=dict(every_tokens=1)), 'rloo sets evaluation.every_t'),
-    (method(script='ppo'), "rloo: there is no script 'ppo'"),
+    (method(evaluation=dict(every_tokens=1)), 'rloo sets tokens or evaluation'),
     (dict(metrics=(dict(name='x'),)), "has no 'digits'"),
     (dict(methods=(dict(label='a', title='A'),)), "has no 'algorithm'"),
-    (method('a/b'), "names such as 'grpo'"),
+    (method('a/b'), "is a name such as 'grpo'"),
     (method(rollout=dict(promts=3)), 'method rloo do not fit config.base'),
   ],
 )
@@ -197,13 +196,13 @@ def test_choice(config, tmp_path):
 
 
 def test_cores_are_shared_out(monkeypatch):
-  monkeypatch.setattr(processes, 'own_cores', lambda: {0, 2, 3, 5, 8})
-  assert processes.slots(1) == [{0, 2, 3, 5, 8}]
-  assert processes.slots(2) == [{0, 2}, {3, 5, 8}]
-  assert len(processes.slots(5)) == 5
+  monkeypatch.setattr(parallel, 'own_cores', lambda: {0, 2, 3, 5, 8})
+  assert parallel.slots(1) == [{0, 2, 3, 5, 8}]
+  assert parallel.slots(2) == [{0, 2}, {3, 5, 8}]
+  assert len(parallel.slots(5)) == 5
   for count in (0, 6):
     with pytest.raises(UserError, match='5 cores'):
-      processes.slots(count)
+      parallel.slots(count)
 
 
 # In place of a training: says where it runs, and takes orders by its name.
@@ -224,12 +223,12 @@ time.sleep(30 if name == 'rloo-1' else 0.1)
 def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
   waiting = compare.jobs(config, tmp_path)
   own = os.sched_getaffinity(0)
-  places = [{core} for core in sorted(own)[:2]]
+  slots = [{core} for core in sorted(own)[:2]]
   command = [sys.executable, '-c', STAND_IN]
   codes, start = {}, time.monotonic()
   with StopSignal() as stop:
-    for job, code, seconds in processes.launch(
-      waiting, tmp_path, places, command, stop
+    for job, code, seconds in parallel.launch(
+      waiting, tmp_path, slots, command, stop
     ):
       codes[job.name] = code
       assert 0 < seconds < 20
@@ -240,27 +239,27 @@ def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
   assert codes == {
     'init': 0, 'rloo-0': 0, 'grpo-0': 1, 'grpo-1': 1, 'rloo-1': 143
   }  # fmt: skip
-  said = [path.read_text().split('\n')[1] for path in tmp_path.glob('logs/*')]
-  for i, place in enumerate(places):
-    assert f'{sorted(place)} {tmp_path}/cache/{i}' in said
+  said = [path.read_text().split('\n')[0] for path in tmp_path.glob('logs/*')]
+  for i, cores in enumerate(slots):
+    assert f'{sorted(cores)} {tmp_path}/cache/{i}' in said
   assert {line.split()[0] for line in said} <= {str([c]) for c in own}
   job = next(job for job in waiting if job.name == 'grpo-0')
-  assert processes.why(tmp_path, job, 1) == 'too bad (status 1)'
-  assert processes.why(tmp_path, job, -9) == 'killed by SIGKILL'
+  assert parallel.failure(tmp_path, job, 1) == 'too bad (status 1)'
+  assert parallel.failure(tmp_path, job, -9) == 'killed by SIGKILL'
   # Of two attempts the last one counts.
   worse = [sys.executable, '-c', "raise SystemExit('Traceback: worse')"]
   with StopSignal() as stop:
-    list(processes.launch([job], tmp_path, places, worse, stop))
-  assert processes.why(tmp_path, job, 1) == 'Traceback: worse (status 1)'
+    list(parallel.launch([job], tmp_path, slots, worse, stop))
+  assert parallel.failure(tmp_path, job, 1) == 'Traceback: worse (status 1)'
 
 
 def test_no_run_outlives_its_comparison(config, tmp_path):
   waiting = [j for j in compare.jobs(config, tmp_path) if j.seed == 1]
-  places = [{core} for core in sorted(os.sched_getaffinity(0))[:2]]
+  slots = [{core} for core in sorted(os.sched_getaffinity(0))[:2]]
   command = [sys.executable, '-c', STAND_IN]
   start = time.monotonic()
   with StopSignal() as stop, pytest.raises(ZeroDivisionError):
-    for _ in processes.launch(waiting, tmp_path, places, command, stop):
+    for _ in parallel.launch(waiting, tmp_path, slots, command, stop):
       raise ZeroDivisionError  # rloo-1 would take 30 s
   assert time.monotonic() - start < 20
 

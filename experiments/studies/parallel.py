@@ -1,4 +1,4 @@
-"""Runs jobs in processes, a few at a time, each on its own cores."""
+"""Runs jobs in parallel processes, each on its own cores."""
 
 import os
 import pathlib
@@ -11,14 +11,16 @@ from typing import Any
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.signals import StopSignal
 
-_ATTEMPT = '--- an attempt begins\n'
+# macOS cannot pin.
+_get_cores = getattr(
+  os, 'sched_getaffinity', lambda pid: set(range(os.cpu_count()))
+)
+_pin = getattr(os, 'sched_setaffinity', lambda pid, cores: None)
 
 
 def own_cores() -> set[int]:
   """Returns the cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return os.sched_getaffinity(0)
-  return set(range(os.cpu_count()))  # macOS cannot pin
+  return _get_cores(0)
 
 
 def slots(count: int) -> list[set[int]]:
@@ -38,18 +40,18 @@ def slots(count: int) -> list[set[int]]:
 
 
 def launch(
-  waiting: Iterable[Any],
+  jobs: Iterable[Any],
   workdir: pathlib.Path,
-  places: Sequence[set[int]],
+  slots: Sequence[set[int]],
   command: Sequence[str],
   stop: StopSignal,
 ) -> Iterator[tuple[Any, int, float]]:
-  """Runs jobs, one process per place, in order.
+  """Runs jobs, one process per slot, in order.
 
   Args:
-    waiting: jobs, with a `name`.
+    jobs: objects with a `name`.
     workdir: of the comparison; logs and compiled programs go there.
-    places: cores of each simultaneous process.
+    slots: cores of each simultaneous process.
     command: trains the run that `--run` at its end names.
     stop: when it is requested, running jobs are asked to save and to end, and
       no other one begins.
@@ -57,21 +59,17 @@ def launch(
   Yields:
     (job, exit status, seconds) as jobs end.
   """
-  waiting, running, stopping = list(waiting), {}, False
+  waiting, running = list(jobs), {}
   try:
-    while running or (waiting and not stopping):
-      for place, cores in enumerate(places):
-        if place not in running and waiting and not stopping:
-          job = waiting.pop(0)
-          process = _start(job, workdir, cores, place, command)
-          running[place] = job, process, time.perf_counter()
-      if stop.requested and not stopping:
-        stopping = True
-        for _, process, _ in running.values():
-          process.send_signal(signal.SIGTERM)
-      for place, (job, process, start) in list(running.items()):
+    while (waiting or running) and not stop.requested:
+      for slot, cores in enumerate(slots):
+        if waiting and slot not in running:
+          job, start = waiting.pop(0), time.perf_counter()
+          process = _start(job, workdir, slot, cores, command)
+          running[slot] = job, process, start
+      for slot, (job, process, start) in list(running.items()):
         if process.poll() is not None:
-          del running[place]
+          del running[slot]
           yield job, process.returncode, time.perf_counter() - start
       time.sleep(0.05)
   finally:
@@ -80,46 +78,41 @@ def launch(
       process.terminate()
     for _, process, _ in running.values():
       process.wait()
+  for job, process, start in running.values():
+    yield job, process.returncode, time.perf_counter() - start
 
 
-def _start(job, workdir, cores, place, command) -> subprocess.Popen:
-  (workdir / 'logs').mkdir(exist_ok=True)
-  # Programs are compiled once per place, not once per seed; two processes never
+def _start(job, workdir, slot, cores, command) -> subprocess.Popen:
+  former, log = own_cores(), _log(workdir, job)
+  log.parent.mkdir(parents=True, exist_ok=True)
+  # Programs are compiled once per slot, not once per seed; two processes never
   # write the same cache.
   environment = os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(workdir / 'cache' / str(place)),
+    'JAX_COMPILATION_CACHE_DIR': str(workdir / 'cache' / str(slot)),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
   }
-  own, pinned = own_cores(), hasattr(os, 'sched_setaffinity')
-  with open(_log(workdir, job), 'a', encoding='utf-8') as log:
-    log.write(_ATTEMPT)
-    log.flush()
+  arguments = [*command, f'--run={job.name}']
+  with open(log, 'w', encoding='utf-8') as out:
     # The child inherits the cores before it has any thread.
-    if pinned:
-      os.sched_setaffinity(0, cores)
+    _pin(0, cores)
     try:
       return subprocess.Popen(
-        [*command, f'--run={job.name}'],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
+        arguments, stdout=out, stderr=out, env=environment
       )
     finally:
-      if pinned:
-        os.sched_setaffinity(0, own)
+      _pin(0, former)
 
 
 def _log(workdir: pathlib.Path, job: Any) -> pathlib.Path:
   return workdir / 'logs' / f'{job.name}.log'
 
 
-def why(workdir: pathlib.Path, job: Any, code: int) -> str:
+def failure(workdir: pathlib.Path, job: Any, code: int) -> str:
   """Returns the last error of a run in one line."""
   if code < 0:
     return f'killed by {signal.Signals(-code).name}'
-  text = _log(workdir, job).read_text(encoding='utf-8')
-  lines = text.rpartition(_ATTEMPT)[2].splitlines()
+  lines = _log(workdir, job).read_text(encoding='utf-8').splitlines()
   errors = [line for line in lines if line.startswith('error: ')]
-  shown = errors or [line for line in lines if line.strip()] or ['no word']
+  shown = errors or [line for line in lines if line.strip()] or ['no output']
   return f'{shown[-1].removeprefix("error: ")} (status {code})'
