@@ -4,8 +4,8 @@
 
 Prints versions, memory, settings and devices, and checks a sum over many rows,
 which jax 0.10.2 computes wrongly on CPU.  Then a model of some 10,000
-parameters samples, scores what it sampled and takes one update, in float32, and
-a checkpoint is written and read back.  Status 0 if all of that is right, else
+parameters takes a training step, in float32, and a checkpoint is written and
+read back.  Status 0 if all of that is right, else
 1.  With a run's folder it also prints the run's health (`health.log`).
 """
 
@@ -26,24 +26,22 @@ import optax
 from absl import flags
 
 from experiments import cli
-from jaxrl_llm import compilation, estimators, runs, sampling, training
+from jaxrl_llm import compilation, estimators, rollouts, runs, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.checkpoints import Checkpoints
-from jaxrl_llm.sampling import policy
+from jaxrl_llm.tasks import prompts, vocabulary
 
 # Between two float32 computations of a log-probability, in nats.
 _TOLERANCE = 1e-4
-_PROMPTS, _SAMPLES, _TOKENS = 4, 8, 16
+_ESTIMATOR = estimators.grpo(kl=0.0)
 _MIB = 2**20
 # Environment variables that change what JAX does.
 _SETTING = re.compile(
   r'(JAX|XLA|LIBTPU|TPU|NCCL|CUDA_VISIBLE|MALLOC)_[A-Z0-9_]+'
 )
-
-_score = jax.jit(policy.score, static_argnames='config')
 
 
 def system() -> Iterator[str]:
@@ -95,10 +93,11 @@ def _devices() -> str:
   return '; '.join(parts)
 
 
-def check() -> dict[str, Callable[[], str]]:
+def checks() -> dict[str, Callable[[], str]]:
   """Returns checks by name; each returns a figure, or raises `UserError`."""
-  config = ModelConfig(
-    vocab_size=64,
+  tokenizer = vocabulary.character_tokenizer('0123456789')
+  model = ModelConfig(
+    vocab_size=len(tokenizer),
     hidden_size=32,
     intermediate_size=64,
     num_layers=1,
@@ -107,35 +106,34 @@ def check() -> dict[str, Callable[[], str]]:
     tied=True,
     max_length=64,
   )
-
-  @functools.cache
-  def given():
-    tokens = jax.random.randint(jax.random.key(1), (_PROMPTS, 8), 2, 64)
-    prompts = policy.Prompts(
-      tokens=tokens, lengths=jnp.arange(5, 5 + _PROMPTS, dtype=jnp.int32)
-    )
-    return transformer.init(config, jax.random.key(0)), prompts
-
-  @functools.cache
-  def sampled():
-    params, prompts = given()
-    return sampling.sample(
-      config,
-      transformer.sampling_layout(config, params),
-      prompts,
-      jax.random.key(2),
-      samples=_SAMPLES,
-      max_tokens=_TOKENS,
-      eos_ids=(1,),
-    )
-
+  trainer = training.online(
+    model,
+    tokenizer,
+    _ESTIMATOR,
+    optax.sgd(1e-2),
+    [share_even],
+    rollouts.Generation(8, max_tokens=16, eos_ids=(1,), pad_id=0),
+    micro_prompts=2,
+  )
+  rows = [{'prompt': '0123456789'[:n]} for n in (5, 6, 7, 8)]
+  encoded = prompts.encode_prompts(rows, tokenizer, max_tokens=8)
+  batch = prompts.gather(encoded, range(len(rows)))
+  params = functools.cache(lambda: transformer.init(model, jax.random.key(0)))
   return {
     'devices': _devices,
     'compiler': compiler,
-    'sampler = scorer': lambda: _same(config, *given(), sampled()),
-    'update': lambda: _update(config, *given(), sampled()),
-    'checkpoint': lambda: _round_trip(given()[0]),
+    'sampler = scorer': lambda: _same(trainer, params(), batch),
+    'update': lambda: _update(trainer, params(), batch),
+    'checkpoint': lambda: _round_trip(params()),
   }
+
+
+def share_even(completions: list[str]) -> list[float]:
+  """Rewards even digits, which stands for any reward."""
+  return [
+    sum(digit in '02468' for digit in text) / max(len(text), 1)
+    for text in completions
+  ]
 
 
 def compiler() -> str:
@@ -160,11 +158,11 @@ def compiler() -> str:
   return 'rows of a jitted vmap are right'
 
 
-def _same(config, params, prompts, samples) -> str:
+def _same(trainer: training.Trainer, params, batch) -> str:
   """Checks that sampling and training agree on log-probabilities."""
-  again = _score(config, params, prompts, samples.tokens)
-  difference = jnp.abs(again.log_probs - samples.log_probs)
-  highest = float(jnp.where(samples.mask, difference, 0.0).max())
+  highest = training.log_prob_difference(
+    trainer.setting, params, batch, jax.random.key(1)
+  )
   if not highest <= _TOLERANCE:
     raise UserError(
       f'log-probabilities differ by {highest:.2g} nats, more than {_TOLERANCE}'
@@ -172,45 +170,31 @@ def _same(config, params, prompts, samples) -> str:
   return f'log-probabilities differ by at most {highest:.1g} nats'
 
 
-def _update(config, params, prompts, samples) -> str:
+def _update(trainer: training.Trainer, params, batch) -> str:
   """Checks that a small step makes better responses likelier."""
-  estimator = estimators.grpo(kl=0.0)
-  # Any reward: the share of even tokens.
-  even = jnp.where(samples.mask, 1.0 - samples.tokens % 2, 0.0).sum(axis=2)
-  rewards = (even / samples.mask.sum(axis=2))[..., None]
-  batch = jax.jit(estimator.prepare)(
-    estimators.Rollouts(
-      tokens=samples.tokens,
-      mask=samples.mask,
-      log_probs=samples.log_probs,
-      valid=jnp.ones_like(samples.finished),
-      rewards=rewards,
-    )
-  )
-  optimizer = optax.sgd(1e-2)
-  update = training.make_update(
-    training.policy_forward(config, policy.Decoding()),
-    estimator,
-    optimizer,
-    _PROMPTS // 2,
-  )
+  state, key = trainer.init(params), jax.random.key(1)
+  collected = trainer.collect(state, batch, key)
+  prepared = _ESTIMATOR.prepare(collected.rollouts)
 
   def surrogate(params) -> float:
-    log_probs = _score(config, params, prompts, samples.tokens).log_probs
-    gain = jnp.where(batch.mask, batch.advantages * log_probs, 0.0)
+    log_probs = rollouts.score_tokens(
+      trainer.setting.model,
+      params,
+      collected.responses.prompts,
+      prepared.tokens,
+      trainer.setting.generation.decoding,
+      len(batch.rows),
+    ).log_probs
+    gain = jnp.where(prepared.mask, prepared.advantages * log_probs, 0.0)
     return float(gain.sum())
 
-  before = surrogate(params)
-  # The state is donated.
-  state = training.init_state(
-    {'policy': jax.tree.map(jnp.copy, params)}, optimizer
-  )
-  state, metrics = update(state, None, prompts, batch)
-  gain = surrogate(state.trainable['policy']) - before
-  norm = f'gradient norm {float(metrics["grad_norm"]):.3g}'
+  # The key samples the same responses again.
+  state, metrics, _ = trainer.step(state, batch, key)
+  gain = surrogate(state.trainable['policy']) - surrogate(params)
+  norm = f'gradient norm {metrics["grad_norm"]:.3g}'
   if metrics['skipped'] or not gain > 0:
     raise UserError(
-      f'{norm}, {int(metrics["skipped"])} skipped; the surrogate changed by '
+      f'{norm}, {metrics["skipped"]:g} skipped; the surrogate changed by '
       f'{gain:.3g}'
     )
   return f'{norm}; the surrogate rose by {gain:.2g}'
@@ -248,7 +232,7 @@ def report(workdir=None) -> int:
     print(line)
   failed = 0
   with jax.default_matmul_precision('float32'):
-    for name, attempt in check().items():
+    for name, attempt in checks().items():
       start = time.perf_counter()
       try:
         figure, word = attempt(), 'ok'

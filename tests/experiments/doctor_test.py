@@ -1,13 +1,14 @@
 """The doctor on a sound installation, on a broken one, and on a run."""
 
+import importlib
 import json
 
 import pytest
 import scripts
 
 from experiments import doctor
-from jaxrl_llm import sampling
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollouts import responses
 
 # What nobody should find in a bug report, by the variable that holds it.
 SECRETS = {
@@ -22,6 +23,13 @@ def attempts(text):
   """Word and name of each attempt."""
   lines = [line.split(': ') for line in text.splitlines()]
   return [tuple(part[:2]) for part in lines if part[0] in ('ok', 'FAILED')]
+
+
+def patch_generate(monkeypatch, function):
+  """Replaces the sampling of responses everywhere."""
+  for name in ('rollouts.responses', 'training.online'):
+    module = importlib.import_module(f'jaxrl_llm.{name}')
+    monkeypatch.setattr(module, 'generate', function)
 
 
 @pytest.mark.slow
@@ -40,7 +48,7 @@ def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
   def broken(*args, **kwargs):
     raise RuntimeError('no kernel\nfor this device')
 
-  monkeypatch.setattr(sampling, 'sample', broken)
+  patch_generate(monkeypatch, broken)
   for name, secret in SECRETS.items():
     monkeypatch.setenv(name, secret)
   monkeypatch.setenv('NCCL_P2P_LEVEL', 'NVL')
@@ -66,13 +74,13 @@ def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_sampler_that_is_off_is_told(monkeypatch, capsys):
   """The sampler records log-probabilities that are 0.01 nats too low."""
-  sample = sampling.sample
+  generate = responses.generate
 
-  def off(*args, **kwargs):
-    found = sample(*args, **kwargs)
-    return found.replace(log_probs=found.log_probs - 0.01)
+  def off(*args):
+    prompts, samples = generate(*args)
+    return prompts, samples.replace(log_probs=samples.log_probs - 0.01)
 
-  monkeypatch.setattr(sampling, 'sample', off)
+  patch_generate(monkeypatch, off)
   assert doctor.report() == 1
   said = capsys.readouterr().out
   assert attempts(said) == [
