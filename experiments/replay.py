@@ -70,6 +70,11 @@ _STEP = re.compile(r'(\d{8,})(\.replaced)?')
 _SHOWN = 5
 
 
+def script(config) -> Script:
+  """Returns the script that trains by a configuration's algorithm."""
+  return _SCRIPTS[checks.script(config.algorithm.get('name'))]
+
+
 def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
   """Computes a step again, compares it, and writes its ingredients.
 
@@ -94,7 +99,7 @@ def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
     _make_output(output)
   recorded = _recorded(workdir, step)
   _check_code(workdir)
-  made_by = _SCRIPTS[checks.script(config.algorithm.get('name'))]
+  made_by = script(config)
   made_by.check(config)
   with contextlib.ExitStack() as files:
     mesh = sharding.make_mesh(**config.mesh.to_dict())
