@@ -50,7 +50,12 @@ from experiments import (
   train,
 )
 from experiments.loop import Run
-from experiments.schedule import Result, failure_messages, to_samples
+from experiments.schedule import (
+  Result,
+  Script,
+  failure_messages,
+  to_samples,
+)
 from jaxrl_llm import runs, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import folder as run_folder
