@@ -336,9 +336,7 @@ def group_tools(config, encoded, tokenizer) -> Callable[[int], groups.Groups]:
     hints = Hints(
       tokenizer,
       settings.hint_template,
-      chat_template=config.prompts.chat_template or None,
-      system_prompt=config.prompts.system_prompt or None,
-      suffix=config.prompts.suffix,
+      **build.around_prompts(config),
     )
     tools.append(
       groups.hint(

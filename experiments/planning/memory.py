@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from experiments import build, checks, cli, offline
 from experiments.configs import base
 from experiments.planning import programs, report
+from jaxrl_llm import estimators
 from jaxrl_llm.errors import UserError
 
 
@@ -55,9 +56,10 @@ def measure_offline(config: ConfigDict) -> Memory:
   estimator = build.reference(config)
   optimizer, _ = build.optimizer(config.optimizer, offline.updates(config))
   trainer = offline.trainer(config, model, estimator, optimizer)
-  group = config.copy_and_resolve_references()
-  group.rollout.samples = estimator.needs.samples
-  rollouts = build.abstract_rollouts(group, estimator.needs, count)
+  needs = estimator.needs
+  rollouts = estimators.rollout_shapes(
+    needs, count, needs.samples, config.rollout.max_tokens
+  )
   return _measure(
     trainer.make_update(offline.batch(config)),
     jax.eval_shape(trainer.init, model.params),

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import build, critics, online
 from experiments.planning import collectives, flops, hlo
 from experiments.planning.topologies import GIB, Topology
-from jaxrl_llm import rollouts, sampling, sharding, training
+from jaxrl_llm import estimators, rollouts, sampling, sharding, training
 from jaxrl_llm.models import transformer
 from jaxrl_llm.sampling import policy
 
@@ -36,7 +36,9 @@ def step(config, model: build.Model) -> tuple[training.Trainer, tuple]:
   optimizer, _ = online.optimizer(config, needs)
   count = config.rollout.prompts // config.training.minibatches
   state = critics.shapes(config, estimator, critic, optimizer, model.params)
-  shapes = build.abstract_rollouts(config, needs, count)
+  shapes = estimators.rollout_shapes(
+    needs, count, config.rollout.samples, config.rollout.max_tokens
+  )
   batch = jax.eval_shape(estimator.prepare, shapes)
   return trainer, (state, None, prompts(config, count), batch)
 
