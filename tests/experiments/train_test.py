@@ -45,12 +45,12 @@ def whole(config, tmp_path_factory):
 
 def test_folder_is_complete(whole):
   assert sorted(os.listdir(whole)) == sorted(
-    ['checkpoints', 'config.json', 'curve.png', 'env.json', 'hf', 'lock']
+    ['checkpoints', 'config.json', 'curve.png', 'hf', 'lock', 'starts.jsonl']
     + ['health.log', 'metrics.jsonl', 'reference', 'samples.html']
     + ['samples.jsonl', 'tb']
     + ['timings.jsonl']
   )
-  env = json.loads((whole / 'env.json').read_text())
+  env = json.loads((whole / 'starts.jsonl').read_text())
   assert env['command'][1:] and env['device_count'] == 1
 
 

@@ -189,7 +189,7 @@ def contents(workdir) -> dict:
   return {
     path: path.read_bytes()
     for path in workdir.rglob('*')
-    if path.is_file() and path.name not in ('lock', 'env.json')
+    if path.is_file() and path.name not in ('lock', 'starts.jsonl')
   }
 
 
