@@ -156,7 +156,6 @@ def lines(error) -> list[str]:
   [
     ('config.json', 'config.json'),
     ('metrics.jsonl', 'metrics.jsonl'),
-    ('samples.jsonl', 'samples.jsonl'),
     ('checkpoints', 'checkpoints'),
     ('reference', 'reference'),
     (f'{REFERENCE}/state', 'reference.*\n.*state'),
