@@ -24,7 +24,6 @@ from experiments.schedule import (
 from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs.checkpoints import Checkpoints
-from jaxrl_llm.runs.samples import read_samples
 from jaxrl_llm.signals import StopRequested
 
 _MAX_SKIPPED = 3
@@ -91,11 +90,10 @@ class Run:
     restored = self._restore(model.params)
     if not (restored or silent):
       processes.on_main(lambda: _refuse_loss(folder), 'the run folder')
-    written = self.schedule.step if restored else None
     self._metrics = self._samples = self._progress = runs.Silent()
     self._watch = runs.Silent()
     if processes.is_main() and not silent:
-      self._open_records(files, written)
+      self._open_records(files, self.schedule.step if restored else None)
     if restored:
       self._lines.append(
         f'resumed at step {self.schedule.step} of {self.schedule.total}'
@@ -176,7 +174,9 @@ class Run:
       self._main.curves,
       self.schedule.first,
     )
-    before, after = self._before_after()
+    before, after = stored_runs.before_after(
+      self._folder, self.schedule.first, self.schedule.step
+    )
     written = ['curve.png', *exported]
     if before or after:
       self._samples.write_html(self._folder.name, before, after)
@@ -327,15 +327,6 @@ class Run:
       metrics.pop(name, None)
     self._record(metrics, timings, again=True)
     self._save()
-
-  def _before_after(self):
-    """Returns held-out samples from the start and the end of RL."""
-    samples = read_samples(self._folder / 'samples.jsonl')
-    kept = [sample for sample in samples if sample.advantage is None]
-    return tuple(
-      [sample for sample in kept if sample.step == step]
-      for step in (self.schedule.first, self.schedule.step)
-    )
 
   def _initial_state(self, params) -> training.TrainState:
     if not self.schedule.first:
