@@ -284,7 +284,7 @@ class Online(Steps):
 
   def fingerprint(self):
     return {
-      'rl': self.source.fingerprint(),
+      'training': self.source.fingerprint(),
       'held-out': sources.PromptSource(
         self._held_out.encoded, 1, 0
       ).fingerprint(),

@@ -174,11 +174,8 @@ def _check_code(workdir: pathlib.Path) -> None:
 
 
 def _environment(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the last process's env.json; empty where it is not known."""
-  try:
-    return json.loads((workdir / 'env.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
+  """Returns the run's last start; empty where it is not known."""
+  return (run_folder.read_starts(workdir) or [{}])[-1]
 
 
 @contextlib.contextmanager
@@ -198,7 +195,7 @@ def _before(workdir: pathlib.Path, step: int) -> Iterator[run_folder.RunFolder]:
     for part in ('reference', 'rounds'):
       _link(workdir / part, view / part)
     try:
-      yield run_folder.RunFolder(view, True, [], None)
+      yield run_folder.RunFolder(view, True)
     except UserError as error:
       raise UserError(str(error).replace(name, str(workdir))) from error
 
@@ -230,7 +227,7 @@ def _compare(workdir: pathlib.Path, recorded: dict, computed: dict) -> bool:
   then, now = _environment(workdir), run_folder.environment()
   for name in ('versions', 'machine', 'backend', 'device_kind', 'device_count'):
     if name in then and then[name] != now[name]:
-      print(f'{name}: {then[name]} in env.json, {now[name]} now')
+      print(f'{name}: {then[name]} at the last start, {now[name]} now')
   return False
 
 
