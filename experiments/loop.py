@@ -89,7 +89,7 @@ class Run:
     self._lines = []  # about how the run was restored
     restored = self._restore(model.params)
     if not (restored or silent):
-      processes.on_main(lambda: _refuse_loss(folder), 'the run folder')
+      folder.refuse_loss()
     self._metrics = self._samples = self._progress = runs.Silent()
     self._watch = runs.Silent()
     if processes.is_main() and not silent:
@@ -129,11 +129,22 @@ class Run:
         self._one_step()
         if self.schedule.checkpoint_is_due(self._config.checkpoints.every):
           self._save()
-        self._keep.poll()
+        self._poll()
     except (UserError, StopRequested):
       self._save_the_rest()
       raise
     self._keep.wait()
+
+  def _poll(self) -> None:
+    """Repeats a failed save once: a clock may have jumped meanwhile."""
+    try:
+      self._keep.poll()
+    except UserError as error:
+      if processes.count() > 1:
+        raise
+      self._progress.print(f'{error}\nthe state is saved again')
+      self._save()
+      self._keep.wait()
 
   def _save_the_rest(self) -> None:
     """Saves unsaved progress of an interrupted run.
@@ -436,17 +447,3 @@ class Run:
         'restore the folder from a copy, or start in another --workdir'
       )
     return restored[1]
-
-
-def _refuse_loss(folder) -> None:
-  """Raises UserError for a run that has lost its checkpoints."""
-  records = folder.path / 'metrics.jsonl'
-  if not records.exists():
-    return
-  # Two saves were due by then, and the second waits for the first.
-  due = 2 * folder.former['checkpoints']['every'] + 1
-  if records.read_bytes().count(b'\n') > due:
-    raise UserError(
-      f'{folder.path / "checkpoints"} is missing or empty: restore it from a '
-      'copy'
-    )

@@ -173,6 +173,19 @@ class RunFolder:
     except OSError as error:
       raise _unusable(self.path, error) from error
 
+  def refuse_loss(self) -> None:
+    """Raises UserError for a run that has lost all its checkpoints."""
+    processes.on_main(self._refuse_loss, 'the run folder')
+
+  def _refuse_loss(self) -> None:
+    # Two saves were due by then, and the second waits for the first.
+    due = 2 * self.former['checkpoints']['every'] if self.resuming else 0
+    if self.resuming and last_step(self.path / 'metrics.jsonl') > due:
+      raise UserError(
+        f'{self.path / "checkpoints"} is missing or empty: restore it from a '
+        'copy'
+      )
+
   def close(self) -> None:
     """Releases the lock.  The folder stays as it is."""
     _give_back(self._lock)

@@ -202,8 +202,8 @@ def test_fields_that_may_change_on_request(whole, tmp_path):
     resume(allow_change=['optimizer.rate'])
 
 
-def fail_unseen(patch, name: str) -> None:
-  """The first save of a step fails, and nobody looks at it."""
+def fail_save(patch, name: str) -> None:
+  """The first save of a step fails."""
   start, names = orbax_io.start_save, [name]
 
   class Full:
@@ -218,7 +218,20 @@ def fail_unseen(patch, name: str) -> None:
 
   patch.setattr(orbax_io, 'start_save', start_save)
   patch.setattr(checkpoints, '_AFTERMATH', 0.0)
+
+
+def fail_unseen(patch, name: str) -> None:
+  """The first save of a step fails, and nobody looks at it."""
+  fail_save(patch, name)
   patch.setattr(loop.Checkpoints, 'poll', lambda self: None)
+
+
+def test_a_save_that_fails_is_repeated(whole, tmp_path, monkeypatch, capsys):
+  workdir = tmp_path / 'run'
+  fail_save(monkeypatch, '00000004')
+  assert train(workdir) == 0
+  assert 'the state is saved again' in capsys.readouterr().err
+  assert left(workdir) == left(whole)
 
 
 def test_a_stop_is_saved_although_the_save_before_has_failed(
