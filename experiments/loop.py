@@ -127,17 +127,17 @@ class Run:
       while not self.schedule.ended:
         self._stop.check()
         self._one_step()
-        if self.schedule.checkpoint_is_due(self._config.checkpoints.every):
-          self._save()
-        self._poll()
+        self._save_if_due()
     except (UserError, StopRequested):
       self._save_the_rest()
       raise
     self._keep.wait()
 
-  def _poll(self) -> None:
-    """Repeats a failed save once: a clock may have jumped meanwhile."""
+  def _save_if_due(self) -> None:
+    """Saves if due; repeats a failed save once: a clock may have jumped."""
     try:
+      if self.schedule.checkpoint_is_due(self._config.checkpoints.every):
+        self._save()
       self._keep.poll()
     except UserError as error:
       if processes.count() > 1:
