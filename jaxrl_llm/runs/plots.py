@@ -1,13 +1,19 @@
 """Draws curves of one run, or of several, as a picture."""
 
-import os
-import pathlib
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.runs.metrics import cannot_write
+
+# Twelve lines that colour-blind readers can distinguish: six colours of Okabe
+# and Ito, then the same ones dashed.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
+_MARK = {'color': '0.45', 'linestyle': '--', 'linewidth': 1}
 
 
 def plot_curve(
@@ -36,29 +42,21 @@ def plot_curve(
     ValueError: a series' x and y differ in length.
     UserError: the disk is full or the folder cannot be written.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  # The object interface: no global state, no window, any thread.
   below = below or {}
-  figure = Figure(
-    figsize=(7, 4.2 + 1.7 * len(below)), dpi=150, layout='constrained'
-  )
-  FigureCanvasAgg(figure)
-  axes, *others = figure.subplots(
-    1 + len(below),
-    sharex=True,
-    squeeze=False,
-    height_ratios=[2.4] + [1] * len(below),
+  ratios = [2.4] + [1] * len(below)
+  figure = _figure(7, 4.2 + 1.7 * len(below))
+  panels = figure.subplots(
+    len(ratios), sharex=True, squeeze=False, height_ratios=ratios
   )[:, 0]
+  axes = panels[0]
   for label, points in series.items():
     _draw(axes, label, *points)
-  for panel, (label, points) in zip(others, below.items(), strict=True):
+  for panel, (label, points) in zip(panels[1:], below.items(), strict=True):
     _draw(panel, label, *points)
     panel.set_ylabel(label)
   for label, x in (marks or {}).items():
-    for panel in (axes, *others):
-      panel.axvline(x, color='0.45', linestyle='--', linewidth=1)
+    for panel in panels:
+      panel.axvline(x, **_MARK)
     axes.annotate(
       label,
       (x, 1),
@@ -71,12 +69,10 @@ def plot_curve(
     )
   axes.set_ylabel(ylabel)
   axes.set_title(title, loc='left', fontsize=11)
-  (axes, *others)[-1].set_xlabel(xlabel)
-  for panel in (axes, *others):
-    _style(panel)
+  panels[-1].set_xlabel(xlabel)
   if len(series) > 1:
     axes.legend(frameon=False, fontsize=9)
-  save_figure(figure, path)
+  _save(figure, path)
 
 
 def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
@@ -102,12 +98,6 @@ class Band(NamedTuple):
   high: np.ndarray
 
 
-# Twelve lines that colour-blind readers can distinguish: six colours of Okabe
-# and Ito, then the same ones dashed.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
-
-
 def plot_bands(
   path,
   panels: Sequence[dict[str, Band]],
@@ -131,15 +121,10 @@ def plot_bands(
     ValueError: the panels' labels differ.
     UserError: the disk is full or the folder cannot be written.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   labels = list(panels[0])
   if any(list(panel) != labels for panel in panels):
     raise ValueError('The panels must have the same labels in the same order.')
-  width = 4.6 * len(panels) + 1.6
-  figure = Figure(figsize=(width, 4.4), dpi=150, layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = _figure(4.6 * len(panels) + 1.6, 4.4)
   row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
   for axes, panel, xlabel in zip(row, panels, xlabels, strict=True):
     for i, (label, band) in enumerate(panel.items()):
@@ -152,19 +137,16 @@ def plot_bands(
       axes.plot(band.x, band.mean, label=label, linewidth=1.7, **style)
     axes.set_xlabel(xlabel)
     axes.margins(x=0.01)
-    _style(axes)
   row[0].set_ylabel(ylabel)
   row[0].set_title(title, loc='left', fontsize=11)
-  handles, labels = row[0].get_legend_handles_labels()
   figure.legend(
-    handles,
-    labels,
+    *row[0].get_legend_handles_labels(),
     loc='outside right center',
     frameon=False,
     fontsize=9,
     handlelength=2.6,
   )
-  save_figure(figure, path)
+  _save(figure, path)
 
 
 class Panel(NamedTuple):
@@ -196,73 +178,69 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
     ValueError: the panels' labels differ.
     UserError: the disk is full or the folder cannot be written.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import LogLocator, NullFormatter
-
   labels = list(panels[0].points)
   if any(set(panel.points) != set(labels) for panel in panels):
     raise ValueError('The panels must have the same labels.')
   width = 2.6 * len(panels) + 0.09 * max(map(len, labels)) + 0.6
-  figure = Figure(
-    figsize=(width, 1.4 + 0.3 * len(labels)), dpi=150, layout='constrained'
-  )
-  FigureCanvasAgg(figure)
+  figure = _figure(width, 1.4 + 0.3 * len(labels))
   row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
   for axes, panel in zip(row, panels, strict=True):
     points = np.array([panel.points[label] for label in labels], float)
     value, low, high = points.T
     if panel.log:
-      axes.set_xscale('log')
       value, high = (np.where(x > 0, x, np.nan) for x in (value, high))
       # An interval that reaches 0 continues to the edge.
       low = np.where(low > 0, low, value / 1e3)
+      _make_logarithmic(axes, value, high)
     places = np.arange(len(labels))
     axes.hlines(places, low, high, color=_COLOURS[0], linewidth=2, alpha=0.45)
     axes.plot(value, places, 'o', color=_COLOURS[0], markersize=4.5)
-    if panel.log and (value > 0).any():
-      edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
-      axes.set_xlim(*edges)
-      narrow = edges[1] < 50 * edges[0]  # labels of many decades would overlap
-      subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
-      axes.xaxis.set_major_locator(LogLocator(subs=subs))
-      axes.xaxis.set_major_formatter('{x:g}')
-      axes.xaxis.set_minor_formatter(NullFormatter())
     if panel.line is not None:
-      axes.axvline(panel.line, color='0.45', linestyle='--', linewidth=1)
+      axes.axvline(panel.line, **_MARK)
     axes.set_xlabel(panel.xlabel, fontsize=9)
     axes.tick_params(labelsize=8)
-    _style(axes)
   row[0].set_yticks(np.arange(len(labels)), labels, fontsize=9)
   row[0].set_ylim(len(labels) - 0.5, -0.5)
   figure.suptitle(title, x=0.01, ha='left', fontsize=11)
-  save_figure(figure, path)
+  _save(figure, path)
 
 
-def _style(axes: Any) -> None:
-  axes.grid(color='0.9', linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right']].set_visible(False)
+def _make_logarithmic(axes: Any, value: np.ndarray, high: np.ndarray) -> None:
+  """Sets a logarithmic axis that ends near the greatest and least values."""
+  from matplotlib.ticker import LogLocator, NullFormatter
+
+  axes.set_xscale('log')
+  if (value > 0).any():
+    edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
+    axes.set_xlim(*edges)
+    narrow = edges[1] < 50 * edges[0]  # labels of many decades would overlap
+    subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def save_figure(figure: Any, path) -> None:
-  """Writes a figure as a PNG; equal figures give equal bytes.
+def _figure(width: float, height: float) -> Any:
+  # The object interface: no global state, no window, any thread.
+  from matplotlib.figure import Figure
 
-  Args:
-    figure: a figure of matplotlib.
-    path: the picture's path; replaced atomically.
+  return Figure(figsize=(width, height), dpi=150, layout='constrained')
+
+
+def _save(figure: Any, path) -> None:
+  """Styles the axes and writes a PNG; equal figures give equal bytes.
 
   Raises:
     UserError: the disk is full or the folder cannot be written.
   """
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
+  for axes in figure.axes:
+    axes.grid(color='0.9', linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+  picture = io.BytesIO()
+  # The version stamp would differ between machines.
+  figure.savefig(picture, format='png', metadata={'Software': None})
   try:
-    try:
-      # The version stamp would differ between machines.
-      figure.savefig(temporary, format='png', metadata={'Software': None})
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    write_atomically(path, picture.getvalue())
   except OSError as error:
-    raise cannot_write(path, error.strerror or error) from error
+    raise cannot_write(path, error.strerror) from error
