@@ -11,8 +11,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxrl_llm.runs.metrics import cannot_write
 from jaxrl_llm.runs.page import visible
 
@@ -28,13 +26,8 @@ _COMPARE = "compare with config.model.attention='xla' and dtype='float32'"
 _EASIER = (
   'begin with easier prompts or a warm start, or fix how the answer is read'
 )
-_RETURN_ZERO = (
-  'one reward without a score leaves a response out: return 0.0 for an '
-  'unreadable answer'
-)
-_READ_FAILURE = (
-  "read the message of the first failure, or raise the reward's timeout and "
-  'memory'
+_READ = (
+  "read the first failure's message, or raise the reward's timeout and memory"
 )
 
 
@@ -44,86 +37,52 @@ class Range(NamedTuple):
   Attributes:
     label: the metric's name in the line.
     metrics: names in the records; their values are added up.
-    bounds: the lowest and the highest healthy value.
-    cause: likely cause and remedy of a value outside.
+    low, high: bounds, themselves healthy.
   """
 
   label: str
   metrics: tuple[str, ...]
-  bounds: tuple[float, float]
-  cause: str
+  low: float
+  high: float
 
   @property
   def healthy(self) -> str:
     """The range in words."""
-    low, high = self.bounds
-    return f'at least {low:g}' if math.isinf(high) else f'{low:g} to {high:g}'
+    if math.isinf(self.high):
+      return f'at least {self.low:g}'
+    return f'{self.low:g} to {self.high:g}'
 
 
 RANGES = (
-  Range(
-    'kl',
-    ('approx_kl',),
-    (0.0, 0.1),
-    'KL run-away: one step moves the policy too far\n'
-    'lower config.optimizer.learning_rate or config.training.epochs',
-  ),
-  Range(
-    'reference_kl',
-    ('kl',),
-    (-0.1, 1.0),
-    'KL run-away: the policy has left its reference\n'
-    "lower the learning rate, or raise the algorithm's kl",
-  ),
-  Range(
-    'clipped',
-    ('clip_ratio/low', 'clip_ratio/high'),
-    (0.0, 0.3),
-    'most of a step is clipped away\n'
-    'lower the learning rate, or take fewer updates per step',
-  ),
-  Range(
-    'sampler',
-    ('log_prob_difference/mean',),
-    (0.0, 0.02),
-    f'sampler and trainer compute different policies\n{_COMPARE}',
-  ),
-  Range(
-    'effective',
-    ('sampler/effective_samples',),
-    (0.3, math.inf),
-    'sampler and trainer differ so much that few responses carry most of the '
-    f'weight\n{_COMPARE}',
-  ),
-  Range(
-    'flat',
-    ('frac_reward_zero_std',),
-    (0.0, 0.9),
-    'most groups have equal rewards and teach nothing\n'
-    'choose prompts of medium pass rate (experiments.label), or raise '
-    'config.rollout.samples',
-  ),
-  Range(
-    'truncated',
-    ('completions/clipped_ratio',),
-    (0.0, 0.5),
-    'most responses are cut off before they end\n'
-    'raise config.rollout.max_tokens; check that the model writes its end '
-    'token at all',
-  ),
-  Range(
-    'explained',
-    ('critic/explained_variance',),
-    (0.0, 1.0),
-    'the critic predicts worse than a constant\n'
-    'raise config.critic.optimizer.learning_rate, or config.critic.warmup',
-  ),
+  Range('kl', ('approx_kl',), 0.0, 0.1),
+  Range('reference_kl', ('kl',), -0.1, 1.0),
+  Range('clipped', ('clip_ratio/low', 'clip_ratio/high'), 0.0, 0.3),
+  Range('sampler', ('log_prob_difference/mean',), 0.0, 0.02),
+  Range('effective', ('sampler/effective_samples',), 0.3, math.inf),
+  Range('flat', ('frac_reward_zero_std',), 0.0, 0.9),
+  Range('truncated', ('completions/clipped_ratio',), 0.0, 0.5),
+  Range('explained', ('critic/explained_variance',), 0.0, 1.0),
 )
-
-# Fraction of the initial mean entropy below which it has collapsed.
-_COLLAPSED = 0.1
-# Multiple of the initial length.
-_GROWN = 2.0
+# Likely cause of a value outside, and remedy, by label.
+CAUSES = {
+  'kl': 'KL run-away: one step moves the policy too far\n'
+  'lower config.optimizer.learning_rate or config.training.epochs',
+  'reference_kl': 'KL run-away: the policy has left its reference\n'
+  "lower the learning rate, or raise the algorithm's kl",
+  'clipped': 'most of a step is clipped away\n'
+  'lower the learning rate, or take fewer updates per step',
+  'sampler': 'sampler and trainer compute different policies\n' + _COMPARE,
+  'effective': 'sampler and trainer differ so much that few responses carry '
+  f'most of the weight\n{_COMPARE}',
+  'flat': 'most groups have equal rewards and teach nothing\n'
+  'choose prompts of medium pass rate (experiments.label), or raise '
+  'config.rollout.samples',
+  'truncated': 'most responses are cut off before they end\n'
+  'raise config.rollout.max_tokens; check that the model writes its end token '
+  'at all',
+  'explained': 'the critic predicts worse than a constant\n'
+  'raise config.critic.optimizer.learning_rate, or config.critic.warmup',
+}
 
 
 class Health(NamedTuple):
@@ -147,30 +106,28 @@ def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
   """
   now, lasting = recent[-1], len(recent) == WINDOW
   checks = _CHECKS if lasting else _AT_ONCE
-  warnings = {name: check(first, recent) for name, check in checks.items()}
-  warnings = {name: visible(text) for name, text in warnings.items() if text}
+  texts = {name: check(first, recent) for name, check in checks.items()}
+  warnings = {name: text for name, text in texts.items() if text}
   # Flat groups are a consequence of these.
   unlearned = warnings.keys() & {'constant', 'unscored'}
-  shown = {} if _finite(now) else {'not': 'finite'}
+  shown = [] if _finite(now) else ['not finite']
   for each in RANGES:
     value = _sum(now, each.metrics)
     if value is None:
       continue
-    shown[each.label] = f'{value:.3g}'
-    mean, (low, high) = _mean(recent, each.metrics), each.bounds
+    shown.append(f'{each.label} {value:.3g}')
+    mean = _mean(recent, each.metrics)
     consequence = each.label == 'flat' and unlearned
-    if lasting and not low <= mean <= high and not consequence:
+    if lasting and not each.low <= mean <= each.high and not consequence:
       warnings[each.label] = (
         f'{" + ".join(each.metrics)} is {mean:.3g} over {WINDOW} steps, '
-        f'healthy is {each.healthy}: {each.cause}'
+        f'healthy is {each.healthy}: {CAUSES[each.label]}'
       )
   for label, names in (('failed', _failed(now)), ('skipped', ['skipped'])):
     count = _sum(now, names)
-    if count is not None:
-      shown[label] = f'{count:g}'
+    shown += [] if count is None else [f'{label} {count:g}']
   state = 'well' if not warnings else 'look: ' + ', '.join(warnings)
-  numbers = ', '.join(f'{label} {value}' for label, value in shown.items())
-  return Health(f'{now["step"]} {state} | {numbers}', warnings)
+  return Health(f'{now["step"]} {state} | {", ".join(shown)}', warnings)
 
 
 class Watch:
@@ -236,7 +193,7 @@ def _mean(records: Sequence[Record], names: Sequence[str]) -> float:
   """Averages the metrics' finite sums over records; NaN if there are none."""
   values = [_sum(record, names) for record in records]
   values = [x for x in values if x is not None and math.isfinite(x)]
-  return float(np.mean(values)) if values else math.nan
+  return sum(values) / len(values) if values else math.nan
 
 
 def _failed(record: Record) -> list[str]:
@@ -267,37 +224,42 @@ def _failing(_, recent) -> str | None:
   for name in sorted({name for record in recent for name in _failed(record)}):
     if all(record.get(name) for record in recent):
       return (
-        f'{name} is above 0 in each of {WINDOW} steps: those responses are '
-        f'left out\n{_READ_FAILURE}'
+        f'{visible(name, keep="")} is above 0 in each of {WINDOW} steps: those '
+        f'responses are left out\n{_READ}'
       )
 
 
 def _unscored(_, recent) -> str | None:
   if not all(math.isnan(record.get('reward', 0.0)) for record in recent):
     return None
-  failed, without = (
-    ', '.join(n for n in _rewards(now, end) if now[f'{n}/{end}'])
-    for now, end in ((recent[-1], 'failed'), (recent[-1], 'none'))
-  )
-  # Where a reward failed, it also counts as having returned none.
+  # A response on which a reward failed counts as one without a score, too.
+  failed, without = (_counted(recent[-1], end) for end in ('failed', 'none'))
   cause = f'{failed} failed' if failed else f'{without} returned None'
-  remedy = _READ_FAILURE if failed else _RETURN_ZERO
-  return f'no response has a score ({cause}), and nothing is learned\n{remedy}'
+  remedy = (
+    'one reward without a score leaves a response out: return 0.0 for an '
+    'unreadable answer'
+  )
+  return (
+    f'no response has a score ({cause}), and nothing is learned\n'
+    f'{_READ if failed else remedy}'
+  )
+
+
+def _counted(record: Record, end: str) -> str:
+  """Returns the rewards for which the metric counts any response."""
+  names = [n for n in _rewards(record, end) if record[f'{n}/{end}']]
+  return visible(', '.join(names), keep='')
 
 
 def _constant_reward(_, recent) -> str | None:
   value = _constant(recent, 'reward', _rewards(recent[-1], 'std'))
   if value is None:
     return None
-  word, remedy = 'never', _EASIER
-  if value > 0:
-    word, remedy = (
-      'always',
-      'the task is solved, or the reward accepts anything',
-    )
+  word = 'always' if value > 0 else 'never'
+  solved = 'the task is solved, or the reward accepts anything'
   return (
     f'the reward {word} pays: {value:g} for every response of {WINDOW} steps\n'
-    f'look at samples.html: {remedy}'
+    f'look at samples.html: {solved if value > 0 else _EASIER}'
   )
 
 
@@ -311,19 +273,13 @@ def _unpaid(first, recent) -> str | None:
     # It has never paid: a penalty that stays at 0 has been learned.
     if values == {0.0}:
       return (
-        f'{part} is 0 for every response so far: unless it is a penalty, it '
-        f'never pays\nlook at samples.html: {_EASIER}'
+        f'{visible(part, keep="")} is 0 for every response so far: unless it is '
+        f'a penalty, it never pays\nlook at samples.html: {_EASIER}'
       )
 
 
 def _constant(records, name: str, parts: Sequence[str]) -> float | None:
-  """Returns the value of a metric that all records share, else None.
-
-  Args:
-    records: steps.
-    name: the metric, a mean over responses.
-    parts: its component rewards, which must be constant as well.
-  """
+  """Returns a mean that all records share, with constant parts; else None."""
   value, *others = {record.get(name) for record in records}
   spreads = [record.get(f'{p}/std', 0.0) for record in records for p in parts]
   # A reward without a score in a step has no deviation either.
@@ -333,7 +289,7 @@ def _constant(records, name: str, parts: Sequence[str]) -> float | None:
 
 def _collapse(first, recent) -> str | None:
   before, now = _mean(first, ['entropy']), _mean(recent, ['entropy'])
-  if now < _COLLAPSED * before:
+  if now < 0.1 * before:
     return (
       f'entropy is {now:.3g} nats, {before:.3g} at the beginning: unless the '
       'task is solved the policy collapses onto a few responses\n'
@@ -346,7 +302,7 @@ def _growth(first, recent) -> str | None:
   names = ['completions/mean_length']
   before, now = _mean(first, names), _mean(recent, names)
   cut = _mean(recent, ['completions/clipped_ratio'])
-  if now > _GROWN * before and cut > 0.1:
+  if now > 2 * before and cut > 0.1:
     return (
       f'responses have {now:.3g} tokens, {before:.3g} at the beginning, and '
       f'{cut:.0%} are cut off: length growth\n'
@@ -355,8 +311,7 @@ def _growth(first, recent) -> str | None:
     )
 
 
-_Check = Callable[[Sequence[Record], Sequence[Record]], str | None]
-_AT_ONCE: dict[str, _Check] = {'skipped': _not_finite, 'unscored': _unscored}
+_AT_ONCE: dict[str, Callable] = {'skipped': _not_finite, 'unscored': _unscored}
 # The others need `WINDOW` steps.
 _CHECKS = _AT_ONCE | {
   'failed': _failing,

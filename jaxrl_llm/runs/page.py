@@ -3,33 +3,24 @@
 import html
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+# The browser's own colours and translucent ones suit a light and a dark page.
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #646a73;
-  --line: #dfe2e6; --paper: #fff; --head: #f5f6f8; --good: #137a3f;
-  --goodbg: #e8f5ec; --bad: #b3261e; --badbg: #fceeed; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa1ab;
-  --line: #363b42; --paper: #16181c; --head: #1f2227; --good: #6fd195;
-  --goodbg: #17301f; --bad: #ff8a80; --badbg: #3a1d1b; } }
-body { margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: var(--ink);
-  background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-p { color: var(--soft); margin: .25rem 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th { background: var(--head); color: var(--soft); font-size: .8rem;
-  font-weight: 600; text-align: left; }
-th, td { border-bottom: 1px solid var(--line); padding: .45rem .6rem;
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 78rem; overflow-wrap: anywhere; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p { margin: .25rem 0; opacity: .75; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th { background: #8882; font-size: .8rem; text-align: left; }
+th, td { border-bottom: 1px solid #8885; padding: .45rem .6rem;
   vertical-align: top; }
 td.text { font: 13px/1.5 ui-monospace, monospace; min-width: 13rem;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-.number { font-variant-numeric: tabular-nums; text-align: right;
-  white-space: nowrap; }
-.good { background: var(--goodbg); color: var(--good); }
-.bad { background: var(--badbg); color: var(--bad); }
+  white-space: pre-wrap; }
+.number { font-variant-numeric: tabular-nums; overflow-wrap: normal;
+  text-align: right; white-space: nowrap; }
+.good { background: #1a54; } .bad { background: #d334; }
 @media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .5rem; }
   th, td { padding: .35rem .3rem; } td.text { min-width: 7.5rem; } }
 """
@@ -73,10 +64,7 @@ def _picture(char):
 
 
 class Cell(NamedTuple):
-  """A cell of a table: its text, and its kind, the class in the page.
-
-  A kind is 'text', 'number', 'number good' or 'number bad'.
-  """
+  """A cell: its text, and 'text', 'number', 'number good' or 'number bad'."""
 
   text: str
   kind: str = 'number'
@@ -113,8 +101,8 @@ def pair_rows(pairs) -> list[list[Cell]]:
   texts = [Cell(name, 'text') for name in ('prompt', 'before', 'after')]
   rows = [[*texts, Cell('reward before'), Cell('reward after')]]
   for old, new in pairs:
-    known = None not in (old.reward, new.reward)
-    change = new.reward - old.reward if known else None
+    lost = None in (old.reward, new.reward)
+    change = None if lost else new.reward - old.reward
     texts = [Cell(x, 'text') for x in (old.prompt, old.response, new.response)]
     rows.append([*texts, _number(old.reward), _number(new.reward, change)])
   return rows
@@ -128,27 +116,19 @@ def _number(value: float | None, change: float | None = None) -> Cell:
   return Cell('–' if value is None else f'{value:.3g}', kind)
 
 
-def render(
-  title: str,
-  latest: Mapping[int, Sequence],
-  counts: tuple[int, int],
-  pairs=(),
-  alone: int = 0,
-) -> str:
+def render(title: str, latest: dict, counts: tuple, pairs, alone: int) -> str:
   """Renders the page.
 
   Args:
     title: the page's heading.
-    latest: samples to show, by step.
+    latest: step → samples to show.
     counts: number of samples and of steps in the file.
     pairs: (before, after) samples of the same prompts.
     alone: number of samples of before or after without a counterpart.
   """
   note = f'{counts[0]} samples of {counts[1]} steps, the latest first.'
   if len(latest) < counts[1]:
-    note += (
-      f' The latest {len(latest)} steps are shown; all are in samples.jsonl.'
-    )
+    note += f' The latest {len(latest)} are shown; all are in samples.jsonl.'
   note += ' Tokens with + : cut off by the limit.'
   parts = [
     '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'

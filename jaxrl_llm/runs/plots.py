@@ -1,6 +1,11 @@
-"""Draws curves of one run, or of several, as a picture."""
+"""Draws curves of one run, or of several, as PNG pictures.
+
+A picture replaces an earlier one atomically.  Equal numbers give equal bytes.
+A full disk, or a folder that cannot be written, raises UserError.
+"""
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +14,11 @@ import numpy as np
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.runs.metrics import cannot_write
 
-# Twelve lines that colour-blind readers can distinguish: six colours of Okabe
-# and Ito, then the same ones dashed.
+# Lines that colour-blind readers can distinguish: six colours of Okabe and Ito,
+# then the same ones dashed and dotted.
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
+_STYLES = [{'linestyle': x, 'color': y} for x in _DASHES for y in _COLOURS]
 _MARK = {'color': '0.45', 'linestyle': '--', 'linewidth': 1}
 
 
@@ -29,10 +35,9 @@ def plot_curve(
   """Draws numbers against steps and saves a PNG.
 
   Args:
-    path: the picture's path; replaced atomically.
+    path: the picture's path.
     series: label -> (x, y), equally long.  NaNs leave gaps.
-    xlabel: with its unit.
-    ylabel: with its unit.
+    xlabel, ylabel: with their units.
     title: one line.
     marks: label -> x of a vertical line, such as the end of a warm start.
     below: label -> (x, y) of further curves, of any scale, each in a panel of
@@ -40,47 +45,35 @@ def plot_curve(
 
   Raises:
     ValueError: a series' x and y differ in length.
-    UserError: the disk is full or the folder cannot be written.
   """
   below = below or {}
-  ratios = [2.4] + [1] * len(below)
-  figure = _figure(7, 4.2 + 1.7 * len(below))
-  panels = figure.subplots(
-    len(ratios), sharex=True, squeeze=False, height_ratios=ratios
-  )[:, 0]
-  axes = panels[0]
-  for label, points in series.items():
-    _draw(axes, label, *points)
-  for panel, (label, points) in zip(panels[1:], below.items(), strict=True):
-    _draw(panel, label, *points)
-    panel.set_ylabel(label)
+  figure, panels = _panels(
+    (7, 4.2 + 1.7 * len(below)),
+    *(1 + len(below), 1),
+    sharex=True,
+    height_ratios=[2.4] + [1] * len(below),
+  )
+  curves = [(panels[0], *curve) for curve in series.items()]
+  for panel, curve in zip(panels[1:], below.items(), strict=True):
+    curves.append((panel, *curve))
+    panel.set_ylabel(curve[0])
+  for panel, label, (x, y) in curves:
+    if len(x) != len(y):
+      raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
+    few = {'marker': 'o', 'markersize': 3.5} if len(x) <= 40 else {}
+    panel.plot(x, y, label=label, linewidth=1.8, **few)
   for label, x in (marks or {}).items():
     for panel in panels:
       panel.axvline(x, **_MARK)
-    axes.annotate(
-      label,
-      (x, 1),
-      xycoords=('data', 'axes fraction'),
-      xytext=(4, -4),
-      textcoords='offset points',
-      va='top',
-      fontsize=8,
-      color='0.35',
-    )
-  axes.set_ylabel(ylabel)
-  axes.set_title(title, loc='left', fontsize=11)
+    place = panels[0].get_xaxis_transform()
+    style = {'va': 'top', 'fontsize': 8, 'color': '0.35'}
+    panels[0].text(x, 0.99, f' {label}', transform=place, **style)
+  panels[0].set_ylabel(ylabel)
+  panels[0].set_title(title, loc='left', fontsize=11)
   panels[-1].set_xlabel(xlabel)
   if len(series) > 1:
-    axes.legend(frameon=False, fontsize=9)
+    panels[0].legend(frameon=False, fontsize=9)
   _save(figure, path)
-
-
-def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
-  """Draws one curve, with markers if there are few points."""
-  if len(x) != len(y):
-    raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
-  marker = 'o' if len(x) <= 40 else None
-  axes.plot(x, y, label=label, linewidth=1.8, marker=marker, markersize=3.5)
 
 
 class Band(NamedTuple):
@@ -111,30 +104,24 @@ def plot_bands(
   The legend, in the order of the first panel, is to the right of all.
 
   Args:
-    path: the picture's path; replaced atomically.
+    path: the picture's path.
     panels: label → `Band`, the same labels in each.
-    xlabels: one per panel, with its unit.
-    ylabel: with its unit.
+    xlabels, ylabel: with units; one of the former per panel.
     title: one line.
 
   Raises:
     ValueError: the panels' labels differ.
-    UserError: the disk is full or the folder cannot be written.
   """
   labels = list(panels[0])
   if any(list(panel) != labels for panel in panels):
     raise ValueError('The panels must have the same labels in the same order.')
-  figure = _figure(4.6 * len(panels) + 1.6, 4.4)
-  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  size = 4.6 * len(panels) + 1.6, 4.4
+  figure, row = _panels(size, 1, len(panels), sharey=True)
   for axes, panel, xlabel in zip(row, panels, xlabels, strict=True):
-    for i, (label, band) in enumerate(panel.items()):
-      dashes, colour = divmod(i, len(_COLOURS))
-      style = {'color': _COLOURS[colour]}
-      axes.fill_between(
-        band.x, band.low, band.high, alpha=0.12, linewidth=0, **style
-      )
-      style['linestyle'] = _DASHES[dashes % len(_DASHES)]
+    for style, (label, band) in zip(itertools.cycle(_STYLES), panel.items()):
       axes.plot(band.x, band.mean, label=label, linewidth=1.7, **style)
+      shade = {'color': style['color'], 'alpha': 0.12, 'linewidth': 0}
+      axes.fill_between(band.x, band.low, band.high, **shade)
     axes.set_xlabel(xlabel)
     axes.margins(x=0.01)
   row[0].set_ylabel(ylabel)
@@ -169,24 +156,22 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
   """Draws several numbers for the same things side by side and saves a PNG.
 
   Args:
-    path: the picture's path; replaced atomically.
+    path: the picture's path.
     panels: one per number; rows are the labels of the first one, from top to
       bottom.
     title: one line.
 
   Raises:
     ValueError: the panels' labels differ.
-    UserError: the disk is full or the folder cannot be written.
   """
   labels = list(panels[0].points)
   if any(set(panel.points) != set(labels) for panel in panels):
     raise ValueError('The panels must have the same labels.')
   width = 2.6 * len(panels) + 0.09 * max(map(len, labels)) + 0.6
-  figure = _figure(width, 1.4 + 0.3 * len(labels))
-  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  size = width, 1.4 + 0.3 * len(labels)
+  figure, row = _panels(size, 1, len(panels), sharey=True)
   for axes, panel in zip(row, panels, strict=True):
-    points = np.array([panel.points[label] for label in labels], float)
-    value, low, high = points.T
+    value, low, high = np.array([panel.points[x] for x in labels], float).T
     if panel.log:
       value, high = (np.where(x > 0, x, np.nan) for x in (value, high))
       # An interval that reaches 0 continues to the edge.
@@ -220,19 +205,17 @@ def _make_logarithmic(axes: Any, value: np.ndarray, high: np.ndarray) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _figure(width: float, height: float) -> Any:
+def _panels(size: tuple[float, float], *shape: int, **options) -> Any:
+  """Returns a figure of a size in inches, and its axes."""
   # The object interface: no global state, no window, any thread.
   from matplotlib.figure import Figure
 
-  return Figure(figsize=(width, height), dpi=150, layout='constrained')
+  figure = Figure(figsize=size, dpi=150, layout='constrained')
+  return figure, figure.subplots(*shape, squeeze=False, **options).ravel()
 
 
 def _save(figure: Any, path) -> None:
-  """Styles the axes and writes a PNG; equal figures give equal bytes.
-
-  Raises:
-    UserError: the disk is full or the folder cannot be written.
-  """
+  """Styles the axes and writes the picture."""
   for axes in figure.axes:
     axes.grid(color='0.9', linewidth=0.8)
     axes.set_axisbelow(True)

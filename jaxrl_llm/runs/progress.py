@@ -37,25 +37,18 @@ class Progress:
 
   def __init__(self, total: int, initial: int = 0, *, stream=None):
     self._stream = sys.stderr if stream is None else stream
-    self._total = total
-    self._step = initial
-    self._bar = None
-    self._silent = False
+    self._total, self._step = total, initial
+    self._bar, self._silent = None, False
     if self._stream.isatty():
       from tqdm import tqdm
 
       with self._or_silent():
-        self._bar = tqdm(
-          total=total,
-          initial=initial,
-          desc='train',
-          file=self._stream,
-          dynamic_ncols=True,
-        )
+        bar = {'desc': 'train', 'total': total, 'initial': initial}
+        self._bar = tqdm(**bar, file=self._stream, dynamic_ncols=True)
 
   def update(self, step: int, **numbers: float) -> None:
     """Moves to a step and shows its numbers, such as `reward=0.4`."""
-    shown = {visible(k, ''): f'{value:.4g}' for k, value in numbers.items()}
+    shown = {visible(k, keep=''): f'{x:.4g}' for k, x in numbers.items()}
     before, self._step = self._step, step
     with self._or_silent():
       if self._bar is not None:
@@ -77,14 +70,10 @@ class Progress:
     with self._or_silent(), tqdm.external_write_mode(self._stream):
       for each in renderables:
         # Rich would break lines at 80 characters, even within paths.
-        whole = isinstance(each, str)
-        text = visible(each) if whole else each
-        console.print(text, markup=False, soft_wrap=whole)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      with self._or_silent():
-        self._bar.close()
+        if isinstance(each, str):
+          console.print(visible(each), markup=False, soft_wrap=True)
+        else:
+          console.print(each)
 
   @contextlib.contextmanager
   def _or_silent(self):
@@ -102,4 +91,6 @@ class Progress:
     return self
 
   def __exit__(self, *exc_info):
-    self.close()
+    with self._or_silent():
+      if self._bar is not None:
+        self._bar.close()

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs import page
-from jaxrl_llm.runs.metrics import (
-  RecordFile,
-  cannot_write,
-  cut,
-  number,
-  read_records,
-)
+from jaxrl_llm.runs import metrics, page
 
 # Steps on the page.
 SHOWN_STEPS = 50
@@ -65,18 +58,18 @@ class SampleLog:
   """
 
   def __init__(self, workdir, resume_step: int | None = None):
-    self._workdir = pathlib.Path(workdir)
-    path = self._workdir / 'samples.jsonl'
+    path = pathlib.Path(workdir) / 'samples.jsonl'
+    self._page = path.with_suffix('.html')
     # What the page shows, so that its cost does not grow with the file.
     self._latest: dict[int, list[Sample]] = {}
     self._steps, self._count = set(), 0
     try:
-      cut(path, resume_step)
+      metrics.cut(path, resume_step)
       for sample in read_samples(path) if path.exists() else ():
         self._keep(sample)
-      self._file = RecordFile(path)
+      self._file = metrics.RecordFile(path)
     except OSError as error:
-      raise cannot_write(path, error.strerror) from error
+      raise metrics.cannot_write(path, error.strerror) from error
 
   def write(self, samples: Sequence[Sample]) -> None:
     """Appends samples, one line each."""
@@ -95,21 +88,13 @@ class SampleLog:
     """Returns when every sample is on the disk; call it before a checkpoint."""
     self._file.sync()
 
-  def close(self) -> None:
-    self._file.close()
-
   def __enter__(self):
     return self
 
   def __exit__(self, *exc_info):
-    self.close()
+    self._file.close()
 
-  def write_html(
-    self,
-    title: str,
-    before: Sequence[Sample] = (),
-    after: Sequence[Sample] = (),
-  ) -> None:
+  def write_html(self, title: str, before=(), after=()) -> None:
     """Writes `samples.html`: the samples of the latest `SHOWN_STEPS` steps.
 
     The page is self-contained: no script, no address outside it.
@@ -126,12 +111,11 @@ class SampleLog:
     pairs = _pairs(before, after)
     alone = len(before) + len(after) - 2 * len(pairs)
     counts = self._count, len(self._steps)
-    path = self._workdir / 'samples.html'
+    text = page.render(title, self._latest, counts, pairs, alone)
     try:
-      text = page.render(title, self._latest, counts, pairs, alone)
-      write_atomically(path, text)
+      write_atomically(self._page, text)
     except OSError as error:
-      raise cannot_write(path, error.strerror) from error
+      raise metrics.cannot_write(self._page, error.strerror) from error
 
 
 def read_samples(path) -> list[Sample]:
@@ -141,7 +125,7 @@ def read_samples(path) -> list[Sample]:
     UserError: a line is not a sample; the message has its number.
   """
   samples = []
-  for count, record in enumerate(read_records(path), 1):
+  for count, record in enumerate(metrics.read_records(path), 1):
     try:
       samples.append(from_record(record))
     except (TypeError, ValueError, OverflowError) as error:
@@ -171,7 +155,7 @@ def to_record(sample: Sample) -> dict:
 
 
 def _forth(value, name):
-  return None if value is None else number(value, name)
+  return None if value is None else metrics.number(value, name)
 
 
 def from_record(record: dict) -> Sample:
@@ -184,47 +168,28 @@ def from_record(record: dict) -> Sample:
   for name, kind in _TYPES.items():
     if type(getattr(sample, name)) is not kind:
       raise TypeError(name)
-  rewards = {name: _back(value) for name, value in sample.rewards.items()}
-  return dataclasses.replace(
-    sample,
-    rewards=rewards,
-    reward=_back(sample.reward),
-    advantage=_back(sample.advantage),
-  )
+  scores = {name: _back(value) for name, value in sample.rewards.items()}
+  totals = {name: _back(record[name]) for name in ('reward', 'advantage')}
+  return dataclasses.replace(sample, rewards=scores, **totals)
 
 
 def _back(value):
-  if value is None:
-    return None
-  if isinstance(value, bool) or isinstance(value, str) != (value in _NUMBERS):
+  if value in _NUMBERS or type(value) in (int, float):
+    return float(value)
+  if value is not None:
     raise ValueError(value)
-  number = float(value)
-  return number if isinstance(value, str) else value
+  return None
 
 
 def sample_table(samples: Sequence[Sample], *, title: str = ''):
-  """Creates a table for a terminal, with the beginning of long texts.
-
-  Args:
-    samples: its rows.
-    title: above the table.
-
-  Returns:
-    A `rich.table.Table`; print it with `Progress.print`.
-  """
+  """Returns a `rich` table of samples, with the beginning of long texts."""
   return _table(title, page.sample_rows(samples))
 
 
 def before_after_table(before: Sequence[Sample], after: Sequence[Sample]):
-  """Creates a table of the responses of two models to the same prompts.
+  """Returns a `rich` table of two models' responses to the same prompts.
 
-  Args:
-    before: one response per prompt.
-    after: responses to the same prompts in the same order; the title reports
-      any that are lost on either side.
-
-  Returns:
-    A `rich.table.Table`.
+  The prompts have one order; the title reports any that are lost on a side.
   """
   title = 'Before and after'
   pairs = _pairs(before, after)
@@ -249,12 +214,8 @@ def _table(title, rows):
   from rich import box
   from rich.table import Table
 
-  table = Table(
-    title=title or None,
-    title_justify='left',
-    box=box.SIMPLE_HEAD,
-    show_lines=True,
-  )
+  table = Table(title=title or None, title_justify='left', show_lines=True)
+  table.box = box.SIMPLE_HEAD
   for index, cell in enumerate(rows[0]):
     is_text = cell.kind == 'text'
     table.add_column(
