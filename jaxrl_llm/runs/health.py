@@ -106,8 +106,7 @@ def assess(first: Sequence[Record], recent: Sequence[Record]) -> Health:
   """
   now, lasting = recent[-1], len(recent) == WINDOW
   checks = _CHECKS if lasting else _AT_ONCE
-  texts = {name: check(first, recent) for name, check in checks.items()}
-  warnings = {name: text for name, text in texts.items() if text}
+  warnings = {k: x for k, f in checks.items() if (x := f(first, recent))}
   # Flat groups are a consequence of these.
   unlearned = warnings.keys() & {'constant', 'unscored'}
   shown = [] if _finite(now) else ['not finite']
@@ -273,8 +272,8 @@ def _unpaid(first, recent) -> str | None:
     # It has never paid: a penalty that stays at 0 has been learned.
     if values == {0.0}:
       return (
-        f'{visible(part, keep="")} is 0 for every response so far: unless it is '
-        f'a penalty, it never pays\nlook at samples.html: {_EASIER}'
+        f'{visible(part, keep="")} is 0 for every response so far: unless it '
+        f'is a penalty, it never pays\nlook at samples.html: {_EASIER}'
       )
 
 
