@@ -82,24 +82,16 @@ def test_each_fault_is_told_alone_and_only_when_it_lasts(name):
   assert told(run((WINDOW, FAULTS[name]), (WINDOW, {}))) == {}
 
 
-@pytest.mark.parametrize('reward, word', [(0.0, 'never'), (-1.0, 'never')])
-def test_a_reward_that_never_pays(reward, word):
-  flat = {'reward': reward, 'rewards/correct/std': 0.0}
+@pytest.mark.parametrize(
+  'reward, word', [(0.0, 'never'), (-1.0, 'never'), (1.0, 'always')]
+)
+def test_a_constant_reward_is_told_without_its_consequence(reward, word):
+  flat = {'reward': reward, 'rewards/correct/std': 0.0, **FAULTS['flat']}
   found = told(run((WINDOW, flat)))
   assert list(found) == ['constant'] and f'{word} pays' in found['constant']
-  varied = run((WINDOW, flat))
+  varied = run((WINDOW, flat | {'frac_reward_zero_std': 0.5}))
   varied[-3]['reward'] = 0.5
   assert told(varied) == {}
-
-
-def test_a_reward_that_always_pays():
-  flat = {'reward': 1.0, 'rewards/correct/std': 0.0}
-  assert 'always pays' in told(run((WINDOW, flat)))['constant']
-
-
-def test_of_a_reward_that_never_pays_its_consequence_is_not_told():
-  flat = {'reward': 0.0, 'rewards/correct/std': 0.0, **FAULTS['flat']}
-  assert list(told(run((WINDOW, flat)))) == ['constant']
 
 
 def test_a_reward_that_never_pays_beside_one_that_does():
@@ -118,23 +110,46 @@ def test_a_reward_that_never_pays_beside_one_that_does():
   assert told(run((2 * WINDOW, right))) == {}
 
 
-def test_no_score_is_told_at_once_with_the_reward_that_gave_none():
+@pytest.mark.parametrize(
+  'failed, cause, remedy',
+  [
+    (0, '(rewards/correct returned None)', 'return 0.0 for'),
+    (32, '(rewards/correct failed)', "read the first failure's message"),
+  ],
+)
+def test_no_score_is_told_at_once_with_its_cause(failed, cause, remedy):
   unscored = {
     **{'reward': math.nan, 'rewards/correct/none': 32},
     **{'rewards/correct/mean': math.nan, 'rewards/correct/std': math.nan},
     **{'rewards/format/none': 0, 'rewards/format/std': 0.4},
-    **{'frac_reward_zero_std': math.nan},
+    **{'frac_reward_zero_std': math.nan, 'rewards/correct/failed': failed},
   }
   for steps in (1, WINDOW):
     found = told(run((steps, unscored)))
-    assert list(found) == ['unscored']
-    assert '(rewards/correct returned None)' in found['unscored']
+    lasts = failed and steps == WINDOW
+    assert list(found) == ['unscored', *['failed'] * bool(lasts)]
+    problem, advice = found['unscored'].split('\n')
+    assert cause in problem and remedy in advice
+    assert ('None' in found['unscored']) == (not failed)
   assert told(run((WINDOW - 1, unscored), (1, {}))) == {}
+
+
+def test_names_in_warnings_act_on_no_terminal():
+  name = 'rewards/\x1b[2J\u202e\n'
+  bad = {f'{name}/failed': 2, f'{name}/none': 2, f'{name}/std': 0.0}
+  bad |= {f'{name}/mean': 0.0, 'rewards/format/std': 0.4}
+  found = told(run((2 * WINDOW, bad)))
+  found |= told(run((1, bad | {'reward': math.nan})))
+  assert list(found) == ['failed', 'unpaid', 'unscored']
+  for text in found.values():
+    assert 'rewards/␛[2J\\u202e␊' in text
+    assert all(line.isprintable() for line in text.split('\n'))
 
 
 def test_advice_names_what_there_is():
   fields = {name for name, _ in checks.leaves(base.get_config())}
-  texts = [each.cause for each in health.RANGES]
+  assert [each.label for each in health.RANGES] == list(health.CAUSES)
+  texts = list(health.CAUSES.values())
   faults = (*FAULTS.values(), {'completions/mean_length': 50.0} | CUT)
   texts += [t for f in faults for t in told(run((10, {}), (10, f))).values()]
   named = re.findall(r'config\.([\w.]+\w)', ' '.join(texts))
@@ -165,34 +180,28 @@ def test_metrics_that_are_not_recorded_are_not_shown():
   assert assess([record], [record]).line == '7 well | skipped 0'
 
 
-def test_a_nan_in_a_mean_is_left_out():
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('critic/explained_variance', math.nan),  # is left out of the mean
+    ('sampler/effective_samples', 1.0000001),  # rounding
+  ],
+)
+def test_values_that_are_well(name, value):
   records = run((WINDOW, {}))
-  records[-1]['critic/explained_variance'] = math.nan
+  records[-1][name] = value
   assert told(records) == {}
 
 
-def test_effective_samples_may_be_rounded_to_above_1():
-  rounded = {'sampler/effective_samples': 1.0000001}
-  assert told(run((WINDOW, rounded))) == {}
-
-
-def test_watch_writes_a_line_per_step_and_tells_what_is_new(tmp_path):
-  records = run((WINDOW, {}), (2 * WINDOW, FAULTS['kl']), (WINDOW, {}))
-  watch, heard = Watch(tmp_path), []
-  for record in records:
-    heard += watch.add(record)
-  lines = (tmp_path / 'health.log').read_text().splitlines()
-  assert [int(line.split()[0]) for line in lines] == list(range(1, 41))
-  assert len(heard) == 1
-  assert re.match(r'step 1\d: approx_kl is 0\.\d+ over 10 steps', heard[0])
-
-
-def test_watch_tells_the_same_again_after_many_steps_alone(tmp_path):
+def test_watch_tells_what_is_new_and_again_after_many_steps(tmp_path):
   now_and_then = [(WINDOW, {}), (WINDOW, FAULTS['kl'])] * 4
   records = run(*now_and_then, (150, {}), (WINDOW, FAULTS['kl']))
   watch = Watch(tmp_path)
   heard = [line for record in records for line in watch.add(record)]
   assert [line.split(':')[0] for line in heard] == ['step 13', 'step 233']
+  assert re.match(r'step 13: approx_kl is 0\.\d+ over 10 steps', heard[0])
+  lines = (tmp_path / 'health.log').read_text().splitlines()
+  assert [int(line.split()[0]) for line in lines] == list(range(1, 241))
 
 
 def test_watch_goes_on_from_records_as_if_nothing_had_happened(tmp_path):
@@ -211,7 +220,18 @@ def test_watch_goes_on_from_records_as_if_nothing_had_happened(tmp_path):
   assert read(part) == read(whole)
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_link_in_place_of_the_file_is_not_followed(tmp_path):
+  target, log = tmp_path / 'target', tmp_path / 'health.log'
+  target.write_text('precious')
+  for link in (log.symlink_to, log.hardlink_to):
+    link(target)
+    watch = Watch(tmp_path, run((1, {})))
+    assert not log.is_symlink() and log.read_text().startswith('1 well')
+    log.unlink()
+  log.symlink_to(target)
+  with pytest.raises(UserError, match='health.log cannot be written'):
+    watch.add(run((1, {}))[0])
+  assert target.read_text() == 'precious'
   with pytest.raises(UserError, match='cannot be written'):
     Watch(tmp_path / 'absent')
 

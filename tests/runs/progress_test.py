@@ -41,7 +41,7 @@ def test_a_stream_that_breaks_silences_the_progress(call, number, terminal):
   calls = {
     'update': lambda: progress.update(10, reward=0.5),
     'print': lambda: progress.print('text'),
-    'close': lambda: progress.close(),
+    'close': lambda: progress.__exit__(),
   }
   with runs.Progress(20, stream=stream) as progress:
     progress.update(9, reward=0.5)
@@ -92,26 +92,26 @@ class _Config:
 
 def test_progress_without_a_terminal_prints_plain_lines():
   stream = io.StringIO()
-  with runs.Progress(23, 3, every=10, label='rl', stream=stream) as progress:
+  with runs.Progress(23, 3, stream=stream) as progress:
     for step in range(4, 24):
-      progress.update(step, reward=step / 23)
-    progress.print('a [bold] word')
+      progress.update(step, **{'r\x1b\u202e\n': step / 23})
+    progress.print('a [bold] word\x1b[2J\u200e')
   assert stream.getvalue().splitlines() == [
-    'rl 10/23  reward 0.4348',
-    'rl 20/23  reward 0.8696',
-    'rl 23/23  reward 1',
-    'a [bold] word',
+    'train 10/23  r␛\\u202e␊ 0.4348',
+    'train 20/23  r␛\\u202e␊ 0.8696',
+    'train 23/23  r␛\\u202e␊ 1',
+    'a [bold] word␛[2J\\u200e',
   ]
 
 
 def test_progress_on_a_terminal_is_a_bar():
-  stream = io.StringIO()
-  stream.isatty = lambda: True
-  with runs.Progress(4, label='rl', stream=stream) as progress:
+  stream = Broken(0, terminal=True)
+  with runs.Progress(4, stream=stream) as progress:
     for step in range(1, 5):
-      progress.update(step, reward=0.5)
+      progress.update(step, **{'reward\u202e': 0.5})
     progress.print('table')
   text = stream.getvalue()
-  assert 'rl: 100%' in text and '4/4' in text and 'reward=0.5' in text
+  assert 'train: 100%' in text and '4/4' in text
+  assert 'reward\\u202e=0.5' in text
   # Behind a bar that another test left open, the cursor goes up a line first.
   assert '\ntable' in text.replace('\r', '\n').replace('\x1b[A', '')

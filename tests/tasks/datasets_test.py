@@ -38,10 +38,11 @@ def error_of(function, *args, **kwargs):
   return text
 
 
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.json'])
-def test_every_format_gives_the_same_rows(tmp_path, name):
+def test_every_format_gives_the_same_rows(tmp_path, name, mark):
   text = json.dumps(ROWS) if name == 'a.json' else lines_of(ROWS) + '\n\n'
-  assert datasets.read_rows(write(tmp_path / name, text)) == EXPECTED
+  assert datasets.read_rows(write(tmp_path / name, mark + text)) == EXPECTED
 
 
 def test_the_prompt_column_can_be_named_and_is_else_found(tmp_path):
@@ -130,12 +131,19 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
     calls.append((name, config, split))
     if name == 'nowhere/none':
       raise ConnectionError('line one\nline two\nline three')
-    return iter([{'question': 'q', 'answer': '#### 7'}])
+    row = {'question': 'q', 'answer': '#### 7'}
+    return iter([row if config else {'problem': 'p', 'solution': '\\boxed{7}'}])
 
   fake = types.SimpleNamespace(load_dataset=load_dataset)
   monkeypatch.setitem(sys.modules, 'datasets', fake)
   assert datasets.gsm8k(None, 'test')[0]['answer'] == '7'
-  assert calls == [('openai/gsm8k', 'main', 'test')]
+  for split in ('train', 'math500'):
+    assert datasets.math(None, split)[0]['answer'] == '7'
+  assert calls == [
+    ('openai/gsm8k', 'main', 'test'),
+    ('DigitalLearningGmbH/MATH-lighteval', None, 'train'),
+    ('HuggingFaceH4/MATH-500', None, 'test'),
+  ]
   text = error_of(datasets.read_hub, 'nowhere/none', 'train')
   assert 'nowhere/none' in text and 'ConnectionError' in text
   monkeypatch.setitem(sys.modules, 'datasets', None)
@@ -165,20 +173,3 @@ def test_math_gives_problem_and_answer(tmp_path):
   assert "'dev'" in error_of(datasets.math, tmp_path, 'dev')
   write(tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'level': 5}))
   assert 'row 0' in error_of(datasets.math, tmp_path, 'test')
-
-
-def test_math_from_the_hub(monkeypatch):
-  asked = []
-
-  def load_dataset(name, config, split):
-    asked.append((name, split))
-    return [{'problem': 'p', 'solution': 'so \\boxed{7}'}]
-
-  module = types.SimpleNamespace(load_dataset=load_dataset)
-  monkeypatch.setitem(sys.modules, 'datasets', module)
-  for split in ('train', 'math500'):
-    assert datasets.math(None, split)[0]['answer'] == '7'
-  assert asked == [
-    ('DigitalLearningGmbH/MATH-lighteval', 'train'),
-    ('HuggingFaceH4/MATH-500', 'test'),
-  ]
