@@ -1,5 +1,6 @@
 """Evaluation of runs and folders, against numbers computed another way."""
 
+import io
 import itertools
 import json
 import shutil
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import scripts
+from rich.console import Console
 
 from experiments import build, evaluate, stored_runs
 from jaxrl_llm.errors import UserError
@@ -24,6 +26,21 @@ def last_record() -> dict:
   return json.loads(lines[-1])
 
 
+def with_rewards(trained, file, source, **rewards):
+  """The run's configuration with rewards that a file defines."""
+  file.write_text(source)
+  config = trained.config.copy_and_resolve_references().unlock()
+  config.rewards = {
+    name: {'name': f'{file}:{name}', **more} for name, more in rewards.items()
+  }
+  return config
+
+
+def assert_mean(interval, values):
+  np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
+  assert interval['low'] <= interval['mean'] <= interval['high']
+
+
 def test_repeats_the_numbers_of_the_run(trained):
   result = evaluate.measure(trained.config, trained.model, metric='correct')
   record = last_record()
@@ -35,49 +52,44 @@ def test_repeats_the_numbers_of_the_run(trained):
 
 
 def test_pass_at_k_counts_subsets(trained, tmp_path):
-  # Whether a response is right is remembered by the reward; pass@k is the mean
-  # over all subsets of k of the n samples.
-  seen = []
-  config = trained.config.copy_and_resolve_references().unlock()
-  reward = tmp_path / 'reward.py'
-  reward.write_text(
-    'calls = []\n\n\n'
-    'def odd(completion_ids, **kwargs):\n'
-    '  scores = [float(sum(ids) % 2) for ids in completion_ids]\n'
-    '  calls.append(scores)\n'
-    '  return scores\n'
-  )
-  config.rewards = {'odd': {'name': f'{reward}:odd'}}
+  # The reward remembers which responses are right; pass@k is the mean over all
+  # subsets of k of the n samples.
+  source = """
+calls = []
+
+
+def odd(completion_ids, **kwargs):
+  calls.extend(float(sum(ids) % 2) for ids in completion_ids)
+  return calls[-len(completion_ids):]
+"""
+  config = with_rewards(trained, tmp_path / 'reward.py', source, odd={})
   changes = dict(samples=4, temperature=1.0, prompts=6, batch=4)
   result = evaluate.measure(config, trained.model, ks=(1, 2, 4), **changes)
-  for scores in sys.modules['user_reward'].calls:
-    seen += scores
-  right = np.array(seen).reshape(6, 4)
+  right = np.array(sys.modules['user_reward'].calls).reshape(6, 4)
   assert 0 < right.mean() < 1
   for k in (1, 2, 4):
     subsets = list(itertools.combinations(range(4), k))
-    expected = np.mean([right[:, s].max(axis=1) for s in subsets])
-    interval = result[f'pass@{k}']
-    np.testing.assert_allclose(interval['mean'], expected, rtol=1e-12)
-    assert interval['low'] <= interval['mean'] <= interval['high']
+    values = [right[:, subset].max(axis=1) for subset in subsets]
+    assert_mean(result[f'pass@{k}'], values)
   assert result['accuracy'] == result['pass@1']
   assert result['samples'] == 4 and result['temperature'] == 1.0
 
 
 def test_maj_at_k_counts_subsets(trained, tmp_path):
   """The answer is the first symbol's number modulo 3, and 1 is right."""
-  reader, reward = tmp_path / 'reader.py', tmp_path / 'mine.py'
+  reader = tmp_path / 'reader.py'
   reader.write_text(
     'def first(text):\n  return ord(text[0]) % 3 if text else None\n'
   )
-  reward.write_text(
-    'calls = []\n\n\n'
-    'def one(completions, **kwargs):\n'
-    '  calls.extend(completions)\n'
-    "  return [float(ord((text or ' ')[0]) % 3 == 1) for text in completions]\n"
-  )
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'one': {'name': f'{reward}:one'}}
+  source = """
+calls = []
+
+
+def one(completions, **kwargs):
+  calls.extend(completions)
+  return [float(ord((text or ' ')[0]) % 3 == 1) for text in completions]
+"""
+  config = with_rewards(trained, tmp_path / 'mine.py', source, one={})
   changes = dict(samples=4, temperature=3.0, prompts=6, batch=4)
   result = evaluate.measure(
     config, trained.model, majs=(1, 3), answer=f'{reader}:first', **changes
@@ -94,9 +106,7 @@ def test_maj_at_k_counts_subsets(trained, tmp_path):
         most = max(counts.values(), default=0)
         tied = [answer for answer in counts if counts[answer] == most]
         values.append(tied.count(1) / len(tied) if tied else 0.0)
-    interval = result[f'maj@{k}']
-    np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
-    assert interval['low'] <= interval['mean'] <= interval['high']
+    assert_mean(result[f'maj@{k}'], values)
   assert result['maj@1'] != result['maj@3']
   assert result['answered'] == np.mean(np.array(answers) >= 0)
 
@@ -125,19 +135,14 @@ def rank(completion_ids, prompts, **kwargs):
 
 def test_best_of_k_counts_subsets(trained, tmp_path):
   """Responses with equal scores of the judge are chosen equally often."""
-  file = tmp_path / 'graded.py'
-  file.write_text(GRADED)
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {
-    'gold': {'name': f'{file}:gold'},
-    'rank': {'name': f'{file}:rank', 'weight': 0.0},
-  }
+  config = with_rewards(
+    trained, tmp_path / 'graded.py', GRADED, gold={}, rank={'weight': 0.0}
+  )
   data = build.dataset(config, trained.model.tokenizer)
   first = [row['prompt'][0] for row in data.held_out]
   changes = dict(samples=4, temperature=3.0, prompts=len(first), batch=4)
-  result = evaluate.measure(
-    config, trained.model, best_of=(1, 2, 4), judge='rank', **changes
-  )
+  changes |= dict(best_of=(1, 2, 4), judge='rank')
+  result = evaluate.measure(config, trained.model, threshold=1.0, **changes)
   seen = {'gold': [], 'rank': []}
   log = (tmp_path / 'graded.py.log').read_text().splitlines()
   for name, scores in map(json.loads, log):
@@ -156,11 +161,22 @@ def test_best_of_k_counts_subsets(trained, tmp_path):
         picks['metric_best_of'].append(np.mean(g[best]))
         picks['judge_best_of'].append(r[subset].max())
     for name, values in picks.items():
-      interval = result[f'{name}@{k}']
-      np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
-      assert interval['low'] <= interval['mean'] <= interval['high']
+      assert_mean(result[f'{name}@{k}'], values)
   means = [result[f'judge_best_of@{k}']['mean'] for k in (1, 2, 4)]
   assert means == sorted(means) and means[0] < means[-1]
+
+  # Without a threshold, a score of a half is neither right nor wrong.
+  asked = dict(ks=(1, 2), majs=(1,), answer='exact_match', greedy=True)
+  graded = evaluate.measure(config, trained.model, **changes, **asked)
+  scored = np.array([text not in '01' for text in first])
+  assert_mean(graded['score'], gold[scored])
+  assert not any(
+    name in graded
+    for name in ('threshold', 'accuracy', 'greedy/accuracy', 'best_of@2')
+    + ('pass@1', 'maj@1', 'answered')
+  )
+  assert graded['greedy/score'] != graded['score']
+  assert graded['metric_best_of@2'] == result['metric_best_of@2']
 
 
 def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
@@ -175,32 +191,35 @@ def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
 
 
 def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
-  file = tmp_path / 'even.py'
-  file.write_text(
+  source = (
     'def even(prompts, completions):\n'
-    '  if int(prompts[0][0]) % 2: raise ValueError("odd")\n'
+    '  if int(prompts[0][0]) % 2: raise ValueError("odd\\u202e")\n'
     '  return [1.0]\n'
   )
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'even': {'name': f'{file}:even', 'workers': 1}}
+  file = tmp_path / 'even.py'
+  config = with_rewards(trained, file, source, even={'workers': 1})
   data = build.dataset(config, trained.model.tokenizer)
   odd = sum(int(row['prompt'][0]) % 2 for row in data.held_out)
-  result = evaluate.measure(
-    config,
-    trained.model,
-    samples=2,
-    temperature=1.0,
-    greedy=True,
-    batch=4,
-  )
+  changes = dict(samples=2, temperature=1.0, greedy=True, batch=4)
+  result = evaluate.measure(config, trained.model, **changes)
   assert 0 < odd < scripts.HELD_OUT
   assert result['rewards/even/failed'] == 2 * odd
   assert result['greedy/rewards/even/failed'] == odd
   assert result['unscored'] == result['greedy/unscored'] == odd
+  # The prompts without a failure are the scored ones.
+  assert result['accuracy']['mean'] == 1.0 and result['reward'] == 1.0
   sampled, greedy = capsys.readouterr().out.splitlines()
   assert sampled.startswith(f'rewards/even: {2 * odd} of the held-out')
   assert greedy.startswith(f'rewards/even: {odd} of the greedy')
-  assert 'by error: ValueError: odd' in sampled
+  assert 'by error: ValueError: odd' in sampled and sampled.isprintable()
+
+
+def test_table_shows_names_as_they_are():
+  console = Console(file=io.StringIO(), width=80)
+  result = {'rewards/[b]n\x1b\u202e': 0.5, 'score': dict(mean=1, low=0, high=2)}
+  console.print(evaluate.table('runs/[i]\u200f', result))
+  text = console.file.getvalue()
+  assert 'rewards/[b]n␛\\u202e' in text and 'runs/[i]\\u200f' in text
 
 
 @pytest.mark.parametrize(
@@ -236,21 +255,6 @@ def test_refusals(arguments, text, trained):
   assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_unscored_prompts_are_counted(trained, tmp_path):
-  reward = tmp_path / 'some.py'
-  reward.write_text(
-    'def some(completions, prompts, **kwargs):\n'
-    '  return [None if p[0] in "01234" else 1.0 for p in prompts]\n'
-  )
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'some': {'name': f'{reward}:some'}}
-  data = build.dataset(config, trained.model.tokenizer)
-  unscored = sum(row['prompt'][0] in '01234' for row in data.held_out)
-  result = evaluate.measure(config, trained.model)
-  assert 0 < unscored == result['unscored'] < scripts.HELD_OUT
-  assert result['accuracy']['mean'] == 1.0 and result['reward'] == 1.0
-
-
 def test_script_on_a_run_and_on_its_export(tmp_path):
   run = scripts.undisturbed()
   listed = sorted(run.rglob('*'))
@@ -276,32 +280,33 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'flags, shown',
+  'flags, shown, missing',
   [
-    ([], ['accuracy', 'step']),
-    (['--maj=1', '--metric=correct'], ['maj@1', 'answered']),
+    (['--metric=correct'], ['accuracy', 'step'], ['pass@', 'maj@', '--thr']),
+    (['--maj=1', '--metric=correct'], ['maj@1', 'answered'], ['pass@']),
     (
       ['--samples=8', '--temperature=1.0', '--k=1,8']
       + ['--maj=4', '--answer=exact_match', '--greedy']
       + ['--best_of=1,4', '--judge=symbols', '--metric=correct'],
       ['pass@1', 'pass@8', 'maj@4', 'greedy/accuracy', 'judge_best_of@4'],
+      [' score'],
     ),
+    (
+      ['--metric=symbols', '--k=1', '--samples=4', '--temperature=3'],
+      ['score', 'symbols gives scores besides 0 and 1', 'pass --threshold'],
+      ['accuracy  '],
+    ),
+    (['--metric=symbols', '--threshold=0.5'], ['accuracy'], [' score']),
   ],
 )
-def test_script_as_it_is_usually_called(flags, shown):
-  run = scripts.undisturbed()
+def test_script_as_it_is_usually_called(flags, shown, missing):
+  run = f'--workdir={scripts.undisturbed()}'
   ended = scripts.run(
-    'evaluate',
-    f'--workdir={run}',
-    '--trust_code',
-    *flags,
-    cache=scripts.cache(),
+    'evaluate', run, '--trust_code', *flags, cache=scripts.cache()
   )
   assert ended.code == 0, ended.err
-  for text in shown:
-    assert text in ended.out
-  assert ('pass@' in ended.out) == any('--k' in flag for flag in flags)
-  assert ('maj@' in ended.out) == any('--maj' in flag for flag in flags)
+  assert [text for text in shown if text not in ended.out] == []
+  assert [text for text in missing if text in ended.out] == []
 
 
 @pytest.mark.parametrize(
