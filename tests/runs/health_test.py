@@ -1,6 +1,5 @@
 """Health lines and warnings, of records made up for one fault each."""
 
-import json
 import math
 import pathlib
 import re
@@ -11,7 +10,7 @@ from experiments import checks
 from experiments.configs import base
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import algorithms
-from jaxrl_llm.runs import WINDOW, Watch, assess, health, read_metrics
+from jaxrl_llm.runs import WINDOW, Watch, assess, health
 
 WELL = {
   'completions/clipped_ratio': 0.05,
@@ -43,9 +42,10 @@ FAULTS = {
   'explained': {'critic/explained_variance': -0.5},
   'failed': {'rewards/correct/failed': 2},
   'entropy': {'entropy': 0.01},
+  'length': {
+    **{'completions/mean_length': 50.0, 'completions/clipped_ratio': 0.3}
+  },
 }
-
-CUT = {'completions/clipped_ratio': 0.3}
 
 
 def run(*parts):
@@ -150,19 +150,12 @@ def test_advice_names_what_there_is():
   fields = {name for name, _ in checks.leaves(base.get_config())}
   assert [each.label for each in health.RANGES] == list(health.CAUSES)
   texts = list(health.CAUSES.values())
-  faults = (*FAULTS.values(), {'completions/mean_length': 50.0} | CUT)
-  texts += [t for f in faults for t in told(run((10, {}), (10, f))).values()]
+  for fault in FAULTS.values():
+    texts += told(run((10, {}), (10, fault))).values()
   named = re.findall(r'config\.([\w.]+\w)', ' '.join(texts))
   assert len(named) > 5 and not set(named) - fields, set(named) - fields
   for recipe in re.findall(r'as (\w+) does', ' '.join(texts)):
     assert hasattr(algorithms, recipe)
-
-
-def test_length_growth_is_told_where_responses_are_cut_off():
-  longer = {'completions/mean_length': 50.0}
-  assert told(run((WINDOW, {}), (WINDOW, longer))) == {}
-  found = told(run((WINDOW, {}), (WINDOW, longer | CUT)))
-  assert list(found) == ['length'] and '50 tokens, 20 at' in found['length']
 
 
 @pytest.mark.parametrize(
@@ -181,16 +174,15 @@ def test_metrics_that_are_not_recorded_are_not_shown():
 
 
 @pytest.mark.parametrize(
-  'name, value',
+  'name, value, steps',
   [
-    ('critic/explained_variance', math.nan),  # is left out of the mean
-    ('sampler/effective_samples', 1.0000001),  # rounding
+    ('critic/explained_variance', math.nan, 1),  # is left out of the mean
+    ('sampler/effective_samples', 1.0000001, WINDOW),  # rounding
+    ('completions/mean_length', 50.0, WINDOW),  # and not cut off
   ],
 )
-def test_values_that_are_well(name, value):
-  records = run((WINDOW, {}))
-  records[-1][name] = value
-  assert told(records) == {}
+def test_values_that_are_well(name, value, steps):
+  assert told(run((WINDOW, {}), (steps, {name: value}))) == {}
 
 
 def test_watch_tells_what_is_new_and_again_after_many_steps(tmp_path):
@@ -206,18 +198,15 @@ def test_watch_tells_what_is_new_and_again_after_many_steps(tmp_path):
 
 def test_watch_goes_on_from_records_as_if_nothing_had_happened(tmp_path):
   records = run((WINDOW, {}), (2 * WINDOW, FAULTS['kl']))
-  whole, part = tmp_path / 'whole', tmp_path / 'part'
-  for folder in (whole, part):
-    folder.mkdir()
-  watch = Watch(whole)
+  log, watch = tmp_path / 'health.log', Watch(tmp_path)
   for record in records:
     watch.add(record)
+  whole = log.read_bytes()
   # It was killed behind step 25, and its checkpoint is of step 17.
-  (part / 'health.log').write_text('left over\n' * 25)
-  watch = Watch(part, records[:17])
+  log.write_text('left over\n' * 25)
+  watch = Watch(tmp_path, records[:17])
   assert [m for r in records[17:] for m in watch.add(r)] == []
-  read = lambda folder: (folder / 'health.log').read_bytes()
-  assert read(part) == read(whole)
+  assert log.read_bytes() == whole
 
 
 def test_a_link_in_place_of_the_file_is_not_followed(tmp_path):
@@ -237,16 +226,8 @@ def test_a_link_in_place_of_the_file_is_not_followed(tmp_path):
 
 
 def test_docs_have_the_ranges():
-  docs = pathlib.Path(__file__).parents[2] / 'docs' / 'metrics.md'
-  text = docs.read_text()
+  text = (pathlib.Path(__file__).parents[2] / 'docs/metrics.md').read_text()
   for each in health.RANGES:
     names = ' + '.join(f'`{name}`' for name in each.metrics)
     row = f'| {each.label} | {names} | {each.healthy} |'
     assert row in text, row
-
-
-def test_a_file_of_records_reads_back(tmp_path):
-  path = tmp_path / 'metrics.jsonl'
-  path.write_text(json.dumps({'step': 1, 'loss': 'nan', 'skipped': 1}) + '\n')
-  (record,) = read_metrics(path)
-  assert list(assess([record], [record]).warnings) == ['skipped']

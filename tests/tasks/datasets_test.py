@@ -10,13 +10,13 @@ import pytest
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import datasets
 
-ROWS = [
-  {'question': 'one\u2028line', 'answer': 1, 'tags': ['a']},
-  {'question': 'two', 'answer': '2'},
-]
 EXPECTED = [
   {'prompt': 'one\u2028line', 'answer': 1, 'tags': ['a']},
   {'prompt': 'two', 'answer': '2'},
+]
+ROWS = [
+  {'question' if k == 'prompt' else k: value for k, value in row.items()}
+  for row in EXPECTED
 ]
 
 
@@ -48,9 +48,8 @@ def test_every_format_gives_the_same_rows(tmp_path, name, mark):
 def test_the_prompt_column_can_be_named_and_is_else_found(tmp_path):
   row = {'problem': 'p', 'question': 'q', 'text': 't'}
   path = write(tmp_path / 'a.jsonl', json.dumps(row))
-  assert datasets.read_rows(path) == [
-    {'prompt': 'q', 'problem': 'p', 'text': 't'}
-  ]
+  (found,) = datasets.read_rows(path)
+  assert found == {'prompt': 'q', 'problem': 'p', 'text': 't'}
   assert datasets.read_rows(path, 'text')[0]['prompt'] == 't'
   text = error_of(datasets.read_rows, path, 'body')
   assert 'a.jsonl, line 1' in text and 'body' in text and 'question' in text
@@ -96,13 +95,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_real_files_are_read(shared):
   data = shared / 'data'
-  counts = {
-    'math/train.json': 7474,
-    'math/math500.jsonl': 500,
-    'arithmetic_sequence/test.jsonl': 200,
-    'human_eval/HumanEval.jsonl.gz': 164,
-  }
-  for name, count in counts.items():
+  names = (
+    'math/train.json',
+    'math/math500.jsonl',
+    'human_eval/HumanEval.jsonl.gz',
+  )
+  for name, count in zip(names, (7474, 500, 164), strict=True):
     rows = datasets.read_rows(data / name)
     assert len(rows) == count
     assert all(isinstance(row['prompt'], str) for row in rows)
@@ -111,13 +109,9 @@ def test_real_files_are_read(shared):
 def test_gsm8k_gives_question_number_and_solution(tmp_path):
   row = {'question': 'How many?', 'answer': 'a\n#### 1,200'}
   write(tmp_path / 'test.jsonl', json.dumps(row))
-  assert datasets.gsm8k(tmp_path, 'test') == [
-    {
-      'prompt': 'How many?',
-      'answer': '1200',
-      'solution': 'a\n#### 1,200',
-    }
-  ]
+  (found,) = datasets.gsm8k(tmp_path, 'test')
+  expected = {'prompt': 'How many?', 'answer': '1200'}
+  assert found == expected | {'solution': row['answer']}
   assert 'train.jsonl' in error_of(datasets.gsm8k, tmp_path, 'train')
   assert "'dev'" in error_of(datasets.gsm8k, tmp_path, 'dev')
   write(tmp_path / 'test.jsonl', json.dumps({'question': 'q', 'answer': '5'}))
@@ -158,9 +152,8 @@ def test_math_gives_problem_and_answer(tmp_path):
   ]
   write(tmp_path / 'train.json', json.dumps(train))
   solution = 'As \\boxed{1}, it is $\\boxed{\\frac{1}{2}}$.'
-  write(
-    tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'solution': solution})
-  )
+  test = {'problem': 'p', 'solution': solution}
+  write(tmp_path / 'test.jsonl', json.dumps(test))
   assert datasets.math(tmp_path, 'train') == [
     {'prompt': 'p', 'answer': '\\frac12', 'difficulty': 1},
     {'prompt': 'q', 'answer': None, 'difficulty': 4},
