@@ -13,27 +13,17 @@ from jaxrl_llm.estimators import algorithms
 from jaxrl_llm.runs import WINDOW, Watch, assess, health
 
 WELL = {
-  'completions/clipped_ratio': 0.05,
-  'completions/mean_length': 20.0,
-  'frac_reward_zero_std': 0.3,
-  'reward': 0.4,
-  'rewards/correct/std': 0.49,
-  'rewards/correct/failed': 0,
-  'approx_kl': 0.003,
-  'clip_ratio/low': 0.01,
-  'clip_ratio/high': 0.02,
-  'entropy': 1.2,
-  'kl': 0.02,
-  'critic/explained_variance': 0.5,
-  'sampler/effective_samples': 0.9,
-  'grad_norm': 0.7,
-  'loss': 0.01,
-  'log_prob_difference/mean': 2e-7,
+  **{'completions/clipped_ratio': 0.05, 'completions/mean_length': 20.0},
+  **{'frac_reward_zero_std': 0.3, 'reward': 0.4, 'rewards/correct/std': 0.49},
+  **{'rewards/correct/failed': 0, 'approx_kl': 0.003, 'kl': 0.02},
+  **{'clip_ratio/low': 0.01, 'clip_ratio/high': 0.02, 'entropy': 1.2},
+  **{'critic/explained_variance': 0.5, 'sampler/effective_samples': 0.9},
+  **{'grad_norm': 0.7, 'loss': 0.01, 'log_prob_difference/mean': 2e-7},
   'skipped': 0,
 }
+LENGTHS = 'completions/mean_length', 'completions/clipped_ratio'
 FAULTS = {
-  'kl': {'approx_kl': 0.4},
-  'reference_kl': {'kl': 3.0},
+  **{'kl': {'approx_kl': 0.4}, 'reference_kl': {'kl': 3.0}},
   'clipped': {'clip_ratio/low': 0.2, 'clip_ratio/high': 0.2},
   'sampler': {'log_prob_difference/mean': 0.1},
   'effective': {'sampler/effective_samples': 0.05},
@@ -42,9 +32,7 @@ FAULTS = {
   'explained': {'critic/explained_variance': -0.5},
   'failed': {'rewards/correct/failed': 2},
   'entropy': {'entropy': 0.01},
-  'length': {
-    **{'completions/mean_length': 50.0, 'completions/clipped_ratio': 0.3}
-  },
+  'length': dict(zip(LENGTHS, (50.0, 0.3), strict=True)),
 }
 
 
@@ -61,7 +49,7 @@ def told(records):
   return assess(records[:WINDOW], records[-WINDOW:]).warnings
 
 
-def test_a_healthy_run_is_well():
+def test_a_healthy_run_is_well_and_shows_what_it_records():
   found = assess(run((WINDOW, {})), run((3 * WINDOW, {}))[-WINDOW:])
   assert found.warnings == {}
   assert found.line == (
@@ -69,6 +57,8 @@ def test_a_healthy_run_is_well():
     'effective 0.9, flat 0.3, truncated 0.05, explained 0.5, failed 0, '
     'skipped 0'
   )
+  record = {'step': 7, 'loss': 0.3, 'grad_norm': 1.0, 'skipped': 0}
+  assert assess([record], [record]).line == '7 well | skipped 0'
 
 
 @pytest.mark.parametrize('name', FAULTS)
@@ -166,11 +156,6 @@ def test_what_is_not_finite_is_told_at_once(changes):
   found = assess(run((1, {})), run((1, changes)))
   assert list(found.warnings) == ['skipped']
   assert found.line.startswith('1 look: skipped | ')
-
-
-def test_metrics_that_are_not_recorded_are_not_shown():
-  record = {'step': 7, 'loss': 0.3, 'grad_norm': 1.0, 'skipped': 0}
-  assert assess([record], [record]).line == '7 well | skipped 0'
 
 
 @pytest.mark.parametrize(

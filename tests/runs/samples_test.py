@@ -1,5 +1,6 @@
 """Tables and pages of samples, also of files that were edited or cut short."""
 
+import dataclasses
 import html.parser
 import io
 import json
@@ -17,17 +18,9 @@ from jaxrl_llm.runs.samples import SHOWN_STEPS
 
 
 def sample(step=1, response='4', **changes):
-  values = {
-    'step': step,
-    'prompt': '2 + 2 =',
-    'response': response,
-    'rewards': {'exact': 1.0, 'format': 0.5},
-    'reward': 1.5,
-    'advantage': 0.25,
-    'tokens': 1,
-    'finished': True,
-  }
-  return Sample(**{**values, **changes})
+  rewards = {'exact': 1.0, 'format': 0.5}
+  made = Sample(step, '2 + 2 =', response, rewards, 1.5, 0.25, 1, True)
+  return dataclasses.replace(made, **changes)
 
 
 HOSTILE = (
@@ -148,16 +141,10 @@ def test_page_separates_training_from_held_out_samples(tmp_path):
   assert training.startswith('4, training<') and 'trained' in training
   assert others.startswith('4, held out<') and 'held</td>' in others
   assert 'advantage' in training and 'advantage' not in others
-
-
-def test_page_colours_advantages(tmp_path):
-  rows = [sample(1, advantage=a) for a in (3.0, -3.0, 0.0, math.nan)]
-  cells = page_of(tmp_path, rows).cells
-  at = [text for _, text in cells].index('advantage')
-  assert [tuple(cell) for cell in cells[at :: at + 2]][1:] == [
-    *(('number good', '3'), ('number bad', '-3')),
-    *(('number', '0'), ('number', 'nan')),
-  ]
+  rows = [sample(advantage=a) for a in (3.0, -3.0, 0.0, math.nan)]
+  found = page_of(tmp_path, rows).cells[7:]
+  assert ['number good', '3'] in found and ['number bad', '-3'] in found
+  assert ['number', '0'] in found and ['number', 'nan'] in found
 
 
 def test_table_on_screen():
@@ -180,7 +167,7 @@ def test_table_on_screen():
   'change',
   [
     *({'step': value} for value in (True, 1.0, '1', None, [1])),
-    *({'tokens': value} for value in ('<b>7</b>', None, 7.5)),
+    *({'tokens': value} for value in ('<b>7</b>', None, 7.5, True)),
     *({'prompt': value} for value in (None, 3, ['<b>'])),
     *({'finished': 1}, {'response': {}}, {'rewards': [1.0]}, {'more': 1}),
     *({'reward': value} for value in ('1', '<b>', True, [1.0], 10**400)),
@@ -208,7 +195,7 @@ def test_what_is_no_sample_is_named(change, tmp_path):
     ('abc', 'a', 'a'),  # the last lines are gone
     ('abc', 'ac', 'ac'),
     ('bc', 'ab', 'b'),
-    ('abcabc', 'abc', 'abc'),  # doubled
+    ('abcabc', 'abcabd', 'abcab'),
     ('ab', 'cd', ''),
   ],
 )
@@ -226,11 +213,12 @@ def test_what_has_no_counterpart_is_left_out_and_counted(
   text = draw(table, width=200)
   total = len(before) + len(after) - len(pairs)
   lost = f'({len(pairs)} of {total}: samples.jsonl lacks the rest)'
-  assert (lost in text) == (total > len(pairs))
+  assert (lost in text) == (total > len(pairs)) and len(table.rows) == len(
+    pairs
+  )
   for prompt in pairs:
     shown = f'{new_reward[prompt]:g}'
     assert re.search(f'{prompt} +{prompt}0 +{prompt}2 +1.5 +{shown} ', text)
-  assert len(table.rows) == len(pairs)
   parsed = page_of(tmp_path, old + new, old, new)
   lost = f'{total - len(pairs)} held-out prompts lack a sample of'
   assert (lost in parsed.text) == (total > len(pairs))
