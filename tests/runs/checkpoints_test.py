@@ -23,7 +23,7 @@ META = {'config': {'lr': 1e-3, 'sizes': [1, 2]}, 'cursor': 7}
 def make_state(seed=0):
   key = jax.random.key(seed)
   params = {
-    'layers': {'w': jax.random.normal(key, (2, 8, 4))},
+    'layers': {'w': jax.random.normal(key, (2, 64, 16))},
     'head': jax.random.normal(key, (4, 3)).astype(jnp.bfloat16),
   }
   return {
