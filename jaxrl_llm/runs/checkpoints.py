@@ -9,15 +9,11 @@ that fails is skipped in favour of the one before.
     folder/00000120/manifest/   JSON, committed together with them
     folder/00000140.orbax-checkpoint-tmp…  an interrupted save or removal
 
-Orbax's `training.Checkpointer` would create the folder and wait for all
-processes even to read, and remove a step before the next is on the disk.
-
 Several processes make the same calls in the same order, on a shared folder.
 Each writes and reads its shards; only process 0 decides which steps exist.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -107,8 +103,7 @@ class Checkpoints(contextlib.AbstractContextManager):
           'process 0.\nStart all with the same program, flags and data.'
         )
     manifest['sha256'] = _sha256(manifest)
-    replace = functools.partial(self._replace, manifest)
-    if processes.on_main(replace, f'checkpoint {step}'):
+    if processes.on_main(lambda: self._replace(manifest), f'step {step}'):
       return self._committed(manifest)
     try:
       response = orbax_io.start_save(self._path(step), state, manifest)
@@ -142,7 +137,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       sync_folder(self.folder.parent)
 
   def poll(self) -> None:
-    """Reports a save that has ended or failed, as `wait` does."""
+    """Does what `wait` does if the running save has ended or failed."""
     if self._pending is not None:
       running = not self._pending[1].done()
       if not processes.agree(running, 'a running save'):
@@ -152,7 +147,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Waits for the running save, then removes steps that need not be kept.
 
     Raises:
-      UserError: the save failed.  The steps before it are untouched.
+      UserError: the save failed; the steps before it are untouched.
     """
     if self._pending is not None:
       (manifest, finished), self._pending = self._pending, None
@@ -234,7 +229,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       if not failures:
         return None
       raise UserError(
-        f'No checkpoint in {self.folder} can be used.\n'
+        f'No checkpoint in {self.folder} verifies.\n'
         f'{"; ".join(failures.values())}.\n'
         'Restore the folder from a copy, or start afresh in another one.'
       )
@@ -261,9 +256,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         f'\n{"; ".join(problems[:2])}{more}.\n'
         'Use the configuration it was saved with, or another folder.'
       )
-    read = functools.partial(self._in_all, step, 'state')
-    state = read(orbax_io.load_state, self._path(step), template, part)
-    loaded = read(describe, named_leaves(state))
+    source = self._path(step), template, part
+    state = self._in_all(step, 'state', orbax_io.load_state, *source)
+    loaded = self._in_all(step, 'state', describe, named_leaves(state))
     for name, leaf in stored.items():
       if loaded.get(name) != leaf:
         raise _BrokenError(f'the content of {name} has changed')

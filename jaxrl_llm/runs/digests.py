@@ -43,7 +43,8 @@ def describe(leaves: dict) -> dict:
   for name, leaf in leaves.items():
     # One at a time: full devices of several processes wait for each other.
     lanes = ''.join(f'{lane:08x}' for lane in np.asarray(digest(leaf)))
-    described[name] = {**_form(leaf), 'digest': lanes}
+    form = {'dtype': str(leaf.dtype), 'shape': list(leaf.shape)}
+    described[name] = {**form, 'digest': lanes}
   return described
 
 
@@ -54,22 +55,14 @@ def differences(stored: dict, wanted: dict) -> list[str]:
     stored: as `describe` returns them.
     wanted: arrays or their shapes, by name.
   """
-  missing = [name for name in wanted if name not in stored]
-  problems = [f'{name} is missing from it' for name in missing]
-  for name, leaf in stored.items():
-    if name not in wanted:
-      problems.append(f'{name} is in it only')
-    elif leaf != {**leaf, **_form(wanted[name])}:
-      form = _form(wanted[name])
-      problems.append(
-        f'{name} is {leaf["dtype"]}{leaf["shape"]} in it, '
-        f'the program wants {form["dtype"]}{form["shape"]}'
-      )
-  return problems
-
-
-def _form(leaf) -> dict:
-  return {'dtype': str(leaf.dtype), 'shape': list(leaf.shape)}
+  there = {n: f'{x["dtype"]}{x["shape"]}' for n, x in stored.items()}
+  here = {n: f'{x.dtype}{list(x.shape)}' for n, x in wanted.items()}
+  return [
+    f'{name} is {there.get(name, "missing")} in it, '
+    f'the program wants {here.get(name, "none")}'
+    for name in {**here, **there}
+    if here.get(name) != there.get(name)
+  ]
 
 
 def digest(array) -> jax.Array:

@@ -11,7 +11,6 @@ import os
 import re
 
 import jax
-import numpy as np
 
 from jaxrl_llm import processes
 from jaxrl_llm.atomic import write_atomically
@@ -37,7 +36,14 @@ def start_save(path, state, manifest: dict):
   # Each thread of a failed save logs the error that `result` raises.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   content = {'state': jax.tree.map(_as_global, state), 'manifest': manifest}
-  with _context():
+  registry = ocp.handlers.local_registry()
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  # Created in the background, the folder of a save that fails early leaves
+  # threads that wait for it for 20 minutes.
+  context.async_options.create_directories_asynchronously = False
+  with context:
     return ocp.save_checkpointables_async(path, content)
 
 
@@ -55,7 +61,9 @@ def load_state(path, template, part: bool = False):
     sharding = getattr(x, 'sharding', None) or default
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  context = _context(alone=True)
+  context, process = ocp.Context(), processes.index()
+  context.multiprocessing_options.active_processes = {process}
+  context.multiprocessing_options.primary_host = process
   context.pytree_options.loading.partial_load = part
   with context:
     wanted = {'state': jax.tree.map(abstract, template)}
@@ -104,33 +112,10 @@ def one_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {text}'
 
 
-def _context(alone: bool = False):
-  """Returns Orbax's context; `alone` it waits for no other process."""
-  from orbax.checkpoint import v1 as ocp
-
-  context = ocp.Context()
-  context.checkpointables.registry = ocp.handlers.local_registry()
-  context.checkpointables.registry.add(
-    ocp.handlers.JsonHandler, checkpointable_name='manifest'
-  )
-  # Created in the background, the folder of a save that fails early leaves
-  # threads that wait for it for 20 minutes.
-  context.async_options.create_directories_asynchronously = False
-  if alone:
-    process = processes.index()
-    context.multiprocessing_options.active_processes = {process}
-    context.multiprocessing_options.primary_host = process
-  return context
-
-
 def _as_global(x):
   """Turns an array that only this process holds into one that all hold."""
   if processes.count() == 1 or not getattr(x, 'is_fully_addressable', True):
     return x
   mesh = jax.sharding.Mesh(jax.devices(), 'all')
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    data = _as_global(jax.random.key_data(x))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-  value = np.asarray(x)
-  return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+  spec = jax.sharding.PartitionSpec()
+  return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))

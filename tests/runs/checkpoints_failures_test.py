@@ -147,7 +147,7 @@ def test_nothing_left_is_an_error(tmp_path, sound):
   shutil.rmtree(folder / '00000001' / 'state')
   manifest_of(folder, 2).write_text('')
   with Checkpoints(folder) as checkpoints:
-    with pytest.raises(UserError, match='No checkpoint in') as error:
+    with pytest.raises(UserError, match='verifies') as error:
       checkpoints.restore(make_state(0))
     assert 'step 2 does' in str(error.value) and 'step 1 ' in str(error.value)
     assert len(lines(error)) == 3

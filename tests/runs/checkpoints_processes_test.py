@@ -84,8 +84,10 @@ def template(fsdp, tensor):
   }
 
 
-def assert_holds(state, step):
+def assert_holds(state, step, fsdp, tensor):
   """Asserts that this process's shards are the host's, bit for bit."""
+  for name, sharding in shardings(fsdp, tensor).items():
+    assert state[name].sharding == sharding, name
   for name, value in host_state(step).items():
     assert state[name].dtype == value.dtype, name
     for shard in state[name].addressable_shards:
@@ -111,7 +113,7 @@ def restore(index, folder, *meshes):
     with Checkpoints(folder) as checkpoints:
       step, state, metadata = checkpoints.restore(template(fsdp, tensor))
       assert (step, metadata) == (4, {'seconds': 0, 'step': 4})
-      assert_holds(state, 4)
+      assert_holds(state, 4, fsdp, tensor)
 
 
 def two_processes(index, folder):
@@ -129,7 +131,7 @@ def two_processes(index, folder):
   with Checkpoints(folder) as checkpoints:
     step, state, _ = checkpoints.restore(template(1, 8))
     assert (step, checkpoints.steps()) == (3, [1, 3])
-    assert_holds(state, 3)
+    assert_holds(state, 3, 1, 8)
     checkpoints.save(5, device_state(5, 1, 8), {})
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3, 5]
@@ -164,7 +166,7 @@ def test_two_processes_to_one(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     step, state, _ = checkpoints.restore(template(1, 1))
   assert step == 5
-  assert_holds(state, 5)
+  assert_holds(state, 5, 1, 1)
 
 
 def eight_devices(index, folder):
