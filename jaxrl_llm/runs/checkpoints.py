@@ -51,9 +51,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       Otherwise the remains of interrupted saves are removed at once.
   """
 
-  def __init__(
-    self, folder, keep_latest: int = 2, keep_best: int = 1, *, read_only=False
-  ):
+  def __init__(self, folder, keep_latest=2, keep_best=1, *, read_only=False):
     self.folder = pathlib.Path(folder).absolute()
     self._keep = keep_latest, keep_best
     self._read_only = read_only
@@ -67,9 +65,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   def __exit__(self, *exc_info):
     self.wait()
 
-  def save(
-    self, step: int, state, metadata: dict, metric: float | None = None
-  ) -> None:
+  def save(self, step: int, state, metadata: dict, metric=None) -> None:
     """Starts to save a step, after waiting for the save before it.
 
     Returns once the arrays are copied or held, so that the caller may donate
@@ -80,7 +76,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       step: the counter that names the checkpoint, 0 or more.
       state: a tree of arrays, PRNG keys included.
       metadata: JSON values (tuples come back as lists).
-      metric: higher is better.
+      metric: a number, where higher is better, or None.
 
     Raises:
       UserError: this save or the one before it failed (a full disk, say), or
@@ -212,12 +208,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     self.wait()
     steps, failures = self.steps(), {}
-    if step is not None and step not in steps:
-      raise UserError(
-        f'There is no checkpoint step {step} in {self.folder}.\n'
-        f'Choose one of {steps}.'
-      )
     if step is not None:
+      if step not in steps:
+        raise UserError(
+          f'There is no checkpoint step {step} in {self.folder}.\n'
+          f'Choose one of {steps}.'
+        )
       steps = [step]
     for step in reversed(steps):
       try:
