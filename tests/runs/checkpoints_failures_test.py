@@ -213,7 +213,7 @@ def test_a_removal_that_is_killed_leaves_no_step_in_part(
 # A limit on the size of files stands in for a full disk: the write of the data
 # fails in Orbax's own thread, and small files can still be written.
 FULL = """
-import resource, sys, time
+import os, resource, sys, time
 import jax, jax.numpy as jnp
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -230,6 +230,7 @@ try:
   print('no error')
 except UserError as error:
   print(error)
+  print(os.listdir(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 checkpoints.save(3, x, {})
 checkpoints.wait()
@@ -241,22 +242,24 @@ def test_a_failed_write_is_reported_and_leaves_nothing(tmp_path):
   result = run_script(FULL, tmp_path)
   assert (result.returncode, result.stderr) == (0, '')
   out = result.stdout.splitlines()
-  assert len(out) == 4, result.stdout
+  assert len(out) == 5, result.stdout
   assert 'Saving checkpoint step 2' in out[0]
   assert 'too large' in out[1].lower()
   assert 'Steps kept: [1].' in out[2]
-  assert out[3] == '[1, 3] 3'
+  assert out[3:] == ["['00000001']", '[1, 3] 3']
   assert names(tmp_path) == ['00000001', '00000003']
 
 
-@pytest.mark.parametrize('parent', ['file', 'absent'])
-def test_a_folder_that_cannot_be_made_is_reported_at_once(tmp_path, parent):
-  """A folder that was removed is not made again."""
+@pytest.mark.parametrize(
+  'folder, size', [('file/c', 2), ('absent/c', 2), ('', 0)]
+)
+def test_a_save_that_cannot_begin_is_reported_at_once(tmp_path, folder, size):
+  """A folder that was removed is not made again; Orbax refuses size 0."""
   (tmp_path / 'file').write_text('')
-  checkpoints = Checkpoints(tmp_path / parent / 'c')
+  checkpoints = Checkpoints(tmp_path / folder)
   threads = threading.active_count()
   with pytest.raises(UserError, match='Saving checkpoint step 1') as error:
-    checkpoints.save(1, STATE, {})
+    checkpoints.save(1, {'x': jnp.zeros(size)}, {})
   assert len(lines(error)) == 3
   assert threading.active_count() <= threads
   assert names(tmp_path) == ['file']

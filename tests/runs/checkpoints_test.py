@@ -132,13 +132,13 @@ def test_steps_may_hold_different_trees(tmp_path):
 
 
 def test_keeps_latest_and_best(tmp_path):
-  metrics = [0.1, 0.9, float('nan'), 0.2, None, 0.9, 0.3, 0.0]
+  metrics = [float('nan'), 0.9, float('nan'), 0.2, None, 0.9, 0.3, 0.0]
   state = {'x': jnp.zeros(2)}
   with Checkpoints(tmp_path, keep_latest=2, keep_best=2) as checkpoints:
-    assert checkpoints.best_step() is None
     for step, metric in enumerate(metrics):
+      assert step > 2 or checkpoints.best_step() == (None, None, 1)[step]
       checkpoints.save(step, state, {}, metric=metric)
-    checkpoints.wait()
+      checkpoints.wait()
     assert checkpoints.steps() == [1, 5, 6, 7]
   with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
     assert checkpoints.best_step() == 5
@@ -203,14 +203,18 @@ def test_a_step_with_equal_arrays_gets_a_new_manifest(
   assert names(manifest.parent) == ['data.json']
 
 
-@pytest.mark.parametrize('seed, verified', [(1, False), (5, True), (5, False)])
+@pytest.mark.parametrize(
+  'seed, verified', [(1, ''), (1, 'part'), (5, 'whole'), (5, '')]
+)
 def test_a_step_that_differs_or_was_not_verified_is_saved_anew(
   tmp_path, seed, verified
 ):
   save_steps(tmp_path, [0, 1])
   before = times(tmp_path / '00000001' / 'state')
   with Checkpoints(tmp_path) as checkpoints:
-    if verified:
+    if verified == 'part':
+      checkpoints.restore({'mask': make_state()['mask']}, part=True)
+    elif verified:
       checkpoints.restore(abstract(make_state()))
     checkpoints.save(1, make_state(seed), META)
     step, restored, metadata = checkpoints.restore(make_state())
