@@ -33,7 +33,7 @@ def main(model_path, data_path):
   trainer = training.online(
     config,
     tokenizer,
-    est.rloo(),  # or est.trepo(), est.remax(), est.dapo(), …
+    est.rloo(),  # or est.trepo(), est.remax(), est.dr_grpo(MAX_TOKENS), …
     training.adamw(3e-4),
     [contains_answer],
     rollouts.Generation(
@@ -49,12 +49,12 @@ def main(model_path, data_path):
       state, source.batch(step), jax.random.fold_in(key, step)
     )
     reward = metrics['reward']
-    print(f'{step:4} {reward:6.3f} {"█" * round(40 * reward)}', flush=True)
+    print(f'{step:4} {reward:6.3f}', '█' * int(40 * max(0, reward)), flush=True)
   print(sampled.responses.rows[0]['prompt'], sampled.responses.completions[0])
-  folders.save(
-    'trained', config, state.trainable['policy'], tokenizer=tokenizer
-  )
+  params = state.trainable['policy']
+  folders.save('trained', config, params, tokenizer=tokenizer)
+  print('trained/: the model, for transformers')
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

@@ -130,11 +130,19 @@ def encode(config, rows, tokenizer) -> prompts_lib.EncodedPrompts:
     rows,
     tokenizer,
     config.prompts.max_tokens,
-    chat_template=config.prompts.chat_template or None,
-    system_prompt=config.prompts.system_prompt or None,
-    suffix=config.prompts.suffix,
     overlong=config.prompts.overlong,
+    **around_prompts(config),
   )
+
+
+def around_prompts(config) -> dict[str, Any]:
+  """Returns the settings of the text around a row's prompt."""
+  settings = config.prompts
+  return {
+    'chat_template': settings.chat_template or None,
+    'system_prompt': settings.system_prompt or None,
+    'suffix': settings.suffix,
+  }
 
 
 def encode_targets(
@@ -229,7 +237,11 @@ def estimator(config) -> estimators.Estimator:
       'gradient\nset a temperature above 0 (config.evaluation may use 0)'
     )
   with _reported(spec):
-    jax.eval_shape(built.prepare, abstract_rollouts(config, built.needs))
+    rollout = config.rollout
+    shapes = estimators.rollout_shapes(
+      built.needs, rollout.prompts, rollout.samples, rollout.max_tokens
+    )
+    jax.eval_shape(built.prepare, shapes)
   return built
 
 
@@ -257,52 +269,6 @@ def _reported(spec) -> Iterator[None]:
     reason = ' '.join(str(error).split())[:300]
     message = f'config.algorithm: {spec["name"]}: {reason}'
     raise UserError(message) from error
-
-
-def abstract_rollouts(
-  config, needs: estimators.Needs, prompts: int = 0
-) -> estimators.Rollouts:
-  """Returns the shapes of a batch with everything that an estimator needs.
-
-  Args:
-    config: the whole configuration.
-    needs: needs of the estimator.
-    prompts: P; 0 for the number of prompts per step.
-  """
-  rollout, wanted = config.rollout, needs.branches
-  prompts, rows = prompts or rollout.prompts, rollout.samples
-  trained = wanted is not None and wanted.trained
-  if trained:
-    forks = min(wanted.count, max(rollout.max_tokens - 1, 1))
-    rows *= 1 + forks * wanted.samples
-  array = jax.ShapeDtypeStruct
-  shape, whole = (prompts, rows, rollout.max_tokens), (prompts, rows, 1)
-  numbers, count = array(shape, 'float32'), array(whole, 'int32')
-  valued = wanted is not None and not trained
-  optional = {
-    'ref_log_probs': needs.reference,
-    'values': needs.critic,
-    'entropy': needs.entropy,
-    'score_norms': needs.score_norms,
-    'token_rewards': needs.token_rewards,
-    'branch_values': valued,
-    'branch_baselines': valued and wanted.score_weighted,
-  }
-  needed = {name: numbers for name, used in optional.items() if used}
-  greedy = array((prompts, 1, 1), 'float32')
-  return estimators.Rollouts(
-    tokens=array(shape, 'int32'),
-    mask=array(shape, bool),
-    log_probs=numbers,
-    valid=array(whole, bool),
-    rewards=array(whole, 'float32'),
-    greedy_rewards=greedy if needs.greedy else None,
-    branch_mask=array(shape, bool) if valued else None,
-    parents=count if trained else None,
-    forked_at=count if trained else None,
-    running={part.name: array((), 'float32') for part in needs.running},
-    **needed,
-  )
 
 
 def token_metrics(config) -> dict[str, diagnostics.Diagnostic]:

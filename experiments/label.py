@@ -171,9 +171,7 @@ def _repeated(
     answers.completions,
     [True] * scored.size,
     held.setting.tokenizer,
-    chat_template=config.prompts.chat_template or None,
-    system_prompt=config.prompts.system_prompt or None,
-    suffix=config.prompts.suffix,
+    **build.around_prompts(config),
   )
   repeated, seen = np.zeros(scored.shape, bool), set()
   for i in np.flatnonzero(scored):

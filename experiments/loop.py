@@ -11,22 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, data, stored_runs
+from experiments import build, stored_runs
 from experiments.offline import WarmStart
 from experiments.schedule import (
   MakePhase,
   Result,
   Schedule,
+  describe,
   failure_messages,
   to_samples,
 )
 from jaxrl_llm import processes, runs, sharding, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs.checkpoints import Checkpoints
-from jaxrl_llm.runs.samples import from_record, read_samples, to_record
 from jaxrl_llm.signals import StopRequested
 
 _MAX_SKIPPED = 3
+_MAX_UNSCORED = 3
 # Seconds that a failing process waits for the others to fail as well.
 _FAIL_TOGETHER = 10.0
 
@@ -53,7 +54,6 @@ class Run:
     self._config = config
     self._silent = silent
     self._folder = folder.path
-    self._resuming = folder.resuming
     self._stop = stop
     self._reported = set()
     self._compiled = runs.Meter()
@@ -80,24 +80,28 @@ class Run:
     self._reference = files.enter_context(
       Checkpoints(self._folder / 'reference', keep_latest=1, keep_best=0)
     )
-    # Unwritten records of this step: its evaluation may fail or be stopped.
-    self._pending = None if warm else _unwritten({}, {})
+    # False if this step's evaluation is due but failed or was stopped.
+    self._evaluated = bool(warm)
     self._score = None  # of the evaluation at this step, if any
-    # True if the newest checkpoint holds the current state and records.
-    self._saved = False
+    # True if this step's record is written, and if a checkpoint holds the step.
+    self._recorded = self._saved = False
+    self._unscored = 0  # steps in a row without any score
+    self._lines = []  # about how the run was restored
     restored = self._restore(model.params)
-    if not silent:
-      processes.on_main(
-        lambda: _refuse_loss(folder, restored), 'what the run folder holds'
-      )
-    written = self.schedule.step if restored else None
-    if restored and self._pending is not None:
-      written = written - 1 if written else None
+    if not (restored or silent):
+      folder.refuse_loss()
     self._metrics = self._samples = self._progress = runs.Silent()
     self._watch = runs.Silent()
     if processes.is_main() and not silent:
-      self._open_records(files, written)
-    self._describe(task, restored)
+      self._open_records(files, self.schedule.step if restored else None)
+    if restored:
+      self._lines.append(
+        f'resumed at step {self.schedule.step} of {self.schedule.total}'
+      )
+    elif folder.resuming:
+      self._lines.append('no step is saved: the run starts from its beginning')
+    lines = describe(self._model, self.state, self._main, task)
+    self._progress.print(*lines, *self._lines)
 
   def _open_records(self, files, written: int | None) -> None:
     """Opens records and displays; keeps existing records up to a step."""
@@ -105,11 +109,12 @@ class Run:
       runs.MetricsWriter(self._folder, written)
     )
     records = runs.read_metrics(self._folder / 'metrics.jsonl')
-    earlier = [
-      record for record in records if record['step'] > self.schedule.first
-    ]
+    steps = range(self.schedule.first + 1, self.schedule.step + self._evaluated)
+    earlier = [record for record in records if record['step'] in steps]
     self._watch = runs.Watch(self._folder, earlier)
-    self._samples = files.enter_context(runs.SampleLog(self._folder, written))
+    self._samples = files.enter_context(
+      runs.SampleLog(self._folder, written, self._evaluated)
+    )
     self._progress = files.enter_context(
       runs.Progress(self.schedule.total, self.schedule.step)
     )
@@ -117,20 +122,29 @@ class Run:
   def train(self) -> None:
     """Runs the remaining steps; also saves if it is interrupted."""
     try:
-      if self._pending is not None:
-        self._record()
-        if self.schedule.step:
-          self._save()
+      if not self._evaluated:
+        self._repeat_evaluation()
       while not self.schedule.ended:
         self._stop.check()
         self._one_step()
-        if self.schedule.checkpoint_is_due(self._config.checkpoints.every):
-          self._save()
-        self._keep.poll()
+        self._save_if_due()
     except (UserError, StopRequested):
       self._save_the_rest()
       raise
     self._keep.wait()
+
+  def _save_if_due(self) -> None:
+    """Saves if due; repeats a failed save once: a clock may have jumped."""
+    try:
+      if self.schedule.checkpoint_is_due(self._config.checkpoints.every):
+        self._save()
+      self._keep.poll()
+    except UserError as error:
+      if processes.count() > 1:
+        raise
+      self._progress.print(f'{error}\nthe state is saved again')
+      self._save()
+      self._keep.wait()
 
   def _save_the_rest(self) -> None:
     """Saves unsaved progress of an interrupted run.
@@ -144,10 +158,10 @@ class Run:
     except UserError as error:
       # The files of that save are removed: a new save may have enough space.
       failed = error
+    # A step without its record is not saved: a resumed run repeats it.
+    unsaved = self._recorded and (failed or not self._saved)
     # One process cannot save alone, and the others may not have failed.
-    if (failed or not self._saved) and processes.all_come(
-      'the end', _FAIL_TOGETHER
-    ):
+    if unsaved and processes.all_come('the end', _FAIL_TOGETHER):
       self._save()
       self._keep.wait()
     elif failed:
@@ -171,7 +185,9 @@ class Run:
       self._main.curves,
       self.schedule.first,
     )
-    before, after = self._before_after()
+    before, after = stored_runs.before_after(
+      self._folder, self.schedule.first, self.schedule.step
+    )
     written = ['curve.png', *exported]
     if before or after:
       self._samples.write_html(self._folder.name, before, after)
@@ -194,7 +210,7 @@ class Run:
       if not number:
         self._begin_main()
       result = self._main.step(self.state, number, self._stop)
-    self.state, self._saved = result.state, False
+    self.state, self._saved, self._recorded = result.state, False, False
     schedule.advance(result.tokens)
     return result
 
@@ -209,36 +225,45 @@ class Run:
         result.advantages,
         self._config.log.samples,
       )
-    # From here on, a checkpoint holds this step, whose records are pending.
-    self._pending = _unwritten(result.metrics, result.timings, shown)
-    self._score = None
     self._report(result.failures)
-    self._record()
+    self._samples.write(shown)
+    self._score = None
+    self._record(result.metrics, result.timings)
     if shown and self._score is not None:
       title = f'Step {schedule.step}'
       self._progress.print(runs.sample_table(shown, title=title))
       self._samples.write_html(self._folder.name)
+    self._check(result)
+
+  def _check(self, result: Result) -> None:
+    """Ends a run that learns nothing; keeps a batch that is not finite."""
+    step = f'up to step {self.schedule.step}'
     if result.metrics.get('skipped', 0) >= _MAX_SKIPPED:
-      self._abort(result)
+      advice = 'inspect the training data'
+      if result.responses is not None:
+        path = self._folder / 'nonfinite_batch.npz'
+        stored_runs.write_batch(path, result.responses, result.advantages)
+        advice = f'inspect the batch in {path}'
+      raise UserError(
+        f'{int(result.metrics["skipped"])} updates in a row were not finite, '
+        f'{step}; parameters unchanged\n--resume --allow_change='
+        f'optimizer.learning_rate with a lower one, or {advice}'
+      )
+    if result.responses is None:
+      return
+    scored = result.responses.scores.valid.any()
+    self._unscored = 0 if scored else self._unscored + 1
+    if self._unscored >= _MAX_UNSCORED:
+      raise UserError(
+        f'no response had a score in {self._unscored} steps in a row, {step}: '
+        'nothing was learned\nread the first failure above, fix the reward, '
+        'then --resume'
+      )
 
   def _report(self, failures) -> None:
     """Prints the kinds of failed rewards that were not reported before."""
     when = f'at step {self.schedule.step}'
     self._progress.print(*failure_messages(failures, when, self._reported))
-
-  def _abort(self, result: Result) -> None:
-    """Ends a run whose updates remain non-finite; keeps the last batch."""
-    advice = 'inspect the training data'
-    if result.responses is not None:
-      path = self._folder / 'nonfinite_batch.npz'
-      stored_runs.write_batch(path, result.responses, result.advantages)
-      advice = f'inspect the batch in {path}'
-    skipped = int(result.metrics['skipped'])
-    raise UserError(
-      f'{skipped} updates in a row were not finite, up to step '
-      f'{self.schedule.step}; parameters unchanged\n'
-      f'lower the learning rate, or {advice}'
-    )
 
   def _begin_main(self) -> None:
     """Sets the initial state and the reference of the main phase."""
@@ -256,48 +281,63 @@ class Run:
         self._reference.wait()
     self._progress.print(*self._main.start(self.state))
 
-  def _record(self) -> None:
-    """Evaluates if due, and writes the pending records."""
-    metrics, timings = self._pending['metrics'], self._pending['timings']
-    self._saved = False
-    self._samples.write([from_record(x) for x in self._pending['samples']])
+  def _record(self, metrics: dict, timings: dict, again: bool = False) -> None:
+    """Evaluates if due, and writes the step's record.
+
+    Args:
+      metrics, timings: of the step.
+      again: replaces a record without an evaluation.
+    """
     due = self._config.evaluation
-    if self.schedule.evaluation_is_due(due.every, due.every_tokens):
-      start = time.perf_counter()
-      evaluation = self._main.evaluate(
-        self.state.trainable, self.schedule.step, self._stop
-      )
-      metrics = metrics | evaluation.metrics
-      self._report(evaluation.failures)
-      self._samples.write(evaluation.samples)
-      timings = timings | {'evaluation_time': time.perf_counter() - start}
-      self._score = metrics[next(iter(self._main.curves))]
+    self._evaluated = not self.schedule.evaluation_is_due(
+      due.every, due.every_tokens
+    )
+    try:
+      if not self._evaluated:
+        start = time.perf_counter()
+        evaluation = self._main.evaluate(
+          self.state.trainable, self.schedule.step, self._stop
+        )
+        self._report(evaluation.failures)
+        self._samples.write(evaluation.samples)
+        metrics = metrics | evaluation.metrics
+        timings = timings | {'evaluation_time': time.perf_counter() - start}
+        self._score = metrics[next(iter(self._main.curves))]
+        self._evaluated = True
+    finally:
+      # If the evaluation failed or was stopped, a resumed run repeats it.
+      self._write(metrics, timings, again)
+
+  def _write(self, metrics: dict, timings: dict, again: bool) -> None:
+    """Writes the record of the current step."""
+    step = self.schedule.step
     metrics = metrics | {'num_tokens': self.schedule.tokens}
     compiled = self._compiled.take()
     timings = timings | {
       'compile_time': compiled.seconds,
       'compiled_programs': compiled.programs,
     }
-    self._metrics.write(self.schedule.step, metrics, timings)
-    self._pending = None
-    if self.schedule.step > self.schedule.first:
-      record = {'step': self.schedule.step, **_plain(metrics)}
-      self._progress.print(*self._watch.add(record))
+    self._metrics.write(step, metrics, timings, again)
+    self._recorded = step > 0
+    if step > self.schedule.first:
+      plain = {name: np.asarray(x).item() for name, x in metrics.items()}
+      self._progress.print(*self._watch.add({'step': step, **plain}))
     shown = ('warm_start/loss', 'loss', 'reward', *self._main.curves)
     if self._config.tokens:
       shown += ('num_tokens',)
-    self._progress.update(
-      self.schedule.step, **{k: metrics[k] for k in shown if k in metrics}
-    )
+    numbers = {name: metrics[name] for name in shown if name in metrics}
+    self._progress.update(step, **numbers)
 
-  def _before_after(self):
-    """Returns held-out samples from the start and the end of RL."""
-    samples = read_samples(self._folder / 'samples.jsonl')
-    kept = [sample for sample in samples if sample.advantage is None]
-    return tuple(
-      [sample for sample in kept if sample.step == step]
-      for step in (self.schedule.first, self.schedule.step)
-    )
+  def _repeat_evaluation(self) -> None:
+    """Evaluates a step whose record lacks it, or the initial model."""
+    if not self.schedule.step:
+      self._record({}, {})
+      return
+    metrics, timings = self._metrics.last()
+    for name in [n for n in metrics if n.startswith('eval/')] + ['num_tokens']:
+      metrics.pop(name, None)
+    self._record(metrics, timings, again=True)
+    self._save()
 
   def _initial_state(self, params) -> training.TrainState:
     if not self.schedule.first:
@@ -335,7 +375,7 @@ class Run:
         'tokens_before': self.schedule.tokens_before,
         'main': self._main.save(),
         'prompts': self._prompts,
-        'pending': self._pending,
+        'evaluated': self._evaluated,
         'score': self._score,
       },
       self._score,
@@ -349,9 +389,14 @@ class Run:
       return False
     template = functools.partial(self._template, params)
     schedule = self.schedule
-    schedule.step, tree, metadata = self._keep.restore(template)
-    stored, now = metadata['prompts'], self._prompts
-    if stored != now:
+    schedule.step, tree, metadata = self._keep.restore(
+      template, self._recorded_step()
+    )
+    stored, now = metadata['prompts'], self._prompts.copy()
+    if schedule.step <= schedule.first:
+      # The main phase has not used its training prompts yet.
+      now.pop('training', None)
+    if any(stored.get(name) != now[name] for name in now):
       phase = next(name for name in now if stored.get(name) != now[name])
       differ = [k for k in now[phase] if stored[phase].get(k) != now[phase][k]]
       raise UserError(
@@ -364,10 +409,9 @@ class Run:
     self._main.key = self._key
     schedule.tokens = metadata['tokens']
     schedule.tokens_before = metadata['tokens_before']
-    self._pending = metadata['pending']
-    self._score = metadata['score']
+    self._evaluated, self._score = metadata['evaluated'], metadata['score']
     # A run evaluates at its end: without a score it continued past the end.
-    unscored = self._pending is None and self._score is None
+    unscored = self._evaluated and self._score is None
     if schedule.ended and (unscored or schedule.overran):
       raise UserError(
         f'the run has done {schedule.step - schedule.first} steps of RL and '
@@ -377,8 +421,22 @@ class Run:
     self._main.load(metadata['main'])
     if schedule.step > schedule.first and self._main.keeps_reference:
       self._main.reference = self._restore_reference()
-    self._saved = True
+    self._saved = self._recorded = True
     return True
+
+  def _recorded_step(self) -> int | None:
+    """Returns the newest checkpoint whose steps are recorded; None for all."""
+    path = self._folder / 'metrics.jsonl'
+    steps = self._keep.steps()
+    recorded = processes.on_main(lambda: runs.last_step(path), 'the records')
+    older = [step for step in steps if step <= recorded]
+    if self._silent or steps[-1] <= recorded or not older:
+      return None
+    self._lines.append(
+      f'{path} has no record of step {recorded + 1}: the run continues from '
+      f'checkpoint {older[-1]}, not {steps[-1]}'
+    )
+    return older[-1]
 
   def _restore_reference(self):
     """Returns the policy at the start of the main phase, verified."""
@@ -389,59 +447,3 @@ class Run:
         'restore the folder from a copy, or start in another --workdir'
       )
     return restored[1]
-
-  def _describe(self, task: data.Data, restored: bool) -> None:
-    """Prints a line about each part of the run."""
-    lines = parts(self._model, self.state, self._main, task)
-    if restored:
-      lines.append(
-        f'resumed at step {self.schedule.step} of {self.schedule.total}'
-      )
-    elif self._resuming:
-      lines.append('no checkpoint yet: the run starts from the beginning')
-    self._progress.print(*lines)
-
-
-def parts(model: build.Model, state, main, task: data.Data) -> list[str]:
-  """Describes model, devices, main phase and data, a line each."""
-  trained = state.trainable.get('policy', state.trainable)
-  size = sum(leaf.size for leaf in jax.tree.leaves(trained))
-  return [
-    f'{model.config.family} model, {size:,} parameters, '
-    f'{len(model.tokenizer)} tokens; {jax.device_count()} '
-    f'{jax.default_backend()} device(s){_mesh()}',
-    *main.describe(),
-    *task.notes,
-  ]
-
-
-def _refuse_loss(folder, restored: bool) -> None:
-  """Raises UserError if a resumed run has lost samples or checkpoints."""
-  lost, records = folder.path / 'samples.jsonl', folder.path / 'metrics.jsonl'
-  gone = restored and not lost.exists()
-  if not restored and records.exists():
-    # Two saves were due by then, and the second waits for the first.
-    due = 2 * folder.former['checkpoints']['every'] + 1
-    gone = records.read_bytes().count(b'\n') > due
-  if gone:
-    lost = lost if restored else folder.path / 'checkpoints'
-    raise UserError(f'{lost} is missing or empty: restore it from a copy')
-
-
-def _mesh() -> str:
-  shown = ' x '.join(f'{n} {size}' for n, size in sharding.mesh_sizes().items())
-  return f': {shown}' if shown else ''
-
-
-def _unwritten(metrics: dict, timings: dict, samples=()) -> dict:
-  """Returns the pending records of a step, as JSON values."""
-  return {
-    'metrics': _plain(metrics),
-    'timings': _plain(timings),
-    'samples': [to_record(sample) for sample in samples],
-  }
-
-
-def _plain(numbers: dict) -> dict:
-  """Converts NumPy and JAX scalars to Python numbers, exactly."""
-  return {name: np.asarray(value).item() for name, value in numbers.items()}

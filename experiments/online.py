@@ -284,7 +284,7 @@ class Online(Steps):
 
   def fingerprint(self):
     return {
-      'rl': self.source.fingerprint(),
+      'training': self.source.fingerprint(),
       'held-out': sources.PromptSource(
         self._held_out.encoded, 1, 0
       ).fingerprint(),
@@ -336,9 +336,7 @@ def group_tools(config, encoded, tokenizer) -> Callable[[int], groups.Groups]:
     hints = Hints(
       tokenizer,
       settings.hint_template,
-      chat_template=config.prompts.chat_template or None,
-      system_prompt=config.prompts.system_prompt or None,
-      suffix=config.prompts.suffix,
+      **build.around_prompts(config),
     )
     tools.append(
       groups.hint(

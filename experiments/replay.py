@@ -50,7 +50,12 @@ from experiments import (
   train,
 )
 from experiments.loop import Run
-from experiments.schedule import Result, failure_messages, to_samples
+from experiments.schedule import (
+  Result,
+  Script,
+  failure_messages,
+  to_samples,
+)
 from jaxrl_llm import runs, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import folder as run_folder
@@ -68,6 +73,11 @@ _SCRIPTS = {
 _STEP = re.compile(r'\d{8,}')
 # Differences to print.
 _SHOWN = 5
+
+
+def script(config) -> Script:
+  """Returns the script that trains by a configuration's algorithm."""
+  return _SCRIPTS[checks.script(config.algorithm.get('name'))]
 
 
 def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
@@ -94,7 +104,7 @@ def replay(workdir, step: int, output=None, trust_code: bool = False) -> int:
     _make_output(output)
   recorded = _recorded(workdir, step)
   _check_code(workdir)
-  made_by = _SCRIPTS[checks.script(config.algorithm.get('name'))]
+  made_by = script(config)
   made_by.check(config)
   with contextlib.ExitStack() as files:
     mesh = sharding.make_mesh(**config.mesh.to_dict())
@@ -164,11 +174,8 @@ def _check_code(workdir: pathlib.Path) -> None:
 
 
 def _environment(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the last process's env.json; empty where it is not known."""
-  try:
-    return json.loads((workdir / 'env.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}
+  """Returns the run's last start; empty where it is not known."""
+  return (run_folder.read_starts(workdir) or [{}])[-1]
 
 
 @contextlib.contextmanager
@@ -188,7 +195,7 @@ def _before(workdir: pathlib.Path, step: int) -> Iterator[run_folder.RunFolder]:
     for part in ('reference', 'rounds'):
       _link(workdir / part, view / part)
     try:
-      yield run_folder.RunFolder(view, True, [], None)
+      yield run_folder.RunFolder(view, True)
     except UserError as error:
       raise UserError(str(error).replace(name, str(workdir))) from error
 
@@ -220,7 +227,7 @@ def _compare(workdir: pathlib.Path, recorded: dict, computed: dict) -> bool:
   then, now = _environment(workdir), run_folder.environment()
   for name in ('versions', 'machine', 'backend', 'device_kind', 'device_count'):
     if name in then and then[name] != now[name]:
-      print(f'{name}: {then[name]} in env.json, {now[name]} now')
+      print(f'{name}: {then[name]} at the last start, {now[name]} now')
   return False
 
 

@@ -82,9 +82,7 @@ def encode(config, model: build.Model, rows: list[dict]):
     rows,
     model.tokenizer,
     max_tokens=None,
-    chat_template=config.prompts.chat_template or None,
-    system_prompt=config.prompts.system_prompt or None,
-    suffix=config.prompts.suffix,
+    **build.around_prompts(config),
   )
   responses = [
     [pair.prompt[shared:] + ids for ids in (pair.chosen, pair.rejected)]

@@ -3,12 +3,13 @@
 import contextlib
 import pathlib
 import signal
+from collections.abc import Sequence
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, checks, cli, loop, stored_runs, usage
+from experiments import build, checks, cli, schedule, stored_runs, usage
 from experiments.loop import Run
 from experiments.offline import WarmStart
 from experiments.schedule import MakePhase, Script
@@ -31,7 +32,13 @@ def _mutable(config) -> frozenset[str]:
   return _MUTABLE if decays == {'constant'} else _MUTABLE - {'steps'}
 
 
-def train(script: Script, config, workdir, resume: bool = False) -> int:
+def train(
+  script: Script,
+  config,
+  workdir,
+  resume: bool = False,
+  allow_change: Sequence[str] = (),
+) -> int:
   """Trains in a folder.
 
   Args:
@@ -39,6 +46,7 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
     config: configuration with the fields of `configs.base`.
     workdir: the run's folder.
     resume: continue the run in the folder.
+    allow_change: further fields that may differ from the folder's.
 
   Returns:
     The exit status: 0, or 128 + the number of the signal that stopped it.
@@ -51,11 +59,26 @@ def train(script: Script, config, workdir, resume: bool = False) -> int:
   try:
     with contextlib.ExitStack() as files:
       files.enter_context(_mesh(config))
-      return _train(script, config, workdir, resume, files)
+      allowed = _mutable(config) | _known(config, allow_change, resume)
+      return _train(script, config, workdir, resume, allowed, files)
   except KeyboardInterrupt:
     say('interrupted: --resume continues from the last checkpoint')
     membership.fail(128 + signal.SIGINT)
     return 128 + signal.SIGINT
+
+
+def _known(config, fields: Sequence[str], resume: bool) -> frozenset[str]:
+  """Returns the names of fields; raises UserError for an unknown one."""
+  if fields and not resume:
+    raise UserError('--allow_change is for --resume: a new run sets any field')
+  known = {name for name, _ in usage.fields(config)}
+  for field in fields:
+    if field not in known:
+      raise UserError(
+        f'--allow_change={field}: the configuration has no such field\n'
+        'name it as in config.json, such as optimizer.learning_rate'
+      )
+  return frozenset(fields)
 
 
 def _mesh(config):
@@ -94,7 +117,7 @@ def _plan(config, make_phase: MakePhase) -> list[str]:
   WarmStart(config, model, task.demonstrations)  # for its checks
   key = jax.random.key(config.seed)
   main = make_phase(config, model._replace(params=None), task, key, '')
-  return loop.parts(model, main.shapes(model.params), main, task)
+  return schedule.describe(model, main.shapes(model.params), main, task)
 
 
 def _counts(config) -> list[str]:
@@ -120,24 +143,20 @@ def _counts(config) -> list[str]:
 
 
 def _train(
-  script: Script, config, workdir, resume, files: contextlib.ExitStack
+  script: Script, config, workdir, resume, allowed, files: contextlib.ExitStack
 ) -> int:
   folder = files.enter_context(
     open_run(
       workdir,
       resume,
       config.to_dict(),
-      _mutable(config),
+      allowed,
       build.code_files(config),
     )
   )
-  if folder.changed and processes.is_main():
-    say(
-      'warning: changed since this run last started: '
-      f'{", ".join(folder.changed)}\n'
-      'earlier records come from the old code, later ones from the new\n'
-      'restore the old file if all records must come from the same code'
-    )
+  if processes.is_main():
+    for note in folder.notes:
+      say(f'warning: {note}')
   records = processes.on_main(
     lambda: [name for name in _RECORDS if (folder.path / name).exists()],
     'records of the run folder',
@@ -159,8 +178,7 @@ def _train(
     if isinstance(error, UserError):
       raise
     return _stopped(error, 'before it began: repeat the command')
-  if folder.resuming:
-    folder.describe()
+  folder.describe(run.schedule.step)
   try:
     run.train()
     run.finish()
@@ -192,6 +210,9 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     'dry_run', False, 'Print configuration and counts, then exit.'
   )
+  flags.DEFINE_list(
+    'allow_change', [], 'Fields that --resume may change, besides steps.'
+  )
   cli.define_process_flags()
   cli.define_config_flag()
 
@@ -216,4 +237,5 @@ def main(script: Script) -> int:
   if workdir is None:
     name = flags.FLAGS['config'].config_filename
     workdir = pathlib.Path('runs') / pathlib.Path(name).stem
-  return train(script, config, workdir, flags.FLAGS.resume)
+  values = flags.FLAGS
+  return train(script, config, workdir, values.resume, values.allow_change)

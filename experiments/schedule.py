@@ -322,7 +322,10 @@ class Phase:
     """Restores what `save` returned."""
 
   def fingerprint(self) -> dict[str, Any]:
-    """Returns values that identify the data of each step number."""
+    """Returns values that identify the data of each step number.
+
+    They stand under 'training' for the phase's own steps.
+    """
     raise NotImplementedError
 
   def evaluate(self, trainable: Any, step: int, stop: StopSignal) -> Evaluation:
@@ -356,3 +359,20 @@ class Script(NamedTuple):
 
   check: Callable[[ConfigDict], None]
   phase: MakePhase
+
+
+def describe(
+  model: build.Model, state: training.TrainState, main: Phase, task: data.Data
+) -> list[str]:
+  """Describes model, devices, main phase and data, a line each."""
+  trained = state.trainable.get('policy', state.trainable)
+  size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+  sizes = sharding.mesh_sizes().items()
+  mesh = ' x '.join(f'{name} {size}' for name, size in sizes)
+  return [
+    f'{model.config.family} model, {size:,} parameters, '
+    f'{len(model.tokenizer)} tokens; {jax.device_count()} '
+    f'{jax.default_backend()} device(s){f": {mesh}" if mesh else ""}',
+    *main.describe(),
+    *task.notes,
+  ]

@@ -122,6 +122,17 @@ def export(model: build.Model, path) -> None:
     )
 
 
+def before_after(
+  folder: pathlib.Path, first: int, last: int
+) -> tuple[list[runs.Sample], list[runs.Sample]]:
+  """Returns held-out samples of two steps of a run."""
+  samples = runs.read_samples(folder / 'samples.jsonl')
+  kept = [sample for sample in samples if sample.advantage is None]
+  return tuple(
+    [sample for sample in kept if sample.step == step] for step in (first, last)
+  )
+
+
 def changes(records: list[dict]) -> list[str]:
   """Returns a line per number of the last evaluation, beside the first's."""
   evaluated = [r for r in records if any(n.startswith('eval/') for n in r)]

@@ -25,14 +25,14 @@ import scripts
 # it is the function that this one returns.
 PLACES = {
   'model': ('experiments.build', 'model'),
-  'warm start': ('experiments.supervised', 'WarmStart.step'),
+  'warm start': ('experiments.offline', 'WarmStart.step'),
   'rollout': ('jaxrl_llm.rollouts.responses', 'generate'),
   'branches': ('jaxrl_llm.rollouts.branches', 'branch'),
   'reward': ('jaxrl_llm.rollouts.responses', 'start_scoring'),
   'update': ('jaxrl_llm.training.update', 'make_update'),
   'record': ('jaxrl_llm.runs', 'MetricsWriter.write'),
   'save': ('jaxrl_llm.runs.checkpoints', 'Checkpoints.save'),
-  'evaluation': ('experiments.validation', 'evaluate'),
+  'evaluation': ('experiments.schedule', 'evaluate'),
   'export': ('experiments.stored_runs', 'export'),
 }
 MADE = ('reward', 'update')

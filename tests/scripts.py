@@ -24,7 +24,6 @@ context.set_forkserver_preload(
   [
     'experiments.stored_runs',
     'experiments.online',
-    'experiments.validation',
     'matplotlib.pyplot',
     'orbax.checkpoint.v1',
     'scipy.special',

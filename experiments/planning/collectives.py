@@ -3,7 +3,8 @@
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,11 +61,9 @@ def first_group(instruction: hlo.Instruction, kind: str) -> tuple[int, ...]:
     pair = instruction.attribute(r'source_target_pairs=\{\{(\d+,\d+)\}')
     return hlo.dimensions(pair)
   text = instruction.attribute('replica_groups=(.*)')
-  braces = re.match(r'\{\{([\d,]+)\}', text)
-  if braces:
+  if braces := re.match(r'\{\{([\d,]+)\}', text):
     return hlo.dimensions(braces[1])
-  iota = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-  if iota:
+  if iota := re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
     groups, sizes, axes = (hlo.dimensions(x or '') for x in iota.groups())
     ids = np.arange(np.prod(sizes)).reshape(sizes)
     ids = ids.transpose(axes or range(len(sizes)))
@@ -82,25 +81,26 @@ def first_group(instruction: hlo.Instruction, kind: str) -> tuple[int, ...]:
   return tuple(ids[np.ix_(*index.values())].reshape(-1).tolist())
 
 
-def bandwidth(topology: Topology, positions: np.ndarray) -> float:
+def bandwidth(topology: Topology, devices: Sequence[Any]) -> float:
   """Bytes/s that each chip of a group can send.
 
   A TPU uses the links of every axis of the torus along which the group lies,
   in both directions where the axis is a ring; in a pair, one link.  GPUs of
   one machine use NVLink; those of several share their machine's network.
-  Positions are `Topology.coordinates`.
   """
   chip = topology.chip
-  counts = [len(set(axis)) for axis in positions.T.tolist()]
   if chip.network is not None:
-    if counts[0] == 1:
-      return chip.link
-    return min(chip.link, chip.network * (len(positions) // counts[0]))
-  if len(positions) == 2:
+    machines = len({device.id // topology.shape[1] for device in devices})
+    each = len(devices) // machines
+    return chip.link if machines == 1 else min(chip.link, chip.network * each)
+  if len(devices) == 2:
     return chip.link
+  counts = [
+    len(set(axis)) for axis in zip(*(x.coords for x in devices), strict=True)
+  ]
   links = sum(
     2 if count == size and size % chip.wraps == 0 else 1
-    for count, size in zip(counts, topology.shape, strict=True)
+    for count, size in zip(counts, topology.shape, strict=False)
     if count > 1
   )
   return chip.link * max(links, 1)

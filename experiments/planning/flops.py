@@ -20,53 +20,44 @@ def of_jaxpr(jaxpr, steps: tuple[float, ...] = ()) -> tuple[float, float]:
   counts, loops = list(steps), 0
 
   def count(jaxpr) -> np.ndarray:
-    jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
     return sum(map(of_equation, jaxpr.eqns), np.zeros(2))
 
   def of_equation(equation) -> np.ndarray:
     nonlocal loops
-    name = equation.primitive.name
+    name, params, times = equation.primitive.name, equation.params, 1
     if name == 'dot_general':
-      (contracted, _), _ = equation.params['dimension_numbers']
+      (contracted, _), _ = params['dimension_numbers']
       out, operand = equation.outvars[0].aval, equation.invars[0].aval
       return np.array([_product(out.shape, operand.shape, contracted), 0.0])
     outer = loops
-    inner = [count(jaxpr) for jaxpr in _inner(equation)]
+    inner = [count(jaxpr) for jaxpr in _inner(params)]
     if name == 'cond':
       # One branch is executed: the most expensive, to be safe.
       return np.max(inner, axis=0)
     total = sum(inner, np.zeros(2))
-    if name == 'while' and total[0] and loops == outer:
+    if name == 'scan':
+      times = params['length']
+    elif name == 'while' and total[0] and loops == outer:
       loops += 1
-      total *= counts.pop(0) if counts else 0
-    if name == 'pallas_call':
+      times = counts.pop(0) if counts else 0
+    elif name == 'pallas_call':
       total = np.repeat(total[:1], 2)
-    return _times(equation) * total
+      times = math.prod(params['grid_mapping'].grid)
+    elif name == 'shard_map':
+      # Its jaxpr is that of one device along the axes that it splits.
+      key = 'manual_axes' if 'manual_axes' in params else 'newly_manual_axes'
+      times = math.prod(params['mesh'].shape[axis] for axis in params[key])
+    return times * total
 
   return tuple(count(jaxpr).tolist())
 
 
-def _times(equation) -> int:
-  """Returns how often an equation executes its jaxprs."""
-  name, params = equation.primitive.name, equation.params
-  if name == 'scan':
-    return params['length']
-  if name == 'pallas_call':
-    return math.prod(params['grid_mapping'].grid)
-  if name == 'shard_map':
-    # Its jaxpr is that of one device along the axes that it splits.
-    key = 'manual_axes' if 'manual_axes' in params else 'newly_manual_axes'
-    return math.prod(params['mesh'].shape[axis] for axis in params[key])
-  return 1
-
-
-def _inner(equation):
-  """The jaxprs that an equation executes."""
-  for name, value in equation.params.items():
-    if name in ('fwd_jaxpr_thunk', 'bwd', 'jvp_jaxpr_fun', 'cond_jaxpr'):
-      continue
+def _inner(params):
+  """The jaxprs that an equation executes, but for the condition of a loop."""
+  for name, value in params.items():
     for item in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
+      executed = isinstance(item, core.ClosedJaxpr | core.Jaxpr)
+      if executed and name != 'cond_jaxpr':
         yield item
 
 

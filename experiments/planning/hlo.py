@@ -8,13 +8,16 @@ import math
 import re
 from typing import NamedTuple
 
-_BYTES = {'pred': 1, 's4': 1, 'u4': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2}
-_BYTES |= {'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8}
-_BYTES |= {'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
-
-_HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
-_INSTRUCTION = re.compile(r'\s+(ROOT )?%?[\w.\-]+ = ')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+_COMPUTATION = re.compile(
+  r'^(ENTRY )?%?([\w.\-]+) \(.*\{\n((?:.*\n)*?)\}(?!\})', re.MULTILINE
+)
+# Other lines, such as `}}, metadata=…`, continue a kernel's description.
+_INSTRUCTION = re.compile(
+  r'^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)'
+  r'\((.*?)\)(?:, (?=[\w\-]+=)|$)(.*)',
+  re.MULTILINE,
+)
+_ARRAY = re.compile(r'\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 _CALLED = re.compile(
   r'\b(?:calls|body|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)'
 )
@@ -60,52 +63,24 @@ class Module(NamedTuple):
 
 def parse(text: str) -> Module:
   """Reads the result of `jax.stages.Compiled.as_text`."""
-  computations, entry, current = {}, {}, None
-  for line in text.splitlines():
-    if current is None:
-      match = _HEADER.match(line)
-      if match:
-        current = computations.setdefault(match[2], {})
-        entry = current if match[1] else entry
-    elif re.match(r'\}(?!\})', line):
-      current = None
-    elif _INSTRUCTION.match(line):
-      # Other lines, such as `}}, metadata=…`, continue a kernel's description.
-      instruction = _instruction(line)
-      current[instruction.name] = instruction
+  computations, entry = {}, {}
+  for first, label, body in _COMPUTATION.findall(text):
+    computations[label] = instructions = {}
+    for name, kind, opcode, inside, rest in _INSTRUCTION.findall(body):
+      operands = (inside,)
+      if opcode not in ('constant', 'parameter'):
+        operands = tuple(re.findall(r'%([\w.\-]+)', inside))
+      instructions[name] = Instruction(name, kind, opcode, operands, rest)
+    entry = instructions if first else entry
   return Module(computations, entry)
-
-
-def _instruction(line: str) -> Instruction:
-  name, _, rest = line.strip().removeprefix('ROOT ').partition(' = ')
-  end = _closing(rest) if rest.startswith('(') else rest.index(' ')
-  kind, rest = rest[:end], rest[end:].lstrip()
-  opcode, _, _ = rest.partition('(')
-  rest = rest[len(opcode) :]
-  end = _closing(rest)
-  inside, rest = rest[1 : end - 1], rest[end:]
-  operands = (inside,)
-  if opcode not in ('constant', 'parameter'):
-    operands = tuple(re.findall(r'%([\w.\-]+)', inside))
-  return Instruction(name.lstrip('%'), kind, opcode, operands, rest)
-
-
-def _closing(text: str) -> int:
-  """Returns the end of the parenthesis that a text begins with."""
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += (letter == '(') - (letter == ')')
-    if not depth:
-      return i + 1
-  raise ValueError(f'parentheses do not match: {text[:80]}')
 
 
 def arrays(kind: str) -> list[tuple[tuple[int, ...], int]]:
   """Shape and bytes, without padding, of each array of a type."""
   return [
-    (dimensions(text), width * math.prod(dimensions(text)))
-    for dtype, text in _ARRAY.findall(kind)
-    for width in [_BYTES.get(dtype, int(dtype.startswith('f8')))]
+    (shape, max(int(bits or 8) // 8, 1) * math.prod(shape))
+    for bits, text in _ARRAY.findall(kind)
+    for shape in [dimensions(text)]
   ]
 
 
@@ -148,8 +123,10 @@ def executions(
     for instruction in computation.values():
       result.append((computation, instruction, 1.0))
       outer, inner, times = loops, [], 1
-      for name in _callees(instruction):
-        inner += walk(module.computations[name])
+      if instruction.opcode in _CALLS:
+        called = ' '.join(_CALLED.findall(instruction.rest))
+        for name in re.findall(r'[\w.\-]+', called):
+          inner += walk(module.computations[name])
       if instruction.opcode == 'while':
         times = trip_count(module, computation, instruction)
         if times is None:
@@ -161,13 +138,6 @@ def executions(
     return result
 
   return walk(module.entry)
-
-
-def _callees(instruction: Instruction) -> list[str]:
-  """Names of the computations that an instruction executes as a whole."""
-  if instruction.opcode not in _CALLS:
-    return []
-  return re.findall(r'[\w.\-]+', ' '.join(_CALLED.findall(instruction.rest)))
 
 
 def trip_count(

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from experiments import build, checks, cli, offline
 from experiments.configs import base
 from experiments.planning import programs, report
+from jaxrl_llm import estimators
 from jaxrl_llm.errors import UserError
 
 
@@ -44,37 +45,36 @@ class Memory(NamedTuple):
 
 def measure(config: ConfigDict) -> Memory:
   """Compiles the update of `experiments.train` and returns its memory."""
-  step = programs.step(config, build.outline(config.model))
-  return _measure(config, step.update, step.state, step.batch)
+  trainer, arguments = programs.step(config, build.outline(config.model))
+  update = trainer.make_update(trainer.setting.micro_prompts)
+  return _measure(update, *arguments)
 
 
 def measure_offline(config: ConfigDict) -> Memory:
   """`measure` for a script that learns from stored responses."""
-  model = build.outline(config.model)
+  model, count = build.outline(config.model), config.rounds.batch
   estimator = build.reference(config)
   optimizer, _ = build.optimizer(config.optimizer, offline.updates(config))
   trainer = offline.trainer(config, model, estimator, optimizer)
-  update = trainer.make_update(offline.batch(config))
-  state = jax.eval_shape(
-    lambda params: build.init_state(params, optimizer, estimator), model.params
+  needs = estimator.needs
+  rollouts = estimators.rollout_shapes(
+    needs, count, needs.samples, config.rollout.max_tokens
   )
-  group = config.copy_and_resolve_references()
-  group.rollout.samples = estimator.needs.samples
-  rollouts = build.abstract_rollouts(
-    group, estimator.needs, config.rounds.batch
+  return _measure(
+    trainer.make_update(offline.batch(config)),
+    jax.eval_shape(trainer.init, model.params),
+    None,
+    programs.prompts(config, count),
+    jax.eval_shape(estimator.prepare, rollouts),
   )
-  batch = jax.eval_shape(estimator.prepare, rollouts)
-  return _measure(config, update, state, batch)
 
 
-def _measure(config: ConfigDict, update, state, batch) -> Memory:
-  prompts = programs.prompts(config, batch.tokens.shape[0])
-  compiled = update.lower(state, None, prompts, batch).compile()
-  parts = state.trainable, state.opt_state, (prompts, batch)
+def _measure(update, state, frozen, *batch) -> Memory:
   sizes = [
     sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
-    for part in parts
+    for part in (state.trainable, state.opt_state, batch)
   ]
+  compiled = update.lower(state, frozen, *batch).compile()
   account = compiled.memory_analysis()
   outputs, temporary = account.output_size_in_bytes, account.temp_size_in_bytes
   aliased = account.alias_size_in_bytes
@@ -111,10 +111,9 @@ def parse(text: str) -> dict[str, Any]:
 def table(results: dict[str, Memory]) -> str:
   """A table with an algorithm per column."""
   rows = [['MiB of one update', *results]]
-  for name in Memory._fields:
-    sizes = [getattr(memory, name) / 2**20 for memory in results.values()]
-    rows.append([name, *(f'{size:,.2f}' for size in sizes)])
-  first, *_ = results
+  for name, *sizes in zip(Memory._fields, *results.values(), strict=True):
+    rows.append([name, *(f'{size / 2**20:,.2f}' for size in sizes)])
+  first = next(iter(results))
   ratios = [memory.peak / results[first].peak for memory in results.values()]
   rows.append([f'peak / {first}', *(f'{ratio:.4f}' for ratio in ratios)])
   return report.markdown(rows)

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,44 +17,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import build, critics, online
 from experiments.planning import collectives, flops, hlo
 from experiments.planning.topologies import GIB, Topology
-from jaxrl_llm import rollouts, sampling, sharding
-from jaxrl_llm.estimators import Estimator
+from jaxrl_llm import estimators, rollouts, sampling, sharding, training
 from jaxrl_llm.models import transformer
 from jaxrl_llm.sampling import policy
-from jaxrl_llm.training import Critic, TrainState, Update
-from jaxrl_llm.training.critic import score_values
 
 # In the order of an iteration.
 NAMES = ('layout', 'sample', 'greedy', 'branch', 'score', 'critic', 'update')
 
 
-class Step(NamedTuple):
-  """Functions of `experiments.train`, with shapes of their state and batch."""
+def step(config, model: build.Model) -> tuple[training.Trainer, tuple]:
+  """Returns a configuration's trainer, and its update's arguments as shapes.
 
-  estimator: Estimator
-  update: Update
-  state: TrainState
-  batch: Any
-  critic: Critic | None
-  micro_prompts: int
-
-
-def step(config, model: build.Model) -> Step:
-  """Returns the step of a configuration, from the shapes of its model."""
-  estimator, trainer = build.estimator(config), online.trainer(config, model)
-  needs, micro_prompts = estimator.needs, build.micro_prompts(config)
+  The arguments are the state, None, prompts and batch of a minibatch.
+  """
+  trainer, estimator = online.trainer(config, model), build.estimator(config)
+  needs = estimator.needs
   critic = critics.critic(config, model) if needs.critic else None
   optimizer, _ = online.optimizer(config, needs)
-  prompts = config.rollout.prompts // config.training.minibatches
-  shapes = build.abstract_rollouts(config, estimator.needs, prompts)
-  return Step(
-    estimator,
-    trainer.make_update(micro_prompts),
-    critics.shapes(config, estimator, critic, optimizer, model.params),
-    jax.eval_shape(estimator.prepare, shapes),
-    critic,
-    micro_prompts,
+  count = config.rollout.prompts // config.training.minibatches
+  state = critics.shapes(config, estimator, critic, optimizer, model.params)
+  shapes = estimators.rollout_shapes(
+    needs, count, config.rollout.samples, config.rollout.max_tokens
   )
+  batch = jax.eval_shape(estimator.prepare, shapes)
+  return trainer, (state, None, prompts(config, count), batch)
 
 
 class TooLarge(Exception):
@@ -82,26 +68,23 @@ class Plan:
 
   def __init__(self, config, model: build.Model, topology: Topology):
     self._config, self._model = config, model.config
-    self._step = step(config, model)
-    self._needs = self._step.estimator.needs
-    samples, temperature = config.rollout.samples, config.rollout.temperature
-    settings = dict(samples=samples, temperature=temperature)
-    generation = build.generation(config, model, 0, **settings)
-    self._generation = rollouts.with_statistics(generation, self._needs)
     self.topology, self.limit = topology, topology.chip.limit
     self._mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
-    micro = self._step.micro_prompts
     with jax.set_mesh(self._mesh):
-      sharding.check_rows(config.rollout.prompts, samples, 'rollout.prompts')
-      sharding.check_rows(micro, samples, 'training.micro_prompts')
-      self._state = sharding.with_shardings(self._step.state)
+      self._trainer, (self._state, _, *self._batch) = step(config, model)
+      setting, rollout = self._trainer.setting, config.rollout
+      self._micro, self._needs = setting.micro_prompts, setting.needs
+      samples, generation = rollout.samples, setting.generation
+      sharding.check_rows(rollout.prompts, samples, 'rollout.prompts')
+      sharding.check_rows(self._micro, samples, 'training.micro_prompts')
+    self._generation = rollouts.with_statistics(generation, self._needs)
     self._policy = self._state.trainable['policy']
     self.resident = dict(
       parameters=local(self._state.trainable),
       optimizer=local(self._state.opt_state),
       reference=local(self._policy) if self._needs.reference else 0,
     )
-    self._prompts = self._rows(prompts(config, config.rollout.prompts))
+    self._prompts = self._rows(prompts(config, rollout.prompts))
     self.sampler, self.programs = 0, {}
 
   def numbers(self, model: str) -> dict[str, Any]:
@@ -116,7 +99,7 @@ class Plan:
       'prompts': rollout.prompts,
       'samples': rollout.samples,
       'minibatches': training.minibatches * training.epochs,
-      'micro_prompts': self._step.micro_prompts,
+      'micro_prompts': self._micro,
       'limit': self.limit,
       'seconds': sum(program['seconds'] for program in programs),
       'tokens': rollout.prompts * rollout.samples * rollout.max_tokens,
@@ -130,12 +113,12 @@ class Plan:
     missing = sum(self.resident.values()) + gradient - self.limit
     if missing > 0:
       raise TooLarge('update', missing)
-    batch, resident = self._step.batch, (state.trainable, state.opt_state)
-    count = batch.tokens.shape[0]
+    resident = state.trainable, state.opt_state
+    count = self._config.rollout.prompts // training.minibatches
     self._add(
       'update',
-      self._step.update,
-      (state, None, *self._rows((prompts(self._config, count), batch))),
+      self._trainer.make_update(self._micro),
+      (state, None, *self._rows(self._batch)),
       times=training.minibatches * training.epochs,
       reads=self._passes(3 * count) + 2 * local(resident),
       resident=resident,
@@ -155,37 +138,31 @@ class Plan:
   def _sample(self, sampler):
     """Compiles the programs that generate; returns responses as shapes."""
     generation, branches = self._generation, self._needs.branches
-    length = generation.max_tokens
+    length, static = generation.max_tokens, vars(generation)
     key = self._rows(jax.eval_shape(jax.random.key, 0))
-    static = dict(
-      decoding=generation.decoding,
-      eos_ids=generation.eos_ids,
-      pad_id=generation.pad_id,
-      statistics=generation.statistics,
-    )
     decode = functools.partial(
       self._add,
       arguments=(self._model, sampler, self._prompts, key),
       steps=length,
       reads=length * self.sampler,
     )
-    full = static | dict(max_tokens=length, samples=generation.samples)
     if self._needs.greedy:
-      greedy = dict(samples=1, decoding=rollouts.greedy(generation).decoding)
-      decode('greedy', sampling.sample, static=full | greedy)
+      greedy = vars(rollouts.greedy(generation))
+      decode('greedy', sampling.sample, static=greedy)
     if branches is None:
-      return decode('sample', sampling.sample, static=full)
-    samples, cache = decode('sample', sampling.sample_and_keep, static=full)
+      return decode('sample', sampling.sample, static=static)
+    samples, cache = decode('sample', sampling.sample_and_keep, static=static)
     count = min(branches.count, max(length - 1, 1))
     shape = (*samples.tokens.shape[:2], count)
     positions = self._rows(jax.ShapeDtypeStruct(shape, jnp.int32))
     # Each branch is assumed to write half of a response.
     steps = count * branches.samples * length / 2
+    names = 'decoding', 'eos_ids', 'pad_id', 'statistics'
     self._add(
       'branch',
       sampling.fork,
       (self._model, sampler, cache, samples, positions, key),
-      static | dict(branches=branches.samples),
+      {x: static[x] for x in names} | dict(branches=branches.samples),
       steps=steps,
       reads=steps * self.sampler,
       cache=local(cache),
@@ -194,8 +171,7 @@ class Plan:
 
   def _score(self, tokens) -> None:
     """Compiles the programs that read responses."""
-    trainable, rest = self._state.trainable, (self._prompts, tokens)
-    micro, chunk = self._step.micro_prompts, self._config.training.chunk
+    setting, rest = self._trainer.setting, (self._prompts, tokens)
     reads = self._passes(self._config.rollout.prompts)
     # The trainer recomputes what a bfloat16 sampler recorded.
     times = (self._model.dtype != 'float32') + self._needs.reference
@@ -204,16 +180,17 @@ class Plan:
       self._add(
         'score',
         rollouts.score_tokens,
-        (*arguments, micro, chunk),
+        (*arguments, self._micro, setting.chunk),
         times=times,
         reads=reads,
         resident=self._policy,
       )
-    if self._step.critic is not None:
+    if setting.values is not None:
+      trainable = self._state.trainable
       self._add(
         'critic',
-        score_values,
-        (self._model, self._step.critic, trainable, *rest, micro),
+        setting.values.func,
+        (*setting.values.args, trainable, *rest, self._micro),
         reads=reads,
         resident=trainable,
       )
@@ -264,7 +241,17 @@ class Plan:
     computed += flops.of_executions(executions)
     compute = computed / chip.flops
     traffic = (reads + steps * cache) / chip.bandwidth
-    memory = self.resident | _memory(compiled, cache, idle, local(resident))
+    report = compiled.memory_analysis()
+    other = report.argument_size_in_bytes
+    temporary = report.output_size_in_bytes + report.temp_size_in_bytes
+    temporary -= report.alias_size_in_bytes
+    peak, other = idle + other + temporary, other - local(resident)
+    # The cache is either among the arguments or in the state of a loop.
+    if other >= cache:
+      other -= cache
+    else:
+      temporary -= cache
+    memory = dict(cache=cache, other=other, temporary=temporary, peak=peak)
     self.programs[name] = dict(
       name=name,
       times=times,
@@ -275,11 +262,11 @@ class Plan:
       traffic=traffic,
       network=network,
       compile_seconds=duration,
-      memory=memory,
+      memory=self.resident | memory,
       seconds=times * (max(compute, traffic) + network),
     )
-    if memory['peak'] > self.limit:
-      raise TooLarge(name, memory['peak'] - self.limit)
+    if peak > self.limit:
+      raise TooLarge(name, peak - self.limit)
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       traced.out_info,
@@ -287,16 +274,15 @@ class Plan:
     )
 
   def _rate(self, group: tuple[int, ...]) -> float:
-    ids = [self._mesh.devices.flat[i].id for i in group]
-    coordinates = self.topology.coordinates(ids)
-    return collectives.bandwidth(self.topology, coordinates)
+    devices = [self._mesh.devices.flat[i] for i in group]
+    return collectives.bandwidth(self.topology, devices)
 
   def _passes(self, prompts: int) -> float:
     """Bytes of the gathered policy that passes over prompts read."""
     width = jnp.dtype(self._model.dtype).itemsize
     count = sum(x.size for x in jax.tree.leaves(self._policy))
     gathered = count * width / self._mesh.shape['tensor']
-    return prompts // self._step.micro_prompts * gathered
+    return prompts // self._micro * gathered
 
   def _rows(self, tree):
     """Shapes [P, ...] or [P, G, ...], sharded as by `sharding.place_rows`."""
@@ -337,19 +323,6 @@ def needed_bytes(error: Exception) -> float:
   if 'RESOURCE_EXHAUSTED' not in text or not match:
     raise error
   return float(match[1]) * 1024 ** ' KMGT'.index(match[2])
-
-
-def _memory(compiled, cache: int, idle: int, resident: int) -> dict[str, int]:
-  report = compiled.memory_analysis()
-  other = report.argument_size_in_bytes
-  temporary = report.output_size_in_bytes + report.temp_size_in_bytes
-  temporary -= report.alias_size_in_bytes
-  peak, other = idle + other + temporary, other - resident
-  if other >= cache:
-    other -= cache
-  else:
-    temporary -= cache
-  return dict(cache=cache, other=other, temporary=temporary, peak=peak)
 
 
 def _cache(module: hlo.Module) -> int:

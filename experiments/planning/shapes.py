@@ -7,50 +7,25 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.config import ModelConfig, Rope
 
 _QWEN = dict(
-  family='qwen2',
-  max_length=32_768,
-  vocab_size=151_936,
-  query_bias=True,
-  rope=Rope(theta=1e6),
+  family='qwen2', max_length=32_768, query_bias=True, rope=Rope(theta=1e6)
 )
 _LLAMA = dict(
   family='llama',
   max_length=131_072,
-  vocab_size=128_256,
   norm_epsilon=1e-5,
-  rope=Rope(
-    theta=500_000.0,
-    kind='llama3',
-    factor=8.0,
-    original_length=8192,
-    low_frequency=1.0,
-    high_frequency=4.0,
-  ),
+  rope=Rope(theta=5e5, kind='llama3', factor=8.0, original_length=8192),
 )
 
 
-def _shape(
-  layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, **others
-) -> ModelConfig:
-  return ModelConfig(
-    num_layers=layers,
-    hidden_size=hidden,
-    intermediate_size=mlp,
-    num_heads=heads,
-    num_kv_heads=kv_heads,
-    **others,
-  )
-
-
-def _gemma(layers: int, hidden: int, *sizes: int, query_scale: int, **others):
+def _gemma(*sizes: int, query_scale: int, head_dim: int) -> ModelConfig:
   """Gemma 3's text model: 5 of 6 layers attend to 1,024 tokens only."""
-  return _shape(
-    layers,
-    hidden,
+  hidden, _, layers, *_ = sizes
+  return ModelConfig(
+    262_208,
     *sizes,
+    head_dim=head_dim,
     family='gemma3_text',
     max_length=131_072,
-    vocab_size=262_208,
     tied=True,
     rope=Rope(theta=1e6, kind='linear', factor=8.0),
     local_rope=Rope(theta=10_000.0),
@@ -62,22 +37,24 @@ def _gemma(layers: int, hidden: int, *sizes: int, query_scale: int, **others):
     activation='gelu_tanh',
     embedding_scale=hidden**0.5,
     query_scale=query_scale**-0.5,
-    **others,
   )
 
 
 # From each config.json: https://huggingface.co/Qwen/Qwen2.5-7B,
-# meta-llama/Llama-3.1-8B, google/gemma-3-4b-pt (its text_config) and so on.
+# meta-llama/Llama-3.1-8B, google/gemma-3-4b-pt (its text_config) and so on:
+# vocabulary, hidden and MLP width, layers, heads, key and value heads.
 SHAPES = {
-  'qwen2.5-0.5b': _shape(24, 896, 4864, 14, 2, tied=True, **_QWEN),
-  'qwen2.5-1.5b': _shape(28, 1536, 8960, 12, 2, tied=True, **_QWEN),
-  'qwen2.5-7b': _shape(
-    28, 3584, 18_944, 28, 4, **_QWEN | dict(vocab_size=152_064)
+  'qwen2.5-0.5b': ModelConfig(
+    151_936, 896, 4864, 24, 14, 2, tied=True, **_QWEN
   ),
-  'llama3-8b': _shape(32, 4096, 14_336, 32, 8, **_LLAMA),
-  'llama3-70b': _shape(80, 8192, 28_672, 64, 8, **_LLAMA),
-  'gemma3-4b': _gemma(34, 2560, 10_240, 8, 4, query_scale=256, head_dim=256),
-  'gemma3-27b': _gemma(62, 5376, 21_504, 32, 16, query_scale=168, head_dim=128),
+  'qwen2.5-1.5b': ModelConfig(
+    151_936, 1536, 8960, 28, 12, 2, tied=True, **_QWEN
+  ),
+  'qwen2.5-7b': ModelConfig(152_064, 3584, 18_944, 28, 28, 4, **_QWEN),
+  'llama3-8b': ModelConfig(128_256, 4096, 14_336, 32, 32, 8, **_LLAMA),
+  'llama3-70b': ModelConfig(128_256, 8192, 28_672, 80, 64, 8, **_LLAMA),
+  'gemma3-4b': _gemma(2560, 10_240, 34, 8, 4, query_scale=256, head_dim=256),
+  'gemma3-27b': _gemma(5376, 21_504, 62, 32, 16, query_scale=168, head_dim=128),
 }
 
 

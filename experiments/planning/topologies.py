@@ -18,7 +18,6 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from jaxrl_llm.errors import UserError
@@ -108,13 +107,6 @@ class Topology(NamedTuple):
   devices: list[Any]
   compiler_options: dict[str, Any]
 
-  def coordinates(self, ids) -> np.ndarray:
-    """[n, axes] positions of n devices on the torus, or (machine, GPU)."""
-    if self.chip.network is not None:
-      return np.array([divmod(i, self.shape[1]) for i in ids])
-    by_id = {device.id: device for device in self.devices}
-    return np.array([by_id[i].coords[: len(self.shape)] for i in ids])
-
 
 def make(name: str) -> Topology:
   """Returns the topology of a name, UserError if there is none."""
@@ -132,21 +124,19 @@ def make(name: str) -> Topology:
     # some per cent.  jax 0.12 has no such option.
     options['exec_time_optimization_effort'] = -1.0
   try:
-    topology = _tpus(name, chip) if tpu else _gpus(chip, shape)
+    described = _describe(name, chip, shape)
   except Exception as error:  # plug-ins raise no narrower class
     line = ' '.join(str(error).split())
     raise UserError(f'--topology={name}: {line}') from error
-  return Topology(name, chip, shape, topology.devices, options)
+  return Topology(name, chip, shape, described.devices, options)
 
 
-def _tpus(name: str, chip: Chip):
-  os.environ.update(_LIBTPU | os.environ)
-  # A v4 chip has two cores, which JAX treats as one device.
-  options = {'chip_config_name': 'megacore'} if chip.name == 'v4' else {}
-  return topologies.get_topology_desc(name, 'tpu', **options)
-
-
-def _gpus(chip: Chip, shape: tuple[int, int]):
+def _describe(name: str, chip: Chip, shape: tuple[int, ...]):
+  if chip.network is None:
+    os.environ.update(_LIBTPU | os.environ)
+    # A v4 chip has two cores, which JAX treats as one device.
+    options = {'chip_config_name': 'megacore'} if chip.name == 'v4' else {}
+    return topologies.get_topology_desc(name, 'tpu', **options)
   properties = _HOPPER.format(
     bandwidth=int(chip.bandwidth),
     memory=chip.memory,

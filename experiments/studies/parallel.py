@@ -1,26 +1,25 @@
 """Runs jobs in parallel processes, each on its own cores."""
 
+import itertools
 import os
 import pathlib
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.signals import StopSignal
 
-# macOS cannot pin.
-_get_cores = getattr(
-  os, 'sched_getaffinity', lambda pid: set(range(os.cpu_count()))
-)
-_pin = getattr(os, 'sched_setaffinity', lambda pid, cores: None)
-
 
 def own_cores() -> set[int]:
   """Returns the cores that this process may use."""
-  return _get_cores(0)
+  if hasattr(os, 'sched_getaffinity'):
+    return os.sched_getaffinity(0)
+  return set(range(os.cpu_count()))  # macOS cannot pin.
 
 
 def slots(count: int) -> list[set[int]]:
@@ -36,7 +35,7 @@ def slots(count: int) -> list[set[int]]:
       'be comparable'
     )
   bounds = [i * len(cores) // count for i in range(count + 1)]
-  return [set(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+  return [set(cores[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def launch(
@@ -59,49 +58,43 @@ def launch(
   Yields:
     (job, exit status, seconds) as jobs end.
   """
-  waiting, running = list(jobs), {}
-  try:
-    while (waiting or running) and not stop.requested:
-      for slot, cores in enumerate(slots):
-        if waiting and slot not in running:
-          job, start = waiting.pop(0), time.perf_counter()
-          process = _start(job, workdir, slot, cores, command)
-          running[slot] = job, process, start
-      for slot, (job, process, start) in list(running.items()):
-        if process.poll() is not None:
-          del running[slot]
-          yield job, process.returncode, time.perf_counter() - start
-      time.sleep(0.05)
-  finally:
-    # The consumer may fail: no run outlives its comparison.
-    for _, process, _ in running.values():
-      process.terminate()
-    for _, process, _ in running.values():
-      process.wait()
-  for job, process, start in running.values():
-    yield job, process.returncode, time.perf_counter() - start
+  (workdir / 'logs').mkdir(parents=True, exist_ok=True)
+  own, numbers = threading.local(), itertools.count()
+  closed = threading.Event()
+  over = lambda: stop.requested or closed.is_set()
 
+  def pin():
+    own.slot = next(numbers)
+    if hasattr(os, 'sched_setaffinity'):
+      # Of this thread, and of the processes that it starts.
+      os.sched_setaffinity(0, slots[own.slot])
 
-def _start(job, workdir, slot, cores, command) -> subprocess.Popen:
-  former, log = own_cores(), _log(workdir, job)
-  log.parent.mkdir(parents=True, exist_ok=True)
-  # Programs are compiled once per slot, not once per seed; two processes never
-  # write the same cache.
-  environment = os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(workdir / 'cache' / str(slot)),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-  }
-  arguments = [*command, f'--run={job.name}']
-  with open(log, 'w', encoding='utf-8') as out:
-    # The child inherits the cores before it has any thread.
-    _pin(0, cores)
-    try:
-      return subprocess.Popen(
+  def run(job):
+    if over():
+      return None
+    # Programs are compiled once per slot, not once per seed; two processes
+    # never write the same cache.
+    environment = os.environ | {
+      'JAX_COMPILATION_CACHE_DIR': str(workdir / 'cache' / str(own.slot)),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
+    arguments, start = [*command, f'--run={job.name}'], time.perf_counter()
+    with open(_log(workdir, job), 'w', encoding='utf-8') as out:
+      process = subprocess.Popen(
         arguments, stdout=out, stderr=out, env=environment
       )
+    while process.poll() is None and not over():
+      time.sleep(0.05)
+    process.terminate()  # unless it has ended
+    return job, process.wait(), time.perf_counter() - start
+
+  with futures.ThreadPoolExecutor(len(slots), initializer=pin) as threads:
+    try:
+      runs = [threads.submit(run, job) for job in jobs]
+      yield from filter(None, (x.result() for x in futures.as_completed(runs)))
     finally:
-      _pin(0, former)
+      closed.set()  # The consumer may fail: no run outlives it.
 
 
 def _log(workdir: pathlib.Path, job: Any) -> pathlib.Path:

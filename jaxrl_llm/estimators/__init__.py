@@ -135,6 +135,7 @@ from jaxrl_llm.estimators.types import (
   TokenLoss,
   TokenWeights,
   merge_needs,
+  rollout_shapes,
   valid_responses,
 )
 from jaxrl_llm.estimators.values import (
@@ -240,6 +241,7 @@ __all__ = [
   'reward_to_go',
   'rl_zvp',
   'rloo',
+  'rollout_shapes',
   'sampler_token_ratio',
   'sampler_trajectory_ratio',
   'score_function',

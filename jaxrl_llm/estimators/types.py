@@ -194,6 +194,53 @@ def merge_needs(*needs: Needs) -> Needs:
   )
 
 
+def rollout_shapes(
+  needs: Needs, prompts: int, samples: int, length: int
+) -> Rollouts:
+  """Returns the shapes of rollouts with everything that an estimator needs.
+
+  `jax.eval_shape(estimator.prepare, rollout_shapes(…))` checks an estimator
+  without data.
+
+  Args:
+    needs: needs of the estimator.
+    prompts: P.
+    samples: G, without the rows of branches that are trained on.
+    length: T, in tokens.
+  """
+  wanted = needs.branches
+  trained = wanted is not None and wanted.trained
+  valued = wanted is not None and not trained
+  if trained:
+    samples *= 1 + min(wanted.count, max(length - 1, 1)) * wanted.samples
+  array = jax.ShapeDtypeStruct
+  shape, whole = (prompts, samples, length), (prompts, samples, 1)
+  numbers, count = array(shape, 'float32'), array(whole, 'int32')
+  optional = {
+    'ref_log_probs': needs.reference,
+    'values': needs.critic,
+    'entropy': needs.entropy,
+    'score_norms': needs.score_norms,
+    'token_rewards': needs.token_rewards,
+    'branch_values': valued,
+    'branch_baselines': valued and wanted.score_weighted,
+  }
+  greedy = array((prompts, 1, 1), 'float32')
+  return Rollouts(
+    tokens=array(shape, 'int32'),
+    mask=array(shape, bool),
+    log_probs=numbers,
+    valid=array(whole, bool),
+    rewards=array(whole, 'float32'),
+    greedy_rewards=greedy if needs.greedy else None,
+    branch_mask=array(shape, bool) if valued else None,
+    parents=count if trained else None,
+    forked_at=count if trained else None,
+    running={part.name: array((), 'float32') for part in needs.running},
+    **{name: numbers for name, used in optional.items() if used},
+  )
+
+
 class AdvantageTransform(NamedTuple):
   """Maps the flowing array, initially the rewards, to the next one.
 

@@ -4,6 +4,7 @@ from jaxrl_llm.runs.health import WINDOW, Health, Watch, assess
 from jaxrl_llm.runs.metrics import (
   Meter,
   MetricsWriter,
+  last_step,
   read_metrics,
   read_records,
 )
@@ -38,6 +39,7 @@ __all__ = [
   'Watch',
   'assess',
   'before_after_table',
+  'last_step',
   'plot_bands',
   'plot_curve',
   'plot_estimates',

@@ -1,10 +1,12 @@
-"""A run's folder: its lock and its description.
+"""A run's folder: its lock, its configuration and its starts.
 
-A run folder holds `config.json` (the requested configuration), `env.json` (the
-latest environment) and `lock` (the current owner) beside the run's records and
-checkpoints.  A resume rewrites the first two once the run is known to continue.
+A run folder holds `config.json` (the latest configuration), `starts.jsonl` (a
+line per start: where, with what and how it was configured) and `lock` (the
+current owner) beside the run's records and checkpoints.  A resume writes the
+first two once the run is known to continue.
 """
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -15,6 +17,7 @@ import pathlib
 import platform
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +26,7 @@ import jax
 from jaxrl_llm import processes
 from jaxrl_llm.atomic import as_json, write_atomically
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs.metrics import last_step
 
 _PACKAGES = (
   'jaxrl_llm',
@@ -81,6 +85,38 @@ def environment() -> dict:
   return software() | devices()
 
 
+def read_starts(workdir) -> list[dict]:
+  """Returns the starts of a run, oldest first; those that can be read."""
+  starts = []
+  with contextlib.suppress(OSError):
+    for line in (pathlib.Path(workdir) / 'starts.jsonl').open('rb'):
+      with contextlib.suppress(ValueError):
+        starts.append(json.loads(line))
+  return [start for start in starts if isinstance(start, dict)]
+
+
+def _commit() -> dict:
+  """Returns the git commit of this package; None where it is in none."""
+  root = pathlib.Path(__file__).parents[2]
+
+  def git(*arguments):
+    done = subprocess.run(
+      ['git', '-C', str(root), *arguments], capture_output=True, timeout=10
+    )
+    return done.stdout.decode().strip() if done.returncode == 0 else None
+
+  try:
+    # Installed elsewhere, the package may lie in a repository of the user's.
+    if git('ls-files', '--error-unmatch', __file__) is None:
+      return {'commit': None, 'dirty': None}
+    return {
+      'commit': git('rev-parse', 'HEAD'),
+      'dirty': bool(git('status', '--porcelain', '--untracked-files=no')),
+    }
+  except (OSError, subprocess.SubprocessError):
+    return {'commit': None, 'dirty': None}
+
+
 class RunFolder:
   """A run's folder, locked for as long as this object is open.
 
@@ -91,8 +127,8 @@ class RunFolder:
   Attributes:
     path: the folder.
     resuming: True if the folder already held this run.
-    changed: code files whose content has changed since the run last began or
-      resumed.
+    notes: changes since the last start, such as another version of JAX or
+      changed code, a line each.
     former: in process 0, the configuration at that time; else None.
   """
 
@@ -100,36 +136,55 @@ class RunFolder:
     self,
     path: pathlib.Path,
     resuming: bool,
-    changed: list[str],
-    lock,
+    notes: Sequence[str] = (),
+    lock=None,
     former: dict | None = None,
-    description: dict | None = None,
+    start: dict | None = None,
   ):
     self.path = path
     self.resuming = resuming
-    self.changed = changed
+    self.notes = notes
     self.former = former
-    self._description = description
+    self._start = start
     self._lock = lock
 
-  def describe(self) -> None:
-    """Writes `config.json` and `env.json`.  All processes call it.
+  def describe(self, step: int) -> None:
+    """Writes `config.json`, and the start to `starts.jsonl`.
 
-    A new run has them from the start.  On a resume, call it once the run is
-    known to continue: a refused resume leaves them unchanged.
+    All processes call it, once the run is known to continue: a refused resume
+    leaves the folder unchanged.
+
+    Args:
+      step: number of completed steps.
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
     """
-    processes.on_main(self._describe, 'the description of the run')
+    processes.on_main(lambda: self._describe(step), 'the start of the run')
 
-  def _describe(self):
+  def _describe(self, step: int) -> None:
     try:
-      for name, content in (self._description or {}).items():
-        text = json.dumps(content, indent=2) + '\n'
-        write_atomically(self.path / f'{name}.json', text)
+      _write_config(self.path, self._start['config'])
+      starts = self.path / 'starts.jsonl'
+      with open(starts, 'a', encoding='utf-8') as file:
+        file.write(json.dumps({'step': step, **self._start}) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
     except OSError as error:
       raise _unusable(self.path, error) from error
+
+  def refuse_loss(self) -> None:
+    """Raises UserError for a run that has lost all its checkpoints."""
+    processes.on_main(self._refuse_loss, 'the run folder')
+
+  def _refuse_loss(self) -> None:
+    # Two saves were due by then, and the second waits for the first.
+    due = 2 * self.former['checkpoints']['every'] if self.resuming else 0
+    if self.resuming and last_step(self.path / 'metrics.jsonl') > due:
+      raise UserError(
+        f'{self.path / "checkpoints"} is missing or empty: restore it from a '
+        'copy'
+      )
 
   def close(self) -> None:
     """Releases the lock.  The folder stays as it is."""
@@ -153,7 +208,8 @@ def open_run(
   """Creates or reopens a run folder and takes its lock.
 
   With `resume`, a folder without a run starts afresh, so that the same command
-  line serves the first start and every restart of a preemptible job.  With
+  line serves the first start and every restart of a preemptible job.  A run
+  that has completed no step starts afresh too, with any configuration.  With
   several processes, all call it; process 0 does the work, and the others share
   its result or error.
 
@@ -163,10 +219,9 @@ def open_run(
     config: the run's nested configuration, as JSON values (tuples become
       lists), for `config.json`.
     allowed: dotted keys, such as `'steps'` or `'log'` (with all below it),
-      that may differ from the stored configuration on resume.  The new values
-      are stored by `RunFolder.describe`.
+      that may differ from the stored configuration on resume.
     code: the user's files that the run executes; their sha256 goes into
-      `env.json`.  Their imports are not recorded.
+      `starts.jsonl`.  Their imports are not recorded.
 
   Raises:
     UserError: the folder is in use, holds a run and `resume` is off, or holds
@@ -176,42 +231,78 @@ def open_run(
 
   def open_here():
     opened.append(_open(path, resume, config, allowed, code))
-    return [opened[0].resuming, opened[0].changed]
+    return [opened[0].resuming, opened[0].notes]
 
-  resuming, changed = processes.on_main(open_here, 'the run folder')
-  return opened[0] if opened else RunFolder(path, resuming, changed, None)
+  resuming, notes = processes.on_main(open_here, 'the run folder')
+  return opened[0] if opened else RunFolder(path, resuming, notes)
 
 
 def _open(path, resume, config, allowed, code) -> RunFolder:
   config = as_json(config, 'configuration')
-  lock, changed = None, []
+  lock = None
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = _take_lock(path)
-    stored = _stored_config(path)
-    if stored is not None:
+    stored, notes = _stored_config(path), []
+    changed = {}
+    if stored is not None and _has_begun(path):
       if not resume:
         raise UserError(
           f'{path} already holds a run.\n'
           'Continue it with --resume, or name another --workdir.'
         )
-      _compare(path, stored, config, allowed)
-    env = environment()
-    env['code_sha256'] = {str(file): _file_sha256(file) for file in code}
-    if stored is not None:
-      changed = _changed(path, env['code_sha256'])
-    description = {'config': config, 'env': env}
-    resuming = stored is not None
-    folder = RunFolder(path, resuming, changed, lock, stored, description)
-    if not resuming:
-      folder._describe()
+      changed = _compare(path, stored, config, allowed)
+    now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+    start = {'time': now, **environment(), **_commit()}
+    start['code_sha256'] = {str(file): _file_sha256(file) for file in code}
+    if stored is None:
+      _write_config(path, config)
+    else:
+      notes = _differences((read_starts(path) or [{}])[-1], start)
+    start |= {'changed': changed, 'config': config}
+    return RunFolder(path, stored is not None, notes, lock, stored, start)
   except OSError as error:
     _give_back(lock)
     raise _unusable(path, error) from error
   except BaseException:
     _give_back(lock)
     raise
-  return folder
+
+
+def _write_config(path: pathlib.Path, config: dict) -> None:
+  write_atomically(path / 'config.json', json.dumps(config, indent=2) + '\n')
+
+
+def _has_begun(path: pathlib.Path) -> bool:
+  """Returns True if a run has completed a step."""
+  checkpoints = path / 'checkpoints'
+  saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+  return saved or last_step(path / 'metrics.jsonl') > 0
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+  """Returns what differs between two starts and may change numbers."""
+  notes = [
+    f'{name} was {before[name]}, is {now[name]}: numbers may differ in the '
+    'last bits'
+    for name in ('backend', 'device_kind', 'device_count', 'process_count')
+    if name in before and before[name] != now[name]
+  ]
+  old, new = before.get('versions', {}), now['versions']
+  notes += [
+    f'{name} was {old[name]}, is {new[name]}: numbers may differ in the last '
+    'bits'
+    for name in ('jax', 'jaxlib')
+    if old.get(name, new[name]) != new[name]
+  ]
+  old, new = before.get('code_sha256', {}), now['code_sha256']
+  notes += [
+    f'{file} has changed: earlier records come from the old code, later ones '
+    'from the new'
+    for file in new
+    if old.get(file, new[file]) != new[file]
+  ]
+  return notes
 
 
 def _unusable(path, error) -> UserError:
@@ -284,16 +375,6 @@ def _file_sha256(file):
     return hashlib.file_digest(content, 'sha256').hexdigest()
 
 
-def _changed(path, code):
-  """Returns the files that differ from their record in env.json."""
-  try:
-    env = json.loads((path / 'env.json').read_text(encoding='utf-8'))
-    before = dict(env['code_sha256'])
-  except (OSError, ValueError, KeyError, TypeError):
-    return []  # An older or damaged record proves nothing.
-  return [file for file in code if before.get(file, code[file]) != code[file]]
-
-
 def _flat(config, prefix=''):
   """Returns leaves by dotted key.  An empty dictionary is a leaf."""
   leaves = {}
@@ -305,24 +386,37 @@ def _flat(config, prefix=''):
   return leaves
 
 
-def _compare(path, stored, config, allowed):
+def _compare(path, stored, config, allowed) -> dict[str, list]:
+  """Returns the changed fields, with their old and new values.
+
+  Raises:
+    UserError: one of them may not change.
+  """
   old, new = _flat(stored), _flat(config)
+  changed = {
+    key: [old.get(key), new.get(key)]
+    for key in sorted(old.keys() | new.keys())
+    if _shown(old, key) != _shown(new, key)
+  }
   different = []
-  for key in sorted(old.keys() | new.keys()):
+  for key in changed:
     parts = key.split('.')
     heads = {'.'.join(parts[: n + 1]) for n in range(len(parts))}
-    if heads & allowed:
-      continue
-    before, now = (_shown(values, key) for values in (old, new))
-    if before != now:
-      different.append(f'{key} was {before}, is {now}')
+    if not heads & allowed:
+      different.append(key)
   if different:
+    shown = '; '.join(
+      f'{key} was {_shown(old, key)}, is {_shown(new, key)}'
+      for key in different[:3]
+    )
     more = len(different) - 3
     raise UserError(
       f'{path} holds a run of another configuration:\n'
-      f'{"; ".join(different[:3])}{f"; and {more} more" if more > 0 else ""}.\n'
-      'Resume with the stored values, or name another --workdir.'
+      f'{shown}{f"; and {more} more" if more > 0 else ""}.\n'
+      'Resume with the stored values, name another --workdir, or add '
+      f'--allow_change={",".join(different[:3])}.'
     )
+  return changed
 
 
 def _shown(values, key):

@@ -3,6 +3,7 @@
 Files of one JSON record per line survive a kill and a resume.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -56,31 +58,51 @@ class MetricsWriter:
       ) from error
     self._last = resume_step
 
-  def write(self, step: int, metrics: dict, timings: dict | None = None):
+  def write(
+    self,
+    step: int,
+    metrics: dict,
+    timings: dict | None = None,
+    again: bool = False,
+  ):
     """Writes a step's record.
 
     Args:
-      step: greater than every earlier one.
+      step: greater than every earlier one, or with `again` the last one.
       metrics: numbers by name, written in this order.
       timings: clock readings by name, in seconds, and counts of the process.
+      again: replaces the last record.
 
     Raises:
       ValueError: the step does not follow, or a metric is not one number.
       UserError: the disk is full.
     """
-    if self._last is not None and step <= self._last:
+    if self._last is not None and step < self._last + (not again):
       raise ValueError(f'Step {step} does not follow step {self._last}.')
     step = int(step)
     metrics, timings = (
       {name: number(value, name) for name, value in (values or {}).items()}
       for values in (metrics, timings)
     )
-    self._metrics.write({'step': step, **metrics})
+    self._metrics.write({'step': step, **metrics}, again)
     if timings:
-      self._timings.write({'step': step, **timings})
+      self._timings.write({'step': step, **timings}, again)
     self._last = step
     timings = {f'timings/{name}': value for name, value in timings.items()}
     self._board.write(step, metrics | timings)
+
+  def last(self) -> tuple[dict, dict]:
+    """Returns metrics and timings of the last step, as they were written."""
+    metrics = read_metrics(self._metrics.path)[-1]
+    timings = [
+      record
+      for record in read_metrics(self._timings.path)
+      if record['step'] == metrics['step']
+    ]
+    return tuple(
+      {name: value for name, value in record.items() if name != 'step'}
+      for record in (metrics, *(timings[-1:] or [{}]))
+    )
 
   def sync(self) -> None:
     """Returns when every record is on the disk.
@@ -190,9 +212,15 @@ class RecordFile:
     self.path = pathlib.Path(path)
     self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
 
-  def write(self, record: dict) -> None:
+  def write(self, record: dict, again: bool = False) -> None:
+    """Appends a record; with `again`, atomically replaces those of its step."""
     line = json.dumps(record, allow_nan=False).encode() + b'\n'
     try:
+      if again:
+        cut(self.path, record['step'] - 1, then=line)
+        self._file.close()
+        self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
+        return
       written = self._file.write(line)
     except OSError as error:
       raise self._failed(error.strerror) from error
@@ -260,6 +288,18 @@ def read_records(path) -> list[dict]:
   return records
 
 
+def last_step(path) -> int:
+  """Returns the last step up to which a file has every record; 0 for none."""
+  reached = None
+  with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
+    for record in map(_parse, file):
+      expected = (0, 1) if reached is None else (reached + 1,)
+      if record is None or record['step'] not in expected:
+        break
+      reached = record['step']
+  return reached or 0
+
+
 def _parse(line):
   """Parses the record of a line; returns None if it is broken."""
   try:
@@ -270,7 +310,13 @@ def _parse(line):
   return record if known and line.endswith(b'\n') else None
 
 
-def cut(path, step: int | None, complete: bool = False) -> None:
+def cut(
+  path,
+  step: int | None,
+  complete: bool = False,
+  drop: Callable[[dict], bool] = lambda record: False,
+  then: bytes = b'',
+) -> None:
   """Removes the records after a step, and broken lines behind it.
 
   Atomic: the file is the old one or the cut one.  Kept lines keep their bytes.
@@ -280,6 +326,8 @@ def cut(path, step: int | None, complete: bool = False) -> None:
     step: the last step to keep; None keeps nothing.
     complete: also require one record for each step, from 0 or 1 to `step`
       itself (if that is above 0).
+    drop: marks further records to remove.
+    then: lines to append at the same time.
 
   Raises:
     UserError: a line before the last to keep is broken, or records are missing.
@@ -289,7 +337,11 @@ def cut(path, step: int | None, complete: bool = False) -> None:
   if path.exists():
     lines = path.read_bytes().splitlines(keepends=True)
   records = [_parse(line) for line in lines]
-  kept = [i for i, each in enumerate(records) if _is_kept(each, step)]
+  kept = [
+    i
+    for i, record in enumerate(records)
+    if _is_kept(record, step) and not drop(record)
+  ]
   if complete:
     # Lines after the record of `step` are removed, whatever they hold.
     last = [i for i in kept if records[i]['step'] == step]
@@ -300,8 +352,8 @@ def cut(path, step: int | None, complete: bool = False) -> None:
       raise _broken(path, count, complete)
   if complete:
     _check_complete(path, [each['step'] for each in records[:end]], step)
-  if len(kept) < len(lines):
-    write_atomically(path, b''.join(lines[i] for i in kept))
+  if then or len(kept) < len(lines):
+    write_atomically(path, b''.join(lines[i] for i in kept) + then)
 
 
 def _is_kept(record: dict | None, step: int | None) -> bool:

@@ -46,12 +46,22 @@ class SampleLog:
     workdir: the run folder; must exist.
     resume_step: the step of the restored checkpoint, as for `MetricsWriter`.
       Later samples are removed; None removes all.
+    evaluated: False also removes the held-out samples of `resume_step`.
   """
 
-  def __init__(self, workdir, resume_step: int | None = None):
+  def __init__(
+    self, workdir, resume_step: int | None = None, evaluated: bool = True
+  ):
     self._workdir = pathlib.Path(workdir)
+    unfinished = None if evaluated else resume_step
     try:
-      cut(self._workdir / 'samples.jsonl', resume_step)
+      cut(
+        self._workdir / 'samples.jsonl',
+        resume_step,
+        drop=lambda record: (
+          record['step'] == unfinished and record.get('advantage') is None
+        ),
+      )
       self._file = RecordFile(self._workdir / 'samples.jsonl')
     except OSError as error:
       raise UserError(

@@ -11,6 +11,10 @@ class Silent:
   def write(self, *args) -> None:
     """As in `MetricsWriter` and `SampleLog`."""
 
+  def last(self) -> tuple[dict, dict]:
+    """As in `MetricsWriter`; no numbers."""
+    return {}, {}
+
   def write_html(self, *args, **kwargs) -> None:
     """As in `SampleLog`."""
 

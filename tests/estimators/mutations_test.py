@@ -171,7 +171,7 @@ MUTATIONS = {
   'branches that are scored without what shapes responses': Mutation(
     'advantages.py',
     'return needs._replace(branches=needs.branches._replace(shaping=shaping))',
-    'return needs._replace(branches=needs.branches._replace(shaping=own))',
+    'return needs._replace(branches=needs.branches._replace(shaping=inner))',
     'values_test.py',
   ),
   'a critic bootstraps from itself': Mutation(

@@ -1,18 +1,21 @@
 """Runs that fail between an update and its record, and go on bit for bit."""
 
 import errno
+import functools
 import json
 import os
 import shutil
 import signal
 import types
 
+import numpy as np
 import pytest
 
 from experiments import build, loop, run
 from experiments.schedule import Script
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import Sample, checkpoints, orbax_io
+from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import describe, named_leaves
 from jaxrl_llm.runs.metrics import RecordFile
@@ -35,13 +38,17 @@ class Writing(boundaries_test.Reading):
 
   Attributes:
     in_evaluation: step → what happens before its evaluation.
+    scored: number of a step → True if one of its responses has a score.
   """
 
   in_evaluation = types.MappingProxyType({})
+  scored = staticmethod(lambda number: True)
 
   def step(self, state, number, stop):
     found = super().step(state, number, stop)
-    return found._replace(responses=number + 1)
+    scores = types.SimpleNamespace(valid=np.array(self.scored(number)))
+    responses = types.SimpleNamespace(number=number + 1, scores=scores)
+    return found._replace(responses=responses)
 
   def evaluate(self, trainable, step, stop):
     self.in_evaluation.pop(step, lambda: None)()
@@ -62,7 +69,9 @@ def train(
     patch.setattr(Writing, 'interrupts', in_step or {})
     patch.setattr(Writing, 'in_evaluation', in_evaluation or {})
     patch.setattr(
-      loop, 'to_samples', lambda of, step, *rest: samples(step, float(of))
+      loop,
+      'to_samples',
+      lambda of, step, *rest: samples(step, float(of.number)),
     )
     script = Script(lambda config: None, phase)
     return run.train(script, config, workdir, resume=True)
@@ -91,22 +100,22 @@ def fail_once(monkeypatch, name: str, step: int, place: int) -> None:
   """The disk is full at a step's line number `place` (from 0) of a file."""
   write, seen = RecordFile.write, []
 
-  def full(self, record):
+  def full(self, record, *again):
     if self.path.name == name and record['step'] == step:
       seen.append(record)
       if len(seen) == place + 1:
         raise self._failed(os.strerror(errno.ENOSPC))
-    write(self, record)
+    write(self, record, *again)
 
   monkeypatch.setattr(RecordFile, 'write', full)
 
 
-def test_a_record_that_fails_is_written_on_resume(whole, tmp_path, monkeypatch):
+def test_a_step_whose_record_fails_is_repeated(whole, tmp_path, monkeypatch):
   workdir = tmp_path / 'run'
-  for name, step, place in (
-    ('timings.jsonl', 3, 0),
-    ('samples.jsonl', 5, 1),  # the step before was evaluated
-    ('samples.jsonl', 8, 4),  # in its own evaluation
+  for name, step, place, saved in (
+    ('timings.jsonl', 3, 0, 2),
+    ('samples.jsonl', 5, 1, 4),
+    ('samples.jsonl', 8, 4, 8),  # in its evaluation, which alone is repeated
   ):
     with monkeypatch.context() as patch:
       fail_once(patch, name, step, place)
@@ -114,10 +123,12 @@ def test_a_record_that_fails_is_written_on_resume(whole, tmp_path, monkeypatch):
       with pytest.raises(UserError, match=text):
         train(workdir)
     found = newest(workdir)
-    assert found['step'] == step
-    assert found['metric'] is None and found['metadata']['score'] is None
+    assert found['step'] == saved
+    assert found['metadata']['evaluated'] == (saved != 8)
+  assert found['metric'] is None
   assert train(workdir) == 0
   assert left(workdir) == left(whole)
+  assert newest(workdir)['metric'] is not None
 
 
 def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
@@ -125,9 +136,9 @@ def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
 ):
   """Stopped in it; then killed behind it, before that is saved."""
   workdir = tmp_path / 'run'
-  stop = {0: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+  stop = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
   assert train(workdir, in_evaluation=stop) == 143
-  assert newest(workdir)['metadata']['pending'] is not None
+  assert not newest(workdir)['metadata']['evaluated']
   with monkeypatch.context() as patch:
     # Like SIGKILL, this is caught by nothing on its way.
     ends = lambda self: boundaries_test.end_at_once()
@@ -137,8 +148,62 @@ def test_samples_of_an_evaluation_that_runs_again_are_not_doubled(
   assert left(workdir) == left(whole)
 
 
-def fail_unseen(patch, name: str) -> None:
-  """The first save of a step fails, and nobody looks at it."""
+def test_a_dead_reward_ends_the_run_saved(whole, tmp_path, monkeypatch):
+  workdir = tmp_path / 'run'
+  monkeypatch.setattr(Writing, 'scored', lambda self, number: number in (0, 3))
+  with pytest.raises(
+    UserError, match='no response had a score in 3 steps'
+  ) as e:
+    train(workdir)
+  assert 'up to step 7:' in str(e.value) and '--resume' in str(e.value)
+  assert len(str(e.value).splitlines()) <= 3
+  assert newest(workdir)['step'] == 7
+  monkeypatch.undo()
+  assert train(workdir) == 0
+  assert left(workdir) == left(whole)
+
+
+@pytest.mark.parametrize('lost', [1, 2])
+def test_records_that_end_before_the_newest_checkpoint(
+  lost, whole, tmp_path, capsys
+):
+  """The run continues from the newest checkpoint that the records reach."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  records = (workdir / 'metrics.jsonl').read_bytes().splitlines(keepends=True)
+  (workdir / 'metrics.jsonl').write_bytes(b''.join(records[:-lost]))
+  if lost == 2:  # before every checkpoint that is kept
+    with pytest.raises(UserError, match='ends at step 7, but the checkpoint'):
+      train(workdir)
+    return
+  assert train(workdir) == 0
+  said = ' '.join(capsys.readouterr().err.split())
+  assert 'no record of step 9' in said and 'checkpoint 8, not 9' in said
+  assert left(workdir) == left(whole)
+
+
+def test_fields_that_may_change_on_request(whole, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole, workdir)
+  config = boundaries_test.configuration(PROMPTS)
+  config.warm_start.update(batch=2)
+  config.warm_start.optimizer.warmup_updates = 0
+  config.optimizer.learning_rate /= 2
+  script = Script(lambda config: None, Writing)
+  resume = functools.partial(run.train, script, config, workdir, resume=True)
+  with pytest.raises(UserError, match='allow_change=optimizer.learning_rate'):
+    resume()
+  assert resume(allow_change=['optimizer.learning_rate']) == 0
+  start = run_folder.read_starts(workdir)[-1]
+  new = config.optimizer.learning_rate
+  assert start['changed'] == {'optimizer.learning_rate': [2 * new, new]}
+  assert start['step'] == 9
+  with pytest.raises(UserError, match='optimizer.rate: the config'):
+    resume(allow_change=['optimizer.rate'])
+
+
+def fail_save(patch, name: str) -> None:
+  """The first save of a step fails."""
   start, names = orbax_io.start_save, [name]
 
   class Full:
@@ -153,7 +218,20 @@ def fail_unseen(patch, name: str) -> None:
 
   patch.setattr(orbax_io, 'start_save', start_save)
   patch.setattr(checkpoints, '_AFTERMATH', 0.0)
+
+
+def fail_unseen(patch, name: str) -> None:
+  """The first save of a step fails, and nobody looks at it."""
+  fail_save(patch, name)
   patch.setattr(loop.Checkpoints, 'poll', lambda self: None)
+
+
+def test_a_save_that_fails_is_repeated(whole, tmp_path, monkeypatch, capsys):
+  workdir = tmp_path / 'run'
+  fail_save(monkeypatch, '00000004')
+  assert train(workdir) == 0
+  assert 'the state is saved again' in capsys.readouterr().err
+  assert left(workdir) == left(whole)
 
 
 def test_a_stop_is_saved_although_the_save_before_has_failed(
@@ -191,13 +269,14 @@ def test_a_main_phase_that_has_begun_is_no_checkpoint_of_the_warm_start(
 def test_a_resume_that_is_refused_leaves_the_configuration(whole, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(whole, workdir)
-  (workdir / 'samples.jsonl').unlink()
-  files = [workdir / name for name in ('config.json', 'env.json')]
+  checkpoints = shutil.move(workdir / 'checkpoints', tmp_path / 'kept')
+  files = [workdir / name for name in ('config.json', 'starts.jsonl')]
   before = [file.read_bytes() for file in files]
-  with pytest.raises(UserError, match='samples.jsonl is missing'):
+  with pytest.raises(UserError, match='checkpoints is missing'):
     train(workdir, every=3)
   assert [file.read_bytes() for file in files] == before
-  (workdir / 'samples.jsonl').touch()
+  shutil.move(checkpoints, workdir / 'checkpoints')
+  (workdir / 'samples.jsonl').unlink()  # Nothing is computed from it.
   assert train(workdir, every=3) == 0
   stored = json.loads((workdir / 'config.json').read_text())
   assert stored['checkpoints']['every'] == 3

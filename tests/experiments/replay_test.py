@@ -171,8 +171,8 @@ def test_no_run(tmp_path):
 
 @pytest.mark.parametrize('now', ['changed', 'missing'])
 def test_other_code(now, workdir):
-  path = workdir / 'env.json'
-  env = json.loads(path.read_text())
+  path = workdir / 'starts.jsonl'
+  env = json.loads(path.read_text().splitlines()[-1])
   (reward,) = env['code_sha256']
   if now == 'missing':
     env['code_sha256'] = {'gone.py': env['code_sha256'][reward]}

@@ -50,7 +50,6 @@ def lines(error) -> list[str]:
   [
     ('config.json', 'config.json'),
     ('metrics.jsonl', 'metrics.jsonl'),
-    ('samples.jsonl', 'samples.jsonl'),
     ('checkpoints', 'checkpoints'),
     ('reference', 'reference'),
     (f'{REFERENCE}/state', 'reference.*\n.*state'),
@@ -85,7 +84,7 @@ def contents(workdir) -> dict:
   return {
     path: path.read_bytes()
     for path in workdir.rglob('*')
-    if path.is_file() and path.name not in ('lock', 'env.json')
+    if path.is_file() and path.name not in ('lock', 'starts.jsonl')
   }
 
 

@@ -28,6 +28,13 @@ time.sleep(60)
 """
 
 
+def begin(workdir, config):
+  """Leaves the folder of a run that has completed a step."""
+  with run_folder.open_run(workdir, False, config) as run:
+    run.describe(0)
+  (workdir / 'metrics.jsonl').write_text('{"step": 1}\n')
+
+
 def lines(error):
   return str(error.value).splitlines()
 
@@ -64,7 +71,9 @@ def test_new_folder_holds_config_and_environment(tmp_path):
     assert not run.resuming
     config = json.loads((run.path / 'config.json').read_text())
     assert config == {'seed': 3, 'model': {'sizes': [1, 2]}}
-    env = json.loads((run.path / 'env.json').read_text())
+    run.describe(0)
+  (env,) = run_folder.read_starts(run.path)
+  assert env['step'] == 0 and env['config'] == config
   assert env['versions']['python'] == '.'.join(map(str, sys.version_info[:3]))
   assert env['versions']['jax'] == __import__('jax').__version__
   assert env['device_count'] >= 1
@@ -106,12 +115,23 @@ def test_lock_of_a_killed_owner_is_free(tmp_path, owner, kind):
 
 
 def test_lock_is_given_back_on_close_and_after_a_refusal(tmp_path):
-  run_folder.open_run(tmp_path, False, {'steps': 1}).close()
+  begin(tmp_path, {'steps': 1})
   for _ in range(2):
     with pytest.raises(UserError, match='already holds a run') as error:
       run_folder.open_run(tmp_path, False, {'steps': 1})
     assert '--resume' in lines(error)[1]
   run_folder.open_run(tmp_path, True, {'steps': 1}).close()
+
+
+def test_a_run_without_a_step_starts_afresh(tmp_path):
+  """Its first reward failed, say: the mended configuration may use it."""
+  run_folder.open_run(tmp_path, False, {'steps': 1}).close()
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "eval/reward": 0.5}\n')
+  with run_folder.open_run(tmp_path, False, {'steps': 2}) as run:
+    assert run.resuming
+    run.describe(0)
+  stored = json.loads((tmp_path / 'config.json').read_text())
+  assert stored == {'steps': 2}
 
 
 def test_same_process_cannot_take_the_lock_twice(tmp_path):
@@ -129,7 +149,7 @@ def test_resume_of_an_empty_folder_starts_afresh(tmp_path):
 
 def test_resume_compares_the_configuration(tmp_path):
   old = {'steps': 5, 'log': {'every': 1, 'rows': 2}, 'lr': 0.1, 'a': {'b': 1}}
-  run_folder.open_run(tmp_path, False, old).close()
+  begin(tmp_path, old)
   new = {'steps': 9, 'log': {'every': 7, 'rows': 3}, 'lr': 0.2, 'a': {'c': 1}}
   with pytest.raises(UserError) as error:
     run_folder.open_run(tmp_path, True, new, allowed={'steps', 'log'})
@@ -147,8 +167,10 @@ def test_resume_compares_the_configuration(tmp_path):
   ) as run:
     # So does one that is refused later on, for what else the folder holds.
     assert json.loads((tmp_path / 'config.json').read_text()) == old
-    run.describe()
+    run.describe(1)
   assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 9
+  changed = run_folder.read_starts(tmp_path)[-1]['changed']
+  assert changed['steps'] == [5, 9] and changed['log.every'] == [1, 7]
 
 
 def test_changed_code_is_told_once(tmp_path):
@@ -157,27 +179,41 @@ def test_changed_code_is_told_once(tmp_path):
     file.write_text('x = 1')
   a, b = code = list(map(str, files))
 
-  def changed(config=None):
+  def notes(config=None):
     with run_folder.open_run(
       tmp_path / 'run', True, config or {}, code=code
     ) as run:
-      run.describe()
-      return run.changed
+      run.describe(1)
+      return run.notes
 
-  assert changed() == changed() == []
-  env = json.loads((tmp_path / 'run' / 'env.json').read_text())
+  assert notes() == []
+  (tmp_path / 'run' / 'metrics.jsonl').write_text('{"step": 1}\n')
+  assert notes() == []
   digest = subprocess.run(['sha256sum', a], capture_output=True, text=True)
-  assert env['code_sha256'][a] == digest.stdout.split()[0]
+  start = run_folder.read_starts(tmp_path / 'run')[-1]
+  assert start['code_sha256'][a] == digest.stdout.split()[0]
   files[1].write_text('x = 2')
   # A resume that is refused has not told.
   with pytest.raises(UserError):
-    changed({'steps': 1})
-  assert changed() == [b] and changed() == []
-  # Records that do not tell: of an older version, and damaged.
-  for text in ('{}', '{"code_sha256": 3}', '{', '[]'):
+    notes({'steps': 1})
+  assert [b in note for note in notes()] == [True] and notes() == []
+  # Records that prove nothing: of an older version, and damaged.
+  for text in ('{}', '{', '[]', '{"code_sha256": {}}'):
     files[0].write_text(text)
-    (tmp_path / 'run' / 'env.json').write_text(text)
-    assert changed() == []
+    (tmp_path / 'run' / 'starts.jsonl').write_text(f'{text}\n')
+    assert notes() == []
+
+
+def test_another_jax_or_device_is_said(tmp_path, monkeypatch):
+  begin(tmp_path, {})
+  environment = run_folder.environment()
+  environment['versions'] |= {'jax': '9.9', 'numpy': '9.9'}
+  environment |= {'device_kind': 'H200', 'device_count': 8}
+  monkeypatch.setattr(run_folder, 'environment', lambda: environment)
+  with run_folder.open_run(tmp_path, True, {}) as run:
+    said = ' '.join(run.notes)
+  assert 'jax was ' in said and 'is 9.9' in said and 'numpy' not in said
+  assert 'is H200' in said and 'device_count was' in said
 
 
 def test_a_description_that_cannot_be_written_is_told(tmp_path):
@@ -185,11 +221,11 @@ def test_a_description_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / 'config.json').unlink()
     (tmp_path / 'config.json').mkdir()
     with pytest.raises(UserError, match='cannot be used: Is a directory'):
-      run.describe()
+      run.describe(0)
 
 
 def test_many_differences_are_counted(tmp_path):
-  run_folder.open_run(tmp_path, False, {str(k): 0 for k in range(9)}).close()
+  begin(tmp_path, {str(k): 0 for k in range(9)})
   with pytest.raises(UserError, match='and 6 more'):
     run_folder.open_run(tmp_path, True, {str(k): 1 for k in range(9)})
 

@@ -78,8 +78,7 @@ def stopped(ended) -> None:
   assert ended.seconds < 30
   assert 'Traceback' not in ended.err
   (step,) = re.findall(r'stopped by SIGTERM after step (\d+);', ended.err)
-  # A step whose evaluation is stopped has no record yet.
-  assert int(step) - ended.records in (0, 1)
+  assert int(step) == ended.records
   assert ended.newest == f'{int(step):08d}'
 
 

@@ -4,10 +4,10 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments.planning import collectives, flops, hlo
@@ -172,7 +172,11 @@ def test_groups_of_every_notation(text, kind, group):
 def test_bandwidth_of_links():
   def rate(name, positions):
     topology = Topology(name, *parse(name), [], {})
-    return collectives.bandwidth(topology, np.array(positions))
+    devices = [
+      types.SimpleNamespace(coords=(*x, 0), id=topology.shape[1] * x[0] + x[1])
+      for x in positions
+    ]
+    return collectives.bandwidth(topology, devices)
 
   line = [[i, 0] for i in range(16)]
   link = parse('v5e:16x16')[0].link
