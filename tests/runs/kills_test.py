@@ -79,7 +79,8 @@ def stopped(ended) -> None:
   assert 'Traceback' not in ended.err
   (step,) = re.findall(r'stopped by SIGTERM after step (\d+);', ended.err)
   assert int(step) == ended.records
-  assert ended.newest == f'{int(step):08d}'
+  # A run that has done nothing saves nothing.
+  assert ended.newest == (f'{int(step):08d}' if int(step) else '')
 
 
 @pytest.mark.slow
