@@ -134,18 +134,6 @@ def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
   _replace(phase, around)
 
 
-def disk_full(bytes_: int, phase: str, workdir, after: int = 0) -> None:
-  """No file grows beyond so many bytes from a phase on."""
-  import resource
-
-  def around(call, *args, **kwargs):
-    if scripts.steps_written(workdir) >= after:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
-    return call(*args, **kwargs)
-
-  _replace(phase, around)
-
-
 def fill_disk(left: int, phase: str, workdir, after: int = 0) -> None:
   """Fills the file system of a run in a phase; the file is called `ballast`.
 
