@@ -162,9 +162,9 @@ def nan_gradients(workdir, where) -> None:
     workdir: of the run.
     where: (records written, number of the update since) of those updates.
   """
-  from jaxrl_llm import training
+  from jaxrl_llm.training import update as update_lib
 
-  make, seen = training.make_update, {}
+  make, seen = update_lib.make_update, {}
 
   def spoilt_update(forward, *args, **kwargs):
     def spoilt_forward(*given):
@@ -182,7 +182,7 @@ def nan_gradients(workdir, where) -> None:
 
     return update
 
-  training.make_update = spoilt_update
+  update_lib.make_update = spoilt_update
 
 
 def tell_restored(path) -> None:
