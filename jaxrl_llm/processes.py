@@ -109,9 +109,11 @@ def initialize(
     timer.cancel()
   if count() == 1:
     return jax.distributed.shutdown()
-  # CPU devices run programs concurrently: two programs that both communicate
-  # could wait for each other for ever.
+  # CPUs would run collectives concurrently, each process in its own order.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
+  if jax.config.jax_platforms == 'cpu':
+    flag = ' --xla_cpu_enable_concurrency_optimized_scheduler=false'
+    os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + flag
   _libc.signal(signal.SIGABRT, _on_abort)
   for watch in _watch_status, _watch_lives:
     threading.Thread(target=watch, daemon=True).start()
@@ -266,16 +268,14 @@ def gather(tree: Any, name: str = 'gathered rows') -> Any:
 
 def gather_objects(value: Any, name: str = 'gathered values') -> list:
   """Returns all processes' JSON values, in order; tuples become lists."""
-  contents = _exchange(json.dumps(value).encode(), name)
-  return [json.loads(content) for content in contents]
+  return list(map(json.loads, _exchange(json.dumps(value).encode(), name)))
 
 
 def _exchange(content: bytes, name: str) -> list[bytes]:
   """Returns every process's bytes, sent over the devices."""
   if count() == 1:
     return [content]
-  # A collective has its own time-out: nobody must wait inside it.
-  barrier(name)
+  barrier(name)  # A collective has its own time-out: nobody waits inside it.
   sizes = process_allgather(np.array([len(content)], np.int32)).reshape(-1)
   # One program for all sizes up to the next power of two.
   padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
