@@ -37,6 +37,7 @@ or none of them under a launcher, or --num_processes=1"""
 _libc = ctypes.CDLL(None)
 _numbers = itertools.count()
 _leaving = threading.Event()
+_watches = []
 
 
 def _state():
@@ -78,8 +79,7 @@ def initialize(
 
   Args:
     coordinator: HOST:PORT on which process 0 listens.
-    num_processes: their number; 1 queries no launcher.
-    process_id: the number of this one, from 0.
+    num_processes, process_id: how many, and which; one queries no launcher.
     timeout_s: seconds to wait for the others; then this one ends (status 2).
   """
   flags = coordinator, num_processes, process_id
@@ -116,7 +116,8 @@ def initialize(
     os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + flag
   _libc.signal(signal.SIGABRT, _on_abort)
   for watch in _watch_status, _watch_lives:
-    threading.Thread(target=watch, daemon=True).start()
+    _watches.append(threading.Thread(target=watch, daemon=True))
+    _watches[-1].start()
   jax.devices()  # All must ask for them to get them.
 
 
@@ -204,6 +205,8 @@ def finish() -> None:
     barrier('the end')
     _leaving.set()
     jax.distributed.shutdown()
+    for watch in _watches:
+      watch.join(HEARTBEAT)  # Python would end it within C++, which aborts.
 
 
 def barrier(name: str, timeout_s: float = 1800, key: str = '') -> None:
@@ -247,18 +250,14 @@ def agree(flag: bool, name: str = 'a decision') -> bool:
 
 def own_part(total: int) -> slice:
   """Returns which of `total` things, in order, this process works on."""
-  here, parts = index(), count()
-  return slice(here * total // parts, (here + 1) * total // parts)
+  return slice(*(i * total // count() for i in (index(), index() + 1)))
 
 
 def gather(tree: Any, name: str = 'gathered rows') -> Any:
-  """Concatenates all processes' rows on every process, in process order.
-
-  Only their number may differ.  JAX alone would make float64 float32.
-  """
+  """Concatenates all processes' rows, of any number, in order, bit by bit."""
 
   def gather_rows(rows):
-    file = io.BytesIO()
+    file = io.BytesIO()  # JAX alone would make float64 float32.
     np.save(file, rows, allow_pickle=False)  # ValueError for objects
     parts = map(io.BytesIO, _exchange(file.getvalue(), name))
     return np.concatenate([np.load(part, allow_pickle=False) for part in parts])
