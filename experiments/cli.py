@@ -22,7 +22,6 @@ from experiments.configs import base
 from jaxrl_llm import compilation, processes
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs import membership
 from jaxrl_llm.runs.progress import say
 
 _CONFIGS = pathlib.Path('experiments') / 'configs'
@@ -74,10 +73,10 @@ def join_processes() -> None:
   Several processes use a compilation cache only where the user named one.
 
   Raises:
-    UserError: as `membership.initialize`.
+    UserError: as `processes.initialize`.
   """
   values = flags.FLAGS
-  membership.initialize(
+  processes.initialize(
     values.coordinator, values.num_processes, values.process_id
   )
   if processes.count() > 1:
@@ -170,13 +169,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       say(missing)
     try:
       status = main()
-      membership.finish()
+      processes.finish()
       return status
     except UserError as error:
       _fail(str(error))
     except KeyboardInterrupt:
       say('interrupted')
-      membership.fail(128 + signal.SIGINT)
+      processes.fail(128 + signal.SIGINT)
       return 128 + signal.SIGINT
     except BrokenPipeError:
       if not _output_is_closed():  # The error is another pipe's.
@@ -188,8 +187,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       if processes.count() == 1:
         raise
       if _is_of_runtime(error):
-        membership.wait_for_loss()
-      membership.fail(1, traceback.print_exc)
+        processes.wait_for_loss()
+      processes.fail(1, traceback.print_exc)
 
   # Data and traced programs are hundreds of thousands of lasting objects: with
   # Python's threshold of 700 their collection takes a tenth of the start.
@@ -375,5 +374,5 @@ def _described(error: Exception) -> str:
 def _fail(message: str) -> NoReturn:
   first, *rest = message.strip().split('\n')
   text = '\n'.join([f'error: {first}', *rest[:2]])
-  membership.fail(2, lambda: say(text))
+  processes.fail(2, lambda: say(text))
   sys.exit(2)

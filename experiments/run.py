@@ -16,7 +16,6 @@ from experiments.schedule import MakePhase, Script
 from jaxrl_llm import processes, sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import interruptible
-from jaxrl_llm.runs import membership
 from jaxrl_llm.runs.folder import RunFolder, open_run
 from jaxrl_llm.runs.progress import say
 from jaxrl_llm.signals import StopRequested, StopSignal
@@ -62,7 +61,7 @@ def train(
       return _train(script, config, workdir, resume, allow_change, files)
   except KeyboardInterrupt:
     say('interrupted: --resume continues from the last checkpoint')
-    membership.fail(128 + signal.SIGINT)
+    processes.fail(128 + signal.SIGINT)
     return 128 + signal.SIGINT
 
 

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import signal
 import socket
 import tempfile
 import time
@@ -27,42 +26,38 @@ class Group:
     arguments: values that can be pickled.
     count: of processes.
     devices: of each process.
+    only: starts this one alone.
+    timeout_s: seconds in which the processes must meet.
   """
 
-  def __init__(self, function, *arguments, count: int = 2, devices: int = 4):
+  def __init__(
+    self, function, *arguments, count=2, devices=4, only=None, timeout_s=60
+  ):
     self._folder = tempfile.TemporaryDirectory()
-    self._start = time.monotonic()
-    address = free_address()
+    flags = free_address(), count
     self._processes = []
-    for index in range(count):
-      output = f'{self._folder.name}/{index}'
-      given = function, arguments, address, count, index, devices, output
+    for index in range(count) if only is None else [only]:
+      output = f'{self._folder.name}/{len(self._processes)}'
+      given = function, arguments, *flags, index, timeout_s, devices, output
       process = context.Process(target=_main, args=given, daemon=True)
       process.start()
       self._processes.append(process)
 
-  def kill(self, index: int) -> None:
-    os.kill(self._processes[index].pid, signal.SIGKILL)
-
   def wait(self, seconds: float = 60) -> list[types.SimpleNamespace]:
-    """Exit code, both outputs and seconds of each; kills what takes longer."""
+    """Exit code and both outputs of each; kills what takes longer."""
     end = time.monotonic() + seconds
     ended = []
-    for index, process in enumerate(self._processes):
+    for i, process in enumerate(self._processes):
       process.join(max(end - time.monotonic(), 0))
-      late = process.is_alive()
-      if late:
-        process.kill()
-        process.join()
-      path = pathlib.Path(self._folder.name)
-      ended.append(
-        types.SimpleNamespace(
-          code='late' if late else process.exitcode,
-          seconds=time.monotonic() - self._start,
-          out=(path / f'{index}.out').read_text(),
-          err=(path / f'{index}.err').read_text(),
-        )
+      code = process.exitcode
+      process.kill()
+      process.join()
+      out, err = (
+        pathlib.Path(f'{self._folder.name}/{i}.{name}').read_text()
+        for name in ('out', 'err')
       )
+      code = 'late' if code is None else code
+      ended.append(types.SimpleNamespace(code=code, out=out, err=err))
     self._folder.cleanup()
     return ended
 
@@ -73,20 +68,22 @@ def run(function, *arguments, count: int = 2, devices: int = 4) -> None:
     assert ended.code == 0, ended
 
 
-def _main(function, arguments, address, count, index, devices, output):
+def _main(
+  function, arguments, address, count, index, timeout_s, devices, output
+):
   for number, name in ((1, 'out'), (2, 'err')):
-    file = os.open(f'{output}.{name}', os.O_CREAT | os.O_WRONLY)
-    os.dup2(file, number)
+    os.dup2(os.open(f'{output}.{name}', os.O_CREAT | os.O_WRONLY), number)
   import jax
 
-  from jaxrl_llm.runs import membership
+  from jaxrl_llm import processes
 
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', devices)
   jax.config.update('jax_disable_most_optimizations', True)
-  membership.initialize(address, count, index, timeout_s=60)
+  processes.initialize(address, count, index, timeout_s)
   try:
     function(index, *arguments)
   except BaseException:
-    membership.fail(1, traceback.print_exc)
-  membership.finish()
+    processes.fail(1, traceback.print_exc)
+    raise
+  processes.finish()

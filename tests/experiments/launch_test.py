@@ -38,17 +38,16 @@ LAUNCHERS = {
 }
 PROGRAM = """
 import sys
-import jax, numpy
-from jax.experimental import multihost_utils
+from jaxrl_llm import processes
 flags = dict(flag[2:].split('=') for flag in sys.argv[2:])
 number = lambda name: int(flags[name]) if name in flags else None
-jax.distributed.initialize(
+processes.initialize(
   flags.get('coordinator'), number('num_processes'), number('process_id')
 )
-rank = jax.process_index()
-found = multihost_utils.process_allgather(numpy.array([rank]))
+rank = processes.index()
 with open(f'{sys.argv[1]}/{rank}', 'w') as file:
-  print(jax.process_count(), *found.ravel(), file=file)
+  print(processes.count(), *processes.gather_objects(rank), file=file)
+processes.finish()
 """
 
 
@@ -57,7 +56,11 @@ class Cloud:
 
   def __init__(self, folder):
     self.folder = folder
-    self.environment = {**launchers.install(folder), **VARIABLES}
+    self.environment = {
+      **launchers.install(folder),
+      **VARIABLES,
+      'PYTHONPATH': str(SCRIPTS.parents[1]),
+    }
     self.repository = folder / 'repository'
     scripts = self.repository / 'experiments' / 'launch'
     shutil.copytree(SCRIPTS, scripts)
