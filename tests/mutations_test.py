@@ -392,7 +392,7 @@ MUTATIONS |= {
       'runs/metrics.py',
       '    self._metrics.sync()\n',
       '',
-      'runs/metrics_test.py',
+      'runs/metrics_sync_test.py',
     ),
     'a missing score counts as 0': (
       'rewards/scoring.py',
@@ -426,8 +426,8 @@ MUTATIONS |= {
     ),
     'the end of a response is masked': (
       'sampling/decoding.py',
-      'mask=_write(rows.mask, writes, index)',
-      'mask=_write(rows.mask, writes & ~rows.done, index)',
+      '_write(rows.mask, writes, index)',
+      '_write(rows.mask, writes & ~is_end(token, settings.eos_ids), index)',
       'sampling/sampler_test.py',
     ),
     'a branch loses its last token': (
