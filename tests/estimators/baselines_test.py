@@ -62,25 +62,6 @@ def test_weighted_by_length():
   )
 
 
-def test_weighted_by_score():
-  norms = np.array([[1.0, 3.0, 0.5]])
-  data = make_rollouts([[1.0, 4.0, 7.0]], norms=norms)
-  check(
-    est.subtract_weighted_leave_one_out_mean(est.score_norm()),
-    data,
-    [[1 - 15.5 / 3.5, 4 - 4.5 / 1.5, 7 - 13 / 4]],
-  )
-
-
-def test_scores_of_whole_responses_are_sums():
-  data = make_rollouts([[1.0, 1.0]], lengths=[[2, 1]])
-  data = data.replace(score_norms=jnp.array([[[0.5, 2.0], [1.0, 1e6]]]))
-  weights = est.score_norm().apply(data)
-  np.testing.assert_array_equal(weights, [[[2.5], [1.0]]])
-  lengths = est.length().apply(data)
-  np.testing.assert_array_equal(lengths, [[[2], [1]]])
-
-
 def test_siblings_that_weigh_nothing_count_alike():
   norms = [[0.0, 0.0, 2.0]]
   data = make_rollouts([[1.0, 4.0, 7.0]], norms=norms)
@@ -130,14 +111,6 @@ def test_one_or_no_valid_response_learns_nothing(name):
 
 
 @of_groups
-def test_groups_do_not_mix(name):
-  data = make_rollouts([[1.0, 2.0, 6.0], [5.0, -1.0, 0.0]])
-  other = make_rollouts([[1.0, 2.0, 6.0], [50.0, -1.0, 0.0]])
-  first, second = (apply(TRANSFORMS[name], d) for d in (data, other))
-  np.testing.assert_array_equal(first[0], second[0])
-
-
-@of_groups
 def test_deviation_of_equal_fractions_is_not_divided_by(name):
   """Float32 gives equal k/1000 a mean that differs from them by a rounding."""
   rewards = np.full((1000, 7), np.arange(1000)[:, None] / 1000, np.float32)
@@ -145,14 +118,6 @@ def test_deviation_of_equal_fractions_is_not_divided_by(name):
   mean = data.rewards.sum(axis=1, keepdims=True) / 7
   assert (np.asarray(data.rewards - mean) != 0).any()
   np.testing.assert_array_equal(apply(TRANSFORMS[name], data), 0.0)
-
-
-def test_greedy_reward():
-  data = make_rollouts(
-    [[1.0, 2.0], [3.0, 4.0]], greedy_rewards=jnp.array([[[0.5]], [[-1.0]]])
-  )
-  check(est.subtract_greedy_reward(), data, [[0.5, 1.5], [4.0, 5.0]])
-  assert est.subtract_greedy_reward().needs == est.Needs(greedy=True)
 
 
 def test_partners():

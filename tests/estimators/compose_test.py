@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import changed, random_rollouts
+from toys import changed, random_rollouts, with_branch_rows
 
 from jaxrl_llm import estimators as est
 
@@ -16,55 +16,16 @@ def needing(**needs):
   return est.estimator(transform, est.score_function(), est.sequence_sum())
 
 
-@pytest.mark.parametrize(
-  'need, field',
-  [
-    ('reference', 'ref_log_probs'),
-    ('greedy', 'greedy_rewards'),
-    ('critic', 'values'),
-    ('entropy', 'entropy'),
-    ('score_norms', 'score_norms'),
-    ('token_rewards', 'token_rewards'),
-  ],
-)
-def test_missing_array_is_named(need, field):
+def test_missing_token_rewards_are_named():
   rollouts, _ = random_rollouts(0)
-  rollouts = rollouts.replace(**{field: None})
-  estimator = needing(**{need: True})
-  with pytest.raises(ValueError, match=f'needs `{field}`'):
-    estimator.prepare(rollouts)
-  shape = (3, 1, 1) if field == 'greedy_rewards' else rollouts.mask.shape
-  estimator.prepare(rollouts.replace(**{field: np.zeros(shape)}))
+  with pytest.raises(ValueError, match='needs `token_rewards`'):
+    needing(token_rewards=True).prepare(rollouts.replace(token_rewards=None))
 
 
-def test_missing_branches_are_named():
+def test_branch_rows_are_refused_where_none_are_needed():
   rollouts, _ = random_rollouts(0)
-  array = np.zeros(rollouts.mask.shape)
-  for weighted in (False, True):
-    rule = est.Branches(1, 2, est.positions.fixed(1), weighted)
-    estimator, given = needing(branches=rule), rollouts
-    names = ['branch_values', 'branch_mask', 'branch_baselines'][: 2 + weighted]
-    given = given.replace(**dict.fromkeys(names))
-    for name in names:
-      with pytest.raises(ValueError, match=f'needs `{name}`'):
-        estimator.prepare(given)
-      given = given.replace(**{name: array})
-    estimator.prepare(given)
-
-
-def test_branch_rows_are_asked_for_and_nowhere_else_allowed():
-  rollouts, _ = random_rollouts(0)
-  rows = dict(
-    parents=np.zeros(rollouts.rewards.shape, np.int32),
-    forked_at=np.zeros(rollouts.rewards.shape, np.int32),
-  )
-  rule = est.Branches(1, 2, est.positions.fixed(1), trained=True)
-  for name in rows:
-    given = rollouts.replace(**rows | {name: None})
-    with pytest.raises(ValueError, match=f'needs `{name}`'):
-      needing(branches=rule).prepare(given)
   with pytest.raises(ValueError, match='take for responses'):
-    est.rloo().prepare(rollouts.replace(**rows))
+    est.rloo().prepare(with_branch_rows(rollouts))
 
 
 def test_branch_rows_train_what_they_added_and_do_not_count():

@@ -22,6 +22,8 @@ from toys import (
 
 from jaxrl_llm import estimators as est
 
+pytestmark = pytest.mark.usefixtures('float64')
+
 every_recipe = pytest.mark.parametrize('name', RECIPES)
 group_based = pytest.mark.parametrize('name', GROUP_BASED)
 
@@ -64,12 +66,6 @@ MATCHED = {
   or (e.needs.branches and not e.needs.branches.trained)
 }
 PAIRED = {'p3o', 'p3o by pair', 'dpo', 'dpop', 'ipo', 'reward_model'}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
 
 
 # As in training: one program prepares a batch, another differentiates its loss.

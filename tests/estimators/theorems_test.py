@@ -11,25 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed import TOY, assert_unbiased, close, compose
 
 from jaxrl_llm import estimators as est
 
+pytestmark = pytest.mark.usefixtures('float64')
+
 enumeration = est.enumeration
-LIMIT = 3
-TOY = enumeration.toy(seed=0, words=2, max_length=LIMIT)
-CLOSE = dict(rtol=0, atol=1e-10)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
-def compose(*advantages):
-  return est.estimator(
-    est.chain(*advantages), est.score_function(), est.sequence_sum()
-  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,10 +57,10 @@ def test_theorem_1(name):
     gamma = np.random.default_rng(seed).uniform(0.3, 0.95)
     toy = enumeration.toy(seed, gamma=gamma)
     exact = bellman_gradient(toy, gamma)
-    np.testing.assert_allclose(enumeration.exact_gradient(toy), exact, **CLOSE)
+    close(enumeration.exact_gradient(toy), exact)
     report = enumeration.examine(BY_RESPONSE[name], toy, exact=exact)
     assert report.exact
-    np.testing.assert_allclose(report.gradient, exact, **CLOSE)
+    close(report.gradient, exact)
     # The same rewards taken as if undiscounted are another problem.
     wrong = enumeration.discounted(toy, toy.token_rewards, 1.0)
     wrong = enumeration.exact_gradient(toy._replace(rewards=wrong))
@@ -97,7 +85,7 @@ def test_lemma_1_token_rewards_give_the_same_gradient():
   to_go = est.at_last_token(), est.add_token_rewards(), est.reward_to_go(gamma)
   lemma = compose(*to_go, outer_discount(gamma))
   got = enumeration.examine(lemma, tokens_alone, 1, exact=exact)
-  np.testing.assert_allclose(got.gradient, exact, **CLOSE)
+  close(got.gradient, exact)
   # The usual form, without the outer factor, is another problem's.
   usual = enumeration.examine(compose(*to_go), tokens_alone, 1, exact=exact)
   assert usual.cosine < 0.999
@@ -111,7 +99,7 @@ def test_lemma_2():
 
   of_prefix = compose(est.AdvantageTransform(apply, est.Needs(critic=True)))
   got = enumeration.expected_gradient(of_prefix, TOY, 1)
-  np.testing.assert_allclose(got, 0.0, **CLOSE)
+  close(got, 0.0)
   # One that knows the token has.
   after = lambda advantages, rollouts: jnp.roll(rollouts.values, -1, axis=2)
   of_token = compose(est.AdvantageTransform(after, est.Needs(critic=True)))
@@ -130,9 +118,7 @@ def test_corollary_gamma_has_to_be_one():
   lemma = enumeration.examine(
     compose(*discounted, outer_discount(gamma)), TOY, 1
   )
-  np.testing.assert_allclose(
-    lemma.gradient, enumeration.exact_gradient(short), **CLOSE
-  )
+  close(lemma.gradient, enumeration.exact_gradient(short))
   assert lemma.bias > 0.1 and lemma.cosine < 0.99
   usual = enumeration.examine(compose(*discounted), TOY, 1)
   assert usual.bias > 0.1 and usual.cosine < 0.99
@@ -161,10 +147,7 @@ def test_theorem_2():
   toys = [x._replace(values=enumeration.exact_values(x)) for x in toys]
   for toy in toys:
     for estimator in by_critic.values():
-      report = enumeration.examine(estimator, toy, 1)
-      np.testing.assert_allclose(
-        report.gradient, report.exact_gradient, **CLOSE
-      )
+      assert_unbiased(estimator, toy, 1)
     reinforce = enumeration.examine(BY_RESPONSE['reinforce'], toy, 1)
     best = enumeration.examine(by_critic[0.0], toy, 1)
     assert best.variance < 0.6 * reinforce.variance
@@ -191,15 +174,13 @@ def test_advantages_are_martingale_differences():
   advantages = exact_advantages(toy)
   p = enumeration.response_probabilities(toy)
   start = (p * toy.rewards).sum(axis=1, keepdims=True)
-  np.testing.assert_allclose(
-    advantages.sum(axis=2), toy.rewards - start, **CLOSE
-  )
+  close(advantages.sum(axis=2), toy.rewards - start)
   products = np.einsum('pn,pns,pnt->pst', p, advantages, advantages)
   squares = np.einsum('ptt->pt', products)
   off_diagonal = products - np.eye(4) * squares[:, None]
-  np.testing.assert_allclose(off_diagonal, 0.0, **CLOSE)
+  close(off_diagonal, 0.0)
   variance = (p * (toy.rewards - start) ** 2).sum(axis=1)
-  np.testing.assert_allclose(squares.sum(axis=1), variance, **CLOSE)
+  close(squares.sum(axis=1), variance)
   assert squares.min() > 0.001
   # Given the prefix before a token, its advantage has mean zero.
   for state in range(len(toy.prefixes)):

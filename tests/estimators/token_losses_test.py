@@ -166,11 +166,6 @@ def test_small_k3_keeps_its_digits():
   assert got == pytest.approx(exact, rel=1e-3)
 
 
-def test_k1_in_the_loss_is_refused():
-  with pytest.raises(ValueError, match='k1 in the loss is zero'):
-    est.kl_penalty(0.1, est.k1)
-
-
 def test_what_has_no_ratio_is_on_policy():
   """It says so, also where it is one of several losses."""
   for loss, expected in (

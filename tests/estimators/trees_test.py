@@ -4,24 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed import LONG, SMALL, assert_unbiased
 from loops import assert_is_formula, evaluate, quick_jit, tree_surrogate
 from selection import mostly_slow
 from toys import CLIP, random_rollouts, with_branch_rows
 
 from jaxrl_llm import estimators as est
 
+pytestmark = pytest.mark.usefixtures('float64')
+
 enumeration, positions = est.enumeration, est.positions
-SMALL = enumeration.toy(seed=0, words=1, max_length=3)
-LONG = enumeration.toy(seed=0, words=1, max_length=4)
 TWO = enumeration.toy(seed=1, words=1, max_length=2, prompts=2)
-CLOSE = dict(rtol=0, atol=1e-10)
 ONE_FORK, NESTED = positions.fixed(1), positions.fixed(1, 2)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
 
 
 def tree(rule=NESTED, count=2, samples=1, *shaping):
@@ -60,9 +54,7 @@ UNBIASED = {
 @pytest.mark.parametrize('name', mostly_slow(UNBIASED, 'one fork', 'two forks'))
 def test_no_bias(name):
   estimator, toy, samples = UNBIASED[name]
-  report = enumeration.examine(estimator, toy, samples)
-  assert report.exact
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  assert_unbiased(estimator, toy, samples)
 
 
 def test_branches_are_met_in_these_toys():
@@ -86,8 +78,7 @@ def test_no_bias_for_the_reward_as_shaped():
   """Branches are rows: what shapes responses shapes them."""
   kl = est.chain(est.at_last_token(), est.subtract_token_kl(1.0))
   exact = enumeration.exact_gradient(SMALL, kl=1.0)
-  report = enumeration.examine(tree(NESTED, 2, 1, kl), SMALL, exact=exact)
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  assert_unbiased(tree(NESTED, 2, 1, kl), SMALL, exact=exact)
   assert enumeration.examine(TREE, SMALL, exact=exact).bias > 0.05
 
 
@@ -98,57 +89,6 @@ def test_drawing_agrees_with_summing():
   assert exact.exact and not drawn.exact
   assert drawn.bias < 2.5 * drawn.standard_error
   assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
-
-
-def changed(estimator, change):
-  """The estimator with a batch that `change`, (batch, rollouts), has made."""
-
-  def prepare(rollouts):
-    return estimator.reweight(change(estimator.prepare(rollouts), rollouts))
-
-  return estimator._replace(prepare=prepare)
-
-
-def share_once(batch, rollouts):
-  """Each row 1/(K + 1), however many forks it stands behind; K is 1."""
-  return batch.replace(shares=jnp.where(batch.shares < 1, 0.5, 1.0))
-
-
-def share_nothing(batch, rollouts):
-  return batch.replace(shares=jnp.ones_like(batch.shares))
-
-
-def count_branches(batch, rollouts):
-  return batch.replace(whole=jnp.ones_like(batch.whole))
-
-
-# name: (change, the least and the largest bias with nested forks)
-MISTAKES = {
-  'each row once by 1/(K + 1)': (share_once, 0.02, 0.2),
-  'no shares': (share_nothing, 0.1, 3.0),
-  'branches in N': (count_branches, 0.3, 0.9),
-}
-
-
-@pytest.mark.parametrize('name', MISTAKES)
-def test_mistakes_are_biased(name):
-  change, least, most = MISTAKES[name]
-  bias = enumeration.examine(changed(TREE, change), SMALL).bias
-  assert least <= bias <= most
-
-
-def own_reward(batch, rollouts):
-  """The mean of all continuations as the baseline of each, at one fork."""
-  count = jnp.where(batch.shares < 1, 2.0, 1.0)
-  return batch.replace(
-    advantages=jnp.where(count > 1, batch.advantages / 2, batch.advantages)
-  )
-
-
-def test_a_continuation_in_its_own_baseline_is_biased():
-  """1 − 1/(K + 1) at the fork, and nothing at the prompt: a tilt."""
-  report = enumeration.examine(changed(forking(ONE_FORK), own_reward), SMALL)
-  assert report.bias > 0.02 and report.cosine < 0.9999
 
 
 def shared(estimator, owns):
@@ -182,8 +122,7 @@ def the_better(rollouts, i, j):
 
 
 def test_responses_may_share_a_state_if_the_owner_is_not_chosen_by_reward():
-  report = enumeration.examine(shared(TREE, the_first), SMALL)
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  report = assert_unbiased(shared(TREE, the_first), SMALL)
   plain = enumeration.examine(TREE, SMALL)
   assert abs(report.variance - plain.variance) > 1e-4
   assert enumeration.examine(shared(TREE, the_better), SMALL).bias > 0.01

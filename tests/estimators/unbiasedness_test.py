@@ -5,20 +5,28 @@ every expectation is a finite sum.  What says "none" holds to 1e-10, what says
 "scale" with that scale, and what says "tilts" is off direction by a margin.
 """
 
-import math
-
-import jax
 import numpy as np
 import pytest
+from listed import (
+  BINARY,
+  TOY,
+  TWO,
+  TWO_BINARY,
+  assert_unbiased,
+  close,
+  compose,
+  counts,
+  examine,
+  penalized,
+  success,
+)
 
 from jaxrl_llm import estimators as est
 
+pytestmark = pytest.mark.usefixtures('float64')
+
 enumeration = est.enumeration
-LIMIT, KL = 3, 0.3
-TOY = enumeration.toy(seed=0, words=2, max_length=LIMIT)
-BINARY = TOY._replace(rewards=(TOY.rewards > 1.0).astype(float))
-TWO = enumeration.toy(seed=1, words=2, max_length=2, prompts=2)
-TWO_BINARY = TWO._replace(rewards=(TWO.rewards > 1.0).astype(float))
+KL = 0.3
 RANDOM = np.random.default_rng(5)
 OLD = TOY.params + RANDOM.normal(0.0, 0.5, TOY.params.shape)
 SAMPLER = TOY.params + RANDOM.normal(0.0, 0.5, TOY.params.shape)
@@ -26,37 +34,6 @@ OFF_POLICY = TOY._replace(old_params=OLD)
 OTHER_SAMPLER = TOY._replace(sampler=SAMPLER)
 RUNNING = {'reward_mean': 0.7}
 HUGE = 1e9  # a clip that never clips
-
-
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
-def compose(*advantages, loss=None, weights=None, **options):
-  return est.estimator(
-    est.chain(*advantages) if advantages else est.identity(),
-    loss or est.score_function(),
-    weights or est.sequence_sum(),
-    **options,
-  )
-
-
-def examine(estimator, toy=TOY, samples=2, **options):
-  report = enumeration.examine(estimator, toy, samples, **options)
-  assert report.exact and report.standard_error == 0.0
-  return report
-
-
-def close(got, expected):
-  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
-
-
-def penalized(toy, max_length, buffer):
-  """The toy whose reward is that of a response with its overlong penalty."""
-  over = toy.mask.sum(axis=1) - (max_length - buffer)
-  return toy._replace(rewards=toy.rewards - np.clip(over / buffer, 0, 1))
 
 
 TOKEN_REWARDS = RANDOM.normal(size=TOY.params.shape)
@@ -130,8 +107,7 @@ UNBIASED = {
 @pytest.mark.parametrize('name', UNBIASED)
 def test_no_bias(name):
   estimator, toy, samples, options = UNBIASED[name]
-  report = examine(estimator, toy, samples, **options)
-  close(report.gradient, report.exact_gradient)
+  report = assert_unbiased(estimator, toy, samples, **options)
   assert report.bias < 1e-12 and report.cosine == pytest.approx(1.0, abs=1e-12)
 
 
@@ -173,8 +149,7 @@ OTHER_REWARDS = {
 @pytest.mark.parametrize('name', OTHER_REWARDS)
 def test_no_bias_for_the_reward_as_shaped(name):
   estimator, toy, samples, exact = OTHER_REWARDS[name]
-  report = examine(estimator, toy, samples, exact=exact())
-  close(report.gradient, report.exact_gradient)
+  assert_unbiased(estimator, toy, samples, exact=exact())
   assert np.abs(exact() - enumeration.exact_gradient(toy)).max() > 0.01
 
 
@@ -302,20 +277,6 @@ def test_equalities_on_policy():
   ):
     close(one.gradient, other.gradient)
     assert one.variance == pytest.approx(other.variance, rel=1e-10)
-
-
-def success(toy):
-  """[P], the probability of a reward of 1."""
-  p = enumeration.response_probabilities(toy)
-  return (p * toy.rewards).sum(axis=1)
-
-
-def counts(samples, p):
-  """{successes among `samples`: probability}."""
-  return {
-    k: math.comb(samples, k) * p**k * (1 - p) ** (samples - k)
-    for k in range(samples + 1)
-  }
 
 
 def standardized_scale(p, samples):

@@ -1,24 +1,17 @@
 """Sources of values: what branches earn, by hand and by enumeration."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed import LONG, TOY, assert_unbiased, close, penalized
 from selection import mostly_slow
 
 from jaxrl_llm import estimators as est
 
+pytestmark = pytest.mark.usefixtures('float64')
+
 enumeration, positions = est.enumeration, est.positions
-LIMIT, KL = 3, 1.0
-TOY = enumeration.toy(seed=0, words=2, max_length=LIMIT)
-LONG = enumeration.toy(seed=0, words=1, max_length=4)
-CLOSE = dict(rtol=0, atol=1e-10)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
+KL = 1.0
 
 
 def branch_rows():
@@ -77,18 +70,13 @@ def forking(estimator, **changes):
   return estimator._replace(needs=estimator.needs._replace(branches=branches))
 
 
-def penalized(toy):
-  over = toy.mask.sum(axis=1) - (4 - 3)
-  return toy._replace(rewards=toy.rewards - np.clip(over / 3, 0, 1))
-
-
 TOKEN_REWARDS = np.random.default_rng(5).normal(size=LONG.params.shape)
 ANY_RULE = positions.fixed(1)
 # name: (estimator, the gradient it ought to have)
 SHAPED = {
   'overlong': (
     trepo(ANY_RULE, est.penalize_overlong(4, 3), est.at_last_token()),
-    enumeration.exact_gradient(penalized(LONG)),
+    enumeration.exact_gradient(penalized(LONG, 4, 3)),
   ),
   'response KL': (
     trepo(ANY_RULE, est.subtract_response_kl(KL), est.at_last_token()),
@@ -116,9 +104,7 @@ RULES = {
 def test_a_shaped_reward_stays_unbiased_and_branches_alone_do_not(name, rule):
   estimator, exact = SHAPED[name]
   estimator = forking(estimator, **RULES[rule])
-  report = enumeration.examine(estimator, LONG, exact=exact)
-  assert report.exact
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  assert_unbiased(estimator, LONG, exact=exact)
   unshaped = forking(estimator, shaping=None)
   assert enumeration.examine(unshaped, LONG, exact=exact).bias > 0.01
 
@@ -130,9 +116,7 @@ def test_token_rewards_are_a_part_of_what_branches_earn():
   estimator = trepo(
     positions.fixed(1, 3), est.at_last_token(), est.add_token_rewards()
   )
-  report = enumeration.examine(estimator, toy, exact=exact)
-  assert report.exact
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  assert_unbiased(estimator, toy, exact=exact)
 
 
 # name: (estimator, toy, options of `examine`)
@@ -162,9 +146,7 @@ ANY_CRITIC = {
 def test_a_critic_behind_branches_biases_nothing(name):
   """Its values are random; one response per prompt is enough."""
   estimator, toy, options = ANY_CRITIC[name]
-  report = enumeration.examine(estimator, toy, samples=1, **options)
-  assert report.exact
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  report = assert_unbiased(estimator, toy, samples=1, **options)
   better = toy._replace(values=enumeration.exact_values(toy))
   if not options:
     found = enumeration.examine(estimator, better, samples=1)
@@ -191,9 +173,7 @@ def test_what_the_critic_is_fitted_to_has_the_values_as_its_mean():
   )
   exact = LONG._replace(values=enumeration.exact_values(LONG))
   expected = mean('values', targets, exact)
-  np.testing.assert_allclose(
-    mean('value_targets', targets, LONG), expected, **CLOSE
-  )
+  close(mean('value_targets', targets, LONG), expected)
   off = mean('value_targets', bootstrapped, LONG) - expected
   assert np.abs(off).max() > 0.01
 
@@ -214,8 +194,7 @@ def test_responses_that_share_a_state_may_share_its_branches():
       rollouts.replace(branch_values=jnp.stack([first, second], axis=1))
     )
 
-  report = enumeration.examine(estimator._replace(prepare=prepare), toy)
-  np.testing.assert_allclose(report.gradient, report.exact_gradient, **CLOSE)
+  report = assert_unbiased(estimator._replace(prepare=prepare), toy)
   plain = enumeration.examine(estimator, toy)
   assert abs(report.variance - plain.variance) > 1e-4
 

@@ -217,17 +217,3 @@ def test_table(toy):
 def test_closed_forms(name, toy):
   found = figure(name, toy)
   assert abs(found.value - closed_form(name, toy)) < 3 * found.error, found
-
-
-def test_the_policy_and_its_gradient():
-  for toy in TOYS:
-    assert toy.policy.sum() == pytest.approx(1.0)
-    # ∂p¹²/∂z at the logits z of one step, by differentiating the softmax.
-    success = lambda z, toy=toy: (
-      jax.nn.softmax(z)[: toy.right].sum() * toy.p ** (STEPS - 1)
-    )
-    expected = jax.grad(success)(jnp.log(toy.policy))
-    np.testing.assert_allclose(toy.gradient, expected, rtol=1e-4, atol=1e-7)
-    assert toy.norms[0] == pytest.approx(
-      1 - 2 * toy.policy[0] + np.square(toy.policy).sum()
-    )

@@ -29,23 +29,6 @@ def test_golden(name):
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', EXPECTED)
-def test_padding_changes_nothing(name):
-  weights = EXPECTED[name][0]
-  longer = np.pad(MASK, ((0, 0), (0, 0), (0, 5)))
-  narrow = weights(jnp.asarray(MASK), jnp.asarray(VALID))
-  wide = weights(jnp.asarray(longer), jnp.asarray(VALID))
-  np.testing.assert_array_equal(wide[..., :4], narrow)
-  np.testing.assert_array_equal(wide[..., 4:], 0.0)
-
-
-@pytest.mark.parametrize('name', EXPECTED)
-def test_nothing_valid_weighs_nothing(name):
-  nothing = jnp.zeros((2, 2, 4), bool)
-  got = EXPECTED[name][0](nothing, nothing[..., :1])
-  np.testing.assert_array_equal(got, 0.0)
-
-
 def rollouts(rewards, valid):
   rewards = jnp.asarray(rewards, jnp.float32)[..., None]
   tokens = jnp.zeros(rewards.shape, jnp.int32)

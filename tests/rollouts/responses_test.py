@@ -96,6 +96,15 @@ def test_rewards_reach_their_responses(model, seen):
   assert data.ref_log_probs is None and data.sampler_log_probs is None
 
 
+def test_the_record_leaves_missing_rewards_out(model, seen):
+  responses, _ = seen
+  metrics = collect.reward_metrics(responses, make(model, responses, Needs()))
+  known = np.delete(np.arange(8) / 4, 5)
+  assert metrics['rewards/r/mean'] == pytest.approx(known.mean())
+  assert metrics['rewards/r/std'] == pytest.approx(known.std())
+  assert metrics['rewards/r/none'] == 1
+
+
 def test_reference_and_rescoring(model, seen):
   config, params = model
   responses, _ = seen

@@ -7,7 +7,9 @@ import pytest
 import toys
 
 from jaxrl_llm import sampling
-from jaxrl_llm.sampling import policy
+from jaxrl_llm.models import prompts as prompts_lib
+from jaxrl_llm.models import transformer
+from jaxrl_llm.sampling import decoding, policy
 
 T, EOS = 128, (4,)
 score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
@@ -68,3 +70,31 @@ def test_rows_that_go_on_alone_are_sampled_as_before(prompts, samples):
   np.testing.assert_allclose(
     np.where(drawn, of_branch[..., :1], 0), np.where(drawn, first, 0), atol=1e-5
   )
+
+
+def test_tokens_follow_the_number_of_a_row():
+  """Whatever rows are decoded with it, and wherever in the batch it is."""
+  config, params = toys.make_policy('llama')
+  params = transformer.split_layers(params)
+  question = toys.make_prompts([3])
+  settings = decoding.Settings(policy.Decoding(), EOS, 0, ())
+
+  @jax.jit
+  def decode(numbers):
+    _, rows = decoding.decode_rows(
+      config,
+      params,
+      jax.random.key(2),
+      prompts_lib.prefill_prompts(config, params, question),
+      jnp.repeat(prompts_lib.last_tokens(question), 8),
+      numbers,
+      total=16,
+      max_tokens=6,
+      settings=settings,
+    )
+    return rows.tokens
+
+  order = np.array([5, 0, 7, 1, 2, 6, 3, 4])
+  tokens = np.asarray(decode(jnp.arange(8)))
+  assert len(np.unique(tokens, axis=0)) > 4
+  np.testing.assert_array_equal(decode(jnp.asarray(order)), tokens[order])

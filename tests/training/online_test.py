@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxrl_llm import estimators as est
-from jaxrl_llm import rollouts, training
+from jaxrl_llm import minibatches, rollouts, training
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
@@ -87,6 +87,28 @@ def test_a_step_is_a_function_of_state_prompts_and_key(params):
     one.trainable,
     two.trainable,
   )
+
+
+def test_epochs_differ_in_order_and_running_numbers_move(params, monkeypatch):
+  orders, split = [], minibatches.minibatches
+
+  def watched(*arguments):
+    parts = list(split(*arguments))
+    orders.append(np.concatenate([part.tokens for part, _ in parts]).tolist())
+    return parts
+
+  monkeypatch.setattr(minibatches, 'minibatches', watched)
+  trainer = make(est.reinforce_baseline(0.8), minibatches=2, epochs=2)
+  batch = sources.PromptSource(ENCODED, 8, seed=0).batch(0)
+  state, metrics, _ = trainer.step(
+    trainer.init(params), batch, jax.random.key(3)
+  )
+  first, second = orders
+  assert first != second and sorted(first) == sorted(second)
+  assert int(state.updates) == 4
+  (running,) = state.running.values()
+  expected = pytest.approx(0.2 * metrics['reward'], rel=1e-5)
+  assert 0 < float(running) == expected
 
 
 def test_what_is_missing_is_named():

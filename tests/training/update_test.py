@@ -399,6 +399,8 @@ def test_a_warm_up_ends_before_the_updates_do():
       training.schedule(1.0, updates, warmup)
   highest = training.schedule(1.0, 12, 11, 'linear')
   np.testing.assert_allclose([highest(10), highest(11)], 1.0, rtol=1e-6)
+  falling = training.schedule(1.0, 12, 4, 'linear')
+  np.testing.assert_allclose([falling(4), falling(12)], [1, 0], atol=1e-6)
   # A phase that a run leaves out has no updates.
   training.schedule(1.0, 0, 5)
 

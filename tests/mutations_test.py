@@ -1,6 +1,6 @@
-"""Do the tests notice?  Estimators broken on purpose, one line at a time.
+"""Checks that tests fail when the package is broken, one line at a time.
 
-The slow form copies the package, breaks it and expects a test file to fail;
+The slow form breaks a copy of the package and expects one test file to fail;
 the fast one keeps the table in step with the sources.
 """
 
@@ -14,13 +14,21 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-SOURCES = pathlib.Path('jaxrl_llm/estimators')
-TESTS = pathlib.Path('tests/estimators')
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES, TESTS = pathlib.Path('jaxrl_llm'), pathlib.Path('tests')
+# The tests also import the experiments.
+COPIED = 'jaxrl_llm', 'experiments', 'tests'
 
 
 class Mutation(NamedTuple):
-  """What is broken: in a source file, and which test file has to see it."""
+  """A line to break and the test file that has to fail.
+
+  Attributes:
+    source: path below `jaxrl_llm/`.
+    old: text that occurs once in the source.
+    new: its replacement.
+    test: path below `tests/`.
+  """
 
   source: str
   old: str
@@ -30,324 +38,468 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
   'leave-one-out scale upside down': Mutation(
-    'baselines.py',
+    'estimators/baselines.py',
     'scale = count / jnp.maximum(count - 1, 1)',
     'scale = jnp.maximum(count - 1, 1) / jnp.maximum(count, 1)',
-    'baselines_test.py',
+    'estimators/baselines_test.py',
   ),
   'deviation with G in its denominator': Mutation(
-    'baselines.py',
+    'estimators/baselines.py',
     'squares.sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1)',
     'squares.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)',
-    'baselines_test.py',
+    'estimators/baselines_test.py',
   ),
   'equal rewards divided by their rounding': Mutation(
-    'baselines.py',
+    'estimators/baselines.py',
     'return jnp.where(varies(advantages, valid), standardized, 0.0)',
     'return standardized',
-    'baselines_test.py',
+    'estimators/baselines_test.py',
   ),
   'own sample in the weighted baseline': Mutation(
-    'baselines.py',
+    'estimators/baselines.py',
     'jnp.eye(samples, dtype=bool)',
     'jnp.zeros((samples, samples), bool)',
-    'baselines_test.py',
+    'estimators/baselines_test.py',
   ),
   'running mean that forgets too fast': Mutation(
-    'baselines.py',
+    'estimators/baselines.py',
     'decay * value + (1 - decay) * mean',
     '(1 - decay) * value + decay * mean',
-    'baselines_test.py',
+    'estimators/baselines_test.py',
   ),
   'hold takes the next knot': Mutation(
-    'credit.py',
+    'estimators/credit.py',
     '  start, _ = _segment(where, mask)\n',
     '  _, start = _segment(where, mask)\n'
     '  start = jnp.minimum(start, mask.shape[2] - 1)\n',
-    'credit_test.py',
+    'estimators/credit_test.py',
   ),
   'GAE takes the value of another state': Mutation(
-    'credit.py',
+    'estimators/credit.py',
     'xs = (rewards, known.values, ',
     'xs = (rewards, jnp.roll(known.values, -1, axis=2), ',
-    'credit_test.py',
+    'estimators/credit_test.py',
   ),
   'later advantages without γ': Mutation(
-    'credit.py',
+    'estimators/credit.py',
     '    advantage = gamma * advantage\n',
     '',
-    'credit_test.py',
+    'estimators/credit_test.py',
   ),
   'whitening over responses': Mutation(
-    'credit.py',
+    'estimators/credit.py',
     'per_token = advantages.shape == rollouts.mask.shape',
     'per_token = False',
-    'credit_test.py',
+    'estimators/credit_test.py',
   ),
   'sign of the KL to go': Mutation(
-    'credit.py',
+    'estimators/credit.py',
     'return advantages - current(coefficient, rollouts) * token_kl(rollouts)',
     'return advantages + current(coefficient, rollouts) * token_kl(rollouts)',
-    'credit_test.py',
+    'estimators/credit_test.py',
   ),
   'clip low and high swapped': Mutation(
-    'token_losses.py',
+    'estimators/token_losses.py',
     'inside = jnp.clip(rho, 1.0 - low, 1.0 + high)',
     'inside = jnp.clip(rho, 1.0 - high, 1.0 + low)',
-    'token_losses_test.py',
+    'estimators/token_losses_test.py',
   ),
   'dual clip on positive advantages': Mutation(
-    'token_losses.py',
+    'estimators/token_losses.py',
     'return jnp.where(advantages < 0, bounded, loss)',
     'return bounded',
-    'token_losses_test.py',
+    'estimators/token_losses_test.py',
   ),
   'gradient through a clipped weight': Mutation(
-    'token_losses.py',
+    'estimators/token_losses.py',
     '    weight = jax.lax.stop_gradient(weight)\n',
     '',
-    'token_losses_test.py',
+    'estimators/token_losses_test.py',
   ),
   'the better of two value errors': Mutation(
-    'token_losses.py',
+    'estimators/token_losses.py',
     'error = jnp.maximum(error,',
     'error = jnp.minimum(error,',
-    'token_losses_test.py',
+    'estimators/token_losses_test.py',
   ),
   'k3 of the other direction': Mutation(
-    'token_losses.py',
+    'estimators/token_losses.py',
     'difference = ref_log_probs - log_probs',
     'difference = log_probs - ref_log_probs',
-    'token_losses_test.py',
+    'estimators/token_losses_test.py',
   ),
   'sequence ratio without 1/T': Mutation(
-    'ratios.py',
+    'estimators/ratios.py',
     '_exp(total / length)',
     '_exp(total)',
-    'ratios_test.py',
+    'estimators/ratios_test.py',
   ),
   'gradient through the pair': Mutation(
-    'ratios.py',
+    'estimators/ratios.py',
     'both = jax.lax.stop_gradient(total + partner(total))',
     'both = total + partner(total)',
-    'ratios_test.py',
+    'estimators/ratios_test.py',
   ),
   'what is not kept counts in N': Mutation(
-    'compose.py',
+    'estimators/compose.py',
     'mask, counted = batch.mask & batch.valid, batch.valid',
     'mask, counted = batch.mask & batch.valid, jnp.ones_like(batch.valid)',
-    'weights_test.py',
+    'estimators/weights_test.py',
   ),
   'branches count in N': Mutation(
-    'compose.py',
+    'estimators/compose.py',
     '    counted &= batch.whole\n',
     '',
-    'compose_test.py',
+    'estimators/compose_test.py',
   ),
   'a branch trains what it inherited': Mutation(
-    'compose.py',
+    'estimators/compose.py',
     'rollouts.mask & (time >= rollouts.forked_at)',
     'rollouts.mask & (time >= 0)',
-    'compose_test.py',
+    'estimators/compose_test.py',
   ),
   'a continuation in its own baseline': Mutation(
-    'trees.py',
+    'estimators/trees.py',
     'rest = _of_fork(rollouts, total + onward) - rewards\n',
     'rest = _of_fork(rollouts, total + onward)\n',
-    'trees_test.py',
+    'estimators/trees_test.py',
   ),
   'what is behind a fork weighs as before it': Mutation(
-    'trees.py',
+    'estimators/trees.py',
     'jnp.cumprod(1.0 / (1.0 + count), axis=2)',
     '1.0 / (1.0 + count)',
-    'trees_test.py',
+    'estimators/trees_test.py',
   ),
   'a fork is worth its branches alone': Mutation(
-    'trees.py',
+    'estimators/trees.py',
     'return (total + value) / (count + 1), value',
     'return jnp.where(count > 0, total / jnp.maximum(count, 1), value), value',
-    'trees_test.py',
+    'estimators/trees_test.py',
   ),
   'branches that are scored without what shapes responses': Mutation(
-    'advantages.py',
+    'estimators/advantages.py',
     'return needs._replace(branches=needs.branches._replace(shaping=shaping))',
     'return needs._replace(branches=needs.branches._replace(shaping=inner))',
-    'values_test.py',
+    'estimators/values_test.py',
   ),
   'a critic bootstraps from itself': Mutation(
-    'values.py',
+    'estimators/values.py',
     'return Known(rollouts.branch_values, rollouts.values, everywhere, fresh)',
     'return Known(rollouts.values, rollouts.values, everywhere, everywhere)',
-    'values_test.py',
+    'estimators/values_test.py',
   ),
   'the padded width for a constant': Mutation(
-    'weights.py',
+    'estimators/weights.py',
     'float(max_length)',
     'float(mask.shape[2])',
-    'weights_test.py',
+    'estimators/weights_test.py',
   ),
   'KL coefficient steered by batches, not responses': Mutation(
-    'advantages.py',
+    'estimators/advantages.py',
     'value * (1.0 + jnp.minimum(count / horizon, 1.0) * error)',
     'value * (1.0 + error / horizon)',
-    'advantages_test.py',
+    'estimators/advantages_test.py',
   ),
   'the floor under the wrong response': Mutation(
-    'preferences.py',
+    'estimators/preferences.py',
     'preferred = jnp.where(batch.advantages > 0,',
     'preferred = jnp.where(batch.advantages < 0,',
-    'preferences_test.py',
+    'estimators/preferences_test.py',
   ),
   'a score before the last token': Mutation(
-    'preferences.py',
+    'estimators/preferences.py',
     'numbers = jnp.arange(1, mask.shape[2] + 1)[None, None]',
     'numbers = jnp.arange(mask.shape[2], 0, -1)[None, None]',
-    'preferences_test.py',
+    'estimators/preferences_test.py',
   ),
   'DAPO with one clip': Mutation(
-    'algorithms.py',
+    'estimators/algorithms.py',
     '    clipped(clip, clip_high),\n    token_mean(),\n    keep',
     '    clipped(clip),\n    token_mean(),\n    keep',
-    'algorithms_test.py',
+    'estimators/algorithms_test.py',
   ),
   'VAPO with one λ': Mutation(
-    'actor_critic.py',
+    'estimators/actor_critic.py',
     'lambda_return(1.0, 1.0)',
     'lambda_return(1.0, 0.95)',
-    'actor_critic_test.py',
+    'estimators/actor_critic_test.py',
   ),
   'RestEM averages over tokens': Mutation(
-    'supervised_preference.py',
+    'estimators/supervised_preference.py',
     '    sequence_sum(),\n    keep=',
     '    token_mean(),\n    keep=',
-    'supervised_preference_test.py',
+    'estimators/supervised_preference_test.py',
   ),
 }
 # What the fuzz of masks has to see: (source, old, new).
 MASKS = {
   'a sum over responses with what is masked': (
-    'weights.py',
+    'estimators/weights.py',
     'return lambda mask, valid: mask / _count(valid)\n',
     'return lambda mask, valid: jnp.ones_like(mask) / _count(valid)\n',
   ),
   'a mean over responses with what is masked': (
-    'weights.py',
+    'estimators/weights.py',
     'return mask / (_count(valid) * lengths)',
     'return jnp.ones_like(mask) / (_count(valid) * lengths)',
   ),
   'a mean over tokens with what is masked': (
-    'weights.py',
+    'estimators/weights.py',
     'mask / jnp.maximum(mask.sum(keepdims=True), 1)',
     'jnp.ones_like(mask) / jnp.maximum(mask.sum(keepdims=True), 1)',
   ),
   'weights of what is not valid': (
-    'compose.py',
+    'estimators/compose.py',
     'mask, counted = batch.mask & batch.valid, batch.valid',
     'mask, counted = batch.mask, batch.valid',
   ),
   'what is not valid counts in a mean of a group': (
-    'baselines.py',
+    'estimators/baselines.py',
     '  count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)\n  return',
     '  count = jnp.asarray(x.shape[1])\n  return',
   ),
   'what is not valid makes a group vary': (
-    'baselines.py',
+    'estimators/baselines.py',
     '  highest = jnp.where(valid, x, -jnp.inf)',
     '  valid = jnp.ones_like(valid)\n  highest = jnp.where(valid, x, -jnp.inf)',
   ),
   # Of a product with a mask XLA makes a `where`: it would not be seen.
   'garbage less itself': (
-    'types.py',
+    'estimators/types.py',
     'jnp.where(mask, x, 0.0)\n\n\ndef blank_rollouts',
     'x - jnp.where(mask, 0.0, x)\n\n\ndef blank_rollouts',
   ),
   'rewards of what is not valid': (
-    'types.py',
+    'estimators/types.py',
     'rewards=blank(valid, rollouts.rewards)',
     'rewards=rollouts.rewards',
   ),
   'garbage in what the model says': (
-    'compose.py',
+    'estimators/compose.py',
     'log_probs=inside(outputs.log_probs)',
     'log_probs=outputs.log_probs',
   ),
   'garbage of what is not valid in what the model says': (
-    'compose.py',
+    'estimators/compose.py',
     'inside = functools.partial(blank, batch.mask & batch.valid)',
     'inside = functools.partial(blank, batch.mask)',
   ),
   'a gradient of what is masked': (
-    'compose.py',
+    'estimators/compose.py',
     'return jnp.sum(batch.weights * token_loss.apply(outputs, batch))',
     'loss = jnp.sum(batch.weights * token_loss.apply(outputs, batch))\n'
     '    return loss + jnp.clip(jnp.nan_to_num(given[0]), -1.0, 0.0).sum()',
   ),
   'equal rewards divided by their rounding, in a group': (
-    'baselines.py',
+    'estimators/baselines.py',
     'return jnp.where(varies(advantages, valid), standardized, 0.0)',
     'return standardized',
   ),
   'the rounding of equal rewards, without siblings': (
-    'baselines.py',
+    'estimators/baselines.py',
     'centred = scale * (advantages - group_mean(advantages, valid))\n'
     '    return jnp.where(varies(advantages, valid), centred, 0.0)',
     'return scale * (advantages - group_mean(advantages, valid))',
   ),
   # A bool by 0 is 0, as XLA divides.
   '0/0 where no response is valid': (
-    'weights.py',
+    'estimators/weights.py',
     'return lambda mask, valid: mask / _count(valid)\n',
     'return lambda mask, valid: (\n'
     '    jnp.where(mask, 1.0, 0.0) / valid.sum(keepdims=True)\n'
     '  )\n',
   ),
   '0/0 in an empty response': (
-    'weights.py',
+    'estimators/weights.py',
     'return mask / (_count(valid) * lengths)',
     'lengths = mask.sum(axis=2, keepdims=True)\n'
     '    return jnp.where(mask, 1.0, 0.0) / (_count(valid) * lengths)',
   ),
   '0/0 where no token is': (
-    'weights.py',
+    'estimators/weights.py',
     'mask / jnp.maximum(mask.sum(keepdims=True), 1)',
     'jnp.where(mask, 1.0, 0.0) / mask.sum(keepdims=True)',
   ),
   "0/0 in an empty response's ratio": (
-    'ratios.py',
+    'estimators/ratios.py',
     'return total, jnp.maximum(mask.sum(axis=2, keepdims=True), 1)',
     'return total, mask.sum(axis=2, keepdims=True)',
   ),
 }
 MUTATIONS |= {
-  name: Mutation(*found, 'fuzz_estimators_test.py')
-  for name, found in MASKS.items()
+  name: Mutation(*mutation, 'estimators/fuzz_estimators_test.py')
+  for name, mutation in MASKS.items()
+}
+# Mistakes outside the estimators: (source, old, new, test).
+MUTATIONS |= {
+  name: Mutation(*mutation)
+  for name, mutation in {
+    'a missing reward trains as 0': (
+      'rollouts/collect.py',
+      'scores.valid.reshape(shape)',
+      'np.isfinite(scores.total).reshape(shape)',
+      'rollouts/responses_test.py',
+    ),
+    'the policy as its own reference': (
+      'rollouts/collect.py',
+      'score(setting.reference).log_probs',
+      "score(trainable['policy']).log_probs",
+      'rollouts/responses_test.py',
+    ),
+    'a missing reward counts as 0 in the record': (
+      'rollouts/collect.py',
+      'known = scores[~np.isnan(scores)]',
+      'known = np.nan_to_num(scores)',
+      'rollouts/responses_test.py',
+    ),
+    'running numbers stay at their start': (
+      'training/online.py',
+      'state = state.replace(running=running)',
+      'state = state.replace(running=state.running)',
+      'training/online_test.py',
+    ),
+    'the same order in every epoch': (
+      'training/online.py',
+      'jax.random.fold_in(keys.shuffle, epoch)',
+      'jax.random.fold_in(keys.shuffle, 0)',
+      'training/online_test.py',
+    ),
+    'a finite loss excuses its gradient': (
+      'training/update.py',
+      'finite &= jnp.isfinite(optax.tree.norm(gradients))',
+      "finite &= jnp.isfinite(metrics['loss'])",
+      'training/update_test.py',
+    ),
+    'norms and biases decay': (
+      'training/update.py',
+      'mask=_is_matrix',
+      'mask=None',
+      'training/update_test.py',
+    ),
+    'a decay that ends too late': (
+      'training/update.py',
+      'remaining = max(total_updates - warmup_updates, 1)',
+      'remaining = max(total_updates, 1)',
+      'training/update_test.py',
+    ),
+    'the record of a later step is kept': (
+      'runs/metrics.py',
+      "and record['step'] <= step",
+      "and record['step'] <= step + 1",
+      'runs/metrics_test.py',
+    ),
+    'records without a synchronization': (
+      'runs/metrics.py',
+      '    self._metrics.sync()\n',
+      '',
+      'runs/metrics_sync_test.py',
+    ),
+    'a missing score counts as 0': (
+      'rewards/scoring.py',
+      'np.stack(list(scores.values()))',
+      'np.nan_to_num(np.stack(list(scores.values())))',
+      'rewards/scoring_test.py',
+    ),
+    'weights of rewards are ignored': (
+      'rewards/scoring.py',
+      '(weights[:, None] * stacked)',
+      'stacked',
+      'rewards/scoring_test.py',
+    ),
+    'a failure scores 0': (
+      'rewards/workers.py',
+      '[reply.score for reply in self._replies]',
+      '[reply.score or 0.0 for reply in self._replies]',
+      'rewards/workers_test.py',
+    ),
+    'replies in the order of their arrival': (
+      'rewards/workers.py',
+      'self._replies[index] = reply',
+      'self._replies[-self._left] = reply',
+      'rewards/workers_test.py',
+    ),
+    'failures of the last batch alone': (
+      'rewards/workers.py',
+      'before.counts[kind] + counts[kind]',
+      'counts[kind]',
+      'evaluation/held_out_test.py',
+    ),
+    'the end of a response is masked': (
+      'sampling/decoding.py',
+      '_write(rows.mask, writes, index)',
+      '_write(rows.mask, writes & ~is_end(token, settings.eos_ids), index)',
+      'sampling/sampler_test.py',
+    ),
+    'a branch loses its last token': (
+      'sampling/sampler.py',
+      'max_tokens - positions, 0)',
+      'max_tokens - positions - 1, 0)',
+      'sampling/fork_test.py',
+    ),
+    'the first token beyond the vocabulary': (
+      'sampling/policy.py',
+      'ids < decoding.num_tokens',
+      'ids <= decoding.num_tokens',
+      'sampling/policy_test.py',
+    ),
+    'rows that continue alone draw as the first rows': (
+      'sampling/decoding.py',
+      'uniform[rows.number]',
+      'uniform[: rows.number.size]',
+      'sampling/decoding_test.py',
+    ),
+    'a failure is a reward of 0 in an evaluation': (
+      'evaluation/held_out.py',
+      'np.where(piece.scores.valid, piece.scores.total, np.nan)',
+      'piece.scores.total',
+      'evaluation/held_out_test.py',
+    ),
+    'every batch of an evaluation draws alike': (
+      'evaluation/held_out.py',
+      'jax.random.fold_in(held_out.key, start)',
+      'held_out.key',
+      'evaluation/held_out_test.py',
+    ),
+    'digests are not compared': (
+      'runs/checkpoints.py',
+      'if loaded.get(name) != leaf:',
+      'if name not in loaded:',
+      'runs/checkpoints_failures_test.py',
+    ),
+  }.items()
 }
 every_mutation = pytest.mark.parametrize('name', MUTATIONS)
 
 
 @every_mutation
 def test_the_table_fits_the_sources(name):
-  mutation = MUTATIONS[name]
-  source = (ROOT / SOURCES / mutation.source).read_text()
-  assert source.count(mutation.old) == 1
-  compile(source.replace(mutation.old, mutation.new), mutation.source, 'exec')
-  assert (ROOT / TESTS / mutation.test).is_file()
+  source, old, new, test = MUTATIONS[name]
+  text = (ROOT / SOURCES / source).read_text()
+  assert text.count(old) == 1
+  compile(text.replace(old, new), source, 'exec')
+  assert (ROOT / TESTS / test).is_file()
 
 
-def copy(folder):
-  for name in ('jaxrl_llm', 'tests'):
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+  """A folder with the package and its tests."""
+  folder = tmp_path_factory.mktemp('copy')
+  for name in COPIED:
     ignore = shutil.ignore_patterns('__pycache__')
     shutil.copytree(ROOT / name, folder / name, ignore=ignore)
   shutil.copy(ROOT / 'setup.cfg', folder)
+  return folder
 
 
-def run(folder, *tests):
+def run(folder, test):
+  """Runs a test file of a copy; returns pytest's exit status and output."""
   command = [sys.executable, '-m', 'pytest', '-n0', '-x', '-q', '--tb=line']
-  paths = [str(TESTS / test) for test in tests]
+  # A source may be restored within a second, which bytecode does not notice.
+  changed = {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
   done = subprocess.run(
-    [*command, '-p', 'no:cacheprovider', *paths],
+    [*command, '-p', 'no:cacheprovider', str(TESTS / test)],
     cwd=folder,
-    env=os.environ | {'PYTHONPATH': str(folder)},
+    env=os.environ | changed,
     capture_output=True,
     text=True,
     timeout=600,
@@ -356,22 +508,24 @@ def run(folder, *tests):
 
 
 @pytest.mark.slow
-def test_unbroken_the_copy_passes(tmp_path):
-  copy(tmp_path)
-  tests = {mutation.test for mutation in MUTATIONS.values()}
-  status, output = run(tmp_path, *sorted(tests))
+@pytest.mark.parametrize('test', sorted({m.test for m in MUTATIONS.values()}))
+def test_unbroken_the_copy_passes(test, copy):
+  status, output = run(copy, test)
   assert status == 0, output
 
 
 @pytest.mark.slow
 @every_mutation
-def test_mutation_is_caught(name, tmp_path):
-  """By a test that fails: not because the broken line does not run."""
-  mutation = MUTATIONS[name]
-  copy(tmp_path)
-  path = tmp_path / SOURCES / mutation.source
-  path.write_text(path.read_text().replace(mutation.old, mutation.new))
-  status, output = run(tmp_path, mutation.test)
+def test_mutation_is_caught(name, copy):
+  """By a test that fails, not because the broken line does not run."""
+  source, old, new, test = MUTATIONS[name]
+  path = copy / SOURCES / source
+  text = path.read_text()
+  path.write_text(text.replace(old, new))
+  try:
+    status, output = run(copy, test)
+  finally:
+    path.write_text(text)
   assert status == 1, output
   crash = r'\b(Name|Type|Attribute|Import|Syntax|Index|Key)Error\b'
   assert not re.search(crash, output), output
