@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checks, online
+from experiments import online
 from experiments.configs import base
 from jaxrl_llm import rollouts, sampling
 from jaxrl_llm.errors import UserError
@@ -329,63 +329,3 @@ def test_hints_come_before_refilling():
 def test_some_row_needs_a_solution():
   with pytest.raises(UserError, match='no training prompt has a solution'):
     collection([{'prompt': '1'}], hints=(0.5,))
-
-
-@pytest.mark.parametrize(
-  'section, changes, text',
-  [
-    ('rollout', dict(refill=-1), 'refill is -1'),
-    ('rollout', dict(refill=2, samples=1), 'samples is 1'),
-    ('rollout', dict(hints=(0.0, 0.5)), 'give shares above 0'),
-    ('rollout', dict(hints=(0.5, 1.5)), 'give shares above 0'),
-    ('rollout', dict(hints=('half',)), 'give shares above 0'),
-    ('rollout', dict(hints=(0.5, 0.25)), 'in increasing order'),
-    ('rollout', dict(hint_threshold=0.5), 'hint_threshold is 0.5, which'),
-    ('rollout', dict(hint_template='{hint}'), 'hint_template is'),
-    (
-      'rollout',
-      dict(hints=(0.5,), hint_template='{prompt}'),
-      'hint_template: .* 0 times',
-    ),
-    ('prompts', dict(min_pass_rate=0.1), 'unless config.prompts.pass_rates is'),
-    (
-      'prompts',
-      dict(pass_rates='f', min_pass_rate=0.6, max_pass_rate=0.4),
-      'the minimum first',
-    ),
-    ('prompts', dict(pass_rates='f', max_pass_rate=1.4), 'from 0 to 1'),
-    (
-      'prompts',
-      dict(curriculum_steps=5),
-      'unless config.prompts.curriculum is',
-    ),
-    ('prompts', dict(curriculum='level'), 'set it to 9 or more'),
-    (
-      'prompts',
-      dict(curriculum='level', curriculum_steps=3, curriculum_stages=1),
-      'at least 2',
-    ),
-  ],
-)
-def test_refusals(section, changes, text):
-  config = base.get_config()
-  config.algorithm = dict(name='rloo')
-  checks.check(config)
-  if 'samples' in changes:
-    config.algorithm = dict(name='reinforce')
-  config[section].update(changes)
-  with pytest.raises(UserError, match=text) as error:
-    checks.check(config)
-  assert str(error.value).count('\n') <= 2
-
-
-@pytest.mark.parametrize('changes', [dict(refill=2), dict(hints=[0.5])])
-def test_branches_go_on_from_what_would_be_replaced(changes):
-  config = base.get_config()
-  config.algorithm = dict(name='trepo')
-  checks.check(config)
-  config.rollout.update(changes)
-  with pytest.raises(UserError, match='without branches'):
-    checks.check(config)
-  config.algorithm = dict(name='remax')
-  checks.check(config)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from experiments import (
   build,
@@ -18,7 +17,7 @@ from experiments import (
   sft,
   stored_runs,
 )
-from experiments.configs import arithmetic_dpop, arithmetic_rest_em, quickstart
+from experiments.configs import quickstart
 from experiments.data import Data
 from jaxrl_llm import rollouts, runs
 from jaxrl_llm.errors import UserError
@@ -338,88 +337,3 @@ def test_sft_from_the_command_line(tmp_path):
   trained = stored_runs.load(tmp_path / 'run')
   assert trained.step == 12
   assert (tmp_path / 'run' / 'hf' / 'config.json').exists()
-
-
-# Of a configuration with rounds, what makes it one without.
-GIVEN = {
-  'rounds.sampling': 0,
-  'rounds.learning': 0,
-  'rounds.per_prompt': 4,
-}
-
-
-def changed(config: ConfigDict, **values):
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(values)
-  return config
-
-
-@pytest.mark.parametrize(
-  'name, values, said',
-  [
-    ('rest_em', {'algorithm.name': 'grpo'}, "'grpo': this script supports"),
-    ('rest_em', {'rounds.sampling': 0}, 'learns from its own samples'),
-    ('rest_em', {'rounds.learning': 0}, 'a round would learn nothing'),
-    ('rest_em', {'steps': 61}, 'set it to 60 or 80'),
-    ('rest_em', {'steps': 15}, 'set it to 20$'),
-    ('rest_em', {'rollout.refill': 2}, 'refill is 2, but rest_em does not'),
-    ('dpo', {'rollout.hints': (0.5,)}, 'for experiments.train'),
-    (
-      'rest_em',
-      {'prompts.curriculum': 'x', 'prompts.curriculum_steps': 9},
-      "curriculum is 'x'",
-    ),
-    ('rest_em', {'training.epochs': 2}, 'a step of rest_em is one update'),
-    ('rest_em', {'critic.warmup': 2}, 'has no critic'),
-    ('rest_em', {'rollout.temperature': 0.0}, 'all samples would be equal'),
-    ('rest_em', {'optimizer.warmup_updates': 40}, 'config.optimizer'),
-    ('dpo', {'rollout.samples': 1}, 'needs at least 2 per prompt'),
-    ('dpo', {'training.micro_prompts': 3}, 'does not divide'),
-    ('dpo', {'rounds.sampling': 0}, 'config.rounds.learning is 10'),
-    ('sft', {}, 'learns from the data of the task'),
-    ('sft', {'rounds.sampling': 0, 'rounds.learning': 0}, 'set it to 4'),
-    ('sft', GIVEN | {'prompts.pass_rates': 'x'}, 'learns from demonstrations'),
-    ('sft', GIVEN | {'tokens': 9}, 'config.tokens is 9, but nothing'),
-  ],
-)
-def test_what_does_not_fit_is_said_before_anything_begins(name, values, said):
-  base = arithmetic_dpop if name == 'dpo' else arithmetic_rest_em
-  config = base.get_config()
-  config.algorithm = dict(name=name)
-  config.rounds.per_prompt = 3
-  with pytest.raises(UserError, match=said) as error:
-    SCRIPTS[name].SCRIPT.check(changed(config, **values))
-  assert len(str(error.value).splitlines()) <= 3
-
-
-def test_online_rl_has_no_rounds():
-  from experiments import train
-
-  config = tiny(dict(name='rloo'), sampling=2)
-  with pytest.raises(UserError, match=r'config\.rounds\.sampling is 2'):
-    train.SCRIPT.check(config)
-
-
-@pytest.mark.parametrize(
-  'script, algorithm, said',
-  [
-    ('train', 'sft', 'experiments.sft'),
-    ('train', 'ipo', 'experiments.preference'),
-    ('train', 'rest_em', 'experiments.rest_em'),
-    ('sft', 'dpop', 'set sft, or train with experiments.preference'),
-    ('dpo', 'grpo', 'set dpo or dpop or ipo, or .* with experiments.train'),
-    ('rest_em', '', 'set rest_em$'),
-  ],
-)
-def test_the_script_of_an_algorithm_is_named(script, algorithm, said):
-  from experiments import train
-
-  config = tiny(dict(name=algorithm), batch=8)
-  with pytest.raises(UserError, match=said):
-    (SCRIPTS | {'train': train})[script].SCRIPT.check(config)
-
-
-def test_no_steps_only_evaluate():
-  config = tiny(dict(name='sft'), batch=8)
-  config.steps, config.optimizer.warmup_updates = 0, 10
-  sft.SCRIPT.check(config)

@@ -194,28 +194,6 @@ def test_a_model_that_learned_nothing_has_no_temperature(tmp_path):
   assert found['temperature'] is None and found['accuracy']['mean'] == 0.5
 
 
-@pytest.mark.parametrize(
-  'values, words',
-  [
-    ({'rewards': {'a': {'name': 'sentiment'}}}, 'learns from pairs alone'),
-    ({'warm_start.steps': 3}, 'config.warm_start.steps is 3'),
-    ({'algorithm.name': 'dpo'}, "'dpo': this script supports"),
-    ({'rounds.sampling': 2}, 'config.rounds.sampling is 2'),
-    ({'critic.warmup': 2}, 'has no critic'),
-  ],
-)
-def test_settings_that_make_no_sense_are_refused(tmp_path, values, words):
-  config = a_config(tmp_path)
-  reward_model.SCRIPT.check(config)
-  for name, value in values.items():
-    section, _, field = name.rpartition('.')
-    (config[section] if section else config)[field] = value
-  with pytest.raises(UserError, match=words) as caught:
-    train(config, tmp_path / 'run')
-  assert len(str(caught.value).splitlines()) <= 3
-  assert not (tmp_path / 'run').exists()
-
-
 def test_a_calibration_that_cannot_be_written_is_said(tmp_path, monkeypatch):
   phase = object.__new__(reward_model.RewardModeling)
   phase._critic = phase.model = types.SimpleNamespace(
