@@ -178,13 +178,18 @@ def run(name: str, *arguments, cache=None) -> Ended:
   return Script(name, *arguments, cache=cache).wait()
 
 
-def call(name: str, *arguments) -> Ended:
-  """Runs a script in this process: a moment, where it ends before it trains."""
+def call(script, *arguments) -> Ended:
+  """Runs a script in this process: a moment, where it ends before it trains.
+
+  Args:
+    script: its name, or what it does.
+    *arguments: of the command line.
+  """
   out, err, start = io.StringIO(), io.StringIO(), time.monotonic()
   begin = lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))
   known = set(flags.FLAGS)
   path = pathlib.Path(__file__).parents[1] / 'experiments'
-  argv = [f'experiments.{name}', *map(str, arguments)]
+  argv = ['script', *map(str, arguments)]
   with (
     mock.patch.object(app, 'run', begin),
     mock.patch.object(sys, 'argv', argv),
@@ -193,8 +198,11 @@ def call(name: str, *arguments) -> Ended:
   ):
     flags.FLAGS.unparse_flags()
     try:
-      file = path.joinpath(*name.split('.')).with_suffix('.py')
-      runpy.run_path(str(file), run_name='__main__')
+      if callable(script):
+        script()
+      else:
+        file = path.joinpath(*script.split('.')).with_suffix('.py')
+        runpy.run_path(str(file), run_name='__main__')
     except SystemExit as end:
       code = end.code or 0
     finally:

@@ -1,13 +1,13 @@
 """Refilling and hints over recorded responses, against plain Python."""
 
 import jax
+import mistakes
 import numpy as np
 import pytest
 
 from experiments import online
 from experiments.configs import base
 from jaxrl_llm import rollouts, sampling
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -293,10 +293,9 @@ def test_hints_that_do_not_fit_and_rows_without_a_solution():
   # Of prompts with 6 tokens those with a hint of 3 do not fit, of 4 with 6.
   assert groups == [5, 3, 0] and record['hints/over_budget'] == 2 + 3
   assert record['hints/saved'] == 0
-
-
-def test_a_group_without_scores_has_not_failed():
-  made, _ = collection(hints=(0.5,))
+  with mistakes.refused('no training prompt has a solution'):
+    collection([{'prompt': '1'}], hints=(0.5,))
+  # A group without scores has not failed.
   recorder = Recorder(lambda rng, texts: np.full((len(texts), GROUP), np.nan))
   record = made.draw(recorder, KEY, 0).record
   assert len(recorder.calls) == 1 and record['hints/failed'] == 0
@@ -324,8 +323,3 @@ def test_hints_come_before_refilling():
   for place, row in enumerate(drawn.responses.rows):
     assert int(row['prompt'][:-1]) % 2 == 1 and row['prompt'][-1] == '='
     assert row in encoded.rows and (row == own[place]) == bool(odd[place])
-
-
-def test_some_row_needs_a_solution():
-  with pytest.raises(UserError, match='no training prompt has a solution'):
-    collection([{'prompt': '1'}], hints=(0.5,))

@@ -1,7 +1,5 @@
 """Every configuration of a training can be read, checked and started."""
 
-import ast
-import collections
 import importlib
 import json
 import pathlib
@@ -70,39 +68,6 @@ def test_configuration_is_sound(name):
   assert f'--config=experiments/configs/{name}.py' in module.__doc__
 
 
-def fields_read() -> dict[str, set[str]]:
-  """Field → names of what the scripts read it of.
-
-  Of a variable these are its own and that of what it stands for: after
-  `settings = config.rollout` the field of `settings.samples` is the rollout's.
-  """
-  name = lambda node: getattr(node, 'attr', getattr(node, 'id', None))
-  stands_for, read = collections.defaultdict(set), collections.defaultdict(set)
-  nodes = [
-    node
-    for path in FOLDER.parent.glob('*.py')
-    if path.name != 'checks.py'
-    for node in ast.walk(ast.parse(path.read_text()))
-  ]
-  for node in nodes:
-    if not isinstance(node, ast.Assign):
-      continue
-    target, value = node.targets[0], node.value
-    pairs = [(target, value)]
-    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-      pairs = zip(target.elts, value.elts, strict=True)
-    for left, right in pairs:
-      stands_for[name(left)].add(name(right))
-  for node in nodes:
-    if isinstance(node, ast.Attribute):
-      of = name(node.value)
-      read[node.attr] |= {of, *stands_for[of]}
-  # `held_out` makes a dictionary of its section.
-  read['temperature'].add('evaluation')
-  read['batch'].add('evaluation')
-  return read
-
-
 def test_every_field_is_read():
   # A field that nothing reads would be a setting without effect.  Sections
   # whose fields are keyword arguments are read as a whole.
@@ -116,13 +81,6 @@ def test_every_field_is_read():
     field = name.rpartition('.')[2]
     if not name.startswith(whole):
       assert f'.{field}' in source or f"['{field}']" in source, name
-  # A name that several sections have is read of each of them.
-  read, fields = fields_read(), [n for n, _ in checks.leaves(base.get_config())]
-  names = [name.rpartition('.')[2] for name in fields]
-  for name, field in zip(fields, names, strict=True):
-    section = name.rpartition('.')[0].rpartition('.')[2] or 'config'
-    if names.count(field) > 1 and not name.startswith(whole):
-      assert section in read[field], f'{name}: {read[field]}'
   arguments = set(base.optimizer(1.0))
   assert arguments == set(base.get_config().warm_start.optimizer)
   build.optimizer(base.get_config().optimizer, 10)
@@ -134,21 +92,14 @@ def qwen2_folder(folder, lines) -> None:
   torch = pytest.importorskip('torch')
   import tokenizers
   import transformers
-  from tokenizers import decoders, models, pre_tokenizers, trainers
 
-  backend = tokenizers.Tokenizer(models.BPE())
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
   special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
-  trainer = trainers.BpeTrainer(
-    vocab_size=1000,
-    special_tokens=special,
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
+  backend = tokenizers.ByteLevelBPETokenizer()
+  backend.train_from_iterator(
+    lines, 1000, show_progress=False, special_tokens=special
   )
-  backend.train_from_iterator(lines, trainer)
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
+    tokenizer_object=backend._tokenizer,
     eos_token='<|im_end|>',
     pad_token='<|endoftext|>',
     additional_special_tokens=special[1:],

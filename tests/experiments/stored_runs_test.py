@@ -2,12 +2,11 @@
 
 import os
 
+import mistakes
 import numpy as np
-import pytest
 
 from experiments import stored_runs
 from jaxrl_llm import rollouts, sampling
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.sampling import policy
 
@@ -75,9 +74,6 @@ def test_a_batch_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(os, 'fsync', full)
-  with pytest.raises(
-    UserError, match='to look at, cannot be .*: No space'
-  ) as e:
+  with mistakes.refused('to look at, cannot be ', ': No space'):
     stored_runs.write_batch(path, responses, np.ones((1, 2)))
-  assert len(str(e.value).splitlines()) <= 3
   assert list(tmp_path.iterdir()) == [path]
