@@ -196,18 +196,7 @@ def test_a_step_is_a_function_of_its_number():
   )
   assert drawn.responses is plain.calls[0]
   assert drawn.tokens == 0 and drawn.record == {}
-
-
-def test_without_tools_no_score_is_asked_for():
-  recorder = Recorder(often_equal)
-  collection()[0].draw(recorder, KEY, 0)
-  prompts = dict(curriculum='level', curriculum_steps=9)
-  easy = collection(prompts=prompts)[0]
-  drawn = easy.draw(recorder, KEY, 0)
-  assert recorder.asked == 0 and drawn.record == {}
-  levels = [row['level'] for row in drawn.batch.rows]
-  assert easy.source.share(0) == 0.1
-  assert easy.source.difficulty(0) == pytest.approx(np.mean(levels))
+  assert plain.asked == 0  # Scores are not waited for.
 
 
 def test_further_prompts_are_of_the_curriculum():

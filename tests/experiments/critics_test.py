@@ -11,8 +11,6 @@ from jaxrl_llm.models import transformer
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.tasks import arithmetic, vocabulary
 
-ADAPTIVE = dict(name='adaptive_kl', initial=0.1, target=0.5, horizon=20)
-
 
 def config_of(algorithm=None, **changes):
   config = quickstart.get_config()
@@ -24,16 +22,6 @@ def config_of(algorithm=None, **changes):
     {name.replace('__', '.'): value for name, value in changes.items()}
   )
   return config.lock()
-
-
-def test_a_part_of_an_algorithm_has_a_name_of_its_own():
-  found = build.estimator(config_of(dict(name='ppo', kl=ADAPTIVE)))
-  [running] = found.needs.running
-  assert running.name == 'kl_coefficient' and running.initial == 0.1
-  assert found.needs.reference and found.needs.critic
-  rule = dict(name='entropy_above', threshold=0.5)
-  found = build.estimator(config_of(dict(name='trepo', positions=rule)))
-  assert found.needs.branches.positions.reads_entropy
 
 
 def test_rates_of_both():

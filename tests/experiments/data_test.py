@@ -72,7 +72,7 @@ def test_jsonl_leaves_known_prompts_out(tmp_path):
   assert prompts(found.demonstrations) == ['a']
   assert found.notes == (f'1 held-out prompts occur in {train}: left out',)
   assert data.jsonl(train, write('new.jsonl', [{'question': 'd'}])).notes == ()
-  assert found.train[1] == {'prompt': 'b', 'question': 'b', **pair}
+  assert found.train[1] == {'prompt': 'b', **pair}
   with mistakes.refused('every prompt of'):
     data.jsonl(train, train)
 

@@ -90,9 +90,7 @@ def write_run(folder, **changes):
 
 
 def test_health_of_a_run(tmp_path):
-  folder = write_run(tmp_path / 'run')
-  assert doctor.of_run(folder) == [f'{folder}: step 14 well | kl 0.01']
-  write_run(folder, approx_kl=0.4)
+  folder = write_run(tmp_path / 'run', approx_kl=0.4)
   line, warning = doctor.of_run(folder)
   assert line == f'{folder}: step 14 look: kl | kl 0.4'
   assert 'KL run-away' in warning and 'learning_rate' in warning

@@ -99,10 +99,6 @@ def test_without_a_configuration_file(tmp_path):
   [
     ([], ['already holds a run', '--resume', '--workdir']),
     (
-      ['--resume', '--config.rollout.temperature=0.9'],
-      ['rollout.temperature was 1.0, is 0.9', '--workdir'],
-    ),
-    (
       ['--resume', '--config.algorithm.kl=0.05'],
       ['algorithm.kl was 0.04, is 0.05', '--workdir'],
     ),

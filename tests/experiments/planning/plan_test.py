@@ -252,7 +252,7 @@ def test_chips(monkeypatch):
 
 
 FLAGS = """
---config=nowhere.py | --topology is missing
+--model=llama3-8b | --topology is missing
 --topology=v5q:4x4 | no such topology
 --topolgy=v5e:4x4 | did you mean --topology
 --topology=v5e:4x4 --model=llama-8b | did you mean llama3-8b

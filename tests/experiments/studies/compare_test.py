@@ -130,7 +130,7 @@ init=3 | config.init is 3
 tokens=0 | config.tokens is 0
 seeds=() | config.seeds is empty or repeats
 seeds=(1, 1) | config.seeds is empty or repeats
-METHOD),) * 2 | config.methods, title is empty or
+METHOD),) * 2 | config.methods, label is empty or
 METHODtokens=10**9),) | rloo sets tokens
 METHODevaluation=dict(every_tokens=1)),) | rloo sets tokens or evaluation
 METHODrollout=dict(promts=3)),) | method rloo do not fit config.base
@@ -155,10 +155,15 @@ def test_jobs_that_cannot_be_done(config, tmp_path):
   (job.folder / 'digest').write_text('of other settings')
   with mistakes.refused('rloo-0 holds a run of other settings'):
     compare.train_run(job)
-  with config.unlocked():
-    config.methods[0].algorithm.clip = 0.2
+  config.methods[0]['algorithm']['clip'] = 0.2
   with mistakes.refused('rloo: config.algorithm: ', "'clip'"):
     compare.check_runs(compare.jobs(config, tmp_path))
+
+
+def test_a_model_that_is_given_is_the_first(config, tmp_path):
+  config.base.warm_start.steps, config.base.model.path = 0, 'given'
+  found = compare.jobs(config, tmp_path)
+  assert len(found) == 4 and found[0].config.model.path == 'given'
 
 
 def test_choice(config, tmp_path):
