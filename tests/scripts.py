@@ -188,7 +188,7 @@ def call(script, *arguments) -> Ended:
   out, err, start = io.StringIO(), io.StringIO(), time.monotonic()
   begin = lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))
   known = set(flags.FLAGS)
-  path = pathlib.Path(__file__).parents[1] / 'experiments'
+  path, code = pathlib.Path(__file__).parents[1] / 'experiments', 0
   argv = ['script', *map(str, arguments)]
   with (
     mock.patch.object(app, 'run', begin),
