@@ -21,6 +21,10 @@ these, or a function of your own from a text to its answer:
 --metric, scores the choice.  A reward of weight 0 judges without being trained
 on.
 
+Where the --metric gives other scores than 0 and 1, none is right or wrong
+without a --threshold: the mean score takes the place of accuracy, pass@k, maj@k
+and best_of@k.
+
 Greedy decoding needs no samples: --greedy adds its accuracy to the numbers of
 sampling, at the cost of one more response per prompt.
 
@@ -44,6 +48,7 @@ from jaxrl_llm import evaluation, naming, rollouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart, functions
 from jaxrl_llm.rollouts.collect import failure_counts
+from jaxrl_llm.runs.page import visible
 
 
 def measure(
@@ -57,7 +62,7 @@ def measure(
   greedy: bool = False,
   answer: str | None = None,
   metric: str | None = None,
-  threshold: float = 1.0,
+  threshold: float | None = None,
   **changes: Any,
 ) -> dict[str, Any]:
   """Returns numbers of a model on a configuration's held-out prompts.
@@ -65,6 +70,8 @@ def measure(
   A response is right if the reward function `metric` gives it at least
   `threshold`.  A prompt with a response that the function does not score is
   left out of accuracy, pass@k, maj@k and best_of@k, and counted as `unscored`.
+  Without a threshold, if there are scores besides 0 and 1, `score` takes the
+  place of these four, and greedy/score that of greedy/accuracy.
 
   Best of k is the response of k that the reward function `judge` scores
   highest.  best_of@k is the chance that it is right; metric_best_of@k and
@@ -84,14 +91,14 @@ def measure(
       `functions.READERS`, or 'file.py:function'; None for `metric`'s reader.
     metric: name in `config.rewards`; None for that of greatest weight (a
       ConfigDict does not keep the order in which they were written).
-    threshold: the least score of a right response.
+    threshold: the least score of a right response; None for 1 where all scores
+      are 0 or 1.
     **changes: samples, temperature, prompts or batch in place of those of
       `config.evaluation`.
 
   Returns:
-    JSON values: the settings, the means, and accuracy, pass@k, maj@k, best_of@k
-    and greedy/accuracy each with the bounds of their 95 % bootstrap interval
-    over prompts.
+    JSON values: the settings, the means, and each estimate with the bounds of
+    its 95 % bootstrap interval over prompts.
 
   Raises:
     UserError: the settings conflict.
@@ -105,23 +112,29 @@ def measure(
   _check_judge(held.setting.rewards, metric, judge, best_of)
   reader = _reader(answer, config.rewards[metric].name) if majs else None
   settings = held.setting.generation
-  for kind, counts in (('pass', ks), ('maj', majs), ('best_of', best_of)):
-    if settings.samples < max(counts, default=1):
-      raise UserError(
-        f'{kind}@{max(counts)} needs {max(counts)} samples per prompt; '
-        f'--samples is {settings.samples}'
-      )
-  if greedy and settings.decoding.greedy:
-    raise UserError(
-      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
-      'set --temperature above 0, or leave out --greedy'
-    )
-  rule = metric, threshold
-  answers, right, scored = _answer(held, model, 'held-out responses', *rule)
-  numbers = evaluation.summary(answers)
-  estimates = {'accuracy': right.mean(axis=1)}
-  estimates |= {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
-  if majs:
+  _check_samples(
+    settings, greedy, {'pass': ks, 'maj': majs, 'best_of': best_of}
+  )
+  answers, scores, scored = _answer(held, model, 'held-out responses', metric)
+  numbers, all_scores = evaluation.summary(answers), {'': scores}
+  if greedy:
+    setting = held.setting._replace(generation=rollouts.greedy(settings))
+    once = held._replace(setting=setting)
+    greedily, best, known = _answer(once, model, 'greedy responses', metric)
+    numbers['greedy/unscored'] = int((~known).sum())
+    for name, count in failure_counts(greedily.failures).items():
+      numbers[name.replace('eval/', 'greedy/', 1)] = count
+    all_scores['greedy/'] = best
+  if all(np.isin(each, (0, 1)).all() for each in all_scores.values()):
+    threshold = 1.0 if threshold is None else threshold
+  name, right, estimates = 'score', None, {}
+  if threshold is not None:
+    all_scores = {k: each >= threshold for k, each in all_scores.items()}
+    name, right = 'accuracy', all_scores['']
+    estimates = {f'pass@{k}': evaluation.pass_at_k(right, k) for k in ks}
+  means = {f'{k}{name}': x.mean(axis=1) for k, x in all_scores.items()}
+  estimates = means | estimates
+  if majs and right is not None:
     texts = np.array(answers.completions, object).reshape(scored.size, -1)
     votes = evaluation.votes(texts[scored], reader)
     numbers['answered'] = float((votes >= 0).mean())
@@ -129,17 +142,9 @@ def measure(
       f'maj@{k}': evaluation.maj_at_k(votes, right, k) for k in majs
     }
   if best_of:
-    proxy, gold = (answers.parts[name][scored] for name in (judge, metric))
-    numbers['unjudged'], chosen = _best_of(proxy, gold, right, best_of)
+    proxy = answers.parts[judge][scored]
+    numbers['unjudged'], chosen = _best_of(proxy, scores, right, best_of)
     estimates |= chosen
-  if greedy:
-    setting = held.setting._replace(generation=rollouts.greedy(settings))
-    once = held._replace(setting=setting)
-    greedily, best, known = _answer(once, model, 'greedy responses', *rule)
-    numbers['greedy/unscored'] = int((~known).sum())
-    for name, count in failure_counts(greedily.failures).items():
-      numbers[name.replace('eval/', 'greedy/', 1)] = count
-    estimates['greedy/accuracy'] = best[:, 0]
   return {
     'prompts': len(scored),
     'over_budget': held.encoded.dropped,
@@ -147,7 +152,7 @@ def measure(
     'samples': settings.samples,
     'temperature': float(settings.decoding.temperature),
     'metric': metric,
-    'threshold': threshold,
+    **({} if right is None else {'threshold': threshold}),
     **({'judge': judge} if judge else {}),
     **{name.removeprefix('eval/'): value for name, value in numbers.items()},
     **{
@@ -200,6 +205,23 @@ def choose_metric(rewards: Sequence[RewardPart], metric: str | None) -> str:
   return metric
 
 
+def _check_samples(
+  settings, greedy: bool, counts: dict[str, Sequence[int]]
+) -> None:
+  """Raises UserError for a k without k samples, or for greedy sampling."""
+  for kind, ks in counts.items():
+    if settings.samples < max(ks, default=1):
+      raise UserError(
+        f'{kind}@{max(ks)} needs {max(ks)} samples per prompt; '
+        f'--samples is {settings.samples}'
+      )
+  if greedy and settings.decoding.greedy:
+    raise UserError(
+      '--greedy is given, but at temperature 0 the accuracy is the greedy one\n'
+      'set --temperature above 0, or leave out --greedy'
+    )
+
+
 def _check_judge(
   rewards: Sequence[RewardPart], metric: str, judge: str | None, best_of
 ) -> None:
@@ -221,17 +243,13 @@ def _check_judge(
 
 
 def _answer(
-  held: evaluation.HeldOut,
-  model: build.Model,
-  responses: str,
-  metric: str,
-  threshold: float,
+  held: evaluation.HeldOut, model: build.Model, responses: str, metric: str
 ) -> tuple[evaluation.Answers, np.ndarray, np.ndarray]:
   """Answers a set, and reports failures in reward workers.
 
   Returns:
-    The answers, right responses, [P', n] bool, and the scored P' prompts, [P]
-    bool.
+    The answers, the scores of the P' scored prompts, [P', n], and which of all
+    are scored, [P] bool.
 
   Raises:
     UserError: no prompt is scored.
@@ -242,11 +260,14 @@ def _answer(
   scored = ~np.isnan(scores).any(axis=1)
   if not scored.any():
     raise UserError(f'{metric} scores no prompt: choose another --metric')
-  return answers, scores[scored] >= threshold, scored
+  return answers, scores[scored], scored
 
 
 def _best_of(
-  proxy: np.ndarray, gold: np.ndarray, right: np.ndarray, ks: Sequence[int]
+  proxy: np.ndarray,
+  gold: np.ndarray,
+  right: np.ndarray | None,
+  ks: Sequence[int],
 ) -> tuple[int, dict[str, np.ndarray]]:
   """Returns the number of unjudged prompts, and estimates over the others."""
   judged = ~np.isnan(proxy).any(axis=1)
@@ -259,6 +280,7 @@ def _best_of(
     f'{name}@{k}': evaluation.best_of_n(proxy[judged], values[judged], k)
     for k in ks
     for name, values in worth.items()
+    if values is not None
   }
 
 
@@ -266,7 +288,7 @@ def print_failures(answers: evaluation.Answers, responses: str) -> None:
   """Prints a line for each kind of failure in reward workers."""
   where = f'of the {responses}'
   for line in failure_messages(answers.failures, where, set()):
-    print(line.removeprefix('eval/'))
+    print(visible(line.removeprefix('eval/')))
 
 
 def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
@@ -290,18 +312,20 @@ def _reader(answer: str | None, reward: str) -> Callable[[str], Any]:
 def table(title: str, result: dict[str, Any]):
   """Returns the numbers as a `rich` table."""
   from rich.table import Table
+  from rich.text import Text
 
-  shown = Table(title=title, title_justify='left')
+  # Text, not str: rich would read a name in brackets as markup.
+  heading = Text(visible(title), style='table.title')
+  shown = Table(title=heading, title_justify='left')
   shown.add_column('on held-out prompts')
   shown.add_column('value', justify='right')
   shown.add_column('95 % interval', justify='right')
   for name, value in result.items():
+    cells = [f'{value:.4g}' if isinstance(value, float) else str(value)]
     if isinstance(value, dict):
       bounds = f'{value["low"]:.4f} – {value["high"]:.4f}'
-      shown.add_row(name, f'{value["mean"]:.4f}', bounds)
-    else:
-      text = f'{value:.4g}' if isinstance(value, float) else str(value)
-      shown.add_row(name, text, '')
+      cells = [f'{value["mean"]:.4f}', bounds]
+    shown.add_row(*(Text(visible(text)) for text in (name, *cells)))
   return shown
 
 
@@ -319,7 +343,7 @@ def define_subject_flags() -> None:
 def define_metric_flags() -> None:
   """Defines the flags that decide which responses are right."""
   flags.DEFINE_string('metric', None, 'Reward that decides what is right.')
-  flags.DEFINE_float('threshold', 1.0, 'Least score of a right response.')
+  flags.DEFINE_float('threshold', None, 'Least score of a right response.')
 
 
 def subject() -> tuple[ConfigDict, build.Model, str]:
@@ -392,6 +416,11 @@ def main() -> None:
     **{'samples': least} | settings,
   )
   Console().print(table(title, result))
+  if 'threshold' not in result:
+    print(
+      f'{visible(result["metric"])} gives scores besides 0 and 1: to count '
+      'right responses (accuracy, pass@k, maj@k, best_of@k) pass --threshold'
+    )
   if values.output is not None:
     text = json.dumps({'model': title, **result}, indent=2)
     cli.write_output(values.output, text + '\n')

@@ -69,8 +69,8 @@ _SCRIPTS = {
   'rest_em': rest_em.SCRIPT,
   'reward_model': reward_model.SCRIPT,
 }
-# A checkpoint, and the old content of one that is being saved again.
-_STEP = re.compile(r'(\d{8,})(\.replaced)?')
+# The folder of a checkpoint.
+_STEP = re.compile(r'\d{8,}')
 # Differences to print.
 _SHOWN = 5
 
@@ -190,7 +190,7 @@ def _before(workdir: pathlib.Path, step: int) -> Iterator[run_folder.RunFolder]:
     view = pathlib.Path(name)
     for source in (workdir / 'checkpoints').glob('*'):
       match = _STEP.fullmatch(source.name)
-      if match and int(match[1]) < step:
+      if match and int(match[0]) < step:
         _link(source, view / 'checkpoints' / source.name)
     for part in ('reference', 'rounds'):
       _link(workdir / part, view / part)

@@ -59,8 +59,7 @@ def train(
   try:
     with contextlib.ExitStack() as files:
       files.enter_context(_mesh(config))
-      allowed = _mutable(config) | _known(config, allow_change, resume)
-      return _train(script, config, workdir, resume, allowed, files)
+      return _train(script, config, workdir, resume, allow_change, files)
   except KeyboardInterrupt:
     say('interrupted: --resume continues from the last checkpoint')
     membership.fail(128 + signal.SIGINT)
@@ -143,14 +142,19 @@ def _counts(config) -> list[str]:
 
 
 def _train(
-  script: Script, config, workdir, resume, allowed, files: contextlib.ExitStack
+  script: Script,
+  config,
+  workdir,
+  resume,
+  allow_change,
+  files: contextlib.ExitStack,
 ) -> int:
   folder = files.enter_context(
     open_run(
       workdir,
       resume,
       config.to_dict(),
-      allowed,
+      _mutable(config) | _known(config, allow_change, resume),
       build.code_files(config),
     )
   )

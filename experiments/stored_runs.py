@@ -15,6 +15,7 @@ from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.runs.checkpoints import Checkpoints
+from jaxrl_llm.runs.page import visible
 
 
 class Trained(NamedTuple):
@@ -141,7 +142,7 @@ def changes(records: list[dict]) -> list[str]:
   for name in filter(lambda name: name.startswith('eval/'), last):
     # The KL to the reference is not measured where they are the same.
     start = f'{first[name]:8.4f}' if name in first else ' ' * 8
-    lines.append(f'{name:34} {start}  →  {last[name]:8.4f}')
+    lines.append(f'{visible(name):34} {start}  →  {last[name]:8.4f}')
   return lines
 
 

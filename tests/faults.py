@@ -134,18 +134,6 @@ def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
   _replace(phase, around)
 
 
-def disk_full(bytes_: int, phase: str, workdir, after: int = 0) -> None:
-  """No file grows beyond so many bytes from a phase on."""
-  import resource
-
-  def around(call, *args, **kwargs):
-    if scripts.steps_written(workdir) >= after:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
-    return call(*args, **kwargs)
-
-  _replace(phase, around)
-
-
 def fill_disk(left: int, phase: str, workdir, after: int = 0) -> None:
   """Fills the file system of a run in a phase; the file is called `ballast`.
 
@@ -174,9 +162,9 @@ def nan_gradients(workdir, where) -> None:
     workdir: of the run.
     where: (records written, number of the update since) of those updates.
   """
-  from jaxrl_llm import training
+  from jaxrl_llm.training import update as update_lib
 
-  make, seen = training.make_update, {}
+  make, seen = update_lib.make_update, {}
 
   def spoilt_update(forward, *args, **kwargs):
     def spoilt_forward(*given):
@@ -194,7 +182,7 @@ def nan_gradients(workdir, where) -> None:
 
     return update
 
-  training.make_update = spoilt_update
+  update_lib.make_update = spoilt_update
 
 
 def tell_restored(path) -> None:

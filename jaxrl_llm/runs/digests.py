@@ -8,8 +8,6 @@ import numpy as np
 
 from jaxrl_llm.errors import UserError
 
-_AT_ONCE = 8
-
 
 def named_leaves(tree) -> dict:
   """Returns the leaves of a tree of arrays by name, such as `params/layers/w`.
@@ -22,45 +20,31 @@ def named_leaves(tree) -> dict:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator='/') or 'state'
     if name in leaves:
-      raise UserError(
-        f'Two leaves of the state are called {name}.\n'
-        'Use names without a slash.'
-      )
+      raise UserError(f'Two leaves are called {name}: use no slash in names.')
     if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
       raise UserError(
         f'{name} in the state is a {type(leaf).__name__}, not an array.\n'
         'Make it an array, or keep it in the metadata.'
       )
-    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
-      if kept != leaf.dtype:
-        raise UserError(
-          f'{name} in the state is {leaf.dtype}, which JAX would make {kept}.\n'
-          'Convert it yourself, or set jax_enable_x64.'
-        )
+    key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    kept = leaf.dtype if key else jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if kept != leaf.dtype:
+      raise UserError(
+        f'{name} in the state is {leaf.dtype}, which JAX would make {kept}.\n'
+        'Convert it yourself, or set jax_enable_x64.'
+      )
     leaves[name] = leaf
   return leaves
 
 
-def shape_of(leaf) -> tuple[str, list[int]]:
-  """Returns an array's dtype and shape as JSON values."""
-  return str(leaf.dtype), list(leaf.shape)
-
-
 def describe(leaves: dict) -> dict:
   """Returns shape, dtype and digest of each leaf, as JSON values."""
-  digests = {}
-  for name, leaf in leaves.items():
-    digests[name] = digest(leaf)
-    # Several run at any time, but few: a CPU device queues 32 programs, and
-    # full devices of several processes wait for each other.
-    if len(digests) % _AT_ONCE == 0:
-      jax.block_until_ready(digests[name])
   described = {}
   for name, leaf in leaves.items():
-    dtype, shape = shape_of(leaf)
-    lanes = ''.join(f'{lane:08x}' for lane in np.asarray(digests[name]))
-    described[name] = {'dtype': dtype, 'shape': shape, 'digest': lanes}
+    # One at a time: full devices of several processes wait for each other.
+    lanes = ''.join(f'{lane:08x}' for lane in np.asarray(digest(leaf)))
+    form = {'dtype': str(leaf.dtype), 'shape': list(leaf.shape)}
+    described[name] = {**form, 'digest': lanes}
   return described
 
 
@@ -71,20 +55,14 @@ def differences(stored: dict, wanted: dict) -> list[str]:
     stored: as `describe` returns them.
     wanted: arrays or their shapes, by name.
   """
-  shapes = {name: shape_of(leaf) for name, leaf in wanted.items()}
-  problems = [
-    f'{name} is missing from it' for name in shapes if name not in stored
+  there = {n: f'{x["dtype"]}{x["shape"]}' for n, x in stored.items()}
+  here = {n: f'{x.dtype}{list(x.shape)}' for n, x in wanted.items()}
+  return [
+    f'{name} is {there.get(name, "missing")} in it, '
+    f'the program wants {here.get(name, "none")}'
+    for name in {**here, **there}
+    if here.get(name) != there.get(name)
   ]
-  for name, leaf in stored.items():
-    if name not in shapes:
-      problems.append(f'{name} is in it only')
-    elif (leaf['dtype'], leaf['shape']) != shapes[name]:
-      dtype, shape = shapes[name]
-      problems.append(
-        f'{name} is {leaf["dtype"]}{leaf["shape"]} in it, '
-        f'the program wants {dtype}{shape}'
-      )
-  return problems
 
 
 def digest(array) -> jax.Array:

@@ -1,80 +1,73 @@
 """Saves and loads a tree of arrays and a JSON manifest through Orbax v1.
 
-The only module that calls Orbax.  Its functions raise Orbax's errors.
+The only module that calls Orbax and knows its errors, which it lets through.
 Orbax is slow to import, so it is imported on first use.
 """
 
+import errno
 import json
 import logging
+import os
+import re
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_llm import processes
+from jaxrl_llm.atomic import write_atomically
 
-_REPLICATED = jax.sharding.PartitionSpec()
+_DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# TensorStore and XLA raise ValueError and JaxRuntimeError for all.
+_PASSING = re.compile(
+  'RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED'
+  f'|{os.strerror(errno.EIO)}|{os.strerror(errno.EMFILE)}'
+  f'|{os.strerror(errno.ENFILE)}|{os.strerror(errno.ESTALE)}'
+)
 
 
 def start_save(path, state, manifest: dict):
-  """Starts to write a folder that appears completely or not at all.
+  """Starts to write a new folder, which appears completely or not at all.
 
-  Returns once the arrays are copied or held, so that the caller may donate
-  them.
-
-  All processes call it, and each writes its shards.
-
-  Args:
-    path: the folder, which must not exist.
-    state: a tree of arrays.  Those that only this process holds are equal in
-      all.
-    manifest: JSON values; process 0's are written.
-
-  Returns:
-    An object whose `result()` waits for the end and raises any error.
+  Returns once the arrays are copied or held an object whose `result()` waits
+  for the end.  All processes call it, and each writes its shards, process 0 the
+  manifest.  Arrays that only one process holds are equal in all.
   """
   from orbax.checkpoint import v1 as ocp
 
   # Each thread of a failed save logs the error that `result` raises.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
-  state = jax.tree.map(_as_global, _without_empty(state))
-  with _context():
-    return ocp.save_checkpointables_async(
-      path, {'state': state, 'manifest': manifest}
-    )
+  content = {'state': jax.tree.map(_as_global, state), 'manifest': manifest}
+  registry = ocp.handlers.local_registry()
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  # Created in the background, the folder of a save that fails early leaves
+  # threads that wait for it for 20 minutes.
+  context.async_options.create_directories_asynchronously = False
+  with context:
+    return ocp.save_checkpointables_async(path, content)
 
 
 def load_state(path, template, part: bool = False):
   """Loads the arrays of a folder, in the shardings of a template.
 
-  Each process reads what its devices hold and waits for no other.
-
-  Args:
-    path: the folder.
-    template: a tree of arrays or `jax.ShapeDtypeStruct`s.  A leaf without a
-      sharding is placed on the default device (of each process).
-    part: the template is a part of the folder's content.
+  Each process reads what its devices hold and waits for no other.  Leaves
+  without a sharding are placed on the default device of each.
   """
   from orbax.checkpoint import v1 as ocp
 
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
-    template,
-  )
-  context = _context(alone=True)
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def abstract(x):
+    sharding = getattr(x, 'sharding', None) or default
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  context, process = ocp.Context(), processes.index()
+  context.multiprocessing_options.active_processes = {process}
+  context.multiprocessing_options.primary_host = process
   context.pytree_options.loading.partial_load = part
   with context:
-    loaded = ocp.load_checkpointables(
-      path, {'state': _without_empty(abstract)}
-    )['state']
-  return jax.tree.map(
-    lambda x, y: (
-      jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
-      if _is_empty(x)
-      else y
-    ),
-    *(abstract, loaded),
-  )
+    wanted = {'state': jax.tree.map(abstract, template)}
+    return ocp.load_checkpointables(path, wanted)['state']
 
 
 def load_manifest(path) -> dict:
@@ -86,51 +79,43 @@ def load_manifest(path) -> dict:
   return json.loads((path / 'manifest' / 'data.json').read_text())
 
 
-def _context(alone: bool = False):
-  """Returns Orbax's context; `alone` it waits for no other process."""
-  from orbax.checkpoint import v1 as ocp
+def save_manifest(path, manifest: dict) -> None:
+  """Replaces the manifest of a folder, atomically."""
+  write_atomically(path / 'manifest' / 'data.json', json.dumps(manifest))
 
-  registry = ocp.handlers.local_registry()
-  registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
-  context = ocp.Context()
-  context.checkpointables.registry = registry
-  # Created in the background, the folder of a save that fails early leaves
-  # threads that wait for it for 20 minutes.
-  context.async_options.create_directories_asynchronously = False
-  if alone:
-    process = processes.index()
-    context.multiprocessing_options.active_processes = {process}
-    context.multiprocessing_options.primary_host = process
-  return context
+
+def may_pass(error: BaseException) -> bool:
+  """Returns True if an error does not mean that the files are damaged.
+
+  No memory or permission, too many open files, a disk that does not answer: the
+  step may be sound and must not be skipped.
+  """
+  if isinstance(error, OSError):
+    # Without a number it comes from a decoder, which did read.
+    passing = error.errno is not None and not isinstance(error, _DAMAGE)
+  else:
+    passing = isinstance(error, MemoryError) or _PASSING.search(str(error))
+  cause = error.__cause__ or error.__context__
+  return bool(passing) or (cause is not None and may_pass(cause))
+
+
+def one_line(error: BaseException) -> str:
+  """Formats an error's first cause in a line: Orbax wraps it several times."""
+  while error.__cause__ or (
+    error.__context__ and not error.__suppress_context__
+  ):
+    error = error.__cause__ or error.__context__
+  text = ' '.join(str(error).split())
+  text = re.split(r' \[(?:source locations|tensorstore_spec)', text)[0]
+  if len(text) > 300:
+    text = f'{text[:150]} … {text[-150:]}'
+  return f'{type(error).__name__}: {text}'
 
 
 def _as_global(x):
   """Turns an array that only this process holds into one that all hold."""
   if processes.count() == 1 or not getattr(x, 'is_fully_addressable', True):
     return x
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    data = _as_global(jax.random.key_data(x))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-  value = np.asarray(x)
   mesh = jax.sharding.Mesh(jax.devices(), 'all')
-  return jax.make_array_from_callback(
-    value.shape,
-    jax.sharding.NamedSharding(mesh, _REPLICATED),
-    lambda index: value[index],
-  )
-
-
-def _without_empty(tree):
-  """Replaces arrays without elements, which Orbax refuses, with None."""
-  return jax.tree.map(lambda x: None if _is_empty(x) else x, tree)
-
-
-def _is_empty(x):
-  return 0 in x.shape
-
-
-def _sharding(leaf):
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return sharding
+  spec = jax.sharding.PartitionSpec()
+  return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))

@@ -1,119 +1,134 @@
-"""Renders the samples as one self-contained page of HTML."""
+"""Renders samples as rows of cells, and as one self-contained page of HTML."""
 
 import html
 import math
-import pathlib
+import unicodedata
+from typing import NamedTuple
 
-from jaxrl_llm.atomic import write_atomically
-from jaxrl_llm.runs.metrics import cannot_write
-
+# The browser's own colours and translucent ones suit a light and a dark page.
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #646a73;
-  --line: #dfe2e6; --paper: #fff; --head: #f5f6f8; --good: #137a3f;
-  --goodbg: #e8f5ec; --bad: #b3261e; --badbg: #fceeed; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa1ab;
-  --line: #363b42; --paper: #16181c; --head: #1f2227; --good: #6fd195;
-  --goodbg: #17301f; --bad: #ff8a80; --badbg: #3a1d1b; } }
-body { margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: var(--ink);
-  background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-p { color: var(--soft); margin: .25rem 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th { background: var(--head); color: var(--soft); font-size: .8rem;
-  font-weight: 600; text-align: left; }
-th, td { border-bottom: 1px solid var(--line); padding: .45rem .6rem;
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 78rem; overflow-wrap: anywhere; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p { margin: .25rem 0; opacity: .75; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th { background: #8882; font-size: .8rem; text-align: left; }
+th, td { border-bottom: 1px solid #8885; padding: .45rem .6rem;
   vertical-align: top; }
 td.text { font: 13px/1.5 ui-monospace, monospace; min-width: 13rem;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-th.number, td.number { font-variant-numeric: tabular-nums; text-align: right;
-  white-space: nowrap; }
-td.good { background: var(--goodbg); color: var(--good); }
-td.bad { background: var(--badbg); color: var(--bad); }
+  white-space: pre-wrap; }
+.number { font-variant-numeric: tabular-nums; overflow-wrap: normal;
+  text-align: right; white-space: nowrap; }
+.good { background: #1a54; } .bad { background: #d334; }
+@media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .5rem; }
+  th, td { padding: .35rem .3rem; } td.text { min-width: 7.5rem; } }
 """
 
+# Format characters that texts need: joiners and the Mongolian vowel separator
+# select letter shapes, the Arabic, Syriac and Kaithi signs are themselves
+# visible, and hieroglyph controls arrange signs.
+_NEEDED = frozenset(
+  '\u200c\u200d\u180e'
+  '\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2'
+  '\U000110bd\U000110cd'
+) | {chr(code) for code in range(0x13430, 0x13440)}
 
-def visible(text: str) -> str:
-  """Replaces control characters by their pictures, so that none acts or hides.
 
-  Line ends and tabs stay; half a surrogate pair becomes the replacement sign.
+def visible(text: str, keep: str = '\n\t') -> str:
+  """Replaces characters that act on a reader's screen or hide.
+
+  Control characters become their pictures, format characters and line
+  separators \\uXXXX escapes, half a surrogate pair the replacement sign.
+
+  Args:
+    text: any text.
+    keep: control characters that stay.
   """
-  return ''.join(_picture(char) for char in text)
+  if text.isprintable():
+    return text
+  return ''.join(c if c in keep else _picture(c) for c in text)
 
 
 def _picture(char):
-  code = ord(char)
-  if char in '\n\t' or 0x20 <= code < 0x7F:
-    return char
-  if code < 0x20:
-    return chr(0x2400 + code)
-  if code == 0x7F:
-    return '\u2421'
-  if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000:
+  code, kind = ord(char), unicodedata.category(char)
+  if code < 0x20 or code == 0x7F:
+    return chr(0x2400 + min(code, 0x21))
+  if kind in ('Cc', 'Cs'):
     return '\ufffd'
-  # Marks that reorder what follows could make a page show other text.
-  if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
-    return f'\\u{code:04x}'
+  # Tags, some of them unassigned, and marks that reorder the text around them.
+  if kind in ('Cf', 'Zl', 'Zp') or 0xE0000 <= code < 0xE0080:
+    escaped = f'\\u{code:04x}' if code < 0x10000 else f'\\U{code:08x}'
+    return char if char in _NEEDED else escaped
   return char
 
 
-def shown(value: float | None) -> str:
-  """Formats a number for reading; a dash for None."""
-  return '–' if value is None else f'{value:.3g}'
+class Cell(NamedTuple):
+  """A cell: its text, and 'text', 'number', 'number good' or 'number bad'."""
+
+  text: str
+  kind: str = 'number'
 
 
-def length(sample) -> str:
-  """Formats the length in tokens; '+' if the limit, not the model, ended it."""
-  return f'{sample.tokens}{"" if sample.finished else "+"}'
+def sample_rows(samples) -> list[list[Cell]]:
+  """Returns the rows of a table of samples; the first contains the heads.
 
-
-def sign(advantage: float | None) -> str:
-  """Returns 'good', 'bad', or '' for a zero, absent or NaN advantage."""
-  if advantage is None or math.isnan(advantage) or advantage == 0:
-    return ''
-  return 'good' if advantage > 0 else 'bad'
-
-
-def change(old, new) -> str:
-  """Returns the sign of a prompt's change of reward."""
-  if old.reward is None or new.reward is None:
-    return ''
-  return sign(new.reward - old.reward)
-
-
-def reward_names(samples) -> list[str]:
-  """Returns each reward's name once, in order of first appearance.
-
-  A single reward that equals the sum in every row is left out.
+  A single reward that equals the sum in every row is left out, and so is the
+  advantage where no sample has one.
   """
   names = list(dict.fromkeys(name for row in samples for name in row.rewards))
   if len(names) == 1 and all(
     row.rewards.get(names[0]) == row.reward for row in samples
   ):
-    return []
-  return names
+    names = []
+  trained = any(row.advantage is not None for row in samples)
+  numbers = [*names, 'reward', *['advantage'] * trained, 'tokens']
+  rows = [[Cell('prompt', 'text'), Cell('response', 'text')]]
+  rows[0] += map(Cell, numbers)
+  for row in samples:
+    cells = [Cell(row.prompt, 'text'), Cell(row.response, 'text')]
+    cells += [_number(row.rewards.get(name)) for name in names]
+    cells.append(_number(row.reward))
+    if trained:
+      cells.append(_number(row.advantage, row.advantage))
+    cells.append(Cell(f'{row.tokens}{"" if row.finished else "+"}'))
+    rows.append(cells)
+  return rows
 
 
-def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
+def pair_rows(pairs) -> list[list[Cell]]:
+  """Returns the rows of a table of (before, after) samples, as above."""
+  texts = [Cell(name, 'text') for name in ('prompt', 'before', 'after')]
+  rows = [[*texts, Cell('reward before'), Cell('reward after')]]
+  for old, new in pairs:
+    lost = None in (old.reward, new.reward)
+    change = None if lost else new.reward - old.reward
+    texts = [Cell(x, 'text') for x in (old.prompt, old.response, new.response)]
+    rows.append([*texts, _number(old.reward), _number(new.reward, change)])
+  return rows
+
+
+def _number(value: float | None, change: float | None = None) -> Cell:
+  """Returns the cell of a number, coloured by a change that is not 0 or NaN."""
+  kind = 'number'
+  if change and not math.isnan(change):
+    kind += ' good' if change > 0 else ' bad'
+  return Cell('–' if value is None else f'{value:.3g}', kind)
+
+
+def render(title: str, latest: dict, counts: tuple, pairs, alone: int) -> str:
   """Renders the page.
 
   Args:
     title: the page's heading.
-    samples: all samples, by step ascending.
-    pairs: (before, after) samples of the same prompts; may be empty.
-    steps: number of the latest steps to show.
+    latest: step → samples to show.
+    counts: number of samples and of steps in the file.
+    pairs: (before, after) samples of the same prompts.
     alone: number of samples of before or after without a counterpart.
   """
-  by_step = {}
-  for sample in samples:
-    by_step.setdefault(sample.step, []).append(sample)
-  latest = sorted(by_step)[-steps:][::-1]
-  note = f'{len(samples)} samples of {len(by_step)} steps, the latest first.'
-  if len(latest) < len(by_step):
-    note += (
-      f' The latest {len(latest)} steps are shown; all are in samples.jsonl.'
-    )
+  note = f'{counts[0]} samples of {counts[1]} steps, the latest first.'
+  if len(latest) < counts[1]:
+    note += f' The latest {len(latest)} are shown; all are in samples.jsonl.'
   note += ' Tokens with + : cut off by the limit.'
   parts = [
     '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
@@ -122,74 +137,29 @@ def render(title: str, samples, pairs, steps: int, alone: int = 0) -> str:
     f'<h1>{_safe(title)}</h1>\n<p>{note}</p>\n'
   ]
   if pairs:
-    parts.append(_before_after(pairs))
+    parts.append(_table('Before and after, held-out prompts', pair_rows(pairs)))
   if alone:
     parts.append(
       f'<p>{alone} held-out prompts lack a sample of before or after in '
       'samples.jsonl.</p>\n'
     )
-  parts += [_step_table(step, by_step[step]) for step in latest]
+  for step in sorted(latest, reverse=True):
+    trained = [row for row in latest[step] if row.advantage is not None]
+    others = [row for row in latest[step] if row.advantage is None]
+    for phase, samples in (('training', trained), ('held out', others)):
+      if samples:
+        parts.append(_table(f'Step {step}, {phase}', sample_rows(samples)))
   return ''.join(parts) + '</html>\n'
-
-
-def write_page(path, text: str) -> None:
-  """Writes the page atomically.
-
-  Raises:
-    UserError: the disk is full or the folder cannot be written.
-  """
-  try:
-    write_atomically(pathlib.Path(path), text)
-  except OSError as error:
-    raise cannot_write(path, error.strerror) from error
 
 
 def _safe(text):
   return html.escape(visible(text))
 
 
-def _cell(text, kind):
-  return f'<td class="{kind}">{_safe(text)}</td>'
-
-
-def _table(heads, texts, rows):
-  head = ''.join(
-    f'<th{"" if index < texts else " class=number"}>{_safe(name)}</th>'
-    for index, name in enumerate(heads)
-  )
-  body = ''.join(f'<tr>{"".join(cells)}</tr>\n' for cells in rows)
-  return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>\n'
-
-
-def _step_table(step, samples):
-  names = reward_names(samples)
-  heads = ['prompt', 'response', *names, 'reward', 'advantage', 'tokens']
-  rows = [
-    [
-      _cell(row.prompt, 'text'),
-      _cell(row.response, 'text'),
-      *(_cell(shown(row.rewards.get(name)), 'number') for name in names),
-      _cell(shown(row.reward), 'number'),
-      _cell(shown(row.advantage), f'number {sign(row.advantage)}'.strip()),
-      _cell(length(row), 'number'),
-    ]
-    for row in samples
-  ]
-  return f'<h2>{_safe(f"Step {step}")}</h2>\n{_table(heads, 2, rows)}'
-
-
-def _before_after(pairs):
-  heads = ['prompt', 'before', 'after', 'reward before', 'reward after']
-  rows = [
-    [
-      _cell(old.prompt, 'text'),
-      _cell(old.response, 'text'),
-      _cell(new.response, 'text'),
-      _cell(shown(old.reward), 'number'),
-      _cell(shown(new.reward), f'number {change(old, new)}'.strip()),
-    ]
-    for old, new in pairs
-  ]
-  return (
-    f'<h2>Before and after, held-out prompts</h2>\n{_table(heads, 3, rows)}'
-  )
+def _table(title, rows):
+  lines = []
+  for tag, cells in zip(['th'] + ['td'] * len(rows), rows, strict=False):
+    line = (f'<{tag} class="{c.kind}">{_safe(c.text)}</{tag}>' for c in cells)
+    lines.append(f'<tr>{"".join(line)}</tr>\n')
+  table = f'<table>\n{"".join(lines)}</table>'
+  return f'<h2>{_safe(title)}</h2>\n<div class="wide">{table}</div>\n'

@@ -1,13 +1,25 @@
-"""Draws curves of one run, or of several, as a picture."""
+"""Draws curves of one run, or of several, as PNG pictures.
 
-import os
-import pathlib
+A picture replaces an earlier one atomically.  Equal numbers give equal bytes.
+A full disk, or a folder that cannot be written, raises UserError.
+"""
+
+import io
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.runs.metrics import cannot_write
+
+# Lines that colour-blind readers can distinguish: six colours of Okabe and Ito,
+# then the same ones dashed and dotted.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
+_STYLES = [{'linestyle': x, 'color': y} for x in _DASHES for y in _COLOURS]
+_MARK = {'color': '0.45', 'linestyle': '--', 'linewidth': 1}
 
 
 def plot_curve(
@@ -23,10 +35,9 @@ def plot_curve(
   """Draws numbers against steps and saves a PNG.
 
   Args:
-    path: the picture's path; replaced atomically.
+    path: the picture's path.
     series: label -> (x, y), equally long.  NaNs leave gaps.
-    xlabel: with its unit.
-    ylabel: with its unit.
+    xlabel, ylabel: with their units.
     title: one line.
     marks: label -> x of a vertical line, such as the end of a warm start.
     below: label -> (x, y) of further curves, of any scale, each in a panel of
@@ -34,57 +45,35 @@ def plot_curve(
 
   Raises:
     ValueError: a series' x and y differ in length.
-    UserError: the disk is full or the folder cannot be written.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  # The object interface: no global state, no window, any thread.
   below = below or {}
-  figure = Figure(
-    figsize=(7, 4.2 + 1.7 * len(below)), dpi=150, layout='constrained'
-  )
-  FigureCanvasAgg(figure)
-  axes, *others = figure.subplots(
-    1 + len(below),
+  figure, panels = _panels(
+    (7, 4.2 + 1.7 * len(below)),
+    *(1 + len(below), 1),
     sharex=True,
-    squeeze=False,
     height_ratios=[2.4] + [1] * len(below),
-  )[:, 0]
-  for label, points in series.items():
-    _draw(axes, label, *points)
-  for panel, (label, points) in zip(others, below.items(), strict=True):
-    _draw(panel, label, *points)
-    panel.set_ylabel(label)
+  )
+  curves = [(panels[0], *curve) for curve in series.items()]
+  for panel, curve in zip(panels[1:], below.items(), strict=True):
+    curves.append((panel, *curve))
+    panel.set_ylabel(curve[0])
+  for panel, label, (x, y) in curves:
+    if len(x) != len(y):
+      raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
+    few = {'marker': 'o', 'markersize': 3.5} if len(x) <= 40 else {}
+    panel.plot(x, y, label=label, linewidth=1.8, **few)
   for label, x in (marks or {}).items():
-    for panel in (axes, *others):
-      panel.axvline(x, color='0.45', linestyle='--', linewidth=1)
-    axes.annotate(
-      label,
-      (x, 1),
-      xycoords=('data', 'axes fraction'),
-      xytext=(4, -4),
-      textcoords='offset points',
-      va='top',
-      fontsize=8,
-      color='0.35',
-    )
-  axes.set_ylabel(ylabel)
-  axes.set_title(title, loc='left', fontsize=11)
-  (axes, *others)[-1].set_xlabel(xlabel)
-  for panel in (axes, *others):
-    _style(panel)
+    for panel in panels:
+      panel.axvline(x, **_MARK)
+    place = panels[0].get_xaxis_transform()
+    style = {'va': 'top', 'fontsize': 8, 'color': '0.35'}
+    panels[0].text(x, 0.99, f' {label}', transform=place, **style)
+  panels[0].set_ylabel(ylabel)
+  panels[0].set_title(title, loc='left', fontsize=11)
+  panels[-1].set_xlabel(xlabel)
   if len(series) > 1:
-    axes.legend(frameon=False, fontsize=9)
-  save_figure(figure, path)
-
-
-def _draw(axes: Any, label: str, x: Sequence, y: Sequence) -> None:
-  """Draws one curve, with markers if there are few points."""
-  if len(x) != len(y):
-    raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
-  marker = 'o' if len(x) <= 40 else None
-  axes.plot(x, y, label=label, linewidth=1.8, marker=marker, markersize=3.5)
+    panels[0].legend(frameon=False, fontsize=9)
+  _save(figure, path)
 
 
 class Band(NamedTuple):
@@ -102,12 +91,6 @@ class Band(NamedTuple):
   high: np.ndarray
 
 
-# Twelve lines that colour-blind readers can distinguish: six colours of Okabe
-# and Ito, then the same ones dashed.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_DASHES = ('-', (0, (4, 1.5)), (0, (1, 1)))
-
-
 def plot_bands(
   path,
   panels: Sequence[dict[str, Band]],
@@ -121,50 +104,36 @@ def plot_bands(
   The legend, in the order of the first panel, is to the right of all.
 
   Args:
-    path: the picture's path; replaced atomically.
+    path: the picture's path.
     panels: label → `Band`, the same labels in each.
-    xlabels: one per panel, with its unit.
-    ylabel: with its unit.
+    xlabels, ylabel: with units; one of the former per panel.
     title: one line.
 
   Raises:
     ValueError: the panels' labels differ.
-    UserError: the disk is full or the folder cannot be written.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   labels = list(panels[0])
   if any(list(panel) != labels for panel in panels):
     raise ValueError('The panels must have the same labels in the same order.')
-  width = 4.6 * len(panels) + 1.6
-  figure = Figure(figsize=(width, 4.4), dpi=150, layout='constrained')
-  FigureCanvasAgg(figure)
-  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  size = 4.6 * len(panels) + 1.6, 4.4
+  figure, row = _panels(size, 1, len(panels), sharey=True)
   for axes, panel, xlabel in zip(row, panels, xlabels, strict=True):
-    for i, (label, band) in enumerate(panel.items()):
-      dashes, colour = divmod(i, len(_COLOURS))
-      style = {'color': _COLOURS[colour]}
-      axes.fill_between(
-        band.x, band.low, band.high, alpha=0.12, linewidth=0, **style
-      )
-      style['linestyle'] = _DASHES[dashes % len(_DASHES)]
+    for style, (label, band) in zip(itertools.cycle(_STYLES), panel.items()):
       axes.plot(band.x, band.mean, label=label, linewidth=1.7, **style)
+      shade = {'color': style['color'], 'alpha': 0.12, 'linewidth': 0}
+      axes.fill_between(band.x, band.low, band.high, **shade)
     axes.set_xlabel(xlabel)
     axes.margins(x=0.01)
-    _style(axes)
   row[0].set_ylabel(ylabel)
   row[0].set_title(title, loc='left', fontsize=11)
-  handles, labels = row[0].get_legend_handles_labels()
   figure.legend(
-    handles,
-    labels,
+    *row[0].get_legend_handles_labels(),
     loc='outside right center',
     frameon=False,
     fontsize=9,
     handlelength=2.6,
   )
-  save_figure(figure, path)
+  _save(figure, path)
 
 
 class Panel(NamedTuple):
@@ -187,82 +156,74 @@ def plot_estimates(path, panels: Sequence[Panel], *, title: str) -> None:
   """Draws several numbers for the same things side by side and saves a PNG.
 
   Args:
-    path: the picture's path; replaced atomically.
+    path: the picture's path.
     panels: one per number; rows are the labels of the first one, from top to
       bottom.
     title: one line.
 
   Raises:
     ValueError: the panels' labels differ.
-    UserError: the disk is full or the folder cannot be written.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import LogLocator, NullFormatter
-
   labels = list(panels[0].points)
   if any(set(panel.points) != set(labels) for panel in panels):
     raise ValueError('The panels must have the same labels.')
   width = 2.6 * len(panels) + 0.09 * max(map(len, labels)) + 0.6
-  figure = Figure(
-    figsize=(width, 1.4 + 0.3 * len(labels)), dpi=150, layout='constrained'
-  )
-  FigureCanvasAgg(figure)
-  row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  size = width, 1.4 + 0.3 * len(labels)
+  figure, row = _panels(size, 1, len(panels), sharey=True)
   for axes, panel in zip(row, panels, strict=True):
-    points = np.array([panel.points[label] for label in labels], float)
-    value, low, high = points.T
+    value, low, high = np.array([panel.points[x] for x in labels], float).T
     if panel.log:
-      axes.set_xscale('log')
       value, high = (np.where(x > 0, x, np.nan) for x in (value, high))
       # An interval that reaches 0 continues to the edge.
       low = np.where(low > 0, low, value / 1e3)
+      _make_logarithmic(axes, value, high)
     places = np.arange(len(labels))
     axes.hlines(places, low, high, color=_COLOURS[0], linewidth=2, alpha=0.45)
     axes.plot(value, places, 'o', color=_COLOURS[0], markersize=4.5)
-    if panel.log and (value > 0).any():
-      edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
-      axes.set_xlim(*edges)
-      narrow = edges[1] < 50 * edges[0]  # labels of many decades would overlap
-      subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
-      axes.xaxis.set_major_locator(LogLocator(subs=subs))
-      axes.xaxis.set_major_formatter('{x:g}')
-      axes.xaxis.set_minor_formatter(NullFormatter())
     if panel.line is not None:
-      axes.axvline(panel.line, color='0.45', linestyle='--', linewidth=1)
+      axes.axvline(panel.line, **_MARK)
     axes.set_xlabel(panel.xlabel, fontsize=9)
     axes.tick_params(labelsize=8)
-    _style(axes)
   row[0].set_yticks(np.arange(len(labels)), labels, fontsize=9)
   row[0].set_ylim(len(labels) - 0.5, -0.5)
   figure.suptitle(title, x=0.01, ha='left', fontsize=11)
-  save_figure(figure, path)
+  _save(figure, path)
 
 
-def _style(axes: Any) -> None:
-  axes.grid(color='0.9', linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right']].set_visible(False)
+def _make_logarithmic(axes: Any, value: np.ndarray, high: np.ndarray) -> None:
+  """Sets a logarithmic axis that ends near the greatest and least values."""
+  from matplotlib.ticker import LogLocator, NullFormatter
+
+  axes.set_xscale('log')
+  if (value > 0).any():
+    edges = np.nanmin(value) / 2, np.nanmax([value, high]) * 1.5
+    axes.set_xlim(*edges)
+    narrow = edges[1] < 50 * edges[0]  # labels of many decades would overlap
+    subs = (1.0, 2.0, 5.0) if narrow else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def save_figure(figure: Any, path) -> None:
-  """Writes a figure as a PNG; equal figures give equal bytes.
+def _panels(size: tuple[float, float], *shape: int, **options) -> Any:
+  """Returns a figure of a size in inches, and its axes."""
+  # The object interface: no global state, no window, any thread.
+  from matplotlib.figure import Figure
 
-  Args:
-    figure: a figure of matplotlib.
-    path: the picture's path; replaced atomically.
+  figure = Figure(figsize=size, dpi=150, layout='constrained')
+  return figure, figure.subplots(*shape, squeeze=False, **options).ravel()
 
-  Raises:
-    UserError: the disk is full or the folder cannot be written.
-  """
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
+
+def _save(figure: Any, path) -> None:
+  """Styles the axes and writes the picture."""
+  for axes in figure.axes:
+    axes.grid(color='0.9', linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+  picture = io.BytesIO()
+  # The version stamp would differ between machines.
+  figure.savefig(picture, format='png', metadata={'Software': None})
   try:
-    try:
-      # The version stamp would differ between machines.
-      figure.savefig(temporary, format='png', metadata={'Software': None})
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    write_atomically(path, picture.getvalue())
   except OSError as error:
-    raise cannot_write(path, error.strerror or error) from error
+    raise cannot_write(path, error.strerror) from error

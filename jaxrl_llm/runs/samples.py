@@ -4,9 +4,15 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs import page
-from jaxrl_llm.runs.metrics import RecordFile, cut, number, read_records
+from jaxrl_llm.runs import metrics, page
+
+# Steps on the page.
+SHOWN_STEPS = 50
+# Characters of a text in a terminal.
+_WIDTH = 300
+_COLOURS = {'number good': 'green', 'number bad': 'red'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Sample:
 
 
 class SampleLog:
-  """Keeps samples in `samples.jsonl` and shows them as tables.
+  """Keeps samples in `samples.jsonl` and shows the latest as a page.
 
   They are for reading: nothing is computed from them.  So, unlike with metrics,
   a run continues if the file was removed or cut short, and page and tables
@@ -47,54 +53,59 @@ class SampleLog:
     resume_step: the step of the restored checkpoint, as for `MetricsWriter`.
       Later samples are removed; None removes all.
     evaluated: False also removes the held-out samples of `resume_step`.
+
+  Raises:
+    UserError: the file cannot be written, or a line of it is not a sample.
   """
 
   def __init__(
     self, workdir, resume_step: int | None = None, evaluated: bool = True
   ):
-    self._workdir = pathlib.Path(workdir)
+    path = pathlib.Path(workdir) / 'samples.jsonl'
+    self._page = path.with_suffix('.html')
+    # What the page shows, so that its cost does not grow with the file.
+    self._latest: dict[int, list[Sample]] = {}
+    self._steps, self._count = set(), 0
     unfinished = None if evaluated else resume_step
     try:
-      cut(
-        self._workdir / 'samples.jsonl',
+      metrics.cut(
+        path,
         resume_step,
         drop=lambda record: (
           record['step'] == unfinished and record.get('advantage') is None
         ),
       )
-      self._file = RecordFile(self._workdir / 'samples.jsonl')
+      for sample in read_samples(path) if path.exists() else ():
+        self._keep(sample)
+      self._file = metrics.RecordFile(path)
     except OSError as error:
-      raise UserError(
-        f'Samples cannot be written in {workdir}: {error.strerror}.\n'
-        'Make room or change its permissions, then resume.'
-      ) from error
+      raise metrics.cannot_write(path, error.strerror) from error
 
   def write(self, samples: Sequence[Sample]) -> None:
     """Appends samples, one line each."""
     for sample in samples:
       self._file.write(to_record(sample))
+      self._keep(sample)
+
+  def _keep(self, sample: Sample) -> None:
+    self._count += 1
+    self._steps.add(sample.step)
+    self._latest.setdefault(sample.step, []).append(sample)
+    if len(self._latest) > SHOWN_STEPS:
+      del self._latest[min(self._latest)]
 
   def sync(self) -> None:
     """Returns when every sample is on the disk; call it before a checkpoint."""
     self._file.sync()
 
-  def close(self) -> None:
-    self._file.close()
-
   def __enter__(self):
     return self
 
   def __exit__(self, *exc_info):
-    self.close()
+    self._file.close()
 
-  def write_html(
-    self,
-    title: str,
-    before: Sequence[Sample] = (),
-    after: Sequence[Sample] = (),
-    steps: int = 50,
-  ) -> None:
-    """Writes `samples.html` from the content of `samples.jsonl`.
+  def write_html(self, title: str, before=(), after=()) -> None:
+    """Writes `samples.html`: the samples of the latest `SHOWN_STEPS` steps.
 
     The page is self-contained: no script, no address outside it.
 
@@ -102,17 +113,19 @@ class SampleLog:
       title: the page's heading.
       before: held-out samples of the initial model.
       after: samples of the same prompts now, shown beside them; the page
-        reports how many prompts lack either in the file.
-      steps: number of the latest steps to show (the page reports it).
+        reports how many prompts lack either.
 
     Raises:
       UserError: the disk is full or the folder cannot be written.
     """
-    samples = read_samples(self._workdir / 'samples.jsonl')
     pairs = _pairs(before, after)
     alone = len(before) + len(after) - 2 * len(pairs)
-    text = page.render(title, samples, pairs, steps, alone)
-    page.write_page(self._workdir / 'samples.html', text)
+    counts = self._count, len(self._steps)
+    text = page.render(title, self._latest, counts, pairs, alone)
+    try:
+      write_atomically(self._page, text)
+    except OSError as error:
+      raise metrics.cannot_write(self._page, error.strerror) from error
 
 
 def read_samples(path) -> list[Sample]:
@@ -122,7 +135,7 @@ def read_samples(path) -> list[Sample]:
     UserError: a line is not a sample; the message has its number.
   """
   samples = []
-  for count, record in enumerate(read_records(path), 1):
+  for count, record in enumerate(metrics.read_records(path), 1):
     try:
       samples.append(from_record(record))
     except (TypeError, ValueError, OverflowError) as error:
@@ -134,32 +147,25 @@ def read_samples(path) -> list[Sample]:
 
 # Strings for the numbers that JSON lacks.
 _NUMBERS = ('nan', 'inf', '-inf')
-_TYPES = {
-  'step': int,
-  'prompt': str,
-  'response': str,
-  'rewards': dict,
-  'tokens': int,
-  'finished': bool,
-}
+_TYPES = dict(
+  step=int, prompt=str, response=str, rewards=dict, tokens=int, finished=bool
+)
 
 
 def to_record(sample: Sample) -> dict:
   """Converts a sample to JSON values: its line in `samples.jsonl`."""
-  record = dataclasses.asdict(sample)
-  record['rewards'] = {
-    name: None if value is None else number(value, name)
-    for name, value in sample.rewards.items()
+  return dataclasses.asdict(sample) | {
+    'step': int(sample.step),
+    'rewards': {k: _forth(value, k) for k, value in sample.rewards.items()},
+    'reward': _forth(sample.reward, 'reward'),
+    'advantage': _forth(sample.advantage, 'advantage'),
+    'tokens': int(sample.tokens),
+    'finished': bool(sample.finished),
   }
-  for name in ('reward', 'advantage'):
-    if record[name] is not None:
-      record[name] = number(record[name], name)
-  record.update(
-    step=int(sample.step),
-    tokens=int(sample.tokens),
-    finished=bool(sample.finished),
-  )
-  return record
+
+
+def _forth(value, name):
+  return None if value is None else metrics.number(value, name)
 
 
 def from_record(record: dict) -> Sample:
@@ -172,132 +178,72 @@ def from_record(record: dict) -> Sample:
   for name, kind in _TYPES.items():
     if type(getattr(sample, name)) is not kind:
       raise TypeError(name)
-  rewards = {name: _back(value) for name, value in sample.rewards.items()}
-  return dataclasses.replace(
-    sample,
-    rewards=rewards,
-    reward=_back(sample.reward),
-    advantage=_back(sample.advantage),
-  )
+  scores = {name: _back(value) for name, value in sample.rewards.items()}
+  totals = {name: _back(record[name]) for name in ('reward', 'advantage')}
+  return dataclasses.replace(sample, rewards=scores, **totals)
 
 
 def _back(value):
-  if value is None:
-    return None
-  if isinstance(value, bool) or isinstance(value, str) != (value in _NUMBERS):
+  if value in _NUMBERS or type(value) in (int, float):
+    return float(value)
+  if value is not None:
     raise ValueError(value)
-  number = float(value)
-  return number if isinstance(value, str) else value
+  return None
 
 
-def sample_table(samples: Sequence[Sample], *, title='', width: int = 300):
-  """Creates a table for a terminal.
+def sample_table(samples: Sequence[Sample], *, title: str = ''):
+  """Returns a `rich` table of samples, with the beginning of long texts."""
+  return _table(title, page.sample_rows(samples))
 
-  Args:
-    samples: its rows.
-    title: above the table.
-    width: characters of each text to show; '…' replaces the rest, and the
-      whole text is in `samples.jsonl`.
 
-  Returns:
-    A `rich.table.Table`; print it with `Progress.print`.
+def before_after_table(before: Sequence[Sample], after: Sequence[Sample]):
+  """Returns a `rich` table of two models' responses to the same prompts.
+
+  The prompts have one order; the title reports any that are lost on a side.
   """
-  from rich.text import Text
-
-  names = page.reward_names(samples)
-  columns = ['prompt', 'response', *names, 'reward', 'advantage', 'tokens']
-  table = _table(title, columns, texts=2)
-  for sample in samples:
-    sign = page.sign(sample.advantage)
-    scores = [page.shown(sample.rewards.get(name)) for name in names]
-    style = {'good': 'green', 'bad': 'red', '': ''}[sign]
-    table.add_row(
-      _shorten(sample.prompt, width),
-      _shorten(sample.response, width),
-      *scores,
-      page.shown(sample.reward),
-      Text(page.shown(sample.advantage), style=style),
-      page.length(sample),
-    )
-  return table
-
-
-def before_after_table(
-  before: Sequence[Sample],
-  after: Sequence[Sample],
-  *,
-  title: str = 'Before and after',
-  width: int = 300,
-):
-  """Creates a table of the responses of two models to the same prompts.
-
-  Args:
-    before: one response per prompt.
-    after: responses to the same prompts in the same order; the title reports
-      any that are lost on either side.
-    title: above the table.
-    width: as in `sample_table`.
-
-  Returns:
-    A `rich.table.Table`.
-  """
-  from rich.text import Text
-
-  columns = ['prompt', 'before', 'after', 'reward before', 'reward after']
+  title = 'Before and after'
   pairs = _pairs(before, after)
   prompts = len(before) + len(after) - len(pairs)
   if len(pairs) < prompts:
     title += f' ({len(pairs)} of {prompts}: samples.jsonl lacks the rest)'
-  table = _table(title, columns, texts=3)
-  for old, new in pairs:
-    style = {'good': 'green', 'bad': 'red', '': ''}[page.change(old, new)]
-    table.add_row(
-      _shorten(old.prompt, width),
-      _shorten(old.response, width),
-      _shorten(new.response, width),
-      page.shown(old.reward),
-      Text(page.shown(new.reward), style=style),
-    )
-  return table
+  return _table(title, page.pair_rows(pairs))
 
 
 def _pairs(before, after):
   """Pairs samples of the same prompts; leaves out those without a partner."""
-  pairs, rest = [], list(after)
+  pairs, start = [], 0
+  prompts = [new.prompt for new in after]
   for old in before:
-    prompts = [new.prompt for new in rest]
-    if old.prompt in prompts:
-      place = prompts.index(old.prompt)
-      pairs.append((old, rest[place]))
-      rest = rest[place + 1 :]
+    if old.prompt in prompts[start:]:
+      start = prompts.index(old.prompt, start) + 1
+      pairs.append((old, after[start - 1]))
   return pairs
 
 
-def _table(title, columns, texts):
+def _table(title, rows):
   from rich import box
   from rich.table import Table
 
-  table = Table(
-    title=title or None,
-    title_justify='left',
-    box=box.SIMPLE_HEAD,
-    show_lines=True,
-  )
-  for index, column in enumerate(columns):
-    is_text = index < texts
+  table = Table(title=title or None, title_justify='left', show_lines=True)
+  table.box = box.SIMPLE_HEAD
+  for index, cell in enumerate(rows[0]):
+    is_text = cell.kind == 'text'
     table.add_column(
-      column,
-      ratio=3 if index and is_text else 2 if is_text else None,
+      _shown(cell),
+      ratio=(3 if index else 2) if is_text else None,
       justify='left' if is_text else 'right',
       overflow='fold',
     )
+  for cells in rows[1:]:
+    table.add_row(*map(_shown, cells))
   return table
 
 
-def _shorten(text, width):
+def _shown(cell):
   from rich.text import Text
 
+  text = cell.text
+  if len(text) > _WIDTH:
+    text = text[: _WIDTH - 1] + '…'
   # Text, not str: a model may write what rich would read as markup.
-  if len(text) > width:
-    text = text[: width - 1] + '…'
-  return Text(page.visible(text))
+  return Text(page.visible(text), style=_COLOURS.get(cell.kind, ''))

@@ -174,6 +174,8 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
 def read_text(path: pathlib.Path) -> str:
   """Returns the text of a file, unpacked if its name ends in `.gz`.
 
+  A byte-order mark, which some editors write, is left out.
+
   Raises:
     UserError: it is missing, damaged or not UTF-8.
   """
@@ -181,7 +183,7 @@ def read_text(path: pathlib.Path) -> str:
     data = path.read_bytes()
     if path.suffix == '.gz':
       data = gzip.decompress(data)
-    return data.decode('utf-8')
+    return data.decode('utf-8-sig')
   except (OSError, EOFError, zlib.error) as error:
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path.absolute()}: cannot be read: {reason}.') from error

@@ -1,16 +1,17 @@
 """Evaluation of runs and folders, against numbers computed another way."""
 
-import itertools
+import io
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
 import scripts
+from rich.console import Console
 
 from experiments import build, evaluate, stored_runs
+from jaxrl_llm import evaluation
 from jaxrl_llm.errors import UserError
 
 
@@ -24,6 +25,16 @@ def last_record() -> dict:
   return json.loads(lines[-1])
 
 
+def with_rewards(trained, file, source, **rewards):
+  """The run's configuration with rewards that a file defines."""
+  file.write_text(source)
+  config = trained.config.copy_and_resolve_references().unlock()
+  config.rewards = {
+    name: {'name': f'{file}:{name}', **more} for name, more in rewards.items()
+  }
+  return config
+
+
 def test_repeats_the_numbers_of_the_run(trained):
   result = evaluate.measure(trained.config, trained.model, metric='correct')
   record = last_record()
@@ -34,84 +45,18 @@ def test_repeats_the_numbers_of_the_run(trained):
   assert result['prompts'] == scripts.HELD_OUT and result['unscored'] == 0
 
 
-def test_pass_at_k_counts_subsets(trained, tmp_path):
-  # Whether a response is right is remembered by the reward; pass@k is the mean
-  # over all subsets of k of the n samples.
-  seen = []
-  config = trained.config.copy_and_resolve_references().unlock()
-  reward = tmp_path / 'reward.py'
-  reward.write_text(
-    'calls = []\n\n\n'
-    'def odd(completion_ids, **kwargs):\n'
-    '  scores = [float(sum(ids) % 2) for ids in completion_ids]\n'
-    '  calls.append(scores)\n'
-    '  return scores\n'
-  )
-  config.rewards = {'odd': {'name': f'{reward}:odd'}}
-  changes = dict(samples=4, temperature=1.0, prompts=6, batch=4)
-  result = evaluate.measure(config, trained.model, ks=(1, 2, 4), **changes)
-  for scores in sys.modules['user_reward'].calls:
-    seen += scores
-  right = np.array(seen).reshape(6, 4)
-  assert 0 < right.mean() < 1
-  for k in (1, 2, 4):
-    subsets = list(itertools.combinations(range(4), k))
-    expected = np.mean([right[:, s].max(axis=1) for s in subsets])
-    interval = result[f'pass@{k}']
-    np.testing.assert_allclose(interval['mean'], expected, rtol=1e-12)
-    assert interval['low'] <= interval['mean'] <= interval['high']
-  assert result['accuracy'] == result['pass@1']
-  assert result['samples'] == 4 and result['temperature'] == 1.0
-
-
-def test_maj_at_k_counts_subsets(trained, tmp_path):
-  """The answer is the first symbol's number modulo 3, and 1 is right."""
-  reader, reward = tmp_path / 'reader.py', tmp_path / 'mine.py'
-  reader.write_text(
-    'def first(text):\n  return ord(text[0]) % 3 if text else None\n'
-  )
-  reward.write_text(
-    'calls = []\n\n\n'
-    'def one(completions, **kwargs):\n'
-    '  calls.extend(completions)\n'
-    "  return [float(ord((text or ' ')[0]) % 3 == 1) for text in completions]\n"
-  )
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'one': {'name': f'{reward}:one'}}
-  changes = dict(samples=4, temperature=3.0, prompts=6, batch=4)
-  result = evaluate.measure(
-    config, trained.model, majs=(1, 3), answer=f'{reader}:first', **changes
-  )
-  texts = sys.modules['user_mine'].calls
-  assert len(texts) == 24
-  answers = np.array([ord(text[0]) % 3 if text else -1 for text in texts])
-  answers = answers.reshape(6, 4).tolist()
-  for k in (1, 3):
-    values = []
-    for row in answers:
-      for draw in itertools.combinations(row, k):
-        counts = {answer: draw.count(answer) for answer in draw if answer >= 0}
-        most = max(counts.values(), default=0)
-        tied = [answer for answer in counts if counts[answer] == most]
-        values.append(tied.count(1) / len(tied) if tied else 0.0)
-    interval = result[f'maj@{k}']
-    np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
-    assert interval['low'] <= interval['mean'] <= interval['high']
-  assert result['maj@1'] != result['maj@3']
-  assert result['answered'] == np.mean(np.array(answers) >= 0)
-
-
 GRADED = """
 import json
 
 
-def note(name, scores):
+def note(name, values):
   with open(__file__ + '.log', 'a') as log:
-    log.write(json.dumps([name, scores]) + '\\n')
+    log.write(json.dumps([name, values]) + '\\n')
 
 
-def gold(completion_ids, prompts, **kwargs):
+def gold(completion_ids, completions, prompts, **kwargs):
   scores = [sum(ids) % 3 / 2 for ids in completion_ids]
+  note('texts', completions)
   note('gold', scores)
   return [None if p[0] in '01' else s for p, s in zip(prompts, scores)]
 
@@ -123,44 +68,56 @@ def rank(completion_ids, prompts, **kwargs):
 """
 
 
-def test_best_of_k_counts_subsets(trained, tmp_path):
-  """Responses with equal scores of the judge are chosen equally often."""
-  file = tmp_path / 'graded.py'
-  file.write_text(GRADED)
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {
-    'gold': {'name': f'{file}:gold'},
-    'rank': {'name': f'{file}:rank', 'weight': 0.0},
-  }
+def test_estimates_are_those_of_the_responses(trained, tmp_path):
+  """The estimates themselves are compared with subsets in their own test."""
+  file, reader = tmp_path / 'graded.py', tmp_path / 'reader.py'
+  config = with_rewards(trained, file, GRADED, gold={}, rank={'weight': 0.0})
+  reader.write_text('def first(text):\n  return text[:1] or None\n')
   data = build.dataset(config, trained.model.tokenizer)
-  first = [row['prompt'][0] for row in data.held_out]
-  changes = dict(samples=4, temperature=3.0, prompts=len(first), batch=4)
-  result = evaluate.measure(
-    config, trained.model, best_of=(1, 2, 4), judge='rank', **changes
+  first = np.array([int(row['prompt'][0]) for row in data.held_out])
+  arguments = dict(ks=(1, 2, 4), majs=(1, 3), answer=f'{reader}:first')
+  arguments |= dict(best_of=(1, 2, 4), judge='rank', greedy=True, samples=4)
+  arguments |= dict(temperature=3.0, prompts=len(first), batch=4)
+  model = trained.model
+  result = evaluate.measure(config, model, threshold=1.0, **arguments)
+  seen = {'gold': [], 'rank': [], 'texts': []}
+  for line in (tmp_path / 'graded.py.log').read_text().splitlines():
+    name, values = json.loads(line)
+    seen[name] += values
+  # The greedy responses follow those of sampling.
+  scored, known, size = first > 1, first > 3, 4 * len(first)
+  gold, rank, texts = (
+    np.array(seen[name][:size], object).reshape(-1, 4) for name in seen
   )
-  seen = {'gold': [], 'rank': []}
-  log = (tmp_path / 'graded.py.log').read_text().splitlines()
-  for name, scores in map(json.loads, log):
-    seen[name] += scores
-  gold, rank = (np.array(seen[name]).reshape(-1, 4) for name in seen)
-  assert result['unscored'] == sum(text in '01' for text in first) > 0
-  assert result['unjudged'] == sum(text in '23' for text in first) > 0
+  assert result['unscored'] == (~scored).sum() > 0
+  assert result['unjudged'] == (scored & ~known).sum() > 0
   assert result['metric'] == 'gold' and result['judge'] == 'rank'
-  known = np.array([text not in '0123' for text in first])
+  assert result['samples'] == 4 and result['temperature'] == 3.0
+  gold, rank = gold.astype(float), rank.astype(float)
+  right = gold >= 1.0
+  votes = evaluation.votes(texts[scored], lambda text: text[:1] or None)
+  expected = {'accuracy': right[scored].mean(axis=1)}
   for k in (1, 2, 4):
-    picks = {'best_of': [], 'metric_best_of': [], 'judge_best_of': []}
-    for g, r in zip(gold[known], rank[known], strict=True):
-      for subset in map(list, itertools.combinations(range(4), k)):
-        best = [i for i in subset if r[i] == r[subset].max()]
-        picks['best_of'].append(np.mean(g[best] >= 1.0))
-        picks['metric_best_of'].append(np.mean(g[best]))
-        picks['judge_best_of'].append(r[subset].max())
-    for name, values in picks.items():
-      interval = result[f'{name}@{k}']
-      np.testing.assert_allclose(interval['mean'], np.mean(values), rtol=1e-12)
-      assert interval['low'] <= interval['mean'] <= interval['high']
-  means = [result[f'judge_best_of@{k}']['mean'] for k in (1, 2, 4)]
-  assert means == sorted(means) and means[0] < means[-1]
+    expected[f'pass@{k}'] = evaluation.pass_at_k(right[scored], k)
+    values = {'best_of': right, 'metric_best_of': gold, 'judge_best_of': rank}
+    for name, each in values.items():
+      best = evaluation.best_of_n(rank[known], each[known], k)
+      expected[f'{name}@{k}'] = best
+  for k in (1, 3):
+    expected[f'maj@{k}'] = evaluation.maj_at_k(votes, right[scored], k)
+  for name, values in expected.items():
+    assert result[name] == evaluation.bootstrap(values)._asdict(), name
+  assert result['answered'] == (votes >= 0).mean()
+  assert 0 < result['accuracy']['mean'] < result['pass@4']['mean'] < 1
+
+  # Without a threshold, a score of a half is neither right nor wrong.
+  graded = evaluate.measure(config, model, **arguments)
+  score = evaluation.bootstrap(gold[scored].mean(axis=1))._asdict()
+  assert graded['score'] == score != graded['greedy/score']
+  left_out = {'threshold', 'answered', 'greedy/accuracy', *expected}
+  kept = {x for x in expected if x.startswith(('metric_', 'judge_'))}
+  assert result.keys() - graded.keys() == left_out - kept
+  assert all(graded[name] == result[name] for name in kept)
 
 
 def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
@@ -175,32 +132,38 @@ def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
 
 
 def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
-  file = tmp_path / 'even.py'
-  file.write_text(
+  source = (
     'def even(prompts, completions):\n'
-    '  if int(prompts[0][0]) % 2: raise ValueError("odd")\n'
+    '  if int(prompts[0][0]) % 2: raise ValueError("odd\\u202e")\n'
     '  return [1.0]\n'
   )
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'even': {'name': f'{file}:even', 'workers': 1}}
+  file = tmp_path / 'even.py'
+  config = with_rewards(trained, file, source, even={'workers': 1})
   data = build.dataset(config, trained.model.tokenizer)
   odd = sum(int(row['prompt'][0]) % 2 for row in data.held_out)
-  result = evaluate.measure(
-    config,
-    trained.model,
-    samples=2,
-    temperature=1.0,
-    greedy=True,
-    batch=4,
-  )
+  changes = dict(samples=2, temperature=1.0, greedy=True, batch=4)
+  result = evaluate.measure(config, trained.model, **changes)
   assert 0 < odd < scripts.HELD_OUT
   assert result['rewards/even/failed'] == 2 * odd
   assert result['greedy/rewards/even/failed'] == odd
   assert result['unscored'] == result['greedy/unscored'] == odd
+  # The prompts without a failure are the scored ones.
+  assert result['accuracy']['mean'] == 1.0 and result['reward'] == 1.0
   sampled, greedy = capsys.readouterr().out.splitlines()
   assert sampled.startswith(f'rewards/even: {2 * odd} of the held-out')
   assert greedy.startswith(f'rewards/even: {odd} of the greedy')
-  assert 'by error: ValueError: odd' in sampled
+  assert 'by error: ValueError: odd' in sampled and sampled.isprintable()
+
+
+def test_table_shows_names_as_they_are():
+  console = Console(file=io.StringIO(), width=80)
+  result = {'rewards/[b]n\x1b\u202e': 0.5, 'score': dict(mean=1, low=0, high=2)}
+  console.print(evaluate.table('runs/[i]\u200f', result))
+  text = console.file.getvalue()
+  assert 'rewards/[b]n␛\\u202e' in text and 'runs/[i]\\u200f' in text
+
+
+TWO = dict(samples=2, temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -212,19 +175,13 @@ def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
     (dict(best_of=(1,), judge='exact'), "--judge is 'exact'"),
     (
       dict(best_of=(1,), judge='correct', metric='correct'),
-      'correct is --judge and --metric',
+      'is --judge and --',
     ),
-    (
-      dict(samples=2, temperature=1.0, best_of=(2, 4), judge='correct'),
-      'best_of@4 needs 4 samples',
-    ),
+    (TWO | dict(best_of=(2, 4), judge='correct'), 'best_of@4 needs 4 samples'),
+    (TWO | dict(ks=(4,)), 'pass@4 needs 4 samples'),
+    (TWO | dict(majs=(4,), metric='correct'), 'maj@4 needs 4 samples'),
     (dict(greedy=True), 'leave out --greedy'),
     (dict(samples=3), 'at temperature 0 all 3 samples'),
-    (dict(samples=2, temperature=1.0, ks=(4,)), 'pass@4 needs 4 samples'),
-    (
-      dict(samples=2, temperature=1.0, majs=(4,), metric='correct'),
-      'maj@4 needs 4 samples',
-    ),
     (dict(majs=(1,), metric='symbols'), 'reads no answer'),
     (dict(majs=(1,), answer='exact'), "--answer is 'exact'"),
     (dict(majs=(1,), answer='/no/file.py:f'), 'no such Python file'),
@@ -234,21 +191,6 @@ def test_refusals(arguments, text, trained):
   with pytest.raises(UserError, match=text) as caught:
     evaluate.measure(trained.config, trained.model, **arguments)
   assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_unscored_prompts_are_counted(trained, tmp_path):
-  reward = tmp_path / 'some.py'
-  reward.write_text(
-    'def some(completions, prompts, **kwargs):\n'
-    '  return [None if p[0] in "01234" else 1.0 for p in prompts]\n'
-  )
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {'some': {'name': f'{reward}:some'}}
-  data = build.dataset(config, trained.model.tokenizer)
-  unscored = sum(row['prompt'][0] in '01234' for row in data.held_out)
-  result = evaluate.measure(config, trained.model)
-  assert 0 < unscored == result['unscored'] < scripts.HELD_OUT
-  assert result['accuracy']['mean'] == 1.0 and result['reward'] == 1.0
 
 
 def test_script_on_a_run_and_on_its_export(tmp_path):
@@ -262,12 +204,12 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
     [f'--model={run / "hf"}', f'--config={config}'],
   )
   for source, output in zip(sources, outputs, strict=True):
+    last = f'--output={output}'
     ended = scripts.run(
-      'evaluate', *source, *flags, f'--output={output}', cache=scripts.cache()
+      'evaluate', *source, *flags, last, cache=scripts.cache()
     )
     assert ended.code == 0, ended.err
-    for text in ('pass@2', 'accuracy', '95 % interval', 'distinct_bigrams'):
-      assert text in ended.out
+    assert 'pass@2' in ended.out and '95 % interval' in ended.out
   results = [json.loads(output.read_text()) for output in outputs]
   # The exported folder is the same model: the same samples come out.
   assert results[0].pop('model') != results[1].pop('model')
@@ -276,32 +218,30 @@ def test_script_on_a_run_and_on_its_export(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'flags, shown',
+  'flags, shown, missing',
   [
-    ([], ['accuracy', 'step']),
-    (['--maj=1', '--metric=correct'], ['maj@1', 'answered']),
+    (['--maj=1', '--metric=correct'], ['maj@1', 'step'], ['pass@', '--thr']),
     (
       ['--samples=8', '--temperature=1.0', '--k=1,8']
       + ['--maj=4', '--answer=exact_match', '--greedy']
       + ['--best_of=1,4', '--judge=symbols', '--metric=correct'],
       ['pass@1', 'pass@8', 'maj@4', 'greedy/accuracy', 'judge_best_of@4'],
+      [' score'],
     ),
+    (
+      ['--metric=symbols', '--k=1', '--samples=4', '--temperature=3'],
+      ['score', 'symbols gives scores besides 0 and 1', 'pass --threshold'],
+      ['accuracy  '],
+    ),
+    (['--metric=symbols', '--threshold=0.5'], ['accuracy'], [' score']),
   ],
 )
-def test_script_as_it_is_usually_called(flags, shown):
-  run = scripts.undisturbed()
-  ended = scripts.run(
-    'evaluate',
-    f'--workdir={run}',
-    '--trust_code',
-    *flags,
-    cache=scripts.cache(),
-  )
+def test_script_as_it_is_usually_called(flags, shown, missing):
+  flags = [f'--workdir={scripts.undisturbed()}', '--trust_code', *flags]
+  ended = scripts.run('evaluate', *flags, cache=scripts.cache())
   assert ended.code == 0, ended.err
-  for text in shown:
-    assert text in ended.out
-  assert ('pass@' in ended.out) == any('--k' in flag for flag in flags)
-  assert ('maj@' in ended.out) == any('--maj' in flag for flag in flags)
+  assert [text for text in shown if text not in ended.out] == []
+  assert [text for text in missing if text in ended.out] == []
 
 
 @pytest.mark.parametrize(
@@ -322,12 +262,9 @@ def test_script_as_it_is_usually_called(flags, shown):
   ],
 )
 def test_script_refuses(flags, text):
-  names = {
-    'RUN': str(scripts.undisturbed()),
-    'CONFIG': str(scripts.shared_folder() / 'config' / 'config.py'),
-  }
-  for name, value in names.items():
-    flags = [flag.replace(name, value) for flag in flags]
+  config = scripts.shared_folder() / 'config' / 'config.py'
+  flags = [flag.replace('CONFIG', str(config)) for flag in flags]
+  flags = [flag.replace('RUN', str(scripts.undisturbed())) for flag in flags]
   ended = scripts.run('evaluate', *flags, '--trust_code')
   assert ended.code == 2 and text in ended.err, ended
   assert len(ended.err.splitlines()) <= 3
@@ -336,26 +273,20 @@ def test_script_refuses(flags, text):
 def test_step_names(trained):
   run = scripts.undisturbed()
   lines = (run / 'metrics.jsonl').read_text().splitlines()
-  kept = [int(path.name) for path in (run / 'checkpoints').iterdir()]
   rewards = {r['step']: r.get('eval/reward') for r in map(json.loads, lines)}
   best = stored_runs.load(run, 'best').step
   # keep_best=1: the best of all evaluated checkpoints is still there.
-  saved = [s for s in rewards if rewards[s] is not None]
-  assert rewards[best] == max(rewards[s] for s in saved)
-  other = stored_runs.load(run, str(min(kept)))
-  assert other.step == min(kept)
-  pair = zip(
-    jax.tree.leaves(other.model.params),
-    jax.tree.leaves(trained.model.params),
-    strict=True,
+  assert rewards[best] == max(r for r in rewards.values() if r is not None)
+  least = min(int(path.name) for path in (run / 'checkpoints').iterdir())
+  other = stored_runs.load(run, str(least))
+  pairs = zip(
+    *(jax.tree.leaves(x.model.params) for x in (other, trained)), strict=True
   )
-  assert other.step == trained.step or any((a != b).any() for a, b in pair)
+  differ = any((a != b).any() for a, b in pairs)
+  assert other.step == least and differ == (least != trained.step)
 
 
 def test_folder_without_checkpoint(tmp_path):
   shutil.copy(scripts.undisturbed() / 'config.json', tmp_path)
   with pytest.raises(UserError, match='no checkpoint yet'):
-    stored_runs.load(tmp_path)
-  (tmp_path / 'config.json').write_text('{"seed":')
-  with pytest.raises(UserError, match='cannot be read'):
     stored_runs.load(tmp_path)

@@ -1,10 +1,16 @@
-"""Checkpoints under damage, kills and full disks: never silently wrong."""
+"""Checkpoints under damage, kills, full disks and passing faults.
 
+Never silently wrong; a sound checkpoint is not lost.
+"""
+
+import errno
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -16,6 +22,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.runs import checkpoints as checkpoints_module
+from jaxrl_llm.runs import orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from tests.runs.checkpoints_test import (
   META,
@@ -23,32 +31,52 @@ from tests.runs.checkpoints_test import (
   assert_same,
   lines,
   make_state,
+  manifest_of,
+  names,
   run_script,
   save_steps,
 )
 
+STATE = {'x': jnp.zeros(2)}
 
-def data_files(folder):
-  files = [path for path in folder.rglob('*') if path.is_file()]
-  return sorted(path for path in files if path.stat().st_size)
+
+@pytest.fixture(autouse=True)
+def no_aftermath(monkeypatch):
+  monkeypatch.setattr(checkpoints_module, '_AFTERMATH', 0.0)
+
+
+@pytest.fixture(scope='module')
+def sound(tmp_path_factory):
+  """A folder with the steps 1 and 2."""
+  folder = tmp_path_factory.mktemp('sound')
+  save_steps(folder, [1, 2])
+  return folder
 
 
 def damage(path, kind, rng):
   content = bytearray(path.read_bytes())
   if kind == 'delete':
     path.unlink()
-  elif kind == 'empty':
-    path.write_bytes(b'')
-  elif kind == 'truncate':
-    path.write_bytes(content[: len(content) // 2])
-  else:
-    bit = rng.randrange(8 * len(content))
+  elif kind.startswith('flip'):
+    # The last fifth of what a process has written is an index of its own,
+    # which is not read once those of all processes are merged.
+    skipped = kind == 'flip' and 'ocdbt.process_0' in path.parts
+    bit = rng.randrange(8 * len(content) * (3 if skipped else 4) // 4)
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
+  else:
+    path.write_bytes(content[: {'empty': 0, 'cut': len(content) // 2}[kind]])
+
+
+def is_read(path):
+  """Returns True if a restore has to read this file of a step."""
+  if path.suffix == '.ocdbt':
+    return path.parent.name == 'state'
+  return path.parent.name in ('d', 'manifest')
 
 
 def restored_right(folder):
-  """Restores: the newest step or the one before, bit for bit."""
+  """Restores the newest step or the one before, bit for bit."""
   with Checkpoints(folder) as checkpoints:
     step, state, metadata = checkpoints.restore(abstract(make_state(0)))
   assert metadata == {**META, 'step': step}
@@ -56,95 +84,74 @@ def restored_right(folder):
   return step
 
 
-@pytest.mark.parametrize('kind', ['delete', 'empty', 'truncate', 'flip'])
-def test_damage_is_never_silently_wrong(tmp_path, caplog, kind):
-  save_steps(tmp_path / 'good', [1, 2])
+@pytest.mark.parametrize(
+  'kind, count',
+  [
+    *(('delete', 1), ('empty', 1), ('cut', 1), ('flip', 3)),
+    pytest.param('flip', 16, marks=pytest.mark.slow),
+    pytest.param('flip anywhere', 16, marks=pytest.mark.slow),
+  ],
+)
+def test_damage_is_never_silently_wrong(tmp_path, caplog, sound, kind, count):
+  """Damage to every file of a step; those that hold the arrays are found."""
   rng = random.Random(0)
-  outcomes = []
-  for path in data_files(tmp_path / 'good' / '00000002'):
-    for _ in range(3 if kind == 'flip' else 1):
-      shutil.copytree(tmp_path / 'good', tmp_path / 'bad')
-      damage(tmp_path / 'bad' / path.relative_to(tmp_path / 'good'), kind, rng)
-      caplog.clear()
-      outcomes.append(restored_right(tmp_path / 'bad'))
-      if outcomes[-1] == 1:
-        assert 'Checkpoint step 2 does not verify' in caplog.text
-        assert 'using step 1' in caplog.text
-        assert (tmp_path / 'bad' / '00000002.broken').is_dir()
-      shutil.rmtree(tmp_path / 'bad')
-  # Files that Orbax does not read may break unnoticed, the data may not.
-  assert 1 in outcomes
+  files = [path for path in (sound / '00000002').rglob('*') if path.is_file()]
+  assert sum(is_read(path) for path in files) >= 3
+  for path in [path for path in sorted(files) if path.stat().st_size] * count:
+    shutil.copytree(sound, tmp_path / 'bad')
+    damage(tmp_path / 'bad' / path.relative_to(sound), kind, rng)
+    caplog.clear()
+    step = restored_right(tmp_path / 'bad')
+    assert step == 1 or not is_read(path) or kind == 'flip anywhere', path
+    if step == 1:
+      (warning,) = [x for x in caplog.messages if 'Checkpoint' in x]
+      assert warning.startswith('Checkpoint step 2 does not verify (')
+      assert warning.endswith('using step 1.')
+    shutil.rmtree(tmp_path / 'bad')
 
 
-def largest(folder):
-  return max(data_files(folder), key=lambda path: path.stat().st_size)
-
-
-def test_flipped_data_names_the_leaf(tmp_path, caplog):
-  state = {
-    'a': jnp.zeros(64),
-    'big': jax.random.bits(jax.random.key(0), (4096,)),
-  }
-  with Checkpoints(tmp_path) as checkpoints:
-    for step in (1, 2):
-      checkpoints.save(step, state, {})
-  path = largest(tmp_path / '00000002' / 'state')
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 16
-  path.write_bytes(content)
-  assert Checkpoints(tmp_path).restore(state)[0] == 1
-  assert 'step 2' in caplog.text
-  assert 'big' in caplog.text or 'checksum' in caplog.text.lower()
-
-
-@pytest.mark.parametrize('change', ['cursor', 'metric', 'leaf', 'step'])
-def test_an_edited_manifest_does_not_verify(tmp_path, caplog, change):
-  save_steps(tmp_path, [1, 2])
-  path = tmp_path / '00000002' / 'manifest' / 'data.json'
-  manifest = json.loads(path.read_text())
+@pytest.mark.parametrize('change', ['cursor', 'metric', 'leaf', 'step', 'all'])
+def test_an_edited_manifest_does_not_verify(tmp_path, caplog, sound, change):
+  folder = shutil.copytree(sound, tmp_path / 'c')
+  manifest = json.loads(manifest_of(folder, 2).read_text())
   if change == 'cursor':
     manifest['metadata']['cursor'] += 1
   elif change == 'leaf':
     del manifest['leaves']['params/head']
+  elif change == 'all':  # that of another step
+    manifest = json.loads(manifest_of(folder, 1).read_text())
   else:
     manifest[change] = 5
-  path.write_text(json.dumps(manifest))
-  assert restored_right(tmp_path) == 1
-  assert 'its manifest has changed' in caplog.text
+  manifest_of(folder, 2).write_text(json.dumps(manifest))
+  assert restored_right(folder) == 1
+  assert 'its manifest: ValueError: it has changed' in caplog.text
 
 
-@pytest.mark.parametrize('item', ['state', 'manifest', 'state/d'])
-def test_a_removed_item_is_named(tmp_path, caplog, item):
-  save_steps(tmp_path, [1, 2])
-  shutil.rmtree(tmp_path / '00000002' / item)
-  assert restored_right(tmp_path) == 1
-  assert 'step 2' in caplog.text
-
-
-def test_nothing_left_is_an_error(tmp_path):
-  save_steps(tmp_path, [1, 2])
-  for step in ('00000001', '00000002'):
-    largest(tmp_path / step / 'state').unlink()
-    (tmp_path / step / 'manifest' / 'data.json').write_text('')
-  with Checkpoints(tmp_path) as checkpoints:
+def test_nothing_left_is_an_error(tmp_path, sound):
+  folder = shutil.copytree(sound, tmp_path / 'c')
+  shutil.rmtree(folder / '00000001' / 'state')
+  manifest_of(folder, 2).write_text('')
+  with Checkpoints(folder) as checkpoints:
     with pytest.raises(UserError, match='verifies') as error:
       checkpoints.restore(make_state(0))
-    assert 'step 2: ' in str(error.value) and 'step 1: ' in str(error.value)
+    assert 'step 2 does' in str(error.value) and 'step 1 ' in str(error.value)
     assert len(lines(error)) == 3
     assert checkpoints.steps() == [1, 2]
 
 
-def test_broken_steps_go_once_the_run_has_passed_them(tmp_path):
+def test_a_broken_step_goes_when_a_later_save_is_complete(tmp_path):
   save_steps(tmp_path, [1, 4])
-  (tmp_path / '00000004' / 'manifest' / 'data.json').write_text('{}')
-  broken = tmp_path / '00000004.broken'
-  with Checkpoints(tmp_path) as checkpoints:
+  manifest_of(tmp_path, 4).write_text('{}')
+  with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
     assert checkpoints.restore(make_state(0))[0] == 1
-    for step, kept in ((2, True), (3, True), (4, False)):
-      checkpoints.save(step, make_state(step), META)
-      checkpoints.wait()
-      assert broken.exists() == kept
-    assert checkpoints.steps() == [3, 4]
+    assert checkpoints.steps() == [1] and checkpoints.best_step() is None
+    assert names(tmp_path) == ['00000001', '00000004']
+    checkpoints.save(2, make_state(2), META)
+    checkpoints.wait()
+    assert names(tmp_path) == ['00000002']
+    checkpoints.save(4, make_state(4), META)
+    checkpoints.wait()
+    assert checkpoints.steps() == [4]
 
 
 KILLED = """
@@ -173,83 +180,40 @@ def test_a_killed_save_leaves_a_sound_folder(tmp_path, seed):
   process.send_signal(signal.SIGKILL)
   process.wait()
   process.stdout.close()
-  with Checkpoints(tmp_path) as checkpoints:
-    names = [path.name for path in tmp_path.iterdir()]
-    assert all(name.isdigit() for name in names), names
-    template = {'x': jnp.zeros(400_000)}
-    step, state, metadata = checkpoints.restore(template)
-    assert step >= printed - 1 and metadata == {'step': step}
-    expected = np.float32(step) + np.arange(400_000, dtype=np.float32)
-    np.testing.assert_array_equal(state['x'], expected)
+  checkpoints = Checkpoints(tmp_path)
+  assert all(name.isdigit() for name in names(tmp_path)), names(tmp_path)
+  step, state, metadata = checkpoints.restore({'x': jnp.zeros(400_000)})
+  assert step >= printed - 1 and metadata == {'step': step}
+  expected = np.float32(step) + np.arange(400_000, dtype=np.float32)
+  np.testing.assert_array_equal(state['x'], expected)
 
 
-# The order that a loop keeps: record, sync, checkpoint.
-LOOP = """
-import sys, time
-import jax, jax.numpy as jnp
-from jaxrl_llm.runs import folder as run_folder
-from jaxrl_llm.runs.checkpoints import Checkpoints
-from jaxrl_llm.runs import MetricsWriter, Sample, SampleLog
-
-@jax.jit
-def update(state):
-  key, draw = jax.random.split(state['key'])
-  x = state['x'] * 0.9 + jax.random.normal(draw, (1000,))
-  return {'key': key, 'x': x, 'step': state['step'] + 1}
-
-state = {'key': jax.random.key(0), 'x': jnp.zeros(1000), 'step': jnp.int32(0)}
-with (
-  run_folder.open_run(sys.argv[1], True, {'seed': 0}) as run,
-  Checkpoints(run.path / 'checkpoints') as checkpoints,
+@pytest.mark.parametrize('step, newest', [(2, 1), (3, 3)])
+def test_a_removal_that_is_killed_leaves_no_step_in_part(
+  tmp_path, monkeypatch, sound, step, newest
 ):
-  restored = checkpoints.restore(state)
-  if restored:
-    _, state, _ = restored
-  start = restored and restored[0]
-  samples = SampleLog(run.path, start)
-  with MetricsWriter(run.path, start) as metrics, samples:
-    print('ready', flush=True)
-    for step in range(int(state['step']) + 1, 61):
-      state = update(state)
-      metrics.write(step, {'x': state['x'].mean()}, {'time': time.time()})
-      samples.write([Sample(step, 'p', str(step), {}, 0.0, 0.0, 1, True)])
-      if step % 4 == 0:
-        metrics.sync()
-        samples.sync()
-        checkpoints.save(step, state, {'step': step})
-"""
+  """Before step 2 is saved again, and after step 3 is complete."""
+  folder = shutil.copytree(sound, tmp_path / 'c')
+  checkpoints = Checkpoints(folder, keep_latest=1)
 
+  def dies(path):
+    for part in list(pathlib.Path(path).rglob('d/*')):
+      part.unlink()
+    raise KeyboardInterrupt  # Like SIGKILL, nothing catches it on its way.
 
-@pytest.mark.slow
-def test_a_killed_loop_writes_the_same_records(tmp_path):
-  assert run_script(LOOP, tmp_path / 'whole').returncode == 0
-  rng = random.Random(0)
-  for _ in range(2):
-    process = subprocess.Popen(
-      [sys.executable, '-c', LOOP, tmp_path / 'killed'],
-      stdout=subprocess.PIPE,
-      text=True,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    )
-    assert process.stdout.readline() == 'ready\n'
-    time.sleep(rng.uniform(0.05, 0.4))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-  result = run_script(LOOP, tmp_path / 'killed')
-  assert result.returncode == 0, result.stderr
-  for name in ('metrics.jsonl', 'samples.jsonl'):
-    whole = (tmp_path / 'whole' / name).read_bytes()
-    assert whole.count(b'\n') == 60
-    assert (tmp_path / 'killed' / name).read_bytes() == whole
-  timings = (tmp_path / 'killed' / 'timings.jsonl').read_text().splitlines()
-  assert [json.loads(line)['step'] for line in timings] == list(range(1, 61))
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, 'rmtree', dies)
+    with pytest.raises(KeyboardInterrupt):
+      checkpoints.save(step, make_state(step), {**META, 'step': step})
+      checkpoints.wait()
+  assert restored_right(folder) == newest
+  assert names(folder) == [f'{newest:08d}']
 
 
 # A limit on the size of files stands in for a full disk: the write of the data
 # fails in Orbax's own thread, and small files can still be written.
 FULL = """
-import resource, sys, time
+import os, resource, sys, time
 import jax, jax.numpy as jnp
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.errors import UserError
@@ -266,6 +230,7 @@ try:
   print('no error')
 except UserError as error:
   print(error)
+  print(os.listdir(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 checkpoints.save(3, x, {})
 checkpoints.wait()
@@ -273,57 +238,167 @@ print(checkpoints.steps(), checkpoints.restore(x)[0])
 """
 
 
-def test_a_failed_write_is_said_and_leaves_nothing(tmp_path):
+def test_a_failed_write_is_reported_and_leaves_nothing(tmp_path):
   result = run_script(FULL, tmp_path)
-  assert result.returncode == 0, result.stderr
+  assert (result.returncode, result.stderr) == (0, '')
   out = result.stdout.splitlines()
-  assert len(out) == 4, result.stdout
+  assert len(out) == 5, result.stdout
   assert 'Saving checkpoint step 2' in out[0]
   assert 'too large' in out[1].lower()
   assert 'Steps kept: [1].' in out[2]
-  assert out[3] == '[1, 3] 3'
-  assert result.stderr == ''
-  assert sorted(path.name for path in tmp_path.iterdir()) == [
-    '00000001',
-    '00000003',
-  ]
+  assert out[3:] == ["['00000001']", '[1, 3] 3']
+  assert names(tmp_path) == ['00000001', '00000003']
 
 
-def test_an_unwritable_folder_is_said_at_once(tmp_path):
+@pytest.mark.parametrize(
+  'folder, size', [('file/c', 2), ('absent/c', 2), ('', 0)]
+)
+def test_a_save_that_cannot_begin_is_reported_at_once(tmp_path, folder, size):
+  """A folder that was removed is not made again; Orbax refuses size 0."""
   (tmp_path / 'file').write_text('')
-  checkpoints = Checkpoints(tmp_path / 'file' / 'c')
+  checkpoints = Checkpoints(tmp_path / folder)
   threads = threading.active_count()
   with pytest.raises(UserError, match='Saving checkpoint step 1') as error:
-    checkpoints.save(1, {'x': jnp.zeros(2)}, {})
+    checkpoints.save(1, {'x': jnp.zeros(size)}, {})
   assert len(lines(error)) == 3
   assert threading.active_count() <= threads
+  assert names(tmp_path) == ['file']
 
 
-DAMAGED = """
-import pathlib, sys
-import jax.numpy as jnp
-from jaxrl_llm.runs.checkpoints import Checkpoints
-state = {f'p{i}': jnp.full((100, 10), i) for i in range(12)}
-with Checkpoints(sys.argv[1]) as checkpoints:
-  checkpoints.save(1, state, {})
-  checkpoints.save(2, state, {})
-for path in pathlib.Path(sys.argv[1], '00000002/state').rglob('*'):
-  if path.is_file() and 'd' in path.parts:
-    path.write_bytes(path.read_bytes()[:-40])
-with Checkpoints(sys.argv[1]) as checkpoints:
-  print(checkpoints.restore(state)[0])
-"""
+OBSTACLES = [
+  MemoryError('no room'),
+  jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+  ValueError('PERMISSION_DENIED: Error opening "zarr3" driver'),
+  ValueError('UNKNOWN: Error reading "d/1": Input/output error'),
+  OSError(errno.EMFILE, 'Too many open files'),
+  PermissionError(errno.EACCES, 'Permission denied'),
+  OSError(errno.EIO, 'Input/output error'),
+]
 
 
-def test_a_fallback_is_reported_once(tmp_path):
-  result = run_script(DAMAGED, tmp_path)
-  assert (result.returncode, result.stdout) == (0, '1\n'), result.stderr
-  said = [x for x in result.stderr.splitlines() if 'does not verify' in x]
-  assert len(said) == 1, result.stderr
-  assert 'Checkpoint step 2 does not verify (its state: ' in said[0]
+@pytest.mark.parametrize('name', ['load_manifest', 'load_state', 'describe'])
+@pytest.mark.parametrize('error', OBSTACLES, ids=repr)
+def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(
+  tmp_path, monkeypatch, sound, name, error
+):
+  folder = shutil.copytree(sound, tmp_path / 'c')
+
+  def fails(*arguments):
+    raise RuntimeError('wrapped') from error
+
+  module = checkpoints_module if name == 'describe' else orbax_io
+  with Checkpoints(folder) as checkpoints:
+    with monkeypatch.context() as patch:
+      patch.setattr(module, name, fails)
+      text = 'step 2 in .* could not be read'
+      with pytest.raises(UserError, match=text) as caught:
+        checkpoints.restore(make_state(0))
+    assert len(lines(caught)) == 3 and str(error.args[-1]) in str(caught.value)
+    assert names(folder) == ['00000001', '00000002']
+    assert checkpoints.restore(make_state(0))[0] == 2
 
 
-def test_no_pickle_on_disk(tmp_path):
+def test_a_metric_that_cannot_be_read_costs_no_checkpoint(
+  tmp_path, monkeypatch, caplog
+):
+  with Checkpoints(tmp_path, keep_latest=3) as checkpoints:
+    for step, metric in ((1, 0.9), (2, 0.1), (3, 0.2)):
+      checkpoints.save(step, STATE, {}, metric=metric)
+  load = orbax_io.load_manifest
+
+  def fails(path):
+    if path.name == '00000001':
+      raise OSError(errno.EMFILE, 'Too many open files')
+    return load(path)
+
+  checkpoints = Checkpoints(tmp_path, keep_latest=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(orbax_io, 'load_manifest', fails)
+    checkpoints.save(4, STATE, {}, metric=0.3)
+    checkpoints.wait()
+    with pytest.raises(UserError, match='Step 1 cannot be read'):
+      checkpoints.best_step()
+  assert 'Could not remove an old checkpoint' in caplog.text
+  assert checkpoints.best_step() == 1
+  checkpoints.save(5, STATE, {}, metric=0.3)
+  checkpoints.wait()
+  assert checkpoints.steps() == [1, 5]
+
+
+def test_a_step_is_on_the_disk_before_an_older_one_goes(tmp_path, monkeypatch):
+  sync, rename, synced = os.fsync, pathlib.Path.rename, []
+
+  def identity(status):
+    return status.st_dev, status.st_ino
+
+  def fsync(descriptor):
+    sync(descriptor)
+    synced.append(identity(os.fstat(descriptor)))
+
+  def checked(path, target):
+    if path.name == '00000001':
+      step = tmp_path / '00000002'
+      parts = [tmp_path, step, *step.rglob('*')]
+      assert len(parts) > 8
+      assert all(identity(part.stat()) in synced for part in parts)
+    return rename(path, target)
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  monkeypatch.setattr(pathlib.Path, 'rename', checked)
+  save_steps(tmp_path, [1, 2], keep_latest=1)
+  assert names(tmp_path) == ['00000002']
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.EIO])
+def test_folders_that_are_not_synced(number, tmp_path, monkeypatch):
+  """Some file systems refuse it; after an error the step may be lost."""
+  sync = os.fsync
+
+  def fails(descriptor):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+      raise OSError(number, os.strerror(number))
+    sync(descriptor)
+
   save_steps(tmp_path, [1])
-  for path in data_files(tmp_path):
-    assert not path.read_bytes().startswith(b'\x80'), path
+  checkpoints = Checkpoints(tmp_path, keep_latest=1)
+  monkeypatch.setattr(os, 'fsync', fails)
+  checkpoints.save(2, make_state(2), META)
+  if number == errno.EINVAL:
+    checkpoints.wait()
+    assert names(tmp_path) == ['00000002']
+  else:
+    with pytest.raises(UserError, match='Saving checkpoint step 2'):
+      checkpoints.wait()
+    assert names(tmp_path) == ['00000001', '00000002']
+
+
+def test_only_remains_are_cleared(tmp_path, caplog):
+  theirs = ['00000001_mine.broken', 'notes.orbax-checkpoint-tmp', 'old.broken']
+  remains = ['00000005.orbax-checkpoint-tmp-1', '00000006.broken']
+  for name in theirs + remains:
+    (tmp_path / name).mkdir()
+  save_steps(tmp_path, [1, 2], keep_latest=1)
+  assert names(tmp_path) == sorted([*theirs, '00000002'])
+  assert Checkpoints(tmp_path).steps() == [2]
+  assert not caplog.records
+
+
+def test_remains_that_cannot_be_cleared_are_reported(
+  tmp_path, monkeypatch, caplog
+):
+  save_steps(tmp_path, [1])
+  (tmp_path / '00000005.orbax-checkpoint-tmp').mkdir()
+
+  def refuse(path):
+    raise OSError(errno.ENOTEMPTY, 'Directory not empty')
+
+  with monkeypatch.context() as patch:
+    # As on NFS, where a file that somebody holds open gets another name.
+    patch.setattr(shutil, 'rmtree', refuse)
+    checkpoints = Checkpoints(tmp_path, keep_latest=1)
+    assert '00000005.orbax-checkpoint-tmp: [Errno' in caplog.text
+    checkpoints.save(2, make_state(2), META)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2] and len(names(tmp_path)) == 3
+  Checkpoints(tmp_path)
+  assert names(tmp_path) == ['00000002']

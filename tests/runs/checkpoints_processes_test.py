@@ -15,40 +15,29 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.huggingface import folders
+from jaxrl_llm.runs import orbax_io
 from jaxrl_llm.runs.checkpoints import Checkpoints
 
+SIZES = dict(vocab_size=16, hidden_size=16, num_layers=3, num_heads=2)
+# GPT-2's tensors hold queries, keys and values side by side.
+GPT2 = dict(
+  family='gpt2',
+  rope=None,
+  norm='layer',
+  activation='gelu_tanh',
+  gated=False,
+  **dict.fromkeys(('query_bias', 'output_bias', 'mlp_bias'), True),
+)
 CONFIGS = {
-  'llama': ModelConfig(
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=2,
-    tied=False,
-  ),
-  # Its tensors hold queries, keys and values side by side.
+  'llama': ModelConfig(intermediate_size=24, tied=False, **SIZES),
   'gpt2': ModelConfig(
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=64,
-    num_layers=3,
-    num_heads=2,
-    max_length=8,
-    tied=True,
-    family='gpt2',
-    rope=None,
-    norm='layer',
-    query_bias=True,
-    output_bias=True,
-    mlp_bias=True,
-    activation='gelu_tanh',
-    gated=False,
+    intermediate_size=64, max_length=8, tied=True, **SIZES, **GPT2
   ),
 }
 
 
 def host_state(step):
-  """What a checkpoint holds, in NumPy: no JAX is in it."""
+  """Returns the content of a checkpoint in NumPy, without JAX."""
   rng = np.random.default_rng(step)
   return {
     'w': rng.normal(size=(2, 8, 16)).astype(np.float32),
@@ -56,7 +45,6 @@ def host_state(step):
     'ids': rng.integers(0, 9, (8, 3)).astype(np.int32),
     'key': rng.integers(0, 2**32, 2, np.uint32),
     'count': np.int32(step),
-    'none': np.zeros((0, 2), np.float32),
   }
 
 
@@ -68,7 +56,7 @@ SPECS = {
 
 
 def shardings(fsdp, tensor):
-  """Of the leaves that are spread; the others stay on one device."""
+  """Returns the spread leaves' shardings; the others stay on one device."""
   devices = np.array(jax.devices()[: fsdp * tensor]).reshape(fsdp, tensor)
   mesh = Mesh(devices, ('fsdp', 'tensor'))
   return {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
@@ -96,13 +84,15 @@ def template(fsdp, tensor):
   }
 
 
-def assert_holds(state, step):
-  """What this process's devices hold is the host's, bit for bit."""
+def assert_holds(state, step, fsdp, tensor):
+  """Asserts that this process's shards are the host's, bit for bit."""
+  for name, sharding in shardings(fsdp, tensor).items():
+    assert state[name].sharding == sharding, name
   for name, value in host_state(step).items():
     assert state[name].dtype == value.dtype, name
     for shard in state[name].addressable_shards:
-      found = np.asarray(shard.data)
-      assert found.tobytes() == value[shard.index].tobytes(), name
+      data = np.asarray(shard.data)
+      assert data.tobytes() == value[shard.index].tobytes(), name
 
 
 def save(index, folder, fsdp, tensor):
@@ -121,27 +111,49 @@ def save(index, folder, fsdp, tensor):
 def restore(index, folder, *meshes):
   for fsdp, tensor in meshes:
     with Checkpoints(folder) as checkpoints:
-      found = checkpoints.restore(template(fsdp, tensor))
-      assert (found[0], found[2]) == (4, {'seconds': 0, 'step': 4})
-      assert_holds(found[1], 4)
+      step, state, metadata = checkpoints.restore(template(fsdp, tensor))
+      assert (step, metadata) == (4, {'seconds': 0, 'step': 4})
+      assert_holds(state, 4, fsdp, tensor)
 
 
 def two_processes(index, folder):
   save(index, folder, 2, 4)
   restore(index, folder, (4, 2), (8, 1))
   with Checkpoints(folder) as checkpoints:
-    other = {'key': jnp.uint32(index)}
     with pytest.raises(UserError, match='process 1 would save another'):
-      checkpoints.save(9, other, {})
+      checkpoints.save(9, {'key': jnp.uint32(index)}, {})
+    # Verified by all, it gets a new manifest; process 0's is written.
+    checkpoints.restore(template(2, 4))
+    checkpoints.save(4, device_state(4, 2, 4), {'seconds': index + 5}, 0.0)
+    assert checkpoints.restore(template(2, 4))[2] == {'seconds': 5}
+  one_process_cannot_read(index, folder)
   damage_newest(folder)
   with Checkpoints(folder) as checkpoints:
     step, state, _ = checkpoints.restore(template(1, 8))
     assert (step, checkpoints.steps()) == (3, [1, 3])
-    assert_holds(state, 3)
+    assert_holds(state, 3, 1, 8)
+    checkpoints.save(5, device_state(5, 1, 8), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 3, 5]
+
+
+def one_process_cannot_read(index, folder):
+  """One finds damage and one lacks memory: no step is given up, by either."""
+  load, errors = orbax_io.load_state, [ValueError('cut'), MemoryError('full')]
+
+  def fails(*arguments):
+    raise errors[index]
+
+  with Checkpoints(folder) as checkpoints:
+    orbax_io.load_state = fails
+    with pytest.raises(UserError, match='(?s)step 4 in .*MemoryError: full'):
+      checkpoints.restore(template(2, 4))
+    orbax_io.load_state = load
+    assert checkpoints.restore(template(2, 4))[0] == 4
 
 
 def damage_newest(folder):
-  """Empties the file in which most of the newest step lies."""
+  """Empties the file that holds most of the newest step."""
   if processes.is_main():
     files = (pathlib.Path(folder) / '00000004/state').rglob('d/*')
     max(files, key=lambda file: file.stat().st_size).write_bytes(b'')
@@ -153,8 +165,8 @@ def test_two_processes_to_one(tmp_path):
   peers.run(two_processes, tmp_path, count=2, devices=4)
   with Checkpoints(tmp_path) as checkpoints:
     step, state, _ = checkpoints.restore(template(1, 1))
-  assert step == 3
-  assert_holds(state, 3)
+  assert step == 5
+  assert_holds(state, 5, 1, 1)
 
 
 def eight_devices(index, folder):

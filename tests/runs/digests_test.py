@@ -1,4 +1,4 @@
-"""Digests: every bit and every place counts, no layout does."""
+"""Digests: every bit and every position counts, no layout does."""
 
 import hashlib
 
@@ -30,11 +30,13 @@ def by_loops(words):
   for lane in range(2):
     total = 0
     for index, word in np.ndenumerate(words):
-      place = constant(lane, -1)
+      position = constant(lane, -1)
       for axis, i in enumerate(index):
-        place = (place + i * constant(lane, axis)) % WORD
+        position = (position + i * constant(lane, axis)) % WORD
       word = int(word)
-      total += mix(word ^ mix(place)) if lane else mix((word + place) % WORD)
+      total += (
+        mix(word ^ mix(position)) if lane else mix((word + position) % WORD)
+      )
     lanes.append(total % WORD)
   return lanes
 
@@ -88,10 +90,14 @@ def test_other_dtypes():
   with jax.enable_x64(True):
     array = np.array([1.0, 2.0])
     assert of(array) != of(np.nextafter(array, 3))
-    assert of(array) != of(array.astype(np.float32))
+  assert of(np.float32([0.0])) != of(np.float32([-0.0]))
+  bits = np.array([0x7FC00000, 0x7FC00001], np.uint32)  # two NaNs
+  assert of(bits[:1].view(np.float32)) != of(bits[1:].view(np.float32))
+  key = jax.random.key(3)
+  assert of(key) == of(jax.random.key_data(key)) != of(jax.random.key(4))
 
 
-def test_places_count():
+def test_positions_count():
   array = example('float32', (4, 4))
   same = [array, array.T, array[::-1], array[:, ::-1], jnp.roll(array, 1, 0)]
   swapped = np.array(array)
@@ -99,18 +105,6 @@ def test_places_count():
   assert len({of(x) for x in [*same, swapped]}) == 6
   zeros = {of(jnp.zeros(shape)) for shape in [(), (1,), (4,), (2, 2), (8,)]}
   assert len(zeros) >= 4  # (1,) holds the same word as ()
-
-
-def test_values_that_compare_equal_differ():
-  assert of(np.float32([0.0])) != of(np.float32([-0.0]))
-  bits = np.array([0x7FC00000, 0x7FC00001], np.uint32)
-  assert of(bits[:1].view(np.float32)) != of(bits[1:].view(np.float32))
-
-
-def test_keys():
-  key = jax.random.key(3)
-  assert of(key) == of(jax.random.key_data(key))
-  assert of(key) != of(jax.random.key(4))
 
 
 def test_names():
@@ -127,6 +121,6 @@ def test_names():
     ({'n': np.zeros(2, np.int64)}, 'n in the state is int64'),
   ],
 )
-def test_what_is_no_state_is_named(tree, message):
+def test_leaves_that_cannot_be_saved_are_named(tree, message):
   with pytest.raises(UserError, match=message):
     digests.named_leaves(tree)

@@ -1,6 +1,5 @@
 """Health lines and warnings, of records made up for one fault each."""
 
-import json
 import math
 import pathlib
 import re
@@ -11,30 +10,20 @@ from experiments import checks
 from experiments.configs import base
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimators import algorithms
-from jaxrl_llm.runs import WINDOW, Watch, assess, health, read_metrics
+from jaxrl_llm.runs import WINDOW, Watch, assess, health
 
 WELL = {
-  'completions/clipped_ratio': 0.05,
-  'completions/mean_length': 20.0,
-  'frac_reward_zero_std': 0.3,
-  'reward': 0.4,
-  'rewards/correct/std': 0.49,
-  'rewards/correct/failed': 0,
-  'approx_kl': 0.003,
-  'clip_ratio/low': 0.01,
-  'clip_ratio/high': 0.02,
-  'entropy': 1.2,
-  'kl': 0.02,
-  'critic/explained_variance': 0.5,
-  'sampler/effective_samples': 0.9,
-  'grad_norm': 0.7,
-  'loss': 0.01,
-  'log_prob_difference/mean': 2e-7,
+  **{'completions/clipped_ratio': 0.05, 'completions/mean_length': 20.0},
+  **{'frac_reward_zero_std': 0.3, 'reward': 0.4, 'rewards/correct/std': 0.49},
+  **{'rewards/correct/failed': 0, 'approx_kl': 0.003, 'kl': 0.02},
+  **{'clip_ratio/low': 0.01, 'clip_ratio/high': 0.02, 'entropy': 1.2},
+  **{'critic/explained_variance': 0.5, 'sampler/effective_samples': 0.9},
+  **{'grad_norm': 0.7, 'loss': 0.01, 'log_prob_difference/mean': 2e-7},
   'skipped': 0,
 }
+LENGTHS = 'completions/mean_length', 'completions/clipped_ratio'
 FAULTS = {
-  'kl': {'approx_kl': 0.4},
-  'reference_kl': {'kl': 3.0},
+  **{'kl': {'approx_kl': 0.4}, 'reference_kl': {'kl': 3.0}},
   'clipped': {'clip_ratio/low': 0.2, 'clip_ratio/high': 0.2},
   'sampler': {'log_prob_difference/mean': 0.1},
   'effective': {'sampler/effective_samples': 0.05},
@@ -43,9 +32,8 @@ FAULTS = {
   'explained': {'critic/explained_variance': -0.5},
   'failed': {'rewards/correct/failed': 2},
   'entropy': {'entropy': 0.01},
+  'length': dict(zip(LENGTHS, (50.0, 0.3), strict=True)),
 }
-
-CUT = {'completions/clipped_ratio': 0.3}
 
 
 def run(*parts):
@@ -61,7 +49,7 @@ def told(records):
   return assess(records[:WINDOW], records[-WINDOW:]).warnings
 
 
-def test_a_healthy_run_is_well():
+def test_a_healthy_run_is_well_and_shows_what_it_records():
   found = assess(run((WINDOW, {})), run((3 * WINDOW, {}))[-WINDOW:])
   assert found.warnings == {}
   assert found.line == (
@@ -69,6 +57,8 @@ def test_a_healthy_run_is_well():
     'effective 0.9, flat 0.3, truncated 0.05, explained 0.5, failed 0, '
     'skipped 0'
   )
+  record = {'step': 7, 'loss': 0.3, 'grad_norm': 1.0, 'skipped': 0}
+  assert assess([record], [record]).line == '7 well | skipped 0'
 
 
 @pytest.mark.parametrize('name', FAULTS)
@@ -82,24 +72,16 @@ def test_each_fault_is_told_alone_and_only_when_it_lasts(name):
   assert told(run((WINDOW, FAULTS[name]), (WINDOW, {}))) == {}
 
 
-@pytest.mark.parametrize('reward, word', [(0.0, 'never'), (-1.0, 'never')])
-def test_a_reward_that_never_pays(reward, word):
-  flat = {'reward': reward, 'rewards/correct/std': 0.0}
+@pytest.mark.parametrize(
+  'reward, word', [(0.0, 'never'), (-1.0, 'never'), (1.0, 'always')]
+)
+def test_a_constant_reward_is_told_without_its_consequence(reward, word):
+  flat = {'reward': reward, 'rewards/correct/std': 0.0, **FAULTS['flat']}
   found = told(run((WINDOW, flat)))
   assert list(found) == ['constant'] and f'{word} pays' in found['constant']
-  varied = run((WINDOW, flat))
+  varied = run((WINDOW, flat | {'frac_reward_zero_std': 0.5}))
   varied[-3]['reward'] = 0.5
   assert told(varied) == {}
-
-
-def test_a_reward_that_always_pays():
-  flat = {'reward': 1.0, 'rewards/correct/std': 0.0}
-  assert 'always pays' in told(run((WINDOW, flat)))['constant']
-
-
-def test_of_a_reward_that_never_pays_its_consequence_is_not_told():
-  flat = {'reward': 0.0, 'rewards/correct/std': 0.0, **FAULTS['flat']}
-  assert list(told(run((WINDOW, flat)))) == ['constant']
 
 
 def test_a_reward_that_never_pays_beside_one_that_does():
@@ -118,36 +100,52 @@ def test_a_reward_that_never_pays_beside_one_that_does():
   assert told(run((2 * WINDOW, right))) == {}
 
 
-def test_no_score_is_told_at_once_with_the_reward_that_gave_none():
+@pytest.mark.parametrize(
+  'failed, cause, remedy',
+  [
+    (0, '(rewards/correct returned None)', 'return 0.0 for'),
+    (32, '(rewards/correct failed)', "read the first failure's message"),
+  ],
+)
+def test_no_score_is_told_at_once_with_its_cause(failed, cause, remedy):
   unscored = {
     **{'reward': math.nan, 'rewards/correct/none': 32},
     **{'rewards/correct/mean': math.nan, 'rewards/correct/std': math.nan},
     **{'rewards/format/none': 0, 'rewards/format/std': 0.4},
-    **{'frac_reward_zero_std': math.nan},
+    **{'frac_reward_zero_std': math.nan, 'rewards/correct/failed': failed},
   }
   for steps in (1, WINDOW):
     found = told(run((steps, unscored)))
-    assert list(found) == ['unscored']
-    assert '(rewards/correct returned None)' in found['unscored']
+    lasts = failed and steps == WINDOW
+    assert list(found) == ['unscored', *['failed'] * bool(lasts)]
+    problem, advice = found['unscored'].split('\n')
+    assert cause in problem and remedy in advice
+    assert ('None' in found['unscored']) == (not failed)
   assert told(run((WINDOW - 1, unscored), (1, {}))) == {}
+
+
+def test_names_in_warnings_act_on_no_terminal():
+  name = 'rewards/\x1b[2J\u202e\n'
+  bad = {f'{name}/failed': 2, f'{name}/none': 2, f'{name}/std': 0.0}
+  bad |= {f'{name}/mean': 0.0, 'rewards/format/std': 0.4}
+  found = told(run((2 * WINDOW, bad)))
+  found |= told(run((1, bad | {'reward': math.nan})))
+  assert list(found) == ['failed', 'unpaid', 'unscored']
+  for text in found.values():
+    assert 'rewards/␛[2J\\u202e␊' in text
+    assert all(line.isprintable() for line in text.split('\n'))
 
 
 def test_advice_names_what_there_is():
   fields = {name for name, _ in checks.leaves(base.get_config())}
-  texts = [each.cause for each in health.RANGES]
-  faults = (*FAULTS.values(), {'completions/mean_length': 50.0} | CUT)
-  texts += [t for f in faults for t in told(run((10, {}), (10, f))).values()]
+  assert [each.label for each in health.RANGES] == list(health.CAUSES)
+  texts = list(health.CAUSES.values())
+  for fault in FAULTS.values():
+    texts += told(run((10, {}), (10, fault))).values()
   named = re.findall(r'config\.([\w.]+\w)', ' '.join(texts))
   assert len(named) > 5 and not set(named) - fields, set(named) - fields
   for recipe in re.findall(r'as (\w+) does', ' '.join(texts)):
     assert hasattr(algorithms, recipe)
-
-
-def test_length_growth_is_told_where_responses_are_cut_off():
-  longer = {'completions/mean_length': 50.0}
-  assert told(run((WINDOW, {}), (WINDOW, longer))) == {}
-  found = told(run((WINDOW, {}), (WINDOW, longer | CUT)))
-  assert list(found) == ['length'] and '50 tokens, 20 at' in found['length']
 
 
 @pytest.mark.parametrize(
@@ -160,73 +158,61 @@ def test_what_is_not_finite_is_told_at_once(changes):
   assert found.line.startswith('1 look: skipped | ')
 
 
-def test_metrics_that_are_not_recorded_are_not_shown():
-  record = {'step': 7, 'loss': 0.3, 'grad_norm': 1.0, 'skipped': 0}
-  assert assess([record], [record]).line == '7 well | skipped 0'
+@pytest.mark.parametrize(
+  'name, value, steps',
+  [
+    ('critic/explained_variance', math.nan, 1),  # is left out of the mean
+    ('sampler/effective_samples', 1.0000001, WINDOW),  # rounding
+    ('completions/mean_length', 50.0, WINDOW),  # and not cut off
+  ],
+)
+def test_values_that_are_well(name, value, steps):
+  assert told(run((WINDOW, {}), (steps, {name: value}))) == {}
 
 
-def test_a_nan_in_a_mean_is_left_out():
-  records = run((WINDOW, {}))
-  records[-1]['critic/explained_variance'] = math.nan
-  assert told(records) == {}
-
-
-def test_effective_samples_may_be_rounded_to_above_1():
-  rounded = {'sampler/effective_samples': 1.0000001}
-  assert told(run((WINDOW, rounded))) == {}
-
-
-def test_watch_writes_a_line_per_step_and_tells_what_is_new(tmp_path):
-  records = run((WINDOW, {}), (2 * WINDOW, FAULTS['kl']), (WINDOW, {}))
-  watch, heard = Watch(tmp_path), []
-  for record in records:
-    heard += watch.add(record)
-  lines = (tmp_path / 'health.log').read_text().splitlines()
-  assert [int(line.split()[0]) for line in lines] == list(range(1, 41))
-  assert len(heard) == 1
-  assert re.match(r'step 1\d: approx_kl is 0\.\d+ over 10 steps', heard[0])
-
-
-def test_watch_tells_the_same_again_after_many_steps_alone(tmp_path):
+def test_watch_tells_what_is_new_and_again_after_many_steps(tmp_path):
   now_and_then = [(WINDOW, {}), (WINDOW, FAULTS['kl'])] * 4
   records = run(*now_and_then, (150, {}), (WINDOW, FAULTS['kl']))
   watch = Watch(tmp_path)
   heard = [line for record in records for line in watch.add(record)]
   assert [line.split(':')[0] for line in heard] == ['step 13', 'step 233']
+  assert re.match(r'step 13: approx_kl is 0\.\d+ over 10 steps', heard[0])
+  lines = (tmp_path / 'health.log').read_text().splitlines()
+  assert [int(line.split()[0]) for line in lines] == list(range(1, 241))
 
 
 def test_watch_goes_on_from_records_as_if_nothing_had_happened(tmp_path):
   records = run((WINDOW, {}), (2 * WINDOW, FAULTS['kl']))
-  whole, part = tmp_path / 'whole', tmp_path / 'part'
-  for folder in (whole, part):
-    folder.mkdir()
-  watch = Watch(whole)
+  log, watch = tmp_path / 'health.log', Watch(tmp_path)
   for record in records:
     watch.add(record)
+  whole = log.read_bytes()
   # It was killed behind step 25, and its checkpoint is of step 17.
-  (part / 'health.log').write_text('left over\n' * 25)
-  watch = Watch(part, records[:17])
+  log.write_text('left over\n' * 25)
+  watch = Watch(tmp_path, records[:17])
   assert [m for r in records[17:] for m in watch.add(r)] == []
-  read = lambda folder: (folder / 'health.log').read_bytes()
-  assert read(part) == read(whole)
+  assert log.read_bytes() == whole
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_link_in_place_of_the_file_is_not_followed(tmp_path):
+  target, log = tmp_path / 'target', tmp_path / 'health.log'
+  target.write_text('precious')
+  for link in (log.symlink_to, log.hardlink_to):
+    link(target)
+    watch = Watch(tmp_path, run((1, {})))
+    assert not log.is_symlink() and log.read_text().startswith('1 well')
+    log.unlink()
+  log.symlink_to(target)
+  with pytest.raises(UserError, match='health.log cannot be written'):
+    watch.add(run((1, {}))[0])
+  assert target.read_text() == 'precious'
   with pytest.raises(UserError, match='cannot be written'):
     Watch(tmp_path / 'absent')
 
 
 def test_docs_have_the_ranges():
-  docs = pathlib.Path(__file__).parents[2] / 'docs' / 'metrics.md'
-  text = docs.read_text()
+  text = (pathlib.Path(__file__).parents[2] / 'docs/metrics.md').read_text()
   for each in health.RANGES:
     names = ' + '.join(f'`{name}`' for name in each.metrics)
     row = f'| {each.label} | {names} | {each.healthy} |'
     assert row in text, row
-
-
-def test_a_file_of_records_reads_back(tmp_path):
-  path = tmp_path / 'metrics.jsonl'
-  path.write_text(json.dumps({'step': 1, 'loss': 'nan', 'skipped': 1}) + '\n')
-  (record,) = read_metrics(path)
-  assert list(assess([record], [record]).warnings) == ['skipped']

@@ -1,7 +1,7 @@
 """Runs that are killed, or asked to stop, in every phase.
 
-What they leave is bit for bit what an undisturbed run leaves: losses, rewards
-and a hash of the tokens of every step, samples, the exported model.
+Their output equals an undisturbed run's bit for bit: losses, rewards and a hash
+of the tokens of every step, samples, the exported model.
 """
 
 import re
@@ -12,6 +12,10 @@ import pytest
 import scripts
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
+TREPO = scripts.CONFIG.replace(
+  "dict(name='grpo', kl=0.04)",
+  repr(dict(name='trepo', kl=0.04, count=2, samples=2)),
+)
 
 # 200 steps of RL, a checkpoint every 5, and 20 kills: (phase, records that are
 # written before).  The first three find nothing compiled.
@@ -41,7 +45,7 @@ KILLS = [
 
 
 def test_five_kills_and_a_stop_leave_the_same_records(tmp_path):
-  """Few of them: each start traces what comes after its checkpoint anew."""
+  """Only a few: each start compiles again."""
   plan = [
     (KILL, 'compile', 0),
     (KILL, 'save', 4),
@@ -54,7 +58,7 @@ def test_five_kills_and_a_stop_leave_the_same_records(tmp_path):
 
 
 def interruptions_leave_the_same(plan, folder) -> None:
-  """Kills and stops the tiny run, and compares what it leaves in the end."""
+  """Kills and stops the tiny run, and compares its output at the end."""
   workdir = folder / 'run'
   config = scripts.write_config(folder / 'config')
   ends = faults.interrupt(plan, workdir, config)
@@ -71,19 +75,17 @@ def interruptions_leave_the_same(plan, folder) -> None:
 def stopped(ended) -> None:
   """Asserts an orderly stop, with a checkpoint of the last step."""
   assert ended.code == 128 + TERM, ended
-  # The whole run, from its start on.
   assert ended.seconds < 30
   assert 'Traceback' not in ended.err
   (step,) = re.findall(r'stopped by SIGTERM after step (\d+);', ended.err)
   assert int(step) == ended.records
-  assert ended.newest == f'{int(step):08d}'
+  # A run that has done nothing saves nothing.
+  assert ended.newest == (f'{int(step):08d}' if int(step) else '')
 
 
 @pytest.mark.slow
 def test_twenty_kills_in_two_hundred_steps(tmp_path):
-  algorithm = dict(name='trepo', kl=0.04, count=2, samples=2)
-  text = scripts.CONFIG.replace("dict(name='grpo', kl=0.04)", repr(algorithm))
-  text = text.replace(
+  text = TREPO.replace(
     '  return config\n',
     f'  config.steps = {STEPS}\n  config.evaluation.every = 20\n'
     '  return config\n',
@@ -101,47 +103,45 @@ def test_twenty_kills_in_two_hundred_steps(tmp_path):
   ended = scripts.train(whole, config, compiled=cache).wait()
   assert ended.code == 0, ended.err
   scripts.assert_same_run(workdir, whole)
-  found = scripts.records(workdir)[scripts.WARM :]
-  assert len(found) == STEPS
+  records = scripts.records(workdir)[scripts.WARM :]
+  assert len(records) == STEPS
   # Equal bits mean nothing if the numbers do not move.
   for name in ('completions/hash', 'loss', 'kl'):
-    assert len({record[name] for record in found}) > 0.9 * STEPS, name
-  forked = [record for record in found if record['branches/forks']]
+    assert len({record[name] for record in records}) > 0.9 * STEPS, name
+  forked = [record for record in records if record['branches/forks']]
   assert len(forked) > 0.9 * STEPS
 
 
-@pytest.mark.slow
-def test_kills_at_the_end_leave_the_same_records(tmp_path):
-  """Between the last record, the last checkpoint and hf/."""
-  last = scripts.TOTAL - 1
-  moments = [('record', last), ('save', last), ('save', scripts.TOTAL)]
-  moments += [('export', scripts.TOTAL)] * 3
-  plan = [(KILL, *moment) for moment in moments]
-  interruptions_leave_the_same(plan, tmp_path)
+LAST = scripts.TOTAL - 1
+# Between the last record, the last checkpoint and hf/.
+AT_THE_END = [
+  *(('record', LAST), ('save', LAST), ('save', scripts.TOTAL)),
+  *[('export', scripts.TOTAL)] * 3,
+]
+IN_EVERY_PHASE = [
+  ('model', 0),
+  ('warm start', 3),
+  ('rollout', scripts.WARM + 1),
+  ('reward', scripts.WARM + 3),
+  ('update', scripts.WARM + 6),
+  ('evaluation', scripts.WARM + 9),
+  ('record', scripts.WARM + 11),
+  ('save', scripts.WARM + 12),
+  ('save', scripts.TOTAL),
+]
 
 
 @pytest.mark.slow
-def test_stops_in_every_phase_leave_the_same_records(tmp_path):
-  moments = [
-    ('model', 0),
-    ('warm start', 3),
-    ('rollout', scripts.WARM + 1),
-    ('reward', scripts.WARM + 3),
-    ('update', scripts.WARM + 6),
-    ('evaluation', scripts.WARM + 9),
-    ('record', scripts.WARM + 11),
-    ('save', scripts.WARM + 12),
-    ('save', scripts.TOTAL),
-  ]
-  plan = [(TERM, *moment) for moment in moments]
-  interruptions_leave_the_same(plan, tmp_path)
+@pytest.mark.parametrize(
+  'number, moments', [(KILL, AT_THE_END), (TERM, IN_EVERY_PHASE)]
+)
+def test_interruptions_leave_the_same_records(number, moments, tmp_path):
+  interruptions_leave_the_same([(number, *each) for each in moments], tmp_path)
 
 
 @pytest.mark.slow
 def test_stops_while_branches_are_sampled_and_programs_compiled(tmp_path):
-  algorithm = dict(name='trepo', kl=0.04, count=2, samples=2)
-  text = scripts.CONFIG.replace("dict(name='grpo', kl=0.04)", repr(algorithm))
-  config = scripts.write_config(tmp_path / 'config', text)
+  config = scripts.write_config(tmp_path / 'config', TREPO)
   workdir, whole = tmp_path / 'run', tmp_path / 'whole'
   plan = [
     (TERM, 'compile', 0),
@@ -158,7 +158,7 @@ def test_stops_while_branches_are_sampled_and_programs_compiled(tmp_path):
 
 @pytest.mark.slow
 def test_a_stop_in_the_export_lets_it_end(tmp_path):
-  """Everything is saved before; the little that is left is done."""
+  """Everything is saved before, and the rest is short."""
   workdir = tmp_path / 'run'
   config = scripts.write_config(tmp_path / 'config')
   plan = [(TERM, 'export', scripts.TOTAL)]

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import types
 
 import pytest
 
@@ -35,20 +36,18 @@ class Broken(io.StringIO):
 
 @pytest.mark.parametrize('terminal', [False, True])
 @pytest.mark.parametrize('number', ERRORS)
-@pytest.mark.parametrize('call', ['update', 'print', 'close'])
+@pytest.mark.parametrize('call', ['update', 'print', '__exit__', '__init__'])
 def test_a_stream_that_breaks_silences_the_progress(call, number, terminal):
   stream = Broken(number, terminal)
-  calls = {
-    'update': lambda: progress.update(10, reward=0.5),
-    'print': lambda: progress.print('text'),
-    'close': lambda: progress.close(),
-  }
+  stream.broken = call == '__init__'
   with runs.Progress(20, stream=stream) as progress:
-    progress.update(9, reward=0.5)
-    progress.print('so far')
-    assert 'so far' in stream.getvalue()
-    stream.broken = True
-    calls[call]()
+    if not stream.broken:
+      progress.update(9, reward=0.5)
+      progress.print('so far')
+      assert 'so far' in stream.getvalue()
+      stream.broken = True
+      arguments = {'update': (10,), 'print': ('text',)}.get(call, ())
+      getattr(progress, call)(*arguments)
     progress.print('text')  # a bar need not have written yet
     failures = stream.failures
     assert failures
@@ -56,13 +55,6 @@ def test_a_stream_that_breaks_silences_the_progress(call, number, terminal):
       progress.update(20, reward=0.5)
       progress.print('text')
   assert stream.failures == failures
-
-
-def test_a_stream_that_is_broken_from_the_start():
-  stream = Broken(errno.EPIPE, terminal=True)
-  stream.broken = True
-  with runs.Progress(20, stream=stream) as progress:
-    progress.update(20)
 
 
 def test_last_words_that_nobody_reads_change_nothing(monkeypatch):
@@ -76,42 +68,35 @@ def test_last_words_that_nobody_reads_change_nothing(monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(run, '_train', interrupted)
-  monkeypatch.setattr(run.sharding, 'make_mesh', lambda: _Mesh)
+  mesh = types.SimpleNamespace(size=1, to_dict=dict)
+  monkeypatch.setattr(run.sharding, 'make_mesh', lambda: mesh)
   script = run.Script(lambda config: None, None)
-  assert run.train(script, _Config, None) == 128 + signal.SIGINT
-
-
-class _Mesh:
-  size = 1
-
-
-class _Config:
-  class mesh:
-    to_dict = dict
+  config = types.SimpleNamespace(mesh=mesh)
+  assert run.train(script, config, None) == 128 + signal.SIGINT
 
 
 def test_progress_without_a_terminal_prints_plain_lines():
   stream = io.StringIO()
-  with runs.Progress(23, 3, every=10, label='rl', stream=stream) as progress:
+  with runs.Progress(23, 3, stream=stream) as progress:
     for step in range(4, 24):
-      progress.update(step, reward=step / 23)
-    progress.print('a [bold] word')
+      progress.update(step, **{'r\x1b\u202e\n': step / 23})
+    progress.print('a [bold] word\x1b[2J\u200e')
   assert stream.getvalue().splitlines() == [
-    'rl 10/23  reward 0.4348',
-    'rl 20/23  reward 0.8696',
-    'rl 23/23  reward 1',
-    'a [bold] word',
+    'train 10/23  r␛\\u202e␊ 0.4348',
+    'train 20/23  r␛\\u202e␊ 0.8696',
+    'train 23/23  r␛\\u202e␊ 1',
+    'a [bold] word␛[2J\\u200e',
   ]
 
 
 def test_progress_on_a_terminal_is_a_bar():
-  stream = io.StringIO()
-  stream.isatty = lambda: True
-  with runs.Progress(4, label='rl', stream=stream) as progress:
+  stream = Broken(0, terminal=True)
+  with runs.Progress(4, stream=stream) as progress:
     for step in range(1, 5):
-      progress.update(step, reward=0.5)
+      progress.update(step, **{'reward\u202e': 0.5})
     progress.print('table')
   text = stream.getvalue()
-  assert 'rl: 100%' in text and '4/4' in text and 'reward=0.5' in text
+  assert 'train: 100%' in text and '4/4' in text
+  assert 'reward\\u202e=0.5' in text
   # Behind a bar that another test left open, the cursor goes up a line first.
   assert '\ntable' in text.replace('\r', '\n').replace('\x1b[A', '')

@@ -10,10 +10,6 @@ import pytest
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import datasets
 
-ROWS = [
-  {'question': 'one\u2028line', 'answer': 1, 'tags': ['a']},
-  {'question': 'two', 'answer': '2'},
-]
 EXPECTED = [
   {'prompt': 'one\u2028line', 'answer': 1, 'tags': ['a']},
   {'prompt': 'two', 'answer': '2'},
@@ -38,18 +34,21 @@ def error_of(function, *args, **kwargs):
   return text
 
 
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.json'])
-def test_every_format_gives_the_same_rows(tmp_path, name):
-  text = json.dumps(ROWS) if name == 'a.json' else lines_of(ROWS) + '\n\n'
-  assert datasets.read_rows(write(tmp_path / name, text)) == EXPECTED
+def test_every_format_gives_the_same_rows(tmp_path, name, mark):
+  text = lines_of(EXPECTED) + '\n\n'
+  if name == 'a.json':
+    text = json.dumps(EXPECTED)
+  text = text.replace('"prompt"', '"question"')
+  assert datasets.read_rows(write(tmp_path / name, mark + text)) == EXPECTED
 
 
 def test_the_prompt_column_can_be_named_and_is_else_found(tmp_path):
   row = {'problem': 'p', 'question': 'q', 'text': 't'}
   path = write(tmp_path / 'a.jsonl', json.dumps(row))
-  assert datasets.read_rows(path) == [
-    {'prompt': 'q', 'problem': 'p', 'text': 't'}
-  ]
+  (found,) = datasets.read_rows(path)
+  assert found == {'prompt': 'q', 'problem': 'p', 'text': 't'}
   assert datasets.read_rows(path, 'text')[0]['prompt'] == 't'
   text = error_of(datasets.read_rows, path, 'body')
   assert 'a.jsonl, line 1' in text and 'body' in text and 'question' in text
@@ -75,18 +74,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
   cut.write_bytes(whole[: len(whole) // 2])
   damaged.write_bytes(whole[:20] + b'\xff\xff\xff' + whole[23:])
   (tmp_path / 'folder.jsonl').mkdir()
-  paths = [
-    cut,
-    damaged,
-    tmp_path / 'folder.jsonl',
-    tmp_path / 'missing.jsonl',
-    write(tmp_path / 'empty.jsonl', '\n\n'),
-    write(tmp_path / 'empty.json', '[]'),
-    write(tmp_path / 'object.json', '{"prompt": "a"}'),
-    write(tmp_path / 'broken.json', '[{"prompt": "a"},'),
-    write(tmp_path / 'number.json', f'[{"1" * 5000}]'),
-    write(tmp_path / 'rows.csv', 'prompt\na'),
-  ]
+  texts = {
+    **{'empty.jsonl': '\n\n', 'empty.json': '[]', 'rows.csv': 'prompt\na'},
+    **{'object.json': '{"prompt": "a"}', 'broken.json': '[{"prompt": "a"},'},
+    'number.json': f'[{"1" * 5000}]',
+  }
+  paths = [write(tmp_path / name, text) for name, text in texts.items()]
+  paths += [cut, damaged, tmp_path / 'folder.jsonl', tmp_path / 'missing.jsonl']
   for path in paths:
     assert path.name in error_of(datasets.read_rows, path)
   path = write(tmp_path / 'latin.jsonl', b'{"prompt": "x"}\n{"prompt": "\xe9"}')
@@ -95,13 +89,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_real_files_are_read(shared):
   data = shared / 'data'
-  counts = {
-    'math/train.json': 7474,
-    'math/math500.jsonl': 500,
-    'arithmetic_sequence/test.jsonl': 200,
-    'human_eval/HumanEval.jsonl.gz': 164,
-  }
-  for name, count in counts.items():
+  names = (
+    'math/train.json',
+    'math/math500.jsonl',
+    'human_eval/HumanEval.jsonl.gz',
+  )
+  for name, count in zip(names, (7474, 500, 164), strict=True):
     rows = datasets.read_rows(data / name)
     assert len(rows) == count
     assert all(isinstance(row['prompt'], str) for row in rows)
@@ -110,13 +103,9 @@ def test_real_files_are_read(shared):
 def test_gsm8k_gives_question_number_and_solution(tmp_path):
   row = {'question': 'How many?', 'answer': 'a\n#### 1,200'}
   write(tmp_path / 'test.jsonl', json.dumps(row))
-  assert datasets.gsm8k(tmp_path, 'test') == [
-    {
-      'prompt': 'How many?',
-      'answer': '1200',
-      'solution': 'a\n#### 1,200',
-    }
-  ]
+  (found,) = datasets.gsm8k(tmp_path, 'test')
+  expected = {'prompt': 'How many?', 'answer': '1200'}
+  assert found == expected | {'solution': row['answer']}
   assert 'train.jsonl' in error_of(datasets.gsm8k, tmp_path, 'train')
   assert "'dev'" in error_of(datasets.gsm8k, tmp_path, 'dev')
   write(tmp_path / 'test.jsonl', json.dumps({'question': 'q', 'answer': '5'}))
@@ -130,12 +119,19 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
     calls.append((name, config, split))
     if name == 'nowhere/none':
       raise ConnectionError('line one\nline two\nline three')
-    return iter([{'question': 'q', 'answer': '#### 7'}])
+    row = {'question': 'q', 'answer': '#### 7'}
+    return iter([row if config else {'problem': 'p', 'solution': '\\boxed{7}'}])
 
   fake = types.SimpleNamespace(load_dataset=load_dataset)
   monkeypatch.setitem(sys.modules, 'datasets', fake)
   assert datasets.gsm8k(None, 'test')[0]['answer'] == '7'
-  assert calls == [('openai/gsm8k', 'main', 'test')]
+  for split in ('train', 'math500'):
+    assert datasets.math(None, split)[0]['answer'] == '7'
+  assert calls == [
+    ('openai/gsm8k', 'main', 'test'),
+    ('DigitalLearningGmbH/MATH-lighteval', None, 'train'),
+    ('HuggingFaceH4/MATH-500', None, 'test'),
+  ]
   text = error_of(datasets.read_hub, 'nowhere/none', 'train')
   assert 'nowhere/none' in text and 'ConnectionError' in text
   monkeypatch.setitem(sys.modules, 'datasets', None)
@@ -150,9 +146,8 @@ def test_math_gives_problem_and_answer(tmp_path):
   ]
   write(tmp_path / 'train.json', json.dumps(train))
   solution = 'As \\boxed{1}, it is $\\boxed{\\frac{1}{2}}$.'
-  write(
-    tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'solution': solution})
-  )
+  test = {'problem': 'p', 'solution': solution}
+  write(tmp_path / 'test.jsonl', json.dumps(test))
   assert datasets.math(tmp_path, 'train') == [
     {'prompt': 'p', 'answer': '\\frac12', 'difficulty': 1},
     {'prompt': 'q', 'answer': None, 'difficulty': 4},
@@ -165,20 +160,3 @@ def test_math_gives_problem_and_answer(tmp_path):
   assert "'dev'" in error_of(datasets.math, tmp_path, 'dev')
   write(tmp_path / 'test.jsonl', json.dumps({'problem': 'p', 'level': 5}))
   assert 'row 0' in error_of(datasets.math, tmp_path, 'test')
-
-
-def test_math_from_the_hub(monkeypatch):
-  asked = []
-
-  def load_dataset(name, config, split):
-    asked.append((name, split))
-    return [{'problem': 'p', 'solution': 'so \\boxed{7}'}]
-
-  module = types.SimpleNamespace(load_dataset=load_dataset)
-  monkeypatch.setitem(sys.modules, 'datasets', module)
-  for split in ('train', 'math500'):
-    assert datasets.math(None, split)[0]['answer'] == '7'
-  assert asked == [
-    ('DigitalLearningGmbH/MATH-lighteval', 'train'),
-    ('HuggingFaceH4/MATH-500', 'test'),
-  ]

@@ -106,7 +106,7 @@ def test_the_third_in_a_row_ends_the_run(runs):
   assert message[0].endswith(
     '3 updates in a row were not finite, up to step 9; parameters unchanged'
   )
-  assert 'lower the learning rate' in message[1]
+  assert '--allow_change=optimizer.learning_rate' in message[1]
   assert str(workdir / 'nonfinite_batch.npz') in message[1]
   assert 'Traceback' not in second.err
   # The first of the three was before the resumption.
