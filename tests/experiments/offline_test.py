@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from selection import mostly_slow
 
-from experiments import build, offline, preference, rest_em, run, sft
+from experiments import build, offline, preference, rest_em
 from experiments.configs import quickstart
 from experiments.data import Data
-from jaxrl_llm import rollouts, runs
+from jaxrl_llm import rollouts
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.rollouts import stored as pools
 from jaxrl_llm.sampling.policy import Decoding
@@ -290,16 +290,3 @@ def test_pairs_that_are_equal_or_over_budget(tmp_path):
   phase, _ = phase_of(config, tmp_path, long)
   (line,) = [line for line in phase.describe() if '11 pairs' in line]
   assert '1 by response' in line
-
-
-@pytest.mark.slow
-def test_sft_from_the_command_line(tmp_path):
-  config = tiny(dict(name='sft'), batch=8).lock()
-  config.steps = 12
-  config.optimizer.learning_rate = 3e-3
-  config.evaluation.every = 6
-  assert run.train(sft.SCRIPT, config, tmp_path / 'run') == 0
-  records = runs.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
-  assert [r['step'] for r in records if 'eval/reward' in r] == [0, 6, 12]
-  assert records[-1]['loss'] < records[1]['loss'] - 0.1
-  assert records[-1]['rounds/epoch'] == pytest.approx(12 * 8 / 20)

@@ -209,35 +209,19 @@ def test_diverging_run_ends(config, tmp_path):
 
 @pytest.mark.slow
 def test_tokens_end_a_run(config, tmp_path):
-  """And where more are allowed, its records are those of one go."""
+  """And where more are allowed, it goes on."""
   flags = [*FLAGS, '--config.optimizer.decay=constant']
   flags += ['--config.evaluation.every_tokens=100']
-  workdir, whole = tmp_path / 'run', tmp_path / 'whole'
-  first, second = '--config.tokens=230', '--config.tokens=530'
-  assert start(workdir, config, *flags, first).wait().code == 0
-  records = read_metrics(workdir / 'metrics.jsonl')
-  counts = [record['num_tokens'] for record in records]
-  assert counts[-2] < 230 <= counts[-1]
-  end = records[-1]['step']
-  assert end < scripts.TOTAL - scripts.WARM and end % scripts.EVERY, (
-    'the test needs another limit'
-  )
-
-  assert start(workdir, config, *flags, second).wait().code == 0
-  assert start(whole, config, *flags, second).wait().code == 0
-  records, expected = (
-    read_metrics(folder / 'metrics.jsonl') for folder in (workdir, whole)
-  )
-  counts = [0, *(record['num_tokens'] for record in expected)]
-  for i, (record, other) in enumerate(zip(records, expected, strict=True)):
+  workdir = tmp_path / 'run'
+  for limit in (230, 530):
+    ended = start(workdir, config, *flags, f'--config.tokens={limit}').wait()
+    assert ended.code == 0, ended.err
+    records = read_metrics(workdir / 'metrics.jsonl')
+    counts = [0, *(record['num_tokens'] for record in records)]
+    assert counts[-2] < limit <= counts[-1]
+  for i, record in enumerate(records):
     crossed = counts[i] // 100 < counts[i + 1] // 100
-    due = i % scripts.EVERY == 0 or i == len(expected) - 1 or crossed
-    assert ('eval/reward' in other) == due
-    if i == end and not due:  # where it ended at first
+    if crossed or i % scripts.EVERY == 0 or i == len(records) - 1:
       assert 'eval/reward' in record
-      record = {k: v for k, v in record.items() if not k.startswith('eval/')}
-    assert record == other
-  assert counts[-2] < 530 <= counts[-1]
-
-  ended = start(workdir, config, *flags, first).wait()
+  ended = start(workdir, config, *flags, '--config.tokens=230').wait()
   assert ended.code == 2 and 'raise config.steps or config.tokens' in ended.err

@@ -4,6 +4,7 @@ import inspect
 import pathlib
 import re
 
+import mistakes
 import pytest
 import scripts
 
@@ -78,23 +79,20 @@ def test_a_dry_run_prints_what_would_be_and_writes_nothing(tmp_path):
   assert not workdir.parent.exists()
 
 
-@pytest.mark.parametrize(
-  'name, config, line',
-  [
-    (
-      'train',
-      'arithmetic_ppo',
-      'training: 80 steps, each of 32 prompts x 8 responses and 1 update(s)',
-    ),
-    ('sft', 'arithmetic_sft', 'training: 80 steps, each an update on 256'),
-    ('preference', 'arithmetic_dpop', 'training: 240 steps'),
-    ('rest_em', 'arithmetic_rest_em', 'training: 320 steps'),
-  ],
-)
-def test_dry_runs_of_all_that_trains(name, config, line):
+TRAINING = """
+train arithmetic_ppo | training: 80 steps, each of 32 prompts x 8 responses
+sft arithmetic_sft | training: 80 steps, each an update on 256
+preference arithmetic_dpop | training: 240 steps
+rest_em arithmetic_rest_em | training: 320 steps
+"""
+
+
+@pytest.mark.parametrize('script, texts', mistakes.table(TRAINING))
+def test_dry_runs_of_all_that_trains(script, texts):
+  name, config = script.split()
   path = f'--config=experiments/configs/{config}.py'
   small = '--config.task.train=300', '--config.task.demonstrations=300'
   ended = scripts.call(name, path, *small, '--dry_run')
   assert ended.code == 0, ended.err
-  assert line in ended.out.splitlines()
+  assert texts[0] in ended.out
   assert not pathlib.Path('runs', config).exists()
