@@ -8,6 +8,7 @@ other, which can be killed.
 import contextlib
 import fcntl
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -18,6 +19,9 @@ import sys
 import tempfile
 import time
 import types
+from unittest import mock
+
+from absl import app, flags
 
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(
@@ -172,6 +176,42 @@ class Script:
 def run(name: str, *arguments, cache=None) -> Ended:
   """Runs a script to its end."""
   return Script(name, *arguments, cache=cache).wait()
+
+
+def call(script, *arguments) -> Ended:
+  """Runs a script in this process: a moment, where it ends before it trains.
+
+  Args:
+    script: its name, or what it does.
+    *arguments: of the command line.
+  """
+  out, err, start = io.StringIO(), io.StringIO(), time.monotonic()
+  begin = lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))
+  known = set(flags.FLAGS)
+  path, code = pathlib.Path(__file__).parents[1] / 'experiments', 0
+  argv = ['script', *map(str, arguments)]
+  with (
+    mock.patch.object(app, 'run', begin),
+    mock.patch.object(sys, 'argv', argv),
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+  ):
+    flags.FLAGS.unparse_flags()
+    try:
+      if callable(script):
+        script()
+      else:
+        file = path.joinpath(*script.split('.')).with_suffix('.py')
+        runpy.run_path(str(file), run_name='__main__')
+    except SystemExit as end:
+      code = end.code or 0
+    finally:
+      for flag in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, flag)
+      # Else the next file inherits what it does not define.
+      sys.modules.pop('config_config', None)
+  seconds, out, err = time.monotonic() - start, out.getvalue(), err.getvalue()
+  return Ended(code=code, seconds=seconds, out=out, err=err)
 
 
 def train(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import mistakes
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -10,7 +11,6 @@ from experiments import build
 from experiments.configs import base
 from jaxrl_llm import estimators as est
 from jaxrl_llm import training
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import families
 from jaxrl_llm.rewards import Workers
 
@@ -99,33 +99,30 @@ def test_code_files_are_those_that_are_executed(config, tmp_path):
   assert build.code_files(config) == [str(other), str(mine)]
 
 
-@pytest.mark.parametrize(
-  'spec, text',
-  [
-    ('exact_match', r"write dict\(name='exact_match'\)"),
-    (dict(weight=1.0), "has no 'name'"),
-    (dict(name='exact_match', weight='1'), "weight is '1', not a number"),
-    (dict(name='exact_match', pattern='a'), "has no setting 'pattern'"),
-    (dict(name='format_match'), 'format_match needs pattern'),
-    (dict(name='format_match', patern='a'), "did you mean 'pattern'?"),
-    (dict(name='mine.txt:f'), 'no such Python file: mine.txt'),
-    (dict(name='FILE:shout'), "no function 'shout' in .*\nit has shouts"),
-    (dict(name='FILE:shouts', limit=3), "has no setting 'limit'"),
-    (dict(name='FILE:shouts', limit=3, workers=1), "has no setting 'limit'"),
-    (dict(name='FILE:shouts', timeout=3.0), "has no setting 'timeout'"),
-    (dict(name='FILE:shouts', workers=0), 'workers is 0'),
-  ],
-)
-def test_rewards_refused(spec, text, config, tmp_path):
+REFUSED = """
+'exact_match' | write dict(name='exact_match')
+dict(weight=1.0) | has no 'name'
+dict(name='exact_match', weight='1') | weight is '1', not a number
+dict(name='exact_match', pattern='a') | has no setting 'pattern'
+dict(name='format_match') | format_match needs pattern
+dict(name='format_match', patern='a') | did you mean 'pattern'?
+dict(name='mine.txt:f') | no such Python file: mine.txt
+dict(name='FILE:shout') | no function 'shout' in | it has shouts
+dict(name='FILE:shouts', limit=3) | has no setting 'limit'
+dict(name='FILE:shouts', limit=3, workers=1) | has no setting 'limit'
+dict(name='FILE:shouts', timeout=3.0) | has no setting 'timeout'
+dict(name='FILE:shouts', workers=0) | workers is 0
+"""
+
+
+@pytest.mark.parametrize('spec, texts', mistakes.table(REFUSED))
+def test_rewards_refused(spec, texts, config, tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text(REWARDS)
-  if isinstance(spec, dict) and 'FILE' in spec.get('name', ''):
-    spec = spec | {'name': spec['name'].replace('FILE', str(path))}
   with config.unlocked():
-    config.rewards = dict(part=spec)
-  with pytest.raises(UserError, match=text) as caught:
+    config.rewards = dict(part=eval(spec.replace('FILE', str(path))))
+  with mistakes.refused('config.rewards.part', *texts):
     build.reward_parts(config)
-  assert str(caught.value).startswith('config.rewards.part')
 
 
 def test_model_from_a_stored_configuration(config):
@@ -150,32 +147,19 @@ def test_model_from_a_stored_configuration(config):
   assert first.eos_ids == (first.tokenizer.eos_token_id,)
 
 
-@pytest.mark.parametrize(
-  'change, text',
-  [
-    (dict(hiden_size=8), "no field 'hiden_size'\nit takes hidden_size"),
-    (dict(vocab_size=8), "no field 'vocab_size'"),
-    (dict(num_layers=0), 'num_layers must be a positive integer'),
-  ],
-)
-def test_architecture_refused(change, text, config):
-  with config.unlocked():
-    config.model.architecture.update(change)
-  with pytest.raises(UserError, match=text):
-    build.model(config.model, 0)
+MODELS = """
+architecture.hiden_size=8 | no field 'hiden_size' | it takes hidden_size
+architecture.vocab_size=8 | no field 'vocab_size'
+architecture.num_layers=0 | num_layers must be a positive integer
+architecture.num_heads=... | architecture: | 'num_heads'
+alphabet='' | --config.model.path=FOLDER
+"""
 
 
-def test_architecture_with_a_missing_field(config):
-  with config.unlocked():
-    del config.model.architecture['num_heads']
-  with pytest.raises(UserError, match="architecture: .*'num_heads'"):
-    build.model(config.model, 0)
-
-
-def test_neither_path_nor_alphabet(config):
-  config.model.alphabet = ''
-  with pytest.raises(UserError, match='--config.model.path=FOLDER'):
-    build.model(config.model, 0)
+@pytest.mark.parametrize('change, texts', mistakes.table(MODELS))
+def test_models_refused(change, texts, config):
+  with config.unlocked(), mistakes.refused(*texts):
+    build.model(mistakes.change(config.model, mistakes.changes(change)), 0)
 
 
 def test_generation_fits_the_model(config):
@@ -185,9 +169,7 @@ def test_generation_fits_the_model(config):
   assert found.decoding.temperature == 0.5
   assert found.decoding.num_tokens == len(model.tokenizer)
   config.rollout.max_tokens = 17
-  with pytest.raises(
-    UserError, match="17 response tokens exceed the model's 32"
-  ):
+  with mistakes.refused("17 response tokens exceed the model's 32"):
     build.generation(config, model, 0, samples=3, temperature=0.5)
 
 
@@ -226,44 +208,33 @@ def test_the_clipped_ratio_is_the_one_reported(config):
   assert metric(outputs, batch).tolist() == [[[False, True]]]
 
 
-@pytest.mark.parametrize(
-  'algorithm',
-  [
-    dict(name='trepo', score_weighted=True, kl=0.1),
-    dict(name='trepo', positions=dict(name='fixed', positions=(1, 3))),
-    dict(name='trepo', positions=dict(name='delimiter', token_ids=(1, 3))),
-    dict(name='trepo', positions=dict(name='entropy_above', threshold=0.5)),
-    dict(name='trepo', positions=dict(name='entropy_sum', nats=0.5)),
-    dict(
-      name='trepo',
-      positions=dict(name='pairs', positions=dict(name='uniform')),
-    ),
-    dict(name='trepo_tree'),
-    dict(name='trepo_critic'),
-    dict(name='vine_ppo', delimiters=(3,)),
-    dict(
-      name='ppo',
-      kl=dict(name='adaptive_kl', initial=0.1, target=1.0, horizon=9),
-    ),
-  ],
-)
+NAMED = """
+dict(name='trepo', score_weighted=True, kl=0.1)
+dict(name='trepo', positions=dict(name='fixed', positions=(1, 3)))
+dict(name='trepo', positions=dict(name='delimiter', token_ids=(1, 3)))
+dict(name='trepo', positions=dict(name='entropy_above', threshold=0.5))
+dict(name='trepo', positions=dict(name='entropy_sum', nats=0.5))
+dict(name='trepo', positions=dict(name='pairs', positions=dict(name='uniform')))
+dict(name='trepo_critic')
+dict(name='vine_ppo', delimiters=(3,))
+"""
+
+
+@pytest.mark.parametrize('algorithm', NAMED.strip().splitlines())
 def test_every_use_of_branches_can_be_named(config, algorithm):
-  config.algorithm = ConfigDict(algorithm)
-  assert build.estimator(config).needs.samples >= 1
-
-
-def test_a_count_that_does_not_suit_the_rule(config):
-  pairs = dict(name='pairs', positions=dict(name='uniform'))
-  config.algorithm = dict(name='trepo', count=3, positions=pairs)
-  with pytest.raises(UserError, match='even count'):
-    build.estimator(config)
+  config.algorithm = ConfigDict(eval(algorithm))
+  assert build.estimator(config).needs.branches
 
 
 def test_what_an_estimator_refuses_is_the_users_mistake(config):
+  pairs = dict(name='pairs', positions=dict(name='uniform'))
+  config.algorithm = dict(name='trepo', count=3, positions=pairs)
+  with mistakes.refused('even count'):
+    build.estimator(config)
   with config.unlocked():
     config.algorithm = dict(name='p3o')
     config.rollout.samples = 3
-  with pytest.raises(UserError, match='p3o: responses pair up: 3 per prompt'):
+  with mistakes.refused('p3o: responses pair up: 3 per prompt'):
     build.estimator(config)
 
 

@@ -11,6 +11,7 @@ from experiments.configs import quickstart
 from jaxrl_llm import rollouts
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.runs import read_metrics
+from tests.experiments import replay_test
 
 # One in which both tools have work to do.
 STEP = 6
@@ -50,14 +51,11 @@ def stepped():
   return rl, begin, rl.collect(begin(), STEP), rows, model
 
 
-def test_both_tools_were_used(stepped):
-  record = stepped[2].record
-  assert record['hints/saved'] > 0 and record['refill/replaced'] > 0
-  assert record['sampled/frac_reward_zero_std'] > 0
-
-
 def test_collecting_again_gives_the_same(stepped):
   rl, begin, collected, _, _ = stepped
+  record = collected.record
+  assert record['hints/saved'] > 0 and record['refill/replaced'] > 0
+  assert record['sampled/frac_reward_zero_std'] > 0
   again = rl.collect(begin(), STEP)
   assert again.record == collected.record and again.tokens == collected.tokens
   assert again.responses.completions == collected.responses.completions
@@ -99,17 +97,6 @@ def test_the_update_reads_the_prompts_that_were_sampled_from(stepped):
     rtol=0,
     atol=1e-4,
   )
-
-
-@pytest.mark.slow
-def test_a_step_records_tools_and_tokens(stepped):
-  rl, begin, collected, _, _ = stepped
-  result = rl.step(begin(), STEP)
-  assert result.metrics['log_prob_difference/max'] < 1e-4
-  assert result.tokens == collected.rollouts.mask.sum() + collected.tokens
-  for name, value in collected.record.items():
-    assert result.metrics[name] == value
-  assert result.metrics['grad_norm'] > 0 and result.metrics['skipped'] == 0
 
 
 def test_rewards_and_greedy_responses_are_of_the_rows_own_prompts(stepped):
@@ -166,3 +153,4 @@ def test_a_resumed_run_has_the_records_of_one_go(tmp_path):
   assert sum(record['hints/saved'] for record in whole[1:]) > 0
   shares = [record['curriculum/share'] for record in whole[1:]]
   assert shares == [1 / 3] * 3 + [2 / 3] * 3 + [1.0] * 3
+  replay_test.identical(tmp_path / 'whole', [1, 7, 9])

@@ -1,13 +1,13 @@
 """Refilling and hints over recorded responses, against plain Python."""
 
 import jax
+import mistakes
 import numpy as np
 import pytest
 
-from experiments import checks, online
+from experiments import online
 from experiments.configs import base
 from jaxrl_llm import rollouts, sampling
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -196,18 +196,7 @@ def test_a_step_is_a_function_of_its_number():
   )
   assert drawn.responses is plain.calls[0]
   assert drawn.tokens == 0 and drawn.record == {}
-
-
-def test_without_tools_no_score_is_asked_for():
-  recorder = Recorder(often_equal)
-  collection()[0].draw(recorder, KEY, 0)
-  prompts = dict(curriculum='level', curriculum_steps=9)
-  easy = collection(prompts=prompts)[0]
-  drawn = easy.draw(recorder, KEY, 0)
-  assert recorder.asked == 0 and drawn.record == {}
-  levels = [row['level'] for row in drawn.batch.rows]
-  assert easy.source.share(0) == 0.1
-  assert easy.source.difficulty(0) == pytest.approx(np.mean(levels))
+  assert plain.asked == 0  # Scores are not waited for.
 
 
 def test_further_prompts_are_of_the_curriculum():
@@ -293,10 +282,9 @@ def test_hints_that_do_not_fit_and_rows_without_a_solution():
   # Of prompts with 6 tokens those with a hint of 3 do not fit, of 4 with 6.
   assert groups == [5, 3, 0] and record['hints/over_budget'] == 2 + 3
   assert record['hints/saved'] == 0
-
-
-def test_a_group_without_scores_has_not_failed():
-  made, _ = collection(hints=(0.5,))
+  with mistakes.refused('no training prompt has a solution'):
+    collection([{'prompt': '1'}], hints=(0.5,))
+  # A group without scores has not failed.
   recorder = Recorder(lambda rng, texts: np.full((len(texts), GROUP), np.nan))
   record = made.draw(recorder, KEY, 0).record
   assert len(recorder.calls) == 1 and record['hints/failed'] == 0
@@ -324,68 +312,3 @@ def test_hints_come_before_refilling():
   for place, row in enumerate(drawn.responses.rows):
     assert int(row['prompt'][:-1]) % 2 == 1 and row['prompt'][-1] == '='
     assert row in encoded.rows and (row == own[place]) == bool(odd[place])
-
-
-def test_some_row_needs_a_solution():
-  with pytest.raises(UserError, match='no training prompt has a solution'):
-    collection([{'prompt': '1'}], hints=(0.5,))
-
-
-@pytest.mark.parametrize(
-  'section, changes, text',
-  [
-    ('rollout', dict(refill=-1), 'refill is -1'),
-    ('rollout', dict(refill=2, samples=1), 'samples is 1'),
-    ('rollout', dict(hints=(0.0, 0.5)), 'give shares above 0'),
-    ('rollout', dict(hints=(0.5, 1.5)), 'give shares above 0'),
-    ('rollout', dict(hints=('half',)), 'give shares above 0'),
-    ('rollout', dict(hints=(0.5, 0.25)), 'in increasing order'),
-    ('rollout', dict(hint_threshold=0.5), 'hint_threshold is 0.5, which'),
-    ('rollout', dict(hint_template='{hint}'), 'hint_template is'),
-    (
-      'rollout',
-      dict(hints=(0.5,), hint_template='{prompt}'),
-      'hint_template: .* 0 times',
-    ),
-    ('prompts', dict(min_pass_rate=0.1), 'unless config.prompts.pass_rates is'),
-    (
-      'prompts',
-      dict(pass_rates='f', min_pass_rate=0.6, max_pass_rate=0.4),
-      'the minimum first',
-    ),
-    ('prompts', dict(pass_rates='f', max_pass_rate=1.4), 'from 0 to 1'),
-    (
-      'prompts',
-      dict(curriculum_steps=5),
-      'unless config.prompts.curriculum is',
-    ),
-    ('prompts', dict(curriculum='level'), 'set it to 9 or more'),
-    (
-      'prompts',
-      dict(curriculum='level', curriculum_steps=3, curriculum_stages=1),
-      'at least 2',
-    ),
-  ],
-)
-def test_refusals(section, changes, text):
-  config = base.get_config()
-  config.algorithm = dict(name='rloo')
-  checks.check(config)
-  if 'samples' in changes:
-    config.algorithm = dict(name='reinforce')
-  config[section].update(changes)
-  with pytest.raises(UserError, match=text) as error:
-    checks.check(config)
-  assert str(error.value).count('\n') <= 2
-
-
-@pytest.mark.parametrize('changes', [dict(refill=2), dict(hints=[0.5])])
-def test_branches_go_on_from_what_would_be_replaced(changes):
-  config = base.get_config()
-  config.algorithm = dict(name='trepo')
-  checks.check(config)
-  config.rollout.update(changes)
-  with pytest.raises(UserError, match='without branches'):
-    checks.check(config)
-  config.algorithm = dict(name='remax')
-  checks.check(config)

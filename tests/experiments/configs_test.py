@@ -1,7 +1,5 @@
 """Every configuration of a training can be read, checked and started."""
 
-import ast
-import collections
 import importlib
 import json
 import pathlib
@@ -23,7 +21,6 @@ from experiments import (
 )
 from experiments.configs import base
 from jaxrl_llm import naming, sharding
-from jaxrl_llm.errors import UserError
 
 FOLDER = pathlib.Path(base.__file__).parent
 NAMES = sorted(
@@ -66,65 +63,9 @@ def test_configuration_is_sound(name):
   # What a run stores and evaluation reads back.
   stored = ConfigDict(json.loads(json.dumps(config.to_dict())))
   check(stored)
-  assert json.loads(json.dumps(stored.to_dict())) == json.loads(
-    json.dumps(config.to_dict())
-  )
-
-
-@pytest.mark.parametrize('epochs, minibatches', [(2, 1), (1, 2)])
-def test_several_updates_need_a_ratio(epochs, minibatches):
-  config = get('quickstart').unlock()
-  config.training.epochs, config.training.minibatches = epochs, minibatches
-  for name, sound in (('rloo', False), ('remax', False), ('trepo', True)):
-    config.algorithm = ConfigDict(dict(name=name))
-    if sound:
-      checks.check(config)
-      continue
-    with pytest.raises(UserError, match=f'{name} has no importance ratio'):
-      checks.check(config)
-    config.training.epochs = config.training.minibatches = 1
-    checks.check(config)
-    config.training.epochs, config.training.minibatches = epochs, minibatches
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_docstring_has_the_command(name):
   module = importlib.import_module(f'experiments.configs.{name}')
-  assert f'python -m {script(get(name)).__name__}' in module.__doc__
+  assert f'python -m {script(config).__name__}' in module.__doc__
   assert f'--config=experiments/configs/{name}.py' in module.__doc__
-
-
-def fields_read() -> dict[str, set[str]]:
-  """Field → names of what the scripts read it of.
-
-  Of a variable these are its own and that of what it stands for: after
-  `settings = config.rollout` the field of `settings.samples` is the rollout's.
-  """
-  name = lambda node: getattr(node, 'attr', getattr(node, 'id', None))
-  stands_for, read = collections.defaultdict(set), collections.defaultdict(set)
-  nodes = [
-    node
-    for path in FOLDER.parent.glob('*.py')
-    if path.name != 'checks.py'
-    for node in ast.walk(ast.parse(path.read_text()))
-  ]
-  for node in nodes:
-    if not isinstance(node, ast.Assign):
-      continue
-    target, value = node.targets[0], node.value
-    pairs = [(target, value)]
-    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-      pairs = zip(target.elts, value.elts, strict=True)
-    for left, right in pairs:
-      stands_for[name(left)].add(name(right))
-  for node in nodes:
-    if isinstance(node, ast.Attribute):
-      of = name(node.value)
-      read[node.attr] |= {of, *stands_for[of]}
-  # `held_out` makes a dictionary of its section.
-  read['temperature'].add('evaluation')
-  read['batch'].add('evaluation')
-  return read
 
 
 def test_every_field_is_read():
@@ -140,104 +81,10 @@ def test_every_field_is_read():
     field = name.rpartition('.')[2]
     if not name.startswith(whole):
       assert f'.{field}' in source or f"['{field}']" in source, name
-  # A name that several sections have is read of each of them.
-  read, fields = fields_read(), [n for n, _ in checks.leaves(base.get_config())]
-  names = [name.rpartition('.')[2] for name in fields]
-  for name, field in zip(fields, names, strict=True):
-    section = name.rpartition('.')[0].rpartition('.')[2] or 'config'
-    if names.count(field) > 1 and not name.startswith(whole):
-      assert section in read[field], f'{name}: {read[field]}'
   arguments = set(base.optimizer(1.0))
   assert arguments == set(base.get_config().warm_start.optimizer)
   build.optimizer(base.get_config().optimizer, 10)
   sharding.make_mesh(**base.get_config().mesh, devices=jax.devices()[:1])
-
-
-@pytest.mark.parametrize(
-  'change, text',
-  [
-    (dict(rolout=ConfigDict(dict(samples=4))), 'reads config.rolout.samples'),
-    (dict(notes='mine'), 'nothing reads config.notes'),
-  ],
-)
-def test_field_that_nothing_reads_is_refused(change, text):
-  config = get('quickstart').unlock()
-  config.update(change)
-  with pytest.raises(UserError, match=text):
-    checks.check(config)
-
-
-def test_missing_field_is_refused():
-  config = get('quickstart').unlock()
-  del config.rollout['top_p']
-  with pytest.raises(UserError, match='config.rollout.top_p is missing'):
-    checks.check(config)
-
-
-@pytest.mark.parametrize(
-  'field, value',
-  [
-    ('evaluation.every', 0),
-    ('checkpoints.every', 0),
-    ('rollout.samples', 0),
-    ('steps', -1),
-    ('tokens', -1),
-    ('training.chunk', 0),
-    ('seed', -1),
-  ],
-)
-def test_number_out_of_range_is_refused(field, value):
-  config = get('quickstart')
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(UserError, match=f'config.{field} is {value}'):
-    checks.check(config)
-
-
-@pytest.mark.parametrize(
-  'change, text',
-  [
-    ({'rollout.prompts': 10**30}, '(?s)rollout.prompts is 1000.*below 2147'),
-    ({'seed': 2**32}, 'config.seed is 4294967296'),
-    ({'tokens': 2**63}, '(?s)config.tokens is .*below 9223'),
-    ({'rollout.temperature': float('nan')}, 'temperature is nan'),
-    ({'prompts.min_pass_rate': float('nan')}, 'min_pass_rate is nan'),
-    ({'algorithm': dict(name=5)}, 'config.algorithm.name is 5'),
-    ({'algorithm': dict(name=['grpo'])}, 'config.algorithm.name is'),
-    ({'task': dict(name=dict(a=1))}, 'config.task.name is'),
-    ({'algorithm': dict(name='grpo', clip='x')}, 'config.algorithm: grpo: '),
-    ({'algorithm': dict(name='grpo', clip=[0.2])}, 'config.algorithm: grpo: '),
-    (
-      {'algorithm': dict(name='ppo', kl=dict(name=5))},
-      'config.algorithm.kl: the name is 5',
-    ),
-  ],
-)
-def test_what_nothing_computes_with_is_refused(change, text):
-  config = get('quickstart').unlock()
-  for name, value in change.items():
-    *sections, last = name.split('.')
-    place = config
-    for section in sections:
-      place = place[section]
-    del place[last]
-    place[last] = ConfigDict(value) if isinstance(value, dict) else value
-  with pytest.raises(UserError, match=text) as caught:
-    checks.check(config)
-  assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_counts_of_tokens_may_be_large():
-  config = get('quickstart')
-  config.tokens = 10**12
-  checks.check(config)
-
-
-def test_a_decay_needs_the_last_update():
-  config = get('stories_sentiment')
-  assert config.optimizer.decay == 'linear'
-  config.tokens = 1000
-  with pytest.raises(UserError, match='set decay to .constant., or tokens'):
-    checks.check(config)
 
 
 def qwen2_folder(folder, lines) -> None:
@@ -245,21 +92,14 @@ def qwen2_folder(folder, lines) -> None:
   torch = pytest.importorskip('torch')
   import tokenizers
   import transformers
-  from tokenizers import decoders, models, pre_tokenizers, trainers
 
-  backend = tokenizers.Tokenizer(models.BPE())
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
   special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
-  trainer = trainers.BpeTrainer(
-    vocab_size=1000,
-    special_tokens=special,
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
+  backend = tokenizers.ByteLevelBPETokenizer()
+  backend.train_from_iterator(
+    lines, 1000, show_progress=False, special_tokens=special
   )
-  backend.train_from_iterator(lines, trainer)
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
+    tokenizer_object=backend._tokenizer,
     eos_token='<|im_end|>',
     pad_token='<|endoftext|>',
     additional_special_tokens=special[1:],

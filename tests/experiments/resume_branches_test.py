@@ -1,9 +1,9 @@
 """Kills of runs with branches or a critic: the records are equal."""
 
-import signal
-
 import pytest
 import scripts
+
+from tests.experiments import replay_test, resume_offline_test
 
 BRANCHES = dict(count=2, samples=2)
 # Both kinds of state at once, then each alone.
@@ -23,31 +23,19 @@ def test_kills_leave_the_same_records(name, tmp_path):
   )
   assert repr(ALGORITHMS[name]) in text
   config = scripts.write_config(tmp_path / 'config', text)
-  flags = f'--config={config}', '--resume'
-  cache = scripts.cache()
-
-  def start(folder):
-    workdir = f'--workdir={tmp_path / folder}'
-    return scripts.Script('train', workdir, *flags, cache=cache)
-
-  whole = start('whole').wait()
-  assert whole.code == 0, whole.err
-  killed = tmp_path / 'killed'
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  ended = scripts.train(whole, config).wait()
+  assert ended.code == 0, ended.err
   # In the first rollouts of RL, and between checkpoints.
   for step in (scripts.WARM + 1, scripts.WARM + 8):
-    script = start('killed')
-    scripts.wait_until(
-      lambda step=step: scripts.steps_written(killed) >= step, script
-    )
-    script.signal(signal.SIGKILL)
-    assert script.wait().code == -signal.SIGKILL
-  ended = start('killed').wait()
+    reached = lambda step=step: scripts.steps_written(killed) >= step
+    resume_offline_test.kill(scripts.train(killed, config), reached)
+  ended = scripts.train(killed, config).wait()
   assert ended.code == 0, ended.err
-  for file in ('metrics.jsonl', 'samples.jsonl', 'hf/model.safetensors'):
-    left, right = (
-      (tmp_path / x / file).read_bytes() for x in ('whole', 'killed')
-    )
-    assert left == right, file
-  records = (tmp_path / 'whole' / 'metrics.jsonl').read_text()
+  scripts.assert_same_run(killed, whole)
+  records = (whole / 'metrics.jsonl').read_text()
   for metric in {'ppo': ['critic/value_loss']}.get(name, ['branches/forks']):
     assert metric in records
+  if name in ('ppo', 'tree'):
+    steps = [scripts.WARM + 1, replay_test.MIDDLE, scripts.TOTAL]
+    replay_test.identical(whole, steps)

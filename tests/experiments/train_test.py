@@ -21,8 +21,6 @@ from jaxrl_llm.runs import read_metrics
 from jaxrl_llm.runs.folder import open_run
 
 FLAGS = ['--config.warm_start.steps=0']
-STEPS = scripts.TOTAL - scripts.WARM
-EVALUATED = range(0, STEPS + 1, scripts.EVERY)
 
 
 def start(workdir, config, *flags) -> scripts.Script:
@@ -35,22 +33,14 @@ def config(tmp_path_factory):
   return scripts.write_config(tmp_path_factory.mktemp('config'))
 
 
-@pytest.fixture(scope='module')
-def whole(config, tmp_path_factory):
-  """A run of RL only."""
-  workdir = tmp_path_factory.mktemp('whole') / 'run'
-  ended = start(workdir, config, *FLAGS).wait()
-  assert ended.code == 0, ended.err
-  return workdir
-
-
-def test_folder_is_complete(whole):
-  assert sorted(os.listdir(whole)) == sorted(
-    ['checkpoints', 'config.json', 'curve.png', 'hf', 'lock', 'starts.jsonl']
-    + ['health.log', 'metrics.jsonl', 'reference', 'samples.html']
-    + ['samples.jsonl', 'tb']
-    + ['timings.jsonl']
-  )
+def test_folder_is_complete():
+  whole = scripts.undisturbed()
+  names = {path.name for path in whole.iterdir()}
+  assert names == {
+    *('checkpoints', 'config.json', 'curve.png', 'health.log', 'hf', 'lock'),
+    *('metrics.jsonl', 'reference', 'samples.html', 'samples.jsonl'),
+    *('starts.jsonl', 'tb', 'timings.jsonl'),
+  }
   env = json.loads((whole / 'starts.jsonl').read_text())
   assert env['command'][1:] and env['device_count'] == 1
 
@@ -92,42 +82,26 @@ def test_log_probs_of_float32_differ_by_less_than_the_default(monkeypatch):
     assert len(online.start(None)) == lines
 
 
-def test_what_is_left_out_or_repeated_is_said():
-  config = quickstart.get_config()
-  config.task.update(train=12, held_out=8, operations=(1, 3))
-  config.prompts.update(max_tokens=7, overlong='drop')
-  config.rollout.update(prompts=16, samples=2)
-  model = build.model(config.model, config.seed)
-  data = build.dataset(config, model.tokenizer)
-  # A token per character, and one before them.
-  sizes = [
-    [1 + len(row['prompt']) for row in rows]
-    for rows in (data.train, data.held_out)
-  ]
-  over = [sum(size > 7 for size in each) for each in sizes]
-  assert 0 < over[0] < 12 and 0 < over[1] < 8
-  online = train.Online(config, model, data, jax.random.key(0), None)
-  assert online.describe() == [
-    f'{12 - over[0]} training and {8 - over[1]} held-out prompts; dropped as '
-    f'over budget: {over[0]} and {over[1]}',
-    f'16 prompts per step (config.rollout.prompts) of {12 - over[0]}: each '
-    'step repeats some',
-  ]
-
-
-def test_records(whole):
+def test_records():
+  whole = scripts.undisturbed()
   records = read_metrics(whole / 'metrics.jsonl')
-  assert [record['step'] for record in records] == list(range(STEPS + 1))
+  steps = [record['step'] for record in records]
+  assert steps == list(range(1, scripts.TOTAL + 1))
+  # Equal bits mean nothing if the numbers do not move.
+  assert len({r['reward'] for r in records if 'reward' in r}) > 15
   evaluated = [r['step'] for r in records if 'eval/reward' in r]
-  assert evaluated == list(EVALUATED)
+  assert evaluated == list(
+    range(scripts.WARM, scripts.TOTAL + 1, scripts.EVERY)
+  )
   # Adding up what the samples say gives what the record says.
   lines = (whole / 'samples.jsonl').read_text().splitlines()
   held = [s for s in map(json.loads, lines) if s['advantage'] is None]
-  assert {s['step'] for s in held} == set(EVALUATED)
+  assert {s['step'] for s in held} == set(evaluated)
   for sample in held:
     parts = sample['rewards']
     total = parts['symbols'] + 0.5 * parts['correct']
     np.testing.assert_allclose(sample['reward'], total, rtol=1e-12)
+  records = records[scripts.WARM - 1 :]
   assert records[0]['num_tokens'] == 0
   for before, after in zip(records, records[1:], strict=False):
     tokens = after['num_tokens'] - before['num_tokens']
@@ -139,32 +113,6 @@ def test_records(whole):
     assert after['log_prob_difference/max'] < 1e-5 and after['skipped'] == 0
   # The reference is the policy that RL began with.
   assert records[1]['kl'] < 1e-3 < records[-1]['kl']
-
-
-@pytest.mark.slow
-def test_stop_before_the_first_update(config, whole, tmp_path):
-  workdir = tmp_path / 'run'
-  # Before the first evaluation has begun, then in the first rollout.
-  for records in (0, 1):
-    script = start(workdir, config, *FLAGS)
-    metrics = workdir / 'metrics.jsonl'
-    scripts.wait_until(
-      lambda path=metrics, least=records: (
-        path.exists() and scripts.steps_written(path.parent) >= least
-      ),
-      script,
-    )
-    script.signal(signal.SIGTERM)
-    ended = script.wait()
-    assert ended.code == 128 + signal.SIGTERM, ended
-    assert 'after step 0' in ended.err
-    # A signal that comes late lets the first evaluation end.
-    assert records <= scripts.steps_written(workdir) <= 1
-    assert not (workdir / 'checkpoints').exists()
-  ended = start(workdir, config, *FLAGS).wait()
-  assert ended.code == 0, ended.err
-  for name in ('metrics.jsonl', 'samples.jsonl'):
-    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize('moment', ['__init__', 'train', 'finish'])
@@ -214,26 +162,23 @@ def test_a_stop_while_rewards_load_leaves_the_folder_as_it_was(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('records', [0, 1])
-def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
-  """In the first evaluation, and in the first step of RL."""
+def test_a_stop_is_heard_while_rewards_hang(tmp_path):
+  """In the first step of RL, after an evaluation."""
   hang = (
-    f'  if calls > {records * scripts.HELD_OUT}:\n'
-    '    open(__file__ + ".hangs", "w").close()\n'
+    f'  if calls > {scripts.HELD_OUT}:\n'
+    '    open(__file__ + ".hangs", "w").write(str(os.getpid()))\n'
     '    time.sleep(1000)\n'
   )
-  body = scripts.REWARD.replace('  # BREAK\n', hang)
+  body = 'import os\n' + scripts.REWARD.replace('  # BREAK\n', hang)
   text = scripts.CONFIG.replace(
     "symbols=dict(name='REWARD:symbols')",
     "symbols=dict(name='REWARD:symbols', workers=1, timeout=2000.0)",
   )
   config = scripts.write_config(tmp_path / 'config', text, body)
-  workdir, reward = tmp_path / 'run', config.with_name('reward.py')
+  workdir, hangs = tmp_path / 'run', config.with_name('reward.py.hangs')
 
   script = start(workdir, config, *FLAGS)
-  scripts.wait_until(reward.with_name('reward.py.hangs').exists, script)
-  workers = descendants(script.pid)
-  assert workers
+  scripts.wait_until(hangs.exists, script)
   time.sleep(5.0)  # The device is told all it has to do.
   began = time.monotonic()
   script.signal(signal.SIGTERM)
@@ -242,46 +187,10 @@ def test_a_stop_is_heard_while_rewards_hang(records, tmp_path):
   assert 'after step 0' in ended.err and 'Traceback' not in ended.err
   # Saving takes most of it.
   assert time.monotonic() - began < 20.0
-  assert scripts.steps_written(workdir) == records
-  assert os.listdir(workdir / 'checkpoints') == ['00000000']
-  assert not [pid for pid in workers if parent_of(pid)]
-
-
-def descendants(pid: int) -> set[int]:
-  """Numbers of the processes that come of one, however far."""
-  listed = [int(p.name) for p in pathlib.Path('/proc').glob('[0-9]*')]
-  parents, found = {each: parent_of(each) for each in listed}, {pid}
-  while more := {each for each in listed if parents[each] in found} - found:
-    found |= more
-  return found - {pid}
-
-
-def parent_of(pid: int) -> int | None:
-  """None of a process that has ended."""
-  try:
-    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
-  except OSError:
-    return None
-  state, parent = stat.rpartition(')')[2].split()[:2]
-  return None if state == 'Z' else int(parent)
-
-
-@pytest.mark.slow
-def test_an_impatient_user_sees_no_traceback(config, whole, tmp_path):
-  workdir = tmp_path / 'run'
-  script = start(workdir, config, *FLAGS)
-  # Before the first checkpoint: models and data are made, programs compiled.
-  scripts.wait_until((workdir / 'config.json').exists, script)
-  for _ in range(2):
-    time.sleep(0.1)
-    script.signal(signal.SIGINT)
-  ended = script.wait()
-  assert ended.code == 128 + signal.SIGINT, ended
-  assert ended.err.count('\n') <= 5 and 'Traceback' not in ended.err, ended.err
-  ended = start(workdir, config, *FLAGS).wait()
-  assert ended.code == 0, ended.err
-  for name in ('metrics.jsonl', 'samples.jsonl'):
-    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+  assert scripts.steps_written(workdir) == 1
+  assert not (workdir / 'checkpoints').exists()  # Nothing was learned.
+  worker = pathlib.Path('/proc', hangs.read_text(), 'cmdline')
+  assert not worker.exists() or worker.read_bytes() == b''
 
 
 @pytest.mark.slow
@@ -291,7 +200,8 @@ def test_diverging_run_ends(config, tmp_path):
   ended = start(workdir, config, rate).wait()
   assert ended.code == 2
   assert '3 updates in a row were not finite' in ended.err
-  assert 'lower the learning rate' in ended.err and 'Traceback' not in ended.err
+  assert 'optimizer.learning_rate' in ended.err
+  assert 'Traceback' not in ended.err
   records = read_metrics(workdir / 'metrics.jsonl')
   assert [record['skipped'] for record in records] == [0, 1, 2, 3]
   assert os.listdir(workdir / 'checkpoints') == ['00000004']
@@ -299,33 +209,19 @@ def test_diverging_run_ends(config, tmp_path):
 
 @pytest.mark.slow
 def test_tokens_end_a_run(config, tmp_path):
-  """And where more are allowed, its records are those of one go."""
+  """And where more are allowed, it goes on."""
   flags = [*FLAGS, '--config.optimizer.decay=constant']
   flags += ['--config.evaluation.every_tokens=100']
-  workdir, whole = tmp_path / 'run', tmp_path / 'whole'
-  first, second = '--config.tokens=230', '--config.tokens=530'
-  assert start(workdir, config, *flags, first).wait().code == 0
-  records = read_metrics(workdir / 'metrics.jsonl')
-  counts = [record['num_tokens'] for record in records]
-  assert counts[-2] < 230 <= counts[-1]
-  end = records[-1]['step']
-  assert end < STEPS and end % scripts.EVERY, 'the test needs another limit'
-
-  assert start(workdir, config, *flags, second).wait().code == 0
-  assert start(whole, config, *flags, second).wait().code == 0
-  records, expected = (
-    read_metrics(folder / 'metrics.jsonl') for folder in (workdir, whole)
-  )
-  counts = [0, *(record['num_tokens'] for record in expected)]
-  for i, (record, other) in enumerate(zip(records, expected, strict=True)):
+  workdir = tmp_path / 'run'
+  for limit in (230, 530):
+    ended = start(workdir, config, *flags, f'--config.tokens={limit}').wait()
+    assert ended.code == 0, ended.err
+    records = read_metrics(workdir / 'metrics.jsonl')
+    counts = [0, *(record['num_tokens'] for record in records)]
+    assert counts[-2] < limit <= counts[-1]
+  for i, record in enumerate(records):
     crossed = counts[i] // 100 < counts[i + 1] // 100
-    due = i % scripts.EVERY == 0 or i == len(expected) - 1 or crossed
-    assert ('eval/reward' in other) == due
-    if i == end and not due:  # where it ended at first
+    if crossed or i % scripts.EVERY == 0 or i == len(records) - 1:
       assert 'eval/reward' in record
-      record = {k: v for k, v in record.items() if not k.startswith('eval/')}
-    assert record == other
-  assert counts[-2] < 530 <= counts[-1]
-
-  ended = start(workdir, config, *flags, first).wait()
+  ended = start(workdir, config, *flags, '--config.tokens=230').wait()
   assert ended.code == 2 and 'raise config.steps or config.tokens' in ended.err

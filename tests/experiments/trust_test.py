@@ -1,16 +1,15 @@
 """Code that only a run's config.json names runs with --trust_code alone."""
 
-import functools
 import json
-import os
 import shutil
 
+import mistakes
 import pytest
 import scripts
+from mistakes import assert_refused as refused
 
 from experiments import replay, stored_runs
 from experiments.studies import audit_draws
-from jaxrl_llm.errors import UserError
 
 # A file that a downloaded folder may hold; '{mark}' is created if it is run.
 EVIL = """
@@ -55,45 +54,23 @@ def specs(mark):
   }
 
 
-def run(script, folder, *flags):
-  """Runs a script in the run's folder, as a relative name requires."""
-  return scripts.Script(
-    script,
-    *flags,
-    cache=scripts.cache(),
-    before=functools.partial(os.chdir, folder),
-  ).wait()
-
-
-def refused(ended, *texts):
-  assert ended.code == 2, ended
-  # XLA may have logged something before.
-  lines = ended.err[ended.err.index('error: ') :].splitlines()
-  assert len(lines) <= 3, lines
-  for text in texts:
-    assert text in ended.err, (text, ended.err)
-
-
-@pytest.mark.parametrize('kind', ['subprocess', 'os', 'file', 'worker'])
-def test_evaluate_executes_no_reward(kind, folder, mark):
-  spec = specs(mark)[kind]
-  store(folder, rewards={'score': spec})
-  ended = run('evaluate', folder, f'--workdir={folder}')
-  refused(
-    ended,
-    f'{folder}/config.json: config.rewards.score.name is {spec["name"]!r}',
-    '--trust_code',
-  )
-  assert not mark.exists()
-
-
-@pytest.mark.parametrize('what', ['pass_rates', 'pairs'])
-def test_labelling_executes_no_task(what, folder, mark, tmp_path):
-  store(folder, task=dict(name='evil.py:score'))
-  output = tmp_path / 'output.jsonl'
-  flags = f'--what={what}', f'--workdir={folder}', f'--output={output}'
-  ended = run('label', folder, *flags)
-  refused(ended, "config.task.name is 'evil.py:score'", '--trust_code')
+def test_neither_evaluation_nor_labelling_executes_code(
+  folder, mark, monkeypatch, tmp_path
+):
+  monkeypatch.chdir(folder)
+  for spec in specs(mark).values():
+    store(folder, rewards={'score': spec})
+    refused(
+      scripts.call('evaluate', f'--workdir={folder}'),
+      f'{folder}/config.json: config.rewards.score.name is {spec["name"]!r}',
+      '--trust_code',
+    )
+  store(folder, task=dict(name='evil.py:score'), rewards={})
+  output = f'--output={tmp_path / "output.jsonl"}'
+  for what in ('pass_rates', 'pairs'):
+    flags = f'--what={what}', f'--workdir={folder}', output
+    ended = scripts.call('label', *flags)
+    refused(ended, "config.task.name is 'evil.py:score'", '--trust_code')
   assert not mark.exists()
 
 
@@ -108,7 +85,7 @@ def test_neither_replay_nor_audit_executes_an_algorithm(part, folder, mark):
     lambda: replay.replay(folder, scripts.TOTAL),
     lambda: audit_draws.of_run(str(folder), 'newest', 4),
   ):
-    with pytest.raises(UserError, match=f"{field} is 'subprocess:getout"):
+    with mistakes.refused(f"{field} is 'subprocess:getout"):
       read()
   assert not mark.exists()
   # What executes no algorithm needs no trust in it.
@@ -118,22 +95,21 @@ def test_neither_replay_nor_audit_executes_an_algorithm(part, folder, mark):
   )
 
 
-def test_with_trust_the_folders_code_is_executed(folder, mark):
+def test_with_trust_the_folders_code_is_executed(folder, mark, monkeypatch):
+  monkeypatch.chdir(folder)
   store(folder, rewards={'score': specs(mark)['file']})
   flags = f'--workdir={folder}', '--trust_code'
-  ended = run('evaluate', folder, *flags)
+  ended = scripts.call('evaluate', *flags)
   assert ended.code == 0 and 'accuracy' in ended.out, ended
   assert mark.exists()
   mark.unlink()
   store(folder, rewards={'score': specs(mark)['subprocess']})
-  refused(run('evaluate', folder, *flags), 'of the standard library')
+  refused(scripts.call('evaluate', *flags), 'of the standard library')
   assert not mark.exists()
 
 
 def test_replay_from_the_command_line():
   flags = f'--workdir={scripts.undisturbed()}', '--step=2'
-  refused(scripts.run('replay', *flags), 'reward.py:symbols', '--trust_code')
-  trusting = scripts.run(
-    'replay', *flags, '--trust_code', cache=scripts.cache()
-  )
+  refused(scripts.call('replay', *flags), 'reward.py:symbols', '--trust_code')
+  trusting = scripts.call('replay', *flags, '--trust_code')
   assert trusting.code == 0 and 'identical' in trusting.out, trusting

@@ -4,24 +4,12 @@ import inspect
 import pathlib
 import re
 
+import mistakes
 import pytest
 import scripts
 
 from experiments import checks, usage
 from experiments.configs import base
-
-TRAINING = ('train', 'sft', 'preference', 'rest_em', 'reward_model')
-
-
-def test_every_field_is_listed_with_its_default():
-  lines = usage.text(base.get_config(), 'title').splitlines()
-  for name, value in checks.leaves(base.get_config()):
-    if name not in ('model.architecture', 'task', 'rewards', 'algorithm'):
-      assert f'  {name} = {value!r}' in lines
-  fields = [name for name, _ in usage.fields(base.get_config())]
-  # As they stand in the file, and not by the alphabet.
-  assert fields.index('seed') < fields.index('model') < fields.index('mesh')
-  assert fields.index('rollout.hints') < fields.index('rollout.hint_threshold')
 
 
 def test_no_comment_of_the_file_is_left_out():
@@ -35,33 +23,38 @@ def test_no_comment_of_the_file_is_left_out():
     assert comment in said
   notes = usage.comments()
   assert notes['rollout.prompts'] == 'P, per step'
+  fields = [name for name, _ in usage.fields(base.get_config())]
+  # As they stand in the file, and not by the alphabet.
+  assert fields.index('seed') < fields.index('model') < fields.index('mesh')
   assert notes['mesh'].startswith('Devices along') and notes['mesh.data'] == ''
   assert notes['optimizer.decay'] == notes['critic.optimizer.decay'] != ''
 
 
-@pytest.mark.parametrize('name', TRAINING)
-def test_help_lists_flags_and_fields(name):
-  ended = scripts.run(name, '--help')
-  assert ended.code == 0 and ended.err == ''
-  for line in ('  --workdir: Folder of the run.', '  rollout.samples = 8'):
-    assert line in ended.out.splitlines()
-
-
 def test_help_shows_what_a_file_and_flags_set(tmp_path):
+  ended = scripts.call('train', '--help')
+  assert ended.code == 0 and ended.err == ''
+  lines = ended.out.splitlines()
+  assert '  --workdir: Folder of the run.' in lines
+  for name, value in checks.leaves(base.get_config()):
+    if name not in ('model.architecture', 'task', 'rewards', 'algorithm'):
+      assert f'  {name} = {value!r}' in lines
   config = scripts.write_config(tmp_path)
   flags = f'--config={config}', '--config.rollout.samples=3', '--help'
-  ended = scripts.run('train', *flags)
+  ended = scripts.call('train', *flags)
   assert ended.code == 0 and f'fields of {config}' in ended.out
   for line in ('  rollout.samples = 3', '  task.modulus = 10', '  steps = 20'):
     assert line in ended.out.splitlines()
-  ended = scripts.run('train', '--config=absent.py', '--help')
+  ended = scripts.call('train', '--config=absent.py', '--help')
   assert ended.code == 2 and 'no such file' in ended.err
+  ended = scripts.call('doctor', '--help')
+  assert ended.code == 0 and '--workdir: Folder of a run' in ended.out
+  assert 'rollout' not in ended.out
 
 
 def test_a_dry_run_prints_what_would_be_and_writes_nothing(tmp_path):
   config, workdir = scripts.write_config(tmp_path), tmp_path / 'runs' / 'run'
   flags = f'--config={config}', f'--workdir={workdir}', '--dry_run'
-  ended = scripts.run('train', *flags, '--config.steps=21')
+  ended = scripts.call('train', *flags, '--config.steps=21')
   assert ended.code == 0 and ended.err == ''
   lines = ended.out.splitlines()
   assert 'steps = 21' in lines and "task.name = 'arithmetic'" in lines
@@ -73,39 +66,33 @@ def test_a_dry_run_prints_what_would_be_and_writes_nothing(tmp_path):
     'at most 8 tokens per prompt and 6 per response',
   ]
   assert not workdir.parent.exists()
-  ended = scripts.run('train', *flags, '--config.prompts.max_tokens=3')
+  ended = scripts.call('train', *flags, '--config.prompts.max_tokens=3')
   assert ended.code == 2 and 'exceed 3 tokens' in ended.err
+  drop = 'prompts.overlong=drop', 'prompts.max_tokens=5', 'rollout.prompts=16'
+  two = [f'--config.{flag}' for flag in (*drop, 'task.operations=(1, 2)')]
+  ended = scripts.call('train', *flags, *two)
+  assert ended.code == 0 and 'each step repeats some' in ended.out, ended
+  (line,) = [x for x in ended.out.splitlines() if 'dropped as over' in x]
+  kept, held, dropped, held_dropped = map(int, re.findall(r'\d+', line))
+  assert kept + dropped == 24 and held + held_dropped == 8
+  assert 0 < dropped < 24 and 0 < held_dropped < 8
   assert not workdir.parent.exists()
 
 
-@pytest.mark.parametrize(
-  'name, config, line',
-  [
-    (
-      'train',
-      'arithmetic_ppo',
-      'training: 80 steps, each of 32 prompts x 8 responses and 1 update(s)',
-    ),
-    ('sft', 'arithmetic_sft', 'training: 80 steps, each an update on 256'),
-    ('preference', 'arithmetic_dpop', 'training: 240 steps'),
-    ('rest_em', 'arithmetic_rest_em', 'training: 320 steps'),
-  ],
-)
-def test_dry_runs_of_all_that_trains(name, config, line):
+TRAINING = """
+train arithmetic_ppo | training: 80 steps, each of 32 prompts x 8 responses
+sft arithmetic_sft | training: 80 steps, each an update on 256
+preference arithmetic_dpop | training: 240 steps
+rest_em arithmetic_rest_em | training: 320 steps
+"""
+
+
+@pytest.mark.parametrize('script, texts', mistakes.table(TRAINING))
+def test_dry_runs_of_all_that_trains(script, texts):
+  name, config = script.split()
   path = f'--config=experiments/configs/{config}.py'
   small = '--config.task.train=300', '--config.task.demonstrations=300'
-  ended = scripts.run(name, path, *small, '--dry_run')
+  ended = scripts.call(name, path, *small, '--dry_run')
   assert ended.code == 0, ended.err
-  assert line in ended.out.splitlines()
+  assert texts[0] in ended.out
   assert not pathlib.Path('runs', config).exists()
-
-
-def test_a_script_that_does_not_train_has_no_dry_run():
-  ended = scripts.run('evaluate', '--dry_run')
-  assert ended.code == 2 and 'unknown flag --dry_run' in ended.err
-
-
-def test_help_of_a_script_without_configurations():
-  ended = scripts.run('doctor', '--help')
-  assert ended.code == 0 and '--workdir: Folder of a run' in ended.out
-  assert 'rollout' not in ended.out

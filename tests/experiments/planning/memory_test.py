@@ -1,13 +1,13 @@
 """Bytes of compiled updates against counts by hand and each other."""
 
 import jax
+import mistakes
 import pytest
 import scripts
 
 from experiments import build
 from experiments.configs import base
 from experiments.planning import memory
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.tasks import arithmetic
 
@@ -41,29 +41,21 @@ def count(config) -> int:
   return vocabulary * d + shape.num_layers * layer + d
 
 
-@pytest.fixture(scope='module')
-def measured():
-  specs = dict(name='grpo', kl=0.0), dict(name='trepo'), dict(name='ppo')
-  configs = (memory.with_algorithm(get_config(), spec) for spec in specs)
-  return {x.algorithm.name: memory.measure(x) for x in configs}
-
-
 @pytest.mark.slow
-def test_trepo_takes_what_grpo_takes(measured):
-  grpo, trepo, ppo = measured.values()
+def test_bytes_are_as_counted_by_hand():
+  specs = dict(name='grpo', kl=0.0), dict(name='trepo'), dict(name='ppo')
+  measured = [
+    memory.measure(memory.with_algorithm(get_config(), spec)) for spec in specs
+  ]
+  grpo, trepo, ppo = measured
   assert 0.99 <= trepo.peak / grpo.peak <= 1.01
   # A second trunk: its parameters, moments and gradients, and its activations.
   assert ppo.peak - grpo.peak > 4 * grpo.parameters
-
-
-@pytest.mark.slow
-def test_bytes_are_as_counted_by_hand(measured):
-  grpo, trepo, ppo = measured.values()
   by_hand = 4 * count(get_config())
   assert grpo.parameters == trepo.parameters == by_hand
   value_head = 4 * (32 + 1)
   assert ppo.parameters == 2 * by_hand + value_head
-  for found in measured.values():
+  for found in measured:
     # Adam's two moments and a few counters.
     assert 0 <= found.optimizer - 2 * found.parameters < 100
     state = found.parameters + found.optimizer
@@ -102,17 +94,20 @@ def test_a_folder_is_measured_by_its_config_alone(tmp_path):
   assert shapes(build.outline(config.model).params) == shapes(model.params)
 
 
-@pytest.mark.parametrize(
-  'text, spec',
-  [
+def test_algorithms_of_the_command_line():
+  for text, spec in (
     ('grpo', dict(name='grpo')),
     ('ppo:lam=0.9:kl=0', dict(name='ppo', lam=0.9, kl=0)),
     ('vine_ppo:delimiters=[16]', dict(name='vine_ppo', delimiters=[16])),
     ('mine.py:best:clip=0.1', dict(name='mine.py:best', clip=0.1)),
-  ],
-)
-def test_algorithms_of_the_command_line(text, spec):
-  assert memory.parse(text) == spec
+  ):
+    assert memory.parse(text) == spec
+  with mistakes.refused('write grpo:clip=NUMBER'):
+    memory.parse('grpo:clip=wide')
+  with mistakes.refused("no 'gpro'"):
+    memory.with_algorithm(get_config(), dict(name='gpro'))
+  ended = scripts.call('planning.memory', '--config=nowhere.py')
+  mistakes.assert_refused(ended, 'no such file')
 
 
 def test_an_algorithm_without_a_critic_beside_one_with():
@@ -121,15 +116,6 @@ def test_an_algorithm_without_a_critic_beside_one_with():
   config.critic.warmup = 3
   assert memory.with_algorithm(config, dict(name='grpo')).critic.warmup == 0
   assert memory.with_algorithm(config, dict(name='vapo')).critic.warmup == 3
-
-
-def test_mistakes_are_reported():
-  with pytest.raises(UserError, match='write grpo:clip=NUMBER'):
-    memory.parse('grpo:clip=wide')
-  with pytest.raises(UserError, match="no 'gpro'"):
-    memory.with_algorithm(get_config(), dict(name='gpro'))
-  ended = scripts.run('planning.memory', '--config=nowhere.py')
-  assert ended.code == 2 and 'no such file' in ended.err
 
 
 def test_a_column_per_algorithm():

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import types
 
+import mistakes
 import pytest
 import scripts
 
 from experiments.configs import base
-from experiments.planning import plan, programs, report, topologies
+from experiments.planning import plan, programs, topologies
 from experiments.planning.programs import TooLarge
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import arithmetic
@@ -163,15 +164,6 @@ def test_programs_that_other_algorithms_need(algorithm, more):
   assert {more, 'layout', 'sample', 'update'} <= {*run(algorithm)['programs']}
 
 
-def test_a_gpu_leaves_a_fraction_of_its_memory(monkeypatch):
-  chip = topologies.CHIPS['h100']
-  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
-  assert chip.limit == int(0.75 * chip.memory)
-  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
-  assert chip.limit == int(0.9 * chip.memory)
-  assert topologies.CHIPS['v5e'].limit == int(15.75 * GIB)
-
-
 def test_the_compilers_refusal_is_read():
   text = (
     'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
@@ -197,10 +189,10 @@ def search(capsys, fits, seconds=lambda tensor: 1.0):
       if lacking:
         raise TooLarge(lacking, micro * GIB)
 
-    numbers = lambda name: dict(seconds=seconds(tensor))
-    chosen = tensor, micro
     return types.SimpleNamespace(
-      chosen=chosen, compile=compile, numbers=numbers
+      chosen=(tensor, micro),
+      compile=compile,
+      numbers=lambda name: dict(seconds=seconds(tensor)),
     )
 
   chosen = plan.search(config, 4, make).chosen
@@ -222,61 +214,56 @@ def test_search_leaves_out_meshes_that_cannot_sample_or_spread_rows(capsys):
   assert chosen == (4, 8) and len(lines) == 3
   fits = lambda tensor, micro: 'rows' if tensor < 2 or micro < 8 else None
   assert search(capsys, fits)[0] == (2, 8)
-  with pytest.raises(UserError, match='update lacks 1.0 GiB') as caught:
+  with mistakes.refused('update lacks 1.0 GiB'):
     search(capsys, lambda tensor, micro: 'update')
-  assert len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize(
-  'name, message',
-  [
-    ('v5p', 'no such topology'),
-    ('v9:4x4', 'no such topology'),
-    ('v5p:4x4', 'write v5p:4x4x4'),
-    ('v5e:4x4x4', 'write v5e:4x4,'),
-    ('h100:0', 'whole machines of 8'),
-    ('h100:12', 'whole machines of 8'),
-  ],
-)
-def test_wrong_topologies(name, message):
-  with pytest.raises(UserError, match=message) as caught:
+WRONG = """
+v5p | no such topology
+v9:4x4 | no such topology
+v5p:4x4 | write v5p:4x4x4
+v5e:4x4x4 | write v5e:4x4,
+h100:0 | whole machines of 8
+h100:12 | whole machines of 8
+"""
+
+
+@pytest.mark.parametrize('name, texts', mistakes.table(WRONG))
+def test_wrong_topologies(name, texts):
+  with mistakes.refused(*texts):
     topologies.parse(name)
-  assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_topologies_count_chips():
+def test_chips(monkeypatch):
   assert topologies.parse('v5p:4x4x8')[1] == (4, 4, 8)
   assert topologies.parse('h100:64')[1] == (8, 8)
   assert topologies.parse('h200:4')[1] == (1, 4)
-
-
-@pytest.mark.parametrize('name', ['v5e:4x4', 'h100:8'])
-def test_a_missing_plugin_is_reported(name, monkeypatch):
+  # A GPU leaves a fraction of its memory.
+  chip = topologies.CHIPS['h100']
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+  assert chip.limit == int(0.75 * chip.memory)
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
+  assert chip.limit == int(0.9 * chip.memory)
+  assert topologies.CHIPS['v5e'].limit == int(15.75 * GIB)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r'not installed\n.*\[plan\]'):
-    topologies.make(name)
+  for name in ('v5e:4x4', 'h100:8'):
+    with mistakes.refused('not installed\n', '[plan]'):
+      topologies.make(name)
 
 
-@pytest.mark.parametrize(
-  'arguments, message',
-  [
-    ([], '--topology is missing'),
-    (['--topology=v5q:4x4'], 'no such topology'),
-    (['--topolgy=v5e:4x4'], 'did you mean --topology'),
-    (['--topology=v5e:4x4', '--model=llama-8b'], 'did you mean llama3-8b'),
-  ],
-)
-def test_wrong_flags(arguments, message):
-  ended = scripts.run('planning.plan', f'--config={ROOT / CONFIG}', *arguments)
-  assert ended.code == 2
-  assert message in ended.err
-  assert len(ended.err.strip().splitlines()) <= 3
+FLAGS = """
+--model=llama3-8b | --topology is missing
+--topology=v5q:4x4 | no such topology
+--topolgy=v5e:4x4 | did you mean --topology
+--topology=v5e:4x4 --model=llama-8b | did you mean llama3-8b
+"""
 
 
-def test_a_table_lines_up():
-  rows = [['a', 'bb'], ['longer', '1']]
-  lines = report.markdown(rows).splitlines()
-  assert lines == ['| a      | bb |', '| ------ | -: |', '| longer |  1 |']
+@pytest.mark.parametrize('flags, texts', mistakes.table(FLAGS))
+def test_wrong_flags(flags, texts):
+  config = f'--config={ROOT / CONFIG}'
+  ended = scripts.call('planning.plan', config, *flags.split())
+  mistakes.assert_refused(ended, *texts)
 
 
 def needs(module):

@@ -1,10 +1,10 @@
 """Shapes of published models against their published sizes."""
 
 import jax
+import mistakes
 import pytest
 
 from experiments.planning import shapes
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.huggingface import families
 
@@ -49,5 +49,5 @@ def test_gemma_as_transformers_builds_it(name):
 
 def test_overrides_and_unknown_names():
   assert shapes.named('llama3-8b', dtype='bfloat16').dtype == 'bfloat16'
-  with pytest.raises(UserError, match='did you mean llama3-8b'):
+  with mistakes.refused('did you mean llama3-8b'):
     shapes.named('llama-8b')

@@ -1,7 +1,6 @@
 """The table and the figure of a comparison, from made-up runs."""
 
 import numpy as np
-import pytest
 from ml_collections import ConfigDict
 
 from experiments.studies import compare_report
@@ -61,7 +60,7 @@ def rows(text):
   return [[cell.strip() for cell in line[1:-1].split('|')] for line in lines]
 
 
-def test_table():
+def test_table_and_figure(tmp_path):
   text = compare_report.table(CONFIG, results())
   header, _, init, grpo, rloo = rows(text)
   assert header[:5] == [
@@ -78,6 +77,10 @@ def test_table():
   assert rloo[:7] == ['RLOO', '1 of 3', '70.0', '40.0', '–', '50', '22']
   assert '\nfailed: ppo-1: out of memory (status 1)\n' in text
   assert 'to 1,000;' in text and 'each run on 1 core(s) of its own' in text
+  empty = compare_report.table(CONFIG, {'runs': {}, 'failures': {}})
+  assert len(rows(empty)) == 2
+  compare_report.figure(tmp_path / 'figure.png', CONFIG, results())
+  assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_bands_end_where_the_shortest_run_does():
@@ -91,25 +94,11 @@ def test_bands_end_where_the_shortest_run_does():
   assert band.low[-1] < 78.4 < band.mean[-1] < 80 < band.high[-1]
 
 
-def test_figure_is_drawn_also_of_single_seeds(tmp_path):
-  compare_report.figure(tmp_path / 'figure.png', CONFIG, results())
-  assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_nothing_yet():
-  text = compare_report.table(CONFIG, {'runs': {}, 'failures': {}})
-  assert len(rows(text)) == 2
-
-
-@pytest.mark.parametrize('values, text', [
-  ([0.5, 0.5, 0.5], '0.50'),
-  ([0.5], '0.50'),
-  ([0.5, np.nan], '–'),
-])  # fmt: skip
-def test_intervals_that_say_nothing_are_left_out(values, text):
+def test_intervals_that_say_nothing_are_left_out():
   metric = CONFIG.metrics[0] | dict(scale=1, digits=2)
-  found = [run('grpo', i, value) for i, value in enumerate(values)]
-  assert compare_report._text(found, metric, np.inf) == text
+  for values, text in (([0.5] * 3, '0.50'), ([0.5], '0.50'), ([np.nan], '–')):
+    found = [run('grpo', i, value) for i, value in enumerate(values)]
+    assert compare_report._text(found, metric, np.inf) == text
 
 
 def test_a_run_without_tokens_has_a_start_and_an_end():

@@ -1,24 +1,22 @@
 """Runs of a comparison: what they are, which are done, and where they run."""
 
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import signal
 import sys
 import time
 
+import mistakes
 import pytest
 import scripts
 from ml_collections import ConfigDict
 
-from experiments import build, checks
-from experiments import stored_runs as runs
-from experiments.planning import memory
+from experiments import checks
 from experiments.studies import compare, parallel
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import read_metrics
 from jaxrl_llm.signals import StopSignal
 
@@ -30,10 +28,7 @@ CONFIGS = pathlib.Path(compare.__file__).parents[1] / 'configs'
 def base(tmp_path_factory):
   """The configuration of the tests' tiny run."""
   path = scripts.write_config(tmp_path_factory.mktemp('config'))
-  spec = importlib.util.spec_from_file_location('tiny_config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config()
+  config = runpy.run_path(path)['get_config']()
   config.steps = 50
   config.optimizer.decay = 'constant'
   config.training.minibatches = 1
@@ -128,60 +123,47 @@ def test_a_digest_is_of_what_the_result_depends_on(config, tmp_path):
   assert not {*before.values()} & {*digests(**reward).values()}
 
 
-def test_a_folder_of_another_run_is_refused(config, tmp_path):
+METHOD = "methods=(dict(label='rloo', title='R', algorithm=dict(name='rloo'), "
+WRONG = """
+token=3 | nothing reads config.token
+init=3 | config.init is 3
+tokens=0 | config.tokens is 0
+seeds=() | config.seeds is empty or repeats
+seeds=(1, 1) | config.seeds is empty or repeats
+METHOD),) * 2 | config.methods, label is empty or
+METHODtokens=10**9),) | rloo sets tokens
+METHODevaluation=dict(every_tokens=1)),) | rloo sets tokens or evaluation
+METHODrollout=dict(promts=3)),) | method rloo do not fit config.base
+metrics=(dict(name='x'),) | has no 'digits'
+methods=(dict(label='a', title='A'),) | has no 'algorithm'
+methods=(dict(label='a/b', title='A', algorithm={}),) | is a name such as 'grpo'
+base.warm_start.steps=0 | nothing to begin with
+"""
+
+
+@pytest.mark.parametrize('change, texts', mistakes.table(WRONG, METHOD=METHOD))
+def test_wrong_comparisons_are_refused(change, texts, config, tmp_path):
+  config = ConfigDict(config.to_dict())
+  mistakes.change(config, mistakes.changes(change))
+  with mistakes.refused(*texts):
+    compare.jobs(config, tmp_path)
+
+
+def test_jobs_that_cannot_be_done(config, tmp_path):
   job = compare.jobs(config, tmp_path)[1]
   job.folder.mkdir(parents=True)
   (job.folder / 'digest').write_text('of other settings')
-  with pytest.raises(UserError, match='rloo-0 holds a run of other settings'):
+  with mistakes.refused('rloo-0 holds a run of other settings'):
     compare.train_run(job)
+  config.methods[0]['algorithm']['clip'] = 0.2
+  with mistakes.refused('rloo: config.algorithm: ', "'clip'"):
+    compare.check_runs(compare.jobs(config, tmp_path))
 
 
-def test_without_a_warm_start_the_given_model_is_the_first(config, tmp_path):
-  config.base.warm_start.steps = 0
-  with pytest.raises(UserError, match='nothing to begin with'):
-    compare.jobs(config, tmp_path)
-  config.base.model.path = 'given'
+def test_a_model_that_is_given_is_the_first(config, tmp_path):
+  config.base.warm_start.steps, config.base.model.path = 0, 'given'
   found = compare.jobs(config, tmp_path)
   assert len(found) == 4 and found[0].config.model.path == 'given'
-
-
-def method(label='rloo', title='RLOO', **more):
-  """Changes of a comparison to this one method."""
-  given = dict(label=label, title=title, algorithm=dict(name='rloo'))
-  return dict(methods=(given | more,))
-
-
-TWICE = tuple(method(label)['methods'][0] for label in ('rloo', 'again'))
-
-
-@pytest.mark.parametrize(
-  'changes, text',
-  [
-    (dict(token=3), 'nothing reads config.token'),
-    (dict(init=3), 'config.init is 3'),
-    (dict(tokens=0), 'config.tokens is 0'),
-    (dict(seeds=()), 'config.seeds is empty or repeats'),
-    (dict(seeds=(1, 1)), 'config.seeds is empty or repeats'),
-    (dict(methods=TWICE), 'config.methods, title is empty or'),
-    (method(tokens=10**9), 'rloo sets tokens'),
-    (method(evaluation=dict(every_tokens=1)), 'rloo sets tokens or evaluation'),
-    (dict(metrics=(dict(name='x'),)), "has no 'digits'"),
-    (dict(methods=(dict(label='a', title='A'),)), "has no 'algorithm'"),
-    (method('a/b'), "is a name such as 'grpo'"),
-    (method(rollout=dict(promts=3)), 'method rloo do not fit config.base'),
-  ],
-)
-def test_wrong_comparisons_are_refused(changes, text, config, tmp_path):
-  config = ConfigDict({**config.to_dict(), **changes})
-  with pytest.raises(UserError, match=text) as caught:
-    compare.jobs(config, tmp_path)
-  assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_a_method_that_would_not_begin_is_named(config, tmp_path):
-  config.update(method('one', algorithm=dict(name='rloo', clip=0.2)))
-  with pytest.raises(UserError, match="one: config.algorithm: .*'clip'"):
-    compare.check_runs(compare.jobs(config, tmp_path))
 
 
 def test_choice(config, tmp_path):
@@ -191,7 +173,7 @@ def test_choice(config, tmp_path):
   assert names(['grpo'], []) == ['init', 'grpo-0', 'grpo-1']
   assert names(['grpo'], ['1']) == ['init', 'grpo-1']
   for only, seeds in ((['ppo'], []), ([], ['7'])):
-    with pytest.raises(UserError, match='the configuration has'):
+    with mistakes.refused('the configuration has'):
       compare.choose(everything, only, seeds)
 
 
@@ -201,7 +183,7 @@ def test_cores_are_shared_out(monkeypatch):
   assert parallel.slots(2) == [{0, 2}, {3, 5, 8}]
   assert len(parallel.slots(5)) == 5
   for count in (0, 6):
-    with pytest.raises(UserError, match='5 cores'):
+    with mistakes.refused('5 cores'):
       parallel.slots(count)
 
 
@@ -264,65 +246,8 @@ def test_no_run_outlives_its_comparison(config, tmp_path):
   assert time.monotonic() - start < 20
 
 
-@pytest.fixture
-def from_a_folder(config, tmp_path_factory):
-  """The comparison, but with an initial model that is given."""
-  model = build.model(config.base.model, 0)
-  folder = tmp_path_factory.mktemp('model') / 'hf'
-  runs.export(model, folder)
-  config.base.model.path = str(folder)
-  config.base.warm_start.steps = 0
-  return config
-
-
 @pytest.mark.slow
-def test_a_run_ends_at_the_budget_and_is_done_once(
-  from_a_folder, tmp_path, monkeypatch, capsys
-):
-  config, workdir = from_a_folder, tmp_path / 'compare'
-  monkeypatch.setattr(
-    memory, 'measure', lambda config: memory.Memory(*[0] * 6, peak=5 * 2**20)
-  )
-  everything = compare.jobs(config, workdir)
-  chosen = [job for job in everything if job.name == 'rloo-0']
-  assert not chosen[0].complete
-  assert compare.train_run(chosen[0]) == 0 and chosen[0].complete
-  records = read_metrics(chosen[0].folder / 'metrics.jsonl')
-  counts = [record['num_tokens'] for record in records]
-  assert counts[-2] < TOKENS <= counts[-1]
-
-  # Nothing is left to do, and what there is is reported.
-  nothing = [sys.executable, '-c', 'raise SystemExit("it ran")']
-  capsys.readouterr()
-  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 0
-  out = capsys.readouterr().out
-  table = (workdir / 'table.md').read_text()
-  assert out.startswith('0 runs to do') and table in out
-  row = next(line for line in table.splitlines() if 'RLOO' in line)
-  cells = [cell.strip() for cell in row.split('|')[1:-1]]
-  end = 100 * records[-1]['eval/rewards/symbols']
-  assert cells[:3] == ['RLOO', '1 of 2', f'{end:.1f}']
-  assert cells[-1] == '5.0'
-  (run,) = json.loads((workdir / 'results.json').read_text())['runs'].values()
-  assert run['seconds'] > 0 and run['cores'] >= 1
-  assert (workdir / 'figure.png').read_bytes().startswith(b'\x89PNG')
-
-  # results.json outlives the runs.
-  shutil.rmtree(workdir / 'runs')
-  assert compare.compare(config, workdir, [], [{0}], nothing) == 0
-  assert (workdir / 'table.md').read_text() == table
-
-  # Another budget is another comparison: to be trained, and not in the table.
-  config.tokens = 2 * TOKENS
-  chosen = [j for j in compare.jobs(config, workdir) if j.name == 'rloo-0']
-  capsys.readouterr()
-  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 1
-  out = capsys.readouterr().out
-  assert 'failed: rloo-0: it ran (status 1)' in out and '| RLOO' not in out
-
-
-@pytest.mark.slow
-def test_the_whole_script(tmp_path, base):
+def test_the_whole_script(tmp_path, capsys):
   """Two methods from one warm start, stopped on the way and taken up again."""
   path = scripts.write_config(tmp_path)
   (tmp_path / 'comparison.py').write_text(COMPARISON.format(base=path))
@@ -344,16 +269,41 @@ def test_the_whole_script(tmp_path, base):
   assert 'rloo-0: done' in ended.out and '| RLOO | 1 of 1 |' in ended.out
   assert ended.out.startswith('1 runs to do')
 
+  # It has ended at the budget, and what there is is reported.
+  records = read_metrics(started)
+  counts = [record['num_tokens'] for record in records]
+  assert counts[-2] < 600 <= counts[-1]
+  table = (workdir / 'table.md').read_text()
+  (row,) = [line for line in table.splitlines() if 'RLOO' in line]
+  assert f' {records[-1]["eval/reward"]:.2f} ' in row
+  (run,) = json.loads((workdir / 'results.json').read_text())['runs'].values()
+  assert run['seconds'] > 0 and run['cores'] >= 1 and run['update_bytes'] > 0
+  assert (workdir / 'figure.png').read_bytes().startswith(b'\x89PNG')
+
+  # results.json outlives the runs.  Nothing is left to do.
+  config = runpy.run_path(tmp_path / 'comparison.py')['get_config']()
+  chosen = [j for j in compare.jobs(config, workdir) if j.label != 'grpo']
+  assert all(job.complete for job in chosen)
+  shutil.rmtree(workdir / 'runs' / 'rloo-0')
+  nothing = [sys.executable, '-c', 'raise SystemExit("it ran")']
+  assert compare.compare(config, workdir, [], [{0}], nothing) == 0
+  assert (workdir / 'table.md').read_text() == table
+
+  # Another budget is another comparison: to be trained, and not in the table.
+  config.tokens = 1200
+  chosen = [j for j in compare.jobs(config, workdir) if j.name == 'rloo-0']
+  capsys.readouterr()
+  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 1
+  out = capsys.readouterr().out
+  assert 'failed: rloo-0: it ran (status 1)' in out and '| RLOO' not in out
+
 
 COMPARISON = """
-import importlib.util
+import runpy
 from ml_collections import ConfigDict
 
 def get_config():
-  spec = importlib.util.spec_from_file_location('base', '{base}')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  base = module.get_config()
+  base = runpy.run_path('{base}')['get_config']()
   base.optimizer.decay = 'constant'
   return ConfigDict(dict(
     base=base, init='Init', tokens=600, evaluations=2, seeds=(0,),
