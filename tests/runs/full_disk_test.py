@@ -40,7 +40,9 @@ def disk(tmp_path):
 def message_of(ended) -> str:
   """Returns the message of a run that ended with status 2, in three lines."""
   assert ended.code == 2, ended
-  assert 'Traceback' not in ended.err, ended.err
+  # TensorStore prints errors of writes that end after Orbax has given up.
+  late = ended.err.count('RuntimeError: Event loop is closed')
+  assert ended.err.count('Traceback') == late, ended.err
   message = ended.err[ended.err.index('error: ') :]
   assert len(message.splitlines()) <= 3, message
   return message
