@@ -17,6 +17,10 @@ import time
 
 MACHINES = 2
 NAMES = ('gcloud', 'sbatch', 'srun', 'scancel', 'scontrol', 'kubectl', 'xpk')
+START = """#!{}
+import runpy
+runpy.run_path({!r})['main']({!r})
+"""
 
 
 def install(folder) -> dict[str, str]:
@@ -24,36 +28,27 @@ def install(folder) -> dict[str, str]:
   programs = pathlib.Path(folder) / 'bin'
   programs.mkdir()
   for name in NAMES:
-    path = programs / name
-    path.write_text(f'#!{sys.executable}\n{START.format(__file__, name)}')
-    path.chmod(0o755)
+    (programs / name).write_text(START.format(sys.executable, __file__, name))
+    (programs / name).chmod(0o755)
+  path = [programs, pathlib.Path(sys.executable).parent, os.environ['PATH']]
   return {
     **os.environ,
-    'PATH': f'{programs}:{pathlib.Path(sys.executable).parent}'
-    f':{os.environ["PATH"]}',
+    'PATH': ':'.join(map(str, path)),
     'FAKE_FOLDER': str(folder),
     'JAX_PLATFORMS': 'cpu',
     'JAX_COORDINATOR_PORT': str(free_port()),
   }
 
 
-START = """
-import runpy
-runpy.run_path({!r})['main']({!r})
-"""
-
-
 def free_port() -> int:
-  with socket.socket() as server:
-    server.bind(('127.0.0.1', 0))
+  with socket.create_server(('127.0.0.1', 0)) as server:
     return server.getsockname()[1]
 
 
 def calls(folder) -> list[list[str]]:
   """What the programs were called with, in order."""
   path = pathlib.Path(folder) / 'calls.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [json.loads(line) for line in lines]
+  return list(map(json.loads, open(path))) if path.exists() else []
 
 
 def main(name: str) -> None:
@@ -63,15 +58,13 @@ def main(name: str) -> None:
   sys.exit(globals()[name](folder, sys.argv[1:]))
 
 
-def together(folder, commands, environments) -> int:
-  """Runs one process per machine; the highest status.
+def together(folder, command, variables) -> int:
+  """Runs a process per machine, with `variables(index)`; the highest status.
 
   Their numbers lie in `pids` as long as they run, for `terminate`.
   """
-  running = [
-    subprocess.Popen(command, env={**os.environ, **environment})
-    for command, environment in zip(commands, environments, strict=True)
-  ]
+  environments = [{**os.environ, **variables(i)} for i in range(MACHINES)]
+  running = [subprocess.Popen(command, env=each) for each in environments]
   (folder / 'pids').write_text(json.dumps([each.pid for each in running]))
   return max(each.wait() % 256 for each in running)
 
@@ -82,8 +75,8 @@ def terminate(folder) -> None:
 
 
 def flags(arguments) -> dict[str, str]:
-  pairs = (a[2:].split('=', 1) for a in arguments if a.startswith('--'))
-  return {pair[0]: pair[1] if pair[1:] else '' for pair in pairs}
+  parts = (a[2:].partition('=') for a in arguments if a.startswith('--'))
+  return {name: value for name, _, value in parts}
 
 
 def as_tpu_worker(index: int) -> dict[str, str]:
@@ -107,33 +100,23 @@ def gcloud(folder, arguments) -> int:
   assert given['zone'], arguments
   if verb == 'describe':
     return int(not homes[0].exists())
-  if verb == 'create':
-    for home in homes:
-      home.mkdir()
-    return 0
-  if verb == 'delete':
-    for home in homes:
-      shutil.rmtree(home)
-    return 0
-  if verb == 'scp':
-    return _copy(words, homes, given)
-  assert verb == 'ssh' and given['worker'] == 'all', arguments
-  return together(
-    folder,
-    [['bash', '-c', given['command']]] * MACHINES,
-    [{'HOME': str(home), **as_tpu_worker(i)} for i, home in enumerate(homes)],
-  )
-
-
-def _copy(words, homes, given) -> int:
-  source, _, path = words[0].rpartition(':')
-  if source:
-    assert given['worker'] == '0' and 'recurse' in given
-    shutil.copytree(homes[0] / path, words[1])
+  if verb in ('create', 'delete'):
+    list(map(os.mkdir if verb == 'create' else shutil.rmtree, homes))
+  elif verb == 'scp':
+    source, _, path = words[0].rpartition(':')
+    assert given['worker'] == ('0' if source else 'all')
+    if source:
+      shutil.copytree(homes[0] / path, words[1])
+    else:
+      for home in homes:
+        shutil.copy(words[0], home / words[1].partition(':')[2])
   else:
-    assert given['worker'] == 'all'
-    for home in homes:
-      shutil.copy(words[0], home / words[1].partition(':')[2])
+    assert verb == 'ssh' and given['worker'] == 'all', arguments
+    return together(
+      folder,
+      ['bash', '-c', given['command']],
+      lambda i: {'HOME': str(homes[i]), **as_tpu_worker(i)},
+    )
   return 0
 
 
@@ -154,26 +137,20 @@ def srun(folder, arguments) -> int:
     'SLURM_STEP_TASKS_PER_NODE': f'1(x{MACHINES})',
     'SLURM_LOCALID': '0',
   }
-  return together(
-    folder,
-    [arguments] * MACHINES,
-    [{'SLURM_PROCID': str(i), **step} for i in range(MACHINES)],
-  )
+  return together(folder, arguments, lambda i: {'SLURM_PROCID': str(i), **step})
 
 
 def scancel(folder, arguments) -> int:
   assert arguments == ['--signal=TERM', '77']
-  terminate(folder)
-  return 0
+  return terminate(folder) or 0
 
 
 def scontrol(folder, arguments) -> int:
   del folder
-  assert arguments == ['requeue', '77']
-  return 0
+  return int(arguments != ['requeue', '77'])
 
 
-def _start_job(folder, commands, environments) -> int:
+def _start_job(folder, command, variables) -> int:
   """Runs in the background; `job` says how it stands."""
   (folder / 'job').write_text('Running')
   if os.fork():
@@ -182,15 +159,22 @@ def _start_job(folder, commands, environments) -> int:
   log = os.open(folder / 'log', os.O_WRONLY | os.O_CREAT)
   os.dup2(log, 1)
   os.dup2(log, 2)
-  status = together(folder, commands, environments)
+  status = together(folder, command, variables)
   (folder / 'job').write_text('Failed' if status else 'Complete')
   os._exit(0)
 
 
+def _job(folder) -> str:
+  """Waits for the end of the job; '' if there is none."""
+  job = folder / 'job'
+  while job.exists() and job.read_text() == 'Running':
+    time.sleep(0.02)
+  return job.read_text() if job.exists() else ''
+
+
 def _end_job(folder) -> int:
   terminate(folder)
-  while (folder / 'job').read_text() == 'Running':
-    time.sleep(0.02)
+  _job(folder)
   (folder / 'job').unlink()
   return 0
 
@@ -199,13 +183,13 @@ def kubectl(folder, arguments) -> int:
   job = folder / 'job'
   if arguments == ['apply', '-f', '-']:
     return _apply(folder)
-  if arguments[:2] == ['get', 'job']:
-    print(f'found {job.read_text()}' if job.exists() else '', end='')
-    return 0
   if arguments[:2] == ['delete', 'job']:
     return _end_job(folder)
-  assert arguments[0] == 'logs', arguments
-  print((folder / 'log').read_text())
+  if arguments[:2] == ['get', 'job']:
+    print(f'found {job.read_text()}' if job.exists() else '', end='')
+  else:
+    assert arguments[0] == 'logs', arguments
+    print((folder / 'log').read_text())
   return 0
 
 
@@ -224,26 +208,16 @@ def _apply(folder) -> int:
   command = container['command'] + container['args']
   assert any(first in word for word in command)
   command = [word.replace(first, here) for word in command]
-  return _start_job(
-    folder,
-    [command] * MACHINES,
-    [{'JOB_COMPLETION_INDEX': str(i)} for i in range(MACHINES)],
-  )
+  return _start_job(folder, command, lambda i: {'JOB_COMPLETION_INDEX': str(i)})
 
 
 def xpk(folder, arguments) -> int:
   given = flags(arguments)
   assert given['cluster'] and given['zone'], arguments
   if arguments[:2] == ['workload', 'create']:
-    return _start_job(
-      folder,
-      [['bash', '-c', given['command']]] * MACHINES,
-      [as_tpu_worker(i) for i in range(MACHINES)],
-    )
+    command = ['bash', '-c', given['command']]
+    return _start_job(folder, command, as_tpu_worker)
   if arguments[:2] == ['workload', 'delete']:
     return _end_job(folder)
   assert arguments[:2] == ['workload', 'list'], arguments
-  job = folder / 'job'
-  while job.exists() and job.read_text() == 'Running':
-    time.sleep(0.02)
-  return 0 if job.exists() and job.read_text() == 'Complete' else 125
+  return 0 if _job(folder) == 'Complete' else 125

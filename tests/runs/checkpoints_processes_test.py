@@ -131,7 +131,7 @@ def two_processes(index, folder):
   restore(index, folder, (4, 2), (8, 1))
   with Checkpoints(folder) as checkpoints:
     other = {'key': jnp.uint32(index)}
-    with pytest.raises(UserError, match='process 1 would save another'):
+    with pytest.raises(UserError, match='process 1 would save a different'):
       checkpoints.save(9, other, {})
   damage_newest(folder)
   with Checkpoints(folder) as checkpoints:
