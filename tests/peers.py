@@ -64,8 +64,8 @@ class Group:
 
 def run(function, *arguments, count: int = 2, devices: int = 4) -> None:
   """Runs processes to their end, which must be a good one."""
-  for ended in Group(function, *arguments, count=count, devices=devices).wait():
-    assert ended.code == 0, ended
+  ended = Group(function, *arguments, count=count, devices=devices).wait()
+  assert [each.code for each in ended] == [0] * count, ended
 
 
 def _main(

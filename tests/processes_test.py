@@ -66,7 +66,6 @@ def test_processes_agree():
 
 
 def test_one_process_needs_nobody():
-  processes.initialize()
   processes.initialize(num_processes=1)
   processes.initialize('localhost:1', 1, 0)
   assert (processes.count(), processes.index()) == (1, 0)

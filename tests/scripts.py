@@ -193,6 +193,8 @@ def call(script, *arguments) -> Ended:
   with (
     mock.patch.object(app, 'run', begin),
     mock.patch.object(sys, 'argv', argv),
+    # It comes before anything touches a device; other tests have.
+    mock.patch('jaxrl_llm.processes.initialize'),
     contextlib.redirect_stdout(out),
     contextlib.redirect_stderr(err),
   ):
