@@ -48,7 +48,7 @@ from jaxrl_llm import evaluation, naming, rollouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import RewardPart, functions
 from jaxrl_llm.rollouts.collect import failure_counts
-from jaxrl_llm.runs.page import visible
+from jaxrl_llm.runs.progress import visible
 
 
 def measure(

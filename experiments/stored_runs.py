@@ -15,7 +15,7 @@ from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.runs.checkpoints import Checkpoints
-from jaxrl_llm.runs.page import visible
+from jaxrl_llm.runs.progress import visible
 
 
 class Trained(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxrl_llm.runs.metrics import cannot_write
-from jaxrl_llm.runs.page import visible
+from jaxrl_llm.runs.progress import visible
 
 Record = Mapping[str, float]
 

@@ -2,8 +2,9 @@
 
 import html
 import math
-import unicodedata
 from typing import NamedTuple
+
+from jaxrl_llm.runs.progress import visible
 
 # The browser's own colours and translucent ones suit a light and a dark page.
 _STYLE = """
@@ -24,43 +25,6 @@ td.text { font: 13px/1.5 ui-monospace, monospace; min-width: 13rem;
 @media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .5rem; }
   th, td { padding: .35rem .3rem; } td.text { min-width: 7.5rem; } }
 """
-
-# Format characters that texts need: joiners and the Mongolian vowel separator
-# select letter shapes, the Arabic, Syriac and Kaithi signs are themselves
-# visible, and hieroglyph controls arrange signs.
-_NEEDED = frozenset(
-  '\u200c\u200d\u180e'
-  '\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2'
-  '\U000110bd\U000110cd'
-) | {chr(code) for code in range(0x13430, 0x13440)}
-
-
-def visible(text: str, keep: str = '\n\t') -> str:
-  """Replaces characters that act on a reader's screen or hide.
-
-  Control characters become their pictures, format characters and line
-  separators \\uXXXX escapes, half a surrogate pair the replacement sign.
-
-  Args:
-    text: any text.
-    keep: control characters that stay.
-  """
-  if text.isprintable():
-    return text
-  return ''.join(c if c in keep else _picture(c) for c in text)
-
-
-def _picture(char):
-  code, kind = ord(char), unicodedata.category(char)
-  if code < 0x20 or code == 0x7F:
-    return chr(0x2400 + min(code, 0x21))
-  if kind in ('Cc', 'Cs'):
-    return '\ufffd'
-  # Tags, some of them unassigned, and marks that reorder the text around them.
-  if kind in ('Cf', 'Zl', 'Zp') or 0xE0000 <= code < 0xE0080:
-    escaped = f'\\u{code:04x}' if code < 0x10000 else f'\\U{code:08x}'
-    return char if char in _NEEDED else escaped
-  return char
 
 
 class Cell(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.atomic import write_atomically
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs import metrics, page
+from jaxrl_llm.runs import metrics, page, progress
 
 # Steps on the page.
 SHOWN_STEPS = 50
@@ -246,4 +246,4 @@ def _shown(cell):
   if len(text) > _WIDTH:
     text = text[: _WIDTH - 1] + '…'
   # Text, not str: a model may write what rich would read as markup.
-  return Text(page.visible(text), style=_COLOURS.get(cell.kind, ''))
+  return Text(progress.visible(text), style=_COLOURS.get(cell.kind, ''))

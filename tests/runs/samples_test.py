@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxrl_llm import runs
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.runs import Sample, page
+from jaxrl_llm.runs import Sample, page, progress
 from jaxrl_llm.runs.samples import SHOWN_STEPS
 
 
@@ -95,8 +95,8 @@ def test_samples_round_trip(tmp_path):
   ],
 )
 def test_characters_that_hide_or_reorder_are_shown(text, shown):
-  assert page.visible(f'a{text}b') == f'a{shown}b'
-  assert page.visible('a\nb\tc', keep='') == 'a␊b␉c'
+  assert progress.visible(f'a{text}b') == f'a{shown}b'
+  assert progress.visible('a\nb\tc', keep='') == 'a␊b␉c'
 
 
 def test_page_is_escaped_and_stands_alone(tmp_path):
