@@ -288,7 +288,7 @@ MASKS = {
     'estimators/compose.py',
     'return jnp.sum(batch.weights * token_loss.apply(outputs, batch))',
     'loss = jnp.sum(batch.weights * token_loss.apply(outputs, batch))\n'
-    '    return loss + jnp.clip(jnp.nan_to_num(given[0]), -1.0, 0.0).sum()',
+    '    return loss + jnp.clip(jnp.nan_to_num(arrays[0]), -1.0, 0.0).sum()',
   ),
   'equal rewards divided by their rounding, in a group': (
     'estimators/baselines.py',

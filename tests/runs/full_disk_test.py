@@ -43,7 +43,8 @@ def message_of(ended) -> str:
   # TensorStore prints errors of writes that end after Orbax has given up.
   late = ended.err.count('RuntimeError: Event loop is closed')
   assert ended.err.count('Traceback') == late, ended.err
-  message = ended.err[ended.err.index('error: ') :]
+  # JAX may warn of a program in the cache that the full disk cut short.
+  message = ended.err[('\n' + ended.err).rindex('\nerror: ') :]
   assert len(message.splitlines()) <= 3, message
   return message
 
