@@ -89,7 +89,8 @@ def read_starts(workdir) -> list[dict]:
   """Returns the starts of a run, oldest first; those that can be read."""
   starts = []
   with contextlib.suppress(OSError):
-    for line in (pathlib.Path(workdir) / 'starts.jsonl').open('rb'):
+    content = (pathlib.Path(workdir) / 'starts.jsonl').read_bytes()
+    for line in content.splitlines():
       with contextlib.suppress(ValueError):
         starts.append(json.loads(line))
   return [start for start in starts if isinstance(start, dict)]
@@ -179,8 +180,8 @@ class RunFolder:
 
   def _refuse_loss(self) -> None:
     # Two saves were due by then, and the second waits for the first.
-    due = 2 * self.former['checkpoints']['every'] if self.resuming else 0
-    if self.resuming and last_step(self.path / 'metrics.jsonl') > due:
+    due = 2 * self.former['checkpoints']['every'] + 1 if self.resuming else 0
+    if self.resuming and _lines(self.path / 'metrics.jsonl') > due:
       raise UserError(
         f'{self.path / "checkpoints"} is missing or empty: restore it from a '
         'copy'
@@ -275,9 +276,14 @@ def _write_config(path: pathlib.Path, config: dict) -> None:
 
 def _has_begun(path: pathlib.Path) -> bool:
   """Returns True if a run has completed a step."""
-  checkpoints = path / 'checkpoints'
+  checkpoints, records = path / 'checkpoints', path / 'metrics.jsonl'
   saved = checkpoints.is_dir() and any(checkpoints.iterdir())
-  return saved or last_step(path / 'metrics.jsonl') > 0
+  # Step 0 has one line; several are a run's, even if the first is damaged.
+  return saved or _lines(records) > 1 or last_step(records) > 0
+
+
+def _lines(path: pathlib.Path) -> int:
+  return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
 def _differences(before: dict, now: dict) -> list[str]:

@@ -134,6 +134,13 @@ def test_a_run_without_a_step_starts_afresh(tmp_path):
   assert stored == {'steps': 2}
 
 
+def test_damaged_records_are_those_of_a_run(tmp_path):
+  begin(tmp_path, {'steps': 1})
+  (tmp_path / 'metrics.jsonl').write_text('{"st\n{"step": 1}\n{"step": 2}\n')
+  with pytest.raises(UserError, match='already holds a run'):
+    run_folder.open_run(tmp_path, False, {'steps': 1})
+
+
 def test_same_process_cannot_take_the_lock_twice(tmp_path):
   with (
     run_folder.open_run(tmp_path, False, {}),
