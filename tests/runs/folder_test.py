@@ -19,9 +19,9 @@ from jaxrl_llm.runs import folder as run_folder
 run = run_folder.open_run(sys.argv[1], False, {'steps': 1})
 if sys.argv[2] == 'fork':
   child = os.fork()
-  if child == 0:
+  if child == 0:  # It reports itself, so that it has let go of the lock.
+    print(os.getpid(), flush=True)
     time.sleep(60)
-  print(child, flush=True)
 else:
   print(0, flush=True)
 time.sleep(60)
