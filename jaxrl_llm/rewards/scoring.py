@@ -6,14 +6,14 @@ A reward function has the signature that TRL uses,
 
 with lists of N strings and columns of N entries each.  All arguments are passed
 by keyword, and a function without `**kwargs` gets only those it names.  None
-means "no score for this sample"; anything else that is not a finite float32 is
-an error.  Nothing is replaced by 0 or broadcast silently.
+leaves the function out of the sample's sum; anything else that is not a finite
+float32 is an error.  Nothing is replaced by 0 or broadcast silently.
 """
 
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import calling
 from jaxrl_llm.rewards.calling import shortened
-from jaxrl_llm.rewards.workers import Failures, Workers
+from jaxrl_llm.rewards.workers import FAILURES, Workers
 
 
 class RewardPart(NamedTuple):
@@ -32,19 +32,41 @@ class RewardPart(NamedTuple):
   weight: float = 1.0
 
 
+class Failures(NamedTuple):
+  """Samples of a batch that could not be scored.
+
+  Attributes:
+    counts: number of samples by kind, for all of `workers.FAILURES`.
+    messages: for each kind that occurred, its first sample's: the cause, the
+      sample's index, and its completion.
+  """
+
+  counts: dict[str, int]
+  messages: dict[str, str]
+
+  @property
+  def total(self) -> int:
+    """Total number of failures, of all kinds."""
+    return sum(self.counts.values())
+
+
 class Scores(NamedTuple):
   """Scores of N responses.
 
   Attributes:
-    total: float64 [N], Σ weight · score; 0 where not valid.
-    valid: bool [N], False where any part gave None.
-    parts: float64 [N] per part, unweighted; NaN where it gave None.
+    total: float64 [N], Σ weight · score over the parts that gave one; 0 where
+      not valid.
+    valid: bool [N], False where a part failed, or none with a weight gave a
+      score.
+    parts: float64 [N] per part, unweighted; NaN where it gave None or failed.
+    failed: bool [N] per part: True where it failed.
     failures: by name, for parts that run in worker processes.
   """
 
   total: np.ndarray
   valid: np.ndarray
   parts: dict[str, np.ndarray]
+  failed: dict[str, np.ndarray]
   failures: Mapping[str, Failures] = types.MappingProxyType({})
 
 
@@ -69,7 +91,7 @@ def start(
   Parts in worker processes (`Workers`) start at once, and work while this
   process and the device do something else.  The others are called one by one
   when the returned function is first called.  A sample that fails in a worker
-  has no score and is counted in `failures`.
+  is not valid, whatever other parts say of it, and is counted in `failures`.
 
   Args:
     parts: at least one, with distinct names and finite weights.
@@ -98,36 +120,70 @@ def start(
       for part in parts
       if part.name not in pending
     }
-    remote = {
-      # float64 turns None into NaN.
+    # float64 turns None into NaN.
+    values = local | {
       name: np.asarray(scores.result(), np.float64)
       for name, scores in pending.items()
     }
-    failures = {name: scores.failures() for name, scores in pending.items()}
-    by_name = local | remote
-    return _total(parts, {p.name: by_name[p.name] for p in parts}, failures)
+    causes = {name: scores.failures() for name, scores in pending.items()}
+    failed = {
+      part.name: np.isin(np.arange(len(prompts)), [*causes.get(part.name, ())])
+      for part in parts
+    }
+    values = {part.name: values[part.name] for part in parts}
+    failures = {name: _count(each.values()) for name, each in causes.items()}
+    return Scores(*_total(parts, values, failed), values, failed, failures)
 
   return finish
+
+
+def merge_failures(
+  batches: Iterable[Mapping[str, Failures]],
+) -> dict[str, Failures]:
+  """Merges the failures of several batches, by the name of the reward.
+
+  The first message of each kind is kept; it numbers samples within its batch.
+  """
+  merged: dict[str, Failures] = {}
+  for batch in batches:
+    for name, (counts, messages) in batch.items():
+      before = merged.get(name, _count(()))
+      merged[name] = Failures(
+        {kind: before.counts[kind] + counts[kind] for kind in FAILURES},
+        messages | before.messages,
+      )
+  return merged
+
+
+def _count(causes: Iterable[tuple[str, str]]) -> Failures:
+  """Counts failures, each a kind and a message."""
+  failures = Failures(dict.fromkeys(FAILURES, 0), {})
+  for kind, message in causes:
+    failures.counts[kind] += 1
+    failures.messages.setdefault(kind, message)
+  return failures
 
 
 def _total(
   parts: Sequence[RewardPart],
   scores: dict[str, np.ndarray],
-  failures: Mapping[str, Failures],
-) -> Scores:
-  """Computes the weighted sum of the parts' scores."""
+  failed: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the weighted sums of the scores, and which of them are valid."""
   stacked = np.stack(list(scores.values()))
-  weights = np.asarray([part.weight for part in parts], np.float64)
-  valid = ~np.isnan(stacked).any(axis=0)
+  weights = np.asarray([part.weight for part in parts], np.float64)[:, None]
+  # A part without weight measures the response and does not reward it.
+  scored = (~np.isnan(stacked) & (weights != 0)).any(axis=0)
+  valid = scored & ~np.any(list(failed.values()), axis=0)
   with np.errstate(over='ignore', invalid='ignore'):
-    total = np.where(valid, (weights[:, None] * stacked).sum(axis=0), 0.0)
+    total = np.where(valid, np.nansum(weights * stacked, axis=0), 0.0)
   fits = np.abs(total) <= calling.LARGEST
   if not fits.all():
     raise UserError(
       'the weighted sum of rewards overflows float32 at sample '
       f'{int(np.argmin(fits))}.\nLower the weights.'
     )
-  return Scores(total, valid, scores, failures)
+  return total, valid
 
 
 def _check(parts, arguments, columns):
