@@ -38,7 +38,7 @@ _LEAST_MEMORY = 1 << 26
 _MAX_LINE = 1 << 16
 # Seconds for a supervisor to end with all processes that it watches.
 _GRACE = 5.0
-# Whatever can be imported here can be imported there.
+# Whatever can be imported here, or from the working folder, can be there.
 _BOOT = (
   'import sys; sys.path[:], sys.argv[1:] = sys.argv[1:], []; '
   'import jaxrl_llm.rewards.worker as worker; worker.main()'
@@ -357,7 +357,7 @@ class _Process:
       try:
         self.popen = subprocess.Popen(
           # Settings are sent: all users can read a command line.
-          [sys.executable, '-c', _BOOT, *(p or folder for p in sys.path)],
+          [sys.executable, '-c', _BOOT, folder, *filter(None, sys.path)],
           stdin=theirs,
           stdout=subprocess.DEVNULL,
           cwd=folder,
