@@ -34,12 +34,8 @@ def load_reward(
       'module:function'.  A function that takes neither `**kwargs` nor responses
       is a factory: it is called and returns the reward function.
     settings: arguments of the factory; empty for a function.
-    field: prefix of the messages.
+    field: prefix of the messages, which are UserErrors.
     killable: True if a time-out can end the process, as it can a worker's.
-
-  Raises:
-    UserError: the function does not exist, does not take the settings, or may
-      never end where nothing could end it.
   """
   if name in _ENDLESS and not killable:
     raise UserError(
@@ -96,8 +92,16 @@ def select_arguments(
   """Selects the arguments that the function called `name` can take.
 
   Raises:
-    UserError: a required argument is not available.
+    UserError: a required argument is not available, or an argument does not
+      have an entry per completion.
   """
+  count = len(arguments['completions'])
+  for column, values in arguments.items():
+    if len(values) != count:
+      raise UserError(
+        f'there are {count} completions to score but {len(values)} entries in '
+        f'{column!r}.'
+      )
   for parameter in taken.required:
     if parameter not in arguments or parameter not in taken.named:
       raise UserError(
@@ -109,20 +113,13 @@ def select_arguments(
   return {k: v for k, v in arguments.items() if k in taken.named}
 
 
-def encode_each(
-  name: str, arguments: Mapping[str, Sequence[Any]], count: int
-) -> list[bytes]:
-  """Encodes the arguments of `count` calls, one sample each, as JSON objects.
+def encode_each(name: str, arguments: Mapping[str, Sequence]) -> list[bytes]:
+  """Encodes the arguments of one call per sample as JSON objects.
 
   Raises:
-    UserError: the number of values is not `count`, or one is not a JSON value.
+    UserError: an entry is not a JSON value.
   """
   for column, values in arguments.items():
-    if len(values) != count:
-      raise UserError(
-        f'there are {count} completions to score but {len(values)} entries in '
-        f'{column!r}.'
-      )
     for i, value in enumerate(values):
       if not is_json(value):
         raise UserError(
@@ -131,8 +128,8 @@ def encode_each(
           'numbers,\nbooleans, None, lists, and dictionaries with string keys.'
         )
   return [
-    json.dumps({key: [values[i]] for key, values in arguments.items()}).encode()
-    for i in range(count)
+    json.dumps({k: [x] for k, x in zip(arguments, row, strict=True)}).encode()
+    for row in zip(*arguments.values(), strict=True)
   ]
 
 

@@ -95,8 +95,7 @@ def start(
 
   Args:
     parts: at least one, with distinct names and finite weights.
-    prompts: N strings.
-    completions: N strings, without the end token.
+    prompts, completions: N strings each, without the end token.
     columns: N entries each: the data set's columns, `completion_ids` (lists of
       int, the end token included) and `finished` (bool: ended by itself).
 
@@ -105,20 +104,27 @@ def start(
       function, naming reward, sample and completion, when a reward function
       fails or returns anything but N finite numbers or Nones.
   """
-  arguments = {'prompts': prompts, 'completions': completions}
-  _check(parts, arguments, columns)
+  _check(parts, columns)
+  arguments = {'prompts': prompts, 'completions': completions, **columns}
+  here = {
+    part.name: calling.select_arguments(
+      part.name, calling.parameters(part.function), arguments
+    )
+    for part in parts
+    if not isinstance(part.function, Workers)
+  }
   pending = {
     part.name: part.function.submit(prompts, completions, columns)
     for part in parts
-    if isinstance(part.function, Workers)
+    if part.name not in here
   }
 
   @functools.cache
   def finish() -> Scores:
     local = {
-      part.name: _part_scores(part, {**arguments, **columns})
+      part.name: _part_scores(part, here[part.name], completions)
       for part in parts
-      if part.name not in pending
+      if part.name in here
     }
     # float64 turns None into NaN.
     values = local | {
@@ -186,8 +192,8 @@ def _total(
   return total, valid
 
 
-def _check(parts, arguments, columns):
-  """Raises UserError if names, weights or lengths do not fit."""
+def _check(parts: Sequence[RewardPart], columns: Mapping[str, Any]) -> None:
+  """Raises UserError if names or weights do not fit."""
   names = [part.name for part in parts]
   if not names or len(set(names)) < len(names):
     raise UserError(f'reward parts need distinct names, not {names}.')
@@ -200,65 +206,43 @@ def _check(parts, arguments, columns):
       )
     if not math.isfinite(part.weight):
       raise UserError(f'reward {part.name!r} has the weight {part.weight}.')
-  clash = sorted(set(arguments) & set(columns))
+  clash = sorted({'prompts', 'completions'} & set(columns))
   if clash:
     raise UserError(f'a column cannot be called {clash[0]!r}: rename it.')
-  count = len(arguments['prompts'])
-  for name, values in {**arguments, **columns}.items():
-    if len(values) != count:
-      raise UserError(
-        f'there are {count} prompts to score but {len(values)} entries in '
-        f'{name!r}.'
-      )
 
 
-def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
+def _part_scores(
+  part: RewardPart, arguments: dict, completions: Sequence[str]
+) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
-  # Copies: a function that changes its arguments affects no other.
-  accepted = calling.select_arguments(
-    part.name, calling.parameters(part.function), arguments
-  )
   try:
-    result = part.function(**_copies(accepted))
+    # Copies: a function that changes its arguments affects no other.
+    result = part.function(**{k: list(v) for k, v in arguments.items()})
   except UserError:
     raise
   except (Exception, SystemExit) as error:
     raise UserError(
       f'reward {part.name!r} raised {type(error).__name__}: '
-      f'{shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
+      f'{shortened(str(error))}\n{_culprit(part, arguments, completions)}'
     ) from error
-  completions = arguments['completions']
-  values = calling.as_list(part.name, result, len(completions))
-  return np.asarray(
-    [
-      _number(part.name, value, i, completions[i])
-      for i, value in enumerate(values)
-    ],
-    np.float64,
-  )
-
-
-def _copies(arguments: dict) -> dict:
-  return {name: list(values) for name, values in arguments.items()}
-
-
-def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
-  """Returns the sample on which the function fails, trying one at a time."""
-  for i, completion in enumerate(arguments['completions']):
+  scores = np.zeros(len(completions))
+  for i, value in enumerate(calling.as_list(part.name, result, len(scores))):
     try:
-      part.function(**{name: [v[i]] for name, v in accepted.items()})
+      scores[i] = calling.as_float(value)
+    except ValueError as error:
+      raise UserError(
+        f'reward {part.name!r} returned {shortened(repr(value))} for sample '
+        f'{i}, completion {shortened(completions[i])!r}.\n'
+        'A score must be a finite float32, or None for no score.'
+      ) from error
+  return scores
+
+
+def _culprit(part: RewardPart, arguments: dict, completions) -> str:
+  """Returns the sample on which the function fails, trying one at a time."""
+  for i, completion in enumerate(completions):
+    try:
+      part.function(**{name: [v[i]] for name, v in arguments.items()})
     except (Exception, SystemExit):
       return f'at sample {i}, completion {shortened(completion)!r}.'
   return 'on the whole batch; no sample alone makes it fail.'
-
-
-def _number(name: str, value: Any, index: int, completion: str) -> float:
-  """Returns one value as a finite float, or NaN for None."""
-  try:
-    return calling.as_float(value)
-  except ValueError as error:
-    raise UserError(
-      f'reward {name!r} returned {shortened(repr(value))} for sample {index}, '
-      f'completion {shortened(completion)!r}.\n'
-      'A score must be a finite float32, or None for no score.'
-    ) from error

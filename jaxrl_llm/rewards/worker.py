@@ -59,18 +59,15 @@ def _work(channel: socket.socket, token: str, spec: dict[str, Any]) -> int:
     os.dup2(nothing, descriptor)
   # A process that the function leaves behind could answer later requests.
   os.register_at_fork(after_in_child=channel.close)
-  limited = _limit(spec['memory'])
+  ready = dict(containment=spec['containment'])
+  ready |= dict(memory_limited=_limit(spec['memory']))
   function, problem = _load(spec)
   if function is None:
     _send(channel, token, 'user', problem)
     return 1
   file = pathlib.Path(naming.file_of(spec['name']) or os.devnull)
-  ready = {
-    'containment': spec['containment'],
-    'memory_limited': limited,
-    'parameters': calling.parameters(function),
-    'source': hashlib.sha256(file.read_bytes()).hexdigest(),
-  }
+  ready |= dict(source=hashlib.sha256(file.read_bytes()).hexdigest())
+  ready |= dict(parameters=calling.parameters(function))
   _send(channel, token, 'ready', ready)
   pid = os.getpid()
   with open(channel.fileno(), 'rb', closefd=False) as requests:

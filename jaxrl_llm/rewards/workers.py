@@ -64,15 +64,12 @@ class Workers:
       ...  # The device computes meanwhile.
       scores = pending.result()
 
-  It is itself a reward function, `workers(prompts=, completions=, **columns)`.
-  Every sample is a separate call with lists of length 1.  State (caches, an
-  open program) persists in a process; one that crashes or exceeds its memory
-  after it has served other samples is replaced and the sample tried once more.
-
-  A sample fails if it takes more than `timeout` seconds (h that hang delay a
-  batch by ⌈h / workers⌉ time-outs), crashes its process, needs more memory,
-  raises, or returns anything but a finite number or None.  Scores that depend
-  on a time-out may not repeat.
+  It is itself a reward function.  Each sample is a separate call with lists of
+  length 1; state (caches, an open program) persists in a process.  A sample
+  fails if it takes more than `timeout` seconds (h that hang delay a batch by
+  ⌈h / workers⌉ time-outs), crashes its process, needs more memory, raises, or
+  returns anything but a finite number or None.  If its process crashed or
+  exceeded its memory after it had served others, it is tried once more.
 
   Printed output is discarded.  This is not a sandbox: the function keeps full
   access to files and network.  Processes survive Ctrl-C and end with `close`,
@@ -81,13 +78,12 @@ class Workers:
   Args:
     name: a function or factory of `rewards.functions` or `.code`,
       'file.py:function', or 'module:function', loaded only in the workers.  Its
-      attribute `warm_up`, if any, is called before the first sample: for
-      imports that take long.
+      attribute `warm_up`, if any, is called before the first sample.
     settings: arguments of a factory, JSON values.
     workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
-    memory: bytes that a process may write to, including the interpreter's 10 MB
-      and libraries.  Processes that the function starts may use as much each.
+    memory: bytes that a process, and each that the function starts, may write
+      to; the interpreter takes 10 MB.
     containment: a kind of `containment.KINDS`; the strongest by default.
     environment: names of variables that the function reads besides those that
       locate files and devices, such as ('OPENAI_API_KEY',).
@@ -145,7 +141,7 @@ class Workers:
     """
     arguments = {'prompts': prompts, 'completions': completions, **columns}
     arguments = calling.select_arguments(self.name, self._parameters, arguments)
-    samples = calling.encode_each(self.name, arguments, len(completions))
+    samples = calling.encode_each(self.name, arguments)
     return Pending(self.name, completions, self._pool, self._pool.put(samples))
 
   def __call__(
@@ -191,22 +187,16 @@ class Pending:
   def result(self) -> list[float | None]:
     """Waits for the N scores; None where there is none.
 
-    A check set by `interruptible.checked` may end the wait.  The samples stay
-    with the workers.
-
     Raises:
-      UserError: the function raised one; or every sample failed with an error
-        before there was any score, so the function is at fault and not the
-        responses; or the workers were closed or cannot be restarted, or the
-        function's file changed before a restart.
+      UserError: the function raised one, or an error for every sample before
+        there was any score; or the workers were closed or cannot be restarted.
     """
     replies = self._replies()
     for i, (kind, content) in enumerate(replies):
       if kind == 'user':
         raise UserError(f'reward {self._name!r}, sample {i} alone: {content}')
-    if (
-      replies and not self._pool.worked and {k for k, _ in replies} == {'error'}
-    ):
+    useless = not self._pool.worked and {kind for kind, _ in replies}
+    if useless == {'error'}:
       raise UserError(
         f'reward {self._name!r} fails on every sample of the first batch:\n'
         f'{self.failures()[0][1]}'
@@ -214,10 +204,7 @@ class Pending:
     return [content if kind == 'score' else None for kind, content in replies]
 
   def failures(self) -> dict[int, tuple[str, str]]:
-    """Waits for all samples; returns kind and message by index of the failed.
-
-    A message contains the sample's index and completion.
-    """
+    """Waits for all samples; returns kind and message of those that failed."""
     failures = {}
     for i, (kind, content) in enumerate(self._replies()):
       if kind in FAILURES:
@@ -311,25 +298,22 @@ class _Pool:
     self._processes.add(process)
     kind, content = process.ask(json.dumps(self._spec).encode(), self._seconds)
     self._source = self._source or (kind == 'ready' and content['source'])
-    problem = None
+    if kind == 'ready' and content['source'] == self._source and self._open:
+      process.ready = kind, content
+      return process
+    self._end(process)
+    self._check_open()
     if kind == 'user':
-      problem = content
-    elif kind != 'ready':
-      problem = (
-        f'{field}: the process that loads {name} {content}\nimporting the '
-        f'function ends or blocks it, or needs more memory than {memory} bytes'
-      )
-    elif content['source'] != self._source:
-      problem = (
+      raise UserError(content)
+    if kind == 'ready':
+      raise UserError(
         f'{field}: the file of {name} has changed\n'
         'new workers would score by other rules: restore the file or restart'
       )
-    if problem or not self._open:
-      self._end(process)
-      self._check_open()
-      raise UserError(problem)
-    process.ready = kind, content
-    return process
+    raise UserError(
+      f'{field}: the process that loads {name} {content}\nimporting the '
+      f'function ends or blocks it, or needs more memory than {memory} bytes'
+    )
 
   def _end(self, process: '_Process | None') -> None:
     if process is not None:
@@ -390,13 +374,13 @@ class _Process:
     try:
       answered, kind, content = json.loads(self._exchange(request, seconds))
       # What an earlier sample wrote does not know the token.
-      if answered == token and (kind != 'score' or _is_score(content)):
+      if answered == token and _is_reply(kind, content):
         return kind, content
     except TimeoutError:
       return 'timeout', f'gave no answer in {seconds:g} s'
     except OSError:
       return self._ending()
-    except (TypeError, ValueError, RecursionError):
+    except (LookupError, TypeError, ValueError, RecursionError):
       pass
     return 'crash', 'wrote to the channel of its worker'
 
@@ -429,8 +413,11 @@ class _Process:
     return 'crash', f'ended with status {status}'
 
 
-def _is_score(value: Any) -> bool:
-  return value is None or (type(value) is float and math.isfinite(value))
+def _is_reply(kind: Any, content: Any) -> bool:
+  if kind == 'score' and type(content) is float:
+    return math.isfinite(content)
+  types = dict(score=type(None), ready=dict, error=str, memory=str, user=str)
+  return type(content) is types[kind]
 
 
 def _wait(futures: Sequence[Future]) -> None:
