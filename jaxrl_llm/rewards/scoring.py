@@ -54,10 +54,8 @@ class Scores(NamedTuple):
   """Scores of N responses.
 
   Attributes:
-    total: float64 [N], Σ weight · score over the parts that gave one; 0 where
-      not valid.
-    valid: bool [N], False where a part failed, or none with a weight gave a
-      score.
+    total: float64 [N], Σ weight · score over the parts that gave one; else 0.
+    valid: bool [N], False where a part failed, or none with a weight scored.
     parts: float64 [N] per part, unweighted; NaN where it gave None or failed.
     failed: bool [N] per part: True where it failed.
     failures: by name, for parts that run in worker processes.
@@ -88,10 +86,8 @@ def start(
 ) -> Callable[[], Scores]:
   """Starts scoring N responses; returns a function that waits for the scores.
 
-  Parts in worker processes (`Workers`) start at once, and work while this
-  process and the device do something else.  The others are called one by one
-  when the returned function is first called.  A sample that fails in a worker
-  is not valid, whatever other parts say of it, and is counted in `failures`.
+  Parts in worker processes (`Workers`) start at once.  The others are called
+  one by one when the returned function is first called.
 
   Args:
     parts: at least one, with distinct names and finite weights.

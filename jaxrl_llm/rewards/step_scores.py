@@ -6,15 +6,12 @@ A function that scores parts of responses, such as a process reward model,
 
 returns a list per response, with one score per step or token, in order.
 
-Folding with `sum` (or `discounted_sum`) does not change what an estimator
-expects: the policy gradient of the response's reward equals that with every
-token's own reward to go (He et al., Theorem 1); a test asserts it by exact
-enumeration.  It changes the variance: a token's weight then includes rewards
-earned before it, which carry no information about it.  On 20 random languages
-of three tokens, REINFORCE with the sum had 0.7 to 3.1 times the variance of
-rewards to go, 1.27 times in the median
-(`pytest -m slow tests/rewards/step_scores_test.py`).  The other folds define
-another objective.
+Folding with `sum` (or `discounted_sum`) keeps the policy gradient of every
+token's own reward to go (He et al., Theorem 1; a test asserts it by exact
+enumeration) and changes its variance: a token's weight then includes rewards
+earned before it.  On 20 random languages of three tokens, REINFORCE had 0.7 to
+3.1 times the variance, 1.27 times in the median (`pytest -m slow
+tests/rewards/step_scores_test.py`).  The other folds define another objective.
 
 References:
   He et al., `Response-Level Rewards Are All You Need for Online Reinforcement

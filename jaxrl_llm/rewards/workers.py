@@ -175,10 +175,8 @@ class Pending:
   """Scores that workers have not yet delivered."""
 
   def __init__(self, name, completions, pool: '_Pool', outcomes: list[Future]):
-    self._name = name
-    self._completions = list(completions)
-    self._pool = pool
-    self._outcomes = outcomes
+    self._name, self._completions = name, list(completions)
+    self._pool, self._outcomes = pool, outcomes
 
   def done(self) -> bool:
     """Returns True if `result` would return, or raise, at once."""
@@ -247,11 +245,11 @@ class _Pool:
 
   def put(self, samples: Sequence[bytes | None]) -> list[Future]:
     """Queues samples, or None to load the function; returns their replies."""
-    jobs = [(Future(), sample) for sample in samples]
-    for job in jobs:
+    replies = [Future() for _ in samples]
+    for job in zip(replies, samples, strict=True):
       self._jobs.put(job)
     self._check_open()
-    return [future for future, _ in jobs]
+    return replies
 
   def close(self) -> None:
     """Ends processes and threads; samples that wait raise UserError."""
@@ -334,8 +332,11 @@ class _Process:
 
   def __init__(self, field: str, folder: str, environment: Sequence[str]):
     self.ready, self.used, self._received = None, False, b''
-    kept = {n: value for n, value in os.environ.items() if _KEPT.fullmatch(n)}
-    named = {n: os.environ[n] for n in environment if n in os.environ}
+    copied = {
+      name: value
+      for name, value in os.environ.items()
+      if name in environment or _KEPT.fullmatch(name) and name not in _SET
+    }
     self._channel, theirs = socket.socketpair()
     with theirs:
       try:
@@ -345,7 +346,7 @@ class _Process:
           stdin=theirs,
           stdout=subprocess.DEVNULL,
           cwd=folder,
-          env=kept | _SET | named,
+          env=_SET | copied,
           start_new_session=True,  # The parent decides about Ctrl-C.
         )
       except OSError as error:
@@ -365,10 +366,7 @@ class _Process:
       self.popen.wait()
 
   def ask(self, content: bytes, seconds: float) -> tuple[str, Any]:
-    """Sends a request with JSON content, and returns the reply to it.
-
-    After one of `FATAL` the process must be closed.
-    """
+    """Sends JSON, and returns the reply; after a `FATAL` one it is unusable."""
     token = secrets.token_hex(8)
     request = b'["%s", %s]\n' % (token.encode(), content)
     try:
@@ -407,10 +405,8 @@ class _Process:
       status = self.popen.wait(_GRACE)
     except subprocess.TimeoutExpired:
       return 'crash', 'closed its channel'
-    names = {128 + number: number.name for number in signal.Signals}
-    if status in names:
-      return 'crash', f'was killed by {names[status]}'
-    return 'crash', f'ended with status {status}'
+    ways = {128 + n: f'was killed by {n.name}' for n in signal.Signals}
+    return 'crash', ways.get(status, f'ended with status {status}')
 
 
 def _is_reply(kind: Any, content: Any) -> bool:

@@ -1,7 +1,6 @@
 """Sums against hand computation; every way a reward function can misbehave."""
 
 import fractions
-import re
 
 import hostile
 import jax.numpy as jnp
@@ -186,48 +185,6 @@ def test_inconsistent_input_is_refused():
   assert 'prompts' in message_of(good, columns={'prompts': ['1'] * 3})
   big = RewardPart('big', lambda **kwargs: [0, 1e38, 0], 10.0)
   assert 'overflows float32 at sample 1' in message_of(big)
-
-
-# Written as for TRL's GRPOTrainer: nothing of this package in them.
-
-
-def reward_unique_letters(completions, **kwargs):
-  """Number of different letters."""
-  return [float(len(set(completion))) for completion in completions]
-
-
-def reward_boxed(prompts, completions, ground_truth, completion_ids, **kwargs):
-  pattern = re.compile(r'\\boxed\{(.*?)\}')
-  rewards = []
-  for prompt, completion, truth, ids in zip(
-    prompts, completions, ground_truth, completion_ids, strict=True
-  ):
-    if not prompt.endswith('?'):
-      rewards.append(None)  # no question: this reward does not apply
-      continue
-    match = pattern.search(completion)
-    rewards.append(1.0 if match and match[1] == truth else -0.1 * len(ids))
-  return rewards
-
-
-def test_functions_in_the_shape_of_trl_work_unchanged():
-  prompts = ['1+1?', '1+2?', 'Tell me a story']
-  completions = ['\\boxed{2}', 'it is 3', 'aab']
-  columns = {
-    'ground_truth': ['2', '3', ''],
-    'level': [1, 2, 3],
-    'completion_ids': [[5, 6], [5, 6, 7], [8]],
-    'finished': [True, True, False],
-  }
-  parts = [
-    RewardPart('letters', reward_unique_letters),
-    RewardPart('boxed', reward_boxed, 2.0),
-  ]
-  scores = score(parts, prompts, completions, columns)
-  np.testing.assert_array_equal(scores.parts['letters'], [9, 5, 2])
-  np.testing.assert_allclose(scores.parts['boxed'], [1, -0.3, np.nan])
-  np.testing.assert_allclose(scores.total, [11, 4.4, 2])
-  assert scores.valid.all()
 
 
 def test_workers_begin_at_once_and_what_is_in_this_process_when_asked():
