@@ -298,12 +298,13 @@ def _score_rows(responses, whole, tokenizer, rewards):
   def finish() -> Scores:
     total, valid = np.zeros(len(texts)), np.zeros(len(texts), bool)
     parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
+    failed = {part.name: valid.copy() for part in rewards}
     if scoring is None:
-      return Scores(total, valid, parts)
+      return Scores(total, valid, parts, failed)
     scores = scoring()
     total[flat], valid[flat] = scores.total, scores.valid
     for name, values in scores.parts.items():
-      parts[name][flat] = values
-    return Scores(total, valid, parts, scores.failures)
+      parts[name][flat], failed[name][flat] = values, scores.failed[name]
+    return Scores(total, valid, parts, failed, scores.failures)
 
   return texts, finish

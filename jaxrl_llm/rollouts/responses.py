@@ -18,7 +18,7 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import start as start_scoring
-from jaxrl_llm.rewards.workers import Failures, merge_failures
+from jaxrl_llm.rewards.scoring import Failures, merge_failures
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
 
@@ -200,7 +200,8 @@ def _no_scores(rewards: Sequence[RewardPart]) -> Scores:
   """Returns the scores of a process that has no response to score."""
   none = np.zeros(0)
   parts = {part.name: none for part in rewards}
-  return Scores(none, none.astype(bool), parts)
+  failed = {part.name: none.astype(bool) for part in rewards}
+  return Scores(none, none.astype(bool), parts, failed)
 
 
 def _share(scoring: Callable[[], Scores]) -> Scores:
@@ -213,15 +214,13 @@ def _share(scoring: Callable[[], Scores]) -> Scores:
   for each in processes.gather_objects(error, 'rewards'):
     if each is not None:
       raise UserError(each)
-  total, valid, parts = processes.gather(
-    (scores.total, scores.valid, scores.parts), 'rewards'
-  )
+  arrays = processes.gather(scores[:4], 'rewards')
   gathered = processes.gather_objects(scores.failures, 'failures of rewards')
   failures = [
     {name: Failures(*each) for name, each in reported.items()}
     for reported in gathered
   ]
-  return Scores(total, valid, parts, merge_failures(failures))
+  return Scores(*arrays, merge_failures(failures))
 
 
 def with_statistics(generation: Generation, needs: Needs) -> Generation:
