@@ -1,4 +1,4 @@
-"""What a long run uses more and more of: memory, files, disk, time per step.
+"""Growth of a long run: memory, files, disk, time per step.
 
     python -m benchmarks.soak --minutes=30
 
