@@ -62,15 +62,11 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
   """
   if split not in ('train', 'test'):
     raise UserError(f"HH-RLHF has the splits 'train' and 'test', not {split!r}")
-  if path is None:
-    source = 'Anthropic/hh-rlhf'
-    source_rows = datasets.read_hub(source, split, prompt_column='chosen')
-  else:
-    source = _file(pathlib.Path(path), split)
-    source_rows = datasets.read_rows(source, prompt_column='chosen')
+  names = f'{split}.jsonl.gz', f'{split}.jsonl'
+  file = path and datasets.find_file(path, *names)
+  hub = 'Anthropic/hh-rlhf'
   rows, left_out = [], {'apart': 0, 'equal': 0, 'empty': 0}
-  for i, row in enumerate(source_rows):
-    where = f'{source}: row {i}'
+  for where, row in datasets.read(file, hub, split, prompt_column='chosen'):
     # The reader has renamed the first column to 'prompt'.
     prompt, chosen = _divided(where, 'chosen', row['prompt'])
     other, rejected = _divided(where, 'rejected', row.get('rejected'))
@@ -83,7 +79,9 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     else:
       rows.append({'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
   if not rows:
-    raise UserError(f'{source}: no row is a pair with one prompt: {left_out}')
+    raise UserError(
+      f'{file or hub}: no row is a pair with one prompt: {left_out}'
+    )
   return Pairs(rows, **left_out)
 
 
@@ -144,29 +142,26 @@ def encode_responses(
       'the tokenizer has no end token to append to a response.\n'
       'Set end_token=False, or use another tokenizer.'
     )
-  encoded = []
-  for i, (prompt, response, ended) in enumerate(
-    zip(given, responses, finished, strict=True)
-  ):
-    if template is None:
-      text = prompt + suffix + response
-      ids = prompts.encode_text(text, tokenizer)
-      ids = [*ids, tokenizer.eos_token_id] if ended and end_token else ids
-    else:
-      messages = [
-        {'role': 'user', 'content': prompt + suffix},
-        {'role': 'assistant', 'content': response},
-      ]
-      if system_prompt is not None:
-        messages.insert(0, {'role': 'system', 'content': system_prompt})
+  texts = []
+  for prompt, response, ended in zip(given, responses, finished, strict=True):
+    text = prompt + suffix + response
+    if template is not None:
+      turns = {'user': prompt + suffix, 'assistant': response}
+      settings = dict(continue_final_message=not ended)
       text = templates.render(
-        tokenizer, template, messages, continue_final_message=not ended
+        tokenizer, template, system_prompt, turns, **settings
       )
-      ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    texts.append(text)
+  names = [f'prompt and response {i}' for i in range(len(texts))]
+  encoded = prompts.encode(names, texts, tokenizer, bos=template is None)
+  if template is None and end_token:
+    encoded = [
+      [*ids, tokenizer.eos_token_id] if ended else ids
+      for ids, ended in zip(encoded, finished, strict=True)
+    ]
+  for name, ids in zip(names, encoded, strict=True):
     if not ids:
-      raise UserError(f'prompt and response {i} are both empty')
-    prompts.check_known(f'prompt and response {i}', text, ids, tokenizer)
-    encoded.append(ids)
+      raise UserError(f'{name} are both empty')
   return encoded
 
 
@@ -246,17 +241,3 @@ def _divided(where: str, name: str, dialogue) -> tuple[str, str]:
     )
   end = dialogue.rindex(_ANSWER) + len(_ANSWER)
   return dialogue[:end], dialogue[end:]
-
-
-def _file(path: pathlib.Path, split: str) -> pathlib.Path:
-  """Returns a file, given its path or its folder's."""
-  if not path.is_dir():
-    return path
-  names = [f'{split}.jsonl.gz', f'{split}.jsonl']
-  paths = [path / name for name in names if (path / name).exists()]
-  if not paths:
-    raise UserError(
-      f'{path.absolute()}: the folder holds no {" or ".join(names)}; '
-      'name a file.'
-    )
-  return paths[0]
