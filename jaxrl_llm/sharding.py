@@ -394,14 +394,11 @@ def place_rows(tree: Any) -> Any:
 
 
 def _put(x, sharding: NamedSharding) -> Array:
-  if (
-    isinstance(x, Array)
-    and x.is_fully_addressable
-    and (sharding.is_fully_addressable)
-  ):
-    return jax.device_put(x, sharding)
-  if isinstance(x, Array) and not x.is_fully_addressable:
-    return jax.jit(lambda x: x, out_shardings=sharding)(x)
+  if isinstance(x, Array):
+    if not x.is_fully_addressable:
+      return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if sharding.is_fully_addressable:
+      return jax.device_put(x, sharding)
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
