@@ -234,14 +234,9 @@ def padded(
   """Returns (tokens, lengths): int32 [N, width] padded at the right, int32 [N].
 
   Raises:
-    UserError: a sequence is longer than `width`.
+    ValueError: a sequence is longer than `width`.
   """
   lengths = np.asarray([len(ids) for ids in sequences], np.int32)
-  if len(lengths) and lengths.max() > width:
-    raise UserError(
-      f'sequence {int(lengths.argmax())} has {lengths.max()} tokens, which '
-      f'does not fit a width of {width}.'
-    )
   tokens = np.full((len(sequences), width), pad_id, np.int32)
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids

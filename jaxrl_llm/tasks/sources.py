@@ -55,8 +55,6 @@ class PromptSource:
 
   def indices(self, step: int) -> list[int]:
     """Returns the positions of batch `step` among the encoded prompts."""
-    if step < 0:
-      raise ValueError(f'there is no step {step}')
     n, size = len(self._encoded.rows), self._prompts_per_step
     first, last = step * size, (step + 1) * size - 1
     orders = {e: self._order(e) for e in range(first // n, last // n + 1)}
