@@ -119,16 +119,14 @@ def sketch(tree: Any, dimension: int, seed: int = 0) -> Array:
   return sums
 
 
-@functools.partial(jax.jit, static_argnames=('dimension', 'seed'))
-def _kept(
-  tree: Any, dimension: int | None, seed: int
-) -> tuple[Array, list[Array]]:
+@functools.partial(jax.jit, static_argnames='dimension')
+def _kept(tree: Any, dimension: int | None) -> tuple[Array, list[Array]]:
   """Returns the numbers kept of a gradient, [d], and its leaves' squares."""
   leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
   squares = [jnp.square(leaf).sum() for leaf in leaves]
   if dimension is None:
     return jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), squares
-  return sketch(leaves, dimension, seed), squares
+  return sketch(leaves, dimension), squares
 
 
 def draw_gradients(
@@ -137,7 +135,6 @@ def draw_gradients(
   tokens: int,
   least: int = 16,
   dimension: int | None = None,
-  seed: int = 0,
 ) -> dict[str, Gradients]:
   """Draws gradients until they have cost a budget of generated tokens.
 
@@ -148,7 +145,7 @@ def draw_gradients(
     tokens: the budget.
     least: minimum number of draws, at least 4.
     dimension: d of `sketch`; None keeps whole gradients, n · D numbers.
-    seed: of the sketch.  Gradients to be compared must share d and seed.
+      Gradients to be compared must share it.
 
   Raises:
     ValueError: `least` is too small, or a gradient is not finite.
@@ -160,7 +157,7 @@ def draw_gradients(
     parts, cost = draw(len(spent))
     spent.append(cost)
     for name, tree in parts.items():
-      vector, squares = jax.device_get(_kept(tree, dimension, seed))
+      vector, squares = jax.device_get(_kept(tree, dimension))
       square = math.fsum(squares)
       if not math.isfinite(square):
         raise ValueError(f'{name}: gradient {len(spent) - 1} is not finite')

@@ -5,6 +5,7 @@ over all subsets of k: for independent responses, the unbiased estimates of
 least variance.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -231,23 +232,19 @@ def bootstrap_few(values: np.ndarray, resamples: int = 2000) -> Interval:
   return Interval(mean, low, high)
 
 
-def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 2) -> float:
-  """Returns distinct n-grams over all n-grams of all sequences, in [0, 1].
+def distinct_bigrams(sequences: Sequence[Sequence[int]]) -> float:
+  """Returns distinct bigrams over all bigrams of all sequences, in [0, 1].
 
   A policy that repeats itself, within a response or across responses, lowers
   it.  It falls with the amount of text: compare equal amounts.  0 if there are
-  no n-grams.
+  no bigrams.
 
   References:
     Li et al., `A Diversity-Promoting Objective Function for Neural
     Conversation Models <https://arxiv.org/abs/1510.03055>`_, 2016
   """
-  ngrams = [
-    tuple(sequence[i : i + n])
-    for sequence in sequences
-    for i in range(len(sequence) - n + 1)
-  ]
-  return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+  bigrams = [pair for row in sequences for pair in itertools.pairwise(row)]
+  return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def _check_subset(name: str, k: int, samples: int) -> None:

@@ -41,16 +41,15 @@ class Pair(NamedTuple):
   rejected: list[int]
 
 
-def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
+def hh_rlhf(path: str | pathlib.Path | None) -> Pairs:
   """Reads Anthropic's dialogues, with a preference between two last responses.
 
   A prompt is the dialogue up to and including the last "Assistant:"; prompt and
   response together are the original dialogue.
 
   Args:
-    path: a file such as harmless-base/train.jsonl.gz, or its folder; None for
-      Anthropic/hh-rlhf on the hub.
-    split: 'train' or 'test', on the hub or in a folder; a file has only one.
+    path: a file such as harmless-base/train.jsonl.gz, or the folder of that;
+      None for the training split of Anthropic/hh-rlhf on the hub.
 
   Raises:
     UserError: as in `datasets.read_rows`; a row is not a pair of such
@@ -60,13 +59,10 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     Bai et al., `Training a Helpful and Harmless Assistant
     <https://arxiv.org/abs/2204.05862>`_, 2022
   """
-  if split not in ('train', 'test'):
-    raise UserError(f"HH-RLHF has the splits 'train' and 'test', not {split!r}")
-  names = f'{split}.jsonl.gz', f'{split}.jsonl'
-  file = path and datasets.find_file(path, *names)
+  file = path and datasets.find_file(path, 'train.jsonl.gz', 'train.jsonl')
   hub = 'Anthropic/hh-rlhf'
   rows, left_out = [], {'apart': 0, 'equal': 0, 'empty': 0}
-  for where, row in datasets.read(file, hub, split, prompt_column='chosen'):
+  for where, row in datasets.read(file, hub, 'train', prompt_column='chosen'):
     # The reader has renamed the first column to 'prompt'.
     prompt, chosen = _divided(where, 'chosen', row['prompt'])
     other, rejected = _divided(where, 'rejected', row.get('rejected'))

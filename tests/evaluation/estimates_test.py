@@ -267,9 +267,8 @@ def test_interval_of_a_few_keeps_its_edges():
     evaluation.bootstrap_few(np.array([]))
 
 
-def test_distinct_ngrams():
+def test_distinct_bigrams():
   # (1, 2) (2, 1) (1, 2), (2, 1): two distinct of four.
-  assert evaluation.distinct_ngrams([[1, 2, 1, 2], [2, 1]]) == 0.5
-  assert evaluation.distinct_ngrams([[1, 2, 1, 2], [2, 1]], n=1) == 1 / 3
-  assert evaluation.distinct_ngrams([[3, 3, 3, 3]], n=3) == 0.5
-  assert evaluation.distinct_ngrams([[1], []]) == 0.0
+  assert evaluation.distinct_bigrams([[1, 2, 1, 2], [2, 1]]) == 0.5
+  assert evaluation.distinct_bigrams([[3, 3, 3, 3]]) == 1 / 3
+  assert evaluation.distinct_bigrams([[1], []]) == 0.0
