@@ -174,14 +174,17 @@ def hash_lines(text: str) -> list[str]:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""Returns the content of the last closed `\boxed{…}` or `\fbox{…}`, or None.
+  r"""Returns the content of the last `\boxed{…}` or `\fbox{…}`, or None.
 
-  A box is closed if it ends within 1000 characters; empty ones do not count.
-  Only the last 20 are considered.
+  Empty ones do not count.  '' for one that does not end within 1000 characters:
+  an answer that was cut off is not the one before it.  Only the last 20 are
+  considered.
   """
   boxes = collections.deque(_BOX.finditer(text), _MAX_MARKS)
   for box in reversed(boxes):
     content = box[1] or _group(text, box.end())
+    if content is None:
+      return ''
     if content and not content.isspace():
       return content
   return None
