@@ -3,6 +3,7 @@
 Worker processes import it, and start without NumPy.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -33,7 +34,8 @@ def load_reward(
     name: a function or factory of `jaxrl_llm.rewards`, 'file.py:function', or
       'module:function'.  A function that takes neither `**kwargs` nor responses
       is a factory: it is called and returns the reward function.
-    settings: arguments of the factory; empty for a function.
+    settings: arguments of the factory, or keyword-only ones of a function,
+      which have defaults.
     field: prefix of the messages, which are UserErrors.
     killable: True if a time-out can end the process, as it can a worker's.
   """
@@ -51,9 +53,15 @@ def load_reward(
     # Only a user's own function knows what a mapping means to it.
     parts = () if ':' in name else step_scores
     return naming.call(_MODULES, {**settings, 'name': name}, field, parts)
-  if settings:
-    raise UserError(f'{field}: {name} has no setting {next(iter(settings))!r}')
-  return function
+  defaults = {p.name: p.default for p in taken if p.kind is p.KEYWORD_ONLY}
+  for key, value in settings.items():
+    if defaults.get(key, inspect.Parameter.empty) is inspect.Parameter.empty:
+      raise UserError(f'{field}: {name} has no setting {key!r}')
+    if type(value) is not type(defaults[key]):
+      raise UserError(
+        f'{field}: {key} is {value!r}, not of the type of {defaults[key]!r}'
+      )
+  return functools.partial(function, **settings) if settings else function
 
 
 class Parameters(NamedTuple):

@@ -5,22 +5,24 @@ Every name in `__all__` is one or the other, and its docstring begins with
 
   fn(prompts=, completions=, <columns it names>) -> list[float | None]
 
-with N strings each; completions do not contain the end token.
+with N strings each; completions do not contain the end token.  Keyword-only
+parameters are settings: `dict(name='exact_match', ignore_case=True)`.
 """
 
+import collections
 import functools
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import mathematics, symbolic
+from jaxrl_llm.rewards import mathematics, symbolic, texts
 from jaxrl_llm.tasks import answers
 
 __all__ = [
   'arithmetic_answer',
+  'choice',
   'exact_match',
   'format_match',
   'gsm8k_answer',
@@ -30,25 +32,118 @@ __all__ = [
   'math_answer',
   'math_verify_answer',
   'prefix_match',
+  'regex_match',
   'repetition_penalty',
   'script_share',
   'sentiment',
+  'token_f1',
 ]
+
+Texts = Sequence[str]
+Answers = Sequence[Any]
+Scores = list[float]
 
 
 def exact_match(
-  completions: Sequence[str], answer: Sequence[Any], **kwargs
-) -> list[float]:
-  """Reward: 1 where the completion, stripped, equals the stripped answer."""
-  return [
-    float(text.strip() == gold.strip())
-    for text, gold in zip(completions, _texts(answer), strict=True)
-  ]
+  completions: Texts,
+  answer: Answers,
+  *,
+  ignore_case: bool = False,
+  collapse_spaces: bool = False,
+  **kwargs,
+) -> Scores:
+  """Reward: 1 where the completion, stripped, equals the stripped answer.
+
+  Args:
+    completions, answer: N texts, or numbers as answers.
+    ignore_case: compares without regard to case.
+    collapse_spaces: any white space within a text counts as one space.
+  """
+  norm = functools.partial(texts.normalised, ignore_case, collapse_spaces)
+  return texts.compared(completions, answer, norm, norm)
 
 
-def arithmetic_answer(
-  completions: Sequence[str], answer: Sequence[Any], **kwargs
-) -> list[float]:
+def regex_match(
+  pattern: str, ignore_case: bool = False, collapse_spaces: bool = False
+) -> Callable[..., Scores]:
+  r"""Factory: 1 where what `pattern` finds in the completion is the answer.
+
+  The last match counts: its group, if the pattern has one, else all of it.  It
+  is compared as `exact_match` compares the completion; 0 without a match.
+
+  Args:
+    pattern: a regular expression of Python's `re`, with at most one group:
+      `<answer>(.*?)</answer>`.  `.` matches line ends too.  One whose search
+      takes exponential time, as `(a+)+b`, needs `workers`.
+    ignore_case, collapse_spaces: as in `exact_match`.
+  """
+  compiled = texts.compiled('regex_match', pattern)
+  if compiled.groups > 1:
+    raise UserError(
+      f'regex_match: {pattern!r} has {compiled.groups} groups, not one.\n'
+      'Write (?:…) for those that do not hold the answer.'
+    )
+  norm = functools.partial(texts.normalised, ignore_case, collapse_spaces)
+
+  def last_match(text):
+    last = collections.deque(compiled.finditer(text), 1)
+    return norm(last[0][compiled.groups] or '') if last else None
+
+  def matches_answer(completions, answer, **kwargs):
+    return texts.compared(completions, answer, last_match, norm)
+
+  return matches_answer
+
+
+def choice(
+  completions: Texts,
+  answer: Answers,
+  *,
+  letters: str = 'ABCDEFGHIJ',
+  **kwargs,
+) -> Scores:
+  r"""Reward: 1 where the completion chooses the answer's letter.
+
+  The letter that begins the marked answer (see `math_answer`), as in
+  `\boxed{(B) 5}`, `Answer: **b**` or "the correct option is B."; or that of a
+  completion like `B`, `(B)` or `B) 5`.  0 for two letters, as in "A or B".
+
+  Args:
+    completions, answer: N texts; an answer is `B`, `(B)` or `B) 5`.
+    letters: the choices' letters, in capitals.
+  """
+
+  def truth(gold):
+    letter = answers.marked_letter(gold)
+    return letter if letter and letter in letters else None
+
+  advice = f'is not one of {letters}', 'Give its letter, or set letters.'
+  return texts.compared(
+    completions, answer, answers.marked_letter, truth, advice
+  )
+
+
+def token_f1(completions: Texts, answer: Answers, **kwargs) -> Scores:
+  """Reward: F1 of the words that the completion shares with the answer.
+
+    r = 2c / (n + m),   1 where n = m = 0
+
+  for n and m words, of which c are common, counted as often as in both.  Lower
+  case; without punctuation and the words a, an, the.
+
+  References:
+    Rajpurkar et al., `SQuAD <https://arxiv.org/abs/1606.05250>`_, 2016
+  """
+
+  def f1(text, bag):
+    own = texts.bag_of_words(text)
+    total = own.total() + bag.total()
+    return 2 * (own & bag).total() / total if total else 1.0
+
+  return texts.judged(completions, answer, texts.bag_of_words, f1)
+
+
+def arithmetic_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
   """Reward: 1 where the text after the last '=' is exactly the answer.
 
   Without '=' the whole completion counts, so an answer without steps is scored
@@ -60,11 +155,8 @@ def arithmetic_answer(
 
 
 def prefix_match(
-  completions: Sequence[str],
-  answer: Sequence[Any],
-  finished: Sequence[bool],
-  **kwargs,
-) -> list[float]:
+  completions: Texts, answer: Answers, finished: Sequence[bool], **kwargs
+) -> Scores:
   """Reward: share of the answer that is right, counted from the left.
 
   An answer of n characters counts as n + 1 symbols; the last is the end.
@@ -77,7 +169,7 @@ def prefix_match(
   """
   scores = []
   for text, gold, ended in zip(
-    completions, _texts(answer), finished, strict=True
+    completions, texts.as_texts(answer), finished, strict=True
   ):
     right = 0
     while right < min(len(text), len(gold)) and text[right] == gold[right]:
@@ -87,9 +179,7 @@ def prefix_match(
   return scores
 
 
-def gsm8k_answer(
-  completions: Sequence[str], answer: Sequence[Any], **kwargs
-) -> list[float]:
+def gsm8k_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
   r"""Reward: 1 where the marked number equals the answer's, exactly.
 
   The completion's number is the one after its last `####`, else the one in its
@@ -103,8 +193,8 @@ def gsm8k_answer(
 
 
 def gsm8k_answer_or_last_number(
-  completions: Sequence[str], answer: Sequence[Any], **kwargs
-) -> list[float]:
+  completions: Texts, answer: Answers, **kwargs
+) -> Scores:
   """Reward: `gsm8k_answer`, or the last number where none is marked.
 
   More lenient: a response that never commits to an answer can score.
@@ -112,53 +202,48 @@ def gsm8k_answer_or_last_number(
   return _equal_numbers(completions, answer, _marked_or_last_number)
 
 
-def math_answer(
-  completions: Sequence[str], answer: Sequence[Any], **kwargs
-) -> list[float]:
+def math_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
   r"""Reward: 1 where the marked answer is right, in the format of MATH.
 
   The completion's answer is the content of its last `\boxed{…}`, else the text
-  after its last `####`, else after its last "answer is".  Canonical forms are
-  compared: exact numbers, expressions up to the order of terms and factors and
-  the writing of roots and fractions, lists, tuples, intervals, sets, matrices,
-  words; see `jaxrl_llm.rewards.mathematics`.  Nothing is evaluated: it is as
-  safe as comparing texts.  The answer is in LaTeX, or a solution text whose
-  answer is marked in the same way.
+  after its last `####`, else after its last "answer is", "Answer:", "correct
+  option is".  Exact forms of numbers, words, lists, tuples, intervals, sets and
+  matrices decide (`jaxrl_llm.rewards.mathematics`).  Expressions, such as
+  `2\sqrt3`, are compared by SymPy if the reward has `workers`, whose time-out
+  ends what takes for ever, and the package math-verify (`pip install
+  'jaxrl_llm[math]'`); without workers as text, and a warning says so once.  The
+  answer is in LaTeX, or a solution text whose answer is marked in the same way.
 
-  Of 142,405 right answers, made by rewriting all 12,470 of MATH, it missed
-  none; of 69,754 wrong ones it accepted none (`pytest -m slow
-  tests/rewards/mathematics_test.py`).  It misses equalities that need algebra,
-  such as `x^2-1` and `(x-1)(x+1)`, or a line's `2x-y+3=0` and `y=2x+3`.
+  Of 142,405 right answers, made by rewriting all 12,470 of MATH, it missed none
+  in a worker; of 69,754 wrong ones it accepted none.  The forms decided 98 % of
+  them (`pytest -m slow tests/rewards/mathematics_test.py`).
 
   References:
     Hendrycks et al., `Measuring Mathematical Problem Solving With the MATH
     Dataset <https://arxiv.org/abs/2103.03874>`_, 2021
   """
-  return _right_answers(completions, answer, _same_form)
+  return _right_answers(completions, answer, symbolic.equal_or_text)
 
 
-def math_verify_answer(
-  completions: Sequence[str], answer: Sequence[Any], **kwargs
-) -> list[float]:
-  r"""Reward: `math_answer`, or 1 where SymPy finds the answers equal.
+math_answer.warm_up = symbolic.enter_worker
 
-  For answers equal only after algebra, such as `x^2-1` and `(x-1)(x+1)`; an
-  answer that copies the question's expression then scores like its factors.  It
-  needs the package math-verify (`pip install 'jaxrl_llm[math]'`).  It may hang
-  or take gigabytes on a hostile answer such as `9^{9^{9^{9}}}`, so a
-  configuration must set `workers`, whose time-out kills it.  It uses no
-  signals.
+
+def math_verify_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
+  """Reward: `math_answer` with SymPy, without which it is an error.
+
+  A configuration must set `workers`: SymPy may hang or take gigabytes on an
+  answer such as `9^{9^{9^{9}}}`.  It uses no signals.
+
   References:
     https://github.com/huggingface/Math-Verify
   """
-  return _right_answers(
-    completions,
-    answer,
-    lambda text, gold: _same_form(text, gold) or symbolic.equal(text, gold),
-  )
+  return _right_answers(completions, answer, symbolic.equal)
 
 
-def format_match(pattern: str) -> Callable[..., list[float]]:
+math_verify_answer.warm_up = symbolic.enter_worker
+
+
+def format_match(pattern: str) -> Callable[..., Scores]:
   r"""Factory: 1 where the whole stripped completion matches `pattern`.
 
   Args:
@@ -166,12 +251,7 @@ def format_match(pattern: str) -> Callable[..., list[float]]:
       `.*#### -?[\d.,]+` asks for GSM8K's last line,
       `<think>.+</think>\s*<answer>.+</answer>` for reasoning in tags.
   """
-  try:
-    compiled = re.compile(pattern, re.DOTALL)
-  except re.error as error:
-    raise UserError(
-      f'format_match: {pattern!r} is not a regular expression: {error}.'
-    ) from error
+  compiled = texts.compiled('format_match', pattern)
 
   def matches_format(completions, **kwargs):
     return [
@@ -184,12 +264,12 @@ def format_match(pattern: str) -> Callable[..., list[float]]:
 
 def length_in_tokens(
   completion_ids: Sequence[Sequence[int]], **kwargs
-) -> list[float]:
+) -> Scores:
   """Reward: number of tokens of the completion, the end token included."""
   return [float(len(ids)) for ids in completion_ids]
 
 
-def length_penalty(limit: int, buffer: int) -> Callable[..., list[float]]:
+def length_penalty(limit: int, buffer: int) -> Callable[..., Scores]:
   """Factory: 0 up to limit − buffer tokens, then linearly down to −1 at limit.
 
     r = −min(1, max(0, n − (limit − buffer)) / buffer)
@@ -215,7 +295,7 @@ def length_penalty(limit: int, buffer: int) -> Callable[..., list[float]]:
   return penalizes_length
 
 
-def repetition_penalty(n: int = 4) -> Callable[..., list[float]]:
+def repetition_penalty(n: int = 4) -> Callable[..., Scores]:
   """Factory: minus the share of token n-grams that repeat earlier ones.
 
     r = −(1 − |distinct n-grams| / |n-grams|)
@@ -246,7 +326,7 @@ def repetition_penalty(n: int = 4) -> Callable[..., list[float]]:
   return penalizes_repetition
 
 
-def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
+def script_share(scripts: Sequence[str]) -> Callable[..., Scores]:
   """Factory: the share of the completion's letters in the given scripts.
 
     r = |letters of `scripts`| / |letters|,   1 where there are no letters
@@ -269,7 +349,7 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
       f'script_share: scripts={scripts!r} must be a list of names.'
     )
   for name in scripts:
-    if not isinstance(name, str) or name not in _known_scripts():
+    if not isinstance(name, str) or name not in texts.known_scripts():
       raise UserError(
         f'script_share: {name!r} is not the script of any letter.\n'
         'Names are those of Unicode in capitals, such as LATIN, CYRILLIC, CJK.'
@@ -278,8 +358,9 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
   def shares_script(completions, **kwargs):
     scores = []
     for text in completions:
-      compatible = unicodedata.normalize('NFKC', _stream_safe(text))
-      kinds = [_script(c) for c in compatible]
+      # Normalisation sorts marks, which do not count, in quadratic time.
+      plain = ''.join(c for c in text if not texts.is_mark(c))
+      kinds = map(texts.script, unicodedata.normalize('NFKC', plain))
       letters = [script for script in kinds if script is not None]
       right = sum(script in scripts for script in letters)
       scores.append(right / len(letters) if letters else 1.0)
@@ -288,79 +369,15 @@ def script_share(scripts: Sequence[str]) -> Callable[..., list[float]]:
   return shares_script
 
 
-def _stream_safe(text: str) -> str:
-  """Inserts a joiner after every 30 marks on a letter.
-
-  Normalisation sorts marks in quadratic time.  No language uses that many
-  (Unicode Standard Annex 15, "Stream-Safe Text Format").
-  """
-  pieces, marks = [], 0
-  for character in text:
-    marks = marks + 1 if _is_mark(character) else 0
-    if marks > 30:
-      pieces.append('\N{COMBINING GRAPHEME JOINER}')
-      marks = 1
-    pieces.append(character)
-  return ''.join(pieces)
-
-
-@functools.lru_cache(1 << 12)
-def _is_mark(character: str) -> bool:
-  """Returns True for a character that normalisation may reorder."""
-  return unicodedata.combining(unicodedata.normalize('NFKD', character)[0]) > 0
-
-
-@functools.cache
-def _known_scripts() -> set[str | None]:
-  # Beyond this there are only more letters of CJK.
-  return {_script(chr(i)) for i in range(0x20000)} - {None}
-
-
-def _script(character: str) -> str | None:
-  """Returns the first word of a letter's name; None if it is not a letter."""
-  if unicodedata.category(character) not in ('Lu', 'Ll', 'Lt', 'Lo'):
-    return None
-  return unicodedata.name(character, '').partition(' ')[0]
-
-
-def sentiment(completions: Sequence[str], **kwargs) -> list[float]:
+def sentiment(completions: Texts, **kwargs) -> Scores:
   """Reward: VADER's compound score of the completion, from −1 to 1.
 
   References:
     Hutto and Gilbert, `VADER
     <https://ojs.aaai.org/index.php/ICWSM/article/view/14550>`_, 2014
   """
-  analyzer = _vader()
+  analyzer = texts.vader()
   return [analyzer.polarity_scores(text)['compound'] for text in completions]
-
-
-@functools.cache
-def _vader():
-  try:
-    from vaderSentiment import vaderSentiment
-  except ImportError as error:
-    raise UserError(
-      'the reward sentiment needs the package vaderSentiment.\n'
-      "Install it with: pip install 'jaxrl_llm[sentiment]'"
-    ) from error
-  whole = vaderSentiment.SentimentIntensityAnalyzer
-
-  # VADER lower-cases all words of the text for each that has a sentiment.  The
-  # checks look only at the three words before it and the two after it.
-  class Analyzer(whole):
-    @staticmethod
-    def _special_idioms_check(valence, words, i):
-      first = max(0, i - 3)
-      near = words[first : i + 3]
-      return whole._special_idioms_check(valence, near, i - first)
-
-    @staticmethod
-    def _negation_check(valence, words, start_i, i):
-      first = max(0, i - 3)
-      near = words[first : i + 1]
-      return whole._negation_check(valence, near, start_i, i - first)
-
-  return Analyzer()
 
 
 def _result(text: str) -> str:
@@ -375,6 +392,7 @@ def _marked_or_last_number(text: str) -> Fraction | None:
 # Readers of the answer in a completion, by reward, for majority votes.  They
 # return None where there is no answer.
 READERS = {
+  'choice': answers.marked_letter,
   'exact_match': str.strip,
   'arithmetic_answer': _result,
   'gsm8k_answer': answers.marked_number,
@@ -384,52 +402,34 @@ READERS = {
 }
 
 
-def _texts(answer: Sequence[Any]) -> list[str]:
-  """Returns answers as text; a number in the data file counts as its digits."""
-  for i, gold in enumerate(answer):
-    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-      raise UserError(
-        f'the answer of sample {i} is {gold!r}, neither text nor a number.\n'
-        'Correct the column answer of the data set.'
-      )
-  return [str(gold) for gold in answer]
-
-
-def _equal_numbers(completions, answer, number) -> list[float]:
+def _equal_numbers(completions, answer, number) -> Scores:
   """Returns 1 where number(completion) is the answer's number, else 0."""
-  scores = []
-  for i, (text, gold) in enumerate(
-    zip(completions, _texts(answer), strict=True)
-  ):
-    truth = answers.marked_number(gold)
-    if truth is None:
-      truth = answers.parse_number(gold)
-    if truth is None:
-      raise UserError(
-        f'the answer of sample {i} holds no number: {gold[-60:]!r}.\n'
-        'It must be a number, or a solution that ends in "#### number".'
-      )
-    scores.append(float(number(text) == truth))
-  return scores
+
+  def truth(gold):
+    marked = answers.marked_number(gold)
+    return answers.parse_number(gold) if marked is None else marked
+
+  advice = (
+    'holds no number',
+    'It must be a number, or a solution that ends in "#### number".',
+  )
+  return texts.compared(completions, answer, number, truth, advice)
 
 
-def _right_answers(completions, answer, same) -> list[float]:
-  """Returns 1 where same(completion's marked answer, gold answer), else 0."""
-  scores = []
-  for i, (text, gold) in enumerate(
-    zip(completions, _texts(answer), strict=True)
-  ):
+def _right_answers(completions, answer, same) -> Scores:
+  """Returns 1 where the marked answer equals the gold one, else 0."""
+
+  def truth(gold):
     marked = any(mark in gold for mark in ('\\boxed', '\\fbox', '####'))
-    truth = mathematics.marked_text(gold) if marked else gold
-    if truth is None or mathematics.read_answer(truth) is None:
-      raise UserError(
-        f'the answer of sample {i} cannot be read: {gold[-60:]!r}.\n'
-        'It must be an answer in LaTeX, or a solution with one in \\boxed{…}.'
-      )
-    attempt = mathematics.marked_text(text)
-    scores.append(float(attempt is not None and same(attempt, truth)))
-  return scores
+    text = answers.marked_text(gold) if marked else gold
+    return None if mathematics.read_answer(text or '') is None else text
 
+  def right(text, gold):
+    attempt = answers.marked_text(text)
+    return attempt is not None and mathematics.equal(attempt, gold, same)
 
-def _same_form(text: str, gold: str) -> bool:
-  return mathematics.read_answer(text) == mathematics.read_answer(gold)
+  advice = (
+    'cannot be read',
+    'It must be an answer in LaTeX, or a solution with one in \\boxed{…}.',
+  )
+  return texts.judged(completions, answer, truth, right, advice)

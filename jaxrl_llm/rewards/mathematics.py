@@ -4,19 +4,17 @@ r"""Canonical forms of mathematical answers, and the equality that they decide.
   `2, 1` is `\{1, 2\}`             `2^{10}` is `1024`    `3 : 1` is `3:1`
   `(3,\pi/2]` is `\left( 3, \pi/2 \right]`      `1 \pm x` is `1-x, 1+x`
 
-A form consists of exact numbers, words, and expressions, in lists, tuples, sets,
-intervals, matrices and relations.  Forms can be compared and hashed, so that
-majorities can be counted.  Sets, and lists without brackets, are unordered;
-tuples are ordered.  Units, degree and per-cent signs are ignored, as is the text
-after the letter of a choice, as in `\textbf{(C)}\ 5`.  Expressions, such as
-`2\sqrt3`, are normalised text, whose equality `equal` leaves to another judge.
-Every size is bounded, and hostile text costs no more than its length.
+A form consists of exact numbers, words, and expressions, in lists, tuples,
+sets, intervals, matrices and relations.  Forms can be compared and hashed, so
+that majorities can be counted.  Sets, and lists without brackets, are
+unordered; tuples are ordered.  Units, degree and per-cent signs are ignored, as
+is the text after the letter of a choice, as in `\textbf{(C)}\ 5`.  Expressions,
+such as `2\sqrt3`, are text in one notation; `equal` leaves them to another
+judge.  Nothing is evaluated, and every size is bounded.
 """
 
-import ast
 import functools
 import itertools
-import operator
 import re
 from collections.abc import Callable, Hashable
 from fractions import Fraction
@@ -83,48 +81,37 @@ _NAME = re.compile(
   r'(?:\\[A-Za-z]+|[A-Za-z]|[A-Z]{2}|[A-Za-z]{3,})(?:_\{?\w+\}?)?\'*'
   r'|[A-Za-z]?\([A-Za-z](?:,[A-Za-z])*\)|'
 )
-_ENDING = re.compile(
-  r'(?:answer|(?:correct|right|best) (?:option|choice))[*_]{0,2}\s{0,2}'
-  r'(?:\bis\b|:)[\s:*_]{0,6}(?:(?:option|choice) )?(?=\S)',
-  re.IGNORECASE,
-)
-_IN_MATH = re.compile(r'(?:\$+|\\\()(.*?)(?:\$+|\\\))')
-_SENTENCE_END = re.compile(r'\.(?:\s|$)')
 _CLOSING = dict(zip('([{⦃⟦', ')]}⦄⟧', strict=True))
 _RELATIONS = '=<>≤≥≠∈≈'
 _REVERSED = {'>': '<', '≥': '≤'}
 
-_DEEPEST_SUM = 40  # nested operations of arithmetic
-_MOST_BITS = 2000  # of a numerator or denominator
+_MOST_BITS = 2000  # of a power
 _DECIMAL = re.compile(r'(?<![\d.])\d*\.\d+(?![\d.])')
 _DOTS = re.compile(r'\\[lc]?dots\b|\.\.+|…')
 # A number in a base, a ratio, dots, and words within a formula: SymPy does not
 # know them, and would read them as other things.
 _LITERAL = re.compile(
-  r'\d_|:|…|(?<![\\A-Za-z])[A-Za-z]{4}|\b(?:mod|choose)\b'
+  r'\d_|:|…|∅|(?<![\\A-Za-z])[A-Za-z]{4}|\b(?:mod|choose)\b'
 )
 _GROUP = r'\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}'
 # Arguments without braces get them; x^10 means x^{10}, as nobody writes x^1 0.
 _ARGUMENTS = (
   (re.compile(r'\^\s*(-?\d+)'), r'^{\1}'),
+  (re.compile(r'\\sqrt\s*\(([^()]*)\)'), r'\\sqrt{\1}'),
   (re.compile(r'(\\sqrt|[\^_])\s*([^\W_]|\\pi\b)'), r'\1{\2}'),
   (re.compile(r'\\frac\s*([^\W_]|\\pi\b)'), r'\\frac{\1}'),
   (re.compile(rf'(\\frac\s*{_GROUP})\s*([^\W_]|\\pi\b)'), r'\1{\2}'),
   (re.compile(r'(?<![}\w\]^_])\{(\w)\}'), r'\1'),
-  # A space only where a letter follows a command; 5 * x is 5x.
-  (re.compile(r'(\\[A-Za-z]+)\s+(?=[A-Za-z])'), '\\1\0'),
+  # A space only between digits, and a command and a letter; 5 * x is 5x.
+  (re.compile(r'(\\[A-Za-z]+(?=\s+[A-Za-z])|\d(?=\s+\d))\s+'), '\\1\0'),
   (re.compile(r'\s|\*(?=\s*(?:[A-Za-z(]|\\(?!frac)))'), ''),
   (re.compile('\0'), ' '),
 )
-_OPERATIONS = {
-  ast.Add: operator.add,
-  ast.Sub: operator.sub,
-  ast.Mult: operator.mul,
-  ast.Div: operator.truediv,
-}
-_ARITHMETIC = re.compile(r'(?:\\frac|[-+*/^(){}\d])+')
-_MIXED = re.compile(r'(?<![\d.)}])(\d+)\\frac\{(\d+)\}\{(\d+)\}')
-_INNERMOST = re.compile(r'\\frac\{([^{}]*)\}\{([^{}]*)\}|\^\{([^{}]*)\}')
+_POWER = re.compile(r'(-?)(?:(\d+)\*)?(\d+)(?:\^\{(-?\d+)\})?')
+_PART = r'((?:[^{}/]|\{[^{}]*\})*)'
+_QUOTIENT = re.compile(
+  rf'(-?)(?:\\frac\{{{_PART}\}}\{{{_PART}\}}|{_PART}/{_PART})'
+)
 
 
 def read_answer(text: str) -> Hashable | None:
@@ -141,37 +128,9 @@ def read_answer(text: str) -> Hashable | None:
 
 
 def marked_answer(text: str) -> Hashable | None:
-  """Returns the canonical form of `marked_text`, or None."""
-  marked = marked_text(text)
+  """Returns the canonical form of `answers.marked_text`, or None."""
+  marked = answers.marked_text(text)
   return None if marked is None else read_answer(marked)
-
-
-def marked_text(text: str) -> str | None:
-  r"""Returns the answer that `text` marks, verbatim, or None.
-
-  The last `\boxed{…}`; failing that, the last line after `####`; failing that,
-  the text after the last "answer is", within its sentence or its `$…$`.
-  """
-  box = answers.last_boxed(text)
-  if box is not None:
-    return box or None
-  for line in answers.hash_lines(text):
-    if line.strip():
-      return line
-  ending = None
-  for ending in _ENDING.finditer(text):  # noqa: B007
-    pass
-  if ending is None:
-    return None
-  line = text[ending.end() :][: 2 * _MAX_CHARACTERS].partition('\n')[0]
-  formula = _IN_MATH.match(line)
-  return formula[1] if formula else _SENTENCE_END.split(line)[0]
-
-
-def value_of_choice(text: str) -> str | None:
-  """Returns what follows a choice's letter, as 5 in `(C) 5`, or None."""
-  choice = _CHOICE.fullmatch(_spaced(text))
-  return choice[3] if choice else None
 
 
 def equal(answer: str, gold: str, same: Callable[[str, str], bool]) -> bool:
@@ -179,14 +138,21 @@ def equal(answer: str, gold: str, same: Callable[[str, str], bool]) -> bool:
 
   Args:
     answer, gold: the texts.
+      "(A) 5" is A where the gold answer is a letter, and else 5.
     same: compares two expressions, a number and an expression, or two equations
       whose normalised LaTeX differs.  All else is decided here.
   """
-  forms = read_answer(answer), read_answer(gold)
+  truth = read_answer(gold)
+  choice = _CHOICE.fullmatch(_spaced(answer))
+  if choice and not (_kind(truth) == 'words' and len(truth[1]) == 1):
+    answer = choice[3]
+  forms = read_answer(answer), truth
+  if forms[0] == forms[1] or not any(map(_is_open, forms)):
+    return forms[0] == forms[1]
   if any(_kind(form) == 'relation' and form[1] == ('=',) for form in forms):
     # y = 2x + 3 is an equation for another one, and else its right side.
     texts = _cleaned(answer), _cleaned(gold)
-    if forms[0] != forms[1] and all(text.count('=') == 1 for text in texts):
+    if all(text.count('=') == 1 for text in texts):
       return same(*map(_normalised, texts))
   return _equal(*forms, same)
 
@@ -206,17 +172,13 @@ def _equal(answer: Hashable, gold: Hashable, same: Callable) -> bool:
     return False
   if answer[0] not in ('in any order', '∪'):
     return all(map(functools.partial(_equal, same=same), parts, others))
-  left = []
-  for part in parts:
-    if part in others:
-      others.remove(part)
-    else:
-      left.append(part)
-  for part in left:
-    match = [i for i, x in enumerate(others) if _equal(part, x, same)][:1]
-    if not match:
+  # Identical parts first, so that few are asked about.
+  for part in sorted(parts, key=lambda part: part not in others):
+    alike = (x for x in others if _equal(part, x, same))
+    match = part if part in others else next(alike, None)
+    if match is None:
       return False
-    del others[match[0]]
+    others.remove(match)
   return True
 
 
@@ -238,8 +200,8 @@ def _latex(form: Hashable) -> str | None:
   if isinstance(form, Fraction):
     n, d = form.as_integer_ratio()
     return str(n) if d == 1 else f'\\frac{{{n}}}{{{d}}}'
-  letter = form[0] == 'words' and len(form[1]) == 1
-  return form[1] if letter or form[0] == 'expression' else None
+  letter = _kind(form) == 'words' and len(form[1]) == 1
+  return form[1] if letter or _kind(form) == 'expression' else None
 
 
 def _spaced(text: str) -> str:
@@ -334,7 +296,8 @@ def _read_value(text: str, depth: int) -> Hashable:
   parts = _split(text, '∪')[::2]
   if len(parts) > 1:
     values = [_read_value(part, depth) for part in parts]
-    return '∪', tuple(sorted(_flat(values), key=repr))
+    flat = [v[1] if _kind(v) == '∪' else (v,) for v in values]
+    return '∪', tuple(sorted(itertools.chain(*flat), key=repr))
   if not _in_one_bracket(text):
     return _read_leaf(text)
   kind, inner = text[0] + text[-1], text[1:-1]
@@ -356,17 +319,6 @@ def _read_value(text: str, depth: int) -> Hashable:
   return read(inner) if alone else _read_leaf(text)
 
 
-def _flat(values: list[Hashable]) -> list[Hashable]:
-  """Returns a union's members, including those of nested unions."""
-  return [
-    member
-    for value in values
-    for member in (
-      value[1] if isinstance(value, tuple) and value[0] == '∪' else (value,)
-    )
-  ]
-
-
 def _read_leaf(text: str) -> Hashable:
   """Reads a number, words, a text to compare as such, or an expression."""
   number = answers.parse_number(text)
@@ -379,70 +331,50 @@ def _read_leaf(text: str) -> Hashable:
     text = text[: unit.start()]
   literal = _LITERAL.search(_DOTS.sub('…', text))
   text = _normalised(text)
-  number = _arithmetic(text)
+  number = _exact(text)
   if number is not None:
     return number
   if len(text) == 1 and text.isalpha():
     return 'words', text
-  return 'literal' if literal else 'expression', text
+  apart = re.search(r'\d \d', text)
+  return 'literal' if literal or apart else 'expression', text
 
 
 def _normalised(text: str) -> str:
-  """Returns LaTeX with fractions for decimals, one way to write arguments."""
-  text = _DECIMAL.sub(_as_fraction, _DOTS.sub('…', text))
+  """Returns LaTeX in one notation for decimals, arguments, order of terms."""
+  text = _DECIMAL.sub(lambda m: _latex(Fraction(m[0])), _DOTS.sub('…', text))
   for pattern, replacement in _ARGUMENTS:
     text = pattern.sub(replacement, text)
-  return text
+  signed = text if text[:1] in tuple('+-') else f'+{text}'
+  first, *rest = _split(signed, '+-') or [text]
+  signs, terms = rest[::2], rest[1::2]
+  if first or not all(terms) or '|' in text or '=' in text:
+    return text
+  ordered = sorted(zip(terms, signs, strict=True))
+  return ''.join(sign + term for term, sign in ordered).removeprefix('+')
 
 
-def _as_fraction(match: re.Match) -> str:
-  return _latex(Fraction(match[0])) or ''
-
-
-def _arithmetic(text: str) -> Fraction | None:
-  """Computes sums, products and whole powers of numbers, within bounds."""
-  if not _ARITHMETIC.fullmatch(text):
+def _exact(text: str) -> Fraction | None:
+  """Computes a whole power of a whole number, or a quotient of two."""
+  quotient = _QUOTIENT.fullmatch(text)
+  if not quotient:
+    return _power(text)
+  sign, *parts = quotient.groups()
+  a, b = (_power(part) for part in parts if part is not None)
+  if a is None or not b:
     return None
-  text = _MIXED.sub(r'(\1+\2/\3)', text)
-  while _INNERMOST.search(text):
-    text = _INNERMOST.sub(
-      lambda m: f'**({m[3]})' if m[3] else f'(({m[1]})/({m[2]}))', text
-    )
-  text = re.sub(r'([\d)])\(', r'\1*(', text.replace('{', '(').replace('}', ')'))
-  try:
-    # A syntax tree: nothing is executed.
-    return _value(ast.parse(text, mode='eval').body, 0)
-  except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+  return -a / b if sign else a / b
+
+
+def _power(text: str) -> Fraction | None:
+  match = _POWER.fullmatch(text)
+  if match is None:
     return None
-
-
-def _value(node: ast.expr, depth: int) -> Fraction:
-  """Computes a syntax tree; ValueError for what is not arithmetic or too big."""
-  if isinstance(node, ast.Constant):
-    return _bounded(Fraction(node.value))
-  if depth > _DEEPEST_SUM:
-    raise ValueError
-  if isinstance(node, ast.UnaryOp):
-    value = _value(node.operand, depth + 1)
-    return -value if isinstance(node.op, ast.USub) else value
-  if not isinstance(node, ast.BinOp):
-    raise ValueError
-  a, b = _value(node.left, depth + 1), _value(node.right, depth + 1)
-  if isinstance(node.op, ast.Pow):
-    if b.denominator > 1 or abs(b) * _bits(a) > _MOST_BITS or not a and b <= 0:
-      raise ValueError
-    return a ** int(b)
-  return _bounded(_OPERATIONS[type(node.op)](a, b))
-
-
-def _bits(value: Fraction) -> int:
-  return max(abs(part).bit_length() - 1 for part in value.as_integer_ratio())
-
-
-def _bounded(value: Fraction) -> Fraction:
-  if _bits(value) > _MOST_BITS:
-    raise ValueError
-  return value
+  sign, factor, base, exponent = match.groups()
+  a, n = int(base), int(exponent or 1)
+  if abs(n) * a.bit_length() > _MOST_BITS or not a and n < 1:
+    return None
+  return Fraction(a) ** n * int(factor or 1) * (-1 if sign else 1)
 
 
 def _split(text: str, separators: str) -> list[str] | None:
@@ -463,11 +395,5 @@ def _split(text: str, separators: str) -> list[str] | None:
 
 def _in_one_bracket(text: str) -> bool:
   """Returns True if the first bracket closes at the end."""
-  if text[:1] not in tuple(_CLOSING):
-    return False
-  depth = 0
-  for i, character in enumerate(text):
-    depth += (character in _CLOSING) - (character in ')]}⦄⟧')
-    if not depth:
-      return i == len(text) - 1
-  return False
+  ends = len(text) > 1 and text[0] in _CLOSING and text[-1] in _CLOSING.values()
+  return ends and _split(text[1:-1], '') is not None

@@ -1,26 +1,49 @@
 """Equality of expressions according to SymPy, through math-verify."""
 
+import dataclasses
 import functools
 import logging
+from typing import Any
 
 from jaxrl_llm.errors import UserError
 
-# Digits to which numbers are compared: more than in an answer's powers.
+# Numbers are compared to as many digits.
 _DIGITS = 100
 
 _log = logging.getLogger(__name__)
+_in_worker = False
+
+
+def enter_worker() -> None:
+  """Lets `equal_or_text` ask SymPy, in a process that a time-out can end."""
+  global _in_worker
+  equal('x', '2y')  # Imports and warms up, which takes seconds.
+  _in_worker = True
+
+
+def equal_or_text(answer: str, gold: str) -> bool:
+  """Compares by `equal` in a worker; elsewhere finds texts different."""
+  if not _in_worker:
+    _say_once()
+  return _in_worker and equal(answer, gold)
+
+
+@functools.cache
+def _say_once() -> None:
+  _log.warning(
+    'math_answer compares expressions, such as 2x+2, as text in this process.'
+    "\nWorkers ask SymPy: dict(name='math_answer', workers=4, timeout=2.0), "
+    "after pip install 'jaxrl_llm[math]'."
+  )
 
 
 def equal(answer: str, gold: str) -> bool:
   r"""Returns True if math-verify finds two expressions or equations equal.
 
-  Call this where a time-out can kill the process: it simplifies and evaluates,
-  so `9^{9^{9^{9}}}` may take for ever.  Its own limit is an alarm signal, which
-  fails outside the main thread and hides that it fired; it is switched off.
-
-  Only its grammar of LaTeX reads the texts.  Its other reader, of plain text,
-  evaluates arithmetic as Python and is switched off.  What it cannot read
-  equals nothing.
+  It simplifies and evaluates: `9^{9^{9^{9}}}` may take for ever.  Its own limit
+  is an alarm signal, which fails outside the main thread and hides that it
+  fired; it is off, and so is its reader of plain text, which evaluates
+  arithmetic as Python.  What its grammar of LaTeX does not read equals nothing.
 
   Raises:
     UserError: math-verify is not installed.
@@ -28,18 +51,43 @@ def equal(answer: str, gold: str) -> bool:
   References:
     https://github.com/huggingface/Math-Verify, 0.9
   """
-  return load().verify(
-    _parsed(gold),
-    _parsed(answer),
-    float_rounding=_DIGITS,
-    numeric_precision=_DIGITS,
-    timeout_seconds=None,
-  )
+  parsed = _parsed(gold), _parsed(answer)
+  # Limits are off; numbers are rounded to 10⁻¹⁰⁰, not to its 10⁻⁶.
+  found = _math_verify().verify(*parsed, _DIGITS, _DIGITS, timeout_seconds=None)
+  return found and _same_size(*(each[0] for each in parsed))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+  """Returns False for numbers that differ, and are both rounded to 0."""
+  if not (getattr(a, 'is_number', False) and getattr(b, 'is_number', False)):
+    return True
+  ratio = (a / b).evalf(30)
+  comparable = ratio.is_finite and ratio != 0
+  return not comparable or bool(abs(ratio - 1) < 1e-20)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> list:
+  # A gold answer is parsed once for all responses to its prompt.
+  library = _math_verify()
+  reader = library.LatexExtractionConfig()
+  # 2 + 3h is not 2 + 3: units are gone already.
+  notation = dataclasses.replace(reader.normalization_config, units=False)
+  reader = dataclasses.replace(reader, normalization_config=notation)
+  boxed = f'\\boxed{{{text}}}'
+  parsed = library.parse(boxed, [reader], 'no_fallback', parsing_timeout=None)
+  return [_with_imaginary_unit(each) for each in parsed]
+
+
+def _with_imaginary_unit(parsed: Any) -> Any:
+  import sympy
+
+  names = getattr(parsed, 'free_symbols', ())
+  return parsed.xreplace({x: sympy.I for x in names if x.name == 'i'})
 
 
 @functools.cache
-def load():
-  """Imports math-verify and SymPy, which takes seconds, and warms them up."""
+def _math_verify():
   try:
     import math_verify
   except ImportError as error:
@@ -50,41 +98,3 @@ def load():
   # It warns at every start that its limit is off.
   logging.getLogger('math_verify').setLevel(logging.ERROR)
   return math_verify
-
-
-@functools.lru_cache(maxsize=1024)
-def _parsed(text: str) -> list:
-  # A gold answer is parsed once for all responses to its prompt.
-  library = load()
-  return library.parse(
-    f'\\boxed{{{text}}}',
-    [library.LatexExtractionConfig()],
-    fallback_mode='no_fallback',
-    parsing_timeout=None,
-  )
-
-
-_in_worker = False
-
-
-def enter_worker() -> None:
-  """Lets `equal_or_text` compare by `equal`: a time-out can end the process."""
-  global _in_worker
-  _in_worker = equal('x', 'y') is False
-
-
-def equal_or_text(answer: str, gold: str) -> bool:
-  """Compares by `equal` in a worker, and else by the text, said once."""
-  if _in_worker:
-    return equal(answer, gold)
-  _say_once()
-  return False
-
-
-@functools.cache
-def _say_once() -> None:
-  _log.warning(
-    'math_answer compares expressions, such as 2x+2, as text here.\nIts worker '
-    "processes ask SymPy: dict(name='math_answer', workers=4, timeout=2.0),\n"
-    "after pip install 'jaxrl_llm[math]'."
-  )

@@ -38,6 +38,21 @@ _BOX = re.compile(
 )
 _FINAL_MARK = re.compile(r'[.,;]\Z')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
+# "The answer is", "**Answer:**", "The correct option is".
+_ENDING = re.compile(
+  r'(?:answer|(?:correct|right|best) (?:option|choice))[*_]{0,2}\s{0,2}'
+  r'(?:\bis\b|:)[\s:*_]{0,6}(?:(?:option|choice) )?(?=\S)',
+  re.IGNORECASE,
+)
+_IN_MATH = re.compile(r'(?:\$+|\\\()(.*?)(?:\$+|\\\))')
+_SENTENCE_END = re.compile(r'\.(?:\s|$)')
+_MAX_ENDING = 600  # characters
+# Not a word, as in "A good idea", nor one of two letters.
+_LETTER = re.compile(
+  r'\W*(?:(?:text|math)(?:bf|rm)?\W+)?(?![AaI] [a-z])([A-Za-z])(?![\w\'’])'
+  r'(?!\W*(?:(?:or|and)\W+)?[A-Za-z](?!\w))'
+)
+_LETTER_ALONE = re.compile(r'[\s(*]*[A-Za-z]\**\s*(?:[).:]|\Z)')
 # A space in LaTeX; not the one after a line break.
 _SPACE = re.compile(r'\\\\|\\[ ,;:]|[~\u00a0\u2009\u202f]')
 # A letter, or a word; not xy, which is a product.
@@ -148,18 +163,48 @@ def _is_of_unit(word: str) -> bool:
   return len(word) > 2 and word not in string.ascii_lowercase
 
 
+def marked_text(text: str) -> str | None:
+  r"""Returns the answer that `text` marks, verbatim, or None.
+
+  The last `\boxed{…}`, and nothing if it does not end; failing that, the last
+  line after `####`; failing that, the text after the last "answer is",
+  "Answer:", "correct option is" or the like, within its sentence or its `$…$`.
+  """
+  box = last_boxed(text)
+  if box is not None:
+    return box or None
+  for line in hash_lines(text):
+    if line.strip():
+      return line
+  endings = collections.deque(_ENDING.finditer(text), 1)
+  if not endings:
+    return None
+  rest = text[endings[0].end() :][:_MAX_ENDING]
+  line = rest.partition('\n')[0]
+  formula = _IN_MATH.match(line)
+  return formula[1] if formula else _SENTENCE_END.split(line)[0]
+
+
+def marked_letter(text: str) -> str | None:
+  """Returns the capital letter of the choice that `text` makes, or None."""
+  marked = marked_text(text)
+  if marked is None and _LETTER_ALONE.match(text):
+    marked = text
+  match = _LETTER.match((marked or '')[:200])
+  return match[1].upper() if match else None
+
+
 def marked_number(text: str) -> Fraction | None:
   r"""Returns the number that `text` marks as its answer, or None.
 
   The last line with `####` and a number after it; failing that, the last
-  `\boxed{…}`, which must hold only a number, with or without `x =`.
+  `\boxed{…}`, which must end and hold only a number, with or without `x =`.
   """
   for line in hash_lines(text):
     number = _named_number(line)
     if number is not None:
       return number
-  content = last_boxed(text)
-  return None if content is None else _named_number(content)
+  return _named_number(last_boxed(text) or '')
 
 
 def _named_number(text: str) -> Fraction | None:
