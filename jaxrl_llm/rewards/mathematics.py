@@ -90,9 +90,7 @@ _DECIMAL = re.compile(r'(?<![\d.])\d*\.\d+(?![\d.])')
 _DOTS = re.compile(r'\\[lc]?dots\b|\.\.+|…')
 # A number in a base, a ratio, dots, and words within a formula: SymPy does not
 # know them, and would read them as other things.
-_LITERAL = re.compile(
-  r'\d_|:|…|∅|(?<![\\A-Za-z])[A-Za-z]{4}|\b(?:mod|choose)\b'
-)
+_LITERAL = re.compile(r'\d_|[:…∅]|(?<![\\A-Za-z])[A-Za-z]{4}|\bmod\b')
 _GROUP = r'\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}'
 # Arguments without braces get them; x^10 means x^{10}, as nobody writes x^1 0.
 _ARGUMENTS = (
@@ -107,6 +105,7 @@ _ARGUMENTS = (
   (re.compile(r'\s|\*(?=\s*(?:[A-Za-z(]|\\(?!frac)))'), ''),
   (re.compile('\0'), ' '),
 )
+_SLASH = re.compile(r'\A([^/{}]+(?:\{[^{}]*\})?)/(\d+)\Z')  # of a term
 _POWER = re.compile(r'(-?)(?:(\d+)\*)?(\d+)(?:\^\{(-?\d+)\})?')
 _PART = r'((?:[^{}/]|\{[^{}]*\})*)'
 _QUOTIENT = re.compile(
@@ -347,7 +346,10 @@ def _normalised(text: str) -> str:
     text = pattern.sub(replacement, text)
   signed = text if text[:1] in tuple('+-') else f'+{text}'
   first, *rest = _split(signed, '+-') or [text]
-  signs, terms = rest[::2], rest[1::2]
+  signs, terms = (
+    rest[::2],
+    [_SLASH.sub(r'\\frac{\1}{\2}', t) for t in rest[1::2]],
+  )
   if first or not all(terms) or '|' in text or '=' in text:
     return text
   ordered = sorted(zip(terms, signs, strict=True))
