@@ -87,7 +87,7 @@ _REVERSED = {'>': '<', '≥': '≤'}
 
 _MOST_BITS = 2000  # of a power
 _DECIMAL = re.compile(r'(?<![\d.])\d*\.\d+(?![\d.])')
-_DOTS = re.compile(r'\\[lc]?dots\b|\.\.+|…')
+_DOTS = re.compile(r'\\[lc]?dots\b|\.{3,}')
 # A number in a base, a ratio, dots, and words within a formula: SymPy does not
 # know them, and would read them as other things.
 _LITERAL = re.compile(r'\d_|[:…∅]|(?<![\\A-Za-z])[A-Za-z]{4}|\bmod\b')
@@ -205,7 +205,7 @@ def _latex(form: Hashable) -> str | None:
 
 def _spaced(text: str) -> str:
   """Returns the text without layout, signs of money and percent."""
-  text = answers.with_spaces(text).translate(_CHARACTERS)
+  text = _DOTS.sub('…', answers.with_spaces(text)).translate(_CHARACTERS)
   return _MONEY.sub('  ', _LAYOUT.sub('', text)).strip(' \t\n*`')
 
 
@@ -328,7 +328,7 @@ def _read_leaf(text: str) -> Hashable:
   unit = _UNIT.search(text)
   if unit and answers.is_unit(unit[1]):
     text = text[: unit.start()]
-  literal = _LITERAL.search(_DOTS.sub('…', text))
+  literal = _LITERAL.search(text)
   text = _normalised(text)
   number = _exact(text)
   if number is not None:
@@ -341,18 +341,15 @@ def _read_leaf(text: str) -> Hashable:
 
 def _normalised(text: str) -> str:
   """Returns LaTeX in one notation for decimals, arguments, order of terms."""
-  text = _DECIMAL.sub(lambda m: _latex(Fraction(m[0])), _DOTS.sub('…', text))
+  text = _DECIMAL.sub(lambda m: _latex(Fraction(m[0])), text)
   for pattern, replacement in _ARGUMENTS:
     text = pattern.sub(replacement, text)
   signed = text if text[:1] in tuple('+-') else f'+{text}'
   first, *rest = _split(signed, '+-') or [text]
-  signs, terms = (
-    rest[::2],
-    [_SLASH.sub(r'\\frac{\1}{\2}', t) for t in rest[1::2]],
-  )
+  terms = [_SLASH.sub(r'\\frac{\1}{\2}', term) for term in rest[1::2]]
   if first or not all(terms) or '|' in text or '=' in text:
     return text
-  ordered = sorted(zip(terms, signs, strict=True))
+  ordered = sorted(zip(terms, rest[::2], strict=True))
   return ''.join(sign + term for term, sign in ordered).removeprefix('+')
 
 
