@@ -69,6 +69,8 @@ def _same_size(a: Any, b: Any) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str) -> list:
   # A gold answer is parsed once for all responses to its prompt.
+  from sympy import I
+
   library = _math_verify()
   reader = library.LatexExtractionConfig()
   # 2 + 3h is not 2 + 3: units are gone already.
@@ -76,14 +78,8 @@ def _parsed(text: str) -> list:
   reader = dataclasses.replace(reader, normalization_config=notation)
   boxed = f'\\boxed{{{text}}}'
   parsed = library.parse(boxed, [reader], 'no_fallback', parsing_timeout=None)
-  return [_with_imaginary_unit(each) for each in parsed]
-
-
-def _with_imaginary_unit(parsed: Any) -> Any:
-  import sympy
-
-  names = getattr(parsed, 'free_symbols', ())
-  return parsed.xreplace({x: sympy.I for x in names if x.name == 'i'})
+  unit = lambda x: {name: I for name in x.free_symbols if name.name == 'i'}
+  return [x.xreplace(unit(x)) for x in parsed]
 
 
 @functools.cache

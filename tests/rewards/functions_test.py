@@ -19,11 +19,15 @@ from jaxrl_llm.rewards import (
   score,
   symbolic,
 )
+from jaxrl_llm.rewards import (
+  texts as texts_lib,
+)
 from jaxrl_llm.tasks import arithmetic, datasets
 
 SETTINGS = {
   'format_match': dict(pattern='a+'),
   'length_penalty': dict(limit=8, buffer=4),
+  'regex_match': dict(pattern='a'),
   'repetition_penalty': dict(n=2),
   'script_share': dict(scripts=['LATIN']),
 }
@@ -35,7 +39,6 @@ PACKAGES = {
 
 def test_every_public_name_is_a_reward_or_a_factory_of_one():
   columns = {
-    'answer': ['1', '2'],
     'completion_ids': [[1], [1, 2]],
     'finished': [True, False],
   }
@@ -53,9 +56,10 @@ def test_every_public_name_is_a_reward_or_a_factory_of_one():
       function = function(**SETTINGS[name])
     if name in PACKAGES and not importlib.util.find_spec(PACKAGES[name]):
       continue
-    scores = score(
-      [RewardPart(name, function)], ['p', 'q'], ['#### 1', 'a'], columns
-    )
+    gold = ['A', 'B'] if name == 'choice' else ['1', '2']
+    part = RewardPart(name, function)
+    columns['answer'] = gold
+    scores = score([part], ['p', 'q'], ['#### 1', 'a'], columns)
     assert scores.valid.all()
 
 
@@ -63,9 +67,75 @@ def test_exact_match_ignores_only_outer_whitespace():
   texts = [' 35\n', '3 5', '35', '', '35.0']
   gold = ['35', '35', 35, '', '35']
   assert functions.exact_match(texts, gold) == [1, 0, 1, 1, 0]
+  texts, gold = ['A  b', 'a b', ' a\nb ', 'ab'], ['a b'] * 4
+  for settings, expected in (
+    ({}, [0, 1, 0, 0]),
+    ({'collapse_spaces': True}, [0, 1, 1, 0]),
+    ({'ignore_case': True, 'collapse_spaces': True}, [1, 1, 1, 0]),
+  ):
+    assert functions.exact_match(texts, gold, **settings) == expected
+    loaded = calling.load_reward('exact_match', settings, 'config.rewards.r')
+    assert loaded(completions=texts, answer=gold) == expected
+  assert functions.exact_match(['AB'], ['ab'], ignore_case=True) == [1]
   for missing in (None, True, [1]):
     with pytest.raises(UserError, match='sample 1'):
       functions.exact_match(['a', 'b'], ['a', missing])
+
+
+@pytest.mark.parametrize(
+  'name, settings, problem',
+  [
+    ('exact_match', {'case': True}, "has no setting 'case'"),
+    ('exact_match', {'ignore_case': 'no'}, "ignore_case is 'no', not"),
+    ('exact_match', {'answer': 'a'}, "has no setting 'answer'"),
+    ('choice', {'letters': ['A']}, r"letters is \['A'\], not"),
+    ('token_f1', {'n': 1}, "has no setting 'n'"),
+    ('regex_match', {}, 'needs pattern'),
+    ('regex_match', {'pattern': '('}, 'not a regular expression'),
+    ('regex_match', {'pattern': 3}, 'not a regular expression'),
+    ('regex_match', {'pattern': '(a)(b)'}, 'has 2 groups'),
+  ],
+)
+def test_wrong_settings_are_refused(name, settings, problem):
+  with pytest.raises(UserError, match=problem) as caught:
+    calling.load_reward(name, settings, 'config.rewards.r')
+  assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_regex_match_compares_what_the_last_match_holds():
+  tags = functions.regex_match(r'<answer>(.*?)</answer>', ignore_case=True)
+  texts = ['<answer>4</answer> <answer> Yes\n</answer>', 'yes', '<answer>yes']
+  assert tags(texts, ['yes'] * 3) == [1, 0, 0]
+  number = functions.regex_match(r'-?\d+')
+  assert number(['so 4, no: -5.', '-5 or 6', 'none'], [-5] * 3) == [1, 0, 0]
+  assert functions.regex_match('(a)|b')(['b', 'a'], ['', 'a']) == [1, 1]
+  spaces = functions.regex_match('x(.*)', collapse_spaces=True)
+  assert spaces(['x a \n b', 'xab'], ['a b'] * 2) == [1, 0]
+
+
+def test_choice_compares_letters():
+  texts = ['\\boxed{(B) 5}', 'Answer: **b**', 'B', 'A or B', 'C', 'so 5']
+  assert functions.choice(texts, ['B'] * 6) == [1, 1, 1, 0, 0, 0]
+  assert functions.choice(['The answer is (E).'], ['(E) 5']) == [1]
+  assert functions.choice(['K'], ['K'], letters='JK') == [1]
+  for gold in ('K', '2', 'A or B'):
+    with pytest.raises(UserError, match='sample 1.*not one of ABCDEFGHIJ') as e:
+      functions.choice(['A', 'B'], ['A', gold])
+    assert len(str(e.value).splitlines()) <= 3
+
+
+def test_token_f1_is_squads():
+  cases = [
+    ('The cat sat.', 'a cat', 2 / 3),  # 1 of 2 words and of 1
+    ('Cat, cat', 'cat cat dog', 4 / 5),
+    ('cat', 'CAT!', 1),
+    ('dog', 'cat', 0),
+    ('the', '', 1),
+    ('dog', '', 0),
+    ('7', 7, 1),
+  ]
+  texts, gold, expected = zip(*cases, strict=True)
+  np.testing.assert_allclose(functions.token_f1(texts, gold), expected)
 
 
 def test_arithmetic_answer_judges_what_follows_the_last_equals_sign():
@@ -143,26 +213,33 @@ def test_math_answer_compares_marked_answers():
   assert functions.math_answer(texts, ['so $\\boxed{.5}$.'] * 3) == [1, 1, 1]
   assert functions.math_answer(texts, [0.5, '1', '2']) == [1, 0, 0]
   texts = ['1/2', '', '\\boxed{}', '\\boxed{1/2', '\\boxed{2} \\boxed{1/2}']
-  assert functions.math_answer(texts, ['1/2'] * 5) == [0, 0, 0, 0, 1]
+  texts.append('\\boxed{1/2} \\boxed{2')
+  assert functions.math_answer(texts, ['1/2'] * 6) == [0, 0, 0, 0, 1, 0]
   for bad in ('', 'a' * 400, '\\boxed{}', None):
     with pytest.raises(UserError, match='sample 1') as caught:
       functions.math_answer(['\\boxed{1}'] * 2, ['1', bad])
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_math_verify_without_its_package_names_the_extra(monkeypatch):
-  symbolic._math_verify.cache_clear()
-  symbolic._parsed.cache_clear()
+def test_without_math_verify_workers_name_the_extra(monkeypatch):
+  for cached in (symbolic._math_verify, symbolic._parsed):
+    cached.cache_clear()
   monkeypatch.setitem(sys.modules, 'math_verify', None)
   assert functions.math_answer(['\\boxed{2}'], ['3']) == [0]
   part = RewardPart('symbolic', functions.math_verify_answer)
-  with pytest.raises(UserError, match=r'pip install .jaxrl_llm\[math\]'):
-    score([part], ['p'], ['\\boxed{2}'], {'answer': ['3']})
+  for judge in (
+    lambda: score([part], ['p'], ['\\boxed{2x}'], {'answer': ['3x']}),
+    functions.math_answer.warm_up,
+    functions.math_verify_answer.warm_up,
+  ):
+    with pytest.raises(UserError, match=r'pip install .jaxrl_llm\[math\]'):
+      judge()
   symbolic._math_verify.cache_clear()
 
 
 def test_math_verify_runs_in_workers_alone():
   """What it is given may never end, and here nothing could end it."""
+  pytest.importorskip('math_verify')
   name = 'math_verify_answer'
   with pytest.raises(UserError, match='set workers, as in') as caught:
     calling.load_reward(name, {}, 'config.rewards.right')
@@ -171,12 +248,13 @@ def test_math_verify_runs_in_workers_alone():
   )
   assert len(str(caught.value).splitlines()) <= 3
   with Workers(name, workers=1) as workers:
-    scores = workers.submit(['p'], ['\\boxed{2}'], {'answer': ['2']}).result()
+    scores = workers(['p'], ['\\boxed{2x}'], answer=['x+x'])
   assert scores == [1.0]
 
 
 def test_readers_read_what_their_rewards_judge():
   answers = {
+    'choice': ['\\boxed{(B) 2}', 'B'],
     'exact_match': [' 12 ', '12'],
     'arithmetic_answer': ['5+7=12', '12'],
     'gsm8k_answer': ['#### 12', '\\boxed{12.0}'],
@@ -187,9 +265,11 @@ def test_readers_read_what_their_rewards_judge():
   assert answers.keys() == functions.READERS.keys() <= set(functions.__all__)
   for name, texts in answers.items():
     reader = functions.READERS[name]
-    assert getattr(functions, name)(texts, ['12'] * 2) == [1, 1]
+    gold = ['B' if name == 'choice' else '12'] * 2
+    assert getattr(functions, name)(texts, gold) == [1, 1]
     assert reader(texts[0]) == reader(texts[1]) is not None
-    assert reader(texts[0]) != reader(texts[1].replace('2', '3'))
+    other = texts[1].replace('2', '3').replace('B', 'C')
+    assert reader(texts[0]) != reader(other)
 
 
 def test_format_match_is_about_the_whole_completion():
@@ -287,26 +367,6 @@ def test_marks_on_letters_do_not_count_and_do_not_cost():
     assert time.process_time() - began < 1.0
 
 
-def test_sentiment_is_vaders_compound_score():
-  pytest.importorskip('vaderSentiment')
-  texts = ['She was very happy and loved it!', 'He hated it. A sad day.', '']
-  happy, sad, empty = functions.sentiment(texts)
-  assert 0.5 < happy <= 1 and -1 <= sad < -0.5 and empty == 0
-
-
-def test_sentiment_agrees_with_the_lexicon(shared):
-  pytest.importorskip('vaderSentiment')
-  path = shared / 'data' / 'lexicon' / 'vader_lexicon.txt'
-  for line in path.read_text().splitlines():
-    word, valence = line.split('\t')[:2]
-    if word in ('happy', 'sad', 'good', 'terrible', 'love'):
-      v = float(valence)
-      # Hutto and Gilbert's normalisation of a lone word.
-      np.testing.assert_allclose(
-        functions.sentiment([word]), [v / (v * v + 15) ** 0.5], atol=1e-4
-      )
-
-
 def test_sentiment_is_that_of_whole_texts(shared):
   """Also where it looks only at the words near each."""
   vader = pytest.importorskip('vaderSentiment.vaderSentiment')
@@ -336,9 +396,9 @@ def test_sentiment_is_cheap(text):
 
 
 def test_sentiment_without_its_package_names_the_extra(monkeypatch):
-  functions._vader.cache_clear()
+  texts_lib.vader.cache_clear()
   monkeypatch.setitem(sys.modules, 'vaderSentiment', None)
   part = RewardPart('sentiment', functions.sentiment)
   with pytest.raises(UserError, match=r'jaxrl_llm\[sentiment\]'):
     score([part], ['p'], ['c'], {})
-  functions._vader.cache_clear()
+  texts_lib.vader.cache_clear()
