@@ -50,7 +50,7 @@ _MAX_ENDING = 600  # characters
 # Not a word, as in "A good idea", nor one of two letters.
 _LETTER = re.compile(
   r'\W*(?:(?:text|math)(?:bf|rm)?\W+)?(?![AaI] [a-z])([A-Za-z])(?![\w\'’])'
-  r'(?!\W*(?:(?:or|and)\W+)?[A-Za-z](?!\w))'
+  r'(?![\s)*]*(?:[,/&]|or\b|and\b)\W*[A-Z](?!\w))'
 )
 _LETTER_ALONE = re.compile(r'[\s(*]*[A-Za-z]\**\s*(?:[).:]|\Z)')
 # A space in LaTeX; not the one after a line break.

@@ -57,7 +57,9 @@ A => A ;; (b) => B ;; C. 7 => C ;; B) 5 => B ;; **B** => B ;; Answer: D) 5 => D
 The answer is (e). => E ;; the correct option is C. => C
 Answer: B because => B ;; I think => ;; A car => ;; The answer is A or B =>
 Answer: A, B => ;; The answer is not B => ;; 7 => ;; =>
-The answer is A good one => ;; \boxed{A} \boxed{B => ;; Answer: B's =>
+The answer is A good one => ;; (B) x => B ;; A, a cat =>
+(A) and (B) => ;; Answer: (A) or (B) => ;; Answer: B's =>
+\boxed{A} \boxed{B =>
 """
 
 

@@ -97,7 +97,7 @@ $5$6 != 56 ;; 5%6 != 56 ;; $5$600 != 5600 ;; 5\,6 != 56 ;; x^{\circ}2 != x2
 \frac{1}{2004!} != \frac{1}{3004!} ;; 2^{2005} != 2^{2006}
 1,\sqrt2 != 1,\sqrt3 ;; \sqrt2, \sqrt2, 1 != \sqrt2, 1, 1 ;; x+2 != x+1
 \sqrt[3]2 != \sqrt 2 ;; x^n != n^x ;; (x+1)^2 != (x+1)^3
-\sqrt{13} != \sqrt 13
+\sqrt{13} != \sqrt 13 ;; (1,\sqrt2) != (\sqrt2,1)
 """
 
 # Words, numbers, bases, ratios and dots: SymPy is not asked.
