@@ -98,6 +98,7 @@ $5$6 != 56 ;; 5%6 != 56 ;; $5$600 != 5600 ;; 5\,6 != 56 ;; x^{\circ}2 != x2
 1,\sqrt2 != 1,\sqrt3 ;; \sqrt2, \sqrt2, 1 != \sqrt2, 1, 1 ;; x+2 != x+1
 \sqrt[3]2 != \sqrt 2 ;; x^n != n^x ;; (x+1)^2 != (x+1)^3
 \sqrt{13} != \sqrt 13 ;; (1,\sqrt2) != (\sqrt2,1)
+2x+10^{-9} != 2x ;; \pi+10^{-30} != \pi
 """
 
 # Words, numbers, bases, ratios and dots: SymPy is not asked.
