@@ -189,7 +189,7 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
       kept['difficulty'] = int(level.removesuffix('.0'))
     answer = row.get('answer')
     if answer in (None, ''):
-      answer = answers.last_boxed(str(kept.get('solution')))
+      answer = answers.last_boxed(str(kept.get('solution'))) or None
     result.append({'prompt': row['prompt'], 'answer': answer, **kept})
   return result
 
