@@ -96,11 +96,7 @@ def regex_match(
 
 
 def choice(
-  completions: Texts,
-  answer: Answers,
-  *,
-  letters: str = 'ABCDEFGHIJ',
-  **kwargs,
+  completions: Texts, answer: Answers, *, letters: str = 'ABCDEFGHIJ', **kwargs
 ) -> Scores:
   r"""Reward: 1 where the completion chooses the answer's letter.
 
@@ -207,16 +203,16 @@ def math_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
 
   The completion's answer is the content of its last `\boxed{…}`, else the text
   after its last `####`, else after its last "answer is", "Answer:", "correct
-  option is".  Exact forms of numbers, words, lists, tuples, intervals, sets and
-  matrices decide (`jaxrl_llm.rewards.mathematics`).  Expressions, such as
-  `2\sqrt3`, are compared by SymPy if the reward has `workers`, whose time-out
-  ends what takes for ever, and the package math-verify (`pip install
-  'jaxrl_llm[math]'`); without workers as text, and a warning says so once.  The
-  answer is in LaTeX, or a solution text whose answer is marked in the same way.
+  option is".  The answer is in LaTeX, or a solution text marked in this way.
+  Exact forms of numbers, words, lists, tuples, intervals, sets and matrices
+  decide (`jaxrl_llm.rewards.mathematics`).  SymPy compares expressions, such as
+  `2\sqrt3`, if the reward has `workers`, whose time-out ends what takes for
+  ever; they need `pip install 'jaxrl_llm[math]'`.  Without workers expressions
+  are compared as text, and a warning says so once.
 
-  Of 142,405 right answers, made by rewriting all 12,470 of MATH, it missed none
-  in a worker; of 69,754 wrong ones it accepted none.  The forms decided 98 % of
-  them (`pytest -m slow tests/rewards/mathematics_test.py`).
+  Of 142,405 right answers, made by rewriting all 12,470 of MATH, it missed
+  none; of 69,754 wrong ones it accepted none.  The forms decided 98 % of them
+  (`pytest -m slow tests/rewards/mathematics_test.py`).
 
   References:
     Hendrycks et al., `Measuring Mathematical Problem Solving With the MATH

@@ -105,7 +105,8 @@ _ARGUMENTS = (
   (re.compile(r'\s|\*(?=\s*(?:[A-Za-z(]|\\(?!frac)))'), ''),
   (re.compile('\0'), ' '),
 )
-_SLASH = re.compile(r'\A([^/{}]+(?:\{[^{}]*\})?)/(\d+)\Z')  # of a term
+# A term over a number; \sin x/2 is left as it is.
+_SLASH = re.compile(r'\A((?:[^/{}\\]|\\(?:sqrt|pi))+(?:\{[^{}]*\})?)/(\d+)\Z')
 _POWER = re.compile(r'(-?)(?:(\d+)\*)?(\d+)(?:\^\{(-?\d+)\})?')
 _PART = r'((?:[^{}/]|\{[^{}]*\})*)'
 _QUOTIENT = re.compile(
