@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import (
-  RewardPart,
-  Workers,
-  calling,
-  functions,
-  score,
-  symbolic,
-)
-from jaxrl_llm.rewards import (
-  texts as texts_lib,
-)
+from jaxrl_llm.rewards import RewardPart, Workers, calling, functions, score
 from jaxrl_llm.tasks import arithmetic, datasets
 
 SETTINGS = {
@@ -31,17 +21,11 @@ SETTINGS = {
   'repetition_penalty': dict(n=2),
   'script_share': dict(scripts=['LATIN']),
 }
-PACKAGES = {
-  'math_verify_answer': 'math_verify',
-  'sentiment': 'vaderSentiment',
-}
+PACKAGES = dict(math_verify_answer='math_verify', sentiment='vaderSentiment')
 
 
 def test_every_public_name_is_a_reward_or_a_factory_of_one():
-  columns = {
-    'completion_ids': [[1], [1, 2]],
-    'finished': [True, False],
-  }
+  columns = {'completion_ids': [[1], [1, 2]], 'finished': [True, False]}
   public = [
     name
     for name, value in vars(functions).items()
@@ -56,11 +40,9 @@ def test_every_public_name_is_a_reward_or_a_factory_of_one():
       function = function(**SETTINGS[name])
     if name in PACKAGES and not importlib.util.find_spec(PACKAGES[name]):
       continue
-    gold = ['A', 'B'] if name == 'choice' else ['1', '2']
+    columns['answer'] = ['A', 'B'] if name == 'choice' else ['1', '2']
     part = RewardPart(name, function)
-    columns['answer'] = gold
-    scores = score([part], ['p', 'q'], ['#### 1', 'a'], columns)
-    assert scores.valid.all()
+    assert score([part], ['p', 'q'], ['#### 1', 'a'], columns).valid.all()
 
 
 def test_exact_match_ignores_only_outer_whitespace():
@@ -125,16 +107,9 @@ def test_choice_compares_letters():
 
 
 def test_token_f1_is_squads():
-  cases = [
-    ('The cat sat.', 'a cat', 2 / 3),  # 1 of 2 words and of 1
-    ('Cat, cat', 'cat cat dog', 4 / 5),
-    ('cat', 'CAT!', 1),
-    ('dog', 'cat', 0),
-    ('the', '', 1),
-    ('dog', '', 0),
-    ('7', 7, 1),
-  ]
-  texts, gold, expected = zip(*cases, strict=True)
+  texts = ['The cat sat.', 'Cat, cat', 'cat', 'dog', 'the', 'dog', '7']
+  gold = ['a cat', 'cat cat dog', 'CAT!', 'cat', '', '', 7]
+  expected = [2 / 3, 4 / 5, 1, 0, 1, 0, 1]
   np.testing.assert_allclose(functions.token_f1(texts, gold), expected)
 
 
@@ -151,21 +126,11 @@ def test_arithmetic_answer_judges_what_follows_the_last_equals_sign():
 
 
 def test_prefix_match_counts_the_end_as_a_symbol():
-  cases = [
-    # completion, answer, finished, reward
-    ('1,2', '1,2', True, 1),
-    ('1,2', '1,2', False, 3 / 4),
-    ('1,2,3', '1,2', True, 3 / 4),
-    ('1,', '1,2', True, 2 / 4),
-    ('1,3', '1,2', True, 2 / 4),
-    ('2,2', '1,2', True, 0),
-    ('', '1,2', True, 0),
-    ('', '', True, 1),
-    ('', '', False, 0),
-    ('7', '', True, 0),
-  ]
-  texts, gold, finished, rewards = zip(*cases, strict=True)
-  assert functions.prefix_match(texts, gold, finished) == list(rewards)
+  texts = ['1,2', '1,2', '1,2,3', '1,', '1,3', '2,2', '', '', '', '7']
+  gold = ['1,2'] * 7 + [''] * 3
+  finished = [True, False] + 6 * [True] + [False, True]
+  rewards = [1, 3 / 4, 3 / 4, 2 / 4, 2 / 4, 0, 0, 1, 0, 0]
+  assert functions.prefix_match(texts, gold, finished) == rewards
 
 
 @pytest.mark.parametrize('split', ['train', 'test'])
@@ -177,9 +142,12 @@ def test_every_gsm8k_answer_is_right_by_itself(shared, split):
   boxed = [f'so $\\boxed{{{number}}}$.' for number in numbers]
   plain = [f'The answer is ${int(number):,}.' for number in numbers]
   ones = [1.0] * len(rows)
-  assert functions.gsm8k_answer(solutions, numbers) == ones
-  assert functions.gsm8k_answer(solutions, solutions) == ones
-  assert functions.gsm8k_answer(boxed, solutions) == ones
+  for texts, gold in (
+    (solutions, numbers),
+    (solutions, solutions),
+    (boxed, solutions),
+  ):
+    assert functions.gsm8k_answer(texts, gold) == ones
   assert functions.gsm8k_answer(plain, numbers) == [0.0] * len(rows)
   assert functions.gsm8k_answer_or_last_number(plain, numbers) == ones
 
@@ -222,7 +190,7 @@ def test_math_answer_compares_marked_answers():
 
 
 def test_without_math_verify_workers_name_the_extra(monkeypatch):
-  for cached in (symbolic._math_verify, symbolic._parsed):
+  for cached in (functions.symbolic._math_verify, functions.symbolic._parsed):
     cached.cache_clear()
   monkeypatch.setitem(sys.modules, 'math_verify', None)
   assert functions.math_answer(['\\boxed{2}'], ['3']) == [0]
@@ -234,7 +202,7 @@ def test_without_math_verify_workers_name_the_extra(monkeypatch):
   ):
     with pytest.raises(UserError, match=r'pip install .jaxrl_llm\[math\]'):
       judge()
-  symbolic._math_verify.cache_clear()
+  functions.symbolic._math_verify.cache_clear()
 
 
 def test_math_verify_runs_in_workers_alone():
@@ -277,11 +245,8 @@ def test_format_match_is_about_the_whole_completion():
   texts = ['a\nb\n#### 1,200\n', '#### -3', '#### 3 apples', 'a', '']
   assert hashes(texts) == [1, 1, 0, 0, 0]
   tags = functions.format_match(r'<think>.+</think>\s*<answer>.+</answer>')
-  texts = [
-    '<think>a\nb</think>\n<answer>3</answer>',
-    'x <think>a</think><answer>3</answer>',
-    '<think>a</think>',
-  ]
+  texts = ['<think>a\nb</think>\n<answer>3</answer>', '<think>a</think>']
+  texts.insert(1, 'x <think>a</think><answer>3</answer>')
   assert tags(completions=texts, prompts=texts) == [1, 0, 0]
   with pytest.raises(UserError, match='not a regular expression'):
     functions.format_match('(')
@@ -308,16 +273,8 @@ def test_repetition_is_the_share_of_ngrams_that_occurred_before():
 
 def test_script_share_counts_letters():
   latin = functions.script_share(['LATIN'])
-  texts = [
-    'So 3 + 4 = 7.',
-    'ab вг',
-    '12 + 34',
-    '',
-    'é',
-    'xπ',
-    '漢字 ok',
-    'ｆｘ 𝑓',
-  ]
+  texts = ['So 3 + 4 = 7.', 'ab вг', '12 + 34', '', 'é', 'xπ']
+  texts += ['漢字 ok', 'ｆｘ 𝑓']
   assert latin(texts) == [1, 0.5, 1, 1, 1, 0.5, 0.5, 1]
   japanese = functions.script_share(['CJK', 'HIRAGANA', 'KATAKANA'])
   assert japanese(['時々カタカナとー、ok']) == [6 / 8]
@@ -333,15 +290,9 @@ def test_script_share_counts_letters():
 
 def test_script_share_agrees_with_unicodes_blocks():
   """All characters of a block are letters of its script."""
-  blocks = {
-    'GREEK': '\u03b1-\u03c9',
-    'CYRILLIC': '\u0400-\u0481',
-    'HEBREW': '\u05d0-\u05ea',
-    'HIRAGANA': '\u3041-\u3096',
-    'CJK': '\u4e00-\u9fff',
-    'HANGUL': '\uac00-\ud7a3',
-    'LATIN': 'a-zA-Z',
-  }
+  blocks = dict(GREEK='\u03b1-\u03c9', CYRILLIC='\u0400-\u0481')
+  blocks |= dict(HEBREW='\u05d0-\u05ea', HIRAGANA='\u3041-\u3096')
+  blocks |= dict(CJK='\u4e00-\u9fff', HANGUL='\uac00-\ud7a3', LATIN='a-zA-Z')
   rng = random.Random(0)
   pools = {
     script: re.findall(f'[{block}]', ''.join(map(chr, range(0xD800))))
@@ -396,9 +347,9 @@ def test_sentiment_is_cheap(text):
 
 
 def test_sentiment_without_its_package_names_the_extra(monkeypatch):
-  texts_lib.vader.cache_clear()
+  functions.texts.vader.cache_clear()
   monkeypatch.setitem(sys.modules, 'vaderSentiment', None)
   part = RewardPart('sentiment', functions.sentiment)
   with pytest.raises(UserError, match=r'jaxrl_llm\[sentiment\]'):
     score([part], ['p'], ['c'], {})
-  texts_lib.vader.cache_clear()
+  functions.texts.vader.cache_clear()
