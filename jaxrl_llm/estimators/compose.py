@@ -72,7 +72,7 @@ def estimator(
   Raises:
     ValueError: the parts do not fit together.
   """
-  needs = _needs_of_parts(advantages, token_loss, keep, value_target)
+  needs = _needs_of_parts(advantages, token_loss, weights, keep, value_target)
 
   def reweight(batch: Batch) -> Batch:
     mask, counted = batch.mask & batch.valid, batch.valid
@@ -120,6 +120,7 @@ def estimator(
 def _needs_of_parts(
   advantages: AdvantageTransform,
   token_loss: TokenLoss,
+  weights: TokenWeights,
   keep: Filter,
   value_target: AdvantageTransform | None,
 ) -> Needs:
@@ -142,11 +143,27 @@ def _needs_of_parts(
     token_loss.needs,
     Needs() if value_target is None else value_target.needs,
   )
-  if needs.branches and needs.branches.trained and keep != valid_responses:
+  related = needs.tree or needs.branches and needs.branches.trained
+  if related and keep != valid_responses:
     raise ValueError(
       '`keep` selects among whole groups, but rows may be branches: omit it'
     )
+  if needs.tree and not _adds_up(weights):
+    raise ValueError(
+      'the nodes of a weighted tree have weights of their own, and only '
+      '`sequence_sum` and `constant_length` leave them as they are'
+    )
   return needs
+
+
+def _adds_up(weights: TokenWeights) -> bool:
+  """Returns True if all tokens weigh the same, whatever the lengths."""
+  mask = jnp.array([[[True, False, False], [True, True, True]]])
+  one, both = jnp.array([[[True], [False]]]), jnp.ones((1, 2, 1), bool)
+  with jax.ensure_compile_time_eval():
+    alone = weights(mask & one, one)[0, 0, 0]
+    found = weights(mask, both)[mask]
+    return bool(jnp.allclose(found, alone / 2))
 
 
 def start_running(needs: Needs) -> dict[str, Array]:
@@ -157,11 +174,11 @@ def start_running(needs: Needs) -> dict[str, Array]:
 def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
   """Returns the `Rollouts.running` of the batch after `rollouts`.
 
-  Only whole responses count, not branches.
+  Only whole responses count, not branches; of trees, all leaves.
   """
   running = rollouts.running or {}
   rollouts = blank_rollouts(rollouts)
-  if rollouts.parents is not None:
+  if rollouts.parents is not None and rollouts.node_weights is None:
     valid = rollouts.valid & whole_responses(rollouts)
     rollouts = blank_rollouts(rollouts.replace(valid=valid))
   return {
@@ -176,7 +193,10 @@ def _own_tokens(rollouts: Rollouts) -> tuple[Array, ...]:
     return rollouts.mask, None, None
   time = jnp.arange(rollouts.mask.shape[2])[None, None]
   added = rollouts.mask & (time >= rollouts.forked_at)
-  return added, whole_responses(rollouts), fork_shares(rollouts)
+  shares = rollouts.node_weights
+  if shares is None:
+    shares = fork_shares(rollouts)
+  return added, whole_responses(rollouts), shares
 
 
 def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
@@ -221,13 +241,13 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
       f'and got {samples}'
     )
   branched = needs.branches is not None
-  rows = branched and needs.branches.trained
+  rows = needs.tree or branched and needs.branches.trained
   if rollouts.parents is not None and not rows:
     raise ValueError(
       'the rollouts have rows that are branches (`parents`), which this '
       'estimator would take for responses'
     )
-  branched &= not rows
+  branched = branched and not rows
   required = {
     'ref_log_probs': needs.reference,
     'greedy_rewards': needs.greedy,
@@ -240,6 +260,7 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
     'branch_baselines': branched and needs.branches.score_weighted,
     'parents': rows,
     'forked_at': rows,
+    'node_weights': needs.tree is not None,
     'running': bool(needs.running),
   }
   for name, needed in required.items():
