@@ -17,6 +17,8 @@ from jaxrl_llm.estimators.types import Array
 
 # Halvings of the interval, on a scale of logarithms, that holds a raised τ.
 _HALVINGS = 16
+# Share of the room that rounding must not fill.
+_SLACK = 1e-5
 
 
 class Standing(NamedTuple):
@@ -119,7 +121,8 @@ def thresholds(
   def too_many(least: Array) -> Array:
     exact, small = expected(weights, probabilities, raised(least))
     count = jnp.zeros(room.shape, weights.dtype)
-    return count.at[tree].add(exact + small, mode='drop') > room
+    count = count.at[tree].add(exact + small, mode='drop')
+    return count > room * (1 - _SLACK)
 
   free = jnp.zeros(room.shape, weights.dtype)
   # Where it was not too low, 0 stays; where it was, 1 is high enough.
