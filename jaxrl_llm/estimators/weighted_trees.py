@@ -155,6 +155,34 @@ def leaf_weights(rollouts: Rollouts) -> Array:
   return jnp.where(last >= 0, found, 0.0)
 
 
+def score_all_leaves(rollouts: Rollouts, trees: int) -> Rollouts:
+  """Gives leaves without a reward the mean of their tree's others.
+
+  Nodes above them belong to other leaves, too, so they cannot be left out.  All
+  rows of a tree are valid if any of its leaves has a reward.
+
+  Args:
+    rollouts: of P prompts' trees.
+    trees: number of trees of a prompt.
+  """
+  prompts, rows, _ = rollouts.mask.shape
+  shape = prompts, trees, rows // trees
+  split = lambda x: x.reshape(shape)
+  present = split(rollouts.mask.any(axis=2))
+  scored = split(rollouts.valid) & present
+  weights = jnp.where(scored, split(leaf_weights(rollouts)), 0.0)
+  rewards = jnp.where(scored, split(rollouts.rewards), 0.0)
+  total = weights.sum(axis=2, keepdims=True)
+  mean = (weights * rewards).sum(axis=2, keepdims=True)
+  mean = mean / jnp.where(total > 0, total, 1.0)
+  rewards = jnp.where(scored, rewards, mean)
+  valid = present & scored.any(axis=2, keepdims=True)
+  shape = rollouts.rewards.shape
+  return rollouts.replace(
+    rewards=rewards.reshape(shape), valid=valid.reshape(shape)
+  )
+
+
 def _values(rewards: Array, rollouts: Rollouts, trees: int) -> Array:
   """Returns Q̂ of the state after each token, [P, R, T]."""
   common = _common_tokens(rollouts, trees)
@@ -178,8 +206,9 @@ def _common_tokens(rollouts: Rollouts, trees: int) -> Array:
     parent = parents[:, r]
     of_parent = jnp.take_along_axis(common, parent[:, None, None], axis=1)
     shared = jnp.minimum(of_parent[:, 0], forked_at[:, r, None])
-    shared = jnp.where((number < r) & (tree == tree[r]), shared, 0)
-    shared = jnp.where(number == r, length, shared)
+    before = (number < r) & (tree == tree[r])
+    shared = jnp.where(before[None], shared, 0)
+    shared = jnp.where((number == r)[None], length, shared)
     return common.at[:, r].set(shared).at[:, :, r].max(shared)
 
   return jax.lax.fori_loop(1, rows, add_row, common)

@@ -157,7 +157,7 @@ class Independent(NamedTuple):
       source=source,
       token=token,
       weight=jnp.full(source.shape, 1.0 / self.rows),
-      owns=leader == jnp.arange(self.rows),
+      owns=leader == jnp.arange(self.rows)[None],
       leader=leader,
     )
 
@@ -326,7 +326,7 @@ def _place(rows: Rows, parent, token, weight, exists) -> Children:
   trees, most = parent.shape
   number = jnp.arange(most)
   same = (parent[:, :, None] == parent[:, None]) & exists[:, None]
-  first = exists & (jnp.argmax(same, axis=2) == number)
+  first = exists & (jnp.argmax(same, axis=2) == number[None])
   later = exists & ~first
   place = rows.used[:, None] + jnp.cumsum(later, axis=1) - 1
   place = jnp.where(first, parent, jnp.where(later, place, most))

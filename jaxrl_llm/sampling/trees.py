@@ -335,7 +335,7 @@ def _assign(goes_on, source, slot, size):
   """
   trees, most = slot.shape
   same = (source[:, :, None] == source[:, None]) & goes_on[:, None]
-  first = jnp.argmax(same, axis=2) == jnp.arange(most)
+  first = jnp.argmax(same, axis=2) == jnp.arange(most)[None]
   inherits = goes_on & first
   of_node = jnp.take_along_axis(slot, source, axis=1)
   taken = jnp.zeros(size, bool)

@@ -185,7 +185,7 @@ def as_rows(leaves: Leaves) -> tuple[jax.Array, dict[str, jax.Array]]:
   """
   prompts, trees, most = leaves.response.shape
   join = lambda x: x.reshape(prompts, trees * most, *x.shape[3:])
-  first = jnp.arange(trees)[:, None] * most
+  first = jnp.arange(trees)[None, :, None] * most
   parents = jnp.where(leaves.present, leaves.parents + first, first)
   fields = {
     'parents': join(parents)[..., None],
