@@ -194,8 +194,8 @@ def _values(rewards: Array, rollouts: Rollouts, trees: int) -> Array:
 def _common_tokens(rollouts: Rollouts, trees: int) -> Array:
   """Returns the number of nodes that two rows share, [P, R, R] int32."""
   prompts, rows, length = rollouts.mask.shape
-  parents = rollouts.parents[..., 0]
-  forked_at = rollouts.forked_at[..., 0].astype(jnp.int32)
+  columns = rollouts.parents, rollouts.forked_at
+  parents, forked_at = (jnp.asarray(x[..., 0], jnp.int32) for x in columns)
   number = jnp.arange(rows)
   tree = number // (rows // trees)
   full = jnp.where(jnp.eye(rows, dtype=bool), length, 0)

@@ -226,6 +226,7 @@ def _run(
   """Decodes while the pool suffices and more than `floor` slots are busy."""
   rows = sharding.row_spec(prompts)
   trees = allocation.trees
+  axes = sharding.flat(rows) if sharding.row_devices() > 1 else None
   # Random numbers are those of the tree, wherever it grows.
   numbers = jnp.arange(prompts * trees, dtype=jnp.int32)
 
@@ -241,7 +242,7 @@ def _run(
         jax.random.fold_in(key, state.index), numbers, prompts * trees
       )
       return _step(
-        config, params, segment, allocation, settings, uniform, state
+        config, params, segment, allocation, settings, axes, uniform, state
       )
 
     state = jax.lax.while_loop(lasts, step, state)
@@ -256,7 +257,7 @@ def _run(
 
 
 def _step(
-  config, params, segment, allocation, settings, uniform, state: _State
+  config, params, segment, allocation, settings, axes, uniform, state: _State
 ) -> _State:
   """Decodes one token of every slot, unless there are too few for the next."""
   size, index = state.token.size, state.index
@@ -265,7 +266,7 @@ def _step(
   capacity = state.written['tokens'].shape[2]
   ended = is_end(children.token, settings.eos_ids) | (index + 1 == capacity)
   goes_on = children.exists & children.owns & ~ended
-  wanted = _wanted(goes_on, segment.rows)
+  wanted = _wanted(goes_on, segment.rows, axes)
   fits = wanted <= size
   # Written again if the pool does not suffice, and then the same.
   state = state._replace(held=held, wanted=wanted)
@@ -311,8 +312,8 @@ def _read(config, params, segment, decoding, state: _State):
   return nodes, (cache.suffix.keys, cache.suffix.values)
 
 
-def _wanted(goes_on: Array, prompts: int) -> Array:
-  """Returns the slots that a depth needs, of the device that needs most.
+def _wanted(goes_on: Array, prompts: int, axes: tuple | None) -> Array:
+  """Returns the slots that a depth needs, on the device that needs most.
 
   Not more than two times the even share of a pool may belong to one prompt.
   """
@@ -320,9 +321,7 @@ def _wanted(goes_on: Array, prompts: int) -> Array:
   wanted = jnp.maximum(by_prompt.sum(), prompts * -(-by_prompt.max() // 2))
   most = prompts * (goes_on.size // prompts)
   wanted = jnp.minimum(wanted, most)
-  if sharding.row_devices() > 1:
-    wanted = jax.lax.pmax(wanted, sharding.ROWS)
-  return wanted
+  return jax.lax.pmax(wanted, axes) if axes else wanted
 
 
 def _assign(goes_on, source, slot, size):
