@@ -1,9 +1,8 @@
 """The weighted prefix tree: every prefix generated once, credited exactly.
 
 Rows are the responses of a tree: its leaves.  A row's own tokens are those from
-`forked_at` on; the tokens before are its parent's.  A row is created after its
-parent, so it lies behind it along axis 1.  The R rows of a prompt are those of
-its trees in turn, each with R / trees.
+`forked_at` on; the tokens before are its parent's.  The R rows of a prompt are
+those of its trees in turn, each with R / trees.
 """
 
 from collections.abc import Callable
@@ -196,22 +195,29 @@ def _common_tokens(rollouts: Rollouts, trees: int) -> Array:
   prompts, rows, length = rollouts.mask.shape
   columns = rollouts.parents, rollouts.forked_at
   parents, forked_at = (jnp.asarray(x[..., 0], jnp.int32) for x in columns)
-  number = jnp.arange(rows)
-  tree = number // (rows // trees)
-  full = jnp.where(jnp.eye(rows, dtype=bool), length, 0)
-  common = jnp.broadcast_to(full, (prompts, rows, rows)).astype(jnp.int32)
+  number = jnp.arange(rows)[None]
+  whole = parents == number
+  # Parents before their children.
+  order = jnp.argsort(jnp.where(whole, -1, forked_at), axis=1, stable=True)
+  tree = jnp.broadcast_to(number // (rows // trees), parents.shape)
+  pick = lambda x, r: jnp.take_along_axis(x, r, axis=1)
 
-  def add_row(r, common):
-    """Rows before r share with it what they share with its parent."""
-    parent = parents[:, r]
-    of_parent = jnp.take_along_axis(common, parent[:, None, None], axis=1)
-    shared = jnp.minimum(of_parent[:, 0], forked_at[:, r, None])
-    before = (number < r) & (tree == tree[r])
-    shared = jnp.where(before[None], shared, 0)
-    shared = jnp.where((number == r)[None], length, shared)
-    return common.at[:, r].set(shared).at[:, :, r].max(shared)
+  def add_row(i, known):
+    """Earlier rows share with it what they share with its parent."""
+    common, done = known
+    r = jax.lax.dynamic_slice_in_dim(order, i, 1, axis=1)
+    of_parent = pick(common, pick(parents, r)[..., None])[:, 0]
+    shared = jnp.minimum(of_parent, pick(forked_at, r))
+    shared = jnp.where(done & (tree == pick(tree, r)), shared, 0)
+    here = number == r
+    shared = jnp.where(here, length, shared)
+    common = jnp.where(here[:, :, None], shared[:, None], common)
+    common = jnp.where(here[:, None], shared[:, :, None], common)
+    return common, done | here
 
-  return jax.lax.fori_loop(1, rows, add_row, common)
+  nothing = jnp.zeros((prompts, rows, rows), jnp.int32)
+  start = nothing, jnp.zeros((prompts, rows), bool)
+  return jax.lax.fori_loop(0, rows, add_row, start)[0]
 
 
 def _below(x: Array, common: Array, rollouts: Rollouts) -> Array:
