@@ -15,7 +15,9 @@ What happens before the first looks (compilation) does not count.
   cpu: seconds of processor time per step, of the run and its workers.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -147,11 +149,11 @@ def _seconds(pid: int) -> float:
 
 def _size(folder) -> int:
   total = 0
-  for path in folder.rglob('*'):
-    try:
-      total += path.stat().st_size
-    except OSError:  # It was removed meanwhile.
-      continue
+  # Steps are saved and removed meanwhile.
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(OSError):
+        total += os.stat(os.path.join(parent, name)).st_size
   return total
 
 

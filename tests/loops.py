@@ -54,6 +54,7 @@ def groups_of(rollouts, outputs):
     if not rollouts.valid[p, g, 0]:
       continue
     length = int(rollouts.mask[p, g].sum())
+    weights = rollouts.node_weights
     numbers = lambda x, p=p, g=g, n=length: [float(v) for v in x[p, g, :n]]
     forks = [t for t in range(1, length) if rollouts.branch_mask[p, g, t]]
     at_forks = lambda x, p=p, g=g, at=forks: {t: float(x[p, g, t]) for t in at}
@@ -74,7 +75,7 @@ def groups_of(rollouts, outputs):
         weighted_forks=at_forks(rollouts.branch_baselines),
         parent=int(rollouts.parents[p, g, 0]),
         forked_at=int(rollouts.forked_at[p, g, 0]),
-        weights=numbers(rollouts.node_weights),
+        weights=None if weights is None else numbers(weights),
       )
     )
   return groups

@@ -27,7 +27,7 @@ from jaxrl_llm.estimators import (
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.scoring import Failures
 from jaxrl_llm.rollouts import branch_values, branches
 from jaxrl_llm.rollouts.groups import Groups, as_sampled
 from jaxrl_llm.rollouts.responses import (
@@ -237,7 +237,7 @@ def complete(
     setting, trainable, running: as for `collect`.
     responses: responses returned by `respond`.
     baseline: greedy responses to the same prompts; read if needed.  A missing
-      reward (None) counts as 0, which does not bias the gradient.
+      reward counts as 0, which does not bias the gradient.
     at_once: number of responses to a prompt scored at one time; None for all.
 
   Raises:
@@ -343,8 +343,17 @@ def failures_of_step(
 
 
 def failure_counts(failures: Mapping[str, Failures]) -> dict[str, int]:
-  """Returns numbers of failures of all kinds for the record: NAME/failed."""
-  return {f'{name}/failed': each.total for name, each in failures.items()}
+  """Returns numbers of failures for the record.
+
+  NAME/failed is of all kinds, and NAME/failed/KIND of one that occurred.
+  """
+  counts = {f'{name}/failed': each.total for name, each in failures.items()}
+  return counts | {
+    f'{name}/failed/{kind}': count
+    for name, each in failures.items()
+    for kind, count in each.counts.items()
+    if count
+  }
 
 
 def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
@@ -361,10 +370,10 @@ def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
   for name, scores in responses.scores.parts.items():
     mean, std = _moments(scores, weights)
     metrics[f'rewards/{name}/mean'], metrics[f'rewards/{name}/std'] = mean, std
-    unknown = np.isnan(scores)
+    none = np.isnan(scores) & ~responses.scores.failed[name]
     if weights is not None:
-      unknown &= weights > 0
-    metrics[f'rewards/{name}/none'] = int(unknown.sum())
+      none &= weights > 0
+    metrics[f'rewards/{name}/none'] = int(none.sum())
   metrics['completions/hash'] = _hash(responses.samples)
   return metrics
 

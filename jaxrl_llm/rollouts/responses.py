@@ -18,7 +18,7 @@ from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.head import TokenStatistics
 from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import start as start_scoring
-from jaxrl_llm.rewards.workers import Failures, merge_failures
+from jaxrl_llm.rewards.scoring import Failures, merge_failures
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.sampling.allocation import Allocation
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
@@ -217,13 +217,14 @@ def score_rows(
   def finish() -> Scores:
     total, valid = np.zeros(len(texts)), np.zeros(len(texts), bool)
     parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
+    failed = {part.name: valid.copy() for part in rewards}
     if scoring is None:
-      return Scores(total, valid, parts)
+      return Scores(total, valid, parts, failed)
     scores = scoring()
     total[flat], valid[flat] = scores.total, scores.valid
     for name, values in scores.parts.items():
-      parts[name][flat] = values
-    return Scores(total, valid, parts, scores.failures)
+      parts[name][flat], failed[name][flat] = values, scores.failed[name]
+    return Scores(total, valid, parts, failed, scores.failures)
 
   return texts, finish
 
@@ -271,7 +272,8 @@ def _no_scores(rewards: Sequence[RewardPart]) -> Scores:
   """Returns the scores of a process that has no response to score."""
   none = np.zeros(0)
   parts = {part.name: none for part in rewards}
-  return Scores(none, none.astype(bool), parts)
+  failed = {part.name: none.astype(bool) for part in rewards}
+  return Scores(none, none.astype(bool), parts, failed)
 
 
 def _share(scoring: Callable[[], Scores]) -> Scores:
@@ -284,15 +286,13 @@ def _share(scoring: Callable[[], Scores]) -> Scores:
   for each in processes.gather_objects(error, 'rewards'):
     if each is not None:
       raise UserError(each)
-  total, valid, parts = processes.gather(
-    (scores.total, scores.valid, scores.parts), 'rewards'
-  )
+  arrays = processes.gather(scores[:4], 'rewards')
   gathered = processes.gather_objects(scores.failures, 'failures of rewards')
   failures = [
     {name: Failures(*each) for name, each in reported.items()}
     for reported in gathered
   ]
-  return Scores(total, valid, parts, merge_failures(failures))
+  return Scores(*arrays, merge_failures(failures))
 
 
 def with_statistics(generation: Generation, needs: Needs) -> Generation:

@@ -30,7 +30,7 @@ from jaxrl_llm.estimators import Estimator, Rollouts, diagnostics
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.scoring import Failures
 from jaxrl_llm.rollouts.collect import (
   Collected,
   Keys,
