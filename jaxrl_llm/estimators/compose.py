@@ -25,6 +25,7 @@ from jaxrl_llm.estimators.types import (
   merge_needs,
   valid_responses,
 )
+from jaxrl_llm.estimators.weights import is_plain_sum
 
 
 class Estimator(NamedTuple):
@@ -148,22 +149,12 @@ def _needs_of_parts(
     raise ValueError(
       '`keep` selects among whole groups, but rows may be branches: omit it'
     )
-  if needs.tree and not _adds_up(weights):
+  if needs.tree and not is_plain_sum(weights):
     raise ValueError(
       'the nodes of a weighted tree have weights of their own, and only '
       '`sequence_sum` and `constant_length` leave them as they are'
     )
   return needs
-
-
-def _adds_up(weights: TokenWeights) -> bool:
-  """Returns True if all tokens weigh the same, whatever the lengths."""
-  mask = jnp.array([[[True, False, False], [True, True, True]]])
-  one, both = jnp.array([[[True], [False]]]), jnp.ones((1, 2, 1), bool)
-  with jax.ensure_compile_time_eval():
-    alone = weights(mask & one, one)[0, 0, 0]
-    found = weights(mask, both)[mask]
-    return bool(jnp.allclose(found, alone / 2))
 
 
 def start_running(needs: Needs) -> dict[str, Array]:
