@@ -384,8 +384,8 @@ MUTATIONS |= {
     ),
     'the record of a later step is kept': (
       'runs/metrics.py',
-      "and record['step'] <= step",
-      "and record['step'] <= step + 1",
+      "and record['step'] <= limit",
+      "and record['step'] <= limit + 1",
       'runs/metrics_test.py',
     ),
     'records without a synchronization': (

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import rollouts, sharding
-from jaxrl_llm.evaluation.estimates import distinct_ngrams
+from jaxrl_llm.evaluation.estimates import distinct_bigrams
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards.scoring import Failures, merge_failures
 from jaxrl_llm.rollouts.collect import failure_counts
@@ -147,7 +147,7 @@ def summary(answers: Answers) -> dict[str, float]:
   metrics |= failure_counts(answers.failures)
   metrics['eval/completions/mean_length'] = answers.lengths.mean()
   metrics['eval/completions/clipped_ratio'] = 1.0 - answers.finished.mean()
-  metrics['eval/distinct_bigrams'] = distinct_ngrams(answers.tokens)
+  metrics['eval/distinct_bigrams'] = distinct_bigrams(answers.tokens)
   if answers.kl is not None:
     metrics['eval/kl'] = answers.kl
   return {name: float(value) for name, value in metrics.items()}
