@@ -235,8 +235,8 @@ MUTATIONS = {
 MASKS = {
   'a sum over responses with what is masked': (
     'estimators/weights.py',
-    'return lambda mask, valid: mask / _count(valid)\n',
-    'return lambda mask, valid: jnp.ones_like(mask) / _count(valid)\n',
+    'return mask / (_count(valid) * self.divisor)\n',
+    'return jnp.ones_like(mask) / (_count(valid) * self.divisor)\n',
   ),
   'a mean over responses with what is masked': (
     'estimators/weights.py',
@@ -304,10 +304,8 @@ MASKS = {
   # A bool by 0 is 0, as XLA divides.
   '0/0 where no response is valid': (
     'estimators/weights.py',
-    'return lambda mask, valid: mask / _count(valid)\n',
-    'return lambda mask, valid: (\n'
-    '    jnp.where(mask, 1.0, 0.0) / valid.sum(keepdims=True)\n'
-    '  )\n',
+    'return mask / (_count(valid) * self.divisor)\n',
+    'return jnp.where(mask, 1.0, 0.0) / valid.sum(keepdims=True)\n',
   ),
   '0/0 in an empty response': (
     'estimators/weights.py',
@@ -348,8 +346,8 @@ MUTATIONS |= {
     ),
     'a missing reward counts as 0 in the record': (
       'rollouts/collect.py',
-      'known = scores[~np.isnan(scores)]',
-      'known = np.nan_to_num(scores)',
+      'known = ~np.isnan(scores)\n',
+      'scores, known = np.nan_to_num(scores), scores != np.inf\n',
       'rollouts/responses_test.py',
     ),
     'running numbers stay at their start': (

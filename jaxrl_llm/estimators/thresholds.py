@@ -1,4 +1,4 @@
-"""Which children of a weighted prefix tree are kept, and with what weight.
+"""Thresholds by which children of a weighted prefix tree are kept.
 
 A tree grows by one token at a time.  A state of weight w has children of
 weight v = w · π(a|s).  A child with v ≥ τ is kept with its weight; of the
@@ -22,7 +22,7 @@ _SLACK = 1e-5
 
 
 class Standing(NamedTuple):
-  """What a threshold may look at: what stands before the tokens of a depth.
+  """Everything that stands before the tokens of a depth: a threshold reads it.
 
   Attributes:
     depth: int32 scalar, number of tokens before these.

@@ -242,7 +242,7 @@ def _other_values(rewards: Array, rollouts: Rollouts) -> Array:
   present = halves(rollouts.mask.any(axis=2))
 
   def of_tree(tokens, others, present, weighted, weights):
-    """Of one tree's rows [R/2, T], from another's."""
+    """Returns those of one tree's rows, [R/2, T], from another's."""
     equal = (tokens[:, None] == others[None]) & (tokens[:, None] >= 0)
     common = jnp.cumprod(equal, axis=2).sum(axis=2)
     common = jnp.where(present[None], common, -1)

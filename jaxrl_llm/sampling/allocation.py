@@ -1,4 +1,4 @@
-"""How the children of a prefix tree's nodes are chosen.
+"""Choice of the children of a prefix tree's nodes.
 
 `Independent` draws ordinary responses, `Systematic` the weighted trees of
 `estimators.thresholds`.  Neither calls a model: both see the distributions of
