@@ -496,6 +496,75 @@ MUTATIONS |= {
     ),
   }.items()
 }
+# Of weighted prefix trees: (source, old, new, test below `tests/`).
+WEIGHTED = 'estimators/weighted_trees_test.py'
+GROWN = 'sampling/trees_test.py'
+MUTATIONS |= {
+  name: Mutation(*mutation)
+  for name, mutation in {
+    'the baseline sees cousins': (
+      'estimators/weighted_trees.py',
+      'flip = lambda x: x[:, ::-1]',
+      'flip = lambda x: x',
+      WEIGHTED,
+    ),
+    'the baseline sees the token that it weighs': (
+      'estimators/weighted_trees.py',
+      'at = jnp.minimum(jnp.arange(length)[None], longest[:, None])',
+      'at = jnp.minimum(jnp.arange(length)[None] + 1, longest[:, None])',
+      WEIGHTED,
+    ),
+    'leaves count alike': (
+      'estimators/weighted_trees.py',
+      'sums = _below(leaf_weights(rollouts) * rewards, common, rollouts)',
+      'sums = _below(rewards * 0.25, common, rollouts)',
+      WEIGHTED,
+    ),
+    'nodes count alike': (
+      'estimators/compose.py',
+      '  shares = rollouts.node_weights\n',
+      '  shares = rollouts.node_weights\n  if shares is not None:\n'
+      '    shares = jnp.ones_like(shares)\n',
+      WEIGHTED,
+    ),
+    'a state may end without a child': (
+      'estimators/thresholds.py',
+      'return jnp.minimum(weights, jnp.maximum(tau, of_states))',
+      'return jnp.maximum(tau, of_states)',
+      WEIGHTED,
+    ),
+    'more children than fit': (
+      'estimators/thresholds.py',
+      'return raised(jnp.where(over, jnp.exp(high), free))',
+      'return raised(free)',
+      GROWN,
+    ),
+    'small children keep their own weight': (
+      'sampling/allocation.py',
+      '  weight = jnp.where(sure, weight, threshold)\n',
+      '',
+      GROWN,
+    ),
+    'sure children fill the draw': (
+      'sampling/allocation.py',
+      'point = point + (rank - counted[:, -1:]) * _UNIT',
+      'point = point + rank * _UNIT',
+      GROWN,
+    ),
+    'siblings read the keys of another slot': (
+      'sampling/trees.py',
+      'y = jax.lax.dynamic_slice_in_dim(x, sources[i], 1, axis=0)',
+      'y = jax.lax.dynamic_slice_in_dim(x, copies[i], 1, axis=0)',
+      GROWN,
+    ),
+    'a row lacks what its parent wrote': (
+      'sampling/trees.py',
+      'before = time[None] < forked_at[:, r, None]',
+      'before = time[None] + 1 < forked_at[:, r, None]',
+      GROWN,
+    ),
+  }.items()
+}
 every_mutation = pytest.mark.parametrize('name', MUTATIONS)
 
 
