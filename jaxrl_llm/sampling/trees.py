@@ -29,8 +29,11 @@ from jaxrl_llm.sampling.sampler import Samples
 
 Array = jax.Array
 
-# The pool has one of these multiples of the number of trees.
+# Ratio of the pool's sizes, of which the smallest is the number of trees.
 _GROWTH = 2**0.5
+# All slots of a prompt read its keys and values at once, with room for so many
+# times the slots of an even distribution.
+_CROWD = 4
 
 
 @chex.dataclass(frozen=True)
@@ -297,7 +300,7 @@ def _read(config, params, segment, decoding, state: _State):
   """Computes the distributions after all slots' tokens."""
   size = state.token.size
   by_prompt = jnp.sort(state.slot.reshape(segment.rows, -1), axis=1)
-  crowd = min(by_prompt.shape[1], 2 * -(-size // segment.rows))
+  crowd = min(by_prompt.shape[1], _CROWD * -(-size // segment.rows))
   suffix = transformer.Segment(
     keys=state.held[0], values=state.held[1], lengths=state.token
   )
@@ -315,10 +318,10 @@ def _read(config, params, segment, decoding, state: _State):
 def _wanted(goes_on: Array, prompts: int, axes: tuple | None) -> Array:
   """Returns the slots that a depth needs, on the device that needs most.
 
-  Not more than two times the even share of a pool may belong to one prompt.
+  Of a pool, one prompt's nodes have at most `_CROWD` times the even share.
   """
   by_prompt = goes_on.reshape(prompts, -1).sum(axis=1, dtype=jnp.int32)
-  wanted = jnp.maximum(by_prompt.sum(), prompts * -(-by_prompt.max() // 2))
+  wanted = jnp.maximum(by_prompt.sum(), prompts * -(-by_prompt.max() // _CROWD))
   most = prompts * (goes_on.size // prompts)
   wanted = jnp.minimum(wanted, most)
   return jax.lax.pmax(wanted, axes) if axes else wanted
