@@ -4,7 +4,6 @@ Never silently wrong; a sound checkpoint is not lost.
 """
 
 import errno
-import json
 import os
 import pathlib
 import random
@@ -106,16 +105,8 @@ def test_damage_is_never_silently_wrong(tmp_path, caplog, saved, kind, count):
     shutil.rmtree(bad)
 
 
-@pytest.mark.parametrize('change', ['metadata', 'metric', 'leaves', 'all'])
-def test_an_edited_manifest_does_not_verify(sound, caplog, change):
-  manifest = json.loads(manifest_of(sound, 2).read_text())
-  if change == 'all':  # that of another step
-    manifest = json.loads(manifest_of(sound, 1).read_text())
-  elif change == 'metric':
-    manifest['metric'] = 5
-  else:
-    manifest[change].popitem()
-  manifest_of(sound, 2).write_text(json.dumps(manifest))
+def test_the_manifest_of_another_step_does_not_verify(sound, caplog):
+  shutil.copyfile(manifest_of(sound, 1), manifest_of(sound, 2))
   assert restored_right(sound) == 1
   assert 'its manifest: ValueError: it has changed' in caplog.text
 
@@ -200,8 +191,7 @@ def test_a_save_that_cannot_begin_is_reported_at_once(tmp_path, folder, size):
   checkpoints = Checkpoints(tmp_path / folder)
   with pytest.raises(UserError, match='Saving checkpoint step 1') as error:
     checkpoints.save(1, {'x': jnp.zeros(size)}, {})
-  assert len(lines(error)) == 3
-  assert names(tmp_path) == []
+  assert len(lines(error)) == 3 and names(tmp_path) == []
 
 
 @pytest.mark.parametrize('name', ['load_manifest', 'load_state', 'describe'])
@@ -230,27 +220,6 @@ def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(
         checkpoints.restore(make_state(0))
     assert len(lines(caught)) == 3 and str(error.args[-1]) in str(caught.value)
     assert checkpoints.restore(make_state(0))[0] == 2
-
-
-def test_a_metric_that_cannot_be_read_costs_no_checkpoint(
-  sound, monkeypatch, caplog
-):
-  checkpoints = Checkpoints(sound, keep_latest=1)
-  load = orbax_io.load_manifest
-
-  def fails(path):
-    if path.name == '00000001':
-      raise OSError(errno.EMFILE, 'Too many open files')
-    return load(path)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(orbax_io, 'load_manifest', fails)
-    checkpoints.save(3, make_state(), {}, metric=0.3)
-    checkpoints.wait()
-    with pytest.raises(UserError, match='Step 1 cannot be read'):
-      checkpoints.best_step()
-  assert 'Could not remove an old checkpoint' in caplog.text
-  assert checkpoints.steps() == [1, 2, 3]
 
 
 def test_a_step_is_on_the_disk_before_an_older_one_goes(tmp_path, monkeypatch):

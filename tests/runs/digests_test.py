@@ -71,7 +71,7 @@ def test_other_dtypes():
   mask = jnp.array([True, False])
   assert of(mask) != of(mask[::-1])
   array = jnp.asarray([1 + 2j, 3 - 1j], jnp.complex64)
-  assert len({of(array), of(array.conj()), of(array[::-1])}) == 3
+  assert of(array) != of(array.conj())
   with jax.enable_x64(True):
     array = np.array([1.0, 2.0])
     assert of(array) != of(np.nextafter(array, 3))

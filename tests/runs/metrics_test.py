@@ -90,50 +90,44 @@ def test_resumed_files_equal_uninterrupted_ones(tmp_path, broken):
   assert [r['step'] for r in runs.read_metrics(killed / FILES[0])] == [1]
 
 
-@pytest.mark.parametrize(
-  'content, text',
-  [
-    (None, 'has no record, but .* step 3'),
-    (b'', 'has no record'),
-    (b'{"step": 1}\n{"step": 2}\n', 'ends at step 2'),
-    # Only the line's end is missing: a record may be too short.
-    (b'{"step": 1}\n{"step": 2}\n{"step": 3}', 'ends at step 2'),
-    (b'{"step": 1}\n{"st\n{"step": 3}\n', 'line 2: not a record'),
-  ],
-)
-def test_missing_and_broken_records_are_named(tmp_path, content, text):
-  path = tmp_path / 'metrics.jsonl'
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(UserError, match=f'metrics.jsonl.* {text}') as error:
-    runs.MetricsWriter(tmp_path, resume_step=3)
-  assert len(str(error.value).splitlines()) <= 3
-  if content is not None:
-    assert path.read_bytes() == content
+def changed(number, line):
+  return [*steps_to(number - 1), line, *steps_to(20)[number:]]
 
 
 @pytest.mark.parametrize(
-  'change, text',
+  'lines, text',
   [
+    (None, ' has no record, but .* step 20'),
+    ([], ' has no record'),
+    (steps_to(19), ' ends at step 19'),
+    (changed(12, b'{"st'), ', line 12: not a record'),
     # A flipped bit makes the '1' of step 12 a '5'.
-    (lambda x: [*x[:11], b'{"step": 52}', *x[12:]], '52, not .* 12'),
-    (lambda x: [*x[:11], b'{"step": 20}', *x[12:]], '20, not .* 12'),
-    (lambda x: x[:5] + x[9:], '10, not step 6'),
-    (lambda x: x[3:], '4, not step 1'),
-    (lambda x: x[:5] + x[4:], '5, not step 6'),
+    (changed(12, b'{"step": 52}'), ', line 12: has step 52, not step 12'),
+    (changed(12, b'{"step": 20}'), ', line 12: has step 20, not step 12'),
+    (steps_to(20)[3:], ', line 1: has step 4, not step 1'),
+    (steps_to(5) + steps_to(20)[4:], ', line 6: has step 5, not step 6'),
   ],
 )
-def test_the_first_gap_in_the_records_is_named(change, text, tmp_path):
-  path, lines = tmp_path / 'metrics.jsonl', steps_to(20)
-  write_lines(path, change(lines))
-  before = path.read_bytes()
-  with pytest.raises(UserError, match=f'metrics.jsonl, line .* {text}'):
-    metrics.cut(path, 20, complete=True)
-  assert path.read_bytes() == before
-  # A run without a warm start has a record of its beginning.
-  write_lines(path, [b'{"step": 0}', *lines])
+def test_missing_and_broken_records_are_named(lines, text, tmp_path):
+  path, before = tmp_path / 'metrics.jsonl', None
+  if lines is not None:
+    write_lines(path, lines)
+    before = path.read_bytes()
+  with pytest.raises(UserError, match=f'metrics.jsonl{text}') as error:
+    runs.MetricsWriter(tmp_path, resume_step=20)
+  assert len(str(error.value).splitlines()) <= 3
+  assert before is None or path.read_bytes() == before
+
+
+def test_records_may_begin_at_0_and_end_in_part(tmp_path):
+  path = tmp_path / 'm.jsonl'
+  write_lines(path, [b'{"step": 0}', *steps_to(20)])
   metrics.cut(path, 20, complete=True)
   assert path.read_bytes().count(b'\n') == 21
+  # Only the line's end is missing: a record may be too short.
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(UserError, match='ends at step 19'):
+    metrics.cut(path, 20, complete=True)
 
 
 @pytest.mark.parametrize('complete', [True, False])

@@ -103,7 +103,6 @@ def test_page_shows_the_latest_steps_and_reads_the_file_once(tmp_path):
   rows = [[sample(i, f'answer {i}.')] * 2 for i in range(1, SHOWN_STEPS + 4)]
   text = page_of(tmp_path, sum(rows[:9], [])).text
   assert '18 samples of 9 steps' in text and 'answer 1.' in text
-  assert 'are shown' not in text
   with runs.SampleLog(tmp_path, resume_step=8) as log:
     (tmp_path / 'samples.jsonl').unlink()
     log.write(sum(rows[8:], []))
@@ -112,18 +111,8 @@ def test_page_shows_the_latest_steps_and_reads_the_file_once(tmp_path):
   assert f'{2 * len(rows)} samples of {len(rows)} steps' in text
   assert f'The latest {SHOWN_STEPS} are shown; all are in samples.js' in text
   assert 'answer 4.' in text and 'answer 3.' not in text
-  assert text.index('Step 10,') < text.index('Step 9,')
   # A run continues without its samples.
   assert '0 samples of 0 steps' in page_of(tmp_path, [], resume_step=99).text
-
-
-def test_page_separates_training_from_held_out_samples(tmp_path):
-  held = sample(4, 'held', advantage=None)
-  text = page_of(tmp_path, [sample(4, 'trained'), held, sample(3)]).text
-  _, training, others, _ = re.split('<h2>Step ', text)
-  assert training.startswith('4, training<') and 'trained' in training
-  assert others.startswith('4, held out<') and 'held</td>' in others
-  assert 'advantage' in training and 'advantage' not in others
 
 
 def test_table_on_screen():
@@ -134,21 +123,14 @@ def test_table_on_screen():
     assert part in text
   assert '[b]n\\u202e␛' in text and not re.search('[\x1b\x00\u202e]', text)
   assert 250 < text.count('x') < 320
-  # A single reward that is the sum is not shown.
-  rows = [sample(rewards={'exact': 1.0}, reward=1.0)]
-  assert 'exact' not in draw(runs.sample_table(rows))
-  rows.append(sample(rewards={'exact': 1.0}, reward=0.5))
-  assert 'exact' in draw(runs.sample_table(rows))
 
 
 @pytest.mark.parametrize(
   'change',
   [
-    *({'step': value} for value in (True, 1.0, None)),
-    *({'tokens': value} for value in ('<b>7</b>', 7.5, True)),
-    *({'prompt': ['<b>']}, {'finished': 1}, {'response': {}}, {'more': 1}),
-    *({'reward': value} for value in ('1', True, [1.0], 10**400)),
-    *({'rewards': [1.0]}, {'rewards': {'exact': '<b>x</b>'}}),
+    *({'step': True}, {'tokens': '<b>7</b>'}, {'prompt': ['<b>']}),
+    *({'finished': 1}, {'response': {}}, {'more': 1}, {'rewards': [1.0]}),
+    *({'reward': '1'}, {'reward': 10**400}, {'rewards': {'exact': '<b>'}}),
   ],
 )
 def test_what_is_no_sample_is_named(change, tmp_path):
@@ -160,9 +142,6 @@ def test_what_is_no_sample_is_named(change, tmp_path):
   with pytest.raises(UserError, match='samples.jsonl, line 2: not a') as error:
     runs.read_samples(path)
   assert len(str(error.value).splitlines()) <= 3
-  if 'step' not in change:
-    with pytest.raises(UserError, match='line 2: not a'):
-      runs.SampleLog(tmp_path, resume_step=1)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +157,6 @@ def test_what_is_no_sample_is_named(change, tmp_path):
 def test_what_has_no_counterpart_is_left_out_and_counted(
   before, after, pairs, tmp_path
 ):
-  # Better for a, worse for b, else unchanged.
   reward = {'a': 2.0, 'b': 1.0, 'c': 1.5, 'd': None}
   old = [sample(0, f'{x}0', prompt=x) for x in before]
   new = [sample(2, f'{x}2', prompt=x, reward=reward[x]) for x in after]
@@ -193,6 +171,3 @@ def test_what_has_no_counterpart_is_left_out_and_counted(
   parsed = page_of(tmp_path, old + new, old, new)
   lost = f'{total - len(pairs)} held-out prompts lack a sample of'
   assert (lost in parsed.text) == (total > len(pairs))
-  kinds = {'a': 'number good', 'b': 'number bad', 'c': 'number'}
-  cells = parsed.cells[5 : 5 + 5 * len(pairs)]
-  assert [kind for kind, _ in cells[4::5]] == [kinds[x] for x in pairs]
