@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +161,16 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='full cannot be written: No space left'):
     metrics.RecordFile('/dev/full').write({'step': 1})
+  file, size = metrics.RecordFile(tmp_path / 'm'), resource.RLIMIT_FSIZE
+  before = resource.getrlimit(size)
+  resource.setrlimit(size, (9, before[1]))
+  try:
+    with pytest.raises(
+      UserError, match='m cannot be written: the disk is full'
+    ):
+      file.write({'step': 1})  # its beginning is written
+  finally:
+    resource.setrlimit(size, before)
   opener = 'tensorboardX.record_writer.open_file'
   full = functools.partial(open, '/dev/full', 'wb')
   monkeypatch.setattr(opener, lambda path: full())

@@ -128,7 +128,7 @@ def test_table_on_screen():
 @pytest.mark.parametrize(
   'change',
   [
-    *({'step': True}, {'tokens': '<b>7</b>'}, {'prompt': ['<b>']}),
+    *({'step': True}, {'tokens': True}, {'prompt': ['<b>']}),
     *({'finished': 1}, {'response': {}}, {'more': 1}, {'rewards': [1.0]}),
     *({'reward': '1'}, {'reward': 10**400}, {'rewards': {'exact': '<b>'}}),
   ],
