@@ -8,7 +8,6 @@ import os
 import pathlib
 import random
 import shutil
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -189,14 +188,10 @@ def test_a_failed_write_is_reported_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize('folder, size', [('absent/c', 2), ('', 0)])
 def test_a_save_that_cannot_begin_is_reported_at_once(tmp_path, folder, size):
   """A folder that was removed is not made again; Orbax refuses size 0."""
-  checkpoints, threads = (
-    Checkpoints(tmp_path / folder),
-    threading.active_count(),
-  )
+  checkpoints = Checkpoints(tmp_path / folder)
   with pytest.raises(UserError, match='Saving checkpoint step 1') as error:
     checkpoints.save(1, {'x': jnp.zeros(size)}, {})
   assert len(lines(error)) == 3 and names(tmp_path) == []
-  assert threading.active_count() <= threads
 
 
 @pytest.mark.parametrize('name', ['load_manifest', 'load_state', 'describe'])
