@@ -1,4 +1,4 @@
-"""What a long run uses more and more of: memory, files, disk, time per step.
+"""Growth of a long run: memory, files, disk, time per step.
 
     python -m benchmarks.soak --minutes=30
 
@@ -15,7 +15,10 @@ What happens before the first looks (compilation) does not count.
   cpu: seconds of processor time per step, of the run and its workers.
 """
 
+import contextlib
+import itertools
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -92,17 +95,27 @@ def _look(pid: int, workdir) -> dict:
     'workers': sum(map(_resident, workers)),
     'descriptors': len(list(pathlib.Path(f'/proc/{pid}/fd').iterdir())),
     'folder': _size(workdir),
-    'cpu': sum(map(_seconds, [pid, *workers])),
+    'cpu': {each: _seconds(each) for each in [pid, *workers]},
   }
 
 
 def report(looks: list[dict]) -> dict:
   """Returns the fields of the line that is printed."""
   steps = np.array([look['step'] for look in looks], float)
-  values = {name: np.array([x[name] for x in looks]) for name in looks[0]}
-  cpu = np.diff(values.pop('cpu')) / np.maximum(np.diff(steps), 1)
-  del values['step']
-  fields = {name: _trend(steps, x) for name, x in values.items()}
+  # A worker that has been replaced takes its time with it.
+  spent = [
+    sum(
+      new['cpu'][each] - old['cpu'][each]
+      for each in new['cpu'].keys() & old['cpu'].keys()
+    )
+    for old, new in itertools.pairwise(looks)
+  ]
+  cpu = np.array(spent) / np.maximum(np.diff(steps), 1)
+  names = looks[0].keys() - {'cpu', 'step'}
+  fields = {
+    name: _trend(steps, np.array([look[name] for look in looks]))
+    for name in sorted(names)
+  }
   return {
     'steps': int(steps[-1] - steps[0]),
     **fields,
@@ -147,11 +160,11 @@ def _seconds(pid: int) -> float:
 
 def _size(folder) -> int:
   total = 0
-  for path in folder.rglob('*'):
-    try:
-      total += path.stat().st_size
-    except OSError:  # It was removed meanwhile.
-      continue
+  # Steps are saved and removed meanwhile.
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(OSError):
+        total += os.stat(os.path.join(parent, name)).st_size
   return total
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments import build, data, stored_runs
 from jaxrl_llm import estimators, rollouts, sharding, training
 from jaxrl_llm.evaluation import HeldOut, answer, summary
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.scoring import Failures
 from jaxrl_llm.runs import Sample
 from jaxrl_llm.signals import StopSignal
 

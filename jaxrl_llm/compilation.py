@@ -17,7 +17,8 @@ import zlib
 import jax
 from jaxlib import utils
 
-# Bytes that the folder may hold when a process begins.
+# Bytes that the folder may hold when a process begins; beyond, the least
+# recently used programs are removed.
 LIMIT = 1 << 30
 
 # Small programs too: they are many, and each costs some 20 ms.
@@ -31,20 +32,15 @@ _ZLIB = b'\x78'  # the first byte of zlib's output
 _REQUEST = '/jax/compilation_cache/compile_requests_use_cache'
 
 
-def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
+def use() -> str | None:
   """Lets JAX cache what it compiles.  Call it before anything is compiled.
 
   A folder that the user has chosen, by `JAX_COMPILATION_CACHE_DIR` or in
   `jax.config`, is left as it is; '' turns the cache off, as does
   `JAX_ENABLE_COMPILATION_CACHE=0`.  The other variables of JAX's cache apply,
-  too; `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `limit`.
+  too; `JAX_COMPILATION_CACHE_MAX_SIZE` replaces `LIMIT`, and 0 is no cache.
 
   Several runs may use one folder at a time.
-
-  Args:
-    folder: of the cache; None for `default_folder()`.
-    limit: bytes; beyond, the least recently used programs are removed.  0 for
-      no cache.
 
   Returns:
     The reason, in one line, if the folder cannot be used; else None.
@@ -57,14 +53,14 @@ def use(folder: pathlib.Path | None = None, limit: int = LIMIT) -> str | None:
   chosen = jax.config.jax_compilation_cache_dir is not None
   if chosen or not jax.config.jax_enable_compilation_cache:
     return None
-  if jax.config.jax_compilation_cache_max_size >= 0:
-    limit = jax.config.jax_compilation_cache_max_size
-  if not limit:
+  limit = jax.config.jax_compilation_cache_max_size
+  if limit == 0:
     return None
+  folder = None
   try:
-    folder = folder or default_folder()
+    folder = default_folder()
     _open(folder)
-    tidy(folder, limit)
+    tidy(folder, limit if limit > 0 else LIMIT)
   except OSError as error:
     where = f'{folder}: ' if folder else ''
     return (

@@ -6,13 +6,14 @@ The standard library's functions are refused: none of them is a reward or an
 estimator, and some run commands.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -52,12 +53,15 @@ def find(modules: Modules, name: str, field: str) -> Callable:
   }
   if name in functions:
     return functions[name]
-  near = difflib.get_close_matches(name, functions, 1)
-  hint = f'did you mean {near[0]!r}? ' if near else ''
   raise UserError(
     f'{field}: no {name!r} in {modules[0].__name__}\n'
-    f'{hint}choose one of {", ".join(sorted(functions))}'
+    f'{_hint(name, functions)}choose one of {", ".join(sorted(functions))}'
   )
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, names, 1)
+  return f'did you mean {near[0]!r}? ' if near else ''
 
 
 def call(
@@ -90,11 +94,9 @@ def call(
   parameters = inspect.signature(function).parameters
   for key in arguments:
     if key not in parameters:
-      near = difflib.get_close_matches(key, parameters, 1)
-      hint = f'did you mean {near[0]!r}? ' if near else ''
       raise UserError(
         f'{field}: {name} has no parameter {key!r}\n'
-        f'{hint}it takes {", ".join(parameters) or "none"}'
+        f'{_hint(key, parameters)}it takes {", ".join(parameters) or "none"}'
       )
   if parts:
     arguments = {
@@ -113,12 +115,12 @@ def call(
   ]
   if missing:
     raise UserError(f'{field}: {name} needs {", ".join(missing)}')
-  several = [
-    key
+  positional = [
+    value
     for key, parameter in parameters.items()
-    if parameter.kind is parameter.VAR_POSITIONAL and key in arguments
+    if parameter.kind is parameter.VAR_POSITIONAL
+    for value in arguments.pop(key, ())
   ]
-  positional = [value for key in several for value in arguments.pop(key)]
   return function(*positional, **arguments)
 
 
@@ -139,22 +141,17 @@ def file_of(name: str) -> str | None:
   path = name.rpartition(':')[0]
   if not path or path.endswith('.py'):
     return path or None
-  try:
+  module_spec = None
+  with contextlib.suppress(ImportError, ValueError):
     module_spec = importlib.util.find_spec(path)
-  except (ImportError, ValueError):
-    return path
-  return (
-    module_spec.origin
-    if module_spec is not None and module_spec.has_location
-    else path
-  )
+  is_file = module_spec is not None and module_spec.has_location
+  return module_spec.origin if is_file else path
 
 
 def _load(name: str, field: str) -> Callable:
   """Loads 'file.py:function' or 'module:function'."""
   path, _, attribute = name.rpartition(':')
-  if not path.endswith('.py') and _is_standard(path):
-    raise _standard(name, field)
+  _refuse_standard('' if path.endswith('.py') else path, name, field)
   try:
     module = _module(path, field)
   except UserError:
@@ -176,21 +173,18 @@ def _load(name: str, field: str) -> Callable:
       f'it has {", ".join(functions) or "none"}'
     )
   # Modules re-export what they import, as `from os import system` does.
-  if isinstance(function, _DEFINED) and _is_standard(function.__module__ or ''):
-    raise _standard(name, field)
+  if isinstance(function, _DEFINED):
+    _refuse_standard(function.__module__ or '', name, field)
   return function
 
 
-def _is_standard(module: str) -> bool:
-  return module.partition('.')[0] in sys.stdlib_module_names
-
-
-def _standard(name: str, field: str) -> UserError:
-  return UserError(
-    f'{field}: {name} is a function of the standard library\n'
-    "name one of your own: 'file.py:function' or 'module:function' of an "
-    'installed package'
-  )
+def _refuse_standard(module: str, name: str, field: str) -> None:
+  if module.partition('.')[0] in sys.stdlib_module_names:
+    raise UserError(
+      f'{field}: {name} is a function of the standard library\n'
+      "name one of your own: 'file.py:function' or 'module:function' of an "
+      'installed package'
+    )
 
 
 def _module(path: str, field: str) -> ModuleType:

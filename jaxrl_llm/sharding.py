@@ -327,9 +327,7 @@ def param_specs(tree: Any, layout: str, sizes: dict[str, int]) -> Any:
 
 
 def _names(path) -> tuple | None:
-  name = '/'.join(
-    str(getattr(key, 'key', getattr(key, 'name', key))) for key in path
-  )
+  name = jax.tree_util.keystr(path, simple=True, separator='/')
   for pattern, names in _TABLE:
     if re.search(rf'(^|/){pattern}$', name):
       return names
@@ -345,18 +343,18 @@ def constrain_params(tree: Any, layout: str = 'training') -> Any:
   return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
-def shardings(tree: Any, layout: str = 'training') -> Any:
-  """Returns parameters' `NamedSharding`s on the mesh; None without one."""
+def shardings(tree: Any) -> Any:
+  """Returns parameters' `NamedSharding`s in training; None without a mesh."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return None
-  specs = param_specs(tree, layout, dict(mesh.shape))
+  specs = param_specs(tree, 'training', dict(mesh.shape))
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def with_shardings(tree: Any, layout: str = 'training') -> Any:
+def with_shardings(tree: Any) -> Any:
   """Returns shapes of parameters or state with their shardings."""
-  layouts = shardings(tree, layout)
+  layouts = shardings(tree)
   if layouts is None:
     return tree
   return jax.tree.map(
@@ -366,9 +364,9 @@ def with_shardings(tree: Any, layout: str = 'training') -> Any:
   )
 
 
-def place(tree: Any, layout: str = 'training') -> Any:
-  """Places parameters, equal on every process, in a layout of the mesh."""
-  layouts = shardings(tree, layout)
+def place(tree: Any) -> Any:
+  """Places parameters, equal on every process, on the mesh."""
+  layouts = shardings(tree)
   return tree if layouts is None else jax.tree.map(_put, tree, layouts)
 
 
@@ -394,14 +392,11 @@ def place_rows(tree: Any) -> Any:
 
 
 def _put(x, sharding: NamedSharding) -> Array:
-  if (
-    isinstance(x, Array)
-    and x.is_fully_addressable
-    and (sharding.is_fully_addressable)
-  ):
-    return jax.device_put(x, sharding)
-  if isinstance(x, Array) and not x.is_fully_addressable:
-    return jax.jit(lambda x: x, out_shardings=sharding)(x)
+  if isinstance(x, Array):
+    if not x.is_fully_addressable:
+      return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if sharding.is_fully_addressable:
+      return jax.device_put(x, sharding)
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 

@@ -94,14 +94,18 @@ def unset():
 
 
 @pytest.mark.parametrize('why', ['a file is there', 'others may write'])
-def test_a_folder_that_cannot_be_used_is_told(why, tmp_path, unset):
-  folder = tmp_path / 'programs'
+def test_a_folder_that_cannot_be_used_is_told(
+  why, monkeypatch, tmp_path, unset
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  folder = compilation.default_folder()
+  folder.parent.mkdir(parents=True)
   if why == 'others may write':
     folder.mkdir()
     folder.chmod(0o777)
   else:
     folder.touch()
-  told = compilation.use(folder)
+  told = compilation.use()
   assert told.startswith('no compilation cache') and str(folder) in told
   assert '\n' not in told
   assert jax.config.jax_compilation_cache_dir is None
@@ -110,9 +114,10 @@ def test_a_folder_that_cannot_be_used_is_told(why, tmp_path, unset):
 @pytest.mark.parametrize(
   'name', ['enable_compilation_cache', 'compilation_cache_max_size']
 )
-def test_switches(name, tmp_path, unset):
+def test_switches(name, monkeypatch, tmp_path, unset):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   jax.config.update(f'jax_{name}', 0)
-  assert compilation.use(tmp_path / 'programs') is None
+  assert compilation.use() is None
   assert jax.config.jax_compilation_cache_dir is None
   assert not list(tmp_path.iterdir())
 

@@ -26,7 +26,7 @@ import scripts
 PLACES = {
   'model': ('experiments.build', 'model'),
   'warm start': ('experiments.offline', 'WarmStart.step'),
-  'rollout': ('jaxrl_llm.rollouts.responses', 'generate'),
+  'rollout': ('jaxrl_llm.rollouts.responses', '_draw'),
   'branches': ('jaxrl_llm.rollouts.branches', 'branch'),
   'reward': ('jaxrl_llm.rollouts.responses', 'start_scoring'),
   'update': ('jaxrl_llm.training.update', 'make_update'),

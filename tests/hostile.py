@@ -3,6 +3,7 @@
 Run in worker processes alone.  Imports nothing that takes time.
 """
 
+import collections
 import contextlib
 import os
 import re
@@ -22,20 +23,12 @@ _BORN = float(time.monotonic_ns())
 _SLEEP = [sys.executable, '-S', '-c', 'import time; time.sleep(1000)']
 
 
-def _sleep():
-  time.sleep(1000)
-
-
-def _hold_the_lock():
-  return [float(sum(range(10**12)))]  # One call of C code.
-
-
-def _backtrack():
-  return [float(re.match('(a+)+$', 'a' * 50 + 'b') is None)]
+def _detach():
+  subprocess.Popen(_SLEEP, start_new_session=True)
 
 
 def _detach_and_sleep():
-  subprocess.Popen(_SLEEP, start_new_session=True)
+  _detach()
   if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
@@ -44,26 +37,11 @@ def _detach_and_sleep():
   time.sleep(1000)
 
 
-def _detach():
-  subprocess.Popen(_SLEEP, start_new_session=True)
-  return [1.0]
-
-
-def _allocate():
-  return [float(len(bytearray(4 << 30)))]
-
-
 def _print():
   for _ in range(20):
     print('[1, "score", 1.0]\n' * 1000, flush=True)
     os.write(1, b'\x00\xff' * 10_000)
     os.write(2, b'flood\n' * 10_000)
-  return [1.0]
-
-
-def _close_output():
-  os.close(1)
-  return [1.0]
 
 
 def _write(line):
@@ -72,62 +50,51 @@ def _write(line):
       os.write(descriptor, line)
 
 
+def _forged(token):
+  return b'["%s", "score", 9.0]\n' % token
+
+
 def _forge():
   for number in range(100):
-    _write(b'[%d, "score", 9.0]\n' % number)
-  return [1.0]
+    _write(_forged(b'%d' % number))
 
 
-def _forge_reply_to(ahead, seconds=0.0):
-  """Writes a reply to this request or one after it, maybe some time later."""
+def _forge_with_token(later=0.0):
+  """Answers with the token of this request, found in a caller's frame."""
+  frame = sys._getframe()
+  while 'token' not in frame.f_locals:
+    frame = frame.f_back
+  token = frame.f_locals['token'].encode()
 
-  def forge(number):
-    time.sleep(seconds)
-    _write(b'[%d, "score", 9.0]\n' % number)
+  def forge():
+    time.sleep(later)
+    _write(_forged(token))
 
-  thread = threading.Thread(target=forge, args=(score.calls + ahead,))
+  thread = threading.Thread(target=forge)
   thread.start()
-  if not seconds:
+  if not later:
     thread.join()
-  return [1.0]
-
-
-def _write_a_line():
-  _write(b'5\n')
-  return [1.0]
-
-
-def _print_a_line():
-  print(f'[{score.calls + 1}, "score", 9.0]', flush=True)
-  os.write(1, b'5\n')
-  return [1.0]
 
 
 def _forge_badly_and_sleep():
-  _write(b'[999, "score", 9.0]\n')
+  _write(_forged(b'999'))
   time.sleep(1000)
 
 
 def _steal():
   """Leaves a process that answers the samples to come."""
   if os.fork():
-    return [1.0]
+    return
   while True:
     for descriptor in range(3, 40):
       with contextlib.suppress(OSError, ValueError, IndexError):
         if select.select([descriptor], [], [], 0)[0]:
-          number = os.read(descriptor, 4096).split(b',')[0][1:]
-          _write(b'[%s, "score", 9.0]\n' % number)
+          _write(_forged(os.read(descriptor, 4096).split(b'"')[1]))
 
 
 def _write_without_end():
   while True:
     _write(b'[' * 4096)
-
-
-def _close_everything():
-  os.closerange(0, 100)
-  return [1.0]
 
 
 def _raise(error):
@@ -138,60 +105,35 @@ def _recurse():
   return _recurse()
 
 
-def _kill_group():
-  os.killpg(0, signal.SIGKILL)
-
-
-def _return_twice():
-  os.fork()
-  return [1.0]
-
-
-def _leave_an_alarm():
-  signal.setitimer(signal.ITIMER_REAL, 0.2)
-  return [1.0]
-
-
-def _outlast_the_alarm():
-  time.sleep(0.4)
-  return [1.0]
-
-
 def _leak():
   _leak.kept = bytearray(100 << 20)
-  return [1.0]
 
 
-def _need_memory():
-  return [float(len(bytearray(100 << 20)) > 0)]
-
-
+# What a sample does; where that is None it scores 1.
 ACTIONS = {
-  'sleep': _sleep,
-  'hold the lock': _hold_the_lock,
-  'backtrack': _backtrack,
+  'sleep': lambda: time.sleep(1000),
+  'hold the lock': lambda: [float(sum(range(10**12)))],  # One call of C code.
+  'backtrack': lambda: re.match('(a+)+$', 'a' * 50 + 'b'),
   'detach and sleep': _detach_and_sleep,
   'detach': _detach,
-  'allocate': _allocate,
+  'allocate': lambda: [float(len(bytearray(4 << 30)))],
   'print': _print,
-  'close output': _close_output,
+  'close output': lambda: os.close(1),
   'forge': _forge,
   'forge badly and sleep': _forge_badly_and_sleep,
-  'forge this': lambda: _forge_reply_to(0),
-  'forge the next': lambda: _forge_reply_to(1),
-  'forge the next later': lambda: _forge_reply_to(1, 0.2),
-  'write a line': _write_a_line,
-  'print a line': _print_a_line,
+  'forge this': _forge_with_token,
+  'forge this later': lambda: _forge_with_token(0.2),
+  'write a line': lambda: _write(b'5\n'),
   'steal': _steal,
   'write without end': _write_without_end,
-  'close everything': _close_everything,
+  'close everything': lambda: os.closerange(0, 100),
   'recurse': _recurse,
-  'kill group': _kill_group,
-  'return twice': _return_twice,
-  'leave an alarm': _leave_an_alarm,
-  'outlast the alarm': _outlast_the_alarm,
+  'kill group': lambda: os.killpg(0, signal.SIGKILL),
+  'return twice': lambda: os.fork() * 0 or None,
+  'leave an alarm': lambda: signal.setitimer(signal.ITIMER_REAL, 0.2) and None,
+  'outlast the alarm': lambda: time.sleep(0.4),
   'leak': _leak,
-  'need memory': _need_memory,
+  'need memory': lambda: [float(len(bytearray(100 << 20)) > 0)],
   'exit': lambda: os._exit(0),
   'fault': lambda: os.kill(os.getpid(), signal.SIGSEGV),
   'raise': lambda: _raise(ValueError('no\nanswer')),
@@ -211,18 +153,21 @@ ACTIONS = {
 def score(completions, **columns):
   """Reward: the number that a completion is, or what its action gives."""
   (completion,) = completions
-  score.calls += 1
-  if completion in ACTIONS:
-    return ACTIONS[completion]()
-  return [float(completion)]
-
-
-score.calls = 0  # The number of a request in its process.
+  if completion not in ACTIONS:
+    return [float(completion)]
+  result = ACTIONS[completion]()
+  return [1.0] if result is None else result
 
 
 def begin(workers, completions):
   """Has completions scored, without prompts and columns."""
   return workers.submit([''] * len(completions), completions, {})
+
+
+def counts(pending):
+  """Number of failed samples by kind."""
+  kinds = [kind for kind, _ in pending.failures().values()]
+  return dict(collections.Counter(kinds))
 
 
 def until(condition, seconds=30.0):

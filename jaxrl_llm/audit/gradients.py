@@ -119,16 +119,14 @@ def sketch(tree: Any, dimension: int, seed: int = 0) -> Array:
   return sums
 
 
-@functools.partial(jax.jit, static_argnames=('dimension', 'seed'))
-def _kept(
-  tree: Any, dimension: int | None, seed: int
-) -> tuple[Array, list[Array]]:
+@functools.partial(jax.jit, static_argnames='dimension')
+def _kept(tree: Any, dimension: int | None) -> tuple[Array, list[Array]]:
   """Returns the numbers kept of a gradient, [d], and its leaves' squares."""
   leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
   squares = [jnp.square(leaf).sum() for leaf in leaves]
   if dimension is None:
     return jnp.concatenate([leaf.reshape(-1) for leaf in leaves]), squares
-  return sketch(leaves, dimension, seed), squares
+  return sketch(leaves, dimension), squares
 
 
 def draw_gradients(
@@ -137,7 +135,6 @@ def draw_gradients(
   tokens: int,
   least: int = 16,
   dimension: int | None = None,
-  seed: int = 0,
 ) -> dict[str, Gradients]:
   """Draws gradients until they have cost a budget of generated tokens.
 
@@ -148,7 +145,7 @@ def draw_gradients(
     tokens: the budget.
     least: minimum number of draws, at least 4.
     dimension: d of `sketch`; None keeps whole gradients, n · D numbers.
-    seed: of the sketch.  Gradients to be compared must share d and seed.
+      Gradients to be compared must share it.
 
   Raises:
     ValueError: `least` is too small, or a gradient is not finite.
@@ -160,7 +157,7 @@ def draw_gradients(
     parts, cost = draw(len(spent))
     spent.append(cost)
     for name, tree in parts.items():
-      vector, squares = jax.device_get(_kept(tree, dimension, seed))
+      vector, squares = jax.device_get(_kept(tree, dimension))
       square = math.fsum(squares)
       if not math.isfinite(square):
         raise ValueError(f'{name}: gradient {len(spent) - 1} is not finite')
@@ -185,37 +182,29 @@ def compare(gradients: Gradients, reference: Gradients) -> Report:
   Raises:
     ValueError: too few draws, or sketches of different sizes.
   """
-  n, m = len(gradients.vectors), len(reference.vectors)
-  moments = _Moments.of(gradients, m)
-  cross = _Cross.of(gradients, reference)
-  true = _squared_mean(_products(reference.vectors, reference.vectors))
-  # Deletions of the reference's draws come last.
-  true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
-  estimate = functools.partial(jackknife, n)
+  of = _moments(gradients, reference)
+  estimate = functools.partial(jackknife, len(gradients.vectors))
   with np.errstate(invalid='ignore', divide='ignore'):
     return Report(
-      draws=n,
+      draws=len(gradients.vectors),
       tokens=float(gradients.tokens.mean()),
-      squared_bias=estimate((moments.squared - 2 * cross.mean + true) / true),
-      scale=estimate(cross.mean / true),
-      cosine=estimate(cross.mean / np.sqrt(moments.squared * true)),
-      squared_tilt=estimate(1.0 - cross.square / (moments.squared * true)),
-      variance=estimate(moments.variance / true),
+      squared_bias=estimate((of.squared - 2 * of.cross + of.true) / of.true),
+      scale=estimate(of.cross / of.true),
+      cosine=estimate(of.cross / np.sqrt(of.squared * of.true)),
+      squared_tilt=estimate(1.0 - of.squared_cross / (of.squared * of.true)),
+      variance=estimate(of.variance / of.true),
       signal=estimate(
-        1000 / moments.tokens * cross.square / (true * moments.variance)
+        1000 / of.tokens * of.squared_cross / (of.true * of.variance)
       ),
     )
 
 
 def relative_error(reference: Gradients) -> float:
   """Returns √(tr Cov g / n) / ‖G‖, the error of the mean of n ≥ 4 draws."""
-  moments = _Moments.of(reference, 4)
-  n, true, variance = (
-    len(reference.vectors),
-    moments.squared[0],
-    moments.variance[0],
-  )
-  return math.sqrt(max(variance, 0.0) / n / true) if true > 0 else math.nan
+  n = len(reference.vectors)
+  true = _squared_mean(_products(reference.vectors, reference.vectors))[0]
+  variance = max(reference.squared_norms.mean() - true, 0.0)
+  return math.sqrt(variance / n / true) if true > 0 else math.nan
 
 
 def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
@@ -228,63 +217,55 @@ def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
   Raises:
     ValueError: as `compare`, or unequal numbers of draws.
   """
-  n, m = len(whole.vectors), len(reference.vectors)
+  n = len(whole.vectors)
   if len(part.vectors) != n:
     raise ValueError(f'{len(part.vectors)} draws of a part, {n} of the whole')
-  moments, all_ = _Moments.of(part, m), _Moments.of(whole, m)
-  cross, of_whole = _Cross.of(part, reference), _Cross.of(whole, reference)
-  true = _squared_mean(_products(reference.vectors, reference.vectors))
-  true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
+  of, all_ = _moments(part, reference), _moments(whole, reference)
   estimate = functools.partial(jackknife, n)
   with np.errstate(invalid='ignore', divide='ignore'):
     return Share(
-      squared_norm=estimate(moments.squared / all_.squared),
-      progress=estimate(cross.mean / of_whole.mean),
-      cosine=estimate(cross.mean / np.sqrt(moments.squared * true)),
-      variance=estimate(moments.variance / all_.variance),
+      squared_norm=estimate(of.squared / all_.squared),
+      progress=estimate(of.cross / all_.cross),
+      cosine=estimate(of.cross / np.sqrt(of.squared * of.true)),
+      variance=estimate(of.variance / all_.variance),
     )
 
 
 class _Moments(NamedTuple):
-  """Moments of an estimator, [1 + n + m]: of all draws, with each left out.
+  """Moments of an estimator g and a reference with mean G.
 
-  The m deletions of the reference's draws change nothing here.
+  Each is [1 + n + m]: of all draws, with each of g's left out, with each of the
+  reference's left out.
   """
 
   squared: np.ndarray  # ‖E g‖²
   variance: np.ndarray  # tr Cov g
   tokens: np.ndarray
-
-  @classmethod
-  def of(cls, gradients: Gradients, m: int):
-    n = len(gradients.vectors)
-    if min(n, m) < 4:
-      raise ValueError(f'{min(n, m)} draws: standard errors need at least 4')
-    squared = _squared_mean(_products(gradients.vectors, gradients.vectors))
-    squared = np.concatenate([squared, np.full(m, squared[0])])
-    second = _mean(gradients.squared_norms, m)
-    return cls(squared, second - squared, _mean(gradients.tokens, m))
+  true: np.ndarray  # ‖G‖²
+  cross: np.ndarray  # ⟨E g, G⟩
+  squared_cross: np.ndarray  # ⟨E g, G⟩²
 
 
-class _Cross(NamedTuple):
-  """Moments of two estimators, [1 + n + m]: of all, with each left out."""
-
-  mean: np.ndarray  # ⟨E g, G⟩
-  square: np.ndarray  # ⟨E g, G⟩²
-
-  @classmethod
-  def of(cls, gradients: Gradients, reference: Gradients):
-    if gradients.vectors.shape[1] != reference.vectors.shape[1]:
-      raise ValueError(
-        f'vectors of {gradients.vectors.shape[1]} and '
-        f'{reference.vectors.shape[1]} numbers: draw both with one dimension'
-      )
-    products = _products(gradients.vectors, reference.vectors)
-    first, second = _cross_sums(products), _cross_sums(products.T)
-    both = (
-      np.concatenate([x, y[1:]]) for x, y in zip(first, second, strict=True)
+def _moments(gradients: Gradients, reference: Gradients) -> _Moments:
+  (n, size), (m, others) = gradients.vectors.shape, reference.vectors.shape
+  if min(n, m) < 4:
+    raise ValueError(f'{min(n, m)} draws: standard errors need at least 4')
+  if size != others:
+    raise ValueError(
+      f'vectors of {size} and {others} numbers: draw both with one dimension'
     )
-    return cls(*both)
+  squared = _squared_mean(_products(gradients.vectors, gradients.vectors))
+  squared = np.concatenate([squared, np.full(m, squared[0])])
+  true = _squared_mean(_products(reference.vectors, reference.vectors))
+  true = np.concatenate([true[:1], np.full(n, true[0]), true[1:]])
+  products = _products(gradients.vectors, reference.vectors)
+  cross = (
+    np.concatenate([x, y[1:]])
+    for x, y in zip(_cross_sums(products), _cross_sums(products.T), strict=True)
+  )
+  variance = _mean(gradients.squared_norms, m) - squared
+  tokens = _mean(gradients.tokens, m)
+  return _Moments(squared, variance, tokens, true, *cross)
 
 
 def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from scipy import special
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.evaluation.estimates import Interval, bootstrap
 
+_BINS = 10
+
 
 class Bin(NamedTuple):
   """Pairs of similar confidence; NaNs where there is none.
@@ -53,30 +55,29 @@ class Calibration(NamedTuple):
   bins: tuple[Bin, ...]
 
 
-def examine(
-  margins: np.ndarray,
-  bins: int = 10,
-  level: float = 0.95,
-  resamples: int = 2000,
-  seed: int = 0,
-) -> Calibration:
+def examine(margins: np.ndarray, resamples: int = 2000) -> Calibration:
   """Computes all numbers about held-out pairs.
 
   Args:
     margins: [N] nats.
-    bins: number of bins of confidence, as in `reliability`.
-    level, resamples, seed: those of the intervals, over pairs.
+    resamples: those of the intervals, over pairs.
 
   Raises:
     UserError: there are no margins, or one is not finite.
   """
-  margins = _checked(margins)
-  arguments = level, resamples, seed
-  table = reliability(margins, bins)
+  margins = np.asarray(margins, np.float64)
+  if margins.ndim != 1 or not margins.size:
+    raise UserError(
+      f'margins have the shape {margins.shape}; give one number per pair'
+    )
+  if not np.isfinite(margins).all():
+    where = int(np.argmin(np.isfinite(margins)))
+    raise UserError(f'the margin of pair {where} is {margins[where]}')
+  table = reliability(margins)
   return Calibration(
     count=len(margins),
-    accuracy=bootstrap(correct(margins), *arguments),
-    log_loss=bootstrap(log_loss(margins), *arguments),
+    accuracy=bootstrap(correct(margins), resamples),
+    log_loss=bootstrap(log_loss(margins), resamples),
     error=expected_error(table),
     temperature=temperature(margins),
     bins=table,
@@ -85,37 +86,31 @@ def examine(
 
 def correct(margins: np.ndarray) -> np.ndarray:
   """[N] float64: 1 where the preferred one scores higher, 1/2 for a tie."""
-  return 0.5 * (1.0 + np.sign(_checked(margins)))
+  return 0.5 * (1.0 + np.sign(margins))
 
 
 def log_loss(margins: np.ndarray) -> np.ndarray:
   """[N] float64: − log σ(d) of each pair, nats."""
-  return np.logaddexp(0.0, -_checked(margins))
+  return np.logaddexp(0.0, -margins)
 
 
-def reliability(margins: np.ndarray, bins: int = 10) -> tuple[Bin, ...]:
+def reliability(margins: np.ndarray) -> tuple[Bin, ...]:
   """Computes the reliability diagram: accuracy by confidence.
+
+  Ten bins of equal width lie between 1/2 and 1; the last one holds 1.
 
   Args:
     margins: [N] nats.
-    bins: number of bins of equal width between 1/2 and 1; the last one holds 1.
-
-  Raises:
-    UserError: as in `examine`, or `bins` is below 1.
 
   References:
     Guo et al., `On Calibration of Modern Neural Networks
     <https://arxiv.org/abs/1706.04599>`_, 2017
   """
-  if bins < 1:
-    raise UserError(f'bins is {bins}; there must be at least 1')
-  margins = _checked(margins)
   confidence, right = special.expit(np.abs(margins)), correct(margins)
-  edges = np.linspace(0.5, 1.0, bins + 1)
-  places = np.searchsorted(edges, confidence, side='right') - 1
-  places = np.minimum(places, bins - 1)
+  edges = np.linspace(0.5, 1.0, _BINS + 1)
+  places = np.searchsorted(edges[1:-1], confidence, side='right')
   table = []
-  for i in range(bins):
+  for i in range(_BINS):
     here = places == i
     count = int(here.sum())
     means = [
@@ -129,7 +124,7 @@ def expected_error(table: tuple[Bin, ...]) -> float:
   """Computes the expected calibration error: mean |accuracy − confidence|.
 
   The mean is over pairs.  Noise in the bins' accuracies adds to it: N perfectly
-  calibrated pairs show about √(bins / N) · 0.3.
+  calibrated pairs show about √(10 / N) · 0.3.
 
   Args:
     table: from `reliability`, with at least one pair.
@@ -153,7 +148,6 @@ def temperature(margins: np.ndarray) -> float:
     Guo et al., `On Calibration of Modern Neural Networks
     <https://arxiv.org/abs/1706.04599>`_, 2017
   """
-  margins = _checked(margins)
   largest = np.abs(margins).max()
   if margins.mean() <= 0:
     return float('inf')
@@ -169,15 +163,3 @@ def temperature(margins: np.ndarray) -> float:
     middle = 0.5 * (low + high)
     low, high = (middle, high) if slope(middle) < 0 else (low, middle)
   return float(largest / high)
-
-
-def _checked(margins: np.ndarray) -> np.ndarray:
-  margins = np.asarray(margins, np.float64)
-  if margins.ndim != 1 or not margins.size:
-    raise UserError(
-      f'margins have the shape {margins.shape}; give one number per pair'
-    )
-  if not np.isfinite(margins).all():
-    where = int(np.argmin(np.isfinite(margins)))
-    raise UserError(f'the margin of pair {where} is {margins[where]}')
-  return margins

@@ -5,6 +5,7 @@ over all subsets of k: for independent responses, the unbiased estimates of
 least variance.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_llm.errors import UserError
+
+_UPPER = 0.975  # upper quantile of a 95 % interval
 
 
 class Interval(NamedTuple):
@@ -165,19 +168,15 @@ def best_of_n(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
   return np.array(results, np.float64)
 
 
-def bootstrap(
-  values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-  """Returns the mean of one value per prompt, and its percentile interval.
+def bootstrap(values: np.ndarray, resamples: int = 2000) -> Interval:
+  """Returns the mean of one value per prompt, and its 95 % percentile interval.
 
   Prompts are resampled, not responses: responses to one prompt are not
   independent evidence about other prompts.
 
   Args:
     values: [P] float.
-    level: coverage of the interval.
     resamples: number of bootstrap resamples.
-    seed: seed of the resampling.
 
   Raises:
     UserError: there are no values.
@@ -185,17 +184,14 @@ def bootstrap(
   values = np.asarray(values, np.float64)
   if not values.size:
     raise UserError('no values to average: evaluate at least one prompt')
-  draws = np.random.default_rng(seed).integers(
+  draws = np.random.default_rng(0).integers(
     len(values), size=(resamples, len(values))
   )
-  tail = (1.0 - level) / 2.0
-  low, high = np.quantile(values[draws].mean(axis=1), [tail, 1.0 - tail])
+  low, high = np.quantile(values[draws].mean(axis=1), [1.0 - _UPPER, _UPPER])
   return Interval(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_few(
-  values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
+def bootstrap_few(values: np.ndarray, resamples: int = 2000) -> Interval:
   """Returns the mean of a few values, such as one per run, and its interval.
 
     mean + √(n/(n−1)) · t/z · (q − mean)   for each bound q of `bootstrap`
@@ -212,9 +208,7 @@ def bootstrap_few(
 
   Args:
     values: [n] float.
-    level: coverage of the interval.
     resamples: number of bootstrap resamples.
-    seed: seed of the resampling.
 
   Returns:
     An `Interval`; with NaNs for one value, which reveals nothing about others.
@@ -226,36 +220,31 @@ def bootstrap_few(
     Hesterberg, `What Teachers Should Know about the Bootstrap
     <https://arxiv.org/abs/1411.5279>`_, 2014, on narrowness bias
   """
-  mean, *bounds = bootstrap(values, level, resamples, seed)
+  mean, *bounds = bootstrap(values, resamples)
   count = len(values)
   if count == 1:
     return Interval(mean, np.nan, np.nan)
   from scipy import special  # slow to import
 
-  tail = (1.0 + level) / 2.0
-  widen = special.stdtrit(count - 1, tail) / special.ndtri(tail)
+  widen = special.stdtrit(count - 1, _UPPER) / special.ndtri(_UPPER)
   widen *= np.sqrt(count / (count - 1))
   low, high = (float(mean + widen * (q - mean)) for q in bounds)
   return Interval(mean, low, high)
 
 
-def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 2) -> float:
-  """Returns distinct n-grams over all n-grams of all sequences, in [0, 1].
+def distinct_bigrams(sequences: Sequence[Sequence[int]]) -> float:
+  """Returns distinct bigrams over all bigrams of all sequences, in [0, 1].
 
   A policy that repeats itself, within a response or across responses, lowers
   it.  It falls with the amount of text: compare equal amounts.  0 if there are
-  no n-grams.
+  no bigrams.
 
   References:
     Li et al., `A Diversity-Promoting Objective Function for Neural
     Conversation Models <https://arxiv.org/abs/1510.03055>`_, 2016
   """
-  ngrams = [
-    tuple(sequence[i : i + n])
-    for sequence in sequences
-    for i in range(len(sequence) - n + 1)
-  ]
-  return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+  bigrams = [pair for row in sequences for pair in itertools.pairwise(row)]
+  return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def _check_subset(name: str, k: int, samples: int) -> None:
@@ -313,11 +302,6 @@ def _tie(table: np.ndarray, drawn: int, chance: float) -> np.ndarray:
 
 def _binomial(count: int, share: float) -> np.ndarray:
   """Returns the chances of 0 … count draws, each with probability `share`."""
-  from scipy import special  # slow to import
+  from scipy import stats  # slow to import
 
-  drawn = np.arange(count + 1)
-  ways = special.gammaln(count + 1) - special.gammaln(
-    np.stack([drawn, count - drawn]) + 1
-  ).sum(axis=0)
-  rest = special.xlog1py(count - drawn, -share)
-  return np.exp(ways + special.xlogy(drawn, share) + rest)
+  return stats.binom.pmf(np.arange(count + 1), count, share)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import rollouts, sharding
-from jaxrl_llm.evaluation.estimates import distinct_ngrams
+from jaxrl_llm.evaluation.estimates import distinct_bigrams
 from jaxrl_llm.models import transformer
-from jaxrl_llm.rewards.workers import Failures, merge_failures
+from jaxrl_llm.rewards.scoring import Failures, merge_failures
 from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.tasks import prompts as prompts_lib
 
@@ -43,7 +43,7 @@ class Answers(NamedTuple):
   Attributes:
     responses: the same in batches, with everything that was sampled.
     completions: N·n texts.
-    rewards: [N, n] weighted sums; NaN if any part returned None.
+    rewards: [N, n] weighted sums; NaN where the scores are not valid.
     parts: [N, n] rewards by reward function.
     lengths: [N, n] numbers of tokens, EOS included.
     finished: [N, n] bool, True if the response ended with EOS.
@@ -138,8 +138,8 @@ def _joined(
 def summary(answers: Answers) -> dict[str, float]:
   """Returns means over the held-out responses, named as in the record.
 
-  eval/rewards/NAME/failed is a count instead: the number of responses on which
-  a reward in worker processes failed.
+  eval/rewards/NAME/failed and …/failed/KIND are counts instead: of responses on
+  which a reward in worker processes failed.
   """
   metrics = {'eval/reward': _mean(answers.rewards)}
   for name, scores in answers.parts.items():
@@ -147,7 +147,7 @@ def summary(answers: Answers) -> dict[str, float]:
   metrics |= failure_counts(answers.failures)
   metrics['eval/completions/mean_length'] = answers.lengths.mean()
   metrics['eval/completions/clipped_ratio'] = 1.0 - answers.finished.mean()
-  metrics['eval/distinct_bigrams'] = distinct_ngrams(answers.tokens)
+  metrics['eval/distinct_bigrams'] = distinct_bigrams(answers.tokens)
   if answers.kl is not None:
     metrics['eval/kl'] = answers.kl
   return {name: float(value) for name, value in metrics.items()}

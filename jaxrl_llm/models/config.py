@@ -148,20 +148,13 @@ class ModelConfig:
 
 def _validate_sizes(config: ModelConfig):
   """Validates sizes before others are derived from them."""
+  derived = 'num_kv_heads', 'head_dim'
   for name in (
-    'vocab_size',
-    'hidden_size',
-    'intermediate_size',
-    'num_layers',
-    'num_heads',
-    'num_kv_heads',
-    'head_dim',
-    'max_length',
-    'unroll',
+    *('vocab_size', 'hidden_size', 'intermediate_size', 'num_layers'),
+    *('num_heads', 'max_length', 'unroll'),
+    *(name for name in derived if getattr(config, name) is not None),
   ):
     value = getattr(config, name)
-    if value is None and name in ('num_kv_heads', 'head_dim'):
-      continue
     if type(value) is not int or not 0 < value < 2**31:
       raise UserError(f'{name} must be a positive integer, got {value!r:.100}.')
 

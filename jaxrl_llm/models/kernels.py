@@ -6,7 +6,6 @@ to memory.  Other passes use `attention.attend`.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +20,10 @@ LANES = 128
 MAX_BLOCK = 512  # tokens; its scores fill 1 MiB of a core's memory
 
 
-class Choice(NamedTuple):
-  """The attention kernel of one pass.
-
-  Attributes:
-    kernel: 'xla', 'splash' or 'cudnn'.
-    reason: a phrase that explains 'xla'; '' for the others.
-  """
-
-  kernel: str
-  reason: str = ''
-
-
 def choose(
   config: ModelConfig, length: int, prefixes=(), stored: bool = False
-) -> Choice:
-  """Chooses the attention kernel of a pass of the model.
+) -> str:
+  """Returns the attention kernel of a pass: 'xla', 'splash' or 'cudnn'.
 
   | the pass, or the model | on TPU | on GPU | elsewhere |
   |---|---|---|---|
@@ -67,17 +54,13 @@ def choose(
   wanted = config.attention
   if wanted == 'auto':
     wanted = {'tpu': 'splash', 'gpu': 'cudnn'}.get(_platform(), 'xla')
-  if wanted == 'xla':
-    return Choice('xla', 'the platform has no kernel, or none is requested')
-  if stored:
-    return Choice('xla', 'the pass reads what was stored')
-  if length < LANES:
-    return Choice('xla', f'{length} tokens are fewer than a block of {LANES}')
+  if wanted == 'xla' or stored or length < LANES:
+    return 'xla'
   reason = _obstacle(config, wanted, length + sum(prefixes))
   if reason is None:
-    return Choice(wanted)
+    return wanted
   if config.attention == 'auto':
-    return Choice('xla', reason)
+    return 'xla'
   raise UserError(
     f'attention={wanted!r} cannot compute this model: {reason}.\n'
     "Use attention='auto', which falls back to XLA."
@@ -151,9 +134,10 @@ def attend(kernel: str, query, prefixes, lengths, own, *, scale, softcap=None):
     Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022
   """
   keys, values, real = _join(query.shape[0], prefixes, lengths, own)
-  compute = functools.partial(
-    {'splash': splash, 'cudnn': cudnn}[kernel], scale=scale, softcap=softcap
-  )
+  if kernel == 'splash':
+    compute = functools.partial(splash, scale=scale, softcap=softcap)
+  else:
+    compute = functools.partial(cudnn, scale=scale)
   axes = sharding.mesh_sizes()
   if not axes:
     return compute(query, keys, values, real)
@@ -248,7 +232,7 @@ def _blocks(length: int) -> tuple[int, int]:
   return block, count * block
 
 
-def cudnn(query, keys, values, real, *, scale, softcap=None):
+def cudnn(query, keys, values, real, *, scale):
   """Computes cuDNN attention of the last T keys' queries, [B, T, N, d].
 
   cuDNN's own causal mask aligns the first query with the first key, so it only
@@ -257,13 +241,7 @@ def cudnn(query, keys, values, real, *, scale, softcap=None):
 
   Args:
     query, keys, values, real, scale: as for `splash`.
-    softcap: None.
-
-  Raises:
-    UserError: a soft cap is given, which cuDNN does not have.
   """
-  if softcap is not None:
-    raise UserError('cuDNN has no soft cap; use XLA or splash.')
   length, slots = query.shape[1], keys.shape[2]
   keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
   attend = functools.partial(

@@ -205,7 +205,7 @@ class Attention(nn.Module):
       tuple(keys.shape[-1] for keys, _ in layer.prefixes),
       stored=layer.suffix is not None
       or any(r is not None for r in context.readers),
-    ).kernel
+    )
     options = dict(scale=config.query_scale, softcap=config.attention_softcap)
     if kernel == 'xla':
       out = attention.attend(

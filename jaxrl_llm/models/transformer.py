@@ -16,7 +16,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import attention, layers
 from jaxrl_llm.models import rope as rope_lib
 from jaxrl_llm.models.cache import Cache, Segment
-from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.config import ModelConfig, check_length
 
 
 def init(config: ModelConfig, key, param_dtype='float32') -> dict:
@@ -182,11 +182,7 @@ def prefill(config: ModelConfig, params, tokens, lengths) -> Segment:
 
 def new_cache(config: ModelConfig, prefixes, rows: int, length: int) -> Cache:
   """Creates a cache with a suffix for `length` tokens of `rows` rows."""
-  if length > config.max_length:
-    raise UserError(
-      f'A cache of {length} tokens exceeds the {config.max_length} positions '
-      'of the model (max_length).'
-    )
+  check_length(config, length)
   shape = rows, config.num_kv_heads, config.head_dim, length
   dtype = jnp.dtype(config.dtype)
   every = range(config.num_layers)
@@ -201,11 +197,7 @@ def new_cache(config: ModelConfig, prefixes, rows: int, length: int) -> Cache:
 
 def _check(config, tokens, cache):
   batch, length = tokens.shape
-  if length > config.max_length:
-    raise UserError(
-      f'{length} tokens exceed the {config.max_length} positions of the '
-      'model (max_length).'
-    )
+  check_length(config, length)
   if cache is None:
     return
   for i, prefix in enumerate(cache.prefixes):

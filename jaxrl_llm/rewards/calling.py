@@ -4,14 +4,15 @@ Worker processes import it, and start without NumPy.
 """
 
 import inspect
+import json
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_llm import naming
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import code, functions, learned, test_scores
+from jaxrl_llm.rewards import code, functions, learned, step_scores
 
 # Modules whose functions can be named without a prefix.
 _MODULES = (functions, code, learned)
@@ -33,12 +34,8 @@ def load_reward(
       'module:function'.  A function that takes neither `**kwargs` nor responses
       is a factory: it is called and returns the reward function.
     settings: arguments of the factory; empty for a function.
-    field: prefix of the messages.
+    field: prefix of the messages, which are UserErrors.
     killable: True if a time-out can end the process, as it can a worker's.
-
-  Raises:
-    UserError: the function does not exist, does not take the settings, or may
-      never end where nothing could end it.
   """
   if name in _ENDLESS and not killable:
     raise UserError(
@@ -52,7 +49,7 @@ def load_reward(
     for parameter in taken
   ):
     # Only a user's own function knows what a mapping means to it.
-    parts = () if ':' in name else test_scores
+    parts = () if ':' in name else step_scores
     return naming.call(_MODULES, {**settings, 'name': name}, field, parts)
   if settings:
     raise UserError(f'{field}: {name} has no setting {next(iter(settings))!r}')
@@ -60,17 +57,16 @@ def load_reward(
 
 
 class Parameters(NamedTuple):
-  """The parameters of a function.
+  """Parameters of a function.
 
   Attributes:
-    named: parameters that can be passed by name.
-    required: those without a default.  One that is not in `named` is
-      positional-only and cannot be passed at all.
+    named: those that can be passed by name.
+    required: those without a default; positional-only ones cannot be passed.
     rest: True if it takes any other argument (`**kwargs`).
   """
 
-  named: tuple[str, ...]
-  required: tuple[str, ...]
+  named: Sequence[str]
+  required: Sequence[str]
   rest: bool
 
 
@@ -80,33 +76,32 @@ def parameters(function: Callable) -> Parameters:
     entries = inspect.signature(function).parameters.values()
   except (TypeError, ValueError):
     return Parameters((), (), True)
-  keyword = (
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.KEYWORD_ONLY,
-  )
-  single = (*keyword, inspect.Parameter.POSITIONAL_ONLY)
-  return Parameters(
-    named=tuple(p.name for p in entries if p.kind in keyword),
-    required=tuple(
-      p.name for p in entries if p.kind in single and p.default is p.empty
-    ),
-    rest=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in entries),
-  )
+  named = [
+    p.name
+    for p in entries
+    if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+  ]
+  rest = [p for p in entries if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+  required = [p.name for p in entries if p.default is p.empty and p not in rest]
+  return Parameters(named, required, any(p.kind is p.VAR_KEYWORD for p in rest))
 
 
 def select_arguments(
   name: str, taken: Parameters, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Selects the arguments that the function can take.
-
-  Args:
-    name: the function's name, for the message.
-    taken: its parameters.
-    arguments: those available, by name.
+  """Selects the arguments that the function called `name` can take.
 
   Raises:
-    UserError: a required argument is not available.
+    UserError: a required argument is not available, or an argument does not
+      have an entry per completion.
   """
+  count = len(arguments['completions'])
+  for column, values in arguments.items():
+    if len(values) != count:
+      raise UserError(
+        f'there are {count} completions to score but {len(values)} entries in '
+        f'{column!r}.'
+      )
   for parameter in taken.required:
     if parameter not in arguments or parameter not in taken.named:
       raise UserError(
@@ -118,14 +113,39 @@ def select_arguments(
   return {k: v for k, v in arguments.items() if k in taken.named}
 
 
-def as_list(name: str, result: Any, count: int) -> list:
-  """Converts a function's result to a list of `count` values.
+def encode_each(name: str, arguments: Mapping[str, Sequence]) -> list[bytes]:
+  """Encodes the arguments of one call per sample as JSON objects.
 
-  Args:
-    name: the function's name, for the message.
-    result: a list, tuple or array [count]; an array's masked elements become
-      None.
-    count: number of completions.
+  Raises:
+    UserError: an entry is not a JSON value.
+  """
+  for column, values in arguments.items():
+    for i, value in enumerate(values):
+      if not is_json(value):
+        raise UserError(
+          f'the column {column!r} holds a {type(value).__name__} at sample {i}.'
+          f'\n{name!r} runs in worker processes, which take JSON values: text, '
+          'numbers,\nbooleans, None, lists, and dictionaries with string keys.'
+        )
+  return [
+    json.dumps({k: [x] for k, x in zip(arguments, row, strict=True)}).encode()
+    for row in zip(*arguments.values(), strict=True)
+  ]
+
+
+def is_json(value: Any) -> bool:
+  """Returns True if JSON preserves the value: not a tuple, not an array."""
+  if type(value) is dict:
+    return all(type(key) is str and is_json(value[key]) for key in value)
+  if type(value) is list:
+    return all(map(is_json, value))
+  return value is None or type(value) in (str, int, float, bool)
+
+
+def as_list(name: str, result: Any, count: int) -> list:
+  """Converts the result of the function `name` to a list of `count` values.
+
+  It may be a list, tuple or array; an array's masked elements become None.
 
   Raises:
     UserError: it has another type or length.

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import interruptible, programs, sandbox, test_scores
+from jaxrl_llm.rewards import interruptible, programs, sandbox, step_scores
 
 __all__ = ['code_tests']
 
 
 def code_tests(
-  score: test_scores.Grade | None = None,
+  score: step_scores.Grade | None = None,
   stop: Sequence[str] = programs.STOP,
   timeout: float = 10.0,
   memory: int = 2**29,
@@ -38,7 +38,7 @@ def code_tests(
   not repeat.
 
   Args:
-    score: converts passed tests to a reward, as in `test_scores`; None for
+    score: converts passed tests to a reward, as in `step_scores`; None for
       `all_passed()`.
     stop: texts that end a completion which continues the prompt's function.
     timeout: seconds for each program with its tests.
@@ -55,7 +55,7 @@ def code_tests(
     raise UserError(f'code_tests: stop={stop!r} must be a list of texts.')
   if parallel is not None and parallel < 1:
     raise UserError(f'code_tests: parallel={parallel} must be at least 1.')
-  grade = score or test_scores.all_passed()
+  grade = score or step_scores.all_passed()
 
   def run(job):
     program, entry_point, (setup, tests) = job

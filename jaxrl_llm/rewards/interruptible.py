@@ -22,12 +22,9 @@ def checked(check: Callable[[], None]) -> Iterator[None]:
     with StopSignal() as stop, interruptible.checked(stop.check):
       ...
 
-  It covers rewards in worker processes and `code.code_tests`; other functions
-  in this process are not interrupted.
-
-  Args:
-    check: called about ten times a second; an exception from it ends the wait.
-      An `Exception` would be attributed to the function that waits.
+  It is called about ten times a second while rewards run in worker processes or
+  in `code.code_tests`; a BaseException from it ends the wait.  An `Exception`
+  would be attributed to the function that waits.
   """
   token = _check.set(check)
   try:
@@ -39,11 +36,7 @@ def checked(check: Callable[[], None]) -> Iterator[None]:
 def wait(done: Callable[[float | None], bool]) -> None:
   """Waits until `done(seconds)`, which itself waits that long, returns True.
 
-  Args:
-    done: called with None if nothing can end the wait.
-
-  Raises:
-    BaseException: whatever the check raises.
+  Without a check, `done(None)` waits for as long as it takes.
   """
   check = _check.get()
   if check is None:

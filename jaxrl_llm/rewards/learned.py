@@ -42,10 +42,8 @@ def reward_model(
       responses its own way.
     max_tokens: of prompt and response together; None for the model's limit.
     overlong: treatment of a longer text: 'error', or 'none' for no score.
-    batch_size: texts per batch.
-    dtype: of parameters and computation.
-    mean: subtracted from a score, nats.
-    std: divisor of the score, nats.
+    batch_size, dtype: texts per batch, of parameters and computation.
+    mean, std: subtracted from a score, and its divisor, nats.
 
   Raises:
     UserError: the model does not exist or gives more than one score, or a
@@ -56,7 +54,14 @@ def reward_model(
   from jaxrl_llm.tasks.pairs import encode_responses
   from jaxrl_llm.tasks.templates import template_text
 
-  _check(overlong, batch_size, mean, std)
+  if overlong not in ('error', 'none'):
+    raise UserError(
+      f"reward_model: overlong={overlong!r} must be 'error' or 'none'"
+    )
+  if batch_size < 1:
+    raise UserError(f'reward_model: batch_size is {batch_size}, not 1 or more')
+  if not (0 < std < math.inf and math.isfinite(mean)):
+    raise UserError(f'reward_model: {mean=} and {std=}; std must be above 0')
   config, params = model.load_reward_model(path, dtype=dtype, param_dtype=dtype)
   most = _length_limit(path, config.max_length, max_tokens)
   tokenizer = folders.load_tokenizer(path)
@@ -92,25 +97,10 @@ def reward_model(
         "overlong='none'."
       )
     scores = iter(model.score_texts(config, params, fitting, batch_size))
-    return [
-      (float(next(scores)) - mean) / std if len(ids) <= most else None
-      for ids in texts
-    ]
+    rescaled = lambda: (float(next(scores)) - mean) / std
+    return [rescaled() if len(ids) <= most else None for ids in texts]
 
   return scores_texts
-
-
-def _check(overlong: str, batch_size: int, mean: float, std: float) -> None:
-  if overlong not in ('error', 'none'):
-    raise UserError(
-      f"reward_model: overlong={overlong!r} must be 'error' or 'none'"
-    )
-  if batch_size < 1:
-    raise UserError(
-      f'reward_model: batch_size is {batch_size}; it must be at least 1'
-    )
-  if not (0 < std < math.inf and math.isfinite(mean)):
-    raise UserError(f'reward_model: {mean=} and {std=}; std must be above 0')
 
 
 def _length_limit(path: str, readable: int, max_tokens: int | None) -> int:

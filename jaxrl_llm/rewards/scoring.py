@@ -6,14 +6,14 @@ A reward function has the signature that TRL uses,
 
 with lists of N strings and columns of N entries each.  All arguments are passed
 by keyword, and a function without `**kwargs` gets only those it names.  None
-means "no score for this sample"; anything else that is not a finite float32 is
-an error.  Nothing is replaced by 0 or broadcast silently.
+leaves the function out of the sample's sum; anything else that is not a finite
+float32 is an error.  Nothing is replaced by 0 or broadcast silently.
 """
 
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import calling
 from jaxrl_llm.rewards.calling import shortened
-from jaxrl_llm.rewards.workers import Failures, Workers
+from jaxrl_llm.rewards.workers import FAILURES, Workers
 
 
 class RewardPart(NamedTuple):
@@ -32,19 +32,39 @@ class RewardPart(NamedTuple):
   weight: float = 1.0
 
 
+class Failures(NamedTuple):
+  """Samples of a batch that could not be scored.
+
+  Attributes:
+    counts: number of samples by kind, for all of `workers.FAILURES`.
+    messages: for each kind that occurred, its first sample's: the cause, the
+      sample's index, and its completion.
+  """
+
+  counts: dict[str, int]
+  messages: dict[str, str]
+
+  @property
+  def total(self) -> int:
+    """Total number of failures, of all kinds."""
+    return sum(self.counts.values())
+
+
 class Scores(NamedTuple):
   """Scores of N responses.
 
   Attributes:
-    total: float64 [N], Σ weight · score; 0 where not valid.
-    valid: bool [N], False where any part gave None.
-    parts: float64 [N] per part, unweighted; NaN where it gave None.
+    total: float64 [N], Σ weight · score over the parts that gave one; else 0.
+    valid: bool [N], False where a part failed, or none with a weight scored.
+    parts: float64 [N] per part, unweighted; NaN where it gave None or failed.
+    failed: bool [N] per part: True where it failed.
     failures: by name, for parts that run in worker processes.
   """
 
   total: np.ndarray
   valid: np.ndarray
   parts: dict[str, np.ndarray]
+  failed: dict[str, np.ndarray]
   failures: Mapping[str, Failures] = types.MappingProxyType({})
 
 
@@ -66,15 +86,12 @@ def start(
 ) -> Callable[[], Scores]:
   """Starts scoring N responses; returns a function that waits for the scores.
 
-  Parts in worker processes (`Workers`) start at once, and work while this
-  process and the device do something else.  The others are called one by one
-  when the returned function is first called.  A sample that fails in a worker
-  has no score and is counted in `failures`.
+  Parts in worker processes (`Workers`) start at once.  The others are called
+  one by one when the returned function is first called.
 
   Args:
     parts: at least one, with distinct names and finite weights.
-    prompts: N strings.
-    completions: N strings, without the end token.
+    prompts, completions: N strings each, without the end token.
     columns: N entries each: the data set's columns, `completion_ids` (lists of
       int, the end token included) and `finished` (bool: ended by itself).
 
@@ -83,55 +100,96 @@ def start(
       function, naming reward, sample and completion, when a reward function
       fails or returns anything but N finite numbers or Nones.
   """
-  arguments = {'prompts': prompts, 'completions': completions}
-  _check(parts, arguments, columns)
+  _check(parts, columns)
+  arguments = {'prompts': prompts, 'completions': completions, **columns}
+  here = {
+    part.name: calling.select_arguments(
+      part.name, calling.parameters(part.function), arguments
+    )
+    for part in parts
+    if not isinstance(part.function, Workers)
+  }
   pending = {
     part.name: part.function.submit(prompts, completions, columns)
     for part in parts
-    if isinstance(part.function, Workers)
+    if part.name not in here
   }
 
   @functools.cache
   def finish() -> Scores:
     local = {
-      part.name: _part_scores(part, {**arguments, **columns})
+      part.name: _part_scores(part, here[part.name], completions)
       for part in parts
-      if part.name not in pending
+      if part.name in here
     }
-    remote = {
-      # float64 turns None into NaN.
+    # float64 turns None into NaN.
+    values = local | {
       name: np.asarray(scores.result(), np.float64)
       for name, scores in pending.items()
     }
-    failures = {name: scores.failures() for name, scores in pending.items()}
-    by_name = local | remote
-    return _total(parts, {p.name: by_name[p.name] for p in parts}, failures)
+    causes = {name: scores.failures() for name, scores in pending.items()}
+    failed = {
+      part.name: np.isin(np.arange(len(prompts)), [*causes.get(part.name, ())])
+      for part in parts
+    }
+    values = {part.name: values[part.name] for part in parts}
+    failures = {name: _count(each.values()) for name, each in causes.items()}
+    return Scores(*_total(parts, values, failed), values, failed, failures)
 
   return finish
+
+
+def merge_failures(
+  batches: Iterable[Mapping[str, Failures]],
+) -> dict[str, Failures]:
+  """Merges the failures of several batches, by the name of the reward.
+
+  The first message of each kind is kept; it numbers samples within its batch.
+  """
+  merged: dict[str, Failures] = {}
+  for batch in batches:
+    for name, (counts, messages) in batch.items():
+      before = merged.get(name, _count(()))
+      merged[name] = Failures(
+        {kind: before.counts[kind] + counts[kind] for kind in FAILURES},
+        messages | before.messages,
+      )
+  return merged
+
+
+def _count(causes: Iterable[tuple[str, str]]) -> Failures:
+  """Counts failures, each a kind and a message."""
+  failures = Failures(dict.fromkeys(FAILURES, 0), {})
+  for kind, message in causes:
+    failures.counts[kind] += 1
+    failures.messages.setdefault(kind, message)
+  return failures
 
 
 def _total(
   parts: Sequence[RewardPart],
   scores: dict[str, np.ndarray],
-  failures: Mapping[str, Failures],
-) -> Scores:
-  """Computes the weighted sum of the parts' scores."""
+  failed: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the weighted sums of the scores, and which of them are valid."""
   stacked = np.stack(list(scores.values()))
-  weights = np.asarray([part.weight for part in parts], np.float64)
-  valid = ~np.isnan(stacked).any(axis=0)
+  weights = np.asarray([part.weight for part in parts], np.float64)[:, None]
+  # A part without weight measures the response and does not reward it.
+  scored = (~np.isnan(stacked) & (weights != 0)).any(axis=0)
+  valid = scored & ~np.any(list(failed.values()), axis=0)
   with np.errstate(over='ignore', invalid='ignore'):
-    total = np.where(valid, (weights[:, None] * stacked).sum(axis=0), 0.0)
+    total = np.where(valid, np.nansum(weights * stacked, axis=0), 0.0)
   fits = np.abs(total) <= calling.LARGEST
   if not fits.all():
     raise UserError(
       'the weighted sum of rewards overflows float32 at sample '
       f'{int(np.argmin(fits))}.\nLower the weights.'
     )
-  return Scores(total, valid, scores, failures)
+  return total, valid
 
 
-def _check(parts, arguments, columns):
-  """Raises UserError if names, weights or lengths do not fit."""
+def _check(parts: Sequence[RewardPart], columns: Mapping[str, Any]) -> None:
+  """Raises UserError if names or weights do not fit."""
   names = [part.name for part in parts]
   if not names or len(set(names)) < len(names):
     raise UserError(f'reward parts need distinct names, not {names}.')
@@ -144,65 +202,43 @@ def _check(parts, arguments, columns):
       )
     if not math.isfinite(part.weight):
       raise UserError(f'reward {part.name!r} has the weight {part.weight}.')
-  clash = sorted(set(arguments) & set(columns))
+  clash = sorted({'prompts', 'completions'} & set(columns))
   if clash:
     raise UserError(f'a column cannot be called {clash[0]!r}: rename it.')
-  count = len(arguments['prompts'])
-  for name, values in {**arguments, **columns}.items():
-    if len(values) != count:
-      raise UserError(
-        f'there are {count} prompts to score but {len(values)} entries in '
-        f'{name!r}.'
-      )
 
 
-def _part_scores(part: RewardPart, arguments: dict) -> np.ndarray:
+def _part_scores(
+  part: RewardPart, arguments: dict, completions: Sequence[str]
+) -> np.ndarray:
   """Calls one function and returns float64 [N], NaN for None."""
-  # Copies: a function that changes its arguments affects no other.
-  accepted = calling.select_arguments(
-    part.name, calling.parameters(part.function), arguments
-  )
   try:
-    result = part.function(**_copies(accepted))
+    # Copies: a function that changes its arguments affects no other.
+    result = part.function(**{k: list(v) for k, v in arguments.items()})
   except UserError:
     raise
   except (Exception, SystemExit) as error:
     raise UserError(
       f'reward {part.name!r} raised {type(error).__name__}: '
-      f'{shortened(str(error))}\n{_culprit(part, accepted, arguments)}'
+      f'{shortened(str(error))}\n{_culprit(part, arguments, completions)}'
     ) from error
-  completions = arguments['completions']
-  values = calling.as_list(part.name, result, len(completions))
-  return np.asarray(
-    [
-      _number(part.name, value, i, completions[i])
-      for i, value in enumerate(values)
-    ],
-    np.float64,
-  )
-
-
-def _copies(arguments: dict) -> dict:
-  return {name: list(values) for name, values in arguments.items()}
-
-
-def _culprit(part: RewardPart, accepted: dict, arguments: dict) -> str:
-  """Returns the sample on which the function fails, trying one at a time."""
-  for i, completion in enumerate(arguments['completions']):
+  scores = np.zeros(len(completions))
+  for i, value in enumerate(calling.as_list(part.name, result, len(scores))):
     try:
-      part.function(**{name: [v[i]] for name, v in accepted.items()})
+      scores[i] = calling.as_float(value)
+    except ValueError as error:
+      raise UserError(
+        f'reward {part.name!r} returned {shortened(repr(value))} for sample '
+        f'{i}, completion {shortened(completions[i])!r}.\n'
+        'A score must be a finite float32, or None for no score.'
+      ) from error
+  return scores
+
+
+def _culprit(part: RewardPart, arguments: dict, completions) -> str:
+  """Returns the sample on which the function fails, trying one at a time."""
+  for i, completion in enumerate(completions):
+    try:
+      part.function(**{name: [v[i]] for name, v in arguments.items()})
     except (Exception, SystemExit):
       return f'at sample {i}, completion {shortened(completion)!r}.'
   return 'on the whole batch; no sample alone makes it fail.'
-
-
-def _number(name: str, value: Any, index: int, completion: str) -> float:
-  """Returns one value as a finite float, or NaN for None."""
-  try:
-    return calling.as_float(value)
-  except ValueError as error:
-    raise UserError(
-      f'reward {name!r} returned {shortened(repr(value))} for sample {index}, '
-      f'completion {shortened(completion)!r}.\n'
-      'A score must be a finite float32, or None for no score.'
-    ) from error

@@ -1,4 +1,4 @@
-"""Folds scores of steps or tokens into the reward of the whole response.
+"""Folds scores of steps, tokens or tests into the reward of a response.
 
 A function that scores parts of responses, such as a process reward model,
 
@@ -6,15 +6,12 @@ A function that scores parts of responses, such as a process reward model,
 
 returns a list per response, with one score per step or token, in order.
 
-Folding with `sum` (or `discounted_sum`) does not change what an estimator
-expects: the policy gradient of the response's reward equals that with every
-token's own reward to go (He et al., Theorem 1); a test asserts it by exact
-enumeration.  It changes the variance: a token's weight then includes rewards
-earned before it, which carry no information about it.  On 20 random languages
-of three tokens, REINFORCE with the sum had 0.7 to 3.1 times the variance of
-rewards to go, 1.27 times in the median
-(`pytest -m slow tests/rewards/step_scores_test.py`).  The other folds define
-another objective.
+Folding with `sum` (or `discounted_sum`) keeps the policy gradient of every
+token's own reward to go (He et al., Theorem 1; a test asserts it by exact
+enumeration) and changes its variance: a token's weight then includes rewards
+earned before it.  On 20 random languages of three tokens, REINFORCE had 0.7 to
+3.1 times the variance, 1.27 times in the median (`pytest -m slow
+tests/rewards/step_scores_test.py`).  The other folds define another objective.
 
 References:
   He et al., `Response-Level Rewards Are All You Need for Online Reinforcement
@@ -30,6 +27,8 @@ from jaxrl_llm.errors import UserError
 
 # Folds the scores of one response, in their order, into its reward.
 Fold = Callable[[list[float]], float | None]
+# A bool per test of a program, at least one → the reward.
+Grade = Callable[[Sequence[bool]], float]
 
 
 def folded(
@@ -38,17 +37,11 @@ def folded(
   """Turns a function that scores steps or tokens into a reward function.
 
   Args:
-    step_scores: returns a list of finite numbers per response; None for no
-      score.
+    step_scores: returns a list of finite numbers per response, or None for no
+      score.  The reward function takes the same arguments by name, and raises
+      UserError, naming response and step, if it returns anything else.
     how: Python's `sum`, or `mean`, `least`, `last`, `discounted_sum(γ)` of this
       module, or any other function from a list to a number.
-
-  Returns:
-    A reward function that takes the same arguments by name.
-
-  Raises:
-    UserError: on a call, naming response and step, if `step_scores` returns
-      anything else.
   """
   name = getattr(step_scores, '__name__', 'step_scores')
 
@@ -96,21 +89,28 @@ def last(scores: list[float]) -> float | None:
 
 
 def discounted_sum(gamma: float) -> Fold:
-  """Returns a fold that computes the discounted return Σₜ γ^{t−1} rₜ.
+  """Returns a fold that computes Σₜ γ^{t−1} rₜ, with γ above 0 and at most 1.
 
   Estimators that see only this one number need no γ of their own: with one they
   would discount twice.
-
-  Args:
-    gamma: γ, above 0 and at most 1.
   """
   if not 0 < gamma <= 1:
     raise UserError(f'discounted_sum: gamma={gamma} must be in (0, 1].')
+  return lambda scores: math.fsum(gamma**t * r for t, r in enumerate(scores))
 
-  def discounts(scores):
-    return math.fsum(gamma**t * score for t, score in enumerate(scores))
 
-  return discounts
+def all_passed() -> Grade:
+  """Scores 1 if every test passed, else 0."""
+  return lambda passed: float(all(passed))
+
+
+def share_passed() -> Grade:
+  """Scores the share of the tests that passed.
+
+  Denser, and easier to game: a constant answer earns the share of the tests
+  that expect it.
+  """
+  return lambda passed: sum(passed) / len(passed)
 
 
 def _checked(name: str, response: int, scores) -> list[float]:

@@ -2,50 +2,58 @@
 
 Math parsers hang in C code, and generated programs do anything.  A time-out by
 signal fails in threads, and a pool's `future.result(timeout)` does not free the
-worker.  So each process scores one sample at a time, and one that does not
-answer is killed with all that it started (see `containment`); a new process
-replaces it while the others continue.
+worker.  So each process (see `worker`) scores one sample at a time, and one
+that does not answer is killed with all that it started (see `containment`); a
+new process replaces it while the others continue.
 """
 
-import functools
 import json
 import math
 import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import containment as containment_lib
-from jaxrl_llm.rewards import interruptible, learned
-from jaxrl_llm.rewards.calling import select_arguments, shortened
-from jaxrl_llm.rewards.pool import Job, Pool
-from jaxrl_llm.rewards.worker_process import Reply
+from jaxrl_llm.rewards import calling, interruptible, learned
+from jaxrl_llm.rewards.containment import KINDS
+
+# Kinds of failures.  After the last three the process is unusable.
+FAILURES = ('error', 'timeout', 'crash', 'memory')
+FATAL = FAILURES[1:]
 
 # Bytes.  The interpreter alone takes 10 MB.
 _LEAST_MEMORY = 1 << 26
-
-# Reasons for a missing score.
-FAILURES = ('timeout', 'crash', 'error', 'memory')
-
-
-class Failures(NamedTuple):
-  """Samples of a batch without a score because scoring them failed.
-
-  Attributes:
-    counts: number of samples by kind, for all of `FAILURES`.
-    messages: for each kind that occurred, its first sample's: the cause, the
-      sample's index, and its completion.
-  """
-
-  counts: dict[str, int]
-  messages: dict[str, str]
-
-  @property
-  def total(self) -> int:
-    """Total number of failures, of all kinds."""
-    return sum(self.counts.values())
+# Most bytes in a line from a worker; anything longer is not a reply.
+_MAX_LINE = 1 << 16
+# Seconds for a supervisor to end with all processes that it watches.
+_GRACE = 5.0
+# Whatever can be imported here, or from the working folder, can be there.
+_BOOT = (
+  'import sys; sys.path[:], sys.argv[1:] = sys.argv[1:], []; '
+  'import jaxrl_llm.rewards.worker as worker; worker.main()'
+)
+# Environment variables that a worker gets: those that locate files and devices.
+# A secret's name need not reveal it, so this lists what is kept.
+_KEPT = re.compile(
+  'HOME|LANG|LANGUAGE|LOGNAME|PATH|SHELL|TERM|TZ|USER|TE?MP|TMPDIR|VIRTUAL_ENV'
+  '|CONDA_PREFIX|GLIBC_TUNABLES|(DY)?LD_.*|(CUDA|JAX|LC|NVIDIA|XLA)_.*'
+  '|PYTHON[A-Z0-9]*|XDG_.*_HOME|(CURL|REQUESTS)_CA_BUNDLE|SSL_CERT_(DIR|FILE)'
+  '|(HF|JAVA|TORCH)_HOME|(HF_HUB|HF_DATASETS|TRANSFORMERS)_(CACHE|OFFLINE)'
+)
+# A worker computes on one core and leaves accelerators alone.
+_THREADS = 'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'
+_SET = {'JAX_PLATFORMS': 'cpu'} | dict.fromkeys(_THREADS, '1')
 
 
 class Workers:
@@ -56,46 +64,34 @@ class Workers:
       ...  # The device computes meanwhile.
       scores = pending.result()
 
-  It is itself a reward function, `workers(prompts=, completions=, **columns)`,
-  and fits a `RewardPart`.
-
-  Every sample is a separate call with lists of length 1: a function that
-  compares samples with each other cannot run in this way.  A process serves one
-  sample after another, so the function's state (caches, an open program)
-  persists, and a sample that breaks it may break later ones in the same
-  process.  A process that crashes or runs out of memory after it has served
-  other samples is therefore replaced and the sample tried once more.
-
-  A sample has no score if it is not answered within `timeout` seconds, crashes
-  its process, asks for more memory, raises an exception or returns anything but
-  a finite number: None, counted by kind in `Pending.failures`.  So h samples
-  that hang delay a batch by ⌈h / workers⌉ time-outs.  Scores that depend on a
-  time-out are not reproducible.
+  It is itself a reward function.  Each sample is a separate call with lists of
+  length 1; state (caches, an open program) persists in a process.  A sample
+  fails if it takes more than `timeout` seconds (h that hang delay a batch by
+  ⌈h / workers⌉ time-outs), crashes its process, needs more memory, raises, or
+  returns anything but a finite number or None.  If its process crashed or
+  exceeded its memory after it had served others, it is tried once more.
 
   Printed output is discarded.  This is not a sandbox: the function keeps full
-  access to files and network.  It sees the environment variables that locate
-  files and devices, and those listed in `environment`.  Processes survive
-  Ctrl-C and end with `close`, when the last reference is gone, and when this
-  process ends for any reason.
+  access to files and network.  Processes survive Ctrl-C and end with `close`,
+  with the last reference, and when this process ends for any reason.
 
   Args:
     name: a function or factory of `rewards.functions` or `.code`,
-      'file.py:function', or 'module:function'.  Loaded only in the workers.
+      'file.py:function', or 'module:function', loaded only in the workers.  Its
+      attribute `warm_up`, if any, is called before the first sample.
     settings: arguments of a factory, JSON values.
     workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
-    memory: bytes that a process may write to, including the interpreter's 10 MB
-      and libraries.  Processes that the function starts may use as much each.
+    memory: bytes that a process, and each that the function starts, may write
+      to; the interpreter takes 10 MB.
     containment: a kind of `containment.KINDS`; the strongest by default.
-    environment: names of further variables that the function reads, such as
-      ('OPENAI_API_KEY',).
+    environment: names of variables that the function reads besides those that
+      locate files and devices, such as ('OPENAI_API_KEY',).
     load_timeout: seconds allowed for loading the function.
     field: prefix of messages about name and settings.
 
   Attributes:
-    name: as given.
-    parameters: those of the function.
-    containment: the kind in use.
+    name, containment: as given, and the kind in use.
     memory_limited: whether the system enforces `memory`; macOS does not.
 
   Raises:
@@ -116,26 +112,20 @@ class Workers:
     field: str | None = None,
   ):
     self.name = name
-    spec = {
-      'name': name,
-      'settings': dict(settings or {}),
-      'field': field or f'reward {name!r}',
-      'containment': containment,
-      'memory': memory,
-      'timeout': timeout,
-      'environment': environment,
-    }
-    _check(spec, workers)
-    self._pool = Pool(spec, load_timeout)
+    spec = dict(name=name, settings=dict(settings or {}), timeout=timeout)
+    spec |= dict(memory=memory, containment=containment)
+    spec |= dict(field=field or f'reward {name!r}')
+    _check(spec, workers, environment)
+    self._pool = _Pool(spec, environment, load_timeout)
     self._finalizer = weakref.finalize(self, self._pool.close)
-    first, ready = self._pool.launch()
-    self.parameters = ready.parameters
-    self.memory_limited = ready.memory_limited
-    # The first process has found out what works here.
-    self.containment = spec['containment'] = ready.containment
-    self._pool.serve(first)
-    for _ in range(workers - 1):
-      self._pool.serve(None)
+    try:
+      ready = self._pool.start(workers)
+    except BaseException:
+      self.close()
+      raise
+    self._parameters = calling.Parameters(*ready['parameters'])
+    self.containment = ready['containment']
+    self.memory_limited = ready['memory_limited']
 
   def submit(
     self,
@@ -145,26 +135,14 @@ class Workers:
   ) -> 'Pending':
     """Starts scoring N responses and returns at once.
 
-    Args:
-      prompts, completions: N strings each.
-      columns: N JSON values each; columns that the function does not name are
-        not sent.
-
     Raises:
-      UserError: a required column is missing, a column holds values that JSON
-        cannot express, or the workers are closed.
+      UserError: a column that the function names is missing or holds values
+        that JSON cannot express, or the workers are closed.
     """
     arguments = {'prompts': prompts, 'completions': completions, **columns}
-    arguments = select_arguments(self.name, self.parameters, arguments)
-    samples = _encode_each(self.name, arguments, len(completions))
-    pending = Pending(self.name, completions, self._pool)
-    self._pool.put(
-      [
-        Job(functools.partial(pending.settle, index), arguments)
-        for index, arguments in enumerate(samples)
-      ]
-    )
-    return pending
+    arguments = calling.select_arguments(self.name, self._parameters, arguments)
+    samples = calling.encode_each(self.name, arguments)
+    return Pending(self.name, completions, self._pool, self._pool.put(samples))
 
   def __call__(
     self, prompts: Sequence[str], completions: Sequence[str], **columns
@@ -183,206 +161,294 @@ class Workers:
     self.close()
 
 
-def isolated(
-  name: str,
-  workers: int = 2,
-  timeout: float = 5.0,
-  memory: int = 2 << 30,
-  environment: Sequence[str] = (),
-  **settings: Any,
-) -> Workers:
-  """Creates a reward function in worker processes; see `Workers`.
+def isolated(name: str, workers: int = 2, **settings: Any) -> Workers:
+  """Creates `Workers`; further arguments are theirs or a factory's settings.
 
-    RewardPart('correct', isolated('gsm8k_answer', workers=4, timeout=2.0))
-
-  Args:
-    name: a function or factory.
-    workers: number of processes.
-    timeout: seconds per sample.
-    memory: bytes per process.
-    environment: names of further variables that the function reads.
-    **settings: arguments of a factory.
+  RewardPart('correct', isolated('gsm8k_answer', workers=4, timeout=2.0))
   """
-  return Workers(
-    name,
-    settings,
-    workers=workers,
-    timeout=timeout,
-    memory=memory,
-    environment=environment,
-  )
+  limits = 'timeout', 'memory', 'environment'
+  limits = {key: settings.pop(key) for key in limits if key in settings}
+  return Workers(name, settings, workers=workers, **limits)
 
 
 class Pending:
   """Scores that workers have not yet delivered."""
 
-  def __init__(self, name: str, completions: Sequence[str], pool: Pool):
-    self._name = name
-    self._completions = list(completions)
-    self._pool = pool
-    self._replies = [None] * len(completions)
-    self._left = len(completions)
-    self._lock = threading.Lock()
-    self._done = threading.Event()
-    if not self._left:
-      self._done.set()
-
-  def settle(self, index: int, reply: Reply | Exception) -> None:
-    """Records the outcome of a sample; the workers call it once for each."""
-    with self._lock:
-      self._replies[index] = reply
-      self._left -= 1
-      if not self._left:
-        self._done.set()
+  def __init__(self, name, completions, pool: '_Pool', outcomes: list[Future]):
+    self._name, self._completions = name, list(completions)
+    self._pool, self._outcomes = pool, outcomes
 
   def done(self) -> bool:
     """Returns True if `result` would return, or raise, at once."""
-    return self._done.is_set()
+    return all(outcome.done() for outcome in self._outcomes)
 
   def result(self) -> list[float | None]:
     """Waits for the N scores; None where there is none.
 
-    A check set by `interruptible.checked` may end the wait.  The samples stay
-    with the workers.
-
     Raises:
-      UserError: the function raised one; or every sample failed with an error
-        before there was any score, so the function is at fault and not the
-        responses; or the workers were closed or cannot be restarted, or the
-        function's file changed before a restart.
+      UserError: the function raised one, or an error for every sample before
+        there was any score; or the workers were closed or cannot be restarted.
     """
-    interruptible.wait(self._done.wait)
-    for index, reply in enumerate(self._replies):
-      if isinstance(reply, Exception):
-        raise reply
-      if reply.kind == 'user':
-        raise UserError(
-          f'reward {self._name!r}, given sample {index} alone: {reply.message}'
-        )
-    failures, count = self.failures(), len(self._replies)
-    if not self._pool.worked and 0 < failures.counts['error'] == count:
+    replies = self._replies()
+    for i, (kind, content) in enumerate(replies):
+      if kind == 'user':
+        raise UserError(f'reward {self._name!r}, sample {i} alone: {content}')
+    useless = not self._pool.worked and {kind for kind, _ in replies}
+    if useless == {'error'}:
       raise UserError(
         f'reward {self._name!r} fails on every sample of the first batch:\n'
-        f'{failures.messages["error"]}'
+        f'{self.failures()[0][1]}'
       )
-    return [reply.score for reply in self._replies]
+    return [content if kind == 'score' else None for kind, content in replies]
 
-  def failures(self) -> Failures:
-    """Waits for all samples; returns the number and causes of failures."""
-    interruptible.wait(self._done.wait)
-    counts, messages = dict.fromkeys(FAILURES, 0), {}
-    for index, reply in enumerate(self._replies):
-      kind = getattr(reply, 'kind', None)
-      if kind not in counts:
-        continue
-      counts[kind] += 1
-      completion = shortened(self._completions[index])
-      message = f'{reply.message} (sample {index}, completion {completion!r})'
-      messages.setdefault(kind, message)
-    return Failures(counts, messages)
+  def failures(self) -> dict[int, tuple[str, str]]:
+    """Waits for all samples; returns kind and message of those that failed."""
+    failures = {}
+    for i, (kind, content) in enumerate(self._replies()):
+      if kind in FAILURES:
+        text = calling.shortened(self._completions[i])
+        failures[i] = kind, f'{content} (sample {i}, completion {text!r})'
+    return failures
+
+  def _replies(self) -> list[tuple[str, Any]]:
+    _wait(self._outcomes)
+    return [outcome.result() for outcome in self._outcomes]
 
 
-def merge_failures(
-  batches: Iterable[Mapping[str, Failures]],
-) -> dict[str, Failures]:
-  """Merges the failures of several batches, by the name of the reward.
+class _Pool:
+  """Threads with a process each, and their queue of samples.
 
-  The first message of each kind is kept; it numbers samples within its batch.
+  It holds no reference to the `Workers`, whose end closes it.  A process that
+  has ended is replaced when the next sample arrives.  `worked` becomes True
+  with the first score.
   """
-  merged: dict[str, Failures] = {}
-  for batch in batches:
-    for name, (counts, messages) in batch.items():
-      before = merged.get(name, Failures(dict.fromkeys(FAILURES, 0), {}))
-      merged[name] = Failures(
-        {kind: before.counts[kind] + counts[kind] for kind in FAILURES},
-        messages | before.messages,
-      )
-  return merged
 
+  def __init__(self, spec: dict, environment: Sequence[str], seconds: float):
+    self.worked = False
+    self._spec, self._environment, self._seconds = spec, environment, seconds
+    # Paths keep the meaning that they had for the first process.
+    self._folder, self._source = os.getcwd(), None
+    self._owner, self._open = os.getpid(), True
+    self._jobs, self._processes, self._threads = queue.SimpleQueue(), set(), []
 
-def _encode_each(
-  name: str, arguments: Mapping[str, Sequence[Any]], count: int
-) -> list[bytes]:
-  """Encodes the arguments of `count` calls, one sample each, as JSON objects.
+  def start(self, workers: int) -> dict[str, Any]:
+    """Starts threads and a process; returns what it reports when ready."""
+    for _ in range(workers):
+      self._threads.append(threading.Thread(target=self._work, daemon=True))
+      self._threads[-1].start()
+    loaded = self.put([None])
+    _wait(loaded)
+    _, ready = loaded[0].result()
+    # The first process has found out what works here.
+    self._spec['containment'] = ready['containment']
+    return ready
 
-  Args:
-    name: the function's name, for the message.
-    arguments: `count` values each.
-    count: number of completions.
+  def put(self, samples: Sequence[bytes | None]) -> list[Future]:
+    """Queues samples, or None to load the function; returns their replies."""
+    replies = [Future() for _ in samples]
+    for job in zip(replies, samples, strict=True):
+      self._jobs.put(job)
+    self._check_open()
+    return replies
 
-  Raises:
-    UserError: the number of values is not `count`, or one is not a JSON value.
-  """
-  for column, values in arguments.items():
-    if len(values) != count:
+  def close(self) -> None:
+    """Ends processes and threads; samples that wait raise UserError."""
+    if os.getpid() != self._owner:
+      return  # This is a forked copy of the process that started them.
+    self._open = False
+    for _ in self._threads:
+      self._jobs.put(None)
+    for process in list(self._processes):
+      process.popen.terminate()
+    for thread in self._threads:
+      if thread is not threading.current_thread():
+        thread.join(3 * _GRACE)
+
+  def _work(self) -> None:
+    """Answers one job after another until the pool is closed."""
+    process = None
+    while (job := self._jobs.get()) is not None:
+      future, sample = job
+      while not future.done():
+        try:
+          process = process or self._launch()
+          used, reply = process.used, process.ready
+          if sample is not None:
+            reply = process.ask(sample, self._spec['timeout'])
+            process.used = True
+          self._check_open()
+        except Exception as error:
+          process = self._end(process)
+          future.set_exception(error)
+          break
+        self.worked |= reply[0] == 'score'
+        if reply[0] in FATAL:
+          process = self._end(process)
+          if used and reply[0] != 'timeout':
+            continue  # Earlier samples may have damaged it: once more.
+        future.set_result(reply)
+    self._end(process)
+
+  def _launch(self) -> '_Process':
+    """Starts a process that loads the function."""
+    name, field, memory = (self._spec[k] for k in ('name', 'field', 'memory'))
+    process = _Process(field, self._folder, self._environment)
+    self._processes.add(process)
+    kind, content = process.ask(json.dumps(self._spec).encode(), self._seconds)
+    self._source = self._source or (kind == 'ready' and content['source'])
+    if kind == 'ready' and content['source'] == self._source and self._open:
+      process.ready = kind, content
+      return process
+    self._end(process)
+    self._check_open()
+    if kind == 'user':
+      raise UserError(content)
+    if kind == 'ready':
       raise UserError(
-        f'there are {count} completions to score but {len(values)} entries in '
-        f'{column!r}.'
+        f'{field}: the file of {name} has changed\n'
+        'new workers would score by other rules: restore the file or restart'
       )
-    for i, value in enumerate(values):
-      if not _is_json(value):
-        raise UserError(
-          f'the column {column!r} holds a {type(value).__name__} at sample {i}.'
-          f'\n{name!r} runs in worker processes, which take JSON values: text, '
-          'numbers,\nbooleans, None, lists, and dictionaries with string keys.'
+    raise UserError(
+      f'{field}: the process that loads {name} {content}\nimporting the '
+      f'function ends or blocks it, or needs more memory than {memory} bytes'
+    )
+
+  def _end(self, process: '_Process | None') -> None:
+    if process is not None:
+      process.close()
+      self._processes.discard(process)
+
+  def _check_open(self) -> None:
+    if not self._open:
+      raise UserError(f'reward {self._spec["name"]!r}: its workers are closed')
+
+
+class _Process:
+  """A worker's process and the channel to it; one thread at a time asks.
+
+  A reply is a kind, of `worker` or of `FAILURES`, and its content.  `ready` is
+  the one about the loaded function; `used` becomes True with the first sample.
+  """
+
+  def __init__(self, field: str, folder: str, environment: Sequence[str]):
+    self.ready, self.used, self._received = None, False, b''
+    copied = {
+      name: value
+      for name, value in os.environ.items()
+      if name in environment or _KEPT.fullmatch(name) and name not in _SET
+    }
+    self._channel, theirs = socket.socketpair()
+    with theirs:
+      try:
+        self.popen = subprocess.Popen(
+          # Settings are sent: all users can read a command line.
+          [sys.executable, '-c', _BOOT, folder, *filter(None, sys.path)],
+          stdin=theirs,
+          stdout=subprocess.DEVNULL,
+          cwd=folder,
+          env=_SET | copied,
+          start_new_session=True,  # The parent decides about Ctrl-C.
         )
-  return [
-    json.dumps({key: [values[i]] for key, values in arguments.items()}).encode()
-    for i in range(count)
-  ]
+      except OSError as error:
+        raise UserError(
+          f'{field}: no worker can be started: {error}'
+        ) from error
+
+  def close(self) -> None:
+    """Ends the process and waits until it and all that it started are gone."""
+    self._channel.close()
+    self.popen.terminate()
+    try:
+      self.popen.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+      # The supervisor is stuck; the kernel ends its children with it.
+      self.popen.kill()
+      self.popen.wait()
+
+  def ask(self, content: bytes, seconds: float) -> tuple[str, Any]:
+    """Sends JSON, and returns the reply; after a `FATAL` one it is unusable."""
+    token = secrets.token_hex(8)
+    request = b'["%s", %s]\n' % (token.encode(), content)
+    try:
+      answered, kind, content = json.loads(self._exchange(request, seconds))
+      # What an earlier sample wrote does not know the token.
+      if answered == token and _is_reply(kind, content):
+        return kind, content
+    except TimeoutError:
+      return 'timeout', f'gave no answer in {seconds:g} s'
+    except OSError:
+      return self._ending()
+    except (LookupError, TypeError, ValueError, RecursionError):
+      pass
+    return 'crash', 'wrote to the channel of its worker'
+
+  def _exchange(self, request: bytes, seconds: float) -> bytes:
+    """Sends a line and returns the next; OSError if the process has ended."""
+    deadline = time.monotonic() + seconds
+    self._channel.settimeout(seconds)
+    self._channel.sendall(request)
+    while b'\n' not in self._received:
+      # A reply in time counts, even if this thread was kept from seeing it.
+      self._channel.settimeout(max(deadline - time.monotonic(), 0.001))
+      received = self._channel.recv(_MAX_LINE)
+      if not received:
+        raise ConnectionError
+      self._received += received
+      if len(self._received) > _MAX_LINE:
+        raise ValueError
+    line, _, self._received = self._received.partition(b'\n')
+    return line
+
+  def _ending(self) -> tuple[str, str]:
+    """Returns the cause of the process's end."""
+    try:
+      status = self.popen.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+      return 'crash', 'closed its channel'
+    ways = {128 + n: f'was killed by {n.name}' for n in signal.Signals}
+    return 'crash', ways.get(status, f'ended with status {status}')
 
 
-def _is_json(value: Any) -> bool:
-  """Returns True if JSON preserves the value: not a tuple, not an array."""
-  kind = type(value)
-  if kind is list:
-    return all(map(_is_json, value))
-  if kind is dict:
-    return all(type(key) is str for key in value) and all(
-      map(_is_json, value.values())
-    )
-  return value is None or kind in (str, int, float, bool)
+def _is_reply(kind: Any, content: Any) -> bool:
+  if kind == 'score' and type(content) is float:
+    return math.isfinite(content)
+  types = dict(score=type(None), ready=dict, error=str, memory=str, user=str)
+  return type(content) is types[kind]
 
 
-def _check(spec: Mapping[str, Any], workers: int) -> None:
+def _wait(futures: Sequence[Future]) -> None:
+  interruptible.wait(lambda seconds: not wait(futures, seconds).not_done)
+
+
+def _check(spec: Mapping[str, Any], workers: int, environment) -> None:
   """Raises UserError for an invalid argument."""
-
-  def is_number(value, kinds):
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-  field, timeout, memory = spec['field'], spec['timeout'], spec['memory']
-  if not is_number(workers, int) or workers < 1:
-    raise UserError(f'{field}: workers is {workers!r}, not a positive integer')
-  if not is_number(timeout, (int, float)) or not 0 < timeout < math.inf:
-    raise UserError(f'{field}: timeout is {timeout!r}, not a number of seconds')
-  if not is_number(memory, int) or memory < _LEAST_MEMORY:
-    raise UserError(
-      f'{field}: memory is {memory!r}\n'
-      f'it is a number of bytes, at least {_LEAST_MEMORY}'
+  whole = lambda value, least: type(value) is int and value >= least
+  name, timeout, memory = (spec[k] for k in ('name', 'timeout', 'memory'))
+  timed = type(timeout) in (int, float) and 0 < timeout < math.inf
+  # Values of the environment are not shown: they may be the secret itself.
+  set_names = isinstance(environment, list | tuple) and all(
+    isinstance(each, str) and each in os.environ for each in environment
+  )
+  kind, kinds = spec['containment'], ', '.join(KINDS)
+  valid = {
+    f'workers is {workers!r}, not a positive integer': whole(workers, 1),
+    f'timeout is {timeout!r}, not a number of seconds': timed,
+    f'memory is {memory!r}\nit is a number of bytes, at least '
+    f'{_LEAST_MEMORY}': whole(memory, _LEAST_MEMORY),
+    f"{name} computes on this process's devices\nleave out workers": (
+      name not in learned.__all__
+    ),
+    'environment must list names of variables that are set\nexport them in the '
+    "shell and write environment=('OPENAI_API_KEY',)": set_names,
+    f'containment is {kind!r}\nchoose one of {kinds}': kind in (None, *KINDS),
+  }
+  valid |= {
+    f'{key} is {value!r}, which is not a JSON value\n'
+    'it is sent to worker processes; write a list for a tuple': (
+      calling.is_json(value)
     )
-  if spec['name'] in learned.__all__:
-    raise UserError(
-      f"{field}: {spec['name']} computes on this process's devices\n"
-      'leave out workers'
-    )
-  named = spec['environment']
-  if not isinstance(named, list | tuple) or not all(
-    isinstance(name, str) and name in os.environ for name in named
-  ):
-    # The value is not shown: it may be the secret itself.
-    raise UserError(
-      f'{field}: environment must list names of variables that are set\n'
-      "export them in the shell and write environment=('OPENAI_API_KEY',)"
-    )
-  kinds = containment_lib.KINDS
-  if spec['containment'] not in (None, *kinds):
-    raise UserError(
-      f'{field}: containment is {spec["containment"]!r}\n'
-      f'choose one of {", ".join(kinds)}'
-    )
-  for key, value in spec['settings'].items():
-    if not _is_json(value):
-      raise UserError(
-        f'{field}: {key} is {value!r}, which is not a JSON value\n'
-        'it is sent to worker processes; write a list for a tuple'
-      )
+    for key, value in spec['settings'].items()
+  }
+  for problem, holds in valid.items():
+    if not holds:
+      raise UserError(f'{spec["field"]}: {problem}')

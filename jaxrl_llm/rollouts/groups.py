@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxrl_llm import sharding
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.scoring import merge_failures
 from jaxrl_llm.rollouts.responses import Responses
 from jaxrl_llm.sampling import policy
 from jaxrl_llm.tasks import prompts as prompts_lib
@@ -114,7 +114,7 @@ def chain(*tools: Tool) -> Groups:
       row | {'prompt': pending.texts[i]} if i in pending.texts else row
       for i, row in enumerate(joined.rows)
     ]
-    tokens = sum(map(_tokens, pending.parts)) - _tokens(joined)
+    tokens = sum(part.tokens for part in pending.parts) - joined.tokens
     record |= _sampled(pending.parts) | {'sampled/discarded_tokens': tokens}
     return Drawn(joined._replace(rows=rows), batch, tokens, record)
 
@@ -306,10 +306,6 @@ def _usual(count: int, most: int) -> int:
   return min(1 << (count - 1).bit_length(), most)
 
 
-def _tokens(responses: Responses) -> int:
-  return int(responses.samples.mask.sum())
-
-
 def _sampled(parts: list[Responses]) -> dict[str, float]:
   first = parts[0].scores
   groups = len(parts[0].rows)
@@ -338,27 +334,12 @@ def _fit(tokens: Any, width: int) -> np.ndarray:
 
 
 def _join_scores(scores: Sequence[Scores], rows: np.ndarray) -> Scores:
+  take = lambda field: np.concatenate([field(part) for part in scores])[rows]
+  names = scores[0].parts
   return Scores(
-    total=np.concatenate([part.total for part in scores])[rows],
-    valid=np.concatenate([part.valid for part in scores])[rows],
-    parts={
-      name: np.concatenate([part.parts[name] for part in scores])[rows]
-      for name in scores[0].parts
-    },
-    failures={
-      name: _add_failures([part.failures for part in scores], name)
-      for name in scores[0].failures
-    },
+    total=take(lambda part: part.total),
+    valid=take(lambda part: part.valid),
+    parts={name: take(lambda part, n=name: part.parts[n]) for name in names},
+    failed={name: take(lambda part, n=name: part.failed[n]) for name in names},
+    failures=merge_failures(part.failures for part in scores),
   )
-
-
-def _add_failures(
-  failures: Sequence[Mapping[str, Failures]], name: str
-) -> Failures:
-  """Sums counts over batches; keeps the first message of each kind."""
-  counts, messages = {}, {}
-  for part in failures:
-    for kind, count in part[name].counts.items():
-      counts[kind] = counts.get(kind, 0) + count
-    messages = dict(part[name].messages) | messages
-  return Failures(counts, messages)

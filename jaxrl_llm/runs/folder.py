@@ -7,6 +7,7 @@ first two once the run is known to continue.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import hashlib
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -29,14 +31,14 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs.metrics import last_step
 
 _PACKAGES = (
-  'jaxrl_llm',
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'transformers',
-  'numpy',
+  *('jaxrl_llm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'),
+  *('transformers', 'numpy'),
+)
+
+# Facts that numbers depend on.
+_NUMERIC = (
+  *('backend', 'device_kind', 'device_count', 'process_count'),
+  *('jax', 'jaxlib'),
 )
 
 # Names whose values must not be written down: api_key, HF_TOKEN, apiKey.
@@ -118,7 +120,8 @@ def _commit() -> dict:
     return {'commit': None, 'dirty': None}
 
 
-class RunFolder:
+@dataclasses.dataclass
+class RunFolder(contextlib.AbstractContextManager):
   """A run's folder, locked for as long as this object is open.
 
   With several processes, only process 0 holds the lock.
@@ -133,21 +136,12 @@ class RunFolder:
     former: in process 0, the configuration at that time; else None.
   """
 
-  def __init__(
-    self,
-    path: pathlib.Path,
-    resuming: bool,
-    notes: Sequence[str] = (),
-    lock=None,
-    former: dict | None = None,
-    start: dict | None = None,
-  ):
-    self.path = path
-    self.resuming = resuming
-    self.notes = notes
-    self.former = former
-    self._start = start
-    self._lock = lock
+  path: pathlib.Path
+  resuming: bool
+  notes: Sequence[str] = ()
+  former: dict | None = None
+  _start: dict | None = None
+  _lock: Any = None
 
   def describe(self, step: int) -> None:
     """Writes `config.json`, and the start to `starts.jsonl`.
@@ -191,9 +185,6 @@ class RunFolder:
     """Releases the lock.  The folder stays as it is."""
     _give_back(self._lock)
     self._lock = None
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *exc_info):
     self.close()
@@ -253,15 +244,14 @@ def _open(path, resume, config, allowed, code) -> RunFolder:
           'Continue it with --resume, or name another --workdir.'
         )
       changed = _compare(path, stored, config, allowed)
-    now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
-    start = {'time': now, **environment(), **_commit()}
+    start = {'time': _now(), **environment(), **_commit()}
     start['code_sha256'] = {str(file): _file_sha256(file) for file in code}
     if stored is None:
       _write_config(path, config)
     else:
       notes = _differences((read_starts(path) or [{}])[-1], start)
     start |= {'changed': changed, 'config': config}
-    return RunFolder(path, stored is not None, notes, lock, stored, start)
+    return RunFolder(path, stored is not None, notes, stored, start, lock)
   except OSError as error:
     _give_back(lock)
     raise _unusable(path, error) from error
@@ -288,17 +278,11 @@ def _lines(path: pathlib.Path) -> int:
 
 def _differences(before: dict, now: dict) -> list[str]:
   """Returns what differs between two starts and may change numbers."""
+  old, new = ({**x, **x.get('versions', {})} for x in (before, now))
   notes = [
-    f'{name} was {before[name]}, is {now[name]}: numbers may differ in the '
-    'last bits'
-    for name in ('backend', 'device_kind', 'device_count', 'process_count')
-    if name in before and before[name] != now[name]
-  ]
-  old, new = before.get('versions', {}), now['versions']
-  notes += [
     f'{name} was {old[name]}, is {new[name]}: numbers may differ in the last '
     'bits'
-    for name in ('jax', 'jaxlib')
+    for name in _NUMERIC
     if old.get(name, new[name]) != new[name]
   ]
   old, new = before.get('code_sha256', {}), now['code_sha256']
@@ -318,6 +302,10 @@ def _unusable(path, error) -> UserError:
   )
 
 
+def _now() -> str:
+  return datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+
+
 def _take_lock(path):
   # The kernel releases the lock however its owner dies, so the content that a
   # dead owner left in the file never blocks a run.
@@ -335,8 +323,7 @@ def _take_lock(path):
   except OSError:
     lock.close()
     raise
-  now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
-  owner = {'pid': os.getpid(), 'host': socket.gethostname(), 'since': now}
+  owner = {'pid': os.getpid(), 'host': socket.gethostname(), 'since': _now()}
   lock.truncate(0)
   lock.write(json.dumps(owner) + '\n')
   lock.flush()
@@ -404,12 +391,8 @@ def _compare(path, stored, config, allowed) -> dict[str, list]:
     for key in sorted(old.keys() | new.keys())
     if _shown(old, key) != _shown(new, key)
   }
-  different = []
-  for key in changed:
-    parts = key.split('.')
-    heads = {'.'.join(parts[: n + 1]) for n in range(len(parts))}
-    if not heads & allowed:
-      different.append(key)
+  below = tuple(f'{key}.' for key in allowed)
+  different = [key for key in changed if not f'{key}.'.startswith(below)]
   if different:
     shown = '; '.join(
       f'{key} was {_shown(old, key)}, is {_shown(new, key)}'

@@ -231,11 +231,10 @@ def _failing(_, recent) -> str | None:
 def _unscored(_, recent) -> str | None:
   if not all(math.isnan(record.get('reward', 0.0)) for record in recent):
     return None
-  # A response on which a reward failed counts as one without a score, too.
   failed, without = (_counted(recent[-1], end) for end in ('failed', 'none'))
   cause = f'{failed} failed' if failed else f'{without} returned None'
   remedy = (
-    'one reward without a score leaves a response out: return 0.0 for an '
+    'None means that a reward does not apply to a response: return 0.0 for an '
     'unreadable answer'
   )
   return (

@@ -23,7 +23,7 @@ from jaxrl_llm.errors import UserError
 _BOARD_INTERVAL = 30.0
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
   """Writes one record per step to `metrics.jsonl`, `timings.jsonl` and `tb/`.
 
   `metrics.jsonl` holds what the run computed and no clock readings, so that two
@@ -94,15 +94,10 @@ class MetricsWriter:
   def last(self) -> tuple[dict, dict]:
     """Returns metrics and timings of the last step, as they were written."""
     metrics = read_metrics(self._metrics.path)[-1]
-    timings = [
-      record
-      for record in read_metrics(self._timings.path)
-      if record['step'] == metrics['step']
-    ]
-    return tuple(
-      {name: value for name, value in record.items() if name != 'step'}
-      for record in (metrics, *(timings[-1:] or [{}]))
-    )
+    step, timings = metrics.pop('step'), {}
+    for record in read_metrics(self._timings.path):
+      timings = record if record.pop('step') == step else {}
+    return metrics, timings
 
   def sync(self) -> None:
     """Returns when every record is on the disk.
@@ -122,9 +117,6 @@ class MetricsWriter:
     self._metrics.close()
     self._timings.close()
     self._board.close()
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, kind, *rest):
     try:
@@ -223,22 +215,19 @@ class RecordFile:
         return
       written = self._file.write(line)
     except OSError as error:
-      raise self._failed(error.strerror) from error
+      raise cannot_write(self.path, error.strerror) from error
     if written != len(line):
-      raise self._failed('the disk is full')
+      raise cannot_write(self.path, 'the disk is full')
 
   def sync(self) -> None:
     """Returns when all records are on the disk."""
     try:
       os.fsync(self._file.fileno())
     except OSError as error:
-      raise self._failed(error.strerror) from error
+      raise cannot_write(self.path, error.strerror) from error
 
   def close(self) -> None:
     self._file.close()
-
-  def _failed(self, reason):
-    return cannot_write(self.path, reason)
 
 
 def cannot_write(path, reason) -> UserError:
@@ -337,10 +326,11 @@ def cut(
   if path.exists():
     lines = path.read_bytes().splitlines(keepends=True)
   records = [_parse(line) for line in lines]
+  limit = -math.inf if step is None else step
   kept = [
     i
     for i, record in enumerate(records)
-    if _is_kept(record, step) and not drop(record)
+    if record and record['step'] <= limit and not drop(record)
   ]
   if complete:
     # Lines after the record of `step` are removed, whatever they hold.
@@ -354,10 +344,6 @@ def cut(
     _check_complete(path, [each['step'] for each in records[:end]], step)
   if then or len(kept) < len(lines):
     write_atomically(path, b''.join(lines[i] for i in kept) + then)
-
-
-def _is_kept(record: dict | None, step: int | None) -> bool:
-  return record is not None and step is not None and record['step'] <= step
 
 
 def _broken(path: pathlib.Path, count: int, complete: bool) -> UserError:

@@ -47,7 +47,7 @@ def start_save(path, state, manifest: dict):
     return ocp.save_checkpointables_async(path, content)
 
 
-def load_state(path, template, part: bool = False):
+def load_state(path, template, part: bool):
   """Loads the arrays of a folder, in the shardings of a template.
 
   Each process reads what its devices hold and waits for no other.  Leaves

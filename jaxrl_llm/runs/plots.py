@@ -42,9 +42,6 @@ def plot_curve(
     marks: label -> x of a vertical line, such as the end of a warm start.
     below: label -> (x, y) of further curves, of any scale, each in a panel of
       its own under the main one.
-
-  Raises:
-    ValueError: a series' x and y differ in length.
   """
   below = below or {}
   figure, panels = _panels(
@@ -58,8 +55,6 @@ def plot_curve(
     curves.append((panel, *curve))
     panel.set_ylabel(curve[0])
   for panel, label, (x, y) in curves:
-    if len(x) != len(y):
-      raise ValueError(f'{label}: {len(x)} x values, {len(y)} y values.')
     few = {'marker': 'o', 'markersize': 3.5} if len(x) <= 40 else {}
     panel.plot(x, y, label=label, linewidth=1.8, **few)
   for label, x in (marks or {}).items():

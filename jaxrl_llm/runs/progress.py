@@ -55,7 +55,7 @@ def _raise():
   raise  # what is being handled
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
   """Shows the progress of a loop, with its latest numbers.
 
     with Progress(total=steps, initial=restored) as progress:
@@ -122,9 +122,6 @@ class Progress:
         with contextlib.suppress(OSError):
           self._bar.close()
         self._bar = None
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *exc_info):
     with self._or_silent():

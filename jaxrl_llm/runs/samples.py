@@ -1,5 +1,6 @@
 """Responses and their rewards, for reading."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ class Sample:
   finished: bool
 
 
-class SampleLog:
+class SampleLog(contextlib.AbstractContextManager):
   """Keeps samples in `samples.jsonl` and shows the latest as a page.
 
   They are for reading: nothing is computed from them.  So, unlike with metrics,
@@ -97,9 +98,6 @@ class SampleLog:
   def sync(self) -> None:
     """Returns when every sample is on the disk; call it before a checkpoint."""
     self._file.sync()
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *exc_info):
     self._file.close()

@@ -1,7 +1,9 @@
 """A stand-in for the writers where nothing is to be written."""
 
+import contextlib
 
-class Silent:
+
+class Silent(contextlib.AbstractContextManager):
   """Accepts the calls of the writers, `Watch` and `Progress`; keeps nothing.
 
   With several processes, all but one use it, so that each runs the same
@@ -31,9 +33,6 @@ class Silent:
 
   def print(self, *renderables) -> None:
     """As in `Progress`."""
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *exc_info):
     pass

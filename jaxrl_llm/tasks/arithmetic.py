@@ -102,32 +102,22 @@ def generate(
 
 def _check(count, operations, operands, operators, modulus, largest, careless):
   """Raises UserError for settings that no expression can satisfy."""
-  problems = [
-    (count < 1, f'count={count} must be at least 1'),
-    (
-      not 1 <= operations[0] <= operations[1],
-      f'operations={operations} must be (least, greatest) with least >= 1',
+  is_range = lambda pair, least: least <= pair[0] <= pair[1]
+  is_none_or = lambda value, least: value is None or value >= least
+  rule = 'must be (least, greatest) with least >='
+  conditions = {
+    f'count={count} must be at least 1': count >= 1,
+    f'operations={operations} {rule} 1': is_range(operations, 1),
+    f'operands={operands} {rule} 0': is_range(operands, 0),
+    f"operators={operators!r} must be some of '+-*'": (
+      operators and set(operators) <= set(_OPERATORS)
     ),
-    (
-      not 0 <= operands[0] <= operands[1],
-      f'operands={operands} must be (least, greatest) with least >= 0',
-    ),
-    (
-      not operators or not set(operators) <= set(_OPERATORS),
-      f"operators={operators!r} must be some of '+-*'",
-    ),
-    (
-      modulus is not None and modulus < 2,
-      f'modulus={modulus} must be at least 2 or None',
-    ),
-    (
-      largest is not None and largest < 1,
-      f'largest={largest} must be at least 1 or None',
-    ),
-    (not 0 <= careless <= 1, f'careless={careless} must be in [0, 1]'),
-  ]
-  for wrong, message in problems:
-    if wrong:
+    f'modulus={modulus} must be at least 2 or None': is_none_or(modulus, 2),
+    f'largest={largest} must be at least 1 or None': is_none_or(largest, 1),
+    f'careless={careless} must be in [0, 1]': 0 <= careless <= 1,
+  }
+  for message, holds in conditions.items():
+    if not holds:
       raise UserError(f'arithmetic.generate: {message}.')
 
 

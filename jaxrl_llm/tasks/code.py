@@ -27,17 +27,13 @@ def human_eval(path: str | pathlib.Path | None) -> list[dict]:
     (its body), test (source that defines check(candidate)) and entry_point (the
     function's name).
   """
-  if path is None:
-    source = 'openai/openai_humaneval'
-    rows = datasets.read_hub(source, 'test')
-  else:
-    source = _file(path, 'HumanEval.jsonl.gz', 'HumanEval.jsonl')
-    rows = datasets.read_rows(source)
+  files = 'HumanEval.jsonl.gz', 'HumanEval.jsonl'
+  file = path and datasets.find_file(path, *files)
   names = {'solution': 'canonical_solution', 'test': 'test'}
   names |= {'entry_point': 'entry_point', 'task_id': 'task_id'}
   return [
-    {'prompt': row['prompt']} | _columns(f'{source}: row {i}', row, names, str)
-    for i, row in enumerate(rows)
+    {'prompt': row['prompt']} | _columns(where, row, names, str)
+    for where, row in datasets.read(file, 'openai/openai_humaneval', 'test')
   ]
 
 
@@ -63,20 +59,16 @@ def mbpp(
     raise UserError(f'MBPP has the splits {list(MBPP_SPLITS)}, not {split!r}.')
   if shown_tests < 1:
     raise UserError(f'MBPP: shown_tests={shown_tests} must be at least 1.')
-  if path is None:
-    source = 'google-research-datasets/mbpp'
-    rows = datasets.read_hub(source, split, config='full', prompt_column='text')
-  else:
-    source = _file(path, 'mbpp.jsonl')
-    rows = datasets.read_rows(source, prompt_column='text')
+  file = path and datasets.find_file(path, 'mbpp.jsonl')
+  hub = 'google-research-datasets/mbpp'
+  settings = dict(config='full', prompt_column='text')
   result = []
-  for i, row in enumerate(rows):
-    where = f'{source}: row {i}'
+  for where, row in datasets.read(file, hub, split, **settings):
     _columns(where, row, {'number': 'task_id'}, int)
     if row['task_id'] in MBPP_SPLITS[split]:
       result.append(_mbpp_row(where, row, shown_tests))
   if not result:
-    raise UserError(f'{source}: there are no problems of the split {split}.')
+    raise UserError(f'{file}: there are no problems of the split {split}.')
   return result
 
 
@@ -120,19 +112,6 @@ def _columns(where: str, row: dict, names: dict, kind: type) -> dict:
         f'{row.get(name)!r:.60}.'
       )
   return {name: row[column] for name, column in names.items()}
-
-
-def _file(path: str | pathlib.Path, *names: str) -> pathlib.Path:
-  """Returns a file, given its path or its folder's."""
-  path = pathlib.Path(path)
-  if not path.is_dir():
-    return path
-  paths = [path / name for name in names if (path / name).exists()]
-  if not paths:
-    raise UserError(
-      f'{path.absolute()}: the folder holds no {" or ".join(names)}.'
-    )
-  return paths[0]
 
 
 def _unix(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch
+from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch, take
 from jaxrl_llm.tasks.sources import PromptSource, derive_seed
 
 
@@ -55,7 +55,7 @@ class Curriculum:
     self._steps = steps
     self._stages = stages
     self._batches = batches_per_step
-    self._values = read_column(encoded.rows, column.removeprefix('-'))
+    self._values = _numbers(encoded.rows, column.removeprefix('-'))
     sign = -1.0 if column.startswith('-') else 1.0
     order = np.argsort(sign * self._values, kind='stable').tolist()
     self._whole = PromptSource(encoded, prompts_per_step, seed)
@@ -65,10 +65,7 @@ class Curriculum:
     ]
     self._sources = [
       PromptSource(
-        encoded._replace(
-          tokens=[encoded.tokens[i] for i in rows],
-          rows=[encoded.rows[i] for i in rows],
-        ),
+        take(encoded, rows),
         prompts_per_step,
         derive_seed(seed, f'stage {stage}'),
       )
@@ -106,22 +103,24 @@ class Curriculum:
 
   def _place(self, number: int) -> tuple[int, int]:
     """Returns (stage, number of the batch within it)."""
-    if number < 0:
-      raise ValueError(f'there is no batch {number}')
     last = self._stages - 1
     stage = min(number // self._batches * last // self._steps, last)
     begin = -(-stage * self._steps // last)
     return stage, number - begin * self._batches
 
 
-def read_column(rows: Sequence[dict], column: str) -> np.ndarray:
+def _numbers(rows: Sequence[dict], column: str) -> np.ndarray:
   """Returns the numbers of a column: float64 [N].
 
   Raises:
     UserError: rows lack a finite number there; reports how many.
   """
   values = [row.get(column) for row in rows]
-  wrong = [i for i, value in enumerate(values) if not _is_number(value)]
+  wrong = [
+    i
+    for i, value in enumerate(values)
+    if type(value) not in (int, float) or not math.isfinite(value)
+  ]
   if wrong:
     raise UserError(
       f'the curriculum needs a number in the column {column!r}: {len(wrong)} '
@@ -129,8 +128,3 @@ def read_column(rows: Sequence[dict], column: str) -> np.ndarray:
       f'the columns are {", ".join(sorted(rows[wrong[0]]))}'
     )
   return np.asarray(values, np.float64)
-
-
-def _is_number(value) -> bool:
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  return number and math.isfinite(value)

@@ -10,6 +10,7 @@ import json
 import pathlib
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import answers
@@ -44,9 +45,9 @@ def read_rows(
   """
   path = pathlib.Path(path)
   if path.name.endswith(('.jsonl', '.jsonl.gz')):
-    rows = list(_json_lines(path))
+    rows = list(json_lines(path))
   elif path.suffix == '.json':
-    rows = list(_json_list(path))
+    rows = _json_list(path)
   else:
     raise UserError(f'{path}: rows are read from .jsonl, .jsonl.gz and .json.')
   if not rows:
@@ -95,6 +96,43 @@ def read_hub(
   ]
 
 
+def read(
+  path: str | pathlib.Path | None, hub: str, split: str, **settings
+) -> list[tuple[str, dict]]:
+  """Reads a file, or a data set of the hub where there is no path.
+
+  Args:
+    path: as in `read_rows`; None for the hub.
+    hub, split: the data set on the hub and its split.
+    **settings: as in `read_hub`; a file has no `config`.
+
+  Returns:
+    The rows, each with its name for messages.
+  """
+  if path is None:
+    rows = read_hub(hub, split, **settings)
+  else:
+    rows = read_rows(path, settings.get('prompt_column'))
+  return [(f'{path or hub}: row {i}', row) for i, row in enumerate(rows)]
+
+
+def find_file(path: str | pathlib.Path, *names: str) -> pathlib.Path:
+  """Returns a file, given its path or that of a folder that holds one of names.
+
+  Raises:
+    UserError: the folder holds none of them.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    return path
+  for name in names:
+    if (path / name).exists():
+      return path / name
+  raise UserError(
+    f'{path.absolute()}: the folder holds no {" or ".join(names)}; name a file.'
+  )
+
+
 def gsm8k(path: str | pathlib.Path | None, split: str) -> list[dict]:
   """Reads grade-school mathematics (Cobbe et al., 2021) with final numbers.
 
@@ -108,26 +146,16 @@ def gsm8k(path: str | pathlib.Path | None, split: str) -> list[dict]:
   """
   if split not in ('train', 'test'):
     raise UserError(f"GSM8K has the splits 'train' and 'test', not {split!r}.")
-  if path is None:
-    source = 'openai/gsm8k'
-    rows = read_hub(source, split, config='main')
-  else:
-    source = pathlib.Path(path) / f'{split}.jsonl'
-    rows = read_rows(source)
+  file = path and pathlib.Path(path) / f'{split}.jsonl'
   result = []
-  for i, row in enumerate(rows):
+  for where, row in read(file, 'openai/gsm8k', split, config='main'):
     solution = str(row.get('answer', ''))
     _, marker, number = solution.rpartition('####')
     if not marker or not number.strip():
-      raise UserError(
-        f'{source}: row {i} has no answer that ends in "#### number".'
-      )
+      raise UserError(f'{where} has no answer that ends in "#### number".')
+    answer = number.strip().replace(',', '')
     result.append(
-      {
-        'prompt': row['prompt'],
-        'answer': number.strip().replace(',', ''),
-        'solution': solution,
-      }
+      {'prompt': row['prompt'], 'answer': answer, 'solution': solution}
     )
   return result
 
@@ -149,16 +177,11 @@ def math(path: str | pathlib.Path | None, split: str) -> list[dict]:
   """
   if split not in _MATH:
     raise UserError(f'MATH has the splits {", ".join(_MATH)}, not {split!r}.')
-  name, source, hub_split = _MATH[split]
-  if path is None:
-    rows = read_hub(source, hub_split)
-  else:
-    source = pathlib.Path(path) / name
-    rows = read_rows(source)
+  name, hub, hub_split = _MATH[split]
   result = []
-  for i, row in enumerate(rows):
+  for where, row in read(path and pathlib.Path(path) / name, hub, hub_split):
     if 'answer' not in row and 'solution' not in row:
-      raise UserError(f'{source}: row {i} has neither answer nor solution.')
+      raise UserError(f'{where} has neither answer nor solution.')
     kept = {'solution': row['solution']} if 'solution' in row else {}
     # One published file has numbers, the others 'Level 5' or 5.
     level = str(row.get('difficulty', row.get('level'))).removeprefix('Level ')
@@ -192,31 +215,35 @@ def read_text(path: pathlib.Path) -> str:
     raise UserError(f'{path}, line {line}: the text is not UTF-8.') from error
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+def parse(where: str, text: str) -> Any:
+  """Parses JSON; the UserError for other text begins with `where`."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{where}: this is not JSON: {error}.') from error
+
+
+def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields (name for messages, value) for each line that is not blank.
+
+  Raises:
+    UserError: as `read_text`, or a line is not JSON; names it.
+  """
   # Not splitlines: JSON strings may hold U+2028, which it treats as a line end.
   for number, line in enumerate(read_text(path).split('\n'), 1):
-    if not line.strip():
-      continue
-    where = f'{path}, line {number}'
-    try:
-      yield where, json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise UserError(f'{where}: this is not JSON: {error}.') from error
+    if line.strip():
+      where = f'{path}, line {number}'
+      yield where, parse(where, line)
 
 
-def _json_list(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-  text = read_text(path)
-  try:
-    rows = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{path}: this is not JSON: {error}.') from error
+def _json_list(path: pathlib.Path) -> list[tuple[str, Any]]:
+  rows = parse(str(path), read_text(path))
   if not isinstance(rows, list):
     raise UserError(
       f'{path}: a .json file must hold one list of rows, not a '
       f'{type(rows).__name__}.'
     )
-  for index, row in enumerate(rows):
-    yield f'{path}, row {index}', row
+  return [(f'{path}, row {i}', row) for i, row in enumerate(rows)]
 
 
 def _with_prompt(where: str, row: dict, column: str | None) -> dict:

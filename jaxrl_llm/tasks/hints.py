@@ -66,12 +66,9 @@ class Hints:
       '{hint}': beginning(row['solution'], share, self._tokenizer),
     }
     text = ''.join(places.get(piece, piece) for piece in self._pieces)
-    ids = prompts_lib.encode_prompt(
-      'a prompt with a hint',
-      {'prompt': text},
-      self._tokenizer,
-      self._chat,
-      self._system,
+    names, rows = ['a prompt with a hint'], [{'prompt': text}]
+    [ids] = prompts_lib.encode_rows(
+      names, rows, self._tokenizer, self._chat, self._system
     )
     return Hinted(text, ids)
 

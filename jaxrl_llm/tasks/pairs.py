@@ -41,16 +41,15 @@ class Pair(NamedTuple):
   rejected: list[int]
 
 
-def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
+def hh_rlhf(path: str | pathlib.Path | None) -> Pairs:
   """Reads Anthropic's dialogues, with a preference between two last responses.
 
   A prompt is the dialogue up to and including the last "Assistant:"; prompt and
   response together are the original dialogue.
 
   Args:
-    path: a file such as harmless-base/train.jsonl.gz, or its folder; None for
-      Anthropic/hh-rlhf on the hub.
-    split: 'train' or 'test', on the hub or in a folder; a file has only one.
+    path: a file such as harmless-base/train.jsonl.gz, or the folder of that;
+      None for the training split of Anthropic/hh-rlhf on the hub.
 
   Raises:
     UserError: as in `datasets.read_rows`; a row is not a pair of such
@@ -60,17 +59,10 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     Bai et al., `Training a Helpful and Harmless Assistant
     <https://arxiv.org/abs/2204.05862>`_, 2022
   """
-  if split not in ('train', 'test'):
-    raise UserError(f"HH-RLHF has the splits 'train' and 'test', not {split!r}")
-  if path is None:
-    source = 'Anthropic/hh-rlhf'
-    source_rows = datasets.read_hub(source, split, prompt_column='chosen')
-  else:
-    source = _file(pathlib.Path(path), split)
-    source_rows = datasets.read_rows(source, prompt_column='chosen')
+  file = path and datasets.find_file(path, 'train.jsonl.gz', 'train.jsonl')
+  hub = 'Anthropic/hh-rlhf'
   rows, left_out = [], {'apart': 0, 'equal': 0, 'empty': 0}
-  for i, row in enumerate(source_rows):
-    where = f'{source}: row {i}'
+  for where, row in datasets.read(file, hub, 'train', prompt_column='chosen'):
     # The reader has renamed the first column to 'prompt'.
     prompt, chosen = _divided(where, 'chosen', row['prompt'])
     other, rejected = _divided(where, 'rejected', row.get('rejected'))
@@ -83,7 +75,9 @@ def hh_rlhf(path: str | pathlib.Path | None, split: str = 'train') -> Pairs:
     else:
       rows.append({'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
   if not rows:
-    raise UserError(f'{source}: no row is a pair with one prompt: {left_out}')
+    raise UserError(
+      f'{file or hub}: no row is a pair with one prompt: {left_out}'
+    )
   return Pairs(rows, **left_out)
 
 
@@ -144,29 +138,26 @@ def encode_responses(
       'the tokenizer has no end token to append to a response.\n'
       'Set end_token=False, or use another tokenizer.'
     )
-  encoded = []
-  for i, (prompt, response, ended) in enumerate(
-    zip(given, responses, finished, strict=True)
-  ):
-    if template is None:
-      text = prompt + suffix + response
-      ids = prompts.encode_text(text, tokenizer)
-      ids = [*ids, tokenizer.eos_token_id] if ended and end_token else ids
-    else:
-      messages = [
-        {'role': 'user', 'content': prompt + suffix},
-        {'role': 'assistant', 'content': response},
-      ]
-      if system_prompt is not None:
-        messages.insert(0, {'role': 'system', 'content': system_prompt})
+  texts = []
+  for prompt, response, ended in zip(given, responses, finished, strict=True):
+    text = prompt + suffix + response
+    if template is not None:
+      turns = {'user': prompt + suffix, 'assistant': response}
+      settings = dict(continue_final_message=not ended)
       text = templates.render(
-        tokenizer, template, messages, continue_final_message=not ended
+        tokenizer, template, system_prompt, turns, **settings
       )
-      ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    texts.append(text)
+  names = [f'prompt and response {i}' for i in range(len(texts))]
+  encoded = prompts.encode(names, texts, tokenizer, bos=template is None)
+  if template is None and end_token:
+    encoded = [
+      [*ids, tokenizer.eos_token_id] if ended else ids
+      for ids, ended in zip(encoded, finished, strict=True)
+    ]
+  for name, ids in zip(names, encoded, strict=True):
     if not ids:
-      raise UserError(f'prompt and response {i} are both empty')
-    prompts.check_known(f'prompt and response {i}', text, ids, tokenizer)
-    encoded.append(ids)
+      raise UserError(f'{name} are both empty')
   return encoded
 
 
@@ -246,17 +237,3 @@ def _divided(where: str, name: str, dialogue) -> tuple[str, str]:
     )
   end = dialogue.rindex(_ANSWER) + len(_ANSWER)
   return dialogue[:end], dialogue[end:]
-
-
-def _file(path: pathlib.Path, split: str) -> pathlib.Path:
-  """Returns a file, given its path or its folder's."""
-  if not path.is_dir():
-    return path
-  names = [f'{split}.jsonl.gz', f'{split}.jsonl']
-  paths = [path / name for name in names if (path / name).exists()]
-  if not paths:
-    raise UserError(
-      f'{path.absolute()}: the folder holds no {" or ".join(names)}; '
-      'name a file.'
-    )
-  return paths[0]

@@ -8,8 +8,6 @@ A rate is None (null) where it is unknown.  A line with "settings" records how
 the rates were measured and belongs to no prompt.
 """
 
-import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -44,13 +42,10 @@ def read_rates(path: str) -> dict[str, float | None]:
     UserError: the file is missing, or a line is not a record; names the line.
   """
   sums = {}
-  # Not splitlines: JSON strings may hold U+2028, which it treats as a line end.
-  lines = datasets.read_text(pathlib.Path(path)).split('\n')
-  for number, line in enumerate(lines, 1):
-    record = _record(line, f'{path}, line {number}') if line.strip() else None
-    if record is None:
+  for where, record in datasets.json_lines(pathlib.Path(path)):
+    if isinstance(record, dict) and 'settings' in record:
       continue
-    prompt, rate, samples = record
+    prompt, rate, samples = _checked(where, record)
     total, count = sums.get(prompt, (0.0, 0))
     if rate is not None:
       total, count = total + rate * samples, count + samples
@@ -106,27 +101,19 @@ def filter_by_rate(
   return chosen
 
 
-def _record(line: str, where: str) -> tuple[str, float | None, int] | None:
-  """Parses a line as (prompt, rate, samples); returns None for settings."""
-  try:
-    record = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{where}: this is not JSON: {error}.') from error
-  if isinstance(record, dict) and 'settings' in record:
-    return None
+def _checked(where: str, record) -> tuple[str, float | None, int]:
+  """Returns a record's prompt, rate and number of samples."""
   if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
-    raise UserError(f'{where}: this is not a record with a prompt: {line:.60}')
+    raise UserError(
+      f'{where}: this is not a record with a prompt: {record!r:.60}'
+    )
   rate, samples = record.get(COLUMN), record.get('samples')
   if rate is None and COLUMN in record:
     return record['prompt'], None, 0
-  if not _is_rate(rate) or type(samples) is not int or samples < 1:
+  known = type(rate) in (int, float) and 0 <= rate <= 1
+  if not known or type(samples) is not int or samples < 1:
     raise UserError(
       f'{where}: {COLUMN} is {rate!r} of {samples!r} samples\n'
       'give a number from 0 to 1, and the number of responses behind it'
     )
   return record['prompt'], float(rate), samples
-
-
-def _is_rate(rate) -> bool:
-  number = isinstance(rate, int | float) and not isinstance(rate, bool)
-  return number and math.isfinite(rate) and 0 <= rate <= 1

@@ -16,6 +16,7 @@ from jaxrl_llm.tasks import templates
 
 # The scoring code supplies these itself; a data set cannot.
 _RESERVED_COLUMNS = ('prompts', 'completions', 'completion_ids', 'finished')
+_BUCKET = 32  # tokens
 
 
 class EncodedPrompts(NamedTuple):
@@ -54,19 +55,14 @@ class PromptBatch(NamedTuple):
   rows: list[dict]
 
 
-def encode_text(text: str, tokenizer) -> list[int]:
-  """Returns a raw prompt's ids, with the tokenizer's BOS but without its EOS.
+def encode_texts(texts: Sequence[str], tokenizer) -> list[list[int]]:
+  """Returns raw texts' ids, with the tokenizer's BOS but without its EOS.
 
   A tokenizer that appends an end token (some do) would end the prompt before
   the model has written anything, so only the leading BOS is added, and only if
   the text does not spell it out.  An empty text becomes the BOS alone, if the
   tokenizer has one, so that there is something to start from.
   """
-  return encode_texts([text], tokenizer)[0]
-
-
-def encode_texts(texts: Sequence[str], tokenizer) -> list[list[int]]:
-  """Applies `encode_text` to each text, calling the tokenizer once for all."""
   ids = _ids(texts, tokenizer)
   bos = tokenizer.bos_token_id
   if bos is None:
@@ -135,7 +131,7 @@ def encode_prompts(
     raise UserError('the data set has no rows: nothing to prompt with.')
   template = templates.template_text(tokenizer, chat_template, system_prompt)
   names = [f'row {i}' for i in range(len(rows))]
-  encoded = _encode(names, rows, tokenizer, template, system_prompt, suffix)
+  encoded = encode_rows(names, rows, tokenizer, template, system_prompt, suffix)
   long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
   if long and overlong == 'error':
     raise UserError(
@@ -157,7 +153,7 @@ def encode_prompts(
     dropped=len(long),
     template_hash=None
     if template is None
-    else _sha256(json.dumps([template, system_prompt])),
+    else sha256(json.dumps([template, system_prompt])),
   )
 
 
@@ -172,12 +168,13 @@ def from_ids(
     tokenizer: the one that produced the ids.
     max_tokens: the budget.
   """
+  padding = tokenizer.pad_token_id, tokenizer.eos_token_id
   return EncodedPrompts(
     tokens=[np.asarray(each, np.int32) for each in ids],
     rows=list(rows),
     dropped=0,
     max_tokens=max_tokens,
-    pad_id=_pad_id(tokenizer),
+    pad_id=next((i for i in padding if i is not None), 0),
     tokenizer_hash=_tokenizer_hash(tokenizer),
     template_hash=None,
   )
@@ -216,10 +213,10 @@ def encode_targets(
       )
   texts = [row[column] for row in rows]
   names = [f'the {column} of row {i}' for i in range(len(rows))]
-  _check_all_text(names, texts)
-  token_ids = _ids(texts, tokenizer)
-  _check_all_known(names, texts, token_ids, tokenizer)
-  encoded = [np.asarray([*ids, eos_id], np.int32) for ids in token_ids]
+  encoded = [
+    np.asarray([*ids, eos_id], np.int32)
+    for ids in encode(names, texts, tokenizer, bos=False)
+  ]
   budget = np.inf if max_tokens is None else max_tokens
   long = [i for i, ids in enumerate(encoded) if len(ids) > budget]
   if long:
@@ -237,14 +234,9 @@ def padded(
   """Returns (tokens, lengths): int32 [N, width] padded at the right, int32 [N].
 
   Raises:
-    UserError: a sequence is longer than `width`.
+    ValueError: a sequence is longer than `width`.
   """
   lengths = np.asarray([len(ids) for ids in sequences], np.int32)
-  if len(lengths) and lengths.max() > width:
-    raise UserError(
-      f'sequence {int(lengths.argmax())} has {lengths.max()} tokens, which '
-      f'does not fit a width of {width}.'
-    )
   tokens = np.full((len(sequences), width), pad_id, np.int32)
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids
@@ -259,31 +251,26 @@ def take(encoded: EncodedPrompts, indices: Sequence[int]) -> EncodedPrompts:
   )
 
 
-def gather(
-  encoded: EncodedPrompts, indices: Sequence[int], *, bucket: int = 32
-) -> PromptBatch:
+def gather(encoded: EncodedPrompts, indices: Sequence[int]) -> PromptBatch:
   """Collects the prompts at `indices`, in that order, into one batch.
 
-  The width is the least multiple of `bucket` that holds the longest of them,
-  but at most the budget, so that few shapes are ever compiled.
+  The width is the least multiple of 32 that holds the longest of them, but at
+  most the budget, so that few shapes are ever compiled.
   """
   chosen = [encoded.tokens[i] for i in indices]
   longest = max(map(len, chosen))
-  width = min(-(-longest // bucket) * bucket, encoded.max_tokens)
+  width = min(-(-longest // _BUCKET) * _BUCKET, encoded.max_tokens)
   tokens, lengths = padded(chosen, encoded.pad_id, width)
   return PromptBatch(tokens, lengths, [encoded.rows[i] for i in indices])
 
 
-def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
+def columns(rows: Sequence[dict]) -> dict[str, list]:
   """Returns the rows' columns for reward functions, without the prompts.
 
-  Args:
-    rows: P rows.
-    samples: G, repetitions of each row in place.
+  A row that lacks a column has None there.
 
-  Returns:
-    A list of P·G entries per column: row 0 G times, row 1 G times, and so on.
-    A row that lacks a column holds None there.
+  Raises:
+    UserError: a column has a reserved name.
   """
   names = dict.fromkeys(name for row in rows for name in row)
   taken = [name for name in names if name in _RESERVED_COLUMNS]
@@ -293,86 +280,91 @@ def columns(rows: Sequence[dict], samples: int = 1) -> dict[str, list]:
       'the model wrote.\nRename the column.'
     )
   names.pop('prompt', None)
-  return {
-    name: [row.get(name) for row in rows for _ in range(samples)]
-    for name in names
-  }
+  return {name: [row.get(name) for row in rows] for name in names}
 
 
-def encode_prompt(
-  where: str, row: dict, tokenizer, template, system_prompt=None, suffix=''
-) -> list[int]:
-  """Encodes one row's prompt.
+def encode_rows(
+  names: Sequence[str],
+  rows: Sequence[dict],
+  tokenizer,
+  template: str | None,
+  system_prompt: str | None = None,
+  suffix: str = '',
+) -> list[list[int]]:
+  """Encodes the prompts of rows.
 
   Args:
-    where: the row, for messages.
-    row: with a 'prompt'.
+    names: of the rows, for messages.
+    rows: each with a 'prompt'.
     tokenizer, system_prompt, suffix: as in `encode_prompts`.
     template: from `templates.template_text`.
 
   Raises:
-    UserError: the prompt is missing, empty, or not expressible.
+    UserError: a prompt is missing, empty, or not expressible.
   """
-  return _encode([where], [row], tokenizer, template, system_prompt, suffix)[0]
-
-
-def _encode(
-  names: Sequence[str],
-  rows: Sequence[dict],
-  tokenizer,
-  template,
-  system,
-  suffix,
-) -> list[list[int]]:
-  """Encodes the prompts of rows; see `encode_prompt`."""
-  texts = [
-    _prompt_text(name, row, tokenizer, template, system, suffix)
-    for name, row in zip(names, rows, strict=True)
-  ]
+  texts = []
+  for name, row in zip(names, rows, strict=True):
+    if not isinstance(row.get('prompt'), str):
+      raise UserError(
+        f'{name} has no text in its column prompt; its columns are '
+        f'{sorted(row)}.'
+      )
+    text = row['prompt'] + suffix
+    if template is not None:
+      turns, settings = {'user': text}, dict(add_generation_prompt=True)
+      text = templates.render(
+        tokenizer, template, system_prompt, turns, **settings
+      )
+    texts.append(text)
   prompts = [f'the prompt of {name}' for name in names]
-  _check_all_text(prompts, texts)
   # A template has written the special tokens; adding them again would double
   # the BOS.
-  encode = encode_texts if template is None else _ids
-  encoded = encode(texts, tokenizer)
-  for name, ids in zip(names, encoded, strict=True):
+  encoded = encode(prompts, texts, tokenizer, bos=template is None)
+  for prompt, ids in zip(prompts, encoded, strict=True):
     if not ids:
       raise UserError(
-        f'the prompt of {name} is empty, and the tokenizer has no BOS token '
-        'to start from.\nRemove the row, or give every prompt a suffix.'
+        f'{prompt} is empty, and the tokenizer has no BOS token to start from.'
+        '\nRemove the row, or give every prompt a suffix.'
       )
-  _check_all_known(prompts, texts, encoded, tokenizer)
   return encoded
 
 
-def _prompt_text(
-  where: str, row: dict, tokenizer, template, system_prompt, suffix: str
-) -> str:
-  """Returns a row's prompt as the tokenizer reads it."""
-  text = row.get('prompt')
-  if not isinstance(text, str):
-    raise UserError(
-      f'{where} has no text in its column prompt; its columns are '
-      f'{sorted(row)}.'
-    )
-  text += suffix
-  if template is None:
-    return text
-  messages = [{'role': 'user', 'content': text}]
-  if system_prompt is not None:
-    messages.insert(0, {'role': 'system', 'content': system_prompt})
-  return templates.render(
-    tokenizer, template, messages, add_generation_prompt=True
-  )
+def encode(
+  names: Sequence[str], texts: Sequence[str], tokenizer, *, bos: bool
+) -> list[list[int]]:
+  """Encodes texts that the vocabulary can express.
 
+  Args:
+    names: of the texts, for messages.
+    texts: N.
+    tokenizer: of `transformers`.
+    bos: adds the BOS as `encode_texts` does; else no special tokens.
 
-def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
-  """Raises UserError where the vocabulary cannot express the text."""
+  Raises:
+    UserError: a text is not expressible.
+  """
+  # JSON's escapes can write text that no tokenizer can read.
+  for name, text in zip(names, texts, strict=True):
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'{name} holds {text[error.start]!r}, half of a surrogate pair, at '
+        f'character {error.start}.\nRemove it: it is not a character.'
+      ) from error
+  encoded = (encode_texts if bos else _ids)(texts, tokenizer)
   unk = tokenizer.unk_token_id
+  for name, text, ids in zip(names, texts, encoded, strict=True):
+    if unk in ids:
+      _check_known(name, text, tokenizer, unk)
+  return encoded
+
+
+def _check_known(where: str, text: str, tokenizer, unk: int) -> None:
+  """Raises UserError if a text's unknown tokens stand for characters."""
   # Some tokenizers use one id for all special tokens; then it means nothing.
-  if unk is None or unk in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-    return
-  if unk not in ids or tokenizer.unk_token in text:
+  special = tokenizer.bos_token_id, tokenizer.eos_token_id
+  if unk in special or tokenizer.unk_token in text:
     return
   lost = [
     c
@@ -385,40 +377,14 @@ def check_known(where: str, text: str, ids: list[int], tokenizer) -> None:
   )
 
 
-def _check_all_text(names: Sequence[str], texts: Sequence[str]) -> None:
-  """Refuses text that JSON's escapes can write but no tokenizer can read."""
-  for name, text in zip(names, texts, strict=True):
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise UserError(
-        f'{name} holds {text[error.start]!r}, half of a surrogate pair, at '
-        f'character {error.start}.\nRemove it: it is not a character.'
-      ) from error
-
-
-def _check_all_known(names, texts, encoded, tokenizer) -> None:
-  """Applies `check_known` to each; a tokenizer is slow to name its tokens."""
-  unk = tokenizer.unk_token_id
-  for name, text, ids in zip(names, texts, encoded, strict=True):
-    if unk in ids:
-      check_known(name, text, ids, tokenizer)
-
-
-def _pad_id(tokenizer) -> int:
-  for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-    if token is not None:
-      return token
-  return 0
-
-
 def _tokenizer_hash(tokenizer) -> str:
   """Returns the sha256 of all that decides the ids: not padding, truncation."""
   definition = json.loads(tokenizer.backend_tokenizer.to_str())
   for state in ('padding', 'truncation'):
     definition.pop(state, None)
-  return _sha256(json.dumps(definition, sort_keys=True))
+  return sha256(json.dumps(definition, sort_keys=True))
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
+  """Returns the digest of a text in hexadecimal."""
   return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch, gather
+from jaxrl_llm.tasks.prompts import EncodedPrompts, PromptBatch, gather, sha256
 
 # Types whose `repr` shows the value and nothing else.
 _EXACT = (
@@ -34,8 +34,6 @@ class PromptSource:
     encoded: EncodedPrompts,
     prompts_per_step: int,
     seed: int,
-    *,
-    bucket: int = 32,
   ):
     """Takes P = prompts_per_step rows at a time; P may exceed their number.
 
@@ -43,25 +41,20 @@ class PromptSource:
       encoded: at least one row.
       prompts_per_step: P.
       seed: of the permutations, not negative.
-      bucket: batches are padded to a multiple of this many tokens.
     """
     for name, value, least in (
       ('number of rows', len(encoded.rows), 1),
       ('number of prompts per step', prompts_per_step, 1),
       ('seed', seed, 0),
-      ('bucket', bucket, 1),
     ):
       if value < least:
         raise UserError(f'the {name} must be at least {least}, not {value}.')
     self._encoded = encoded
     self._prompts_per_step = prompts_per_step
     self._seed = seed
-    self._bucket = bucket
 
   def indices(self, step: int) -> list[int]:
     """Returns the positions of batch `step` among the encoded prompts."""
-    if step < 0:
-      raise ValueError(f'there is no step {step}')
     n, size = len(self._encoded.rows), self._prompts_per_step
     first, last = step * size, (step + 1) * size - 1
     orders = {e: self._order(e) for e in range(first // n, last // n + 1)}
@@ -69,7 +62,7 @@ class PromptSource:
 
   def batch(self, step: int) -> PromptBatch:
     """Returns batch `step`, counted from 0."""
-    return gather(self._encoded, self.indices(step), bucket=self._bucket)
+    return gather(self._encoded, self.indices(step))
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns the facts that give a stored step number its prompts.
@@ -81,13 +74,12 @@ class PromptSource:
     for ids in self._encoded.tokens:
       digest.update(len(ids).to_bytes(8, 'little'))
       digest.update(np.ascontiguousarray(ids, '<i4').tobytes())
-    rows = _canonical(self._encoded.rows)
     return {
       'seed': self._seed,
       'rows': len(self._encoded.rows),
       'prompts_per_step': self._prompts_per_step,
       'tokens_sha256': digest.hexdigest(),
-      'rows_sha256': _sha256(rows),
+      'rows_sha256': sha256(_canonical(self._encoded.rows)),
       'tokenizer_sha256': self._encoded.tokenizer_hash,
       'template_sha256': self._encoded.template_hash,
     }
@@ -137,8 +129,4 @@ def _plain(value: Any) -> Any:
 
 def derive_seed(seed: int, name: str) -> int:
   """Derives a seed for a separate stream, identified by its name."""
-  return int(_sha256(f'{seed} {name}')[:8], 16)
-
-
-def _sha256(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()
+  return int(sha256(f'{seed} {name}')[:8], 16)

@@ -32,19 +32,34 @@ def template_text(
   return template
 
 
-def render(tokenizer, template: str, messages: list[dict], **settings) -> str:
-  """Renders messages with the template; `settings` as in `transformers`.
+def render(
+  tokenizer,
+  template: str,
+  system_prompt: str | None,
+  turns: dict[str, str],
+  **settings,
+) -> str:
+  """Renders a dialogue with the template.
+
+  Args:
+    tokenizer: of `transformers`.
+    template: from `template_text`.
+    system_prompt: comes first; None for none.
+    turns: role → text, in their order.
+    **settings: as in `transformers`.
 
   Raises:
     UserError: the template fails on them.
   """
+  system = {} if system_prompt is None else {'system': system_prompt}
+  turns = system | turns
+  messages = [{'role': role, 'content': x} for role, x in turns.items()]
   try:
     return tokenizer.apply_chat_template(
       messages, chat_template=template, tokenize=False, **settings
     )
   except Exception as error:  # A template can raise anything.
     reason = ' '.join(str(error).split())[:200]
-  roles = [message['role'] for message in messages]
   raise UserError(
-    f'the chat template fails on messages of the roles {roles}:\n{reason}'
+    f'the chat template fails on messages of the roles {[*turns]}:\n{reason}'
   )

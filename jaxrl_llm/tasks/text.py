@@ -1,12 +1,11 @@
 """Cuts prompts from plain text: the first tokens of every document."""
 
-import json
 import pathlib
 from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.datasets import read_text
-from jaxrl_llm.tasks.prompts import encode_text
+from jaxrl_llm.tasks.datasets import parse, read_text
+from jaxrl_llm.tasks.prompts import encode_texts
 
 
 class CutPrompts(NamedTuple):
@@ -34,9 +33,7 @@ def cut_prompts(
   Prompts are kept as text, and every one encodes to exactly `prompt_tokens`
   ids, including the BOS if the tokenizer prepends one.  Every document is
   longer than its prompt, so that there is something to continue with.
-  Documents are taken in file order; `rows`, `too_short`, `altered` and
-  `repeated` add
-  up to their number.
+  Documents are taken in file order.
 
   Args:
     path: `.json` (one list of strings, one per document) or any other name for
@@ -54,14 +51,13 @@ def cut_prompts(
   path = pathlib.Path(path)
   rows, seen = [], set()
   too_short = altered = repeated = 0
-  for index, document in enumerate(_documents(path)):
-    ids = encode_text(document, tokenizer)
+  for index, ids in enumerate(encode_texts(_documents(path), tokenizer)):
     if len(ids) <= prompt_tokens:
       too_short += 1
       continue
     ids = ids[:prompt_tokens]
     prompt = tokenizer.decode(ids, skip_special_tokens=True)
-    if encode_text(prompt, tokenizer) != ids:
+    if encode_texts([prompt], tokenizer) != [ids]:
       altered += 1
     elif prompt in seen:
       repeated += 1
@@ -80,10 +76,7 @@ def _documents(path) -> list[str]:
   """Reads the documents of a file, without those of only whitespace."""
   text = read_text(path)
   if path.suffix == '.json':
-    try:
-      documents = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-      raise UserError(f'{path}: this is not JSON: {error}.') from error
+    documents = parse(str(path), text)
     if not isinstance(documents, list) or not all(
       isinstance(document, str) for document in documents
     ):

@@ -48,7 +48,8 @@ class Recorder:
 
     def scoring():
       self.asked += 1
-      return Scores(total, valid, {'own': rewards.reshape(-1)})
+      failed = {'own': np.zeros(total.size, bool)}
+      return Scores(total, valid, {'own': rewards.reshape(-1)}, failed)
 
     self.batches.append(batch)
     self.calls.append(

@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments.schedule import failure_messages
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.workers import Failures, merge_failures
+from jaxrl_llm.rewards.scoring import Failures, merge_failures
 from jaxrl_llm.rollouts import Responses
 from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.rollouts.collect import failures_of_step as of_step
@@ -31,7 +31,7 @@ def test_each_kind_of_failure_is_told_once():
 
 
 def scored(**failures):
-  scores = Scores(np.zeros(1), np.ones(1, bool), {}, failures)
+  scores = Scores(np.zeros(1), np.ones(1, bool), {}, {}, failures)
   return Responses(None, [], None, [], lambda: scores)
 
 
@@ -39,11 +39,16 @@ def test_failures_of_a_step_are_those_of_all_that_it_scored():
   found = of_step(scored(a=SOME, b=MORE), scored(a=MORE), scored(b=SOME))
   assert failure_counts(found) == {
     'rewards/a/failed': 2,
+    'rewards/a/failed/crash': 2,
     'rewards/b/failed': 4,
+    'rewards/b/failed/crash': 3,
+    'rewards/b/failed/timeout': 1,
     'greedy/rewards/a/failed': 4,
+    'greedy/rewards/a/failed/crash': 3,
+    'greedy/rewards/a/failed/timeout': 1,
     'branches/rewards/b/failed': 2,
+    'branches/rewards/b/failed/crash': 2,
   }
-  assert failure_counts(of_step(scored(a=SOME))) == {'rewards/a/failed': 2}
   assert of_step(scored(), branched=scored()) == {}
   merged = merge_failures([{'a': SOME}, {'a': MORE, 'b': SOME}, {}])
   assert merged['a'].total == 6 and merged['b'] == SOME

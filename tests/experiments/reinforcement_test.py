@@ -100,7 +100,8 @@ def test_failures_in_workers_are_recorded(setting, tmp_path):
     even = [len(text) % 2 == 0 for text in result.responses.completions]
     assert 0 < sum(even) < len(even)
     assert result.metrics['rewards/odd/failed'] == sum(even)
-    assert result.metrics['rewards/odd/none'] == sum(even)
+    assert result.metrics['rewards/odd/failed/error'] == sum(even)
+    assert result.metrics['rewards/odd/none'] == 0
     assert 'rewards/ones/failed' not in result.metrics
     np.testing.assert_array_equal(
       result.responses.scores.valid, ~np.array(even)

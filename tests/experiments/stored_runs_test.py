@@ -62,7 +62,7 @@ def test_a_batch_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
       finished=np.ones((1, 2, 1), bool),
     ),
     ['b', 'c'],
-    lambda: Scores(np.ones(2), np.ones(2, bool), {}),
+    lambda: Scores(np.ones(2), np.ones(2, bool), {}, {}),
   )
   path = tmp_path / 'batch.npz'
   stored_runs.write_batch(path, responses, np.ones((1, 2)))

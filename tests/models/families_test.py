@@ -109,8 +109,3 @@ def test_unsupported_settings_are_named(change, words):
   ):
     families.read_config({**LLAMA, **change})
   assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_unknown_override():
-  with pytest.raises(UserError, match="no field 'rematerialise'"):
-    families.read_config(LLAMA, rematerialise=True)

@@ -16,7 +16,7 @@ from jaxrl_llm.rewards import (
   programs,
   sandbox,
   score,
-  test_scores,
+  step_scores,
 )
 from jaxrl_llm.tasks import code as tasks
 
@@ -112,7 +112,7 @@ def test_all_of_human_eval(human_eval):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'grade', [test_scores.all_passed(), test_scores.share_passed()]
+  'grade', [step_scores.all_passed(), step_scores.share_passed()]
 )
 def test_no_sabotage_passes(human_eval, grade):
   rows, wrong = sabotage(human_eval)
@@ -153,7 +153,7 @@ def test_the_share_of_a_check_counts_its_assertions():
   answers = ['return x', 'return abs(x)', 'return x % 5', 'return 9', 'return']
   answers = [f'def f(x): {answer}' for answer in answers]
   rows = [row] * 5
-  share = rewards(rows, answers, score=test_scores.share_passed())
+  share = rewards(rows, answers, score=step_scores.share_passed())
   assert share == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
   assert rewards(rows, answers) == [1, 0, 0, 0, 0]
 
@@ -170,7 +170,7 @@ def test_the_share_of_a_check_counts_its_assertions():
 def test_a_check_of_another_shape_is_run_all_the_same(check):
   row = dict(prompt='', test=check, entry_point='f')
   texts = ['def f(x): return x', 'def f(x): return 2', 'def f(x): 1 / 0']
-  found = rewards([row] * 3, texts, score=test_scores.share_passed())
+  found = rewards([row] * 3, texts, score=step_scores.share_passed())
   assert found == [1, 1, 0]
 
 

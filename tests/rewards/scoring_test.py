@@ -1,7 +1,6 @@
 """Sums against hand computation; every way a reward function can misbehave."""
 
 import fractions
-import re
 
 import hostile
 import jax.numpy as jnp
@@ -47,15 +46,37 @@ def test_total_is_the_weighted_sum_of_the_parts():
   assert scores.valid.tolist() == [True] * 3
 
 
-def test_none_makes_only_its_own_sample_invalid():
+def test_none_leaves_its_function_out_of_the_sum():
+  """All None leave the response out, and so does a score without weight."""
   scores = run(
-    RewardPart('a', lambda **kwargs: [1, None, 3]),
-    RewardPart('b', lambda **kwargs: [10, 20, 30]),
+    RewardPart('a', lambda **kwargs: [1, None, None], 2.0),
+    RewardPart('b', lambda **kwargs: [10, 20, None]),
+    RewardPart('logged', lambda **kwargs: [None, 7, 7], 0.0),
   )
-  np.testing.assert_array_equal(scores.total, [11, 0, 33])
-  assert scores.valid.tolist() == [True, False, True]
-  np.testing.assert_array_equal(scores.parts['a'], [1, np.nan, 3])
-  np.testing.assert_array_equal(scores.parts['b'], [10, 20, 30])
+  np.testing.assert_array_equal(scores.total, [12, 20, 0])
+  assert scores.valid.tolist() == [True, True, False]
+  np.testing.assert_array_equal(scores.parts['a'], [1, np.nan, np.nan])
+  np.testing.assert_array_equal(scores.parts['b'], [10, 20, np.nan])
+  assert not any(scores.failed['a']) and not scores.failures
+
+
+def test_a_failure_leaves_the_response_out_whatever_others_say():
+  with isolated(hostile.NAME, workers=1) as there:
+    scores = score(
+      [RewardPart('there', there), RewardPart('b', lambda **_: [10, 20, 30])],
+      ['p'] * 3,
+      ['1', 'none', 'raise'],
+      {},
+    )
+  np.testing.assert_array_equal(scores.total, [11, 20, 0])
+  assert scores.valid.tolist() == [True, True, False]
+  assert scores.failed['there'].tolist() == [False, False, True]
+  assert scores.failed['b'].tolist() == [False] * 3
+  counts, messages = scores.failures['there']
+  assert counts == {'error': 1, 'timeout': 0, 'crash': 0, 'memory': 0}
+  assert messages == {
+    'error': "ValueError: no answer (sample 2, completion 'raise')"
+  }
 
 
 def test_what_an_array_masks_is_no_score():
@@ -103,49 +124,47 @@ def test_nothing_is_broadcast_or_truncated(bad):
 
 
 def test_an_exception_is_located_and_chained():
+  """It ends the step and not the process; a batch may fail as a whole."""
+
   def breaks(completions, **kwargs):
     return [1 / (len(c) - len('a bit longer')) for c in completions]
 
-  with pytest.raises(UserError) as caught:
-    run(RewardPart('breaks', breaks))
-  text = str(caught.value)
-  assert 'ZeroDivisionError' in text and 'sample 1' in text
-  assert 'a bit longer' in text and len(text.splitlines()) <= 3
-  assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_a_function_does_not_end_the_run():
-  def leaves(completions, **kwargs):
+  def leaves(**kwargs):
     raise SystemExit(0)
 
-  text = message_of(RewardPart('leaves', leaves))
-  assert "'leaves' raised SystemExit: 0" in text and 'sample 0' in text
-
-
-def test_an_exception_of_the_whole_batch_says_so():
-  def breaks(completions, **kwargs):
+  def on_many(completions, **kwargs):
     if len(completions) > 1:
       raise RuntimeError('line one\nline two')
     return [1.0]
 
-  assert 'whole batch' in message_of(RewardPart('breaks', breaks))
+  text = message_of(RewardPart('breaks', breaks))
+  assert 'ZeroDivisionError' in text and 'sample 1' in text
+  assert 'a bit longer' in text
+  with pytest.raises(UserError) as caught:
+    run(RewardPart('breaks', breaks))
+  assert isinstance(caught.value.__cause__, ZeroDivisionError)
+  text = message_of(RewardPart('leaves', leaves))
+  assert "'leaves' raised SystemExit: 0" in text and 'sample 0' in text
+  assert 'whole batch' in message_of(RewardPart('on_many', on_many))
 
 
-def test_a_function_gets_only_what_it_names():
+def test_a_function_gets_copies_of_only_what_it_names():
   seen = {}
 
   def some(completions, answer, unused=7):
-    seen['some'] = (completions, answer, unused)
-    return [0] * len(completions)
+    seen['some'] = (list(completions), list(answer), unused)
+    answer.clear()
+    completions[0] = ''
+    return [0.0] * 3
 
   class All:
     def __call__(self, prompts, **kwargs):
-      seen['all'] = (prompts, sorted(kwargs))
+      seen['all'] = (prompts, kwargs)
       return [0] * len(prompts)
 
   run(RewardPart('some', some), RewardPart('all', All()))
   assert seen['some'] == (COMPLETIONS, ['1', '2', '3'], 7)
-  assert seen['all'] == (PROMPTS, ['answer', 'completions', 'finished'])
+  assert seen['all'] == (PROMPTS, {'completions': COMPLETIONS, **COLUMNS})
 
 
 def test_a_missing_column_is_named():
@@ -153,19 +172,6 @@ def test_a_missing_column_is_named():
   assert 'needy' in text and "'gold'" in text and 'answer' in text
   text = message_of(RewardPart('positional', lambda prompts, c, /: []))
   assert 'positional' in text
-
-
-def test_one_function_cannot_change_what_the_next_one_sees():
-  def vandal(completions, answer):
-    answer.clear()
-    completions[0] = ''
-    return [0.0] * 3
-
-  def reader(completions, answer):
-    assert completions == COMPLETIONS and answer == ['1', '2', '3']
-    return [1.0] * 3
-
-  run(RewardPart('vandal', vandal), RewardPart('reader', reader))
 
 
 def test_inconsistent_input_is_refused():
@@ -179,52 +185,6 @@ def test_inconsistent_input_is_refused():
   assert 'prompts' in message_of(good, columns={'prompts': ['1'] * 3})
   big = RewardPart('big', lambda **kwargs: [0, 1e38, 0], 10.0)
   assert 'overflows float32 at sample 1' in message_of(big)
-
-
-# Written as for TRL's GRPOTrainer: nothing of this package in them.
-
-
-def reward_unique_letters(completions, **kwargs):
-  """Number of different letters."""
-  return [float(len(set(completion))) for completion in completions]
-
-
-def reward_boxed(prompts, completions, ground_truth, completion_ids, **kwargs):
-  pattern = re.compile(r'\\boxed\{(.*?)\}')
-  rewards = []
-  for prompt, completion, truth, ids in zip(
-    prompts, completions, ground_truth, completion_ids, strict=True
-  ):
-    if not prompt.endswith('?'):
-      rewards.append(None)  # no question: this reward does not apply
-      continue
-    match = pattern.search(completion)
-    rewards.append(1.0 if match and match[1] == truth else -0.1 * len(ids))
-  return rewards
-
-
-def test_functions_in_the_shape_of_trl_work_unchanged():
-  prompts = ['1+1?', '1+2?', 'Tell me a story']
-  completions = ['\\boxed{2}', 'it is 3', 'aab']
-  columns = {
-    'ground_truth': ['2', '3', ''],
-    'level': [1, 2, 3],
-    'completion_ids': [[5, 6], [5, 6, 7], [8]],
-    'finished': [True, True, False],
-  }
-  parts = [
-    RewardPart('letters', reward_unique_letters),
-    RewardPart('boxed', reward_boxed, 2.0),
-  ]
-  scores = score(parts, prompts, completions, columns)
-  np.testing.assert_array_equal(scores.parts['letters'], [9, 5, 2])
-  np.testing.assert_allclose(scores.parts['boxed'], [1, -0.3, np.nan])
-  np.testing.assert_allclose(scores.total, [11, 4.4, 0])
-  assert scores.valid.tolist() == [True, True, False]
-  # What the data set does not have is named.
-  del columns['ground_truth']
-  with pytest.raises(UserError, match="needs an argument 'ground_truth'"):
-    score(parts, prompts, completions, columns)
 
 
 def test_workers_begin_at_once_and_what_is_in_this_process_when_asked():
@@ -243,8 +203,5 @@ def test_workers_begin_at_once_and_what_is_in_this_process_when_asked():
     scores = scoring()
     assert scores.total.tolist() == [3.0, 5.0]
     assert scoring() is scores and len(calls) == 1
-
-
-def test_what_does_not_fit_is_said_at_once():
-  with pytest.raises(UserError, match='distinct names'):
-    start([], ['p'], ['1'], {})
+    with pytest.raises(UserError, match='distinct names'):
+      start([], ['p'], ['1'], {})  # What does not fit is reported at once.

@@ -6,7 +6,7 @@ import pytest
 
 from jaxrl_llm import rollouts, sampling
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.workers import Failures
+from jaxrl_llm.rewards.scoring import Failures
 from jaxrl_llm.rollouts import groups as regroup
 from jaxrl_llm.sampling import policy
 
@@ -20,6 +20,7 @@ def scores(rewards, failures=None):
     total=np.array([0.0 if r is None else r for r in flat]),
     valid=np.array([r is not None for r in flat]),
     parts={'own': np.array([np.nan if r is None else r for r in flat])},
+    failed={'own': np.array([r is not None and r % 5 == 0 for r in flat])},
     failures=failures or {},
   )
 
@@ -93,16 +94,18 @@ def test_join_takes_whole_groups():
       assert joined.completions[row] == part.completions[group * GROUP + g]
       reward = part.scores.total[group * GROUP + g]
       assert found.total[row] == found.parts['own'][row] == reward
+      assert found.failed['own'][row] == (reward % 5 == 0)
   assert joined.samples.entropy is None
   assert joined.samples.tokens.dtype == jnp.int32
 
 
 def test_failures_of_all_batches_are_counted():
-  first = {'own': Failures({'timeout': 1, 'crash': 0}, {'timeout': 'slow'})}
-  second = {
-    'own': Failures({'timeout': 2, 'crash': 3}, {'timeout': 'x', 'crash': 'y'})
-  }
+  none = dict.fromkeys(('error', 'memory'), 0)
+  slow = none | {'timeout': 1, 'crash': 0}
+  first = {'own': Failures(slow, {'timeout': 'slow'})}
+  both = none | {'timeout': 2, 'crash': 3}
+  second = {'own': Failures(both, {'timeout': 'x', 'crash': 'y'})}
   parts = [responses(1, 2, 2, first), responses(2, 2, 2, second)]
   (found,) = regroup.join(parts, [(0, 0), (0, 1)]).scores.failures.values()
-  assert found.counts == {'timeout': 3, 'crash': 3}
+  assert found.counts == none | {'timeout': 3, 'crash': 3}
   assert found.messages == {'timeout': 'slow', 'crash': 'y'}

@@ -103,6 +103,10 @@ def test_the_record_leaves_missing_rewards_out(model, seen):
   assert metrics['rewards/r/mean'] == pytest.approx(known.mean())
   assert metrics['rewards/r/std'] == pytest.approx(known.std())
   assert metrics['rewards/r/none'] == 1
+  scores = responses.scores._replace(failed={'r': np.arange(8) == 5})
+  responses = responses._replace(scoring=lambda: scores)
+  again = collect.reward_metrics(responses, make(model, responses, Needs()))
+  assert again == metrics | {'rewards/r/none': 0}
 
 
 def test_reference_and_rescoring(model, seen):

@@ -36,12 +36,12 @@ def test_a_dialogue_is_divided_before_its_last_response(tmp_path):
     {'prompt': START, 'chosen': ' So.', 'rejected': ' No.\n\nReally not.'},
     {'prompt': START, 'chosen': ' b', 'rejected': ' a'},
   ]
-  path = write(tmp_path / 'test.jsonl.gz', rows)
-  found = pairs.hh_rlhf(path)
-  assert found == pairs.Pairs(expected, apart=2, equal=1, empty=1)
-  assert pairs.hh_rlhf(tmp_path, 'test') == found
   with pytest.raises(UserError, match='holds no train.jsonl.gz or'):
     pairs.hh_rlhf(tmp_path)
+  path = write(tmp_path / 'train.jsonl.gz', rows)
+  found = pairs.hh_rlhf(path)
+  assert found == pairs.Pairs(expected, apart=2, equal=1, empty=1)
+  assert pairs.hh_rlhf(tmp_path) == found
 
 
 def test_real_dialogues_are_what_they_were(shared):
@@ -71,8 +71,8 @@ def test_the_hub_is_asked_for_the_split(monkeypatch):
 
   module = types.SimpleNamespace(load_dataset=load_dataset)
   monkeypatch.setitem(sys.modules, 'datasets', module)
-  assert len(pairs.hh_rlhf(None, 'test').rows) == 1
-  assert asked == [('Anthropic/hh-rlhf', None, 'test')]
+  assert len(pairs.hh_rlhf(None).rows) == 1
+  assert asked == [('Anthropic/hh-rlhf', None, 'train')]
 
 
 def test_what_is_no_pair_of_dialogues_is_refused(tmp_path):
@@ -84,8 +84,6 @@ def test_what_is_no_pair_of_dialogues_is_refused(tmp_path):
   ):
     with pytest.raises(UserError, match=words):
       pairs.hh_rlhf(write(tmp_path / 'a.jsonl', [row]))
-  with pytest.raises(UserError, match="not 'validation'"):
-    pairs.hh_rlhf(None, 'validation')
 
 
 CHARACTERS = vocabulary.character_tokenizer('abcdefgh<>ursit')

@@ -116,3 +116,77 @@ def test_what_is_missing_is_named():
     make(est.grpo(kl=0.1))
   with pytest.raises(UserError, match='critic=training.separate'):
     make(est.ppo())
+
+
+# TRL's example of rewards for several tasks: each is None for the others'.
+
+
+def math_reward(prompts, completions, task, **kwargs):
+  return [
+    text.count('1') / 6 if name == 'math' else None
+    for text, name in zip(completions, task, strict=True)
+  ]
+
+
+def coding_reward(prompts, completions, task, **kwargs):
+  return [
+    text.count('+') / 6 if name == 'coding' else None
+    for text, name in zip(completions, task, strict=True)
+  ]
+
+
+def test_rewards_of_two_tasks_train_both(params):
+  """Each returns None for the other's prompts, as in TRL's documentation."""
+  rows = [
+    row | {'task': ('math', 'coding')[i % 2]} for i, row in enumerate(ROWS)
+  ]
+  encoded = prompts.encode_prompts(rows, TOKENIZER, max_tokens=8)
+  source = sources.PromptSource(encoded, 16, seed=0)
+  trainer = training.online(
+    MODEL,
+    TOKENIZER,
+    est.rloo(),
+    optax.adam(0.02),
+    [math_reward, coding_reward],
+    GENERATION,
+  )
+  state, means = trainer.init(params), []
+  for step in range(25):
+    key = jax.random.fold_in(jax.random.key(4), step)
+    state, metrics, sampled = trainer.step(state, source.batch(step), key)
+    scores = sampled.responses.scores
+    assert scores.valid.all() and not scores.failures
+    assert metrics['rewards/math_reward/none'] == 32
+    both = [metrics[f'rewards/{n}_reward/mean'] for n in ('math', 'coding')]
+    assert metrics['reward'] == pytest.approx(np.mean(both), rel=1e-5)
+    means.append(both)
+  first, last = np.mean(means[:3], axis=0), np.mean(means[-3:], axis=0)
+  assert (last > first + 0.2).all(), (first, last)
+
+
+def test_a_response_without_any_score_leaves_its_group(params):
+  """The others' baseline is the mean of what is left."""
+
+  def sometimes(completions):
+    return [len(t) / 6 if len(t) % 2 else None for t in completions]
+
+  def never(completions):
+    return [None] * len(completions)
+
+  trainer = training.online(
+    MODEL, TOKENIZER, est.rloo(), optax.sgd(0.1), [sometimes, never], GENERATION
+  )
+  batch = sources.PromptSource(ENCODED, 8, seed=0).batch(0)
+  _, _, sampled = trainer.step(trainer.init(params), batch, jax.random.key(5))
+  scores = sampled.responses.scores
+  shape = sampled.advantages.shape
+  rewards, valid = scores.total.reshape(shape), scores.valid.reshape(shape)
+  assert 0 < valid.sum() < valid.size
+  for group, scored, found in zip(
+    rewards, valid, sampled.advantages, strict=True
+  ):
+    expected = np.zeros(len(group))
+    for i in np.flatnonzero(scored):
+      others = [group[j] for j in np.flatnonzero(scored) if j != i]
+      expected[i] = group[i] - np.mean(others) if others else 0.0
+    np.testing.assert_allclose(found, expected, atol=1e-6)

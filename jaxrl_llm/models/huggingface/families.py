@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.config import FAMILIES, ModelConfig, Rope
@@ -18,14 +19,11 @@ ARCHITECTURES = {
 }
 # With one score of a whole text instead of logits.
 SCORING_ARCHITECTURES = {
-  'llama': 'LlamaForSequenceClassification',
-  'mistral': 'MistralForSequenceClassification',
-  'qwen2': 'Qwen2ForSequenceClassification',
-  'qwen3': 'Qwen3ForSequenceClassification',
-  'gemma2': 'Gemma2ForSequenceClassification',
-  'gemma3_text': 'Gemma3TextForSequenceClassification',
-  'gpt2': 'GPT2ForSequenceClassification',
-}
+  family: re.sub(
+    '(ForCausalLM|LMHeadModel)$', 'ForSequenceClassification', name
+  )
+  for family, name in ARCHITECTURES.items()
+} | {'gemma3_text': 'Gemma3TextForSequenceClassification'}
 ACTIVATIONS = {
   'silu': 'silu',
   'swish': 'silu',
@@ -33,6 +31,26 @@ ACTIVATIONS = {
   'gelu_new': 'gelu_tanh',
   'gelu_fast': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
+}
+# Fields of ModelConfig by their names in config.json.
+_COMMON = {'vocab_size': 'vocab_size', 'tied': 'tie_word_embeddings'}
+_ROTARY = {
+  'hidden_size': 'hidden_size',
+  'intermediate_size': 'intermediate_size',
+  'num_layers': 'num_hidden_layers',
+  'num_heads': 'num_attention_heads',
+  'num_kv_heads': 'num_key_value_heads',
+  'head_dim': 'head_dim',
+  'max_length': 'max_position_embeddings',
+  'norm_epsilon': 'rms_norm_eps',
+}
+_GPT2 = {
+  'hidden_size': 'n_embd',
+  'intermediate_size': 'n_inner',
+  'num_layers': 'n_layer',
+  'num_heads': 'n_head',
+  'max_length': 'n_positions',
+  'norm_epsilon': 'layer_norm_epsilon',
 }
 # Settings that change the function in ways the decoder does not support, and
 # their harmless values.
@@ -59,7 +77,7 @@ def read_config(raw: dict, **overrides) -> ModelConfig:
     **overrides: replace fields of the result.
 
   Raises:
-    UserError: unknown family, setting or field.
+    UserError: the family or a setting is not supported, or a field is invalid.
   """
   from transformers import CONFIG_MAPPING  # seconds to import
 
@@ -71,32 +89,26 @@ def read_config(raw: dict, **overrides) -> ModelConfig:
     )
   try:
     source = CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
-  except Exception as error:  # its validators have no narrower common class
-    raise _invalid(error) from error
-  for name, harmless in UNSUPPORTED.items():
-    value = getattr(source, name, None)
-    if value not in harmless:
-      raise UserError(f'{name} = {value!r} of config.json is not supported.')
-  try:
+    for name, harmless in UNSUPPORTED.items():
+      value = getattr(source, name, None)
+      if value not in harmless:
+        raise UserError(f'{name} = {value!r} of config.json is not supported.')
     fields = _gpt2(source) if family == 'gpt2' else _rotary(source)
   except UserError:
     raise
-  except Exception as error:  # from fields that its validators accept
-    raise _invalid(error) from error
-  known = {field.name for field in dataclasses.fields(ModelConfig)}
-  for name in overrides:
-    if name not in known:
-      raise UserError(
-        f'ModelConfig has no field {name!r}; it has {", ".join(sorted(known))}.'
-      )
+  except Exception as error:  # its validators have no narrower common class
+    reason = ' '.join(str(error).split())[:300]
+    raise UserError(
+      f'config.json is not valid: {type(error).__name__}: {reason}'
+    ) from error
   return ModelConfig(**{**fields, 'family': family, **overrides})
 
 
-def _invalid(error: Exception) -> UserError:
-  reason = ' '.join(str(error).split())[:300]
-  return UserError(
-    f'config.json is not valid: {type(error).__name__}: {reason}'
-  )
+def _read(source, names: dict[str, str]) -> dict:
+  return {
+    name: getattr(source, theirs, None)
+    for name, theirs in (_COMMON | names).items()
+  }
 
 
 def _activation(name: str) -> str:
@@ -109,24 +121,16 @@ def _activation(name: str) -> str:
 
 
 def _gpt2(source) -> dict:
-  head_dim = source.n_embd // source.n_head
-  return dict(
-    vocab_size=source.vocab_size,
-    hidden_size=source.n_embd,
+  return _read(source, _GPT2) | dict(
     intermediate_size=source.n_inner or 4 * source.n_embd,
-    num_layers=source.n_layer,
-    num_heads=source.n_head,
-    max_length=source.n_positions,
-    tied=source.tie_word_embeddings,
     rope=None,
     norm='layer',
-    norm_epsilon=source.layer_norm_epsilon,
     query_bias=True,
     output_bias=True,
     mlp_bias=True,
     activation=_activation(source.activation_function),
     gated=False,
-    query_scale=head_dim**-0.5 if source.scale_attn_weights else 1.0,
+    query_scale=None if source.scale_attn_weights else 1.0,
   )
 
 
@@ -134,9 +138,6 @@ def _rotary(source) -> dict:
   """Returns the fields of every family except GPT-2."""
   family = source.model_type
   layers = source.num_hidden_layers
-  head_dim = getattr(source, 'head_dim', None)
-  if head_dim is None:
-    head_dim = source.hidden_size // source.num_attention_heads
   types = getattr(source, 'layer_types', None)
   window = getattr(source, 'sliding_window', None)
   if family == 'mistral':
@@ -147,19 +148,9 @@ def _rotary(source) -> dict:
   bias = getattr(source, 'attention_bias', False)
   activation = getattr(source, 'hidden_activation', None)
   activation = activation or getattr(source, 'hidden_act', None)
-  fields = dict(
-    vocab_size=source.vocab_size,
-    hidden_size=source.hidden_size,
-    intermediate_size=source.intermediate_size,
-    num_layers=layers,
-    num_heads=source.num_attention_heads,
-    num_kv_heads=source.num_key_value_heads,
-    head_dim=head_dim,
-    max_length=source.max_position_embeddings,
-    tied=source.tie_word_embeddings,
+  fields = _read(source, _ROTARY) | dict(
     window=window if any(sliding) else None,
     sliding=sliding,
-    norm_epsilon=source.rms_norm_eps,
     query_key_norm=family in ('qwen3', 'gemma3_text'),
     query_bias=bias or family == 'qwen2',
     output_bias=bias,
@@ -247,17 +238,17 @@ def write_config(config: ModelConfig) -> dict:
   Raises:
     UserError: the config's family cannot express one of its fields.
   """
-  raw = _write_gpt2(config) if config.family == 'gpt2' else _write(config)
+  gpt2 = config.family == 'gpt2'
   raw = dict(
     architectures=[ARCHITECTURES[config.family]],
     model_type=config.family,
-    vocab_size=config.vocab_size,
-    tie_word_embeddings=config.tied,
     bos_token_id=None,
     eos_token_id=None,
     pad_token_id=None,
-    **raw,
   )
+  names = _COMMON | (_GPT2 if gpt2 else _ROTARY)
+  raw |= {theirs: getattr(config, name) for name, theirs in names.items()}
+  raw |= _write_gpt2(config) if gpt2 else _write_rotary(config)
   differing = differences(config, raw)
   if differing:
     raise UserError(
@@ -284,30 +275,14 @@ def _name_of_activation(config, preferred: str) -> str:
 
 def _write_gpt2(config) -> dict:
   return dict(
-    n_embd=config.hidden_size,
-    n_inner=config.intermediate_size,
-    n_layer=config.num_layers,
-    n_head=config.num_heads,
-    n_positions=config.max_length,
-    layer_norm_epsilon=config.norm_epsilon,
     activation_function=_name_of_activation(config, 'gelu_new'),
     scale_attn_weights=config.query_scale != 1.0,
   )
 
 
-def _write(config) -> dict:
-  family = config.family
+def _write_rotary(config) -> dict:
+  family, raw = config.family, {}
   activation = _name_of_activation(config, 'gelu_pytorch_tanh')
-  raw = dict(
-    hidden_size=config.hidden_size,
-    intermediate_size=config.intermediate_size,
-    num_hidden_layers=config.num_layers,
-    num_attention_heads=config.num_heads,
-    num_key_value_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
-    max_position_embeddings=config.max_length,
-    rms_norm_eps=config.norm_epsilon,
-  )
   if family != 'llama':
     raw['sliding_window'] = config.window
   if family in ('qwen2', 'qwen3'):

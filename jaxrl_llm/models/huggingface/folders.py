@@ -21,13 +21,8 @@ from jaxrl_llm.models.huggingface.replacing import new_folder
 CONFIG = 'config.json'
 GENERATION = 'generation_config.json'
 TOKENIZER_FILES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.json',
-  'merges.txt',
-  'tokenizer.model',
+  *('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'),
+  *('added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model'),
   'chat_template.jinja',
 )
 SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -331,8 +326,7 @@ def _write_tokenizer(folder, config, tokenizer, source):
 def _fields(config, tokenizer, source) -> dict:
   """Returns the fields of config.json: the source's, or those of `config`."""
   if source is None:
-    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
-    return families.write_config(config) | ids
+    return families.write_config(config) | _special_ids(tokenizer)
   # Untying is a choice of the run (`load(..., tied=False)`).
   raw = {**_read_json(source / CONFIG), 'tie_word_embeddings': config.tied}
   differing = families.differences(config, raw)
@@ -344,6 +338,10 @@ def _fields(config, tokenizer, source) -> dict:
   return raw
 
 
+def _special_ids(tokenizer) -> dict[str, int | None]:
+  return {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
+
+
 def _write_config(folder, raw, params):
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   raw.pop('torch_dtype', None)
@@ -353,9 +351,8 @@ def _write_config(folder, raw, params):
 
 def _write_generation(folder, tokenizer, source):
   if source is None:
-    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
-    known = {name: i for name, i in ids.items() if i is not None}
-    _write_json(folder / GENERATION, known)
+    ids = _special_ids(tokenizer).items()
+    _write_json(folder / GENERATION, {k: i for k, i in ids if i is not None})
   elif (source / GENERATION).is_file():
     _write_json(folder / GENERATION, _read_json(source / GENERATION))
 

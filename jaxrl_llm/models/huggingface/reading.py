@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,43 +199,43 @@ class Reader:
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns the shape of the tensor `name`."""
-    return self._piece(name)[0]
+    return tuple(self._piece(name).get_shape())
 
-  def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the tensor `name`, checked to be floating-point of `shape`."""
-    self.check(name, shape)
-    stored, file = self._names[_canonical(name)]
-    return self._open(file).get_tensor(stored)
-
-  def part(
-    self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+  def get(
+    self,
+    name: str,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...] = (slice(None),),
   ) -> np.ndarray:
-    """Reads only slices of the tensor `name`, checked as by `get`."""
-    self.check(name, shape)
-    stored, file = self._names[_canonical(name)]
-    return self._open(file).get_slice(stored)[index]
+    """Reads a slice of the tensor `name`, which `check` accepts."""
+    return self.check(name, shape)[index]
 
-  def check(self, name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless `name` is floating-point of `shape`."""
-    size, dtype = self._piece(name)
-    if size != shape or dtype not in FLOATS:
+  def check(self, name: str, shape: tuple[int, ...]) -> Any:
+    """Returns the unread tensor `name`.
+
+    Raises:
+      UserError: it is missing, or not floating-point of `shape`.
+    """
+    piece = self._piece(name)
+    size, dtype = piece.get_shape(), piece.get_dtype()
+    if tuple(size) != shape or dtype not in FLOATS:
       stored, file = self._names[_canonical(name)]
       raise UserError(
-        f'Tensor {stored!r:.200} of {self.folder / file} is {dtype} '
-        f'{list(size)}; config.json asks for a float tensor {list(shape)}.'
+        f'Tensor {stored!r:.200} of {self.folder / file} is {dtype} {size}; '
+        f'config.json asks for a float tensor {list(shape)}.'
       )
+    return piece
 
-  def _piece(self, name: str) -> tuple[tuple[int, ...], str]:
-    """Returns shape and dtype of the tensor `name`."""
+  def _piece(self, name: str) -> Any:
+    """Returns the unread tensor `name` of any shape and dtype."""
     stored, file = self._names[_canonical(name)]
     try:
-      piece = self._open(file).get_slice(stored)
+      return self._open(file).get_slice(stored)
     except safetensors.SafetensorError as error:
       raise UserError(
         f'{self.folder / file} lacks tensor {stored!r}, which {INDEX} '
         'places there.'
       ) from error
-    return tuple(piece.get_shape()), piece.get_dtype()
 
 
 def _canonical(name: str) -> str:
@@ -371,11 +371,11 @@ def _read_tensor(reader: Reader, entry: Entry, name: str, spans) -> np.ndarray:
   shape = entry.tensor_shape
   slices = [slice(start, stop) for start, stop, _ in spans]
   if entry.transpose:
-    return reader.part(name, shape, tuple(slices[::-1])).T
+    return reader.get(name, shape, tuple(slices[::-1])).T
   offset = entry.part * (shape[-1] // entry.parts)
   last = slices[-1]
   slices[-1] = slice(last.start + offset, last.stop + offset)
-  return reader.part(name, shape, tuple(slices))
+  return reader.get(name, shape, tuple(slices))
 
 
 def _check_names(config, reader: Reader, table, extra_heads=()):
