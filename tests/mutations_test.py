@@ -390,7 +390,7 @@ MUTATIONS |= {
       'runs/metrics.py',
       '    self._metrics.sync()\n',
       '',
-      'runs/metrics_sync_test.py',
+      'runs/metrics_test.py',
     ),
     'a missing score counts as 0': (
       'rewards/scoring.py',
