@@ -63,7 +63,7 @@ def main() -> None:
       try:
         looks = _follow(process, workdir, flags.FLAGS.minutes * 60)
         process.send_signal(signal.SIGTERM)
-        status = process.wait(60)
+        status = process.wait(600)
       finally:
         process.kill()
       if status != 128 + signal.SIGTERM:

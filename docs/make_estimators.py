@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import estimators as est
@@ -86,6 +85,13 @@ SETTINGS = {
     Setting(note='the exact critic', toy=VALUED),
   ],
   'trepo_tree': [Setting({'count': 1, 'samples': 4})],
+  'trepo_weighted': [
+    Setting({'tau': 1 / 4}, 'tau=1/4'),
+    Setting(
+      {'tau': 1 / 4, 'baseline': est.other_tree()},
+      'tau=1/4, baseline=other_tree()',
+    ),
+  ],
 }
 
 TOP = """\
@@ -289,33 +295,16 @@ def needs(own: est.Needs, measured: est.Needs) -> str:
     parts.append(
       f'{own.branches.samples} branches at ≤ {own.branches.count} positions'
     )
+  if own.tree:
+    parts.append(f'trees of ≤ {own.tree.rule.at_most} responses')
   parts += [f'running {part.name}'.replace('_', ' ') for part in own.running]
   return ', '.join(parts) or '—'
 
 
 def level(estimator: est.Estimator) -> str:
   """Returns 'response' or 'token', by the shape of prepared advantages."""
-  shape = (1, 2, 3)
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  rollouts = est.Rollouts(
-    tokens=jax.ShapeDtypeStruct(shape, jnp.int32),
-    mask=jax.ShapeDtypeStruct(shape, bool),
-    log_probs=array(*shape),
-    rewards=array(1, 2, 1),
-    greedy_rewards=array(1, 1, 1),
-    ref_log_probs=array(*shape),
-    values=array(*shape),
-    entropy=array(*shape),
-    score_norms=array(*shape),
-    branch_values=array(*shape),
-    branch_baselines=array(*shape),
-    branch_mask=jax.ShapeDtypeStruct(shape, bool),
-    running=est.start_running(estimator.needs),
-  )
-  if estimator.needs.branches and estimator.needs.branches.trained:
-    row = jax.ShapeDtypeStruct((1, 2, 1), jnp.int32)
-    rollouts = rollouts.replace(parents=row, forked_at=row)
-  batch = jax.eval_shape(estimator.prepare, rollouts)
+  shapes = est.rollout_shapes(estimator.needs, 1, 2, 3)
+  batch = jax.eval_shape(estimator.prepare, shapes)
   return 'response' if batch.advantages.shape[-1] == 1 else 'token'
 
 

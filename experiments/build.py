@@ -21,19 +21,24 @@ from jaxrl_llm.estimators import (
   diagnostics,
   positions,
   supervised_preference,
+  thresholds,
+  weighted_trees,
 )
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.rewards import RewardPart, Workers, calling
 from jaxrl_llm.sampling import policy
+from jaxrl_llm.sampling.allocation import Independent
 from jaxrl_llm.tasks import pass_rates, vocabulary
 from jaxrl_llm.tasks import prompts as prompts_lib
 
 # Modules whose functions `config.algorithm` may name, and modules whose
 # functions its arguments may name.
 ALGORITHMS = (algorithms, actor_critic)
-PARTS = (advantages, positions)
+PARTS = (advantages, positions, thresholds, weighted_trees)
+# By name in `config.rollout.allocation`.
+ALLOCATIONS = {'independent': Independent}
 
 # Sections whose specifications may name a user's functions.
 CODE = ('task', 'algorithm', 'rewards')
@@ -200,7 +205,9 @@ def generation(
     samples, temperature: in place of the configuration's.
   """
   check_room(config, built)
-  settings = config.rollout
+  settings, allocation = config.rollout, None
+  if settings.allocation and samples is None and temperature is None:
+    allocation = ALLOCATIONS[settings.allocation](settings.samples)
   if temperature is None:
     temperature = settings.temperature
   return rollouts.Generation(
@@ -214,6 +221,7 @@ def generation(
     ),
     eos_ids=built.eos_ids,
     pad_id=pad_id,
+    allocation=allocation,
   )
 
 

@@ -76,6 +76,10 @@ _RULES = {
   ),
   'dtype': (DTYPES.__contains__, f'one of {", ".join(DTYPES)}'),
   'attention': (ATTENTION.__contains__, f'one of {", ".join(ATTENTION)}'),
+  'allocation': (
+    ['', *build.ALLOCATIONS].__contains__,
+    f"'' or one of {', '.join(build.ALLOCATIONS)}",
+  ),
   'trunk': (critics.TRUNKS.__contains__, f'one of {", ".join(critics.TRUNKS)}'),
   'temperature': (lambda x: x >= 0, 'at least 0'),
   'top_p': (
@@ -304,11 +308,18 @@ def _check_regrouping(config: ConfigDict, needs: Needs) -> None:
   """Refuses data tools that do not fit the estimator's rollouts."""
   rollout = config.rollout
   name = 'refill' if rollout.refill else 'hints'
-  if rollout[name] and needs.branches:
+  related = needs.branches or needs.tree
+  if rollout[name] and related:
     raise UserError(
-      f'config.rollout.{name} replaces groups of responses, but '
-      f'{config.algorithm.name} branches from their keys and values\n'
-      f'remove {name}, or use an algorithm without branches'
+      f'config.rollout.{name} replaces groups of responses, but those of '
+      f'{config.algorithm.name} are trees or have branches\n'
+      f'remove {name}, or use an algorithm without them'
+    )
+  if rollout.allocation and related:
+    raise UserError(
+      f'config.rollout.allocation is {rollout.allocation!r}, but '
+      f'{config.algorithm.name} grows trees or branches of its own\n'
+      'remove allocation, or use an algorithm without them'
     )
   if rollout.refill and rollout.samples < 2:
     raise UserError(

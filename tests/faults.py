@@ -26,7 +26,7 @@ import scripts
 PLACES = {
   'model': ('experiments.build', 'model'),
   'warm start': ('experiments.offline', 'WarmStart.step'),
-  'rollout': ('jaxrl_llm.rollouts.responses', 'generate'),
+  'rollout': ('jaxrl_llm.rollouts.responses', '_draw'),
   'branches': ('jaxrl_llm.rollouts.branches', 'branch'),
   'reward': ('jaxrl_llm.rollouts.responses', 'start_scoring'),
   'update': ('jaxrl_llm.training.update', 'make_update'),
@@ -41,7 +41,9 @@ MADE = ('reward', 'update')
 LONGEST = {'save': 0.05, 'evaluation': 0.05, 'export': 0.1, 'compile': 0.05}
 
 
-def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
+def interrupt(
+  plan, workdir, config, compiled=None, before=None
+) -> list[scripts.Ended]:
   """Starts a run again and again, and sends each a signal in a phase.
 
   Args:
@@ -51,6 +53,7 @@ def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
     config: its file.
     compiled: as of `scripts.train`, but that a start which is to be hit while
       it compiles finds nothing compiled by default.
+    before: what each process calls before the fault is set.
 
   Returns:
     How each of them ended.  That the signal fell into its phase is asserted.
@@ -61,7 +64,7 @@ def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
   for number, phase, after in plan:
     delay = rng.uniform(0, LONGEST.get(phase, 0.01))
     fault = functools.partial(
-      strike, number, phase, str(workdir), str(log), after, delay
+      strike, number, phase, str(workdir), str(log), after, delay, before
     )
     if phase == 'compile' and compiled is None:
       cache = workdir.with_name('nothing compiled')
@@ -78,7 +81,9 @@ def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
   return ends
 
 
-def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
+def strike(
+  number: int, phase: str, workdir, log, after=0, delay=0.0, before=None
+) -> None:
   """Sends this process a signal while it is in a phase.
 
   The log gets a JSON line just before.
@@ -91,7 +96,10 @@ def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
     after: records that the run has written at least.
     delay: seconds from the beginning of the phase; where that ends earlier, the
       signal comes at its end.  A compilation that ends earlier is left alone.
+    before: called first, if any.
   """
+  if before is not None:
+    before()
   first = threading.Lock()
 
   def due() -> bool:

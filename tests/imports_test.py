@@ -107,8 +107,8 @@ def test_the_core_needs_five_packages(name):
 def test_order_within_the_estimators():
   order = [
     'types',
-    'baselines positions',
-    'advantages ratios trees values weights preferences',
+    'baselines positions thresholds',
+    'advantages ratios trees weighted_trees values weights preferences',
     'credit token_losses',
     'compose',
     'algorithms actor_critic supervised_preference',

@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from toys import CLIP, random_rollouts, rows_for, with_branch_rows
+from toys import CLIP, random_rollouts, rows_for, with_tree_rows
 
 
 @dataclasses.dataclass
@@ -38,6 +38,7 @@ class Response:
   weighted_forks: dict
   parent: int
   forked_at: int
+  weights: list
 
 
 def groups_of(rollouts, outputs):
@@ -45,7 +46,7 @@ def groups_of(rollouts, outputs):
   torch = pytest.importorskip('torch')
   leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)
   if rollouts.parents is None:
-    rollouts = with_branch_rows(rollouts, samples=rollouts.mask.shape[1])
+    rollouts = with_tree_rows(rollouts, samples=rollouts.mask.shape[1])
   groups = []
   for p, g in np.ndindex(rollouts.mask.shape[:2]):
     if g == 0:
@@ -53,6 +54,7 @@ def groups_of(rollouts, outputs):
     if not rollouts.valid[p, g, 0]:
       continue
     length = int(rollouts.mask[p, g].sum())
+    weights = rollouts.node_weights
     numbers = lambda x, p=p, g=g, n=length: [float(v) for v in x[p, g, :n]]
     forks = [t for t in range(1, length) if rollouts.branch_mask[p, g, t]]
     at_forks = lambda x, p=p, g=g, at=forks: {t: float(x[p, g, t]) for t in at}
@@ -73,6 +75,7 @@ def groups_of(rollouts, outputs):
         weighted_forks=at_forks(rollouts.branch_baselines),
         parent=int(rollouts.parents[p, g, 0]),
         forked_at=int(rollouts.forked_at[p, g, 0]),
+        weights=None if weights is None else numbers(weights),
       )
     )
   return groups
@@ -159,7 +162,7 @@ def make_data(seed, length=5):
     # Binary fractions: their mean is exact, so loops find a deviation of 0.
     rewards[1], rewards[2] = 0.25, 0.75
     rollouts = rollouts.replace(rewards=rewards)
-  return with_branch_rows(rollouts), outputs
+  return with_tree_rows(rollouts), outputs
 
 
 def tokens(groups):
@@ -269,6 +272,45 @@ def tree_surrogate(beta):
         for t in range(i.forked_at, i.length):
           a, share = tree_credit(i, t, group, reward)
           total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
+    return -total / count
+
+  return formula
+
+
+def shared_tokens(i, j, group):
+  """How many of the nodes of a tree two rows have in common."""
+
+  def lineage(row):
+    known, limit = {row.place: row.length}, row.length
+    while row.parent != row.place:
+      limit = min(limit, row.forked_at)
+      row = next(other for other in group if other.place == row.parent)
+      known[row.place] = limit
+    return known
+
+  first, second = lineage(i), lineage(j)
+  return max(
+    (min(first[x], second[x]) for x in first.keys() & second.keys()), default=0
+  )
+
+
+def weighted_nodes(beta, loss):
+  """Each node's weight times the loss of its leaves' mean reward."""
+
+  def formula(groups, running):
+    total, count = 0.0, 0
+    for group in groups:
+      places = {i.place for i in group}
+      group = [i for i in group if i.parent in places]
+      count += len([i for i in group if i.parent == i.place])
+      for i in group:
+        for t in range(i.forked_at, i.length):
+          below = [
+            j.weights[-1] * earned(j, beta)
+            for j in group
+            if j.length and shared_tokens(i, j, group) > t
+          ]
+          total += i.weights[t] * loss(i, t, sum(below) / i.weights[t])
     return -total / count
 
   return formula

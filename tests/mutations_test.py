@@ -235,8 +235,8 @@ MUTATIONS = {
 MASKS = {
   'a sum over responses with what is masked': (
     'estimators/weights.py',
-    'return lambda mask, valid: mask / _count(valid)\n',
-    'return lambda mask, valid: jnp.ones_like(mask) / _count(valid)\n',
+    'return mask / (_count(valid) * self.divisor)\n',
+    'return jnp.ones_like(mask) / (_count(valid) * self.divisor)\n',
   ),
   'a mean over responses with what is masked': (
     'estimators/weights.py',
@@ -304,10 +304,8 @@ MASKS = {
   # A bool by 0 is 0, as XLA divides.
   '0/0 where no response is valid': (
     'estimators/weights.py',
-    'return lambda mask, valid: mask / _count(valid)\n',
-    'return lambda mask, valid: (\n'
-    '    jnp.where(mask, 1.0, 0.0) / valid.sum(keepdims=True)\n'
-    '  )\n',
+    'return mask / (_count(valid) * self.divisor)\n',
+    'return jnp.where(mask, 1.0, 0.0) / valid.sum(keepdims=True)\n',
   ),
   '0/0 in an empty response': (
     'estimators/weights.py',
@@ -348,8 +346,8 @@ MUTATIONS |= {
     ),
     'a missing reward counts as 0 in the record': (
       'rollouts/collect.py',
-      'known = scores[~np.isnan(scores)]',
-      'known = np.nan_to_num(scores)',
+      'known = ~np.isnan(scores)\n',
+      'scores, known = np.nan_to_num(scores), scores != np.inf\n',
       'rollouts/responses_test.py',
     ),
     'running numbers stay at their start': (
@@ -392,7 +390,7 @@ MUTATIONS |= {
       'runs/metrics.py',
       '    self._metrics.sync()\n',
       '',
-      'runs/metrics_sync_test.py',
+      'runs/metrics_test.py',
     ),
     'a missing score counts as 0': (
       'rewards/scoring.py',
@@ -549,6 +547,75 @@ MUTATIONS |= {
       'if loaded.get(name) != leaf:',
       'if name not in loaded:',
       'runs/checkpoints_failures_test.py',
+    ),
+  }.items()
+}
+# Of weighted prefix trees: (source, old, new, test below `tests/`).
+WEIGHTED = 'estimators/weighted_trees_test.py'
+GROWN = 'sampling/trees_test.py'
+MUTATIONS |= {
+  name: Mutation(*mutation)
+  for name, mutation in {
+    'the baseline sees cousins': (
+      'estimators/weighted_trees.py',
+      'flip = lambda x: x[:, ::-1]',
+      'flip = lambda x: x',
+      WEIGHTED,
+    ),
+    'the baseline sees the token that it weighs': (
+      'estimators/weighted_trees.py',
+      'at = jnp.minimum(jnp.arange(length)[None], longest[:, None])',
+      'at = jnp.minimum(jnp.arange(length)[None] + 1, longest[:, None])',
+      WEIGHTED,
+    ),
+    'leaves count alike': (
+      'estimators/weighted_trees.py',
+      'sums = _below(leaf_weights(rollouts) * rewards, common, rollouts)',
+      'sums = _below(rewards * 0.25, common, rollouts)',
+      WEIGHTED,
+    ),
+    'nodes count alike': (
+      'estimators/compose.py',
+      '  shares = rollouts.node_weights\n',
+      '  shares = rollouts.node_weights\n  if shares is not None:\n'
+      '    shares = jnp.ones_like(shares)\n',
+      WEIGHTED,
+    ),
+    'a state may end without a child': (
+      'estimators/thresholds.py',
+      'return jnp.minimum(weights, jnp.maximum(tau, of_states))',
+      'return jnp.maximum(tau, of_states)',
+      WEIGHTED,
+    ),
+    'more children than fit': (
+      'estimators/thresholds.py',
+      'return raised(jnp.where(over, jnp.exp(high), free))',
+      'return raised(free)',
+      GROWN,
+    ),
+    'small children keep their own weight': (
+      'sampling/allocation.py',
+      '  weight = jnp.where(sure, weight, threshold)\n',
+      '',
+      GROWN,
+    ),
+    'sure children fill the draw': (
+      'sampling/allocation.py',
+      'point = point + (rank - counted[:, -1:]) * _UNIT',
+      'point = point + rank * _UNIT',
+      GROWN,
+    ),
+    'siblings read the keys of another slot': (
+      'sampling/trees.py',
+      'y = jax.lax.dynamic_slice_in_dim(x, sources[i], 1, axis=0)',
+      'y = jax.lax.dynamic_slice_in_dim(x, copies[i], 1, axis=0)',
+      GROWN,
+    ),
+    'a row lacks what its parent wrote': (
+      'sampling/trees.py',
+      'before = time[None] < forked_at[:, r, None]',
+      'before = time[None] + 1 < forked_at[:, r, None]',
+      GROWN,
     ),
   }.items()
 }

@@ -239,6 +239,14 @@ def train(
   )
 
 
+def optimize() -> None:
+  """Lets a script compile as users do, passed to it as `before`."""
+  import jax
+
+  os.environ.pop('XLA_FLAGS', None)
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def records(workdir, name: str = 'metrics.jsonl') -> list[dict]:
   """The records of a run, as JSON gives them."""
   lines = (pathlib.Path(workdir) / name).read_text().splitlines()

@@ -68,6 +68,10 @@ RECIPES = {
   ),
   'trepo_tree': est.trepo_tree(2, 2, clip=CLIP),
   'trepo_tree with KL': est.trepo_tree(2, 2, clip=CLIP, kl=KL),
+  'trepo_weighted': est.trepo_weighted(0.25),
+  'trepo_weighted, clipped, with KL': est.trepo_weighted(
+    0.25, clip=CLIP, kl=KL
+  ),
   'dpo': est.dpo(BETA),
   'dpop': est.dpop(BETA, FLOOR),
   'ipo': est.ipo(BETA),
@@ -167,10 +171,21 @@ def with_branch_rows(rollouts, samples=3):
   )
 
 
+def with_tree_rows(rollouts, samples=3):
+  """The same, with weights of nodes; garbage where there are none."""
+  random = np.random.default_rng(0)
+  weights = random.uniform(0.1, 1.0, rollouts.mask.shape)
+  inside = rollouts.mask & ~np.isnan(rollouts.log_probs)
+  weights = np.where(inside, weights, NAN).astype(rollouts.log_probs.dtype)
+  return with_branch_rows(rollouts, samples).replace(node_weights=weights)
+
+
 def rows_for(estimator, rollouts):
-  """The rollouts without branch rows, for an estimator that has none."""
-  branches = estimator.needs.branches
-  if branches is not None and branches.trained:
+  """The rollouts without the relations of rows that an estimator lacks."""
+  branches, tree = estimator.needs.branches, estimator.needs.tree
+  if not tree:
+    rollouts = rollouts.replace(node_weights=None)
+  if tree or (branches is not None and branches.trained):
     return rollouts
   return rollouts.replace(parents=None, forked_at=None)
 

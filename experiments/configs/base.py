@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
         prompts=16,  # P, per step
         samples=8,  # G, per prompt
         max_tokens=128,  # T, per response
+        allocation='',  # 'independent': common prefixes are decoded once
         temperature=1.0,
         top_k=0,
         top_p=1.0,

@@ -138,7 +138,10 @@ class Plan:
   def _sample(self, sampler):
     """Compiles the programs that generate; returns responses as shapes."""
     generation, branches = self._generation, self._needs.branches
-    length, static = generation.max_tokens, vars(generation)
+    length, static = generation.max_tokens, _static(generation)
+    if self._needs.tree is not None:
+      # At most: shared prefixes are decoded once.
+      static['samples'] = self._needs.tree.rows
     key = self._rows(jax.eval_shape(jax.random.key, 0))
     decode = functools.partial(
       self._add,
@@ -147,7 +150,7 @@ class Plan:
       reads=length * self.sampler,
     )
     if self._needs.greedy:
-      greedy = vars(rollouts.greedy(generation))
+      greedy = _static(rollouts.greedy(generation))
       decode('greedy', sampling.sample, static=greedy)
     if branches is None:
       return decode('sample', sampling.sample, static=static)
@@ -336,3 +339,8 @@ def _cache(module: hlo.Module) -> int:
     if x.opcode == 'while'
   ]
   return max(loops, default=0)
+
+
+def _static(generation: rollouts.Generation) -> dict[str, Any]:
+  """Returns the static arguments of a sampler that decodes every response."""
+  return {k: x for k, x in vars(generation).items() if k != 'allocation'}

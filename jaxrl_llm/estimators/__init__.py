@@ -6,12 +6,13 @@ mine = est.estimator(
 )
 """
 
-from jaxrl_llm.estimators import diagnostics, positions
+from jaxrl_llm.estimators import diagnostics, positions, thresholds
 from jaxrl_llm.estimators.actor_critic import (
   ppo,
   trepo,
   trepo_critic,
   trepo_tree,
+  trepo_weighted,
   vapo,
   vine_ppo,
 )
@@ -109,6 +110,7 @@ from jaxrl_llm.estimators.supervised_preference import (
   reward_model,
   sft,
 )
+from jaxrl_llm.estimators.thresholds import Threshold, Trees
 from jaxrl_llm.estimators.token_losses import (
   add,
   clipped,
@@ -146,6 +148,16 @@ from jaxrl_llm.estimators.values import (
   branches_with_critic,
   critic,
 )
+from jaxrl_llm.estimators.weighted_trees import (
+  TreeBaseline,
+  leaf_weights,
+  no_baseline,
+  other_tree,
+  score_all_leaves,
+  tree_critic,
+  tree_scale,
+  weighted_tree,
+)
 from jaxrl_llm.estimators.weights import (
   constant_length,
   mixed_outcomes,
@@ -170,8 +182,11 @@ __all__ = [
   'ResponseWeight',
   'Rollouts',
   'Running',
+  'Threshold',
   'TokenLoss',
   'TokenWeights',
+  'TreeBaseline',
+  'Trees',
   'Values',
   'adaptive_kl',
   'add',
@@ -212,6 +227,7 @@ __all__ = [
   'k3',
   'kl_penalty',
   'lambda_return',
+  'leaf_weights',
   'length',
   'length_adaptive',
   'logistic_preference',
@@ -220,10 +236,12 @@ __all__ = [
   'mixed_outcomes',
   'monte_carlo_return',
   'negative_log_likelihood',
+  'no_baseline',
   'obl_reinforce',
   'ones',
   'opo',
   'opo_leave_one_out',
+  'other_tree',
   'p3o',
   'pair_ratio',
   'penalize_overlong',
@@ -244,6 +262,7 @@ __all__ = [
   'rollout_shapes',
   'sampler_token_ratio',
   'sampler_trajectory_ratio',
+  'score_all_leaves',
   'score_function',
   'score_norm',
   'sequence_mean',
@@ -263,18 +282,23 @@ __all__ = [
   'subtract_token_kl',
   'subtract_weighted_leave_one_out_mean',
   'subtract_weighted_mean',
+  'thresholds',
   'token_mean',
   'token_ratio',
   'trajectory_ratio',
   'tree',
+  'tree_critic',
+  'tree_scale',
   'trepo',
   'trepo_critic',
   'trepo_tree',
+  'trepo_weighted',
   'truncate',
   'update_running',
   'valid_responses',
   'value_error',
   'vapo',
   'vine_ppo',
+  'weighted_tree',
   'whiten',
 ]

@@ -4,6 +4,9 @@ A is the advantage, V a value, ρ the ratio of the policy to the one that
 sampled, N the number of responses, ΣT that of tokens.
 """
 
+import math
+from collections.abc import Callable
+
 from jaxrl_llm.estimators.advantages import chain, subtract_response_kl
 from jaxrl_llm.estimators.compose import Estimator, estimator
 from jaxrl_llm.estimators.credit import (
@@ -24,10 +27,12 @@ from jaxrl_llm.estimators.positions import (
   pairs,
   uniform,
 )
+from jaxrl_llm.estimators.thresholds import Threshold
 from jaxrl_llm.estimators.token_losses import (
   add,
   clipped,
   kl_penalty,
+  score_function,
   value_error,
 )
 from jaxrl_llm.estimators.trees import tree
@@ -37,6 +42,7 @@ from jaxrl_llm.estimators.values import (
   branches_with_critic,
   critic,
 )
+from jaxrl_llm.estimators.weighted_trees import TreeBaseline, weighted_tree
 from jaxrl_llm.estimators.weights import sequence_sum, token_mean
 
 
@@ -229,6 +235,51 @@ def trepo_tree(
   return estimator(
     chain(*kl_part, tree(count, samples, positions or uniform())),
     clipped(clip),
+    sequence_sum(),
+  )
+
+
+def trepo_weighted(
+  tau: float | Callable = 1 / 8,
+  at_most: int | None = None,
+  baseline: TreeBaseline | None = None,
+  clip: float | None = None,
+  kl: float | Running = 0.0,
+) -> Estimator:
+  """TRePO on weighted prefix trees: every prefix once, no critic.
+
+    L = − 1/N Σ_nodes w(s,a) ℓ(s,a),   ℓ = A log π(a|s) or its clipped form
+    A = Q̂(s,a) − b(s),   Q̂(s,a) = Σ_{leaves below (s,a)} w R / w(s,a)
+
+  A child of weight v = w(s) π(a|s) is kept if v ≥ τ, with that weight; of the
+  others systematic sampling keeps an expected v/τ, with weight τ.  N counts
+  trees.  The tree and its weights are ours; a per-token advantage by Monte
+  Carlo, with the memory of GRPO, is the paper's.
+
+  Bias: none with one update per batch.
+
+  Args:
+    tau: τ, a number in (0, 1] or a function of `thresholds.Standing`.
+    at_most: M, the largest number of responses of a tree; ⌈1/τ⌉ if None.
+    baseline: b, of `weighted_trees`; none if None.
+    clip: ε; None does not clip, for one update per batch.
+    kl: β, in units of the reward per nat, or `adaptive_kl`.
+
+  References:
+    He et al., `Response-Level Rewards Are All You Need
+    <https://arxiv.org/abs/2506.02553>`_, 2025
+    Fearnhead and Clifford, `On-line inference for hidden Markov models via
+    particle filters <https://doi.org/10.1111/1467-9868.00421>`_, 2003: the
+    threshold and the systematic draw
+  """
+  if at_most is None:
+    if callable(tau):
+      raise ValueError('at_most has to be given where tau is a function')
+    at_most = math.ceil(1 / tau)
+  kl_part = (subtract_response_kl(kl),) if kl else ()
+  return estimator(
+    chain(*kl_part, weighted_tree(Threshold(tau, at_most), baseline)),
+    score_function() if clip is None else clipped(clip),
     sequence_sum(),
   )
 

@@ -25,6 +25,7 @@ from jaxrl_llm.estimators.types import (
   merge_needs,
   valid_responses,
 )
+from jaxrl_llm.estimators.weights import is_plain_sum
 
 
 class Estimator(NamedTuple):
@@ -72,7 +73,7 @@ def estimator(
   Raises:
     ValueError: the parts do not fit together.
   """
-  needs = _needs_of_parts(advantages, token_loss, keep, value_target)
+  needs = _needs_of_parts(advantages, token_loss, weights, keep, value_target)
 
   def reweight(batch: Batch) -> Batch:
     mask, counted = batch.mask & batch.valid, batch.valid
@@ -120,6 +121,7 @@ def estimator(
 def _needs_of_parts(
   advantages: AdvantageTransform,
   token_loss: TokenLoss,
+  weights: TokenWeights,
   keep: Filter,
   value_target: AdvantageTransform | None,
 ) -> Needs:
@@ -142,9 +144,15 @@ def _needs_of_parts(
     token_loss.needs,
     Needs() if value_target is None else value_target.needs,
   )
-  if needs.branches and needs.branches.trained and keep != valid_responses:
+  related = needs.tree or needs.branches and needs.branches.trained
+  if related and keep != valid_responses:
     raise ValueError(
       '`keep` selects among whole groups, but rows may be branches: omit it'
+    )
+  if needs.tree and not is_plain_sum(weights):
+    raise ValueError(
+      'the nodes of a weighted tree have weights of their own, and only '
+      '`sequence_sum` and `constant_length` leave them as they are'
     )
   return needs
 
@@ -157,11 +165,11 @@ def start_running(needs: Needs) -> dict[str, Array]:
 def update_running(needs: Needs, rollouts: Rollouts) -> dict[str, Array]:
   """Returns the `Rollouts.running` of the batch after `rollouts`.
 
-  Only whole responses count, not branches.
+  Only whole responses count, not branches; of trees, all leaves.
   """
   running = rollouts.running or {}
   rollouts = blank_rollouts(rollouts)
-  if rollouts.parents is not None:
+  if rollouts.parents is not None and rollouts.node_weights is None:
     valid = rollouts.valid & whole_responses(rollouts)
     rollouts = blank_rollouts(rollouts.replace(valid=valid))
   return {
@@ -176,7 +184,10 @@ def _own_tokens(rollouts: Rollouts) -> tuple[Array, ...]:
     return rollouts.mask, None, None
   time = jnp.arange(rollouts.mask.shape[2])[None, None]
   added = rollouts.mask & (time >= rollouts.forked_at)
-  return added, whole_responses(rollouts), fork_shares(rollouts)
+  shares = rollouts.node_weights
+  if shares is None:
+    shares = fork_shares(rollouts)
+  return added, whole_responses(rollouts), shares
 
 
 def _blank_outside(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
@@ -221,13 +232,13 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
       f'and got {samples}'
     )
   branched = needs.branches is not None
-  rows = branched and needs.branches.trained
+  rows = needs.tree or branched and needs.branches.trained
   if rollouts.parents is not None and not rows:
     raise ValueError(
       'the rollouts have rows that are branches (`parents`), which this '
       'estimator would take for responses'
     )
-  branched &= not rows
+  branched = branched and not rows
   required = {
     'ref_log_probs': needs.reference,
     'greedy_rewards': needs.greedy,
@@ -240,6 +251,7 @@ def _check(rollouts: Rollouts, needs: Needs) -> None:
     'branch_baselines': branched and needs.branches.score_weighted,
     'parents': rows,
     'forked_at': rows,
+    'node_weights': needs.tree is not None,
     'running': bool(needs.running),
   }
   for name, needed in required.items():

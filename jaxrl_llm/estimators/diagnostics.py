@@ -11,6 +11,7 @@ from jaxrl_llm.estimators.baselines import group_mean, partner, varies
 from jaxrl_llm.estimators.preferences import last_value, sequence_log_ratio
 from jaxrl_llm.estimators.ratios import token_ratio
 from jaxrl_llm.estimators.token_losses import k1, k3, value_error
+from jaxrl_llm.estimators.trees import whole_responses
 from jaxrl_llm.estimators.types import (
   Array,
   Batch,
@@ -19,6 +20,7 @@ from jaxrl_llm.estimators.types import (
   Rollouts,
   valid_responses,
 )
+from jaxrl_llm.estimators.weighted_trees import leaf_weights
 
 Diagnostic = Callable[[Outputs, Batch], Array]
 
@@ -229,6 +231,8 @@ def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   """
   valid = valid_responses(rollouts)
   rewards = jnp.where(valid, rollouts.rewards, 0.0)
+  if rollouts.node_weights is not None:
+    return _tree_rewards(rewards, valid, rollouts)
   mean = lambda x, where: jnp.where(
     where.any(),
     jnp.where(where, x, 0).sum() / jnp.maximum(where.sum(), 1),
@@ -244,6 +248,51 @@ def group_statistics(rollouts: Rollouts) -> dict[str, Array]:
   return metrics | {
     'reward_std': mean(jnp.sqrt(variance), count > 1),
     'frac_reward_zero_std': mean(~varies(rewards, valid), count > 0),
+  }
+
+
+def _tree_rewards(rewards, valid, rollouts: Rollouts) -> dict[str, Array]:
+  """Computes the same of weighted trees, whose leaves count by weight."""
+  weights = jnp.where(valid, leaf_weights(rollouts), 0.0)
+  total = weights.sum(axis=1, keepdims=True)
+  some = total > 0
+  of_prompt = lambda x: (
+    (weights * x).sum(axis=1, keepdims=True) / jnp.where(some, total, 1.0)
+  )
+  mean = lambda x: jnp.where(
+    some.any(),
+    jnp.where(some, x, 0).sum() / jnp.maximum(some.sum(), 1),
+    jnp.nan,
+  )
+  centred = jnp.square(rewards - of_prompt(rewards))
+  return {
+    'reward': (weights * rewards).sum() / weights.sum(),
+    'reward_std': mean(jnp.sqrt(of_prompt(centred))),
+    'frac_reward_zero_std': mean(~varies(rewards, valid)),
+  }
+
+
+def tree_statistics(rollouts: Rollouts, finished: Array) -> dict[str, Array]:
+  """Scalars of weighted trees; lengths as in `completion_statistics`.
+
+  tree/responses: leaves per tree.
+  tree/distinct: nodes as a share of all tokens of all responses.
+
+  Args:
+    rollouts: of P prompts' trees.
+    finished: [P, R, 1] bool, whether the response ended with EOS.
+  """
+  weights, mask = leaf_weights(rollouts), rollouts.mask
+  lengths = mask.sum(axis=2, keepdims=True)
+  mean = lambda x: (weights * x).sum() / weights.sum()
+  own = mask & (jnp.arange(mask.shape[2])[None, None] >= rollouts.forked_at)
+  roots = mask.any(axis=2, keepdims=True) & whole_responses(rollouts)
+  return {
+    'completions/mean_length': mean(lengths),
+    'completions/max_length': lengths.max(),
+    'completions/clipped_ratio': mean(1.0 - finished),
+    'tree/responses': mask.any(axis=2).sum() / jnp.maximum(roots.sum(), 1),
+    'tree/distinct': own.sum() / jnp.maximum(mask.sum(), 1),
   }
 
 

@@ -41,6 +41,9 @@ class Rollouts:
       from, itself for whole responses.  None if all rows are whole responses.
     forked_at: [P, G, 1] int32, number of its parent's tokens that a row starts
       with; 0 for whole responses.
+    node_weights: [P, G, T], weight of the node of a weighted prefix tree that
+      each token is, inherited ones included; rows are then the tree's leaves,
+      and `parents` and `forked_at` may be nested.
     running: {name: scalar}, numbers that outlive a batch: see `Running`.
   """
 
@@ -61,6 +64,7 @@ class Rollouts:
   branch_mask: Array | None = None
   parents: Array | None = None
   forked_at: Array | None = None
+  node_weights: Array | None = None
   running: dict[str, Array] | None = None
 
 
@@ -78,10 +82,10 @@ class Batch:
       the loss is a plain sum.
     sampler_log_probs, ref_log_probs, values, entropy: as in `Rollouts`.
     value_targets: [P, G, T], targets of a critic.
-    whole: [P, G, 1] bool, True for whole responses: N counts only these.  None
-      if all rows are whole.
+    whole: [P, G, 1] bool, True for whole responses, and for one row of each
+      tree: N counts only these.  None if all rows are whole.
     shares: [P, G, T], factor of a token's weight for the trained forks before
-      it; None without such forks.
+      it, or the weight of its node; None without either.
   """
 
   tokens: Array
@@ -143,6 +147,7 @@ class Needs(NamedTuple):
     score_norms: squared score norms at sampling time.
     token_rewards: known rewards of tokens.
     branches: a `positions.Branches`, or None.
+    tree: a `thresholds.Trees` in place of groups of responses, or None.
     running: numbers that outlive a batch.
     on_policy: the sampling policy must be the one that is updated: the loss has
       no importance ratio, so responses serve for one update.
@@ -156,6 +161,7 @@ class Needs(NamedTuple):
   score_norms: bool = False
   token_rewards: bool = False
   branches: Any = None
+  tree: Any = None
   running: tuple[Running, ...] = ()
   on_policy: bool = False
 
@@ -173,6 +179,9 @@ def merge_needs(*needs: Needs) -> Needs:
       'two parts of an estimator ask for branches of their own: build one '
       '`branches(…)` and pass it to both'
     )
+  trees = {need.tree for need in needs} - {None}
+  if len(trees) > 1 or trees and branches:
+    raise ValueError('an estimator has one kind of tree, or branches')
   running = tuple(dict.fromkeys(r for need in needs for r in need.running))
   names = [r.name for r in running]
   if len(set(names)) < len(names):
@@ -189,6 +198,7 @@ def merge_needs(*needs: Needs) -> Needs:
     score_norms=any(need.score_norms for need in needs),
     token_rewards=any(need.token_rewards for need in needs),
     branches=branches.pop() if branches else None,
+    tree=trees.pop() if trees else None,
     running=running,
     on_policy=any(need.on_policy for need in needs),
   )
@@ -205,7 +215,8 @@ def rollout_shapes(
   Args:
     needs: needs of the estimator.
     prompts: P.
-    samples: G, without the rows of branches that are trained on.
+    samples: G, without the rows of branches that are trained on; not read
+      where the estimator needs trees.
     length: T, in tokens.
   """
   wanted = needs.branches
@@ -213,6 +224,9 @@ def rollout_shapes(
   valued = wanted is not None and not trained
   if trained:
     samples *= 1 + min(wanted.count, max(length - 1, 1)) * wanted.samples
+  if needs.tree is not None:
+    samples = needs.tree.rows
+  related = trained or needs.tree is not None
   array = jax.ShapeDtypeStruct
   shape, whole = (prompts, samples, length), (prompts, samples, 1)
   numbers, count = array(shape, 'float32'), array(whole, 'int32')
@@ -224,6 +238,7 @@ def rollout_shapes(
     'token_rewards': needs.token_rewards,
     'branch_values': valued,
     'branch_baselines': valued and wanted.score_weighted,
+    'node_weights': needs.tree is not None,
   }
   greedy = array((prompts, 1, 1), 'float32')
   return Rollouts(
@@ -234,8 +249,8 @@ def rollout_shapes(
     rewards=array(whole, 'float32'),
     greedy_rewards=greedy if needs.greedy else None,
     branch_mask=array(shape, bool) if valued else None,
-    parents=count if trained else None,
-    forked_at=count if trained else None,
+    parents=count if related else None,
+    forked_at=count if related else None,
     running={part.name: array((), 'float32') for part in needs.running},
     **{name: numbers for name, used in optional.items() if used},
   )
@@ -306,6 +321,7 @@ PER_TOKEN = (
   'score_norms',
   'branch_values',
   'branch_baselines',
+  'node_weights',
 )
 
 

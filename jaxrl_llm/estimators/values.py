@@ -37,7 +37,8 @@ class Known(NamedTuple):
   Attributes:
     values: replacements for the rewards to go, in units of the reward.
     baselines: baselines of the advantages.
-    where: bool, states with an advantage; always includes the first.
+    where: bool, states with an advantage; always includes that before the
+      policy's first token.
     fresh: bool, states whose value replaces the response's own reward to go;
       `where` if None.
   """
@@ -95,8 +96,8 @@ def branches(
   weighted = subtract_weighted_leave_one_out_mean(score_norm())
 
   def apply(rewards: Array, rollouts: Rollouts) -> Known:
-    first = jnp.arange(rollouts.mask.shape[2]) == 0
-    first = jnp.broadcast_to(first, rollouts.mask.shape)
+    # The policy's own first token: a tool's, or padding, may precede it.
+    first = rollouts.mask & (jnp.cumsum(rollouts.mask, axis=2) == 1)
     where = first | rollouts.branch_mask
     earned = _earned(rewards, rollouts)
     siblings = valid_responses(rollouts).sum(axis=1, keepdims=True) > 1

@@ -6,6 +6,8 @@ No weight depends on padding, micro-batches or devices.  Filters map rollouts
 to [P, G, 1] bool: the `keep` of `estimator`.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from jaxrl_llm.estimators.baselines import varies
@@ -18,12 +20,26 @@ from jaxrl_llm.estimators.types import (
 )
 
 
+class _PlainSum(NamedTuple):
+  """Weighs all tokens alike: wᵢₜ = 1/(N · divisor)."""
+
+  divisor: float
+
+  def __call__(self, mask: Array, valid: Array) -> Array:
+    return mask / (_count(valid) * self.divisor)
+
+
+def is_plain_sum(weights: TokenWeights) -> bool:
+  """Returns True if all tokens weigh alike, whatever the lengths."""
+  return isinstance(weights, _PlainSum)
+
+
 def sequence_sum() -> TokenWeights:
   """Sums a response's tokens and averages over responses: wᵢₜ = 1/N.
 
   Bias: none.
   """
-  return lambda mask, valid: mask / _count(valid)
+  return _PlainSum(1.0)
 
 
 def constant_length(max_length: int) -> TokenWeights:
@@ -37,7 +53,7 @@ def constant_length(max_length: int) -> TokenWeights:
   """
   if max_length < 1:
     raise ValueError(f'{max_length=} has to be at least 1')
-  return lambda mask, valid: mask / (_count(valid) * float(max_length))
+  return _PlainSum(float(max_length))
 
 
 def sequence_mean() -> TokenWeights:

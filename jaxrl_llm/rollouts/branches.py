@@ -17,8 +17,8 @@ from jaxrl_llm import sampling, sharding
 from jaxrl_llm.estimators import Branches
 from jaxrl_llm.estimators.positions import mark
 from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.rewards import RewardPart, Scores
-from jaxrl_llm.rollouts.responses import Generation, Responses, score_responses
+from jaxrl_llm.rewards import RewardPart
+from jaxrl_llm.rollouts.responses import Generation, Responses, score_rows
 
 Array = jax.Array
 
@@ -146,7 +146,7 @@ def branch(
     statistics=generation.statistics,
   )
   whole, parents, forked_at = _as_rows(samples, forked, sampled)
-  completions, scoring = _score_rows(responses, whole, tokenizer, rewards)
+  completions, scoring = score_rows(tokenizer, rewards, responses.rows, whole)
   rows = Responses(
     responses.prompts, responses.rows, whole, completions, scoring
   )
@@ -267,44 +267,3 @@ def _as_rows(samples, forked, fork_positions):
     fork_positions.reshape(num_prompts, -1), branches, axis=1
   )
   return whole, parents, forked_at[..., None]
-
-
-def _score_rows(responses, whole, tokenizer, rewards):
-  """Decodes and scores the rows [P, R] that are branches.
-
-  Rows without a branch get '' and no score.  Returns the same as
-  `score_responses`.
-  """
-  tokens, mask, finished = sharding.to_host(
-    (whole.tokens, whole.mask, whole.finished)
-  )
-  num_prompts, rows = mask.shape[:2]
-  present = [tuple(i) for i in np.argwhere(mask.any(axis=2))]
-  flat = np.array([p * rows + r for p, r in present], int)
-  texts = [''] * (num_prompts * rows)
-  scoring = None
-  if present:
-    completions, scoring = score_responses(
-      tokenizer,
-      rewards,
-      [responses.rows[p] for p, _ in present],
-      [tokens[i][mask[i]].tolist() for i in present],
-      [bool(finished[i][0]) for i in present],
-    )
-    for i, text in zip(flat, completions, strict=True):
-      texts[i] = text
-
-  @functools.cache
-  def finish() -> Scores:
-    total, valid = np.zeros(len(texts)), np.zeros(len(texts), bool)
-    parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
-    failed = {part.name: valid.copy() for part in rewards}
-    if scoring is None:
-      return Scores(total, valid, parts, failed)
-    scores = scoring()
-    total[flat], valid[flat] = scores.total, scores.valid
-    for name, values in scores.parts.items():
-      parts[name][flat], failed[name][flat] = values, scores.failed[name]
-    return Scores(total, valid, parts, failed, scores.failures)
-
-  return texts, finish

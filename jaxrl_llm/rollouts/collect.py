@@ -5,6 +5,7 @@ prompts ── respond ──► responses ── complete ──► Rollouts
               └ greedy responses, branches          └ statistics of tokens
 """
 
+import dataclasses
 import functools
 import hashlib
 import time
@@ -16,7 +17,13 @@ import numpy as np
 
 from jaxrl_llm import sharding
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimators import Needs, Rollouts, diagnostics
+from jaxrl_llm.estimators import (
+  Needs,
+  Rollouts,
+  diagnostics,
+  leaf_weights,
+  score_all_leaves,
+)
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
 from jaxrl_llm.rewards import RewardPart
@@ -32,6 +39,7 @@ from jaxrl_llm.rollouts.responses import (
   with_statistics,
 )
 from jaxrl_llm.sampling import policy
+from jaxrl_llm.sampling.allocation import Systematic
 from jaxrl_llm.tasks.prompts import PromptBatch
 
 Array = jax.Array
@@ -134,6 +142,9 @@ def collect(
   start = time.perf_counter()
   keys, needs = split_key(key), setting.needs
   generation = with_statistics(setting.generation, needs)
+  if needs.tree is not None:
+    allocation = Systematic(needs.tree)
+    generation = dataclasses.replace(generation, allocation=allocation)
   sampled_by = transformer.sampling_layout(setting.model, trainable['policy'])
   answer = functools.partial(
     respond,
@@ -178,7 +189,7 @@ def collect(
     tokens += branched.tokens
     record = record | branched.statistics
   if baseline is not None:
-    tokens += int(baseline.samples.mask.sum())
+    tokens += baseline.tokens
   return Collected(
     responses,
     rollouts,
@@ -267,8 +278,12 @@ def complete(
       scores.valid.reshape(shape),
     )
   )
+  trees = {}
+  if needs.tree is not None:
+    names = ('parents', 'forked_at', 'node_weights')
+    trees = {name: getattr(responses.grown, name) for name in names}
   rescored = setting.rescore
-  return Rollouts(
+  rollouts = Rollouts(
     tokens=samples.tokens,
     mask=samples.mask,
     log_probs=statistics.log_probs if rescored else samples.log_probs,
@@ -281,7 +296,15 @@ def complete(
     score_norms=statistics.score_norms if needs.score_norms else None,
     values=values,
     running=running,
+    **trees,
   )
+  if needs.tree is not None:
+    rollouts = _score_all(rollouts, needs.tree.count)
+  return rollouts
+
+
+_score_all = jax.jit(score_all_leaves, static_argnums=1)
+_leaf_weights = jax.jit(leaf_weights)
 
 
 def _greedy_rewards(baseline: Responses) -> Array:
@@ -341,14 +364,31 @@ def reward_metrics(responses: Responses, own: Rollouts) -> dict[str, float]:
     own: their rollouts, without branches.
   """
   metrics = jax.device_get(_group_metrics(own, responses.samples.finished))
+  weights = None
+  if own.node_weights is not None:
+    weights = sharding.to_host(_leaf_weights(own)).reshape(-1)
   for name, scores in responses.scores.parts.items():
-    known = scores[~np.isnan(scores)]
-    metrics[f'rewards/{name}/mean'] = known.mean() if known.size else np.nan
-    metrics[f'rewards/{name}/std'] = known.std() if known.size else np.nan
+    mean, std = _moments(scores, weights)
+    metrics[f'rewards/{name}/mean'], metrics[f'rewards/{name}/std'] = mean, std
     none = np.isnan(scores) & ~responses.scores.failed[name]
+    if weights is not None:
+      none &= weights > 0
     metrics[f'rewards/{name}/none'] = int(none.sum())
   metrics['completions/hash'] = _hash(responses.samples)
   return metrics
+
+
+def _moments(scores: np.ndarray, weights: np.ndarray | None):
+  """Returns mean and deviation of the known scores; NaN if there are none."""
+  known = ~np.isnan(scores)
+  if not known.any():
+    return np.nan, np.nan
+  scores = scores[known]
+  if weights is None:
+    return scores.mean(), scores.std()
+  mean = np.average(scores, weights=weights[known])
+  squares = np.average(np.square(scores - mean), weights=weights[known])
+  return mean, np.sqrt(squares)
 
 
 def _hash(samples) -> int:
@@ -361,7 +401,10 @@ def _hash(samples) -> int:
 @jax.jit
 def _group_metrics(rollouts: Rollouts, finished):
   metrics = diagnostics.group_statistics(rollouts)
-  metrics |= diagnostics.completion_statistics(rollouts.mask, finished)
+  if rollouts.node_weights is None:
+    metrics |= diagnostics.completion_statistics(rollouts.mask, finished)
+  else:
+    metrics |= diagnostics.tree_statistics(rollouts, finished)
   if rollouts.sampler_log_probs is not None:
     metrics |= diagnostics.sampler_statistics(rollouts)
   return metrics

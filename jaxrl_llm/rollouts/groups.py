@@ -114,7 +114,7 @@ def chain(*tools: Tool) -> Groups:
       row | {'prompt': pending.texts[i]} if i in pending.texts else row
       for i, row in enumerate(joined.rows)
     ]
-    tokens = sum(map(_tokens, pending.parts)) - _tokens(joined)
+    tokens = sum(part.tokens for part in pending.parts) - joined.tokens
     record |= _sampled(pending.parts) | {'sampled/discarded_tokens': tokens}
     return Drawn(joined._replace(rows=rows), batch, tokens, record)
 
@@ -304,10 +304,6 @@ def _batch(encoded, ids: list[list[int]], rows: list[dict], most: int):
 def _usual(count: int, most: int) -> int:
   """Rounds up to a power of two, at most `most`, to compile few sizes."""
   return min(1 << (count - 1).bit_length(), most)
-
-
-def _tokens(responses: Responses) -> int:
-  return int(responses.samples.mask.sum())
 
 
 def _sampled(parts: list[Responses]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from jaxrl_llm.rewards import RewardPart, Scores
 from jaxrl_llm.rewards import start as start_scoring
 from jaxrl_llm.rewards.scoring import Failures, merge_failures
 from jaxrl_llm.sampling import policy
+from jaxrl_llm.sampling.allocation import Allocation
 from jaxrl_llm.tasks.prompts import PromptBatch, columns
 
 Array = jax.Array
@@ -37,6 +38,8 @@ class Generation:
     decoding: temperature, top-k, top-p.
     statistics: names of what the sampler records besides log-probabilities:
       'entropy', 'score_norms'.
+    allocation: grows prefix trees, in which a prefix is decoded once, as one of
+      `sampling.allocation`; None decodes every response by itself.
   """
 
   samples: int
@@ -45,6 +48,7 @@ class Generation:
   pad_id: int = 0
   decoding: policy.Decoding = policy.Decoding()
   statistics: tuple[str, ...] = ()
+  allocation: Allocation | None = None
 
 
 class Responses(NamedTuple):
@@ -54,10 +58,12 @@ class Responses(NamedTuple):
     prompts: the prompts as the model reads them.
     rows: P dataset rows.
     samples: tokens, mask and log-probabilities, [P, G, T].
-    completions: P·G texts, without special tokens.
+    completions: P·G texts, without special tokens; '' for a row of a tree that
+      is not used.
     scoring: function that returns the rewards of the P·G responses; workers
       may still be computing them.
     cache: keys and values for branches to fork; None if not kept.
+    grown: the trees that the responses are rows of, if they are.
   """
 
   prompts: policy.Prompts
@@ -66,6 +72,14 @@ class Responses(NamedTuple):
   completions: list[str]
   scoring: Callable[[], Scores]
   cache: Cache | None = None
+  grown: sampling.Grown | None = None
+
+  @property
+  def tokens(self) -> int:
+    """Number of tokens that were drawn."""
+    if self.grown is not None:
+      return int(self.grown.nodes)
+    return int(self.samples.mask.sum())
 
   @property
   def scores(self) -> Scores:
@@ -91,27 +105,41 @@ def generate(
   batch: PromptBatch,
   generation: Generation,
   key: Array,
-  sampler: Callable = sampling.sample,
-) -> tuple[policy.Prompts, Any]:
-  """Samples responses; also returns the prompts as the model reads them.
+) -> tuple[policy.Prompts, sampling.Samples]:
+  """Samples responses; also returns the prompts as the model reads them."""
+  drawn = _draw(config, params, batch, generation, key, keep_cache=False)
+  return drawn.prompts, drawn.samples
 
-  Args:
-    sampler: `sampling.sample` or `sampling.sample_and_keep`.
-  """
+
+class _Drawn(NamedTuple):
+  prompts: policy.Prompts
+  samples: sampling.Samples
+  cache: Cache | None = None
+  grown: sampling.Grown | None = None
+
+
+def _draw(config, params, batch, generation, key, keep_cache: bool) -> _Drawn:
   prompts = to_prompts(batch)
-  samples = sampler(
-    config,
-    params,
-    prompts,
-    key,
-    samples=generation.samples,
+  settings = dict(
     max_tokens=generation.max_tokens,
     decoding=generation.decoding,
     eos_ids=generation.eos_ids,
     pad_id=generation.pad_id,
     statistics=generation.statistics,
   )
-  return prompts, samples
+  drawn = config, params, prompts, key
+  if generation.allocation is not None:
+    if keep_cache:
+      raise UserError(
+        'branches fork from whole responses: generation.allocation has to be '
+        'None for them'
+      )
+    grown = sampling.grow(*drawn, allocation=generation.allocation, **settings)
+    return _Drawn(prompts, grown.samples, grown=grown)
+  settings['samples'] = generation.samples
+  if keep_cache:
+    return _Drawn(prompts, *sampling.sample_and_keep(*drawn, **settings))
+  return _Drawn(prompts, sampling.sample(*drawn, **settings))
 
 
 def respond(
@@ -135,26 +163,70 @@ def respond(
     key: PRNG key.
     keep_cache: keep the responses' keys and values, for branches.
   """
-  cache = None
-  if keep_cache:
-    prompts, (samples, cache) = generate(
-      config, params, batch, generation, key, sampling.sample_and_keep
-    )
-  else:
-    prompts, samples = generate(config, params, batch, generation, key)
-  host = sharding.to_host(samples)
-  ids = [
-    row[mask].tolist()
-    for row, mask in zip(
-      np.concatenate(host.tokens), np.concatenate(host.mask), strict=True
-    )
-  ]
-  rows = [row for row in batch.rows for _ in range(generation.samples)]
-  finished = host.finished.reshape(-1).tolist()
-  completions, scoring = score_responses(
-    tokenizer, rewards, rows, ids, finished
+  drawn = _draw(config, params, batch, generation, key, keep_cache)
+  completions, scoring = score_rows(
+    tokenizer, rewards, batch.rows, drawn.samples
   )
-  return Responses(prompts, batch.rows, samples, completions, scoring, cache)
+  return Responses(
+    drawn.prompts,
+    batch.rows,
+    drawn.samples,
+    completions,
+    scoring,
+    drawn.cache,
+    drawn.grown,
+  )
+
+
+def score_rows(
+  tokenizer: Any,
+  rewards: Sequence[RewardPart],
+  rows: Sequence[dict[str, Any]],
+  samples: sampling.Samples,
+) -> tuple[list[str], Callable[[], Scores]]:
+  """Scores responses [P, R] to P prompts, as `score_responses`.
+
+  A row without tokens is none: it gets '' and no score.
+
+  Args:
+    tokenizer, rewards: as in `score_responses`.
+    rows: P dataset rows.
+    samples: the responses.
+  """
+  tokens, mask, finished = sharding.to_host(
+    (samples.tokens, samples.mask, samples.finished)
+  )
+  present = np.argwhere(mask.any(axis=2))
+  flat = present[:, 0] * mask.shape[1] + present[:, 1]
+  texts = [''] * (mask.shape[0] * mask.shape[1])
+  scoring = None
+  if len(present):
+    completions, scoring = score_responses(
+      tokenizer,
+      rewards,
+      [rows[p] for p, _ in present],
+      [tokens[p, r][mask[p, r]].tolist() for p, r in present],
+      [bool(finished[p, r, 0]) for p, r in present],
+    )
+    if len(present) == len(texts):
+      return completions, scoring
+    for i, text in zip(flat, completions, strict=True):
+      texts[i] = text
+
+  @functools.cache
+  def finish() -> Scores:
+    total, valid = np.zeros(len(texts)), np.zeros(len(texts), bool)
+    parts = {part.name: np.full(len(texts), np.nan) for part in rewards}
+    failed = {part.name: valid.copy() for part in rewards}
+    if scoring is None:
+      return Scores(total, valid, parts, failed)
+    scores = scoring()
+    total[flat], valid[flat] = scores.total, scores.valid
+    for name, values in scores.parts.items():
+      parts[name][flat], failed[name][flat] = values, scores.failed[name]
+    return Scores(total, valid, parts, failed, scores.failures)
+
+  return texts, finish
 
 
 def score_responses(
@@ -233,7 +305,9 @@ def with_statistics(generation: Generation, needs: Needs) -> Generation:
 def greedy(generation: Generation) -> Generation:
   """Returns the settings for one greedy response per prompt."""
   decoding = dataclasses.replace(generation.decoding, temperature=0.0)
-  return dataclasses.replace(generation, samples=1, decoding=decoding)
+  return dataclasses.replace(
+    generation, samples=1, decoding=decoding, allocation=None
+  )
 
 
 @functools.partial(

@@ -7,5 +7,14 @@ from jaxrl_llm.sampling.sampler import (
   sample,
   sample_and_keep,
 )
+from jaxrl_llm.sampling.trees import Grown, grow
 
-__all__ = ['Samples', 'Work', 'fork', 'sample', 'sample_and_keep']
+__all__ = [
+  'Grown',
+  'Samples',
+  'Work',
+  'fork',
+  'grow',
+  'sample',
+  'sample_and_keep',
+]

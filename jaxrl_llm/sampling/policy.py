@@ -8,6 +8,7 @@ entropy of given tokens under the same adjusted distribution.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,33 +159,75 @@ def draw_token(
   return token, head.statistics(adjusted, token).replace(log_probs=log_probs)
 
 
+class Blocks(NamedTuple):
+  """Weights of tokens in blocks, to draw from them with one uniform number.
+
+  One number selects a block of 128 tokens, then a token in it: far cheaper than
+  a Gumbel variate per token at a large vocabulary.  No block lies on two
+  devices of a mesh whose tensor axis splits the vocabulary.
+
+  Attributes:
+    weights: [N, blocks, 128], 0 beyond the vocabulary.
+    sums: [N, blocks].
+    width: size of the vocabulary's part on each device, a Python int.
+  """
+
+  weights: Array
+  sums: Array
+  width: int
+
+  @classmethod
+  def of(cls, weights: Array) -> 'Blocks':
+    """Arranges weights, [N, V], of which none is below 0."""
+    rows, vocabulary = weights.shape
+    shards = sharding.tensor_shards(vocabulary)
+    width = vocabulary // shards
+    blocks = weights.reshape(rows, shards, width)
+    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -width % _BLOCK)))
+    blocks = blocks.reshape(rows, -1, _BLOCK)
+    blocks = sharding.constrain(blocks, None, sharding.TENSOR, None)
+    return cls(blocks, blocks.sum(axis=-1), width)
+
+  def block(self, rows: Array, block: Array) -> Array:
+    """Returns one block of each of the rows, [n, 128]."""
+    return self.weights.at[rows, block].get(mode='clip')
+
+  def token(self, block: Array, index: Array) -> Array:
+    """Returns the token at an index of a block."""
+    shard, block = jnp.divmod(block, -(-self.width // _BLOCK))
+    token = shard * self.width + block * _BLOCK + index
+    return token.astype(jnp.int32)
+
+  def invert(self, rows: Array, target: Array) -> Array:
+    """Returns the token of each row where cumulative weights exceed `target`.
+
+    Args:
+      rows: [n] int32, which rows to draw from.
+      target: [n] float32, at least 0 and below the row's sum.
+    """
+    sums = self.sums.at[rows].get(mode='clip')
+    block, below = first_above(sums, target[:, None])
+    within = self.block(rows, block[:, 0])
+    index, _ = first_above(within, target[:, None] - below)
+    return self.token(block, index)[:, 0]
+
+
 def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
   """Draws an index of each row in proportion to `weights`, [N, V]; their sum.
 
-  One uniform number per row, [N, 1], selects a block of 128 tokens, then a
-  token in it: far cheaper than a Gumbel variate per token at a large
-  vocabulary.  A token of weight 0 is never drawn.  No block lies on two devices
-  of a mesh whose tensor axis splits the vocabulary.
+  A token of weight 0 is never drawn.
+
+  Args:
+    weights: at least 0.
+    uniform: [N, 1], one number per row.
   """
-  rows, vocabulary = weights.shape
-  shards = sharding.tensor_shards(vocabulary)
-  width = vocabulary // shards
-  blocks = weights.reshape(rows, shards, width)
-  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -width % _BLOCK)))
-  blocks = blocks.reshape(rows, -1, _BLOCK)
-  blocks = sharding.constrain(blocks, None, sharding.TENSOR, None)
-  sums = blocks.sum(axis=-1)
-  total = sums.sum(axis=-1, keepdims=True)
-  target = uniform * total
-  block, below = _first_above(sums, target)
-  within = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
-  index, _ = _first_above(within, target - below)
-  shard, block = jnp.divmod(block, -(-width // _BLOCK))
-  token = shard * width + block * _BLOCK + index
-  return token[:, 0].astype(jnp.int32), total[:, 0]
+  blocks = Blocks.of(weights)
+  total = blocks.sums.sum(axis=-1)
+  rows = jnp.arange(len(weights))
+  return blocks.invert(rows, uniform[:, 0] * total), total
 
 
-def _first_above(weights: Array, target: Array) -> tuple[Array, Array]:
+def first_above(weights: Array, target: Array) -> tuple[Array, Array]:
   """Finds the index, [N, 1], where cumulative sums exceed `target`; its start.
 
   XLA adds long sums as a tree, whose rounding lets the cumulative sum fall, or

@@ -320,7 +320,7 @@ def _sampled(
   return Sampled(
     collected.responses,
     shown / np.maximum(mask.sum(axis=2), 1),
-    int(mask.sum()) + collected.tokens,
+    collected.responses.tokens + collected.tokens,
     collected.failures,
     {'rollout_time': collected.seconds, 'step_time': seconds},
   )
@@ -343,7 +343,7 @@ def _usual_metrics(needs: estimators.Needs) -> dict[str, Any]:
 
 
 def _check(needs, generation: Generation, reference, critic) -> None:
-  if generation.samples < needs.samples:
+  if needs.tree is None and generation.samples < needs.samples:
     raise UserError(
       f'generation.samples is {generation.samples}; the estimator needs at '
       f'least {needs.samples} per prompt'

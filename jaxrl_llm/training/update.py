@@ -307,7 +307,8 @@ def make_update(
     gradients = jax.tree.map(
       lambda gradient, x: gradient.astype(x.dtype), gradients, state.trainable
     )
-    tokens = jnp.maximum((batch.mask & batch.valid).sum(), 1)
+    tokens = _token_weights(batch).sum()
+    tokens = jnp.where(tokens > 0, tokens, 1)
     responses = jnp.maximum(batch.valid.sum(), 1)
     metrics = {
       name: value.sum() / (responses if name in per_response else tokens)
@@ -334,9 +335,9 @@ def _metric_sums(
   batch: Batch,
 ) -> tuple[dict[str, Array], Array]:
   """Returns the metrics' sums and the largest log-probability difference."""
-  mask = batch.mask & batch.valid
+  mask, weights = batch.mask & batch.valid, _token_weights(batch)
   sums = {
-    name: jnp.where(mask, metric(outputs, batch), 0.0).sum()
+    name: (weights * jnp.where(mask, metric(outputs, batch), 0.0)).sum()
     for name, metric in per_token.items()
   }
   sums |= {
@@ -345,6 +346,12 @@ def _metric_sums(
   }
   difference = diagnostics.log_prob_difference(outputs, batch)
   return sums, jnp.where(mask, difference, 0.0).max()
+
+
+def _token_weights(batch: Batch) -> Array:
+  """Returns what tokens count in means: in trees, as in their loss."""
+  mask = batch.mask & batch.valid
+  return mask if batch.shares is None else jnp.where(mask, batch.shares, 0.0)
 
 
 def _apply(

@@ -22,6 +22,7 @@ from loops import (
   token_ratio,
   tokens,
   tree_surrogate,
+  weighted_nodes,
   whitened,
 )
 from toys import (
@@ -208,6 +209,10 @@ FORMULAS = {
   'trepo_critic': trepo_critic,
   'trepo_tree': tree_surrogate(0.0),
   'trepo_tree with KL': tree_surrogate(KL),
+  'trepo_weighted': weighted_nodes(0.0, lambda i, t, a: a * i.new[t]),
+  'trepo_weighted, clipped, with KL': weighted_nodes(
+    KL, lambda i, t, a: surrogate(token_ratio(i, t), a, CLIP, CLIP)
+  ),
 }
 PROGRAM = make_program({name: RECIPES[name] for name in FORMULAS})
 

@@ -17,7 +17,7 @@ from toys import (
   changed,
   random_rollouts,
   rows_for,
-  with_branch_rows,
+  with_tree_rows,
 )
 
 from jaxrl_llm import estimators as est
@@ -33,6 +33,8 @@ ABSOLUTE = {
   'reinforce_baseline': 'its baseline is that of earlier batches',
   'reinforce_plus_plus': 'its baseline is that of the batch',
   'reinforce_plus_plus with adaptive KL': 'its baseline is that of the batch',
+  'trepo_weighted': 'no baseline',
+  'trepo_weighted, clipped, with KL': 'no baseline',
   'rl_zvp': 'groups of equal rewards are told right from wrong',
   'rest_em': 'compares rewards with a threshold',
 }
@@ -44,6 +46,8 @@ TAUGHT_BY_EQUALS = {
   'rloo with adaptive KL': 'the KL is part of the reward',
   'trepo with KL': 'the KL is part of the reward',
   'trepo_critic': 'a critic',
+  'trepo_weighted': 'no baseline',
+  'trepo_weighted, clipped, with KL': 'no baseline',
   'trepo_tree with KL': 'the KL is part of the reward',
   'reinforce_plus_plus': 'its baseline is that of the batch',
   'reinforce_plus_plus with adaptive KL': 'its baseline is that of the batch',
@@ -93,7 +97,7 @@ def make_data(seed, **settings):
   Where it has a place to fork, the last row is a branch of the first.
   """
   rollouts, outputs = random_rollouts(seed, 4, **settings)
-  rollouts = with_branch_rows(rollouts)
+  rollouts = with_tree_rows(rollouts)
   if rollouts.valid is None:
     rollouts = rollouts.replace(valid=np.ones(rollouts.rewards.shape, bool))
   return rollouts, outputs
@@ -340,7 +344,7 @@ def with_equal_fractions():
   rollouts, _ = random_rollouts(
     6, 16_000, 18, 2, invalid=False, dtype=np.float32
   )
-  rollouts = with_branch_rows(rollouts)
+  rollouts = with_tree_rows(rollouts)
   fractions = np.arange(1000, dtype=np.float32) / np.float32(1000)
   equal = np.tile(fractions, 16)[:, None, None]
   rollouts = with_equal_rewards(rollouts, slice(None), equal)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import RECIPES, random_rollouts, rows_for, with_branch_rows
+from toys import RECIPES, random_rollouts, rows_for, with_tree_rows
 
 from jaxrl_llm import estimators as est
 from jaxrl_llm.estimators import actor_critic, algorithms, supervised_preference
@@ -34,15 +34,16 @@ def fields(needs):
     'branch_values': valued,
     'branch_mask': valued,
     'branch_baselines': valued and branches.score_weighted,
-    'parents': trained,
-    'forked_at': trained,
+    'parents': trained or needs.tree is not None,
+    'forked_at': trained or needs.tree is not None,
+    'node_weights': needs.tree is not None,
     'running': bool(needs.running),
   }
 
 
 def make_rollouts(recipe, **settings):
   rollouts, outputs = random_rollouts(0, **settings)
-  return rows_for(recipe, with_branch_rows(rollouts)), outputs
+  return rows_for(recipe, with_tree_rows(rollouts)), outputs
 
 
 @every_recipe

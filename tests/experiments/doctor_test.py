@@ -1,6 +1,6 @@
 """The doctor on a sound installation, on a broken one, and on a run."""
 
-import importlib
+import functools
 import json
 
 import mistakes
@@ -32,18 +32,17 @@ def after(sampler, update):
   return [(word, name) for name, word in found.items()]
 
 
-def patch_generate(monkeypatch, function):
+def patch_sampling(monkeypatch, function):
   """Replaces the sampling of responses everywhere."""
-  for name in ('rollouts.responses', 'training.online'):
-    module = importlib.import_module(f'jaxrl_llm.{name}')
-    monkeypatch.setattr(module, 'generate', function)
+  draw = responses._draw
+  monkeypatch.setattr(responses, '_draw', functools.partial(function, draw))
 
 
 def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
-  def broken(*args, **kwargs):
+  def broken(draw, *args, **kwargs):
     raise RuntimeError('no kernel\nfor this device')
 
-  patch_generate(monkeypatch, broken)
+  patch_sampling(monkeypatch, broken)
   for name, secret in SECRETS.items():
     monkeypatch.setenv(name, secret)
   monkeypatch.setenv('NCCL_P2P_LEVEL', 'NVL')
@@ -63,13 +62,13 @@ def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_sampler_that_is_off_is_told(monkeypatch, capsys):
   """The sampler records log-probabilities that are 0.01 nats too low."""
-  generate = responses.generate
 
-  def off(*args):
-    prompts, samples = generate(*args)
-    return prompts, samples.replace(log_probs=samples.log_probs - 0.01)
+  def off(draw, *args, **kwargs):
+    drawn = draw(*args, **kwargs)
+    log_probs = drawn.samples.log_probs - 0.01
+    return drawn._replace(samples=drawn.samples.replace(log_probs=log_probs))
 
-  patch_generate(monkeypatch, off)
+  patch_sampling(monkeypatch, off)
   assert doctor.report() == 1
   said = capsys.readouterr().out
   assert attempts(said) == after('FAILED', 'ok')

@@ -18,7 +18,7 @@ from jaxrl_llm.runs import Sample, checkpoints, orbax_io
 from jaxrl_llm.runs import folder as run_folder
 from jaxrl_llm.runs.checkpoints import Checkpoints
 from jaxrl_llm.runs.digests import describe, named_leaves
-from jaxrl_llm.runs.metrics import RecordFile
+from jaxrl_llm.runs.metrics import RecordFile, cannot_write
 from tests.experiments import boundaries_test
 
 # Of its 9 steps it evaluates 0, 4, 8 and 9, and saves every second one.
@@ -104,7 +104,7 @@ def fail_once(monkeypatch, name: str, step: int, place: int) -> None:
     if self.path.name == name and record['step'] == step:
       seen.append(record)
       if len(seen) == place + 1:
-        raise self._failed(os.strerror(errno.ENOSPC))
+        raise cannot_write(self.path, os.strerror(errno.ENOSPC))
     write(self, record, *again)
 
   monkeypatch.setattr(RecordFile, 'write', full)

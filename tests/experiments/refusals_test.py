@@ -92,8 +92,8 @@ rloo: rollout.hints=(0.5, 0.25) | in increasing order
 rloo: rollout.hint_threshold=0.5 | hint_threshold is 0.5, which
 rloo: rollout.hint_template='{hint}' | hint_template is
 rloo: rollout.hints=(0.5,); rollout.hint_template='{prompt}' | 0 times
-train: rollout.refill=2; algorithm=dict(name='trepo') | without branches
-train: rollout.hints=[0.5]; algorithm=dict(name='trepo') | without branches
+train: rollout.refill=2; algorithm=dict(name='trepo') | or have branches
+train: rollout.hints=[0.5]; algorithm=dict(name='trepo') | or have branches
 rloo: prompts.min_pass_rate=0.1 | unless config.prompts.pass_rates is
 rloo: prompts.pass_rates='f'; prompts.min_pass_rate=0.6; \
 prompts.max_pass_rate=0.4 | the minimum first

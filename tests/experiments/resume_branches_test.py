@@ -1,4 +1,4 @@
-"""Kills of runs with branches or a critic: the records are equal."""
+"""Kills of runs with branches, trees or a critic: the records are equal."""
 
 import pytest
 import scripts
@@ -12,6 +12,13 @@ ALGORITHMS = {
   'ppo': dict(name='ppo', kl=0.05),
   'trepo': dict(name='trepo', score_weighted=True, **BRANCHES),
   'tree': dict(name='trepo_tree', **BRANCHES),
+  'weighted tree': dict(
+    name='trepo_weighted',
+    tau=0.25,
+    clip=0.2,
+    kl=0.04,
+    baseline=dict(name='other_tree', scale=dict(name='tree_scale')),
+  ),
 }
 
 
@@ -34,8 +41,8 @@ def test_kills_leave_the_same_records(name, tmp_path):
   assert ended.code == 0, ended.err
   scripts.assert_same_run(killed, whole)
   records = (whole / 'metrics.jsonl').read_text()
-  for metric in {'ppo': ['critic/value_loss']}.get(name, ['branches/forks']):
-    assert metric in records
-  if name in ('ppo', 'tree'):
+  shown = {'ppo': 'critic/value_loss', 'weighted tree': 'tree/responses'}
+  assert shown.get(name, 'branches/forks') in records
+  if name in ('ppo', 'tree', 'weighted tree'):
     steps = [scripts.WARM + 1, replay_test.MIDDLE, scripts.TOTAL]
     replay_test.identical(whole, steps)

@@ -237,6 +237,7 @@ SHAPED = (
   est.subtract_token_kl(KL),
 )
 PLAIN = (est.at_last_token(),)
+COSTS = (est.penalize_overlong(LENGTH, BUFFER), est.subtract_response_kl(KL))
 
 
 def trepo(positions, reward=PLAIN, fill=est.hold, **options):
@@ -256,6 +257,14 @@ def tree(positions, *reward):
   )
 
 
+def weighted(rule, *reward, baseline=None):
+  return est.estimator(
+    est.chain(*reward, est.weighted_tree(rule, baseline)),
+    est.score_function(),
+    est.sequence_sum(),
+  )
+
+
 RULES = {
   'fixed': est.positions.fixed(1, 3),
   'uniform': est.positions.uniform(),
@@ -271,9 +280,18 @@ EXACT = {
   },
   'tree, one fork': (tree(est.positions.fixed(2)), 'plain'),
   'tree, nested forks': (tree(RULES['fixed'], *SHAPED), 'shaped'),
+  'weighted tree, late and held': (
+    weighted(est.Threshold(est.thresholds.falling(0.5, 0.1, 3), 6), *COSTS),
+    'shaped',
+  ),
 }
 FURTHER = {
   'rloo': (est.rloo(), 'plain'),
+  'weighted tree': (est.trepo_weighted(1 / 3), 'plain'),
+  'weighted tree against another': (
+    est.trepo_weighted(1 / 3, baseline=est.other_tree(est.tree_scale())),
+    'plain',
+  ),
   'score-weighted': (trepo(RULES['fixed'], score_weighted=True), 'plain'),
   'where uncertain': (trepo(est.positions.entropy_sum(1.5)), 'plain'),
   'a critic that knows nothing': (
@@ -296,7 +314,10 @@ def measure(estimator, reward, monkeypatch, batches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['hold, uniform', 'tree, nested forks'])
+@pytest.mark.parametrize(
+  'name',
+  ['hold, uniform', 'tree, nested forks', 'weighted tree, late and held'],
+)
 def test_the_mean_gradient_is_exact(name, monkeypatch):
   off, bound, norm = measure(*EXACT[name], monkeypatch, batches=3)
   assert off < bound < 0.02 * norm

@@ -1,6 +1,5 @@
 """Checkpoints: what comes back is what went in."""
 
-import errno
 import json
 import os
 import subprocess
@@ -32,7 +31,6 @@ def make_state(seed=0):
     'step': jnp.int32(seed),
     'mask': jnp.array([True, False, True]),
     'absent': None,
-    'empty': (),
   }
 
 
@@ -71,13 +69,19 @@ def manifest_of(folder, step):
   return folder / f'{step:08d}' / 'manifest' / 'data.json'
 
 
-def run_script(text, *arguments, **environment):
-  return subprocess.run(
+def times(folder):
+  """The time of each file's last change, and its identity."""
+  stats = {path: path.stat() for path in folder.rglob('*') if path.is_file()}
+  return {path: (s.st_mtime_ns, s.st_ino) for path, s in stats.items()}
+
+
+def start_script(text, *arguments):
+  return subprocess.Popen(
     [sys.executable, '-c', text, *map(str, arguments)],
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
-    capture_output=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
-    timeout=100,
   )
 
 
@@ -93,7 +97,6 @@ def test_round_trip(tmp_path):
       step, restored, metadata = checkpoints.restore(template)
       assert (step, metadata) == (30, META)
       assert_same(restored, state)
-      assert type(restored['optimizer'][0]) is type(state['optimizer'][0])
 
 
 def test_a_part_is_read_and_verified_alone(tmp_path, monkeypatch):
@@ -106,9 +109,6 @@ def test_a_part_is_read_and_verified_alone(tmp_path, monkeypatch):
     assert_same(restored, {'params': state['params']})
     with pytest.raises(UserError, match='another configuration'):
       checkpoints.restore(part)
-    wrong = {'params': {**part['params'], 'more': jnp.zeros(2)}}
-    with pytest.raises(UserError, match='params/more is missing in it'):
-      checkpoints.restore(wrong, part=True)
     # The arrays that are read are compared with their digests.
     load = orbax_io.load_state
     spoilt = lambda *args: jax.tree.map(lambda x: x + 1, load(*args))
@@ -117,28 +117,13 @@ def test_a_part_is_read_and_verified_alone(tmp_path, monkeypatch):
       checkpoints.restore(part, part=True)
 
 
-def test_steps_may_hold_different_trees(tmp_path):
-  """Steps of two phases; the older is used where the newer is damaged."""
-  states = {1: {'x': jnp.ones(3)}, 2: {'x': jnp.ones(3), 'y': jnp.zeros(2)}}
-  with Checkpoints(tmp_path) as checkpoints:
-    for step, state in states.items():
-      checkpoints.save(step, state, META)
-    checkpoints.wait()
-    for newest in (2, 1):
-      step, restored, _ = checkpoints.restore(states.get)
-      assert step == newest
-      assert_same(restored, states[newest])
-      manifest_of(tmp_path, 2).write_text('{}')
-
-
 def test_keeps_latest_and_best(tmp_path):
   metrics = [float('nan'), 0.9, float('nan'), 0.2, None, 0.9, 0.3, 0.0]
   state = {'x': jnp.zeros(2)}
   with Checkpoints(tmp_path, keep_latest=2, keep_best=2) as checkpoints:
     for step, metric in enumerate(metrics):
-      assert step > 2 or checkpoints.best_step() == (None, None, 1)[step]
       checkpoints.save(step, state, {}, metric=metric)
-      checkpoints.wait()
+    checkpoints.wait()
     assert checkpoints.steps() == [1, 5, 6, 7]
   with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
     assert checkpoints.best_step() == 5
@@ -156,7 +141,7 @@ def test_saving_survives_donation(tmp_path):
   update = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
   x = jnp.arange(2_000_000, dtype=jnp.float32)
   with Checkpoints(tmp_path) as checkpoints:
-    for step in range(6):
+    for step in range(3):
       expected = np.array(x)
       checkpoints.save(step, {'x': x}, {})
       for _ in range(3):
@@ -165,36 +150,16 @@ def test_saving_survives_donation(tmp_path):
       np.testing.assert_array_equal(restored['x'], expected)
 
 
-def times(folder):
-  """The time of each file's last change, and its identity."""
-  stats = {path: path.stat() for path in folder.rglob('*') if path.is_file()}
-  return {path: (s.st_mtime_ns, s.st_ino) for path, s in stats.items()}
-
-
-@pytest.mark.parametrize('verified', [False, True])
-def test_a_step_with_equal_arrays_gets_a_new_manifest(
-  tmp_path, monkeypatch, verified
-):
+def test_a_step_with_equal_arrays_gets_a_new_manifest(tmp_path, monkeypatch):
+  save_steps(tmp_path, [1])
   state, checkpoints = make_state(1), Checkpoints(tmp_path)
-  checkpoints.save(1, state, {'old': 1}, metric=0.1)
-  checkpoints.wait()
-  if verified:
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.restore(abstract(state))
-  before = times(tmp_path)
+  checkpoints.restore(abstract(state))
+  before, manifest = times(tmp_path), manifest_of(tmp_path, 1)
   monkeypatch.delattr(orbax_io, 'start_save')
   checkpoints.save(1, state, {'new': 2}, metric=0.2)
-  manifest = manifest_of(tmp_path, 1)
-  assert {*times(tmp_path).items()} ^ {*before.items()} == {
-    (manifest, before[manifest]),
-    (manifest, times(tmp_path)[manifest]),
+  assert {path for path, _ in times(tmp_path).items() ^ before.items()} == {
+    manifest
   }
-  # A failure leaves the step as it was.
-  with monkeypatch.context() as patch:
-    full = OSError(errno.ENOSPC, 'No space left on device')
-    patch.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(full))
-    with pytest.raises(UserError, match='No space left'):
-      checkpoints.save(1, state, {'newer': 3}, metric=0.3)
   for reader in (checkpoints, Checkpoints(tmp_path, read_only=True)):
     step, restored, metadata = reader.restore(state)
     assert (step, metadata) == (1, {'new': 2})
@@ -203,13 +168,11 @@ def test_a_step_with_equal_arrays_gets_a_new_manifest(
   assert names(manifest.parent) == ['data.json']
 
 
-@pytest.mark.parametrize(
-  'seed, verified', [(1, ''), (1, 'part'), (5, 'whole'), (5, '')]
-)
+@pytest.mark.parametrize('seed, verified', [(1, ''), (1, 'part'), (5, 'whole')])
 def test_a_step_that_differs_or_was_not_verified_is_saved_anew(
   tmp_path, seed, verified
 ):
-  save_steps(tmp_path, [0, 1])
+  save_steps(tmp_path, [1])
   before = times(tmp_path / '00000001' / 'state')
   with Checkpoints(tmp_path) as checkpoints:
     if verified == 'part':
@@ -217,32 +180,27 @@ def test_a_step_that_differs_or_was_not_verified_is_saved_anew(
     elif verified:
       checkpoints.restore(abstract(make_state()))
     checkpoints.save(1, make_state(seed), META)
-    step, restored, metadata = checkpoints.restore(make_state())
-    assert (step, metadata) == (1, META)
-    assert_same(restored, make_state(seed))
-  assert names(tmp_path) == ['00000000', '00000001']
+    assert_same(checkpoints.restore(make_state())[1], make_state(seed))
   assert not before.items() & times(tmp_path / '00000001' / 'state').items()
 
 
-CHANGES = {
-  'missing': ({'extra': jnp.zeros(2)}, 'extra is missing in it'),
-  'extra': ({'mask': None}, 'mask is bool[3] in it, the program wants none'),
-  'shape': ({'mask': jnp.zeros(4, bool)}, 'mask is bool[3] in it, the'),
-  'rank': ({'step': jnp.zeros(1, jnp.int32)}, 'step is int32[] in it'),
-  'dtype': ({'step': jnp.float32(0)}, 'the program wants float32[]'),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_another_configuration_is_refused_and_named(tmp_path, change):
-  save_steps(tmp_path, [1, 2])
-  leaves, message = CHANGES[change]
+@pytest.mark.parametrize(
+  'leaves, message',
+  [
+    ({'extra': jnp.zeros(2)}, 'extra is missing in it'),
+    ({'mask': None}, 'mask is bool[3] in it, the program wants none'),
+    ({'mask': jnp.zeros(4, bool)}, 'mask is bool[3] in it, the'),
+    ({'step': jnp.float32(0)}, 'the program wants float32[]'),
+  ],
+)
+def test_another_configuration_is_refused_and_named(tmp_path, leaves, message):
+  save_steps(tmp_path, [2])
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(UserError) as error:
       checkpoints.restore({**make_state(0), **leaves})
     assert message in str(error.value) and 'step 2' in lines(error)[0]
     assert len(lines(error)) == 3
-    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.steps() == [2]
 
 
 def test_read_only_changes_nothing(tmp_path):
@@ -254,36 +212,4 @@ def test_read_only_changes_nothing(tmp_path):
     assert checkpoints.restore(make_state(0))[0] == 1
     with pytest.raises(UserError, match='read-only'):
       checkpoints.save(3, make_state(3), {})
-  Checkpoints(tmp_path / 'absent', read_only=True).restore(make_state(0))
   assert (sorted(tmp_path.rglob('*')), times(tmp_path)) == before
-
-
-def test_ordinary_use_is_silent(tmp_path):
-  script = """
-import sys
-import jax.numpy as jnp
-from absl import app, logging
-from jaxrl_llm.runs.checkpoints import Checkpoints
-def main(argv):
-  logging.set_verbosity(logging.WARNING)  # as `cli.run` does
-  with Checkpoints(argv[1]) as c:
-    for step in range(4):
-      c.save(step, {'x': jnp.zeros(3)}, {}, metric=step)
-    c.restore({'x': jnp.zeros(3)})
-app.run(main)
-"""
-  result = run_script(script, tmp_path)
-  assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
-
-
-@pytest.mark.parametrize(
-  'metadata, message',
-  [
-    ({'a': {3: 1}}, 'checkpoint metadata has a key 3, at a/3'),
-    ({'a': np.zeros(2)}, 'cannot be written as JSON'),
-  ],
-)
-def test_metadata_that_is_not_json_is_refused(tmp_path, metadata, message):
-  with pytest.raises(UserError, match=message):
-    Checkpoints(tmp_path / 'c').save(1, {'x': jnp.zeros(2)}, metadata)
-  assert not (tmp_path / 'c').exists()

@@ -11,15 +11,10 @@ import scripts
 # The file system allocates pages of 4 KiB.
 MOMENTS = [
   ('warm start', 3, 0),
-  ('rollout', scripts.WARM + 3, 0),
-  ('rollout', scripts.WARM + 3, 4096),
-  ('save', scripts.WARM + 3, 0),
-  ('save', scripts.WARM + 3, 16384),
-  ('save', scripts.WARM + 3, 65536),
-  ('evaluation', scripts.WARM + 8, 0),
-  ('record', scripts.WARM + 8, 0),
-  ('export', scripts.TOTAL, 0),
-  ('export', scripts.TOTAL, 16384),
+  *(('rollout', scripts.WARM + 3, left) for left in (0, 4096)),
+  *(('save', scripts.WARM + 3, left) for left in (0, 16384, 65536)),
+  *((phase, scripts.WARM + 8, 0) for phase in ('evaluation', 'record')),
+  *(('export', scripts.TOTAL, left) for left in (0, 16384)),
 ]
 
 
@@ -58,14 +53,12 @@ def test_a_full_disk_is_reported_and_free_space_fixes_it(
   config = scripts.write_config(tmp_path / 'config')
   start = functools.partial(scripts.train, workdir, config)
   fault = functools.partial(faults.fill_disk, left, phase, str(workdir), after)
-  ended = start(before=fault).wait(120)
-  message = message_of(ended)
+  message = message_of(start(before=fault).wait(120))
   assert 'No space left on device' in message or 'disk is full' in message
   assert str(workdir) in message
   # To the next checkpoint at most.
   assert after <= scripts.steps_written(workdir) <= after + scripts.EVERY + 1
-  left_behind = [path.name for path in workdir.rglob('*tmp*')]
-  assert left_behind == []
+  assert not list(workdir.rglob('*tmp*'))
   # It reports the same until there is room, and loses nothing.
   message_of(start().wait(120))
   (workdir / 'ballast').unlink()

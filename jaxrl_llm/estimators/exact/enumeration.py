@@ -32,6 +32,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxrl_llm.estimators.compose import Estimator
+from jaxrl_llm.estimators.exact.growth import Leaves, as_rows, list_trees
 from jaxrl_llm.estimators.exact.languages import (
   Toy,
   check_toy,
@@ -51,6 +52,7 @@ from jaxrl_llm.estimators.exact.outcomes import (
   Slots,
   combine,
   draw,
+  draw_listed,
   list_slots,
 )
 from jaxrl_llm.estimators.types import Array, Outputs, Rollouts
@@ -122,7 +124,7 @@ def examine(
   Args:
     estimator: any; a critic's own gradient is excluded.
     toy: language, policy and reward.
-    samples: G.
+    samples: G; not read where the estimator needs trees.
     exact: the gradient to compare with; `exact_gradient(toy)` if None.
     running: values of the estimator's running numbers; their initial ones if
       None.
@@ -197,14 +199,23 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
     running = {part.name: part.initial for part in needs.running}
   running = floats(running)
   forest = needs.branches and _plant(toy, tables, p, needs.branches, running)
-  lists = list_slots(p, forest, samples, limit)
+  if needs.tree:
+    trees, samples = _trees(toy, needs.tree, limit), needs.tree.count
+    rows = needs.tree.rule.at_most
+    total = math.prod(len(leaves.weight) for leaves in trees) ** samples
+    lists = trees if total <= limit else None
+  else:
+    lists = list_slots(p, forest, samples, limit)
+    rows = 1 + forest.most * forest.samples if forest and forest.trained else 1
   shape = (len(p), samples)
-  rows = 1 + forest.most * forest.samples if forest and forest.trained else 1
   size = math.prod(shape) * rows * toy.mask.shape[1] * tables.scores.shape[-1]
   size = min(_CHUNK, 2 ** int(math.log2(max(_FLOATS / size, 1))))
   if lists is None:
     random = np.random.default_rng(seed)
-    chunks = draw(p, forest, shape, draws, size, random)
+    if needs.tree:
+      chunks = draw_listed(trees, shape, draws, size, random)
+    else:
+      chunks = draw(p, forest, shape, draws, size, random)
   else:
     chunks = combine(lists, shape, size)
     draws = math.prod(len(slots.weight) for slots in lists) ** samples
@@ -215,11 +226,19 @@ def _moments(estimator, toy, samples, running, limit, draws, seed):
     mean, square = mean + np.asarray(add[0]), square + float(add[1])
   lengths = toy.mask.sum(axis=1)
   tokens = samples * (p @ lengths).sum()
+  if needs.tree:
+    tokens = samples * sum(x.weight @ x.nodes for x in trees)
   if needs.greedy:
     tokens += lengths[greedy_responses(toy)].sum()
   if forest:
     tokens += samples * forest.tokens(p)
   return mean, square, tokens, draws, lists is not None
+
+
+def _trees(toy: Toy, wanted, limit) -> list[Leaves]:
+  """Lists the trees that the sampling policy grows."""
+  logits = old_logits(toy) if toy.sampler is None else floats(toy.sampler)
+  return list_trees(toy, logits, wanted, limit)
 
 
 def _plant(toy: Toy, tables, p, branches, running) -> Forest:
@@ -354,18 +373,20 @@ def _summed(prepare, loss):
 
   def gradient(tables, running, slots):
     response, fields = slots.response, {}
-    if slots.ends is not None:
+    if isinstance(slots, Leaves):
+      response, fields = as_rows(slots)
+    elif slots.ends is not None:
       response, fields = _branch_rows(slots)
+    elif slots.forks is not None:
+      fields = {
+        'branch_values': slots.values,
+        'branch_baselines': slots.baselines,
+        'branch_mask': slots.forks,
+      }
     pick = functools.partial(_at, response)
-    rollouts = _rollouts(
-      tables,
-      response,
-      branch_values=slots.values,
-      branch_baselines=slots.baselines,
-      branch_mask=slots.forks,
-      running=running,
-      **fields,
-    )
+    rollouts = _rollouts(tables, response, running=running, **fields)
+    if isinstance(slots, Leaves):
+      rollouts = rollouts.replace(mask=rollouts.mask & rollouts.valid)
     batch = prepare(rollouts)
 
     def objective(log_probs, entropy):

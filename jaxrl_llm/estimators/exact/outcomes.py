@@ -256,6 +256,22 @@ def draw(
     yield weights, Slots(response, forks, *np.where(forks, values, 0.0))
 
 
+def draw_listed(
+  lists, shape, draws, size, random
+) -> Iterator[tuple[np.ndarray, NamedTuple]]:
+  """Yields `draws` random combinations of listed outcomes."""
+  _, samples = shape
+  for start in range(0, draws, size):
+    weights = (np.arange(start, start + size) < draws) / draws
+    slots = []
+    for listed in lists:
+      chances = listed.weight / listed.weight.sum()
+      index = random.choice(len(chances), (size, samples), p=chances)
+      slots.append(jax.tree.map(lambda x, i=index: x[i], listed))
+    slots = jax.tree.map(lambda *x: np.stack(x, axis=1), *slots)
+    yield weights, slots._replace(weight=None)
+
+
 def _draw_branches(p, forest: Forest, response, random, time) -> np.ndarray:
   """Draws the responses that branches forking at `time` end as, [..., K]."""
   prompts, states, count = forest.onward.shape
