@@ -55,11 +55,13 @@ def load_reward(
     return naming.call(_MODULES, {**settings, 'name': name}, field, parts)
   defaults = {p.name: p.default for p in taken if p.kind is p.KEYWORD_ONLY}
   for key, value in settings.items():
-    if defaults.get(key, inspect.Parameter.empty) is inspect.Parameter.empty:
+    default = defaults.get(key, inspect.Parameter.empty)
+    if default is inspect.Parameter.empty:
       raise UserError(f'{field}: {name} has no setting {key!r}')
-    if type(value) is not type(defaults[key]):
+    kinds = (int, float) if type(default) is float else (type(default),)
+    if default is not None and type(value) not in kinds:
       raise UserError(
-        f'{field}: {key} is {value!r}, not of the type of {defaults[key]!r}'
+        f'{field}: {key} is {value!r}, not of the type of {default!r}'
       )
   return functools.partial(function, **settings) if settings else function
 

@@ -152,7 +152,7 @@ def equal(answer: str, gold: str, same: Callable[[str, str], bool]) -> bool:
   if any(_kind(form) == 'relation' and form[1] == ('=',) for form in forms):
     # y = 2x + 3 is an equation for another one, and else its right side.
     texts = _cleaned(answer), _cleaned(gold)
-    if all(text.count('=') == 1 for text in texts):
+    if all(t.count('=') == 1 and not _LITERAL.search(t) for t in texts):
       return same(*map(_normalised, texts))
   return _equal(*forms, same)
 

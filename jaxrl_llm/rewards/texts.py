@@ -48,11 +48,13 @@ def compared(completions, answer, read, truth, advice=()) -> list[float]:
 
 
 def normalised(ignore_case: bool, collapse_spaces: bool, text: str) -> str:
+  """Returns the stripped text without what does not count."""
   text = ' '.join(text.split()) if collapse_spaces else text.strip()
   return text.casefold() if ignore_case else text
 
 
 def compiled(name: str, pattern: str) -> re.Pattern:
+  """Compiles the pattern of the reward `name`; UserError if it is not one."""
   try:
     return re.compile(pattern, re.DOTALL)
   except (re.error, TypeError) as error:
@@ -65,6 +67,7 @@ _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
 def bag_of_words(text: str) -> collections.Counter:
+  """Counts lower-case words without punctuation, and without articles."""
   words = text.lower().translate(_NO_PUNCTUATION).split()
   return collections.Counter(w for w in words if w not in ('a', 'an', 'the'))
 
@@ -76,7 +79,8 @@ def is_mark(character: str) -> bool:
 
 
 @functools.cache
-def known_scripts() -> set[str | None]:
+def known_scripts() -> set[str]:
+  """Returns all scripts that `script` knows."""
   # Beyond this there are only more letters of CJK.
   return {script(chr(i)) for i in range(0x20000)} - {None}
 
@@ -90,6 +94,7 @@ def script(character: str) -> str | None:
 
 @functools.cache
 def vader():
+  """Returns VADER's analyser; UserError without its package."""
   try:
     from vaderSentiment import vaderSentiment
   except ImportError as error:
