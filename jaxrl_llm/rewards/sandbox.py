@@ -44,6 +44,8 @@ import contextlib
 import ctypes
 import enum
 import functools
+import importlib.util
+import itertools
 import logging
 import os
 import pathlib
@@ -103,13 +105,11 @@ class Isolation(NamedTuple):
 
   Attributes:
     namespaces: separate processes, and no network.
-    own_proc: /proc shows only these processes.
     own_user: it runs as a separate user instead of root.
     landlock: version of the kernel's Landlock; 0 for none.
   """
 
   namespaces: bool = False
-  own_proc: bool = False
   own_user: bool = False
   landlock: int = 0
 
@@ -119,15 +119,15 @@ class Isolation(NamedTuple):
     linux = sys.platform == 'linux'
     root = os.geteuid() == 0 and not self.own_user
     other = self.namespaces or self.own_user
-    kept = other or (linux and self.landlock >= 6)
     can = {
       'reach the network': not self.namespaces,
-      'leave detached processes behind': not kept,
+      'leave detached processes behind': not self.namespaces,
       'use any amount of memory': not linux,
       'start any number of processes': not linux or root,
       'act as root': root,
       'look into other processes': not (self.landlock or other),
       'change files of this user': not (self.landlock or self.own_user),
+      'read files outside its directory': not self.landlock,
     }
     return tuple(what for what, able in can.items() if able)
 
@@ -145,8 +145,7 @@ def isolation(interpreter: str = sys.executable) -> Isolation:
     UserError: not even a plain process of the interpreter works.
   """
   landlock = _landlock_version()
-  spaces = [(True, True), (True, False), (False, False)]
-  tries = [Isolation(*space, False, landlock) for space in spaces]
+  tries = [Isolation(space, False, landlock) for space in (True, False)]
   if os.geteuid() == 0:
     tries = [each._replace(own_user=True) for each in tries] + tries
   if sys.platform != 'linux':
@@ -174,6 +173,7 @@ def run(
   program: str,
   tests: Sequence[str] = (),
   *,
+  examples: Sequence[tuple[str, str]] = (),
   setup: str = '',
   entry_point: str = '',
   timeout: float = 10.0,
@@ -182,6 +182,7 @@ def run(
   files: int = 64,
   file_size: int = 2**24,
   output: int = 2**16,
+  packages: Sequence[str] = (),
   interpreter: str = sys.executable,
   isolated: Isolation | None = None,
 ) -> Result:
@@ -232,15 +233,16 @@ def run(
     namespaces=int(isolated.namespaces),
     landlock=isolated.landlock,
   )
-  texts = program, entry_point, setup, *tests
+  limits['pairs'] = int(bool(examples))
+  texts = program, entry_point, setup, *tests, *itertools.chain(*examples)
   try:
-    ended = _execute(isolated, interpreter, limits, texts, output)
+    ended = _execute(isolated, interpreter, limits, texts, output, packages)
   except OSError as error:
     raise UserError(f'sandbox: cannot start a program: {error}.') from error
-  return _result(*ended, tests)
+  return _result(*ended, len(examples or tests))
 
 
-def _result(report, status, printed, tests) -> Result:
+def _result(report, status, printed, count) -> Result:
   """Interprets the supervisor's report; see `sandbox_child`."""
   ready, _, verdict = report.partition('\n')
   text = printed.decode('utf-8', 'replace')
@@ -251,14 +253,14 @@ def _result(report, status, printed, tests) -> Result:
       f'sandbox: a program could not be run: {reason or "no report"}.\n'
       f'The process that was to run it {ended}.'
     )
-  none = (False,) * len(tests)
+  none = (False,) * count
   if verdict.endswith('\n'):
     word, digits, error = verdict[:-1].split(' ', 2)
     if word == 'broken':
       raise UserError(f'sandbox: a program could not be run: {error}.')
     outcome = Outcome(word)
     passed = tuple(digit == '1' for digit in digits.strip('-'))
-    if outcome is Outcome.OUT_OF_MEMORY or len(passed) != len(tests):
+    if outcome is Outcome.OUT_OF_MEMORY or len(passed) != count:
       passed = none
     return Result(outcome, passed, error, text)
   if status is None:
@@ -271,47 +273,45 @@ def _result(report, status, printed, tests) -> Result:
   )
 
 
-def _execute(isolated, interpreter, limits, texts, keep):
+def _execute(isolated, interpreter, limits, texts, keep, packages):
   """Starts the supervisor and waits until all processes have ended.
 
   Returns:
     The report, the status (None if it had to be killed), and the first `keep`
     bytes of output.
   """
-  directory = tempfile.mkdtemp(prefix='sandbox-')
+  top = pathlib.Path(tempfile.mkdtemp(prefix='sandbox-'))
+  directory = top / 'work'
   report, report_end = os.pipe()
   try:
+    directory.mkdir()
     user = 0
     if isolated.own_user:
       # Distinct per directory: inodes of one file system differ.
-      user = 2**30 + os.stat(directory).st_ino % 2**30
+      user = 2**30 + 2 * (os.stat(directory).st_ino % 2**29)
       os.chown(directory, user, user)
+      top.chmod(0o711)
+    limits |= dict(report=report_end, user=user)
+    limits['packages'] = ''.join(f'{p}:' for p in _link(packages, top))
     settings = [f'{name}={value}' for name, value in limits.items()]
     command = _command(isolated, interpreter)
     with tempfile.TemporaryFile() as payload:
       payload.write(b''.join(map(_frame, texts)))
       payload.seek(0)
       process = subprocess.Popen(
-        [
-          *command,
-          str(_CHILD),
-          f'report={report_end}',
-          f'user={user}',
-          *settings,
-        ],
+        [*command, str(_CHILD), *settings],
         stdin=payload,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=directory,
-        env=_environment(directory),
+        env=_environment(str(directory)),
         pass_fds=(report_end,),
         start_new_session=True,
       )
     os.close(report_end)
     report_end = None
     try:
-      seconds = limits['timeout'] + _GRACE
-      return _listen(process, report, seconds, keep)
+      return _listen(process, report, limits['timeout'] + _GRACE, keep)
     finally:
       _kill(process)
       process.stdout.close()
@@ -319,7 +319,24 @@ def _execute(isolated, interpreter, limits, texts, keep):
     os.close(report)
     if report_end is not None:
       os.close(report_end)
-    _remove(directory)
+    _remove(top)
+
+
+def _link(packages, top):
+  """Links to packages in a folder; returns it and the paths behind."""
+  paths = []
+  for name in packages:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+      raise UserError(f'sandbox: packages: {name!r} is not installed here.')
+    package = pathlib.Path(spec.submodule_search_locations[0])
+    # Wheels keep shared libraries beside the package.
+    for path in (package, package.with_name(f'{name}.libs')):
+      if path.exists():
+        (top / 'packages').mkdir(exist_ok=True)
+        (top / 'packages' / path.name).symlink_to(path)
+        paths.append(str(path.resolve()))
+  return [str(top / 'packages'), *paths] if paths else []
 
 
 def _listen(process, report, seconds, keep):
@@ -395,6 +412,7 @@ def _environment(directory: str) -> dict[str, str]:
     'TMPDIR': directory,
     'PYTHONHASHSEED': '0',
     'PYTHONUTF8': '1',
+    'OPENBLAS_NUM_THREADS': '1',
   }
 
 
@@ -403,7 +421,6 @@ def _command(isolated: Isolation, interpreter: str) -> list[str]:
   command = []
   if isolated.namespaces:
     command += ['unshare', '--net', '--pid', '--fork', '--kill-child']
-    command += ['--mount-proc'] if isolated.own_proc else []
     # In a user namespace anyone may; a user mapped to another than root lacks
     # root's rights there.
     if not isolated.own_user:
