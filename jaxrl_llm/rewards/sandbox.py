@@ -50,6 +50,7 @@ import logging
 import os
 import pathlib
 import platform
+import py_compile
 import re
 import selectors
 import shutil
@@ -64,7 +65,18 @@ from typing import NamedTuple
 from jaxrl_llm.errors import UserError
 
 _log = logging.getLogger(__name__)
-_CHILD = pathlib.Path(__file__).with_name('sandbox_child.py')
+_FOLDER = pathlib.Path(__file__).parent
+# Not a script: Python would compile it each time.  The program must not import
+# these modules, whose names may be those of its own.
+_MAIN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import sandbox_child
+del sys.path[0]
+for name in [name for name in sys.modules if name.startswith('sandbox_')]:
+  del sys.modules[name]
+sandbox_child.main(sys.argv[2:])
+"""
 _NOBODY = 65534
 # Seconds beyond the time limit, to start an interpreter on a loaded machine.
 _GRACE = 60.0
@@ -144,6 +156,9 @@ def isolation(interpreter: str = sys.executable) -> Isolation:
   Raises:
     UserError: not even a plain process of the interpreter works.
   """
+  with contextlib.suppress(OSError):  # A folder that is read-only.
+    for path in _FOLDER.glob('sandbox_*.py'):
+      py_compile.compile(path, doraise=True)
   landlock = _landlock_version()
   tries = [Isolation(space, False, landlock) for space in (True, False)]
   if os.geteuid() == 0:
@@ -299,7 +314,7 @@ def _execute(isolated, interpreter, limits, texts, keep, packages):
       payload.write(b''.join(map(_frame, texts)))
       payload.seek(0)
       process = subprocess.Popen(
-        [*command, str(_CHILD), *settings],
+        [*command, '-c', _MAIN, str(_FOLDER), *settings],
         stdin=payload,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

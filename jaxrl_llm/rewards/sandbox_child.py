@@ -1,6 +1,6 @@
 """The process side of `sandbox`: a program, its tests, and who watches them.
 
-A script for `python -sSPB`.  The supervisor forks two processes, limits both,
+Imported by `python -sSPB` with `_MAIN` of `sandbox`.  The supervisor forks two processes, limits both,
 and waits for the verdict of the second or for the end of the first:
 
   the program  forked before the tests are read, so nothing of them is in its
@@ -17,6 +17,9 @@ import select
 import sys
 import time
 
+import sandbox_harness as harness
+import sandbox_landlock as landlock
+
 _START = 45.0  # seconds to set limits
 _PERIOD = 0.05  # seconds between checks that the program is alive
 _LAST = 1.0  # seconds for the verdict once the program has ended
@@ -25,7 +28,6 @@ _PR_SET_DUMPABLE = 4  # prctl(2)
 _CLONE_NEWNS = 0x20000
 _MS_BIND = 4096 | 1 << 14
 _MS_PRIVATE = 1 << 18 | 1 << 14
-_MODULES = 'sandbox_harness', 'sandbox_landlock', 'sandbox_values'
 
 
 def main(settings):
@@ -55,7 +57,7 @@ def main(settings):
 
 def _supervise(values, packages, report):
   """Runs program and tests; returns the verdict."""
-  (harness, landlock), program = _harness(), _receive()
+  program = _receive()
   sys.path += packages[:1]  # A folder of links to the rest.
   harness.PACKAGES += os.listdir(packages[0]) if packages else []
   paths = landlock.readable(packages)
@@ -136,18 +138,6 @@ def _watch(child, tests, verdict, deadline):
   return f'crashed - signal {number}\n'
 
 
-def _harness():
-  """Loads the modules beside this one, out of reach of the program's imports."""
-  folder = os.path.dirname(os.path.abspath(__file__))
-  sys.path.insert(0, folder)
-  try:
-    return __import__('sandbox_harness'), __import__('sandbox_landlock')
-  finally:
-    sys.path.remove(folder)
-    for name in _MODULES:
-      sys.modules.pop(name, None)
-
-
 def _uncover(paths):
   """Makes Python's library reachable for a user that is not root.
 
@@ -162,18 +152,19 @@ def _uncover(paths):
     above = ['/'.join(parts[:i]) for i in range(2, len(parts))]
     closed = [each for each in above if not os.stat(each).st_mode & 1]
     if closed:
-      covers.setdefault(closed[0], {})[path] = os.open(path, os.O_PATH)
+      covers.setdefault(closed[0], {})[path] = None
 
   def mount(source, target, kind, flags, data=None):
     arguments = [text and os.fsencode(text) for text in (source, target, kind)]
     if libc.mount(*arguments, ctypes.c_ulong(flags), data):
       raise OSError(ctypes.get_errno(), f'cannot mount {target}')
 
-  if covers and libc.unshare(_CLONE_NEWNS):
-    raise OSError(ctypes.get_errno(), 'cannot unshare mounts')
   if covers:
+    if libc.unshare(_CLONE_NEWNS):
+      raise OSError(ctypes.get_errno(), 'cannot unshare mounts')
     mount('none', '/', None, _MS_PRIVATE)
   for cover, descriptors in covers.items():
+    descriptors |= {path: os.open(path, os.O_PATH) for path in descriptors}
     mount('none', cover, 'tmpfs', 0, b'mode=755')
     for path, descriptor in descriptors.items():
       source = f'/proc/self/fd/{descriptor}'
@@ -287,7 +278,3 @@ def _read(size):
       break
     data += chunk
   return data
-
-
-if __name__ == '__main__':
-  main(sys.argv[1:])
