@@ -34,7 +34,7 @@ class _Peer:
 
   def __init__(self, reads, writes):
     self._reads, self._writes = reads, writes
-    self._objects, self._numbers = [], {}
+    self._objects, self._numbers, self._handles = [], {}, {}
     self.classes = {}  # Those whose objects go by value, by name.
 
   def do_call(self, function, args, kwargs):
@@ -44,7 +44,7 @@ class _Peer:
     """Returns the object that a handle stands for."""
     if own:
       return self._objects[number]
-    handle = object.__new__(Handle)
+    handle = self._handles.setdefault(number, object.__new__(Handle))
     vars(handle).update(_peer=self, _number=number, _name=name, _fields=fields)
     return handle
 
@@ -62,6 +62,9 @@ class _Peer:
 
   def check(self, value):
     """Refuses an object that the other side may not use."""
+
+  def flush(self):
+    """Writes out what has been printed."""
 
   def ask(self, *request):
     """Sends a request, answers those that come meanwhile; returns the reply."""
@@ -81,15 +84,6 @@ class _Peer:
         raise self.exception(*reply)
       return reply[0]
 
-  def answer(self):
-    """Answers one request; returns False at the end of the pipe."""
-    try:
-      _, data = self._receive()
-    except ProgramEnded:
-      return False
-    self._answer(data)
-    return True
-
   def _answer(self, data):
     shared = []
     reader = values.Reader(data, shared, self.handle, self.classes)
@@ -98,13 +92,12 @@ class _Peer:
       what, *rest = reader.read()
       sent = list(shared)
       reply = (getattr(self, 'do_' + what)(*rest),)
+      self.flush()
       self._send(kind, reply, shared, sent)
     except BaseException as error:
+      self.flush()
       names = [base.__name__ for base in type(error).__mro__]
-      try:
-        reply = names, str(error)[:_LONGEST_ERROR]
-      except BaseException:
-        reply = names, ''
+      reply = names, _text(error)
       self._send(b'x', reply, list(sent), sent)
 
   def _send(self, kind, value, shared, sent=None):
@@ -160,28 +153,26 @@ class Handle:
     if type(other) is Handle and other._number == self._number:
       return True
     if self._fields is None:
-      raise self._opaque()
+      raise OpaqueValue(f'opaque value of class {self._name}')
     if type(other) is not Handle or other._fields is None:
       return False
     return (self._name, self._fields) == (other._name, other._fields)
 
   def __bool__(self):
-    if self._fields is None:
-      raise self._opaque()
-    return True
+    return self._peer.ask('truth', self)
+
+  def __iter__(self):
+    return iter(self._peer.ask('items', self))
 
   def __instancecheck__(self, value):
     return self._peer.ask('is', value, self)
-
-  def _opaque(self):
-    return OpaqueValue(f'opaque value of class {self._name}')
 
 
 def _operator(name):
   return lambda self, *args: self._peer.ask('operator', self, name, args)
 
 
-for _name in ('len', 'getitem', 'setitem', 'contains', 'iter', 'str', 'repr'):
+for _name in ('len', 'getitem', 'setitem', 'str', 'repr'):
   setattr(Handle, f'__{_name}__', _operator(f'__{_name}__'))
 
 
@@ -190,10 +181,27 @@ class _Program(_Peer):
 
   def __init__(self, reads, writes, source):
     super().__init__(reads, writes)
-    self._source = source
+    self._source, self._streams = source, (sys.stdout, sys.stderr)
     self._module = module = type(sys)('program')
     sys.modules.update(dict.fromkeys(('program', '__main__'), module))
     sys.argv = ['program.py']
+
+  def answer(self):
+    """Answers one request; returns False at the end of the pipe."""
+    try:
+      _, data = self._receive()
+    except ProgramEnded:
+      return False
+    self._answer(data)
+    return True
+
+  def flush(self):
+    """Leaves no output to a buffer that dies with the process."""
+    for stream in self._streams:
+      try:
+        stream.flush()
+      except BaseException:
+        continue
 
   def do_load(self):
     exec(compile(self._source, 'program.py', 'exec'), vars(self._module))
@@ -216,6 +224,12 @@ class _Program(_Peer):
 
   def do_is(self, value, kind):
     return isinstance(value, kind)
+
+  def do_truth(self, value):
+    return bool(value)
+
+  def do_items(self, value):
+    return list(value)
 
   def do_operator(self, value, name, args):
     return getattr(type(value), name)(value, *args)
@@ -300,6 +314,14 @@ def verdict(failure, passed):
   name, text = type(failure).__name__, ' '.join(str(failure).split())
   text = (name + (': ' + text if text else ''))[:_LONGEST_ERROR]
   return f'{outcome} {digits} {text}\n'
+
+
+def _text(error):
+  try:
+    one = len(error.args) == 1 and isinstance(error.args[0], str)
+    return (error.args[0] if one else str(error))[:_LONGEST_ERROR]
+  except BaseException:
+    return ''
 
 
 def _each(run, tests):

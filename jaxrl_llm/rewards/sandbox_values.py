@@ -35,6 +35,7 @@ _BY_VALUE = {
   'datetime.time': lambda v: (v.hour, v.minute, v.second, v.microsecond),
   'datetime.timedelta': lambda v: (v.days, v.seconds, v.microseconds),
 }
+_ARGUMENTS = {int, float, str, dict, list}
 _VIEWS = type({}.keys()), type({}.values()), type({}.items())
 
 
@@ -167,10 +168,12 @@ class Reader:
     if tag == b'H':
       return self._handle(*items)
     if tag == b'V' and items[0] in _BY_VALUE:
+      if not {type(item) for item in items} <= _ARGUMENTS:
+        raise ValueError(f'not the parts of a {items[0]}')
       return _class_of(items[0])(*items[1:])
     if tag == b'P':
-      fields, values = items[1 : size // 2 + 1], items[size // 2 + 1 :]
-      return __import__('collections').namedtuple(items[0], fields)(*values)
+      name, *fields = items[: size // 2 + 1]
+      return _record(name, *fields)(*items[size // 2 + 1 :])
     if tag == b'G':
       numpy = sys.modules['numpy']
       array = numpy.array(items[3], items[1]).reshape(items[2])
@@ -222,6 +225,13 @@ def fill(value, content):
   else:
     vars(value).clear()
     vars(value).update(vars(content))
+
+
+def _record(*names, known={}):
+  if names not in known:
+    namedtuple = __import__('collections').namedtuple
+    known[names] = namedtuple(names[0], names[1:])
+  return known[names]
 
 
 def _class_of(name):

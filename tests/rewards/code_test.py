@@ -196,8 +196,10 @@ def test_mbpp(mbpp):
   assert rewards(rows, [row['solution'] for row in rows]) == [1.0] * 6
   wrong = [f'{row["solution"]}\n{row["entry_point"]} = len' for row in rows]
   assert rewards(rows, wrong) == [0.0] * 6
+  # Without the name `sum` would be the built-in function.
   without = [{**row, 'entry_point': None} for row in rows]
-  assert rewards(without, [row['solution'] for row in rows]) == [1.0] * 6
+  found = rewards(without, [row['solution'] for row in rows])
+  assert found == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.slow
