@@ -99,7 +99,9 @@ def _supervise(values, packages, report):
     return f'broken - {said.decode(errors="replace").strip()}\n'
   os.write(report, b'ready\n')
   try:
-    return _watch(child, tests, verdict[0], time.monotonic() + values['timeout'])
+    return _watch(
+      child, tests, verdict[0], time.monotonic() + values['timeout']
+    )
   finally:
     for pid in (child, tests):
       _kill(pid)

@@ -214,7 +214,9 @@ class _Program(_Peer):
   def do_classes(self, names):
     """Objects of these classes go by value, to the tests' class of that name."""
     space = vars(self._module)
-    self.classes = {n: space[n] for n in names if isinstance(space.get(n), type)}
+    self.classes = {
+      n: space[n] for n in names if isinstance(space.get(n), type)
+    }
 
   def do_get(self, value, name):
     return getattr(value, name)
@@ -403,7 +405,7 @@ def _with_input(source, text, private):
         os.dup2(file.fileno(), number)
         file.close()
       space = vars(sys.modules['__main__'])
-      space['__name__'] = '__main__'
+      space |= {'__name__': '__main__', 'exit': sys.exit, 'quit': sys.exit}
       exec(compile(source, 'program.py', 'exec'), space)
       status = 0
     except SystemExit as error:

@@ -78,7 +78,9 @@ class Writer:
       self._items(b'U' if isinstance(value, tuple) else b'Z', value)
     elif isinstance(value, _VIEWS) or _is_iterator(kind):
       self.write(list(value))
-    elif isinstance(value, type) and vars(builtins).get(value.__name__) is value:
+    elif (
+      isinstance(value, type) and vars(builtins).get(value.__name__) is value
+    ):
       self._text(b'Y', value.__name__)
     elif not self._by_value(value) and not self._array(value):
       self._object(value)

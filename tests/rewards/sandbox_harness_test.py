@@ -53,7 +53,10 @@ FORGERIES = {
     "NameError: name 'add'",
   ),
   'a verdict': (WRITE.format('b"passed 11 \\n"'), 'ended its process'),
-  'a reply': (WRITE.format('b"\\0\\0\\0\\x0arU1:I1:4U0:"'), 'ended its process'),
+  'a reply': (
+    WRITE.format('b"\\0\\0\\0\\x0arU1:I1:4U0:"'),
+    'ended its process',
+  ),
   'flood': (
     'import os\nfor n in range(3, 64):\n  try:\n    while True: '
     'os.write(n, b"\\xff" * 2**16)\n  except OSError: pass',
@@ -271,7 +274,10 @@ def test_cheats_fail(name):
 
 # (program, test): each passes.
 HONEST = {
-  'generator': ('f = lambda: (i * i for i in range(3))', 'list(f()) == [0, 1, 4]'),
+  'generator': (
+    'f = lambda: (i * i for i in range(3))',
+    'list(f()) == [0, 1, 4]',
+  ),
   'zip': ('f = lambda: zip("ab", [1, 2])', 'dict(f()) == {"a": 1, "b": 2}'),
   'items': ('f = lambda: {1: 2}.items()', 'list(f()) == [(1, 2)]'),
   'tuple with an iterator': (
@@ -301,10 +307,15 @@ HONEST = {
     'import datetime\nf = lambda: datetime.date(2020, 1, 1)',
     'f() == datetime.date(2020, 1, 1)',
   ),
-  'Decimal': ('from decimal import Decimal\nf = lambda: Decimal("1.1")',
-    'f() == Decimal("1.1") and str(f()) == "1.1"'),
+  'Decimal': (
+    'from decimal import Decimal\nf = lambda: Decimal("1.1")',
+    'f() == Decimal("1.1") and str(f()) == "1.1"',
+  ),
   'str subclass': ('class S(str): pass\nf = lambda: S("a")', 'f() == "a"'),
-  'span': ('import re\nf = lambda: re.match("a", "ab")', 'f().span() == (0, 1)'),
+  'span': (
+    'import re\nf = lambda: re.match("a", "ab")',
+    'f().span() == (0, 1)',
+  ),
   'nodes': (
     'class N:\n  def __init__(self, x): self.x, self.next = x, None\n'
     'def f(n): return n.x + (f(n.next) if n.next else 0)',
@@ -328,13 +339,19 @@ HONEST = {
     'class f:\n  __len__ = lambda self: 3',
     'len(f()) == 3',
   ),
-  'keywords': ('def f(a, *, b=2): return a - b', 'f(a=5) == 3 and f(5, b=1) == 4'),
+  'keywords': (
+    'def f(a, *, b=2): return a - b',
+    'f(a=5) == 3 and f(5, b=1) == 4',
+  ),
   'exception': (
     'class E(ValueError): pass\ndef f(): raise E("no")',
     'raises(ValueError, f) == "no" and not raises(KeyError, f)',
   ),
   'constant': ('N = {1: 2}\nf = lambda: 2', 'N[1] == f()'),
-  'module of the program': ('import math\nf = lambda: 3.0', 'math.isclose(f(), 3)'),
+  'module of the program': (
+    'import math\nf = lambda: 3.0',
+    'math.isclose(f(), 3)',
+  ),
   'imported name': (
     'from math import isclose as near\nf = lambda: 3.0',
     'near(f(), 3)',

@@ -35,9 +35,7 @@ def isolated(namespaces):
   found = sandbox.isolation()
   if namespaces and not found.namespaces:
     pytest.skip('this machine allows no namespaces (`unshare`)')
-  return (
-    found if namespaces else found._replace(namespaces=False)
-  )
+  return found if namespaces else found._replace(namespaces=False)
 
 
 def needs(what):
@@ -246,6 +244,48 @@ open('own', 'w').write('x'); os.rename('own', 'other')
 
 
 @BOTH
+@pytest.mark.parametrize('who', ['program', 'tests'])
+def test_files_elsewhere_cannot_be_read(tmp_path, shared, namespaces, who):
+  """A secret, the home folder and the data set, also as root."""
+  needs('read files outside its directory')
+  secret, public = tmp_path / '.ssh' / 'id', tmp_path / 'public'
+  secret.parent.mkdir(mode=0o700)
+  secret.write_text('hunter2')
+  secret.chmod(0o600)
+  public.write_text('hunter2')
+  for folder in (tmp_path, *tmp_path.parents[:-2]):
+    folder.chmod(folder.stat().st_mode | 0o055)
+  home = pathlib.Path.home()
+  closed = [
+    secret,
+    public,
+    home,
+    shared / 'data',
+    '/etc/passwd',
+    '/proc/1/stat',
+  ]
+  closed += [shared / 'data' / 'mbpp' / 'mbpp.jsonl', '/', '/tmp']
+  program = f"""
+import os, random, secrets, ssl, sqlite3, zoneinfo
+for path in {list(map(str, closed))}:
+  try: print(os.listdir(path) if os.path.isdir(path) else open(path).read())
+  except OSError: pass
+try: os.execv('/bin/sh', ['sh', '-c', 'echo ran'])
+except OSError: pass
+open('/dev/urandom', 'rb').read(1)
+open('own', 'w').write('x'); assert open('own').read() == 'x'
+os.mkdir('sub'); assert sorted(os.listdir('.')) == ['own', 'sub']
+"""
+  found = isolated(namespaces)
+  if who == 'program':
+    assert run(program, isolated=found) == (Outcome.PASSED, (), '', '')
+  else:
+    program = program[: program.index("open('own'")]
+    result = run(RIGHT, [program], isolated=found)
+    assert result == (Outcome.PASSED, (True,), '', '')
+
+
+@BOTH
 @pytest.mark.parametrize('start', ['os.fork()', 'thread()'])
 def test_processes_and_threads_are_limited(namespaces, start):
   needs('start any number of processes')
@@ -425,3 +465,5 @@ def test_nothing_is_missing_or_it_is_named():
   if sys.platform == 'linux':
     assert full.missing == ()
     assert 'change files of this user' in nothing
+    reads = 'read files outside its directory'
+    assert full._replace(landlock=0).missing == (reads,)
