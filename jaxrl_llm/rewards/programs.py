@@ -86,7 +86,6 @@ def prompt_code(prompt: str, entry_point: str) -> str | None:
   return None
 
 
-@functools.lru_cache(maxsize=1024)
 def tests_of_check(
   test: str, entry_point: str, prompt: str, where: str = 'test'
 ) -> Tests:
@@ -134,7 +133,6 @@ def tests_of_check(
   )
 
 
-@functools.lru_cache(maxsize=1024)
 def tests_of_list(tests: tuple[str, ...], setup: str, where: str) -> Tests:
   """Checks the tests of an MBPP row.
 
