@@ -14,7 +14,7 @@ from jaxrl_llm.errors import UserError
 # sequences of Chen et al., 2021, and the end of a code block.
 STOP = ('\nclass ', '\ndef ', '\n#', '\nif __name__', '\nprint(', '\n```')
 
-# Indentation, the fence, and what follows it: ```python, ~~~ py, ```python:a.py.
+# Indentation, fence, language and the rest: ```python, ~~~ py, ```python:a.py.
 _FENCE = re.compile(r'([ \t]*)(`{3,}|~{3,})[ \t]*([^\s:,{`]*)([^`]*)')
 _PYTHON = ('python', 'python3', 'py')
 

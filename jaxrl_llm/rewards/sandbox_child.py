@@ -1,7 +1,7 @@
 """The process side of `sandbox`: a program, its tests, and who watches them.
 
-Imported by `python -sSPB` with `_MAIN` of `sandbox`.  The supervisor forks two processes, limits both,
-and waits for the verdict of the second or for the end of the first:
+Imported by `_MAIN` of `sandbox`.  The supervisor forks two processes, limits
+both, and waits for the verdict of the second or for the end of the first:
 
   the program  forked before the tests are read, so nothing of them is in its
                memory; it answers requests (see `sandbox_harness`)
@@ -34,7 +34,7 @@ def main(settings):
   """Runs the supervisor.
 
   Args:
-    settings: 'name=value' each: report (a file descriptor), timeout, memory,
+    settings: 'name=value' each: timeout, memory,
       processes (0 for no limit), files, file_size, landlock (its version), user
       (0 for the present one), pairs (1 if tests are pairs of texts), packages
       (paths, with a colon after each).
@@ -44,8 +44,9 @@ def main(settings):
   values = dict(setting.split('=', 1) for setting in settings)
   packages = values.pop('packages').split(':')[:-1]
   values = {name: float(value) for name, value in values.items()}
-  report = int(values['report'])
-  os.set_inheritable(report, False)
+  # The parent reads the report from standard output; nobody else writes there.
+  report = os.dup(1)
+  os.dup2(2, 1)
   _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # An init has no defaults.
   try:
     verdict = _supervise(values, packages, report)
@@ -91,23 +92,17 @@ def _supervise(values, packages, report):
     os.write(verdict[1], harness.verdict(*result).encode('utf-8', 'replace'))
 
   child = _fork(serve)
-  tests = _fork(judge)
+  _fork(judge)
   for descriptor in (*requests, *replies, ready[1], verdict[1]):
     os.close(descriptor)
   said = _read_until(ready[0], time.monotonic() + _START, b'ready\nready\n')
   if said != b'ready\nready\n':
     return f'broken - {said.decode(errors="replace").strip()}\n'
   os.write(report, b'ready\n')
-  try:
-    return _watch(
-      child, tests, verdict[0], time.monotonic() + values['timeout']
-    )
-  finally:
-    for pid in (child, tests):
-      _kill(pid)
+  return _watch(child, verdict[0], time.monotonic() + values['timeout'])
 
 
-def _watch(child, tests, verdict, deadline):
+def _watch(child, verdict, deadline):
   """Waits for the verdict, the program's end, or the deadline."""
   status, text = None, b''
   while not text.endswith(b'\n'):
@@ -233,13 +228,6 @@ def _keep(*descriptors):
     os.closerange(last + 1, descriptor)
     last = descriptor
   os.closerange(last + 1, 1024)
-
-
-def _kill(pid):
-  try:
-    os.kill(pid, _signal.SIGKILL)
-  except ProcessLookupError:
-    pass
 
 
 def _read_until(descriptor, deadline, expected):

@@ -35,7 +35,9 @@ _BY_VALUE = {
   'datetime.time': lambda v: (v.hour, v.minute, v.second, v.microsecond),
   'datetime.timedelta': lambda v: (v.days, v.seconds, v.microseconds),
 }
+_records = {}
 _ARGUMENTS = {int, float, str, dict, list}
+_DTYPES = 'biufcSU'
 _VIEWS = type({}.keys()), type({}.values()), type({}.items())
 
 
@@ -67,7 +69,7 @@ class Writer:
     elif isinstance(value, str):
       self._text(b'S', str.__str__(value))
     elif isinstance(value, int) and not _is_enum(value):
-      self._text(b'I', '%x' % int(value))
+      self._text(b'I', f'{int(value):x}')
     elif isinstance(value, float):
       self._text(b'D', float(value).hex())
     elif isinstance(value, bytes):
@@ -126,7 +128,7 @@ class Writer:
     numpy = sys.modules.get('numpy')
     if not numpy or not isinstance(value, (numpy.ndarray, numpy.generic)):
       return False
-    if value.dtype.kind not in 'biufcSU':
+    if value.dtype.kind not in _DTYPES:
       return False
     parts = value.dtype.str, list(value.shape), value.ravel().tolist()
     self._items(b'G', [isinstance(value, numpy.generic), *parts])
@@ -178,6 +180,8 @@ class Reader:
       return _record(name, *fields)(*items[size // 2 + 1 :])
     if tag == b'G':
       numpy = sys.modules['numpy']
+      if numpy.dtype(items[1]).kind not in _DTYPES:
+        raise ValueError('not an array of plain data')
       array = numpy.array(items[3], items[1]).reshape(items[2])
       return array[()] if items[0] else array
     raise ValueError(f'not a value: {tag!r}')
@@ -204,15 +208,14 @@ class Reader:
       cls = self._classes[self.read()]
       value = self.shared[at] = object.__new__(cls)
       rest = [self.read() for _ in range(size - 1)]
-      vars(value).update(zip(rest[::2], rest[1::2], strict=True))
+      vars(value).update(_pairs(rest))
     elif tag == b'Q':
       value = self.shared[at] = _collections.deque((), self.read())
       value.extend([self.read() for _ in range(size - 1)])
     else:
       value = self.shared[at] = _TAGS[tag]()
       items = [self.read() for _ in range(size)]
-      pairs = tag == b'M'
-      fill(value, dict(zip(items[::2], items[1::2])) if pairs else items)
+      fill(value, _pairs(items) if tag == b'M' else items)
     return value
 
 
@@ -229,11 +232,16 @@ def fill(value, content):
     vars(value).update(vars(content))
 
 
-def _record(*names, known={}):
-  if names not in known:
+def _pairs(items):
+  return dict(zip(items[::2], items[1::2], strict=True))
+
+
+def _record(*names):
+  """Returns one class for equal names, so that types agree."""
+  if names not in _records:
     namedtuple = __import__('collections').namedtuple
-    known[names] = namedtuple(names[0], names[1:])
-  return known[names]
+    _records[names] = namedtuple(names[0], names[1:])
+  return _records[names]
 
 
 def _class_of(name):

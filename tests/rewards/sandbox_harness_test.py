@@ -54,7 +54,7 @@ FORGERIES = {
   ),
   'a verdict': (WRITE.format('b"passed 11 \\n"'), 'ended its process'),
   'a reply': (
-    WRITE.format('b"\\0\\0\\0\\x0arU1:I1:4U0:"'),
+    WRITE.format('b"\\0\\0\\0\\x0brU1:I1:4U0:"'),
     'ended its process',
   ),
   'flood': (
@@ -244,7 +244,8 @@ CHEATS = {
   'not equal': ('f = lambda: A()', 'f() != 4', 'opaque value'),
   'ordering': ('f = lambda: A()', 'f() > 4', 'opaque value|TypeError'),
   'contains': (
-    'class f:\n  __contains__ = lambda *a: True\n  __iter__ = lambda s: iter([1])',
+    'class f:\n  __contains__ = lambda *a: True\n'
+    '  __iter__ = lambda s: iter([1])',
     '4 in f()',
     'AssertionError',
   ),

@@ -120,7 +120,7 @@ def test_threads_that_never_end_do_not_matter():
 
 
 def test_output_is_bounded():
-  flood = 'for i in range(800):\n  print("x" * 2**16)\n'
+  flood = 'for i in range(80):\n  print("x" * 2**16)\n'
   result = run(flood + RIGHT, TESTS, output=1000)
   assert result.outcome is Outcome.PASSED
   assert result.output == 'x' * 1000
@@ -412,10 +412,12 @@ def error_of(*args, **settings):
 @pytest.mark.parametrize('namespaces', [True, False])
 def test_what_is_no_fault_of_the_program_is_an_error(namespaces, monkeypatch):
   bare = Isolation(namespaces=isolated(namespaces).namespaces)
-  assert '/no/python' in error_of('', interpreter='/no/python', isolated=bare)
-  assert '1' in error_of('', interpreter='/bin/false', isolated=bare)
-  with pytest.raises(UserError, match='sandbox'):
-    sandbox.isolation('/bin/false')
+  for interpreter in ('/no/python', '/bin/false'):
+    with monkeypatch.context() as patch:
+      patch.setattr(sys, 'executable', interpreter)
+      assert re.search(r'/no/python|ended with \d', error_of('', isolated=bare))
+      with pytest.raises(UserError, match='sandbox'):
+        sandbox.isolation.__wrapped__()
 
   def full(*args, **kwargs):
     raise BlockingIOError(11, 'Resource temporarily unavailable')
