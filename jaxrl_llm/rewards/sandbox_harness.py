@@ -150,7 +150,7 @@ class Handle:
     if type(other) is Handle and other._number == self._number:
       return True
     if self._fields is None:
-      raise OpaqueValue(f'opaque value of class {self._name}')
+      return self._opaque()
     if type(other) is not Handle or other._fields is None:
       return False
     return (self._name, self._fields) == (other._name, other._fields)
@@ -164,13 +164,19 @@ class Handle:
   def __instancecheck__(self, value):
     return self._peer.ask('is', value, self)
 
+  def _opaque(self, *_):
+    raise OpaqueValue(f'opaque value of class {self._name}')
 
-def _operator(name):
-  return lambda self, *args: self._peer.ask('operator', self, name, args)
+  def _forward(name):
+    return lambda self, *args: self._peer.ask('operator', self, name, args)
 
-
-for _name in ('len', 'getitem', 'setitem', 'str', 'repr'):
-  setattr(Handle, f'__{_name}__', _operator(f'__{_name}__'))
+  __len__, __str__, __repr__ = map(_forward, ('__len__', '__str__', '__repr__'))
+  __getitem__, __setitem__ = _forward('__getitem__'), _forward('__setitem__')
+  # The program would see what it is compared with.
+  __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _opaque
+  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _opaque
+  __mod__ = __rmod__ = __truediv__ = __rtruediv__ = __abs__ = _opaque
+  __floordiv__ = __rfloordiv__ = __pow__ = __round__ = _opaque
 
 
 class _Program(_Peer):

@@ -386,11 +386,11 @@ def test_a_batch_has_a_deadline(caplog):
   programs = [f'while True: {i}' for i in range(4)]
   start = time.monotonic()
   found = rewards(
-    [ROW] * 5, [RIGHT, *programs], parallel=1, batch_timeout=3.0, timeout=1.5
+    [ROW] * 5, [RIGHT, *programs], parallel=1, batch_timeout=3.5, timeout=2.0
   )
-  assert found[0] == 1.0 and found[1] == 0.0 and found[-1] is None
+  assert found == [1.0, 0.0, None, None, None]
   assert time.monotonic() - start < 30
-  assert 'of 5 programs had not ended' in caplog.text
+  assert '3 of 5 programs had not ended' in caplog.text
 
 
 def test_equal_programs_run_once(monkeypatch):

@@ -242,12 +242,12 @@ CHEATS = {
     'opaque',
   ),
   'not equal': ('f = lambda: A()', 'f() != 4', 'opaque value'),
-  'ordering': ('f = lambda: A()', 'f() > 4', 'opaque value|TypeError'),
+  'ordering': ('f = lambda: A()', 'f() > 4', 'opaque value'),
   'contains': (
     'class f:\n  __contains__ = lambda *a: True\n'
     '  __iter__ = lambda s: iter([1])',
     '4 in f()',
-    'AssertionError',
+    'opaque value of class f',
   ),
   'caught': (
     'f = lambda: A()',

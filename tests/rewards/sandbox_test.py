@@ -21,6 +21,7 @@ linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 # With and without namespaces; the rest as this machine allows.
 BOTH = pytest.mark.parametrize('namespaces', [True, False])
 
+DATA = pathlib.Path(__file__).parents[3] / 'shared' / 'data'
 RIGHT = 'def add(a, b):\n  return a + b\n'
 WRONG = 'def add(a, b):\n  return a * b\n'
 TESTS = ('assert add(2, 2) == 4', 'assert abs(add(2, 3) - 5) < 1e-6, "a sum"')
@@ -245,7 +246,7 @@ open('own', 'w').write('x'); os.rename('own', 'other')
 
 @BOTH
 @pytest.mark.parametrize('who', ['program', 'tests'])
-def test_files_elsewhere_cannot_be_read(tmp_path, shared, namespaces, who):
+def test_files_elsewhere_cannot_be_read(tmp_path, namespaces, who):
   """A secret, the home folder and the data set, also as root."""
   needs('read files outside its directory')
   secret, public = tmp_path / '.ssh' / 'id', tmp_path / 'public'
@@ -260,11 +261,11 @@ def test_files_elsewhere_cannot_be_read(tmp_path, shared, namespaces, who):
     secret,
     public,
     home,
-    shared / 'data',
+    DATA,
     '/etc/passwd',
     '/proc/1/stat',
   ]
-  closed += [shared / 'data' / 'mbpp' / 'mbpp.jsonl', '/', '/tmp']
+  closed += [DATA / 'mbpp' / 'mbpp.jsonl', '/', '/tmp']
   program = f"""
 import os, random, secrets, ssl, sqlite3, zoneinfo
 for path in {list(map(str, closed))}:
