@@ -1,7 +1,9 @@
 """Rewards for programs, computed by running them in a `sandbox`."""
 
 import concurrent.futures
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import interruptible, programs, sandbox, step_scores
 
 __all__ = ['code_tests']
+_log = logging.getLogger(__name__)
 
 
 def code_tests(
@@ -17,25 +20,34 @@ def code_tests(
   timeout: float = 10.0,
   memory: int = 2**29,
   parallel: int | None = None,
-) -> Callable[..., list[float]]:
+  packages: Sequence[str] = (),
+  batch_timeout: float | None = None,
+) -> Callable[..., list[float | None]]:
   """Factory: runs the program in the completion against the row's tests.
 
-  Columns, as in HumanEval or as in MBPP:
+  Columns, of which a row has one kind:
 
     test, entry_point            a function check(candidate), and its candidate
-    test_list, test_setup_code   assertions, and code to run before them
+                                 (HumanEval)
+    test_list, test_setup_code   assertions, and code to run before them (MBPP);
+                                 entry_point if the function is named like a
+                                 built-in one
+    input_output                 JSON: inputs, outputs and, for calls instead of
+                                 standard input, fn_name (APPS)
+    test_cases                   JSON, or a list: input, output and testtype,
+                                 stdin or functional (LiveCodeBench); the latter
+                                 calls entry_point, perhaps of a class Solution
 
-  With `entry_point`, which MBPP's rows may have too, a program cannot replace
-  built-in functions in the tests.  `programs.find_program` extracts the
-  program.  One that fails, crashes, or exceeds time or memory scores 0; failure
-  to run programs at all is an error.
+  Printed output is compared line by line, without spaces at the ends of lines
+  and lines at the end.  `programs.find_program` extracts the program.  One that
+  fails, crashes, or exceeds time or memory scores 0; failure to run programs at
+  all is an error, and so is a row whose tests test nothing.
 
   It needs no worker processes (`workers`): their time-out would leave a program
   that never ends without a score.  Programs run in parallel, equal ones once.
-  A batch of N takes up to N · timeout / parallel seconds; if it is abandoned
-  (`interruptible.checked`), running programs end by their own limits.  Scores
-  of programs that depend on chance, the clock or nearly all of their time may
-  not repeat.
+  If a batch is abandoned (`interruptible.checked`), running programs end by
+  their own limits.  Scores of programs that depend on chance, the clock or
+  nearly all of their time may not repeat.
 
   Args:
     score: converts passed tests to a reward, as in `step_scores`; None for
@@ -44,53 +56,69 @@ def code_tests(
     timeout: seconds for each program with its tests.
     memory: bytes of address space per process.
     parallel: programs to run at a time; None for the number of cores.
+    packages: installed packages that programs may import, such as numpy.
+    batch_timeout: seconds for a whole batch; programs that have not ended by
+      then are not scored (None), and their number is logged.  None for no
+      limit: N programs take up to N · timeout / parallel seconds.
 
   References:
     Chen et al., `Evaluating Large Language Models Trained on Code
     <https://arxiv.org/abs/2107.03374>`_, 2021
     Austin et al., `Program Synthesis with Large Language Models
     <https://arxiv.org/abs/2108.07732>`_, 2021
+    Hendrycks et al., `Measuring Coding Challenge Competence With APPS
+    <https://arxiv.org/abs/2105.09938>`_, 2021
   """
-  if isinstance(stop, str) or '' in stop:
-    raise UserError(f'code_tests: stop={stop!r} must be a list of texts.')
+  for name, texts in {'stop': stop, 'packages': packages}.items():
+    if isinstance(texts, str) or '' in texts:
+      raise UserError(f'code_tests: {name}={texts!r} must be a list of texts.')
   if parallel is not None and parallel < 1:
     raise UserError(f'code_tests: parallel={parallel} must be at least 1.')
+  if batch_timeout is not None and batch_timeout <= 0:
+    raise UserError(f'code_tests: batch_timeout={batch_timeout} must be > 0.')
   grade = score or step_scores.all_passed()
+  settings = dict(memory=memory, packages=tuple(packages))
 
-  def run(job):
-    program, entry_point, (setup, tests) = job
-    return sandbox.run(
+  def run(job, deadline):
+    program, entry_point, tests = job
+    left = deadline - time.monotonic()
+    if left <= 0:
+      return None
+    result = sandbox.run(
       program,
-      tests,
-      setup=setup,
+      tests.tests,
+      setup=tests.setup,
+      examples=tests.examples,
       entry_point=entry_point,
-      timeout=timeout,
-      memory=memory,
+      timeout=min(timeout, left),
+      **settings,
     )
+    late = result.outcome is sandbox.Outcome.TIMED_OUT and left < timeout
+    return None if late else result
 
-  def passes_tests(
-    prompts,
-    completions,
-    test=None,
-    entry_point=None,
-    test_list=None,
-    test_setup_code=None,
-    **kwargs,
-  ):
-    none = [None] * len(prompts)
-    columns = test, entry_point, test_list, test_setup_code
-    rows = zip(*(none if c is None else c for c in columns), strict=True)
+  def passes_tests(prompts, completions, entry_point=None, **columns):
+    deadline = time.monotonic() + (batch_timeout or float('inf'))
     jobs = []
-    for i, (prompt, completion, row) in enumerate(
-      zip(prompts, completions, rows, strict=True)
+    for i, (prompt, completion) in enumerate(
+      zip(prompts, completions, strict=True)
     ):
-      tests, name = _tests(i, prompt, *row), row[1] or ''
+      row = {name: columns[name][i] for name in _KINDS if name in columns}
+      row['entry_point'] = entry_point and entry_point[i]
+      name, tests = _tests(i, prompt, row)
       program = programs.find_program(prompt, completion, name, tuple(stop))
       jobs.append((program, name, tests))
     different = list(dict.fromkeys(jobs))
     sandbox.isolation()  # Tried once, not by every thread.
-    results = _results(run, different, parallel or _cores())
-    return [grade(results[job].passed) for job in jobs]
+    run_one = lambda job: run(job, deadline)
+    results = _results(run_one, different, parallel or _cores())
+    late = [result for result in results.values() if result is None]
+    if late:
+      _log.warning(
+        '%d of %d programs had not ended after batch_timeout=%s s',
+        *(len(late), len(different), batch_timeout),
+      )
+    results = [results[job] for job in jobs]
+    return [None if each is None else grade(each.passed) for each in results]
 
   return passes_tests
 
@@ -107,33 +135,89 @@ def _results(run, jobs: list, parallel: int) -> dict:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _tests(index, prompt, test, entry_point, test_list, setup):
-  """Returns the tests of a row.
+def _tests(index: int, prompt: str, row: dict) -> tuple[str, programs.Tests]:
+  """Returns a row's entry point and tests.
 
   Raises:
-    UserError: the row has none, or a column has the wrong type.
+    UserError: it has no tests, or they test nothing, or a column has the wrong
+      type.
   """
-  columns = {'test': (test, str), 'test_list': (test_list, (list, tuple))}
-  columns |= {
-    'entry_point': (entry_point, str),
-    'test_setup_code': (setup, str),
-  }
-  for name, (value, kind) in columns.items():
-    if value is not None and not isinstance(value, kind):
-      raise UserError(f'{name} of sample {index} is {_shown(value)}.')
-  if (test is None) == (test_list is None) or (test and not entry_point):
+  where = f'sample {index}'
+  for name, value in row.items():
+    kinds = _KINDS.get(name, str)
+    if value is not None and not isinstance(value, kinds):
+      raise UserError(f'{name} of {where} is {_shown(value)}.')
+  present = [name for name in _READERS if row.get(name) is not None]
+  if len(present) != 1 or (present == ['test'] and not row['entry_point']):
     raise UserError(
-      f'sample {index} needs either the columns test and entry_point (as in '
-      'HumanEval) or the column test_list (as in MBPP).'
+      f'{where} needs either the columns test and entry_point (as in '
+      'HumanEval)\nor one of the columns test_list (MBPP), input_output (APPS) '
+      'and test_cases (LiveCodeBench).'
     )
-  if test is not None:
-    return programs.tests_of_check(test, entry_point, prompt)
-  if not test_list or not all(isinstance(t, str) for t in test_list):
+  (name,) = present
+  return _READERS[name](f'{name} of {where}', prompt, row)
+
+
+def _read_check(where, prompt, row):
+  name = row['entry_point']
+  return name, programs.tests_of_check(row['test'], name, prompt, where)
+
+
+def _read_list(where, prompt, row):
+  setup = row.get('test_setup_code') or ''
+  tests = programs.tests_of_list(tuple(row['test_list']), setup, where)
+  return row['entry_point'] or '', tests
+
+
+def _read_pairs(where, prompt, row):
+  cases = programs.parse(row['input_output'], where)
+  if not isinstance(cases, dict) or not cases.get('inputs'):
+    raise UserError(f'{where} must hold inputs and outputs.')
+  inputs, outputs = cases['inputs'], cases.get('outputs', ())
+  if len(inputs) != len(outputs):
     raise UserError(
-      f'test_list of sample {index} is {_shown(test_list)}: it must hold at '
-      'least one test, as text.'
+      f'{where} has {len(inputs)} inputs, {len(outputs)} outputs.'
     )
-  return programs.Tests(setup or '', tuple(test_list))
+  name = cases.get('fn_name') or ''
+  pairs = list(zip(inputs, outputs, strict=True))
+  return name, programs.tests_of_pairs(pairs, name, where)
+
+
+def _read_cases(where, prompt, row):
+  cases = programs.parse(row['test_cases'], where)
+  name = row['entry_point'] or ''
+  try:
+    kinds = {case.get('testtype', 'stdin') for case in cases}
+    pairs = [(case['input'], case['output']) for case in cases]
+  except (AttributeError, KeyError, TypeError):
+    pairs = kinds = ()
+  if kinds == {'functional'} and name:
+    pairs = [programs.arguments(*pair, where) for pair in pairs]
+  elif kinds != {'stdin'}:
+    raise UserError(
+      f'{where}: each needs an input, an output and the testtype stdin, or all '
+      'functional and the column entry_point.'
+    )
+  else:
+    name = ''
+  return name, programs.tests_of_pairs(pairs, name, where)
+
+
+# The columns that hold tests, and how to read them.
+_READERS = {
+  'test': _read_check,
+  'test_list': _read_list,
+  'input_output': _read_pairs,
+  'test_cases': _read_cases,
+}
+# The types of columns.
+_KINDS = {
+  'test': str,
+  'test_list': (list, tuple),
+  'test_setup_code': str,
+  'input_output': (str, dict),
+  'test_cases': (str, list, tuple),
+}
 
 
 def _shown(value: Any) -> str:

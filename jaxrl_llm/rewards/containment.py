@@ -6,7 +6,7 @@ child and its descendants when the child ends, on SIGTERM, or when the other end
 of its standard input is closed: that is, when the process that started it is
 gone for any reason.
 
-It finds the descendants in one of three ways, strongest first:
+Descendants end in one of two ways:
 
   'namespace'  Linux, where the kernel allows it (as root, or where users may
                create namespaces): the child lives in a pid namespace, below a
@@ -15,18 +15,14 @@ It finds the descendants in one of three ways, strongest first:
                a process outside.  Process numbers are the namespace's own, and
                so is /proc where the kernel allows it to be mounted again,
                which it does not in a container that covers parts of /proc.
-  'subreaper'  any Linux: processes that the child leaves behind, even after
-               setsid, become the supervisor's children and are killed by it.
-               Survivors: processes that fork faster than they are killed, and
-               all that left the group if the child kills the supervisor.
   'group'      elsewhere: the child's process group is killed.  Processes that
                left the group (setsid) survive.
 
-None is a sandbox: files and network are the user's, and so, without a
+Neither is a sandbox: files and network are the user's, and so, without a
 namespace, is the right to signal all the user's other processes.
 
 References:
-  pid_namespaces(7), PR_SET_CHILD_SUBREAPER in prctl(2)
+  pid_namespaces(7)
 """
 
 import contextlib
@@ -35,17 +31,15 @@ import os
 import select
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-KINDS = ('namespace', 'subreaper', 'group')
+KINDS = ('namespace', 'group')
 
 # From linux/sched.h and linux/prctl.h.
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWPID = 0x20000000
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 
 # From linux/mount.h: mounts propagate inwards only; no set-user-id, devices or
 # programs.
@@ -55,9 +49,8 @@ _MS_OF_PROC = 1 << 1 | 1 << 2 | 1 << 3
 
 def strongest() -> str:
   """Returns the strongest kind that works here; tests whether namespaces do."""
-  if not sys.platform.startswith('linux'):
-    return 'group'
-  return 'namespace' if _namespace_works() else 'subreaper'
+  linux = sys.platform.startswith('linux')
+  return 'namespace' if linux and _namespace_works() else 'group'
 
 
 def run(function: Callable[[], int], kind: str) -> int:
@@ -76,8 +69,6 @@ def run(function: Callable[[], int], kind: str) -> int:
   """
   if kind == 'namespace':
     _enter_namespace()
-  elif kind == 'subreaper':
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
   signals, written = _wakeups()
 
   def child() -> int:
@@ -90,8 +81,12 @@ def run(function: Callable[[], int], kind: str) -> int:
   if kind == 'group':
     with contextlib.suppress(OSError):
       os.killpg(pid, signal.SIGKILL)
-  _kill_children([pid] if status is None else [])
-  return 128 + signal.SIGTERM if status is None else status
+  if status is None:
+    # It may not lead a group yet; of a namespace it is the first process.
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return 128 + signal.SIGTERM
+  return status
 
 
 def _namespace_works() -> bool:
@@ -120,13 +115,6 @@ def _enter_namespace() -> None:
       file.write(text)
 
 
-def _prctl(option: int, value: int) -> None:
-  libc = ctypes.CDLL(None, use_errno=True)
-  if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
-    number = ctypes.get_errno()
-    raise OSError(number, f'prctl({option}): {os.strerror(number)}')
-
-
 def _wakeups() -> tuple[int, int]:
   """Creates a pipe that yields the numbers of SIGCHLD and SIGTERM."""
   read, write = os.pipe()
@@ -150,7 +138,7 @@ def _fork(body: Callable[[], int]) -> int:
     for number in (signal.SIGCHLD, signal.SIGTERM):
       signal.signal(number, signal.SIG_DFL)
     if sys.platform.startswith('linux'):
-      _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+      ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # The parent may already have died; in another namespace its number is 0.
     if os.getppid() in (parent, 0):
       status = body()
@@ -202,49 +190,9 @@ def _supervise(child: int, signals: int) -> int | None:
       return None
     if signals in ready and signal.SIGTERM in os.read(signals, 64):
       return None
-    for pid, status in _ended():
-      if pid == child:
-        return status
-
-
-def _ended() -> Iterator[tuple[int, int]]:
-  """Collects ended children as (number, exit status)."""
-  with contextlib.suppress(ChildProcessError):
-    while True:
-      pid, status = os.waitpid(-1, os.WNOHANG)
-      if not pid:
-        return
-      yield pid, _exit_status(status)
-
-
-def _kill_children(known: list[int]) -> None:
-  """Kills the known children and any others found, until there are none."""
-  while True:
-    # A subreaper inherits the children of whatever it kills.
-    for pid in {*known, *_children()}:
-      with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    known = []
-    try:
-      pid, _ = os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-      return
-    if not pid:
-      time.sleep(0.001)
-
-
-def _children() -> list[int]:
-  """Returns the numbers of this process's children; none without /proc."""
-  numbers, this_process = [], os.getpid()
-  if not os.path.isdir('/proc/self'):
-    return numbers
-  for name in filter(str.isdigit, os.listdir('/proc')):
-    with contextlib.suppress(OSError), open(f'/proc/{name}/stat', 'rb') as file:
-      # The program's name, in brackets, may contain brackets and spaces.
-      state, parent = file.read().rpartition(b')')[2].split()[:2]
-      if int(parent) == this_process and state != b'Z':
-        numbers.append(int(name))
-  return numbers
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+      return _exit_status(status)
 
 
 def _exit_status(status: int) -> int:

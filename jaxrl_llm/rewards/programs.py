@@ -2,10 +2,11 @@
 
 import ast
 import functools
+import json
 import re
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
 
@@ -13,7 +14,8 @@ from jaxrl_llm.errors import UserError
 # sequences of Chen et al., 2021, and the end of a code block.
 STOP = ('\nclass ', '\ndef ', '\n#', '\nif __name__', '\nprint(', '\n```')
 
-_FENCE = re.compile(r'([ \t]*)```([^`]*)')
+# Indentation, fence, language and the rest: ```python, ~~~ py, ```python:a.py.
+_FENCE = re.compile(r'([ \t]*)(`{3,}|~{3,})[ \t]*([^\s:,{`]*)([^`]*)')
 _PYTHON = ('python', 'python3', 'py')
 
 
@@ -23,10 +25,12 @@ class Tests(NamedTuple):
   Attributes:
     setup: source to run before the first test.
     tests: source of each test.
+    examples: instead of tests, standard input and the output expected.
   """
 
-  setup: str
-  tests: tuple[str, ...]
+  setup: str = ''
+  tests: tuple[str, ...] = ()
+  examples: tuple[tuple[str, str], ...] = ()
 
 
 def find_program(
@@ -82,8 +86,9 @@ def prompt_code(prompt: str, entry_point: str) -> str | None:
   return None
 
 
-@functools.lru_cache(maxsize=1024)
-def tests_of_check(test: str, entry_point: str, prompt: str) -> Tests:
+def tests_of_check(
+  test: str, entry_point: str, prompt: str, where: str = 'test'
+) -> Tests:
   """Splits the `check(candidate)` of a HumanEval row into tests.
 
   Each statement of `check` that contains an assertion is a test, together with
@@ -92,26 +97,27 @@ def tests_of_check(test: str, entry_point: str, prompt: str) -> Tests:
   whatever the program does to them.
 
   Raises:
-    UserError: `test` is not Python, or has no `check` of one argument.
+    UserError: `test` is not Python, or has no `check` of one argument, or that
+      tests nothing.
   """
-  try:
-    tree = _parse(test)
-  except (SyntaxError, ValueError) as error:
-    message = f'the tests of {entry_point} are not Python: {error}.'
-    raise UserError(message) from error
+  tree = _tree(test, where)
   check = next((n for n in tree.body if getattr(n, 'name', None) == 'check'), 0)
   if not isinstance(check, ast.FunctionDef) or len(check.args.args) != 1:
     raise UserError(
-      f'the tests of {entry_point} have no function check(candidate).\n'
+      f'{where} has no function check(candidate).\n'
       'The column test is read as in HumanEval; test_list holds single tests.'
     )
+  name = check.args.args[0].arg
+  nodes = [node for each in check.body for node in ast.walk(each)]
+  if not any(isinstance(n, ast.Name) and n.id == name for n in nodes):
+    raise UserError(f'{where} tests nothing: check does not use {name}.')
   setup = prompt_code(prompt, entry_point) or ''
   rest = [node for node in tree.body if node is not check]
   if _needs_its_function(check):
     setup = _after(setup, ast.unparse(tree))
     return Tests(setup, (f'check({entry_point})',))
   setup = _after(setup, ast.unparse(ast.Module(rest, [])))
-  setup += f'\n{check.args.args[0].arg} = {entry_point}\n'
+  setup += f'\n{name} = {entry_point}\n'
   chunks = [[]]
   for statement in check.body:
     chunks[-1].append(statement)
@@ -125,6 +131,77 @@ def tests_of_check(test: str, entry_point: str, prompt: str) -> Tests:
   return Tests(
     setup, tuple(ast.unparse(ast.Module(chunk, [])) for chunk in chunks)
   )
+
+
+def tests_of_list(tests: tuple[str, ...], setup: str, where: str) -> Tests:
+  """Checks the tests of an MBPP row.
+
+  Raises:
+    UserError: there are none, or one is not Python or tests nothing.
+  """
+  if not tests or not all(isinstance(test, str) for test in tests):
+    raise UserError(f'{where} must hold at least one test, as text.')
+  for test in tests:
+    nodes = list(ast.walk(_tree(test, where)))
+    if not any(_is_assertion(n) or isinstance(n, ast.Call) for n in nodes):
+      raise UserError(f'{where}: {test!r:.60} tests nothing.')
+  return Tests(setup, tests)
+
+
+def tests_of_pairs(pairs: Sequence, entry_point: str, where: str) -> Tests:
+  """Returns tests of a row with inputs and outputs, as in APPS.
+
+  Args:
+    pairs: standard input and output, as texts or lists of lines; with an entry
+      point, a list of arguments and the result (or a list of it alone).
+    entry_point: the function, perhaps a method of a class Solution.
+    where: names the row in errors.
+  """
+  if entry_point:
+    tests = [f'assert _same(_call(*{a!r}), {result!r})' for a, result in pairs]
+    return Tests(_CALLS.format(name=entry_point), tuple(tests))
+  examples = tuple(tuple(map(_joined, pair)) for pair in pairs)
+  if not all(isinstance(text, str) for pair in examples for text in pair):
+    raise UserError(f'{where} must hold texts, or name a function.')
+  return Tests(examples=examples)
+
+
+# Results are compared as JSON, in which tuples are lists.
+_CALLS = """
+import json
+try:
+  _call = Solution().{name}
+except NameError:
+  _call = {name}
+def _same(result, expected):
+  result, expected = json.loads(json.dumps([result, expected]))
+  return result == expected or [result] == expected
+"""
+
+
+def parse(value: Any, where: str) -> Any:
+  """Returns a value, parsed if it is JSON."""
+  try:
+    return json.loads(value) if isinstance(value, str) else value
+  except ValueError as error:
+    raise UserError(f'{where} is not JSON: {error}.') from error
+
+
+def arguments(given: str, result: str, where: str) -> tuple[list, Any]:
+  """Parses a call of LiveCodeBench: an argument per line, and the result."""
+  lines = [line for line in given.split('\n') if line.strip()]
+  return [parse(line, where) for line in lines], parse(result, where)
+
+
+def _joined(text):
+  return '\n'.join(map(str, text)) if isinstance(text, list) else text
+
+
+def _tree(source: str, where: str) -> ast.Module:
+  try:
+    return _parse(source)
+  except (SyntaxError, ValueError) as error:
+    raise UserError(f'{where} is not Python: {error}.') from error
 
 
 def _parse(source: str) -> ast.Module:
@@ -155,17 +232,18 @@ def _after(first: str | None, then: str) -> str:
 
 def _code_blocks(text: str) -> list[str]:
   """Returns the contents of fenced blocks, less their fences' indentation."""
-  blocks, language, indent, lines = [], None, '', []
+  blocks, mark, language, indent, lines = [], '', '', '', []
   for line in text.split('\n'):
     fence = _FENCE.fullmatch(line.rstrip())
-    if fence is None:
+    closes = fence and fence[2].startswith(mark) and not (fence[3] or fence[4])
+    if fence is None or (mark and not closes and fence[2][0] != mark[0]):
       lines.append(line.removeprefix(indent))
-    elif language is None or fence[2].strip():
-      indent, language, lines = fence[1], fence[2].strip().lower(), []
-    else:
+    elif mark and closes:
       blocks.append((language, lines))
-      indent, language, lines = '', None, []
-  if language in _PYTHON:
+      mark, indent, lines = '', '', []
+    else:
+      indent, mark, language, lines = fence[1], fence[2], fence[3].lower(), []
+  if mark and language in _PYTHON:
     blocks.append((language, lines))
   return [
     '\n'.join(lines).rstrip('\n') + '\n'

@@ -1,322 +1,182 @@
-"""The process side of `sandbox`: limits one program and waits for its end.
+"""The process side of `sandbox`: a program, its tests, and who watches them.
 
-A script for `python -sSPB`; nothing imports it.  The supervisor, which trusts
-nothing that it receives, forks a worker and waits for it.  The worker puts
-limits on itself, runs the program and, once that has finished, asks for the
-tests.  They come with a secret that the verdict must repeat: a program that
-ends early has never seen it.  The supervisor reports the outcome to `sandbox`
-and kills all processes that the program started.
+Imported by `_MAIN` of `sandbox`.  The supervisor forks two processes, limits
+both, and waits for the verdict of the second or for the end of the first:
 
-  the worker sends      ready, loaded, then the secret and a verdict; a verdict
-                        of failure may replace the last two
-  the supervisor sends  ready (limits hold), then a verdict or broken
-  a verdict             outcome, a digit per test or -, the error
+  the program  forked before the tests are read, so nothing of them is in its
+               memory; it answers requests (see `sandbox_harness`)
+  the tests    never load the program
+
+The supervisor reports 'ready', once limits hold, then a verdict (outcome, a
+digit per test or -, the error) or 'broken'.  All processes end with it.
 """
 
 import _signal  # `signal` would import enum: a third of the start-up time.
-import builtins
 import os
 import select
 import sys
 import time
 
-# As in `sandbox_harness`: code that runs after the program keeps these.
-__builtins__ = dict(vars(builtins))
+import sandbox_harness as harness
+import sandbox_landlock as landlock
 
-# Seconds for the worker to put limits on itself.
-_START = 45.0
-# Seconds between checks that the worker is alive.
-_PERIOD = 0.1
-# A worker that sends more than this, in bytes, is not one of ours.
-_LONGEST = 2**20
-_PIPE_BUF = 512  # bytes; what POSIX guarantees
-
-# From Linux: prctl(2), capabilities(7).
-_PR_SET_KEEPCAPS = 8
-_PR_SET_CHILD_SUBREAPER = 36
-_PR_SET_NO_NEW_PRIVS = 38
-_CAP_DAC_READ_SEARCH = 1 << 2
-
-
-class _Ended(Exception):
-  """The worker ended without a verdict: outcome, error."""
-
-
-class _Worker:
-  """The supervisor's end of the worker: its process and two pipes."""
-
-  def __init__(self, pid, replies, requests):
-    self._pid = pid
-    self._replies = replies
-    self._requests = requests
-    self._deadline = time.monotonic() + _START
-    self._buffer = bytearray()
-    self._ready = False
-    self._status = None
-
-  def begin(self, timeout):
-    """Starts the time limit, in seconds."""
-    self._deadline = time.monotonic() + timeout
-    self._ready = True
-
-  def line(self):
-    """Returns the next line without its end; raises _Ended if there is none."""
-    open_ = True
-    while b'\n' not in self._buffer:
-      pause = min(self._deadline - time.monotonic(), _PERIOD)
-      if pause <= 0:
-        raise self._late()
-      ended = self._status is not None
-      # Reads what it sent before its end, too.
-      if (
-        open_
-        and select.select([self._replies], [], [], 0 if ended else pause)[0]
-      ):
-        chunk = os.read(self._replies, 65536)
-        self._buffer += chunk
-        open_ = bool(chunk)
-        if len(self._buffer) > _LONGEST:
-          raise _Ended('failed', 'it wrote into the pipe of its verdict')
-        continue
-      if ended:
-        raise self._ended()
-      if not open_:
-        time.sleep(min(pause, 0.002))
-      pid, status = os.waitpid(self._pid, os.WNOHANG)
-      self._status = status if pid else None
-    line, _, self._buffer = self._buffer.partition(b'\n')
-    return bytes(line)
-
-  def send(self, *texts):
-    """Sends texts to `_receive`; `line` later reports a worker that is gone."""
-    data = b''.join(map(_frame, texts))
-    while data:
-      pause = max(0, self._deadline - time.monotonic())
-      if not select.select([], [self._requests], [], pause)[1]:
-        raise self._late()
-      try:
-        # Few enough bytes that a pipe with room never blocks.
-        data = data[os.write(self._requests, data[:_PIPE_BUF]) :]
-      except BrokenPipeError:
-        break
-    os.close(self._requests)
-
-  def kill(self):
-    """Kills the worker itself."""
-    if self._status is None:
-      os.kill(self._pid, _signal.SIGKILL)
-
-  def _late(self):
-    if not self._ready:
-      return _Ended('broken', 'the limits took too long')
-    return _Ended('timed_out', 'the time limit')
-
-  def _ended(self):
-    status = self._status
-    if not self._ready:
-      return _Ended('broken', f'status {status} while limits were set')
-    if not os.WIFSIGNALED(status):
-      code = os.waitstatus_to_exitcode(status)
-      return _Ended('failed', f'it ended its process with status {code}')
-    number = os.WTERMSIG(status)
-    if number == _signal.SIGXCPU:
-      return _Ended('timed_out', 'the limit of CPU time')
-    return _Ended('crashed', f'signal {number}')
+_START = 45.0  # seconds to set limits
+_PERIOD = 0.05  # seconds between checks that the program is alive
+_LAST = 1.0  # seconds for the verdict once the program has ended
+_PR_SET_DUMPABLE = 4  # prctl(2)
+# From unshare(2) and mount(2); private and bound with what is mounted below.
+_CLONE_NEWNS = 0x20000
+_MS_BIND = 4096 | 1 << 14
+_MS_PRIVATE = 1 << 18 | 1 << 14
 
 
 def main(settings):
   """Runs the supervisor.
 
   Args:
-    settings: 'name=number' each: report (a file descriptor), timeout, memory,
-      processes (0 for no limit), files, file_size, namespaces (0 or 1),
-      landlock (its version), user (0 for the present one).
+    settings: 'name=value' each: timeout, memory,
+      processes (0 for no limit), files, file_size, landlock (its version), user
+      (0 for the present one), pairs (1 if tests are pairs of texts), packages
+      (paths, with a colon after each).
 
   Standard input holds frames: program, entry point, set-up, tests.
   """
-  values = {name: float(n) for name, n in (s.split('=') for s in settings)}
-  report = int(values['report'])
-  os.set_inheritable(report, False)
-  # An init has no default actions; elsewhere SIGINT must end it.
-  _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-  if sys.platform == 'linux' and not values['namespaces']:
-    _adopt_orphans()
-  verdict = _supervise(values, report)
-  if not values['namespaces']:
-    _kill_descendants()
-  # No waiting: the end of a namespace's init ends everything in it.
-  os.write(report, verdict.encode() + b'\n')
+  values = dict(setting.split('=', 1) for setting in settings)
+  packages = values.pop('packages').split(':')[:-1]
+  values = {name: float(value) for name, value in values.items()}
+  # The parent reads the report from standard output; nobody else writes there.
+  report = os.dup(1)
+  os.dup2(2, 1)
+  _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # An init has no defaults.
+  try:
+    verdict = _supervise(values, packages, report)
+  except OSError as error:
+    verdict = f'broken - {error}\n'
+  os.write(report, verdict.encode('utf-8', 'replace'))
   os._exit(0)
 
 
-def _supervise(values, report):
-  """Runs the program in a worker; returns the verdict or why there is none."""
-  program, harness = _receive(0), _harness()
-  to_worker, requests = os.pipe()
-  replies, from_worker = os.pipe()
-  pid = os.fork()
-  if not pid:
-    for descriptor in (report, requests, replies):
-      os.close(descriptor)
-    try:
-      _work(program, to_worker, from_worker, values, harness)
-    finally:
-      os._exit(1)
-  os.close(to_worker)
-  os.close(from_worker)
-  worker = _Worker(pid, replies, requests)
-  try:
-    line = worker.line()
-    if line != b'ready':
-      return 'broken - ' + line.decode(errors='replace')
-    worker.begin(values['timeout'])
-    os.write(report, b'ready\n')
-    return _judge(worker)
-  except _Ended as ended:
-    outcome, error = ended.args
-    return f'{outcome} - {error}'
-  finally:
-    worker.kill()
+def _supervise(values, packages, report):
+  """Runs program and tests; returns the verdict."""
+  program = _receive()
+  sys.path += packages[:1]  # A folder of links to the rest.
+  harness.PACKAGES += os.listdir(packages[0]) if packages else []
+  paths = landlock.readable(packages)
+  if values['user']:
+    _uncover([*paths, os.getcwd()])
+  restrict = lambda: landlock.restrict(int(values['landlock']), paths)
+  requests, replies = os.pipe(), os.pipe()
+  ready, verdict = os.pipe(), os.pipe()
 
-
-def _judge(worker):
-  """Sends the tests once the program is loaded; returns the verdict."""
-  line, allowed = worker.line(), ('failed', 'out_of_memory')
-  if line == b'loaded':
-    secret = os.urandom(16).hex()
-    worker.send(secret, *_receive_all(0))
-    line = worker.line()
-    if line.startswith(secret.encode()):
-      line, allowed = line[len(secret) :], ('passed', *allowed)
-  outcome, _, rest = line.decode(errors='replace').partition(' ')
-  digits, space, error = rest.partition(' ')
-  if outcome in allowed and space and not set(digits) - set('01-'):
-    return f'{outcome} {digits} {error}'
-  return 'failed - it wrote into the pipe of its verdict'
-
-
-def _harness():
-  """Loads the module that runs programs, out of reach of their imports."""
-  folder, name = os.path.dirname(os.path.abspath(__file__)), 'sandbox_harness'
-  sys.path.insert(0, folder)
-  try:
-    return __import__(name)
-  finally:
-    sys.path.remove(folder)
-    sys.modules.pop(name, None)
-
-
-def _frame(text):
-  data = text.encode('utf-8', 'surrogatepass')
-  return len(data).to_bytes(4, 'big') + data
-
-
-def _receive(descriptor):
-  """Returns the next text from a pipe or file; None at its end."""
-  size = _read(descriptor, 4)
-  if len(size) < 4:
-    return None
-  data = _read(descriptor, int.from_bytes(size, 'big'))
-  return data.decode('utf-8', 'surrogatepass')
-
-
-def _receive_all(descriptor):
-  texts = []
-  while (text := _receive(descriptor)) is not None:
-    texts.append(text)
-  return texts
-
-
-def _read(descriptor, size, read=os.read):
-  """Reads `size` bytes, fewer at the end; the program can replace `os.read`."""
-  data = b''
-  while len(data) < size:
-    chunk = read(descriptor, size - len(data))
-    if not chunk:
-      break
-    data += chunk
-  return data
-
-
-def _adopt_orphans():
-  """Makes this process adopt descendants that lose their parents."""
-  import ctypes
-
-  ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _descendants():
-  """Returns the numbers of the living processes below this one, from /proc."""
-  children, numbers = {}, []
-  try:
-    family = [int(os.readlink('/proc/self'))]
-    numbers = [name for name in os.listdir('/proc') if name.isdigit()]
-  except OSError:
-    return []  # No /proc.
-  for number in numbers:
-    try:
-      with open(f'/proc/{number}/stat', 'rb') as file:
-        state, parent = file.read().rpartition(b')')[2].split()[:2]
-    except OSError:
-      continue  # It has ended meanwhile.
-    if state != b'Z':
-      children.setdefault(int(parent), []).append(int(number))
-  for number in family:
-    family += children.get(number, ())
-  return family[1:]
-
-
-def _kill_descendants():
-  """Kills descendants until none is left: one may have forked in between."""
-  deadline = time.monotonic() + 5
-  while time.monotonic() < deadline:
-    for number in _descendants():
-      try:
-        os.kill(number, _signal.SIGKILL)
-      except OSError:
-        continue
-    try:
-      while os.waitpid(-1, os.WNOHANG)[0]:
-        pass
-    except ChildProcessError:
-      return
-    time.sleep(0.002)
-
-
-def _work(program, requests, replies, values, harness):
-  """Runs the worker: limits, program, tests, verdict."""
-  # Bound now: the program could replace what is looked up later.
-  write, end, streams = os.write, os._exit, (sys.stdout, sys.stderr)
-  trace, profile, receive_all = sys.settrace, sys.setprofile, _receive_all
-  try:
+  def serve():
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.close(null)
-    _limit(values)
-  except Exception as error:
-    write(replies, f'{type(error).__name__}: {error}\n'.encode())
-    end(1)
-  write(replies, b'ready\n')
-  module, failure = harness.load_program(program)
-  secret, passed = '', []
-  if failure is None:
-    write(replies, b'loaded\n')
-    secret, entry_point, setup, *tests = receive_all(requests)
-    trace(None)
-    profile(None)
-    failure, passed = harness.test(module, entry_point, setup, tests)
-  for stream in streams:
-    try:
-      stream.flush()
-    except BaseException:
-      continue
-  # Without a secret it can only be a failure.
-  write(replies, (secret + harness.verdict(failure, passed)).encode())
-  end(0)
+    _limit(values, int(values['user']), restrict)
+    os.write(ready[1], b'ready\n')
+    _keep(requests[0], replies[1])
+    harness.serve(requests[0], replies[1], program)
+
+  def judge():
+    entry_point, setup, *tests = iter(_receive, None)
+    # Another user than the program's, who owns nothing.
+    _limit(values, int(values['user']) and int(values['user']) + 1, restrict)
+    os.write(ready[1], b'ready\n')
+    _keep(requests[1], replies[0], verdict[1])
+    ends = replies[0], requests[1]
+    if values['pairs']:
+      tests = list(zip(tests[::2], tests[1::2], strict=True))
+      result = harness.judge_output(*ends, tests)
+    else:
+      result = harness.judge(*ends, entry_point, setup, tests)
+    sys.stdout.flush()
+    os.write(verdict[1], harness.verdict(*result).encode('utf-8', 'replace'))
+
+  child = _fork(serve)
+  _fork(judge)
+  for descriptor in (*requests, *replies, ready[1], verdict[1]):
+    os.close(descriptor)
+  said = _read_until(ready[0], time.monotonic() + _START, b'ready\nready\n')
+  if said != b'ready\nready\n':
+    return f'broken - {said.decode(errors="replace").strip()}\n'
+  os.write(report, b'ready\n')
+  return _watch(child, verdict[0], time.monotonic() + values['timeout'])
 
 
-def _limit(values):
-  """Limits this process and the processes that it starts."""
+def _watch(child, verdict, deadline):
+  """Waits for the verdict, the program's end, or the deadline."""
+  status, text = None, b''
+  while not text.endswith(b'\n'):
+    left = deadline - time.monotonic()
+    if left <= 0:
+      break
+    if select.select([verdict], [], [], min(left, _PERIOD))[0]:
+      chunk = os.read(verdict, 65536)
+      text += chunk
+      if not chunk:
+        break
+    if status is None:
+      pid, code = os.waitpid(child, os.WNOHANG)
+      if pid:
+        status, deadline = code, min(deadline, time.monotonic() + _LAST)
+  if text.endswith(b'\n') and not text.startswith(b'ended'):
+    return text.decode()
+  if status is None and left > 0:
+    status = _status(child, deadline)
+  if status is None:
+    if left <= 0:
+      return 'timed_out - the time limit\n'
+    return 'failed - it closed its pipes\n'
+  if not os.WIFSIGNALED(status):
+    code = os.waitstatus_to_exitcode(status)
+    return f'failed - it ended its process with status {code}\n'
+  number = os.WTERMSIG(status)
+  if number == _signal.SIGXCPU:
+    return 'timed_out - the limit of CPU time\n'
+  return f'crashed - signal {number}\n'
+
+
+def _uncover(paths):
+  """Makes Python's library reachable for a user that is not root.
+
+  A directory above it that only root may enter is covered by an empty one,
+  visible to this process's descendants alone, that holds just these paths.
+  """
+  import ctypes
+
+  libc, covers = ctypes.CDLL(None, use_errno=True), {}
+  for path in paths:
+    parts = path.split('/')
+    above = ['/'.join(parts[:i]) for i in range(2, len(parts))]
+    closed = [each for each in above if not os.stat(each).st_mode & 1]
+    if closed:
+      covers.setdefault(closed[0], {})[path] = None
+
+  def mount(source, target, kind, flags, data=None):
+    arguments = [text and os.fsencode(text) for text in (source, target, kind)]
+    if libc.mount(*arguments, ctypes.c_ulong(flags), data):
+      raise OSError(ctypes.get_errno(), f'cannot mount {target}')
+
+  if covers:
+    if libc.unshare(_CLONE_NEWNS):
+      raise OSError(ctypes.get_errno(), 'cannot unshare mounts')
+    mount('none', '/', None, _MS_PRIVATE)
+  for cover, descriptors in covers.items():
+    descriptors |= {path: os.open(path, os.O_PATH) for path in descriptors}
+    mount('none', cover, 'tmpfs', 0, b'mode=755')
+    for path, descriptor in descriptors.items():
+      source = f'/proc/self/fd/{descriptor}'
+      if os.path.isdir(source):
+        os.makedirs(path, exist_ok=True)
+      else:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_CREAT))
+      mount(source, path, None, _MS_BIND)
+      os.close(descriptor)
+
+
+def _limit(values, user, restrict):
+  """Limits this process and those that it starts."""
+  import ctypes
   import resource
 
   seconds = int(-(-values['timeout'] // 1))
@@ -330,10 +190,14 @@ def _limit(values):
     limits['RLIMIT_NPROC'] = values['processes']
   if sys.platform != 'darwin':  # macOS has the name, not the limit.
     limits['RLIMIT_AS'] = values['memory']
-  if values['user']:
-    _become(int(values['user']))
+  if user:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
   if values['landlock']:
-    _read_only(int(values['landlock']))
+    restrict()
+  if sys.platform == 'linux':  # Nobody may look into it.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
   for name, wanted in limits.items():
     kind = getattr(resource, name)
     soft, hard = wanted if isinstance(wanted, tuple) else (wanted, wanted)
@@ -343,69 +207,64 @@ def _limit(values):
     resource.setrlimit(kind, (int(soft), int(hard)))
 
 
-def _become(user):
-  """Turns root into a user who owns nothing but the working directory.
-
-  If only root can reach the standard library, the right to read everything
-  stays; programs that this process starts do not inherit it.
-  """
-  import ctypes
-
-  libc = ctypes.CDLL(None, use_errno=True)
-  path, closed = os.path.realpath(os.__file__), False
-  while path != os.path.dirname(path):
-    path = os.path.dirname(path)
-    closed |= not os.stat(path).st_mode & 1
-  libc.prctl(_PR_SET_KEEPCAPS, int(closed), 0, 0, 0)
-  os.setgroups([])
-  os.setresgid(user, user, user)
-  os.setresuid(user, user, user)
-  if closed:
-    # Version 3, this process; effective, permitted, inheritable, in halves.
-    numbers = [0x20080522, 0], [_CAP_DAC_READ_SEARCH] * 2 + [0] * 4
-    header, rights = (
-      b''.join(n.to_bytes(4, sys.byteorder) for n in half) for half in numbers
-    )
-    if libc.capset(header, rights):
-      raise OSError(ctypes.get_errno(), 'capset')
+def _fork(function):
+  """Runs a function in a child, which ends with it."""
+  pid = os.fork()
+  if pid:
+    return pid
+  try:
+    function()
+    os._exit(0)
+  except BaseException as error:
+    os.write(2, f'{type(error).__name__}: {error}\n'.encode())
+  finally:
+    os._exit(1)
 
 
-def _read_only(version):
-  """Applies Landlock: writes in the working directory only, no TCP, no signals.
-
-  Raises:
-    OSError: the kernel refuses.
-  """
-  import ctypes
-
-  libc = ctypes.CDLL(None, use_errno=True)
-
-  def call(number, *arguments):
-    result = libc.syscall(number, *arguments)
-    if result < 0:
-      code = ctypes.get_errno()
-      raise OSError(code, f'Landlock: {os.strerror(code)}')
-    return result
-
-  write, truncate = 1 << 1, 1 << 14
-  # Writing, removing and making files; since 2 moving; since 3 truncating.
-  changes = write | sum(1 << bit for bit in range(4, 13))
-  changes |= (1 << 13) * (version >= 2) | truncate * (version >= 3)
-  # TCP since 4, both ways; abstract sockets and signals to others since 6.
-  handled = [changes, 3 * (version >= 4), 3 * (version >= 6)]
-  size = 24 if version >= 6 else 16 if version >= 4 else 8
-  attributes = b''.join(n.to_bytes(8, sys.byteorder) for n in handled)[:size]
-  rules = call(444, attributes, size, 0)
-  for path, allowed in (('.', changes), (os.devnull, write | truncate)):
-    descriptor = os.open(path, os.O_PATH)
-    rule = (allowed & changes).to_bytes(8, sys.byteorder)
-    rule += descriptor.to_bytes(4, sys.byteorder)
-    call(445, rules, 1, rule, 0)
-    os.close(descriptor)
-  libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-  call(446, rules, 0)
-  os.close(rules)
+def _keep(*descriptors):
+  """Closes all descriptors except the standard ones and these."""
+  last = 2
+  for descriptor in sorted(descriptors):
+    os.closerange(last + 1, descriptor)
+    last = descriptor
+  os.closerange(last + 1, 1024)
 
 
-if __name__ == '__main__':
-  main(sys.argv[1:])
+def _read_until(descriptor, deadline, expected):
+  text = b''
+  while text != expected:
+    left = deadline - time.monotonic()
+    if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+      break
+    chunk = os.read(descriptor, 4096)
+    text += chunk
+    if not chunk:
+      break
+  return text
+
+
+def _status(pid, deadline):
+  """Returns the status of a process that ends before the deadline, or None."""
+  while time.monotonic() < deadline:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended:
+      return status
+    time.sleep(0.002)
+
+
+def _receive():
+  """Returns the next text from standard input; None at its end."""
+  size = _read(4)
+  if len(size) < 4:
+    return None
+  return _read(int.from_bytes(size, 'big')).decode('utf-8', 'surrogatepass')
+
+
+def _read(size):
+  data = b''
+  while len(data) < size:
+    chunk = os.read(0, size - len(data))
+    if not chunk:
+      break
+    data += chunk
+  return data

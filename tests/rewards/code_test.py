@@ -3,6 +3,7 @@
 import ast
 import concurrent.futures
 import inspect
+import json
 import time
 
 import pytest
@@ -21,6 +22,7 @@ from jaxrl_llm.rewards import (
 from jaxrl_llm.tasks import code as tasks
 
 COLUMNS = ('test', 'entry_point', 'test_list', 'test_setup_code')
+COLUMNS += ('input_output', 'test_cases')
 
 
 def rewards(rows, completions, **settings):
@@ -196,8 +198,10 @@ def test_mbpp(mbpp):
   assert rewards(rows, [row['solution'] for row in rows]) == [1.0] * 6
   wrong = [f'{row["solution"]}\n{row["entry_point"]} = len' for row in rows]
   assert rewards(rows, wrong) == [0.0] * 6
+  # Without the name `sum` would be the built-in function.
   without = [{**row, 'entry_point': None} for row in rows]
-  assert rewards(without, [row['solution'] for row in rows]) == [1.0] * 6
+  found = rewards(without, [row['solution'] for row in rows])
+  assert found == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.slow
@@ -208,6 +212,51 @@ def test_all_of_mbpp(mbpp):
   # The data breaks none of them.
   wrong = [r['task_id'] for r, s in zip(rows, found, strict=True) if s < 1]
   assert wrong == []
+
+
+# Standard input and output --------------------------------------------------
+
+SUM = (
+  'import sys\nif __name__ == "__main__":\n  print(sum(map(int, sys.stdin)))'
+)
+APPS = {'inputs': ['1\n2\n', '5\n'], 'outputs': ['3\n', '5']}
+CALLS = {'fn_name': 'add', 'inputs': [[1, 2], [[1], [2]]]}
+CALLS |= {'outputs': [3, [1, 2]]}
+LIVE = [{'input': '1\n2', 'output': '3', 'testtype': 'functional'}]
+METHOD = 'class Solution:\n  def add(self, a, b): return a {} b'
+ADD = 'def add(a, b): return a {} b'
+PAIR = 'def add(a, b): return (a[0], b[0]) if type(a) is list else a + b'
+
+
+@pytest.mark.parametrize(
+  'column, value, entry_point, program, scores',
+  [
+    ('input_output', APPS, None, SUM, 1),
+    ('input_output', json.dumps(APPS), None, fenced(SUM), 1),
+    ('input_output', APPS, None, 'print(3)', 0.5),
+    ('input_output', APPS, None, 'print(int(input()) + int(input()))', 0.5),
+    ('input_output', APPS, None, SUM + '\nraise SystemExit(1)', 0),
+    ('input_output', APPS, None, SUM + '\nimport os; os._exit(0)', 0),
+    ('input_output', APPS, None, SUM + '\nexit()', 1),
+    ('input_output', APPS, None, 'while True: pass', 0),
+    ('input_output', {'inputs': [['1', '2']], 'outputs': [['3']]}, '', SUM, 1),
+    ('input_output', CALLS, None, ADD.format('+'), 1),
+    ('input_output', CALLS, None, METHOD.format('+'), 1),
+    ('input_output', CALLS, None, PAIR, 1),
+    ('input_output', CALLS, None, ADD.format('or'), 0),
+    ('test_cases', LIVE, 'add', METHOD.format('+'), 1),
+    ('test_cases', json.dumps(LIVE), 'add', METHOD.format('-'), 0),
+    ('test_cases', [{'input': '1\n2', 'output': '3'}], '', SUM, 1),
+    ('test_cases', [{'input': '1\n2', 'output': '4'}], 'add', SUM, 0),
+  ],
+)
+def test_rows_of_apps_and_livecodebench(
+  column, value, entry_point, program, scores
+):
+  row = {'prompt': 'Add.', column: value, 'entry_point': entry_point}
+  slow = dict(timeout=1.0) if 'while' in program else {}
+  grade = step_scores.share_passed()
+  assert rewards([row], [program], score=grade, **slow) == [scores]
 
 
 # Finding the program --------------------------------------------------------
@@ -245,6 +294,10 @@ def test_a_completion_continues_a_prompt_that_is_code(completion, program):
     '```python\n{0}```\nAs in\n```python\nf(3)\n```',
     'It is\n```python\n{0}',  # Cut off, or never closed.
     ' Sure!\n\n~~\n```python\n{0}```',
+    '~~~python\n{0}~~~',
+    '```python:main.py\n{0}```',
+    '``` python title="main.py"\n{0}```',
+    '````python\n{0}````\n```\n```',
   ],
 )
 @pytest.mark.parametrize('prompt', [HEAD, 'Write a function f(x).'])
@@ -314,6 +367,32 @@ def test_faults_of_the_program_score_0():
   assert found == [0.0] * 6 + [1.0]
 
 
+def test_packages_are_importable_by_name():
+  pytest.importorskip('numpy')
+  program = 'import numpy as np\ndef f(x): return np.cumsum(x), np.float64(2)'
+  test = 'import numpy\na, b = f(numpy.ones((2, 2)))\n'
+  test += 'assert (a == [1, 2, 3, 4]).all() and b == 2'
+  row = dict(prompt='', test_list=[test])
+  settings = dict(packages=('numpy',), memory=2**31)
+  assert rewards([row], [program], **settings) == [1.0]
+  assert rewards([row], [program.replace('ones', 'zeros')]) == [0.0]
+  other = [program + '\nimport pytest']
+  assert rewards([row], other, **settings) == [0.0]
+  with pytest.raises(UserError, match="'no_such' is not installed"):
+    rewards([row], [program], packages=('no_such',))
+
+
+def test_a_batch_has_a_deadline(caplog):
+  programs = [f'while True: {i}' for i in range(4)]
+  start = time.monotonic()
+  found = rewards(
+    [ROW] * 5, [RIGHT, *programs], parallel=1, batch_timeout=3.5, timeout=2.0
+  )
+  assert found == [1.0, 0.0, None, None, None]
+  assert time.monotonic() - start < 30
+  assert '3 of 5 programs had not ended' in caplog.text
+
+
 def test_equal_programs_run_once(monkeypatch):
   ran = []
 
@@ -350,6 +429,18 @@ def test_a_sandbox_that_cannot_run_is_no_score(monkeypatch):
     rewards([ROW] * 3, [RIGHT] * 3)
 
 
+VACUOUS = ['', ' # nothing', 'assert True', 'assert 1, "x"', 'x = 1']
+
+
+def _check(body):
+  test = f'def check(candidate):\n  {body}'
+  return dict(test_list=None, test=test, entry_point='f')
+
+
+def _pairs(value):
+  return dict(test_list=None, input_output=value)
+
+
 @pytest.mark.parametrize(
   'change, text',
   [
@@ -358,6 +449,20 @@ def test_a_sandbox_that_cannot_run_is_no_score(monkeypatch):
     (dict(test_list=[]), 'at least one test'),
     (dict(test_list='assert'), 'test_list of sample 1 is str'),
     (dict(test_list=[1]), 'at least one test'),
+    *((dict(test_list=[t]), 'tests nothing') for t in VACUOUS),
+    (dict(test_list=['assert f(']), 'test_list of sample 1 is not Python'),
+    (_check('pass'), 'tests nothing'),
+    (_check('assert True'), 'tests nothing'),
+    (_check('assert 1 + 1 == 2'), 'tests nothing'),
+    (_pairs('{'), 'input_output of sample 1 is not JSON'),
+    (_pairs({'inputs': []}), 'must hold inputs and outputs'),
+    (_pairs({'inputs': ['1'], 'outputs': []}), '1 inputs, 0 outputs'),
+    (_pairs({'inputs': [1], 'outputs': [2]}), 'must hold texts'),
+    (dict(test_list=None, test_cases=[{'input': ''}]), 'each needs an input'),
+    (
+      _pairs('{"inputs": [""], "outputs": [""]}') | dict(test_list=['f()']),
+      'ne',
+    ),
     (dict(test_setup_code=3), 'test_setup_code of sample 1 is int 3'),
     (dict(test_list=None, test='def check(', entry_point='f'), 'not Python'),
     (dict(test_list=None, test='x = 1', entry_point='f'), 'no function check'),
@@ -371,7 +476,13 @@ def test_rows_without_tests_are_refused(change, text):
 
 
 def test_settings_are_checked():
-  for settings in (dict(stop='\ndef'), dict(stop=['']), dict(parallel=0)):
+  for settings in (
+    dict(stop='\ndef'),
+    dict(stop=['']),
+    dict(parallel=0),
+    dict(packages='numpy'),
+    dict(batch_timeout=0),
+  ):
     with pytest.raises(UserError, match='code_tests'):
       code.code_tests(**settings)
 
@@ -383,7 +494,7 @@ def test_a_configuration_can_name_it():
     all=spec, share=spec | dict(score=dict(name='share_passed'))
   )
   parts = {part.name: part for part in build.reward_parts(config)}
-  half = dict(ROW, test_list=['assert add(1, 2) == 3', 'assert 0'])
+  half = dict(ROW, test_list=['assert add(1, 2) == 3', 'assert add(1, 2) == 4'])
   columns = {name: [half.get(name)] for name in COLUMNS}
   given = dict(prompts=['Add.'], completions=[RIGHT], **columns)
   assert parts['all'].function(**given) == [0.0]

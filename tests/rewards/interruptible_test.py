@@ -75,6 +75,6 @@ def test_a_question_is_asked_within_its_block_and_its_thread_alone():
 def test_a_stop_is_no_failure_of_a_function_that_runs_programs():
   function = code_tests(timeout=3.0, parallel=1)
   endless = [f'while True: {i}' for i in range(20)]
-  columns = {'test_list': [['assert True']] * 20}
+  columns = {'test_list': [['assert f() == 1']] * 20}
   # One after the other they would take a minute.
   stops(start([RewardPart('code', function)], [''] * 20, endless, columns), 30)

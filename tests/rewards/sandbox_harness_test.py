@@ -1,8 +1,14 @@
-"""What passes tests without solving them fails; honest results pass."""
+"""Programs that cheat fail, honest ones pass; plain data crosses unchanged."""
+
+import collections
+import decimal
+import fractions
+import math
+import re
 
 import pytest
 
-from jaxrl_llm.rewards import sandbox
+from jaxrl_llm.rewards import sandbox, sandbox_values
 from jaxrl_llm.rewards.sandbox import Outcome
 
 RIGHT = 'def add(a, b):\n  return a + b\n'
@@ -24,176 +30,381 @@ def test_the_tests_tell_right_from_wrong():
 WRITE = """
 import os
 for n in range(3, 64):
-  try: os.write(n, b'{}')
+  try: os.write(n, {})
   except OSError: pass
 os._exit(0)"""
-
-# What asks for the tests sees the secret that comes before them.
-READ = """
-import os
-real, seen = os.read, b''
-def read(descriptor, size):
-  global seen
-  seen += real(descriptor, size)
-  at = seen.find(bytes([0, 0, 0, 32])) + 4
-  if at > 3 and len(seen) >= at + 32:
-    for n in range(3, 64):
-      try: os.write(n, seen[at : at + 32] + b'passed 11 \\n')
-      except OSError: pass
-    os._exit(0)
-  return seen[-size:]
-os.read = read"""
-
 LIAR = 'class A:\n  def __init__(self, *a): pass\n'
 LIAR += '  def __eq__(self, other): return True\n'
 LIAR += '  def __sub__(self, other): return 0\n'
+NUMBERS = 'import numbers\nnumbers.Number.register(A)\n'
 
-# Each would pass a sandbox that only looks at how the process ends, or at what
-# it prints, or runs tests with whatever the program has left.
+# Each would pass a sandbox that runs tests where the program has been.
 FORGERIES = {
-  'exit': 'import os; os._exit(0)',
-  'exit later': 'import os\ndef add(a, b): os._exit(0)',
-  'sys.exit': 'import sys; sys.exit(0)',
-  'SystemExit later': 'def add(a, b): raise SystemExit(0)',
-  'exit replaced': 'import os, sys\nos._exit = sys.exit = lambda *a: None\n'
-  + WRONG,
-  'printed': 'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
-  'written': WRITE.format(r'passed 11 \n'),
-  'written as if loaded': WRITE.format(r'loaded\npassed 11 \n'),
-  'written with a guess': WRITE.format(
-    r'loaded\n' + '0' * 32 + r'passed 11 \n'
+  'exit': ('import os; os._exit(0)', 'ended its process with status 0'),
+  'exit later': ('import os\ndef add(a, b): os._exit(0)', 'ended its process'),
+  'sys.exit': ('import sys; sys.exit(0)', 'SystemExit'),
+  'SystemExit later': ('def add(a, b): raise SystemExit(0)', 'SystemExit'),
+  'exit replaced': (
+    'import os, sys\nos._exit = sys.exit = lambda *a: None\n' + WRONG,
+    'AssertionError: a sum',
   ),
-  'flood': """
-import os
-for n in range(3, 64):
-  try:
-    while True: os.write(n, bytes(2**16))
-  except OSError: pass""",
-  'descriptors closed': 'import os\nos.closerange(3, 64)\n' + WRONG,
-  'atexit': 'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
-  'builtins': 'import builtins\nbuiltins.abs = lambda x: 0\n'
-  'def add(a, b): return 4',
-  'exec': 'import builtins\nbuiltins.exec = lambda *a: 0\n' + WRONG,
-  'exec of all': 'import os\nos.__builtins__["exec"] = lambda *a: None',
-  'compile of all': 'import os\nb = os.__builtins__\nc = b["compile"]\n'
-  'b["compile"] = lambda s, f, m: c("pass", f, m)',
-  'no abs at all': 'import os\ndel os.__builtins__["abs"]\n'
-  'def abs(x): return 0\ndef add(a, b): return 4',
-  'read': READ,
-  'own abs': 'def abs(x): return 0\ndef add(a, b): return 4',
-  'main': 'import __main__, sys\n__main__.test = lambda *a: None\n'
-  'sys.modules.clear()\n' + WRONG,
-  'excepthook': 'import sys\nsys.excepthook = lambda *a: None\n' + WRONG,
-  'equal to all': 'class A:\n  def __eq__(self, other): return True\n'
-  '  def __sub__(self, other): return 0\ndef add(a, b): return A()',
-  'equal within': 'class A(int):\n  __eq__ = lambda a, b: True\n'
-  '  __sub__ = lambda a, b: 0\nadd = lambda a, b: A()',
-  'by metaclass': 'class M(type):\n  __eq__ = lambda a, b: True\n'
-  '  __sub__ = lambda a, b: 0\nclass A(metaclass=M): pass\n'
-  'add = lambda a, b: A',
-  'class': LIAR.replace('A', 'add'),
-  'class that makes another': LIAR + 'class add:\n  __new__ = lambda *a: A()',
-  'class of another name': LIAR + 'add = A',
-  'weak proxy': LIAR + 'import weakref\nliar = A()\n'
-  'add = lambda *a: weakref.proxy(liar)',
-  'fork': 'import os\nif os.fork(): os._exit(0)\n' + WRONG,
-  'trace': 'import sys\nsys.settrace(lambda *a: sys.exit(0))\n' + WRONG,
+  'printed': (
+    'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
+    "NameError: name 'add'",
+  ),
+  'a verdict': (WRITE.format('b"passed 11 \\n"'), 'ended its process'),
+  'a reply': (
+    WRITE.format('b"\\0\\0\\0\\x0brU1:I1:4U0:"'),
+    'ended its process',
+  ),
+  'flood': (
+    'import os\nfor n in range(3, 64):\n  try:\n    while True: '
+    'os.write(n, b"\\xff" * 2**16)\n  except OSError: pass',
+    'ended its process',
+  ),
+  'descriptors closed': (
+    'import os\nos.closerange(3, 64)\n' + WRONG,
+    'ended its process|closed its pipes',
+  ),
+  'atexit': (
+    'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
+    'AssertionError: a sum',
+  ),
+  'builtins': (
+    'import builtins\nbuiltins.abs = lambda x: 0\ndef add(a, b): return 4',
+    'AssertionError: a sum',
+  ),
+  'exec of all': (
+    'import os\nos.__builtins__["exec"] = lambda *a: None\n' + WRONG,
+    'AssertionError: a sum',
+  ),
+  'own abs': (
+    'def abs(x): return 0\ndef add(a, b): return 4',
+    'AssertionError: a sum',
+  ),
+  'main': (
+    'import __main__, sys\n__main__.test = lambda *a: None\n'
+    'sys.modules.clear()\n' + WRONG,
+    'AssertionError: a sum',
+  ),
+  'equal to all': (LIAR + 'def add(a, b): return A()', 'opaque value of .* A'),
+  'equal within': (
+    'class A(int):\n  __eq__ = lambda a, b: True\n'
+    '  __sub__ = lambda a, b: 0\nadd = lambda a, b: A()',
+    'AssertionError',
+  ),
+  'by metaclass': (
+    'class M(type):\n  __eq__ = lambda a, b: True\n'
+    '  __sub__ = lambda a, b: 0\nclass A(metaclass=M): pass\n'
+    'add = lambda a, b: A',
+    'opaque value',
+  ),
+  'class': (LIAR.replace('A', 'add'), 'opaque value of class add'),
+  'class that makes another': (
+    LIAR + 'class add:\n  __new__ = lambda *a: A()',
+    'opaque value of class A',
+  ),
+  'class of another name': (LIAR + 'add = A', 'opaque value of class A'),
+  'weak proxy': (
+    LIAR + 'import weakref\nliar = A()\nadd = lambda *a: weakref.proxy(liar)',
+    'opaque value',
+  ),
+  'fork': (
+    'import os\nif os.fork(): os._exit(0)\n' + WRONG,
+    'AssertionError: a sum|ended its process',
+  ),
+  'trace': (
+    'import sys\nsys.settrace(lambda *a: sys.exit(0))\n' + WRONG,
+    'SystemExit|AssertionError|ended',
+  ),
 }
 
 
 @pytest.mark.parametrize('name', FORGERIES)
 def test_forged_verdicts_fail(name):
-  result = run(FORGERIES[name], TESTS, entry_point='add')
-  assert result.outcome is not Outcome.PASSED
-  assert not all(result.passed)
+  program, error = FORGERIES[name]
+  for entry_point in ('add', ''):
+    result = run(program, TESTS, entry_point=entry_point)
+    assert result.outcome is not Outcome.PASSED
+    assert not all(result.passed)
+    assert re.search(error, result.error), result.error
 
 
-@pytest.mark.parametrize(
-  'program, test',
-  [
-    ('f = lambda: deque([A()])', 'f() == deque([4])'),
-    ('f = lambda: OrderedDict(a=A()).values()', 'list(f()) == [4]'),
-    ('def f(): yield A()', 'list(f()) == [4]'),
-    ('f = lambda: map(A, "a")', 'next(f()) == 4'),
-    ('f = lambda: ((A() for _ in "a") for _ in "a")', 'list(*f()) == [4]'),
-    ('f = lambda: [(A() for _ in "a")]', 'list(*f()) == [4]'),
-    (
-      'def f():\n  x = Fraction(1)\n  x._numerator = A()\n  return x',
-      'f() == 4',
-    ),
-    (
-      'n = iter([4, 1] * 2 + [A(), A()] * 9)\nclass f(Fraction):\n'
-      '  _numerator = property(lambda s: next(n), print)\n'
-      '  _denominator = property(lambda s: 1, print)',
-      'f() == 4',
-    ),
-    ('from unittest.mock import ANY\nf = lambda: ANY', 'f() == 4'),
-    (
-      'import types\nclass D(A, dict): pass\n'
-      'f = lambda: types.MappingProxyType(D())',
-      'f() == 4',
-    ),
-    (
-      'def f():\n  x = UserString("")\n  x.data = A()\n  return x',
-      'f() == "4"',
-    ),
-  ],
-)
-def test_liars_within_results_are_found(program, test):
-  modules = 'from collections import *\nfrom fractions import Fraction\n'
-  result = run(modules + LIAR + program, [f'assert {test}'], entry_point='f')
-  assert result.outcome is Outcome.FAILED and 'TypeError' in result.error
+# (program, test, error): what the program does wrong has the test fail.
+CHEATS = {
+  'Counter': (
+    'import collections\ncollections.Counter.__eq__ = lambda *a: True\n'
+    'f = lambda: collections.Counter("b")',
+    'f() == {"a": 1}',
+    'AssertionError',
+  ),
+  'Counter of the tests': (
+    'import collections\ncollections.Counter.__eq__ = lambda *a: True\n'
+    'f = lambda: {}',
+    '__import__("collections").Counter("a") == f()',
+    'AssertionError',
+  ),
+  'Fraction': (
+    'import fractions\nfractions.Fraction.__eq__ = lambda *a: True\n'
+    'f = lambda: fractions.Fraction(1, 3)',
+    'f() == 4',
+    'AssertionError',
+  ),
+  'parts of a Fraction': (
+    'from fractions import Fraction\ndef f():\n  x = Fraction(1)\n'
+    '  x._numerator = A()\n  return x',
+    'f() == 4',
+    'TypeError',
+  ),
+  'Enum': (
+    'import enum\nenum.Enum.__eq__ = lambda *a: True\n'
+    'class E(enum.Enum):\n  X = 1\nf = lambda: E.X',
+    'f() == 4',
+    'opaque value of class E',
+  ),
+  'IntEnum': (
+    'import enum\nclass E(enum.IntEnum):\n  X = 1\n'
+    '  __eq__ = lambda *a: True\nf = lambda: E.X',
+    'f() == 4',
+    'opaque value|AssertionError',
+  ),
+  'attribute': (
+    'class f:\n  def __init__(self): self.x = A()',
+    'f().x == 4',
+    'opaque value of class A',
+  ),
+  'method': ('class f:\n  def g(self): return A()', 'f().g() == 4', 'opaque'),
+  'str': (
+    'class S(str):\n  def lower(self): return "yes"\nf = lambda: S("No")',
+    'f().lower() == "yes"',
+    'AssertionError',
+  ),
+  'isclose': (
+    'import math\nmath.isclose = lambda *a, **k: True\nf = lambda: 3.0',
+    'math.isclose(f(), 4.0)',
+    'AssertionError',
+  ),
+  'a class instead of math': (
+    'class math:\n  isclose = lambda *a, **k: True\nf = lambda: 3.0',
+    'math.isclose(f(), 4.0)',
+    'AssertionError',
+  ),
+  'imported isclose': (
+    'import math\nmath.isclose = lambda *a, **k: True\n'
+    'from math import isclose\nf = lambda: 3.0',
+    '__import__("math").isclose(f(), 4.0)',
+    'AssertionError',
+  ),
+  're': (
+    'import sys\nsys.modules["re"] = type("R", (), '
+    '{"match": lambda *a: True})\nf = lambda: "x"',
+    '__import__("re").match("y", f())',
+    'AssertionError',
+  ),
+  'ANY': ('from unittest.mock import ANY\nf = lambda: ANY', 'f() == 4', 'opaq'),
+  'abs': ('def abs(x): return 0\nf = lambda: 3', 'abs(f() - 4) == 0', 'Asser'),
+  'sorted': (
+    'def sorted(x): return [1, 2]\nf = lambda: [3]',
+    'sorted(f()) == [1, 2]',
+    'AssertionError',
+  ),
+  'code, frames and memory': (
+    'import gc, sys\ndef f():\n  frame, found = sys._getframe(), []\n'
+    '  while frame:\n    found += [frame.f_code, frame.f_locals]\n'
+    '    frame = frame.f_back\n'
+    '  for x in gc.get_objects() + found:\n'
+    '    for y in gc.get_referents(x):\n'
+    '      if isinstance(y, str) and y[-7:] == "2retnuh"[::-1]: return y',
+    'f() == "a hunter2"',
+    'AssertionError',
+  ),
+  'within a deque': ('f = lambda: deque([A()])', 'f() == deque([4])', 'opaque'),
+  'within a view': (
+    'f = lambda: OrderedDict(a=A()).values()',
+    'list(f()) == [4]',
+    'opaque',
+  ),
+  'from a generator': ('def f(): yield A()', 'list(f()) == [4]', 'opaque'),
+  'nested generators': (
+    'f = lambda: [(A() for _ in "a")]',
+    'list(*f()) == [4]',
+    'opaque',
+  ),
+  'UserString': (
+    'def f():\n  x = UserString("")\n  x.data = A()\n  return x',
+    'f() == "4"',
+    'opaque',
+  ),
+  'proxy of a dict': (
+    'import types\nclass D(A, dict): pass\n'
+    'f = lambda: types.MappingProxyType(D())',
+    'f() == 4',
+    'opaque',
+  ),
+  'not equal': ('f = lambda: A()', 'f() != 4', 'opaque value'),
+  'ordering': ('f = lambda: A()', 'f() > 4', 'opaque value'),
+  'contains': (
+    'class f:\n  __contains__ = lambda *a: True\n'
+    '  __iter__ = lambda s: iter([1])',
+    '4 in f()',
+    'opaque value of class f',
+  ),
+  'caught': (
+    'f = lambda: A()',
+    'False\ntry:\n  assert f() == 4\nexcept Exception:\n  pass',
+    'AssertionError',
+  ),
+}
 
 
-@pytest.mark.parametrize(
-  'program, test',
-  [
-    ('f = lambda: (i * i for i in range(3))', 'list(f()) == [0, 1, 4]'),
-    ('f = lambda: zip("ab", [1, 2])', 'dict(f()) == {"a": 1, "b": 2}'),
-    ('f = lambda: {1: 2}.items()', 'list(f()) == [(1, 2)]'),
-    ('f = namedtuple("f", "x y")', 'isinstance(f(1, 2), f) and f._fields'),
-    (
-      'class f:\n  __new__ = lambda c: object.__new__(c)\n  x = 1',
-      'f().x == 1',
-    ),
-    ('class f:\n  def g(self): return 3', 'f().g() == 3'),
-    ('class f(list):\n  __len__ = lambda self: 3', 'len(f()) == 3'),
-  ],
-)
-def test_honest_iterators_and_classes_pass(program, test):
-  program = f'from collections import *\n{program}'
-  for name in ('', 'f'):
-    result = run(program, [f'assert {test}'], entry_point=name)
+@pytest.mark.parametrize('name', CHEATS)
+def test_cheats_fail(name):
+  program, test, error = CHEATS[name]
+  prelude = 'from collections import *\n' + LIAR
+  setup = 'from collections import deque\n'
+  for entry_point in ('', 'f'):
+    result = run(
+      prelude + program,
+      [f'assert {test}'],
+      entry_point=entry_point,
+      setup=setup,
+    )
+    assert result.outcome is Outcome.FAILED
+    assert re.search(error, result.error), result.error
+
+
+# (program, test): each passes.
+HONEST = {
+  'generator': (
+    'f = lambda: (i * i for i in range(3))',
+    'list(f()) == [0, 1, 4]',
+  ),
+  'zip': ('f = lambda: zip("ab", [1, 2])', 'dict(f()) == {"a": 1, "b": 2}'),
+  'items': ('f = lambda: {1: 2}.items()', 'list(f()) == [(1, 2)]'),
+  'tuple with an iterator': (
+    'f = lambda: (1, map(str, [2]))',
+    'f() == (1, ["2"])',
+  ),
+  'dataclass': (
+    '@dataclass\nclass P:\n  x: int\n  y: list\nf = lambda: P(1, [2])',
+    'f().x == 1 and f().y == [2] and f() == P(1, [2]) != P(1, [3])',
+  ),
+  'namedtuple': (
+    'P = namedtuple("P", "x y")\nf = lambda: P(1, [2])',
+    'f() == (1, [2]) and f().y == [2] and f() == P(1, [2])',
+  ),
+  'ChainMap': (
+    'f = lambda: ChainMap({1: 2}, {3: 4})',
+    'f() == {1: 2, 3: 4} and f().maps[0] == {1: 2}',
+  ),
+  'Counter': ('f = lambda: Counter("aab")', 'f() == {"a": 2, "b": 1}'),
+  'OrderedDict': ('f = lambda: OrderedDict(a=1)', 'f() == {"a": 1}'),
+  'defaultdict': (
+    'from fractions import Fraction as F\n'
+    'f = lambda: [defaultdict(list, {1: deque([F(1, 2)])})]',
+    'f() == [{1: deque([0.5])}]',
+  ),
+  'date': (
+    'import datetime\nf = lambda: datetime.date(2020, 1, 1)',
+    'f() == datetime.date(2020, 1, 1)',
+  ),
+  'Decimal': (
+    'from decimal import Decimal\nf = lambda: Decimal("1.1")',
+    'f() == Decimal("1.1") and str(f()) == "1.1"',
+  ),
+  'str subclass': ('class S(str): pass\nf = lambda: S("a")', 'f() == "a"'),
+  'span': (
+    'import re\nf = lambda: re.match("a", "ab")',
+    'f().span() == (0, 1)',
+  ),
+  'nodes': (
+    'class N:\n  def __init__(self, x): self.x, self.next = x, None\n'
+    'def f(n): return n.x + (f(n.next) if n.next else 0)',
+    '(n := N(1), setattr(n, "next", N(2))) and f(n) == 3 and n.next.x == 2',
+  ),
+  'a handle returns': (
+    'class N: pass\nf = lambda n: n',
+    '(n := N()) and f(n) is n and f(n) == n',
+  ),
+  'in place': (
+    'def f(x, y):\n  x.sort()\n  x.append(y)\n  y["k"] = x',
+    '(x := [2, 1], y := {}) and f(x, y) is None and x[:2] == [1, 2] '
+    'and x[2] is y and y["k"] is x',
+  ),
+  'identity': ('f = lambda x: [x, x]', 'f(a := [1])[0] is a'),
+  'callback': ('f = lambda g, x: g(x) + 1', 'f(lambda x: x * 2, 3) == 7'),
+  'closure': ('f = lambda a: lambda b: a + b', 'f(1)(2) == 3'),
+  'types': ('f = lambda t: [t, t("1")]', 'f(int) == [int, 1]'),
+  'class': ('class f:\n  y = 1\n  def g(self): return 3', 'f().g() == 3'),
+  'class with length': (
+    'class f:\n  __len__ = lambda self: 3',
+    'len(f()) == 3',
+  ),
+  'keywords': (
+    'def f(a, *, b=2): return a - b',
+    'f(a=5) == 3 and f(5, b=1) == 4',
+  ),
+  'exception': (
+    'class E(ValueError): pass\ndef f(): raise E("no")',
+    'raises(ValueError, f) == "no" and not raises(KeyError, f)',
+  ),
+  'constant': ('N = {1: 2}\nf = lambda: 2', 'N[1] == f()'),
+  'module of the program': (
+    'import math\nf = lambda: 3.0',
+    'math.isclose(f(), 3)',
+  ),
+  'imported name': (
+    'from math import isclose as near\nf = lambda: 3.0',
+    'near(f(), 3)',
+  ),
+}
+RAISES = """
+def raises(kind, f):
+  try:
+    f()
+  except kind as error:
+    return str(error)
+  except Exception:
+    return ''
+from collections import deque
+"""
+
+
+@pytest.mark.parametrize('name', HONEST)
+def test_honest_programs_pass(name):
+  program, test = HONEST[name]
+  program = 'from collections import *\nfrom dataclasses import *\n' + program
+  for entry_point in ('', 'f'):
+    result = run(
+      program, [f'assert {test}'], entry_point=entry_point, setup=RAISES
+    )
     assert result == (Outcome.PASSED, (True,), '', '')
 
 
-def test_a_program_may_take_objects_of_its_own_classes():
-  """With an entry point others are there to make its arguments."""
-  program = 'class N(int):\n  def __lt__(self, other): return True\n'
-  program += 'def f(n): return int(n)'
-  assert run(program, ['assert f(N(4)) == 4'], entry_point='f').passed == (
-    True,
-  )
+VALUES = [
+  *(None, True, 10**50, -7, 0.1, math.inf, 'a\ud800', b'\0', 2j, range(3)),
+  [(1, [2]), {3}, frozenset('x'), {(1,): {None: 'y'}}, bytearray(b'z')],
+  collections.Counter('aab'),
+  collections.OrderedDict(b=1, a=2),
+  collections.ChainMap({1: 2}, {3: 4}),
+  collections.deque([1, 2], 2),
+  fractions.Fraction(1, 3),
+  decimal.Decimal('1.10'),
+]
+
+
+@pytest.mark.parametrize('value', VALUES, ids=repr)
+def test_plain_data_cross(value):
+  writer = sandbox_values.Writer([], None)
+  writer.write(value)
+  found = sandbox_values.Reader(bytes(writer.data), [], None).read()
+  assert type(found) is type(value) and found == value
+  assert repr(found) == repr(value)
 
 
 @pytest.mark.parametrize(
-  'value, expected',
-  [
-    ('namedtuple("P", "x y")(1, [2])', '(1, [2])'),
-    ('Counter("aab")', '{"a": 2, "b": 1}'),
-    (
-      '[defaultdict(list, {1: deque([Fraction(1, 2)])})]',
-      '[{1: deque([0.5])}]',
-    ),
-    ('datetime.date(2020, 1, 1)', 'datetime.date(2020, 1, 1)'),
-    ('type("S", (str,), {"shout": str.upper})("a")', '"a"'),
-    ('re.match("a", "ab").span()', '(0, 1)'),
-  ],
+  'data', [b'', b'L9:', b'Q', b'V1:S9:os.system', b'R1:7', b'Y4:exec', b'X0:']
 )
-def test_honest_classes_are_results(value, expected):
-  modules = 'import datetime, re\nfrom collections import *\n'
-  modules += 'from fractions import Fraction\n'
-  result = run(
-    f'{modules}def f(): return {value}', [f'assert f() == {expected}']
-  )
-  assert result == (Outcome.PASSED, (True,), '', '')
+def test_other_bytes_are_refused(data):
+  with pytest.raises((ValueError, LookupError)):
+    sandbox_values.Reader(data, [], None).read()
