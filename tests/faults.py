@@ -1,9 +1,4 @@
-"""Faults at named places of a script: signals, NaN gradients, a full disk.
-
-A test hands one of the functions, with its arguments, to `scripts.Script` as
-`before`; the script's process calls it before the script begins.  A fault waits
-until the run has written so many records, so that it is known where it falls.
-"""
+"""Faults at named places of a script: signals, NaN gradients, a full disk."""
 
 import functools
 import hashlib
@@ -42,19 +37,7 @@ LONGEST = {'save': 0.05, 'evaluation': 0.05, 'export': 0.1, 'compile': 0.05}
 
 
 def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
-  """Starts a run again and again, and sends each a signal in a phase.
-
-  Args:
-    plan: for each start the signal, the phase, and the records that are
-      written before it.
-    workdir: of the run.
-    config: its file.
-    compiled: as of `scripts.train`, but that a start which is to be hit while
-      it compiles finds nothing compiled by default.
-
-  Returns:
-    How each of them ended.  That the signal fell into its phase is asserted.
-  """
+  """Starts a run again and again, and sends each a signal in a phase."""
   rng, log = random.Random(0), workdir.with_name('faults.jsonl')
   ends = []
   log.touch()
@@ -79,19 +62,7 @@ def interrupt(plan, workdir, config, compiled=None) -> list[scripts.Ended]:
 
 
 def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
-  """Sends this process a signal while it is in a phase.
-
-  The log gets a JSON line just before.
-
-  Args:
-    number: of the signal.
-    phase: of `PLACES`, or 'compile'.
-    workdir: of the run.
-    log: file to add to.
-    after: records that the run has written at least.
-    delay: seconds from the beginning of the phase; where that ends earlier, the
-      signal comes at its end.  A compilation that ends earlier is left alone.
-  """
+  """Sends this process a signal while it is in a phase."""
   first = threading.Lock()
 
   def due() -> bool:
@@ -135,14 +106,7 @@ def strike(number: int, phase: str, workdir, log, after=0, delay=0.0) -> None:
 
 
 def fill_disk(left: int, phase: str, workdir, after: int = 0) -> None:
-  """Fills the file system of a run in a phase; the file is called `ballast`.
-
-  Args:
-    left: bytes that are left.
-    phase: of `PLACES`.
-    workdir: of the run.
-    after: records that the run has written at least.
-  """
+  """Fills the file system of a run in a phase; the file is called `ballast`."""
   path = os.path.join(workdir, 'ballast')
 
   def around(call, *args, **kwargs):
@@ -156,12 +120,7 @@ def fill_disk(left: int, phase: str, workdir, after: int = 0) -> None:
 
 
 def nan_gradients(workdir, where) -> None:
-  """Updates whose loss is finite and whose gradient is not.
-
-  Args:
-    workdir: of the run.
-    where: (records written, number of the update since) of those updates.
-  """
+  """Updates whose loss is finite and whose gradient is not."""
   from jaxrl_llm.training import update as update_lib
 
   make, seen = update_lib.make_update, {}

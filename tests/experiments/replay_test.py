@@ -62,19 +62,6 @@ def test_a_tampered_metric_is_the_only_one_that_differs(workdir, capsys):
   ]
 
 
-def test_an_output_that_cannot_be_is_refused_before_anything_is_done(workdir):
-  before = contents(workdir)
-  (workdir.parent / 'file').touch()
-  for output, text in (
-    (workdir, 'in the folder of a run'),
-    (workdir / 'replays' / '2', 'in the folder of a run'),
-    (workdir.parent / 'file', 'cannot be written'),
-  ):
-    with mistakes.refused(text):
-      replay.replay(workdir, 2, output, trust_code=True)
-  assert contents(workdir) == before
-
-
 @pytest.mark.slow
 def test_what_a_step_of_rl_was_made_of_is_written(workdir, tmp_path, capsys):
   old, record = tamper(workdir, MIDDLE, 'loss')
@@ -133,13 +120,6 @@ def test_every_kind_of_step_is_identical(tmp_path):
 def refusal(workdir, step, *texts):
   with mistakes.refused(*texts):
     replay.replay(workdir, step, trust_code=True)
-
-
-def test_no_such_step_or_run(tmp_path):
-  for step in (0, -1, scripts.TOTAL + 1):
-    texts = f'no record of step {step}\n', f'1 to {scripts.TOTAL}'
-    refusal(scripts.undisturbed(), step, *texts)
-  refusal(tmp_path, 1, f'{tmp_path} holds no run')
 
 
 @pytest.mark.parametrize('now', ['changed', 'missing'])

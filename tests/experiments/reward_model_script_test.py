@@ -10,11 +10,9 @@ import scripts
 
 from experiments import build, reward_model, run
 from experiments.configs import base
-from experiments.data import Data
 from jaxrl_llm import runs
 from jaxrl_llm.evaluation import calibration
 from jaxrl_llm.rewards import learned
-from tests.experiments import replay_test
 
 STEPS = 30
 
@@ -151,37 +149,6 @@ def test_a_resumed_run_ends_with_the_same_bits(by_itself, whole, tmp_path):
   assert len(timings) == STEPS + 1
 
 
-@pytest.mark.slow
-def test_a_changed_checkpoint_is_passed_over(whole, tmp_path, capsys, caplog):
-  """Checkpoints are of every tenth step."""
-  workdir = tmp_path / 'run'
-  shutil.copytree(whole[1], workdir)
-  replay_test.identical(workdir, [1, 25])
-  assert 'step 25, 5 from checkpoint 20\n' in capsys.readouterr().out
-  files = (workdir / 'checkpoints' / '00000020').rglob('d/*')
-  path = max(files, key=lambda path: path.stat().st_size)
-  data = bytearray(path.read_bytes())
-  data[len(data) // 2] ^= 1
-  path.write_bytes(data)
-  replay_test.identical(workdir, [25])
-  assert 'step 25, 15 from checkpoint 10\n' in capsys.readouterr().out
-  assert 'Checkpoint step 20 does not verify' in caplog.text
-
-
-@pytest.mark.slow
-def test_a_model_that_learned_nothing_has_no_temperature(tmp_path):
-  config = a_config(tmp_path)
-  config.steps = 0
-  train(config, tmp_path / 'run')
-  text = (tmp_path / 'run' / 'calibration.json').read_text()
-  found = json.loads(text, parse_constant=pytest.fail)
-  assert found['temperature'] is None and found['accuracy']['mean'] == 0.5
-  (tmp_path / 'run' / 'calibration.json').unlink()
-  (tmp_path / 'run' / 'calibration.json').mkdir()
-  with mistakes.refused('calibration.json cannot be'):
-    train(config, tmp_path / 'run', resume=True)
-
-
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   config = a_config(tmp_path_factory.mktemp('model'))
@@ -199,18 +166,3 @@ def test_rows_that_are_no_pairs_are_refused(model, tmp_path):
     found[5] |= dict(chosen_finished=True, rejected_finished=True) | columns
     with mistakes.refused(words):
       reward_model.encode(config, model, found)
-
-
-def test_pairs_over_budget_may_be_left_out(model, tmp_path):
-  config = a_config(tmp_path)
-  config.prompts.overlong = 'drop'
-  found = rows(12, 1)
-  found[5]['chosen'] = '1' * 20
-  encoded, pool = reward_model.encode(config, model, found)
-  assert encoded.dropped == 1 and len(pool.prompts) == 11
-  assert encoded.rows == found[:5] + found[6:]
-  phase = reward_model.RewardModeling(
-    config, model, Data(found, rows(4, 2), []), None, tmp_path
-  )
-  [said] = phase.describe()
-  assert '11 training and 4 held-out pairs' in said and '1 and 0' in said

@@ -106,10 +106,3 @@ def test_with_trust_the_folders_code_is_executed(folder, mark, monkeypatch):
   store(folder, rewards={'score': specs(mark)['subprocess']})
   refused(scripts.call('evaluate', *flags), 'of the standard library')
   assert not mark.exists()
-
-
-def test_replay_from_the_command_line():
-  flags = f'--workdir={scripts.undisturbed()}', '--step=2'
-  refused(scripts.call('replay', *flags), 'reward.py:symbols', '--trust_code')
-  trusting = scripts.call('replay', *flags, '--trust_code')
-  assert trusting.code == 0 and 'identical' in trusting.out, trusting

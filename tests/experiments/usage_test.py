@@ -1,6 +1,5 @@
 """The text of --help, and --dry_run."""
 
-import inspect
 import pathlib
 import re
 
@@ -8,26 +7,8 @@ import mistakes
 import pytest
 import scripts
 
-from experiments import checks, usage
+from experiments import checks
 from experiments.configs import base
-
-
-def test_no_comment_of_the_file_is_left_out():
-  source = inspect.getsource(base.get_config) + inspect.getsource(
-    base.optimizer
-  )
-  said = ' '.join(usage.comments().values())
-  comments = re.findall(r'(?<= )# (.*)', source)
-  assert len(comments) > 50
-  for comment in comments:
-    assert comment in said
-  notes = usage.comments()
-  assert notes['rollout.prompts'] == 'P, per step'
-  fields = [name for name, _ in usage.fields(base.get_config())]
-  # As they stand in the file, and not by the alphabet.
-  assert fields.index('seed') < fields.index('model') < fields.index('mesh')
-  assert notes['mesh'].startswith('Devices along') and notes['mesh.data'] == ''
-  assert notes['optimizer.decay'] == notes['critic.optimizer.decay'] != ''
 
 
 def test_help_shows_what_a_file_and_flags_set(tmp_path):

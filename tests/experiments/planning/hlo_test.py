@@ -236,39 +236,3 @@ ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
     flops.of_executions(hlo.executions(hlo.parse(text)))
     == 4 * 2 * 512 * 64 * 32
   )
-
-
-def test_flops_of_a_kernel():
-  """A Pallas kernel's products count once per point of its grid."""
-  from jax.experimental import pallas
-
-  def kernel(x, y, out):
-    out[...] = x[...] @ y[...]
-
-  multiply = pallas.pallas_call(
-    kernel,
-    jax.ShapeDtypeStruct((64, 16), jnp.float32),
-    grid=(8,),
-    in_specs=[
-      pallas.BlockSpec((8, 32), lambda i: (i, 0)),
-      pallas.BlockSpec((32, 16), lambda i: (0, 0)),
-    ],
-    out_specs=pallas.BlockSpec((8, 16), lambda i: (i, 0)),
-    interpret=True,
-  )
-  x, y = jnp.zeros((64, 32)), jnp.zeros((32, 16))
-  found = flops.of_jaxpr(jax.jit(multiply).trace(x, y).jaxpr)
-  assert found == (2 * 64 * 32 * 16,) * 2
-
-
-def test_descriptions_of_kernels_span_lines():
-  text = """
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %a = f32[8]{0} parameter(0)
-  %k = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
-"block": 512
-}}, metadata={op_name="kernel"}
-  ROOT %b = f32[8]{0} copy(%k)
-}
-"""
-  assert list(hlo.parse(text).computations['main']) == ['a', 'k', 'b']

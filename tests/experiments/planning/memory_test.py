@@ -83,17 +83,6 @@ def test_a_model_is_measured_that_does_not_exist(monkeypatch):
   assert found.peak > 4 * found.parameters
 
 
-def test_a_folder_is_measured_by_its_config_alone(tmp_path):
-  config = get_config()
-  model = build.model(config.model, 0)
-  folder = tmp_path / 'model'
-  folders.save(folder, model.config, model.params, tokenizer=model.tokenizer)
-  (folder / 'model.safetensors').unlink()
-  config.model.path = str(folder)
-  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
-  assert shapes(build.outline(config.model).params) == shapes(model.params)
-
-
 def test_algorithms_of_the_command_line():
   for text, spec in (
     ('grpo', dict(name='grpo')),
@@ -108,18 +97,3 @@ def test_algorithms_of_the_command_line():
     memory.with_algorithm(get_config(), dict(name='gpro'))
   ended = scripts.call('planning.memory', '--config=nowhere.py')
   mistakes.assert_refused(ended, 'no such file')
-
-
-def test_an_algorithm_without_a_critic_beside_one_with():
-  config = get_config()
-  config.algorithm = dict(name='ppo')
-  config.critic.warmup = 3
-  assert memory.with_algorithm(config, dict(name='grpo')).critic.warmup == 0
-  assert memory.with_algorithm(config, dict(name='vapo')).critic.warmup == 3
-
-
-def test_a_column_per_algorithm():
-  sizes = memory.Memory(*[2**20] * 6, peak=2**21)
-  lines = memory.table(dict(grpo=sizes, ppo=sizes._replace(peak=2**22)))
-  assert '| peak              |   2.00 |   4.00 |' in lines
-  assert '| peak / grpo       | 1.0000 | 2.0000 |' in lines

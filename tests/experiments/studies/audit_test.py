@@ -55,14 +55,6 @@ def subject(config):
   return audit_draws.Subject(config, model, rows, None, None, 'tiny')
 
 
-def test_prompts_are_chosen_once_and_for_all(config, subject):
-  again = audit_draws.choose_prompts(config, subject.model, PROMPTS)
-  assert again == subject.rows
-  assert {len(row['prompt']) % 2 for row in again} == {0, 1}
-  with mistakes.refused('--prompts is 41'):
-    audit_draws.choose_prompts(config, subject.model, 41)
-
-
 @pytest.fixture(scope='module')
 def step(subject):
   """(phase, state, what a step of RL-ZVP's sampled)."""
@@ -194,29 +186,6 @@ def test_a_whole_audit_and_again(subject, tmp_path, capsys):
   assert again['estimators'] == result['estimators']
 
 
-def test_other_settings_are_drawn_again(subject):
-  """The digest covers all that draws depend on."""
-  params = jax.tree.map(lambda x: x + 1e-6, subject.model.params)
-  digests = {
-    audit_draws._digest(
-      subject._replace(**other),
-      audit_draws.variant(subject, label, spec),
-      *(label, tokens),
-    )
-    for spec, label, tokens, other in (
-      (RLOO, 'a', 5, {}),
-      (RL_ZVP, 'a', 5, {}),
-      (RLOO | {'rollout': {'samples': 3}}, 'a', 5, {}),
-      (RLOO, 'b', 5, {}),
-      (RLOO, 'a', 6, {}),
-      (RLOO, 'a', 5, {'model': subject.model._replace(params=params)}),
-      (RLOO, 'a', 5, {'rows': subject.rows[:-1]}),
-      (RLOO, 'a', 5, {'reference': params}),
-    )
-  }
-  assert len(digests) == 8
-
-
 def test_a_checkpoint_of_a_run(config, subject, tmp_path):
   params = jax.tree.map(lambda x: 2 * x, subject.model.params)
   state = {'trainable': {'policy': params}}
@@ -237,23 +206,6 @@ def test_a_checkpoint_of_a_run(config, subject, tmp_path):
 def measured(subject):
   config = audit_draws.variant(subject, 'reference', RLOO)
   return audit_values.measure(subject, config, count=40, positions=2)
-
-
-def test_states_and_their_returns(measured, subject):
-  known = measured.positions > 0
-  assert measured.returns.shape == (PROMPTS, 2, 2, 48)  # a multiple of 16
-  assert set(measured.positions[known]) == {2, 4} and known.sum() > PROMPTS
-  odd = np.array([len(row['prompt']) % 2 for row in subject.rows])
-  # Prompts are in the batch's order; odd ones earn 0.5 whatever is written.
-  earned = measured.others.std(axis=1)
-  assert (earned == 0).sum() == odd.sum()
-  same = known & (earned == 0)[:, None, None]
-  assert (measured.returns[same] == 0.5).all()
-  assert measured.returns[known & ~same].std(axis=1).max() > 0.1
-  for name, values in measured.predictions.items():
-    siblings = int(name.split()[2])
-    expected = measured.others[:, :siblings].mean(axis=1)[:, None, None]
-    np.testing.assert_allclose(values, np.broadcast_to(expected, known.shape))
 
 
 def test_a_report_of_values(measured):

@@ -149,34 +149,6 @@ def test_wrong_comparisons_are_refused(change, texts, config, tmp_path):
     compare.jobs(config, tmp_path)
 
 
-def test_jobs_that_cannot_be_done(config, tmp_path):
-  job = compare.jobs(config, tmp_path)[1]
-  job.folder.mkdir(parents=True)
-  (job.folder / 'digest').write_text('of other settings')
-  with mistakes.refused('rloo-0 holds a run of other settings'):
-    compare.train_run(job)
-  config.methods[0]['algorithm']['clip'] = 0.2
-  with mistakes.refused('rloo: config.algorithm: ', "'clip'"):
-    compare.check_runs(compare.jobs(config, tmp_path))
-
-
-def test_a_model_that_is_given_is_the_first(config, tmp_path):
-  config.base.warm_start.steps, config.base.model.path = 0, 'given'
-  found = compare.jobs(config, tmp_path)
-  assert len(found) == 4 and found[0].config.model.path == 'given'
-
-
-def test_choice(config, tmp_path):
-  everything = compare.jobs(config, tmp_path)
-  names = lambda *args: [job.name for job in compare.choose(everything, *args)]
-  assert names([], []) == [job.name for job in everything]
-  assert names(['grpo'], []) == ['init', 'grpo-0', 'grpo-1']
-  assert names(['grpo'], ['1']) == ['init', 'grpo-1']
-  for only, seeds in ((['ppo'], []), ([], ['7'])):
-    with mistakes.refused('the configuration has'):
-      compare.choose(everything, only, seeds)
-
-
 def test_cores_are_shared_out(monkeypatch):
   monkeypatch.setattr(parallel, 'own_cores', lambda: {0, 2, 3, 5, 8})
   assert parallel.slots(1) == [{0, 2, 3, 5, 8}]
@@ -233,17 +205,6 @@ def test_runs_have_cores_of_their_own_and_stop_when_asked(config, tmp_path):
   with StopSignal() as stop:
     list(parallel.launch([job], tmp_path, slots, worse, stop))
   assert parallel.failure(tmp_path, job, 1) == 'Traceback: worse (status 1)'
-
-
-def test_no_run_outlives_its_comparison(config, tmp_path):
-  waiting = [j for j in compare.jobs(config, tmp_path) if j.seed == 1]
-  slots = [{core} for core in sorted(os.sched_getaffinity(0))[:2]]
-  command = [sys.executable, '-c', STAND_IN]
-  start = time.monotonic()
-  with StopSignal() as stop, pytest.raises(ZeroDivisionError):
-    for _ in parallel.launch(waiting, tmp_path, slots, command, stop):
-      raise ZeroDivisionError  # rloo-1 would take 30 s
-  assert time.monotonic() - start < 20
 
 
 @pytest.mark.slow
