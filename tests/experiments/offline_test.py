@@ -172,6 +172,7 @@ def test_what_has_no_reward_is_not_learned(tmp_path):
     result.advantages.ravel(), [0.0 if i % 3 else 1.0 for i in range(16)]
   )
   config.algorithm.threshold = 9.0
+  (tmp_path / 'nothing').mkdir()
   phase, state = phase_of(config, tmp_path / 'nothing')
   done = steps(phase, state, range(2))
   with mistakes.refused('round 0 has nothing to learn from'):
