@@ -1,6 +1,5 @@
 """A run of two processes: one owns the folder, a signal to one stops both."""
 
-import json
 import pathlib
 import re
 import signal
@@ -33,15 +32,10 @@ def start(workdir, *arguments, count=2, devices=1):
   ]
 
 
-def records(workdir):
-  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
 def assert_like_one_process(workdir):
   """The records are the first ones of the run that one process makes."""
-  found = records(workdir)
-  for one, other in zip(records(scripts.undisturbed()), found, strict=False):
+  found, whole = (scripts.records(x) for x in (workdir, scripts.undisturbed()))
+  for one, other in zip(whole, found, strict=False):
     assert one.keys() == other.keys()
     for name, value in one.items():
       assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

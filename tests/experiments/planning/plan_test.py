@@ -14,7 +14,6 @@ import scripts
 from experiments.configs import base
 from experiments.planning import plan, topologies
 from experiments.planning.programs import TooLarge
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import arithmetic
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -137,59 +136,46 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_shortfall(planned):
   assert all(len(text.splitlines()) == 3 for text in planned['refusals'])
 
 
-@pytest.mark.parametrize(
-  'algorithm, more',
-  [
-    ("dict(name='trepo')", 'branch'),
-    ("dict(name='ppo')", 'critic'),
-    ("dict(name='remax')", 'greedy'),
-  ],
-)
 @pytest.mark.slow
-def test_programs_that_other_algorithms_need(algorithm, more):
-  assert {more, 'layout', 'sample', 'update'} <= {*run(algorithm)['programs']}
-
-
-def search(capsys, fits, seconds=lambda tensor: 1.0):
-  """Searches plans that lack memory where `fits` names a program."""
-  config = base.get_config()
-  config.rollout.prompts, config.training.minibatches = 16, 2
-
-  def make(changed):
-    tensor, micro = changed.mesh.tensor, changed.training.micro_prompts
-    lacking = fits(tensor, micro)
-    if lacking == 'rows':
-      raise UserError('rows do not spread\nchoose others')
-
-    def compile():
-      if lacking:
-        raise TooLarge(lacking, micro * GIB)
-
-    return types.SimpleNamespace(
-      chosen=(tensor, micro),
-      compile=compile,
-      numbers=lambda name: dict(seconds=seconds(tensor)),
-    )
-
-  chosen = plan.search(config, 4, make).chosen
-  return chosen, capsys.readouterr().out.splitlines()
+def test_programs_that_other_algorithms_need(planned):
+  assert [*planned['programs']] == ['layout', 'sample', 'score', 'update']
+  assert 'branch' in run("dict(name='trepo')")['programs']
+  assert 'critic' in run("dict(name='ppo')")['programs']
 
 
 def test_search_takes_the_largest_micro_batch_of_the_fastest_mesh(capsys):
-  fits = lambda tensor, micro: 'update' if micro > 2 * tensor else None
-  seconds = {1: 3.0, 2: 1.0, 4: 2.0}.get
-  chosen, lines = search(capsys, fits, seconds)
-  assert chosen == (2, 4)
+  config = base.get_config()
+  config.rollout.prompts, config.training.minibatches = 16, 2
+
+  def search(fits):
+    def make(changed):
+      tensor, micro = changed.mesh.tensor, changed.training.micro_prompts
+
+      def compile():
+        if not fits(tensor, micro):
+          raise TooLarge('update', micro * GIB)
+
+      seconds = {1: 3.0, 2: 1.0, 4: 2.0}[tensor]
+      return types.SimpleNamespace(
+        chosen=(tensor, micro),
+        compile=compile,
+        numbers=lambda name: dict(seconds=seconds),
+      )
+
+    return plan.search(config, 4, make).chosen
+
+  assert search(lambda tensor, micro: micro <= 2 * tensor) == (2, 4)
+  lines = capsys.readouterr().out.splitlines()
   assert 'tensor=1, micro_prompts=8: update lacks 8.0 GiB' in lines
   assert lines[-1] == 'tensor=4, micro_prompts=8: 2.0 s'
+  with mistakes.refused('update lacks 1.0 GiB'):
+    search(lambda tensor, micro: False)
 
 
 WRONG = """
-v5p | no such topology
 v9:4x4 | no such topology
 v5p:4x4 | write v5p:4x4x4
 v5e:4x4x4 | write v5e:4x4,
-h100:0 | whole machines of 8
 h100:12 | whole machines of 8
 """
 
@@ -215,10 +201,12 @@ def test_wrong_flags(flags, texts):
   mistakes.assert_refused(ended, *texts)
 
 
-def needs(module):
+def plan_of(*arguments, module):
   pytest.importorskip(
     module, reason=f"needs {module}: pip install 'jaxrl_llm[plan]'"
   )
+  config = f'--config={ROOT / CONFIG}'
+  return scripts.run('planning.plan', config, *arguments)
 
 
 @pytest.mark.slow
@@ -227,12 +215,9 @@ def needs(module):
   [('v5e:16x16', 'libtpu'), ('h100:64', 'jax_cuda13_plugin')],
 )
 def test_pods_are_compiled_for(topology, module, tmp_path):
-  needs(module)
   output = tmp_path / 'plan.json'
-  arguments = f'--config={ROOT / CONFIG}', f'--topology={topology}'
-  ended = scripts.run(
-    'planning.plan', *arguments, '--model=llama3-8b', f'--output={output}'
-  )
+  flags = f'--topology={topology}', '--model=llama3-8b', f'--output={output}'
+  ended = plan_of(*flags, module=module)
   assert ended.code == 0, ended.err
   numbers = json.loads(output.read_text())
   for program in numbers['programs']:
@@ -241,8 +226,6 @@ def test_pods_are_compiled_for(topology, module, tmp_path):
 
 @pytest.mark.slow
 def test_a_70b_model_is_refused_on_16_chips():
-  needs('libtpu')
-  arguments = '--topology=v5e:4x4', '--model=llama3-70b'
-  ended = scripts.run('planning.plan', f'--config={ROOT / CONFIG}', *arguments)
-  assert ended.code == 2
-  assert 'does not fit: update lacks' in ended.err
+  flags = '--topology=v5e:4x4', '--model=llama3-70b'
+  ended = plan_of(*flags, module='libtpu')
+  mistakes.assert_refused(ended, 'does not fit: update lacks')

@@ -26,12 +26,11 @@ def test_number_of_parameters(name):
   assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize('name', ['gemma3-4b', 'gemma3-27b'])
-def test_gemma_as_transformers_builds_it(name):
+def test_gemma_as_transformers_builds_it():
   """The order of layers, windows and norms that are its defaults there."""
   from transformers import Gemma3TextConfig
 
-  config = shapes.named(name)
+  config = shapes.named('gemma3-27b')
   theirs = Gemma3TextConfig(
     hidden_size=config.hidden_size,
     intermediate_size=config.intermediate_size,
