@@ -1,9 +1,4 @@
-"""Faults at named places of a script: signals, NaN gradients, a full disk.
-
-A test hands one of the functions, with its arguments, to `scripts.Script` as
-`before`; the script's process calls it before the script begins.  A fault waits
-until the run has written so many records, so that it is known where it falls.
-"""
+"""Faults at named places of a script: signals, NaN gradients, a full disk."""
 
 import functools
 import hashlib
@@ -143,14 +138,7 @@ def strike(
 
 
 def fill_disk(left: int, phase: str, workdir, after: int = 0) -> None:
-  """Fills the file system of a run in a phase; the file is called `ballast`.
-
-  Args:
-    left: bytes that are left.
-    phase: of `PLACES`.
-    workdir: of the run.
-    after: records that the run has written at least.
-  """
+  """Fills the file system of a run in a phase; the file is called `ballast`."""
   path = os.path.join(workdir, 'ballast')
 
   def around(call, *args, **kwargs):
@@ -164,12 +152,7 @@ def fill_disk(left: int, phase: str, workdir, after: int = 0) -> None:
 
 
 def nan_gradients(workdir, where) -> None:
-  """Updates whose loss is finite and whose gradient is not.
-
-  Args:
-    workdir: of the run.
-    where: (records written, number of the update since) of those updates.
-  """
+  """Updates whose loss is finite and whose gradient is not."""
   from jaxrl_llm.training import update as update_lib
 
   make, seen = update_lib.make_update, {}

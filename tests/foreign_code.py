@@ -1,8 +1,4 @@
-"""Finds in a file's syntax tree what runs code that came as data.
-
-Names are followed through the file's own imports (`import numpy as np`), not
-through assignments; a built-in counts wherever its name is read.
-"""
+"""Finds in a file's syntax tree what runs code that came as data."""
 
 import ast
 

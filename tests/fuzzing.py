@@ -24,13 +24,7 @@ JSON = st.recursive(
 
 
 def fuzz(few: int, many: int, **strategies):
-  """Makes a test of a property; the examples are the same in every run.
-
-  Args:
-    few, many: examples of the default run and of the slow one.
-    **strategies: of the property's arguments.  What it takes besides are
-      fixtures.
-  """
+  """Makes a test of a property; the examples are the same in every run."""
 
   def decorate(function):
     taken = inspect.signature(function).parameters
@@ -62,10 +56,7 @@ def fuzz(few: int, many: int, **strategies):
 
 
 def result_or_refusal(function, *arguments, **keywords):
-  """What a call gives; None for a UserError, which is then a short one.
-
-  Any other exception is a failure.
-  """
+  """What a call gives; None for a UserError, which is then a short one."""
   try:
     return function(*arguments, **keywords)
   except UserError as error:

@@ -1,10 +1,4 @@
-"""Whole RL iterations on meshes of 8 devices against one device.
-
-    python iterations.py grpo,trepo 2,2,2 8,1,1
-
-prints a JSON line for each mesh and algorithm.  It is a process of its own
-because devices are counted when JAX begins.
-"""
+"""Whole RL iterations on meshes of 8 devices against one device."""
 
 import json
 import os

@@ -1,9 +1,4 @@
-"""Programs that stand for gcloud, Slurm, kubectl and xpk, with two machines.
-
-Each is a name on the PATH, made by `install`, that does what the launch scripts
-ask of it with two local processes, in the environment that the real one gives
-them.  Its calls are written to the folder's calls.jsonl.
-"""
+"""Programs that stand for gcloud, Slurm, kubectl and xpk, with two machines."""
 
 import json
 import os
@@ -59,10 +54,7 @@ def main(name: str) -> None:
 
 
 def together(folder, command, variables) -> int:
-  """Runs a process per machine, with `variables(index)`; the highest status.
-
-  Their numbers lie in `pids` as long as they run, for `terminate`.
-  """
+  """Runs a process per machine, with `variables(index)`; the highest status."""
   environments = [{**os.environ, **variables(i)} for i in range(MACHINES)]
   running = [subprocess.Popen(command, env=each) for each in environments]
   (folder / 'pids').write_text(json.dumps([each.pid for each in running]))

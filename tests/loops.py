@@ -1,8 +1,4 @@
-"""Rollouts as plain Python lists, for formulas written as nested loops.
-
-A formula maps groups of `Response`s and the running numbers to a loss.  What
-it differentiates are scalars of torch, so that nothing of it is ours.
-"""
+"""Rollouts as plain Python lists, for formulas written as nested loops."""
 
 import dataclasses
 import functools
@@ -16,12 +12,7 @@ from toys import CLIP, random_rollouts, rows_for, with_tree_rows
 
 @dataclasses.dataclass
 class Response:
-  """A valid response: numbers, and lists over its tokens.
-
-  `new` and `new_values` are what the trained model says, scalars of torch;
-  `forks` maps the tokens before which branches fork to their mean reward, and
-  `weighted_forks` to the score-weighted mean.
-  """
+  """A valid response: numbers, and lists over its tokens."""
 
   place: int
   reward: float
@@ -82,10 +73,7 @@ def groups_of(rollouts, outputs):
 
 
 def assert_is_formula(got, formula, rollouts, outputs, trained='log_probs'):
-  """Loss and gradients of `evaluate` against those of a formula.
-
-  Of the outputs, at least `trained` has a gradient.
-  """
+  """Loss and gradients of `evaluate` against those of a formula."""
   loss, gradient = got
   groups = groups_of(rollouts, outputs)
   running = {name: float(v) for name, v in rollouts.running.items()}
@@ -148,10 +136,7 @@ def make_program(estimators):
 
 @functools.cache
 def make_data(seed, length=5):
-  """0: ragged.  1: ragged, two invalid.  2: full, two groups of equal rewards.
-
-  One group of equal rewards is wrong, one right.
-  """
+  """0: ragged. 1: ragged, two invalid. 2: full, two groups of equal rewards."""
   rollouts, outputs = random_rollouts(
     seed, 4, length=length, invalid=seed == 1, full=seed == 2
   )

@@ -9,12 +9,7 @@ from jaxrl_llm.errors import UserError
 
 
 def table(lines: str, **names) -> list:
-  """Parameters (mistake, texts of its message) from lines `mistake | a | b`.
-
-  Args:
-    lines: the table; a line that ends with a backslash goes on in the next.
-    **names: what stands for a name in capitals.
-  """
+  """Parameters (mistake, texts of its message) from lines `mistake | a | b`."""
   found = []
   for line in lines.replace('\\\n', '').strip().splitlines():
     for name, value in names.items():

@@ -1,9 +1,4 @@
-"""Scripts in processes of their own, and the tiny run that tests share.
-
-A process is forked from a server that has imported the libraries but touched no
-device, so that it starts in a moment; from then on it is a process like any
-other, which can be killed.
-"""
+"""Scripts in processes of their own, and the tiny run that tests share."""
 
 import contextlib
 import fcntl
@@ -125,15 +120,7 @@ def write_reward(folder, reward: str = REWARD) -> None:
 
 
 class Script:
-  """`python -m experiments.NAME ARGUMENTS`, running.
-
-  Args:
-    name: of the script.
-    arguments: of the command line.
-    cache: folder for compiled programs; None compiles all anew.
-    devices: how many it has.
-    before: what the process calls before the script begins; see `faults`.
-  """
+  """`python -m experiments.NAME ARGUMENTS`, running."""
 
   def __init__(
     self, name: str, *arguments, cache=None, devices: int = 1, before=None
@@ -179,12 +166,7 @@ def run(name: str, *arguments, cache=None) -> Ended:
 
 
 def call(script, *arguments) -> Ended:
-  """Runs a script in this process: a moment, where it ends before it trains.
-
-  Args:
-    script: its name, or what it does.
-    *arguments: of the command line.
-  """
+  """Runs a script in this process: a moment, where it ends before it trains."""
   out, err, start = io.StringIO(), io.StringIO(), time.monotonic()
   begin = lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))
   known = set(flags.FLAGS)
@@ -219,15 +201,7 @@ def call(script, *arguments) -> Ended:
 def train(
   workdir, config, *flags, compiled=None, devices: int = 1, before=None
 ) -> Script:
-  """Starts or continues a run of online RL.
-
-  Args:
-    workdir: of the run.
-    config: the configuration's file.
-    *flags: more of them.
-    compiled: folder for compiled programs; None for `cache()`.
-    devices, before: as of `Script`.
-  """
+  """Starts or continues a run of online RL."""
   arguments = f'--config={config}', f'--workdir={workdir}', '--resume'
   return Script(
     'train',
@@ -254,12 +228,7 @@ def records(workdir, name: str = 'metrics.jsonl') -> list[dict]:
 
 
 def assert_same_run(workdir, whole=None) -> None:
-  """Asserts that a run left bit for bit what an undisturbed one left.
-
-  Args:
-    workdir: of the run, which has a warm start and has ended.
-    whole: of the other; None for `undisturbed()`.
-  """
+  """Asserts that a run left bit for bit what an undisturbed one left."""
   workdir, whole = pathlib.Path(workdir), whole or undisturbed()
   for name in ('metrics.jsonl', 'samples.jsonl', 'hf/model.safetensors'):
     assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name

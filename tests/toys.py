@@ -92,16 +92,7 @@ def random_rollouts(
   full=False,
   dtype=np.float64,
 ):
-  """Rollouts and outputs of a policy some updates away from the sampler.
-
-  Everything that a recipe may need is there.  Lengths are ragged, with an
-  empty and a full response.  Outside the mask stands NaN, and so it does where
-  no branch forks.  With `invalid`, two responses are
-  invalid: NaN all over.  With `full`, all were cut at the length limit.
-
-  Returns:
-    (rollouts, outputs) of NumPy arrays.
-  """
+  """Rollouts and outputs of a policy some updates away from the sampler."""
   random = np.random.default_rng(seed)
   shape = (prompts, samples, length)
   lengths = random.integers(1, length + 1, (prompts, samples))
@@ -153,11 +144,7 @@ def random_rollouts(
 
 
 def with_branch_rows(rollouts, samples=3):
-  """The rollouts with further rows as branches of the first `samples`.
-
-  Row i forks from row i modulo `samples` in its middle; one that is too short,
-  or whose parent is, stays a whole response.
-  """
+  """The rollouts with further rows as branches of the first `samples`."""
   _, rows, length = rollouts.mask.shape
   numbers = np.arange(rows)[None, :, None]
   lengths = rollouts.mask.sum(axis=2, keepdims=True)
@@ -199,10 +186,7 @@ def _some_batches_later(dtype):
 
 
 def changed(x, function):
-  """A copy of a dataclass of arrays, `function` applied to those present.
-
-  Numbers that outlive a batch stay as they are.
-  """
+  """A copy of a dataclass of arrays, `function` applied to those present."""
   arrays = {name: v for name, v in x.items() if hasattr(v, 'shape')}
   return x.replace(**{name: function(v) for name, v in arrays.items()})
 
@@ -294,10 +278,7 @@ def plain_logits(config, params, prompts, responses):
 
 
 def adjusted_probabilities(logits, decoding):
-  """The distribution that `decoding` describes, by sorting, in float64.
-
-  Rows without ties: then the sets kept are unambiguous.
-  """
+  """The distribution that `decoding` describes, by sorting, in float64."""
   logits = np.array(logits, np.float64)
   if decoding.num_tokens is not None:
     logits[..., decoding.num_tokens :] = -np.inf

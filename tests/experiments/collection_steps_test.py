@@ -10,7 +10,6 @@ from experiments import build, checks, online
 from experiments.configs import quickstart
 from jaxrl_llm import rollouts
 from jaxrl_llm.rewards import RewardPart
-from jaxrl_llm.runs import read_metrics
 from tests.experiments import replay_test
 
 # One in which both tools have work to do.
@@ -99,21 +98,6 @@ def test_the_update_reads_the_prompts_that_were_sampled_from(stepped):
   )
 
 
-def test_rewards_and_greedy_responses_are_of_the_rows_own_prompts(stepped):
-  rl, begin, collected, rows, _ = stepped
-  own = [
-    text[: text.index('=') + 1]
-    for text in (row['prompt'] for row in collected.responses.rows)
-  ]
-  rewards = np.asarray(collected.rollouts.rewards)[..., 0]
-  greedy = np.asarray(collected.rollouts.greedy_rewards).reshape(-1)
-  # The count of ones is at most the 12 tokens.
-  for prompt, group, baseline in zip(own, rewards, greedy, strict=True):
-    base = number(prompt) if number(prompt) % 16 else 0.0
-    assert (base <= group).all() and (group <= base + 12).all()
-    assert base <= baseline <= base + 12
-
-
 @pytest.mark.slow
 def test_a_resumed_run_has_the_records_of_one_go(tmp_path):
   # The exact answer alone: most groups of the untrained model fail.
@@ -121,31 +105,17 @@ def test_a_resumed_run_has_the_records_of_one_go(tmp_path):
     "REWARD:symbols'", "REWARD:symbols', weight=0.0"
   )
   config = scripts.write_config(tmp_path / 'config', text)
-  flags = [
-    f'--config={config}',
-    '--resume',
-    '--config.warm_start.steps=0',
-    '--config.optimizer.decay=constant',
-    '--config.rollout.refill=2',
-    '--config.rollout.hints=(0.5,)',
-    '--config.prompts.curriculum=operations',
-    '--config.prompts.curriculum_steps=6',
-    '--config.prompts.curriculum_stages=3',
-  ]
+  settings = ['warm_start.steps=0', 'optimizer.decay=constant']
+  settings += ['rollout.refill=2', 'rollout.hints=(0.5,)']
+  settings += ['prompts.curriculum=operations', 'prompts.curriculum_steps=6']
+  settings += ['prompts.curriculum_stages=3']
+  flags = [f'--config.{setting}' for setting in settings]
   for name, counts in (('whole', (9,)), ('parts', (4, 9))):
     for count in counts:
-      ended = scripts.run(
-        'train',
-        *flags,
-        f'--workdir={tmp_path / name}',
-        f'--config.steps={count}',
-        cache=scripts.cache(),
-      )
+      steps = f'--config.steps={count}'
+      ended = scripts.train(tmp_path / name, config, *flags, steps).wait()
       assert ended.code == 0, ended.err
-  whole, parts = (
-    read_metrics(tmp_path / name / 'metrics.jsonl')
-    for name in ('whole', 'parts')
-  )
+  whole, parts = (scripts.records(tmp_path / x) for x in ('whole', 'parts'))
   # Where the first part ended it was evaluated, too.
   parts[4] = {k: v for k, v in parts[4].items() if k in whole[4]}
   assert parts == whole and len(whole) == 10

@@ -24,12 +24,7 @@ KEY = jax.random.key(5)
 
 
 class Recorder:
-  """Stands for a model: responses and rewards from the key, all recorded.
-
-  Args:
-    reward: from a generator and the prompts' texts to [P, G] rewards, NaN for
-      none.
-  """
+  """Stands for a model: responses and rewards from the key, all recorded."""
 
   def __init__(self, reward):
     self.reward, self.batches, self.calls, self.asked = reward, [], [], 0
@@ -72,22 +67,18 @@ class Recorder:
 class Collection:
   """Draws the groups of a configuration's steps from recorded responses."""
 
-  def __init__(self, config, encoded):
-    self.source = online.prompt_source(config, encoded, config.seed)
-    self._groups = online.group_tools(config, encoded, TOKENIZER)
+  def __init__(self, rows=ROWS, **rollout):
+    config = base.get_config()
+    config.prompts.max_tokens = 8
+    config.rollout.update(prompts=PROMPTS, samples=GROUP, **rollout)
+    self.encoded = prompts_lib.encode_prompts(rows, TOKENIZER, 8)
+    self.source = online.prompt_source(config, self.encoded, config.seed)
+    self._groups = online.group_tools(config, self.encoded, TOKENIZER)
 
-  def draw(self, respond, key, step, stop=None):
+  def draw(self, respond, step):
     fold = jax.random.fold_in
-    keys = online.Keys(*(fold(fold(key, use), step) for use in online._USES))
-    return self._groups(step)(respond, self.source.batch(step), keys, stop)
-
-
-def collection(rows=ROWS, prompts=None, max_tokens=8, **rollout):
-  config = base.get_config()
-  config.prompts.update(max_tokens=max_tokens, **(prompts or {}))
-  config.rollout.update(prompts=PROMPTS, samples=GROUP, **rollout)
-  encoded = prompts_lib.encode_prompts(rows, TOKENIZER, max_tokens)
-  return Collection(config, encoded), encoded
+    keys = online.Keys(*(fold(fold(KEY, use), step) for use in online._USES))
+    return self._groups(step)(respond, self.source.batch(step), keys, None)
 
 
 def often_equal(rng, texts):
@@ -131,14 +122,16 @@ def oracle(recorder, encoded, most, step):
 
 @pytest.mark.parametrize('most', [1, 4])
 def test_refilling_is_what_plain_python_does(most):
-  made, encoded = collection(refill=most)
+  made = Collection(refill=most)
   seen = set()
   for step in range(12):
     recorder = Recorder(often_equal)
-    drawn = made.draw(recorder, KEY, step)
-    chosen, missing = oracle(recorder, encoded, most, step)
+    drawn = made.draw(recorder, step)
+    chosen, missing = oracle(recorder, made.encoded, most, step)
     calls, found, record = recorder.calls, drawn.responses, drawn.record
-    assert calls[0].rows == [encoded.rows[i] for i in made.source.indices(step)]
+    assert calls[0].rows == [
+      made.encoded.rows[i] for i in made.source.indices(step)
+    ]
     for place, (call, group) in enumerate(chosen):
       part = calls[call]
       assert found.rows[place] == drawn.batch.rows[place] == part.rows[group]
@@ -178,11 +171,11 @@ def test_refilling_is_what_plain_python_does(most):
 
 
 def test_a_step_is_a_function_of_its_number():
-  one, two = collection(refill=3)[0], collection(refill=3)[0]
+  one, two = Collection(refill=3), Collection(refill=3)
   records = [Recorder(often_equal) for _ in range(2)]
   for step in (0, 1, 2):
-    expected = one.draw(records[0], KEY, step)
-  found = two.draw(records[1], KEY, 2)
+    expected = one.draw(records[0], step)
+  found = two.draw(records[1], 2)
   assert found.record == expected.record
   np.testing.assert_array_equal(
     found.responses.samples.tokens, expected.responses.samples.tokens
@@ -190,7 +183,7 @@ def test_a_step_is_a_function_of_its_number():
   assert found.responses.completions == expected.responses.completions
   # Off, the same prompts are sampled with the same key.
   plain = Recorder(often_equal)
-  drawn = collection()[0].draw(plain, KEY, 2)
+  drawn = Collection().draw(plain, 2)
   np.testing.assert_array_equal(
     plain.calls[0].samples.tokens,
     records[1].calls[0].samples.tokens,
@@ -198,19 +191,6 @@ def test_a_step_is_a_function_of_its_number():
   assert drawn.responses is plain.calls[0]
   assert drawn.tokens == 0 and drawn.record == {}
   assert plain.asked == 0  # Scores are not waited for.
-
-
-def test_further_prompts_are_of_the_curriculum():
-  prompts = dict(curriculum='-level', curriculum_steps=8, curriculum_stages=5)
-  made, _ = collection(prompts=prompts, refill=2)
-  for step in range(12):
-    recorder = Recorder(lambda rng, texts: [[1.0] * GROUP] * len(texts))
-    drawn = made.draw(recorder, KEY, step)
-    # A fifth of the rows has each level; two steps bring one more.
-    easiest = {4 - k for k in range(min(step // 2, 4) + 1)}
-    assert len(recorder.calls) == 3 and drawn.record['refill/unfilled'] == 6
-    for call in recorder.calls:
-      assert {row['level'] for row in call.rows} <= easiest
 
 
 def needing(shares):
@@ -228,11 +208,11 @@ def needing(shares):
 
 def test_hints_escalate_until_a_response_succeeds():
   needs = [0, 1, 2, 3, 9]
-  made, encoded = collection(hints=[0.25, 0.5, 0.75])
+  made = Collection(hints=[0.25, 0.5, 0.75])
   for step in range(6):
     recorder = Recorder(needing(needs))
-    drawn = made.draw(recorder, KEY, step)
-    rows = [encoded.rows[i] for i in made.source.indices(step)]
+    drawn = made.draw(recorder, step)
+    rows = [made.encoded.rows[i] for i in made.source.indices(step)]
     wanted = [needs[int(row['prompt'][:-1]) % 5] for row in rows]
     failed = [i for i in range(PROMPTS) if wanted[i] > 0]
     sampled = [[i for i in failed if wanted[i] > k] for k in range(3)]
@@ -275,41 +255,13 @@ def test_hints_that_do_not_fit_and_rows_without_a_solution():
   ]
   rows[0]['solution'] = None
   # Of six tokens: 2, 3, 6; prompts have 4 and 6, and 8 is the budget.
-  made, _ = collection(rows, hints=(0.34, 0.5, 1.0))
+  made = Collection(rows, hints=(0.34, 0.5, 1.0))
   recorder = Recorder(lambda rng, texts: np.zeros((len(texts), GROUP)))
-  record = made.draw(recorder, KEY, 0).record
+  record = made.draw(recorder, 0).record
   assert record['hints/failed'] == 6 and record['hints/no_solution'] == 1
   groups = [record[f'hints/groups_{s}'] for s in ('0.34', '0.5', '1')]
   # Of prompts with 6 tokens those with a hint of 3 do not fit, of 4 with 6.
   assert groups == [5, 3, 0] and record['hints/over_budget'] == 2 + 3
   assert record['hints/saved'] == 0
   with mistakes.refused('no training prompt has a solution'):
-    collection([{'prompt': '1'}], hints=(0.5,))
-  # A group without scores has not failed.
-  recorder = Recorder(lambda rng, texts: np.full((len(texts), GROUP), np.nan))
-  record = made.draw(recorder, KEY, 0).record
-  assert len(recorder.calls) == 1 and record['hints/failed'] == 0
-  assert np.isnan(record['sampled/reward'])
-
-
-def test_hints_come_before_refilling():
-  """With a hint all succeed: no variance either, so they are refilled."""
-
-  def reward(rng, texts):
-    rewards = [[float(len(text) > 4)] * GROUP for text in texts]
-    for row, text in zip(rewards, texts, strict=True):
-      row[0] += int(text[:3]) % 2
-    return rewards
-
-  made, encoded = collection(hints=(0.5,), refill=8)
-  recorder = Recorder(reward)
-  drawn = made.draw(recorder, KEY, 0)
-  own = [encoded.rows[i] for i in made.source.indices(0)]
-  odd = [int(row['prompt'][:-1]) % 2 for row in own]
-  even = PROMPTS - sum(odd)
-  assert 0 < even < PROMPTS
-  record = drawn.record
-  assert record['hints/saved'] == record['refill/replaced'] == even
-  for place, row in enumerate(drawn.responses.rows):
-    assert int(row['prompt'][:-1]) % 2 == 1 and row['prompt'][-1] == '='
-    assert row in encoded.rows and (row == own[place]) == bool(odd[place])
+    Collection([{'prompt': '1'}], hints=(0.5,))

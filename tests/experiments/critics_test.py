@@ -1,9 +1,8 @@
-"""What a configuration may say of a critic, and what it comes to."""
+"""Rates of a policy and its critic, and critics that begin with a folder."""
 
 import jax
 import mistakes
 import numpy as np
-import pytest
 
 from experiments import build, critics, online
 from experiments.configs import base, quickstart
@@ -12,9 +11,9 @@ from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.tasks import arithmetic, vocabulary
 
 
-def config_of(algorithm=None, **changes):
+def config_of(**changes):
   config = quickstart.get_config()
-  config.algorithm = dict(name='ppo') if algorithm is None else algorithm
+  config.algorithm = dict(name='ppo')
   config.model.architecture.update(
     hidden_size=16, intermediate_size=16, num_layers=1
   )
@@ -30,26 +29,22 @@ def test_rates_of_both():
     critic__optimizer=base.optimizer(1e-3, warmup_updates=2),
     training__epochs=2,
   )
-  needs = build.estimator(config).needs
-  _, rates = online.optimizer(config, needs)
+  _, rates = online.optimizer(config, build.estimator(config).needs)
   policy = [rates(n)['learning_rate'] for n in range(18)]
   # Six updates are left out, then its own warm-up of ten begins.
   expected = [0.0] * 6 + [2e-5 * n for n in range(1, 11)] + [2e-4] * 2
   np.testing.assert_allclose(policy, expected, rtol=1e-5)
   critic = [rates(n)['critic/learning_rate'] for n in range(3)]
   np.testing.assert_allclose(critic, [5e-4, 1e-3, 1e-3], rtol=1e-5)
-  plain = config_of(dict(name='grpo'))
-  _, rates = online.optimizer(plain, build.estimator(plain).needs)
-  assert set(rates(0)) == {'learning_rate'}
 
 
-@pytest.fixture
-def folder(tmp_path):
+def test_a_critic_begins_with_a_folder(tmp_path):
   """A language model of another size with the policy's tokenizer."""
-  tokenizer = vocabulary.character_tokenizer(arithmetic.ALPHABET)
-  config = build.outline(config_of().model).config
-  shape = type(config)(
-    vocab_size=len(tokenizer) + 2,
+  path = str(tmp_path / 'model')
+  config = config_of(critic__path=path, rollout__max_tokens=24)
+  model = build.outline(config.model)
+  shape = type(model.config)(
+    vocab_size=len(model.tokenizer) + 2,
     hidden_size=8,
     intermediate_size=8,
     num_layers=1,
@@ -57,35 +52,18 @@ def folder(tmp_path):
     max_length=32,
   )
   params = transformer.init(shape, jax.random.key(1))
-  folders.save(tmp_path / 'model', shape, params, tokenizer)
-  return tmp_path / 'model', params
-
-
-def test_a_critic_begins_with_a_folder(folder):
-  path, params = folder
-  config = config_of(critic__path=str(path))
-  model = build.outline(config.model)
+  folders.save(tmp_path / 'model', shape, params, model.tokenizer)
   built = critics.critic(config, model)
-  assert built.config.hidden_size == 8 and built.config.tied
   started = critics.start(config, built, None)
   for name in ('embed', 'norm', 'layers'):
     parts = started['trunk'][name], params[name]
     jax.tree.map(np.testing.assert_array_equal, *parts)
   shapes = jax.eval_shape(lambda: started)
   assert critics.critic_shapes(config, built) == shapes
-  assert str(path) in critics.describe(config)
-
-
-def test_a_critic_reads_what_the_policy_writes(folder):
-  path, _ = folder
-  config = config_of(critic__path=str(path), rollout__max_tokens=25)
-  model = build.outline(config.model)
-  with mistakes.refused('reads 32 tokens; prompt and response'):
-    critics.critic(config, model)
-  config.rollout.max_tokens = 24
-  critics.critic(config, model)
+  # It has to read what the policy writes.
   other = vocabulary.character_tokenizer(arithmetic.ALPHABET[::-1])
   with mistakes.refused('config.critic.path: ', ' has the id'):
     critics.critic(config, model._replace(tokenizer=other))
-  with mistakes.refused('no model folder'):
-    critics.critic(config_of(critic__path='nowhere'), model)
+  config.rollout.max_tokens = 25
+  with mistakes.refused('reads 32 tokens; prompt and response'):
+    critics.critic(config, model)

@@ -23,11 +23,6 @@ def test_arithmetic_keeps_held_out_prompts_apart():
   assert again == found
   other = data.arithmetic(train=60, held_out=20, demonstrations=15, seed=4)
   assert other.train != found.train
-  # As JSON has it.
-  pair = data.arithmetic(train=5, held_out=5, operations=(1, 2))
-  assert data.arithmetic(train=5, held_out=5, operations=[1, 2]) == pair
-  with mistakes.refused('config.task.operands is (3,)'):
-    data.arithmetic(operands=(3,))
 
 
 def test_gsm8k_holds_its_test_split_out(shared):
@@ -37,15 +32,12 @@ def test_gsm8k_holds_its_test_split_out(shared):
   assert len(found.train) == 7473 and len(found.held_out) == 10
   assert found.held_out[0]['prompt'] == first['question']
   assert first['answer'].endswith(f'#### {found.held_out[0]["answer"]}')
-  assert len(data.gsm8k(str(folder)).held_out) == 1319
   assert not set(prompts(found.train)) & set(prompts(found.held_out))
 
 
 def test_math_leaves_out_what_cannot_be_judged_or_is_held_out(shared):
   folder = str(shared / 'data' / 'math')
-  found = data.math(folder)
-  assert (len(found.train), len(found.held_out)) == (7470, 500)
-  assert '4 problems without an answer, 0 training' in found.notes[0]
+  assert len(data.math(folder).held_out) == 500
   found = data.math(folder, split='test', held_out=0)
   assert (len(found.train), len(found.held_out)) == (7468, 5000)
   assert '4 problems without an answer, 2 training' in found.notes[0]
@@ -53,8 +45,6 @@ def test_math_leaves_out_what_cannot_be_judged_or_is_held_out(shared):
   assert not bare(found.train) & bare(found.held_out)
   for row in found.train + found.held_out:
     assert mathematics.read_answer(row['answer']) is not None, row
-  assert len(data.math(folder, held_out=10).held_out) == 10
-  assert found.demonstrations == []
 
 
 def test_jsonl_leaves_known_prompts_out(tmp_path):
@@ -71,7 +61,6 @@ def test_jsonl_leaves_known_prompts_out(tmp_path):
   assert prompts(found.train) == ['a', 'b'] and prompts(found.held_out) == ['c']
   assert prompts(found.demonstrations) == ['a']
   assert found.notes == (f'1 held-out prompts occur in {train}: left out',)
-  assert data.jsonl(train, write('new.jsonl', [{'question': 'd'}])).notes == ()
   assert found.train[1] == {'prompt': 'b', **pair}
   with mistakes.refused('every prompt of'):
     data.jsonl(train, train)
@@ -87,15 +76,3 @@ def test_text_prompts_have_one_length(shared):
   for row in found.held_out[:5]:
     assert len(tokenizer(row['prompt'])['input_ids']) == 8
     assert any(story.startswith(row['prompt']) for story in stories)
-  assert '8 tokens' in found.notes[0]
-
-
-def test_hh_rlhf_keeps_held_out_prompts_apart(shared):
-  path = shared / 'data' / 'hh_rlhf' / 'harmless-base-test.jsonl.gz'
-  found = data.hh_rlhf(str(path), held_out=100, seed=1)
-  assert len(set(prompts(found.held_out))) == 100
-  assert len(found.train) + len(found.held_out) == 2303
-  assert not set(prompts(found.train)) & set(prompts(found.held_out))
-  assert set(found.train[0]) == {'prompt', 'chosen', 'rejected'}
-  assert found.demonstrations == []
-  assert '2303 pairs; left out 5 that differ' in found.notes[0]

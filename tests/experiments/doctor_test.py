@@ -3,20 +3,14 @@
 import functools
 import json
 
-import mistakes
 import pytest
 import scripts
 
 from experiments import doctor
 from jaxrl_llm.rollouts import responses
 
-# What nobody should find in a bug report, by the variable that holds it.
-SECRETS = {
-  'HF_TOKEN': 'hf_1234',
-  'AWS_SECRET_ACCESS_KEY': 'aws_1234',
-  'JAX_API_KEY': 'jax_1234',
-  'TPU_ACCESS_TOKEN': 'tpu_1234',
-}
+# What nobody should find in a bug report.
+SECRETS = 'HF_TOKEN', 'AWS_SECRET_ACCESS_KEY', 'JAX_API_KEY', 'TPU_ACCESS_TOKEN'
 
 
 def attempts(text):
@@ -25,54 +19,34 @@ def attempts(text):
   return [tuple(part[:2]) for part in lines if part[0] in ('ok', 'FAILED')]
 
 
-def after(sampler, update):
+def after(word):
   """All attempts, of which two can fail here."""
-  found = {'devices': 'ok', 'compiler': 'ok', 'sampler = scorer': sampler}
-  found |= {'update': update, 'checkpoint': 'ok'}
-  return [(word, name) for name, word in found.items()]
-
-
-def patch_sampling(monkeypatch, function):
-  """Replaces the sampling of responses everywhere."""
-  draw = responses._draw
-  monkeypatch.setattr(responses, '_draw', functools.partial(function, draw))
+  fallible = (word, 'sampler = scorer'), (word, 'update')
+  return [
+    ('ok', 'devices'),
+    ('ok', 'compiler'),
+    *fallible,
+    ('ok', 'checkpoint'),
+  ]
 
 
 def test_what_fails_is_told_and_the_rest_is_tried(monkeypatch, capsys):
   def broken(draw, *args, **kwargs):
     raise RuntimeError('no kernel\nfor this device')
 
-  patch_sampling(monkeypatch, broken)
-  for name, secret in SECRETS.items():
-    monkeypatch.setenv(name, secret)
+  draw = responses._draw
+  monkeypatch.setattr(responses, '_draw', functools.partial(broken, draw))
+  for name in SECRETS:
+    monkeypatch.setenv(name, f'{name}_1234')
   monkeypatch.setenv('NCCL_P2P_LEVEL', 'NVL')
   assert doctor.report() == 1
   said = capsys.readouterr().out
-  assert attempts(said) == after('FAILED', 'FAILED')
+  assert attempts(said) == after('FAILED')
   assert 'RuntimeError: no kernel; for this device (' in said
   assert 'NCCL_P2P_LEVEL=NVL' in said and 'JAX_' in said
   assert '1234' not in said
   for part in ('python 3', 'jax ', 'orbax-checkpoint ', 'cpu device(s)'):
     assert part in said, part
-  # That of settings is as long as they are: libtpu adds some.
-  lines = [x for x in said.splitlines() if not x.startswith('settings: ')]
-  assert all(len(line) < 400 for line in lines)
-
-
-@pytest.mark.slow
-def test_a_sampler_that_is_off_is_told(monkeypatch, capsys):
-  """The sampler records log-probabilities that are 0.01 nats too low."""
-
-  def off(draw, *args, **kwargs):
-    drawn = draw(*args, **kwargs)
-    log_probs = drawn.samples.log_probs - 0.01
-    return drawn._replace(samples=drawn.samples.replace(log_probs=log_probs))
-
-  patch_sampling(monkeypatch, off)
-  assert doctor.report() == 1
-  said = capsys.readouterr().out
-  assert attempts(said) == after('FAILED', 'ok')
-  assert 'UserError: log-probabilities differ by 0.01 nats, more than' in said
 
 
 def write_run(folder, **changes):
@@ -105,12 +79,5 @@ def test_the_script(tmp_path):
     'doctor', f'--workdir={write_run(tmp_path / "run")}', cache=scripts.cache()
   )
   assert ended.code == 0, ended.err
-  assert attempts(ended.out) == after('ok', 'ok')
+  assert attempts(ended.out) == after('ok')
   assert ended.out.endswith('run: step 14 well | kl 0.01\n')
-
-
-def test_no_run(tmp_path):
-  """The error comes before any check."""
-  ended = scripts.call('doctor', f'--workdir={tmp_path}')
-  mistakes.assert_refused(ended, f'{tmp_path}/metrics.jsonl')
-  assert not ended.out

@@ -1,28 +1,19 @@
 """Evaluation of runs and folders, against numbers computed another way."""
 
-import io
 import json
-import shutil
 
-import jax
+import mistakes
 import numpy as np
 import pytest
 import scripts
-from rich.console import Console
 
 from experiments import build, evaluate, stored_runs
 from jaxrl_llm import evaluation
-from jaxrl_llm.errors import UserError
 
 
 @pytest.fixture(scope='module')
 def trained():
   return stored_runs.load(scripts.undisturbed())
-
-
-def last_record() -> dict:
-  lines = (scripts.undisturbed() / 'metrics.jsonl').read_text().splitlines()
-  return json.loads(lines[-1])
 
 
 def with_rewards(trained, file, source, **rewards):
@@ -37,7 +28,7 @@ def with_rewards(trained, file, source, **rewards):
 
 def test_repeats_the_numbers_of_the_run(trained):
   result = evaluate.measure(trained.config, trained.model, metric='correct')
-  record = last_record()
+  record = scripts.records(scripts.undisturbed())[-1]
   assert trained.step == scripts.TOTAL
   for name in ('reward', 'rewards/symbols', 'completions/mean_length'):
     assert result[name] == record[f'eval/{name}'], name
@@ -120,17 +111,6 @@ def test_estimates_are_those_of_the_responses(trained, tmp_path):
   assert all(graded[name] == result[name] for name in kept)
 
 
-def test_greedy_beside_samples_repeats_the_numbers_of_the_run(trained):
-  given = dict(metric='correct', samples=2, temperature=2.0)
-  result = evaluate.measure(trained.config, trained.model, greedy=True, **given)
-  # The run evaluates greedily.
-  expected = last_record()['eval/rewards/correct']
-  assert result['greedy/accuracy']['mean'] == expected
-  assert result['greedy/unscored'] == 0
-  without = evaluate.measure(trained.config, trained.model, **given)
-  assert without == {k: v for k, v in result.items() if 'greedy' not in k}
-
-
 def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
   source = (
     'def even(prompts, completions):\n'
@@ -155,138 +135,85 @@ def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
   assert 'by error: ValueError: odd' in sampled and sampled.isprintable()
 
 
-def test_table_shows_names_as_they_are():
-  console = Console(file=io.StringIO(), width=80)
-  result = {'rewards/[b]n\x1b\u202e': 0.5, 'score': dict(mean=1, low=0, high=2)}
-  console.print(evaluate.table('runs/[i]\u200f', result))
-  text = console.file.getvalue()
-  assert 'rewards/[b]n␛\\u202e' in text and 'runs/[i]\\u200f' in text
+REFUSED = """
+metric='exact' | --metric is 'exact'
+best_of=(1,) | --best_of is given but no --judge
+judge='symbols' | --judge is given but no --best_of
+best_of=(1,), judge='correct', metric='correct' | is --judge and --
+temperature=1.0, samples=2, best_of=(2, 4), judge='correct' | needs 4 samples
+temperature=1.0, samples=2, ks=(4,) | pass@4 needs 4 samples
+temperature=1.0, samples=2, majs=(4,), metric='correct' | maj@4 needs 4 samples
+greedy=True | leave out --greedy
+samples=3 | at temperature 0 all 3 samples
+majs=(1,), metric='symbols' | reads no answer
+majs=(1,), answer='/no/file.py:f' | no such Python file
+"""
 
 
-TWO = dict(samples=2, temperature=1.0)
-
-
-@pytest.mark.parametrize(
-  'arguments, text',
-  [
-    (dict(metric='exact'), "--metric is 'exact'"),
-    (dict(best_of=(1,)), '--best_of is given but no --judge'),
-    (dict(judge='symbols'), '--judge is given but no --best_of'),
-    (dict(best_of=(1,), judge='exact'), "--judge is 'exact'"),
-    (
-      dict(best_of=(1,), judge='correct', metric='correct'),
-      'is --judge and --',
-    ),
-    (TWO | dict(best_of=(2, 4), judge='correct'), 'best_of@4 needs 4 samples'),
-    (TWO | dict(ks=(4,)), 'pass@4 needs 4 samples'),
-    (TWO | dict(majs=(4,), metric='correct'), 'maj@4 needs 4 samples'),
-    (dict(greedy=True), 'leave out --greedy'),
-    (dict(samples=3), 'at temperature 0 all 3 samples'),
-    (dict(majs=(1,), metric='symbols'), 'reads no answer'),
-    (dict(majs=(1,), answer='exact'), "--answer is 'exact'"),
-    (dict(majs=(1,), answer='/no/file.py:f'), 'no such Python file'),
-  ],
-)
-def test_refusals(arguments, text, trained):
-  with pytest.raises(UserError, match=text) as caught:
-    evaluate.measure(trained.config, trained.model, **arguments)
-  assert len(str(caught.value).splitlines()) <= 3
+@pytest.mark.parametrize('arguments, texts', mistakes.table(REFUSED))
+def test_refusals(arguments, texts, trained):
+  with mistakes.refused(*texts):
+    given = eval(f'dict({arguments})')
+    evaluate.measure(trained.config, trained.model, **given)
 
 
 def test_script_on_a_run_and_on_its_export(tmp_path):
   run = scripts.undisturbed()
   listed = sorted(run.rglob('*'))
   outputs = tmp_path / 'a' / 'run.json', tmp_path / 'folder.json'
-  flags = ['--metric=correct', '--prompts=5', '--k=1,2', '--temperature=0.7']
+  flags = ['--samples=8', '--temperature=1.0', '--k=1,8', '--maj=4']
+  flags += ['--answer=exact_match', '--greedy', '--best_of=1,4']
+  flags += ['--judge=symbols', '--metric=correct', '--prompts=5']
   config = scripts.shared_folder() / 'config' / 'config.py'
-  sources = (
-    [f'--workdir={run}', '--trust_code'],
-    [f'--model={run / "hf"}', f'--config={config}'],
-  )
-  for source, output in zip(sources, outputs, strict=True):
-    last = f'--output={output}'
-    ended = scripts.run(
-      'evaluate', *source, *flags, last, cache=scripts.cache()
-    )
+  for output, *source in (
+    (outputs[0], f'--workdir={run}', '--trust_code'),
+    (outputs[1], f'--model={run / "hf"}', f'--config={config}'),
+  ):
+    ended = scripts.call('evaluate', *source, *flags, f'--output={output}')
     assert ended.code == 0, ended.err
-    assert 'pass@2' in ended.out and '95 % interval' in ended.out
+    for text in ('pass@8', 'maj@4', 'greedy/accuracy', 'judge_best_of@4'):
+      assert text in ended.out
+    assert '95 % interval' in ended.out
   results = [json.loads(output.read_text()) for output in outputs]
   # The exported folder is the same model: the same samples come out.
   assert results[0].pop('model') != results[1].pop('model')
   assert results[0] == results[1]
   assert sorted(run.rglob('*')) == listed
+  graded = '--metric=symbols', '--samples=4', '--temperature=3'
+  ended = scripts.call('evaluate', f'--workdir={run}', '--trust_code', *graded)
+  assert 'symbols gives scores besides 0 and 1' in ended.out
+  assert 'pass --threshold' in ended.out and 'accuracy  ' not in ended.out
 
 
-@pytest.mark.parametrize(
-  'flags, shown, missing',
-  [
-    (['--maj=1', '--metric=correct'], ['maj@1', 'step'], ['pass@', '--thr']),
-    (
-      ['--samples=8', '--temperature=1.0', '--k=1,8']
-      + ['--maj=4', '--answer=exact_match', '--greedy']
-      + ['--best_of=1,4', '--judge=symbols', '--metric=correct'],
-      ['pass@1', 'pass@8', 'maj@4', 'greedy/accuracy', 'judge_best_of@4'],
-      [' score'],
-    ),
-    (
-      ['--metric=symbols', '--k=1', '--samples=4', '--temperature=3'],
-      ['score', 'symbols gives scores besides 0 and 1', 'pass --threshold'],
-      ['accuracy  '],
-    ),
-    (['--metric=symbols', '--threshold=0.5'], ['accuracy'], [' score']),
-  ],
-)
-def test_script_as_it_is_usually_called(flags, shown, missing):
-  flags = [f'--workdir={scripts.undisturbed()}', '--trust_code', *flags]
-  ended = scripts.run('evaluate', *flags, cache=scripts.cache())
-  assert ended.code == 0, ended.err
-  assert [text for text in shown if text not in ended.out] == []
-  assert [text for text in missing if text in ended.out] == []
+FLAGS = """
+--prompts=5 | either a run with --workdir or a Hugging Face folder
+--workdir=/no/run | /no/run holds no run
+--workdir=RUN --step=3 | no checkpoint step 3
+--workdir=RUN --step=last | --step is 'last'
+--workdir=RUN --config=CONFIG | leave out --config
+--workdir=RUN --k=0 | --k is '0'
+--workdir=RUN --answer=exact_match | no --maj
+--workdir=RUN --samples=0 | --samples=0
+--model=/no/model --config=CONFIG | no model folder /no/model
+--model=RUN | --config is missing
+"""
 
 
-@pytest.mark.parametrize(
-  'flags, text',
-  [
-    ([], 'either a run with --workdir or a Hugging Face folder'),
-    (['--workdir=/no/run'], '/no/run holds no run'),
-    (['--workdir=RUN', '--step=3'], 'no checkpoint step 3'),
-    (['--workdir=RUN', '--step=last'], "--step is 'last'"),
-    (['--workdir=RUN', '--config=CONFIG'], 'leave out --config'),
-    (['--workdir=RUN', '--k=0'], "--k is '0'"),
-    (['--workdir=RUN', '--maj=a'], "--maj is 'a'"),
-    (['--workdir=RUN', '--answer=exact_match'], 'no --maj'),
-    (['--workdir=RUN', '--samples=0'], '--samples=0'),
-    (['--workdir=RUN', '--best_of=0'], "--best_of is '0'"),
-    (['--model=/no/model', '--config=CONFIG'], 'no model folder /no/model'),
-    (['--model=RUN'], '--config is missing'),
-  ],
-)
-def test_script_refuses(flags, text):
+@pytest.mark.parametrize('flags, texts', mistakes.table(FLAGS))
+def test_script_refuses(flags, texts):
   config = scripts.shared_folder() / 'config' / 'config.py'
-  flags = [flag.replace('CONFIG', str(config)) for flag in flags]
-  flags = [flag.replace('RUN', str(scripts.undisturbed())) for flag in flags]
-  ended = scripts.run('evaluate', *flags, '--trust_code')
-  assert ended.code == 2 and text in ended.err, ended
-  assert len(ended.err.splitlines()) <= 3
+  flags = flags.replace('CONFIG', str(config))
+  flags = flags.replace('RUN', str(scripts.undisturbed())).split()
+  ended = scripts.call('evaluate', *flags, '--trust_code')
+  mistakes.assert_refused(ended, *texts)
 
 
 def test_step_names(trained):
   run = scripts.undisturbed()
-  lines = (run / 'metrics.jsonl').read_text().splitlines()
-  rewards = {r['step']: r.get('eval/reward') for r in map(json.loads, lines)}
-  best = stored_runs.load(run, 'best').step
+  records = scripts.records(run)
+  rewards = {r['step']: r['eval/reward'] for r in records if 'eval/reward' in r}
   # keep_best=1: the best of all evaluated checkpoints is still there.
-  assert rewards[best] == max(r for r in rewards.values() if r is not None)
+  best = stored_runs.load(run, 'best').step
+  assert rewards[best] == max(rewards.values())
   least = min(int(path.name) for path in (run / 'checkpoints').iterdir())
-  other = stored_runs.load(run, str(least))
-  pairs = zip(
-    *(jax.tree.leaves(x.model.params) for x in (other, trained)), strict=True
-  )
-  differ = any((a != b).any() for a, b in pairs)
-  assert other.step == least and differ == (least != trained.step)
-
-
-def test_folder_without_checkpoint(tmp_path):
-  shutil.copy(scripts.undisturbed() / 'config.json', tmp_path)
-  with pytest.raises(UserError, match='no checkpoint yet'):
-    stored_runs.load(tmp_path)
+  assert stored_runs.load(run, str(least)).step == least != trained.step

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import mistakes
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import scripts
 
 from experiments import stored_runs
 from jaxrl_llm.models.huggingface import folders
-from jaxrl_llm.runs.digests import named_leaves
 
 
 def export(output, *flags):
@@ -20,26 +20,19 @@ def export(output, *flags):
 
 
 def test_newest_step_is_what_the_run_wrote(tmp_path):
-  ended = export(tmp_path / 'out')
+  run, output = scripts.undisturbed(), tmp_path / 'out'
+  ended = export(output)
   assert ended.code == 0, ended.err
   assert f'step {scripts.TOTAL} of' in ended.out
-  written = scripts.undisturbed() / 'hf'
-  names = sorted(os.listdir(written))
-  assert sorted(os.listdir(tmp_path / 'out')) == names
-  for name in sorted(names, key='model.safetensors'.__eq__):
-    assert name in ended.out
-    content = (tmp_path / 'out' / name).read_bytes()
-    assert content == (written / name).read_bytes(), name
+  assert sorted(os.listdir(output)) == sorted(os.listdir(run / 'hf'))
+  for path in output.iterdir():
+    assert path.read_bytes() == (run / 'hf' / path.name).read_bytes(), path
   # Once more: what it wrote itself may be replaced, by another step.
-  run = scripts.undisturbed()
   step = min(int(path.name) for path in (run / 'checkpoints').iterdir())
-  assert export(tmp_path / 'out', f'--step={step}').code == 0
-  _, params = folders.load(tmp_path / 'out')
-  found = named_leaves(params)
+  assert export(output, f'--step={step}').code == 0
+  _, params = folders.load(output)
   stored = stored_runs.load(run, str(step)).model.params
-  for name, leaf in named_leaves(stored).items():
-    np.testing.assert_array_equal(found[name], leaf, err_msg=name)
-  assert (tmp_path / 'out' / 'model.safetensors').read_bytes() != content
+  jax.tree.map(np.testing.assert_array_equal, params, stored)
 
 
 def test_transformers_generates_the_samples_of_the_run():
@@ -49,11 +42,9 @@ def test_transformers_generates_the_samples_of_the_run():
   run = scripts.undisturbed()
   model = transformers.AutoModelForCausalLM.from_pretrained(run / 'hf')
   tokenizer = transformers.AutoTokenizer.from_pretrained(run / 'hf')
-  lines = (run / 'samples.jsonl').read_text().splitlines()
-  samples = [json.loads(line) for line in lines]
   greedy = [
     sample
-    for sample in samples
+    for sample in scripts.records(run, 'samples.jsonl')
     if sample['step'] == scripts.TOTAL and sample['advantage'] is None
   ]
   assert len(greedy) >= 5
@@ -67,8 +58,7 @@ def test_transformers_generates_the_samples_of_the_run():
 
 def test_refusals(tmp_path):
   (tmp_path / 'mine.txt').write_text('keep me')
-  ended = export(tmp_path)
-  assert ended.code == 2 and 'mine.txt' in ended.err
+  mistakes.assert_refused(export(tmp_path), 'mine.txt')
   assert os.listdir(tmp_path) == ['mine.txt']
   for flags, text in (
     (('--output=somewhere',), '--workdir is missing'),
@@ -80,7 +70,7 @@ def test_refusals(tmp_path):
 
 def test_export_that_does_not_read_back_is_refused(tmp_path, monkeypatch):
   model = stored_runs.load(scripts.undisturbed()).model
-  write = safetensors.numpy.save_file
+  write, save = safetensors.numpy.save_file, folders.save
 
   def damaged(arrays, path, **kwargs):
     write({name: array + 1 for name, array in arrays.items()}, path, **kwargs)
@@ -90,8 +80,6 @@ def test_export_that_does_not_read_back_is_refused(tmp_path, monkeypatch):
     with mistakes.refused('does not hold what was written'):
       stored_runs.export(model, tmp_path / 'out')
   assert not os.listdir(tmp_path)
-
-  save = folders.save
 
   def other_tokenizer(path, *args, **kwargs):
     save(path, *args, **kwargs)

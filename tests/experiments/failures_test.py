@@ -1,10 +1,10 @@
-"""Failures of rewards: all of a step's are named, each kind is told once."""
+"""Failures of rewards: those of all that a step scored are counted."""
 
 import numpy as np
 
 from experiments.schedule import failure_messages
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.scoring import Failures, merge_failures
+from jaxrl_llm.rewards.scoring import Failures
 from jaxrl_llm.rollouts import Responses
 from jaxrl_llm.rollouts.collect import failure_counts
 from jaxrl_llm.rollouts.collect import failures_of_step as of_step
@@ -16,18 +16,6 @@ MORE = Failures(
   dict(timeout=1, crash=3, error=0, memory=0),
   dict(timeout='5 s', crash='again'),
 )
-
-
-def test_each_kind_of_failure_is_told_once():
-  told = set()
-  (line,) = failure_messages({'rewards/proof': SOME}, 'at RL step 7', told)
-  for text in ('rewards/proof', '2 at RL step 7', 'crash: ended with status 0'):
-    assert text in line
-  (line,) = failure_messages({'rewards/proof': MORE}, 'at RL step 8', told)
-  assert '1 at RL step 8' in line and 'timeout: 5 s' in line
-  both = {'rewards/proof': MORE, 'eval/rewards/proof': MORE}
-  assert len(failure_messages(both, 'at step 8', told)) == 2
-  assert failure_messages(both, 'at step 9', told) == []
 
 
 def scored(**failures):
@@ -50,8 +38,12 @@ def test_failures_of_a_step_are_those_of_all_that_it_scored():
     'branches/rewards/b/failed/crash': 2,
   }
   assert of_step(scored(), branched=scored()) == {}
-  merged = merge_failures([{'a': SOME}, {'a': MORE, 'b': SOME}, {}])
-  assert merged['a'].total == 6 and merged['b'] == SOME
-  # The first message of each kind.
-  first = dict(crash='ended with status 0', timeout='5 s')
-  assert merged['a'].messages == first
+
+
+def test_each_kind_of_failure_is_reported_once():
+  reported = set()
+  (line,) = failure_messages({'rewards/a': SOME}, 'at step 7', reported)
+  assert '2 at step 7' in line and 'crash: ended with status 0' in line
+  (line,) = failure_messages({'rewards/a': MORE}, 'at step 8', reported)
+  assert 'timeout: 5 s' in line
+  assert failure_messages({'rewards/a': MORE}, 'at step 9', reported) == []

@@ -1,5 +1,6 @@
 """Random values in random fields: a sound configuration, or a UserError."""
 
+import contextlib
 import runpy
 
 import jax
@@ -8,7 +9,6 @@ import pytest
 import scripts
 from fuzzing import ANY_TEXT, fuzz, result_or_refusal
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
 from experiments import build, checks, cli
 from experiments.configs import base
@@ -67,18 +67,6 @@ def use(config):
   return 0
 
 
-def place(config, name, value):
-  """Puts a value where the name says, if there still is such a place."""
-  *sections, last = name.split('.')
-  for section in sections:
-    config = config[section]
-    if not isinstance(config, ConfigDict):
-      return
-  if last in config:
-    del config[last]  # What takes its place may be of another type.
-  config[last] = ConfigDict(value) if isinstance(value, dict) else value
-
-
 @fuzz(
   25,
   600,
@@ -94,7 +82,8 @@ def test_values_in_a_file(path, changes, algorithm, architecture):
   if algorithm is not None:
     changes = {'algorithm': algorithm, **changes}
   for name, value in changes.items():
-    place(config, name, value)
+    with contextlib.suppress(KeyError, TypeError):  # There is no such place.
+      mistakes.change(config, {name: value})
   result_or_refusal(use, config.lock())
 
 

@@ -3,7 +3,6 @@
 What gcloud, Slurm, Kubernetes and xpk really do is not tested here.
 """
 
-import json
 import pathlib
 import shutil
 import signal
@@ -51,6 +50,13 @@ processes.finish()
 """
 
 
+WAITS = """
+trap 'sleep 0.3; mkdir -p "$1/saved_$$"; exit 143' TERM
+mkdir -p "$1/ready_$$"
+while true; do sleep 0.05; done
+"""
+
+
 class Cloud:
   """A folder with the stand-ins and a repository with the scripts."""
 
@@ -61,43 +67,49 @@ class Cloud:
       **VARIABLES,
       'PYTHONPATH': str(SCRIPTS.parents[1]),
     }
-    self.repository = folder / 'repository'
-    scripts = self.repository / 'experiments' / 'launch'
-    shutil.copytree(SCRIPTS, scripts)
+    repository = folder / 'repository'
+    self.scripts = repository / 'experiments' / 'launch'
+    shutil.copytree(SCRIPTS, self.scripts)
     for words in (
       ['init', '-q'],
       ['add', '.'],
       ['-c', 'user.name=a', '-c', 'user.email=a', 'commit', '-qm', 'a'],
     ):
-      subprocess.run(['git', *words], cwd=self.repository, check=True)
-    self.scripts = scripts
+      subprocess.run(['git', *words], cwd=repository, check=True)
 
-  def run(self, *command, **settings):
-    return subprocess.run(
-      command,
-      cwd=self.scripts,
-      env=self.environment,
-      timeout=120,
-      text=True,
-      capture_output=True,
-      **settings,
-    )
-
-  def prepare(self, launcher):
-    if launcher == 'tpu_pod':
-      done = self.run('bash', 'tpu_pod.sh', 'up')
-      assert done.returncode == 0, done.stderr
-
-  def start(self, launcher, *command):
-    self.prepare(launcher)
+  def open(self, *command):
     return subprocess.Popen(
-      [*LAUNCHERS[launcher], *command],
+      command,
       cwd=self.scripts,
       env=self.environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
+
+  def pod(self, *words):
+    """Status and output of `tpu_pod.sh`."""
+    process = self.open('bash', 'tpu_pod.sh', *words)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+  def start(self, launcher, *command):
+    if launcher == 'tpu_pod':
+      status, said = self.pod('up')
+      assert status == 0, said
+    return self.open(*LAUNCHERS[launcher], *command)
+
+  def start_waiting(self, launcher):
+    """Two processes that run until they get SIGTERM, and then save."""
+    process = self.start(launcher, 'bash', '-c', WAITS, '_', str(self.folder))
+    end = time.monotonic() + 60
+    while len(list(self.folder.glob('ready_*'))) < 2:
+      assert time.monotonic() < end, 'they do not start'
+      time.sleep(0.02)
+    return process
+
+  def saved(self):
+    return len(list(self.folder.glob('saved_*')))
 
 
 @pytest.fixture
@@ -107,15 +119,10 @@ def cloud(tmp_path, marked):
   return Cloud(tmp_path)
 
 
-@pytest.fixture(scope='module')
-def shellcheck():
-  found = shutil.which('shellcheck')
-  if found is None:
+def test_shellcheck_is_content():
+  shellcheck = shutil.which('shellcheck')
+  if shellcheck is None:
     pytest.skip('needs shellcheck')
-  return found
-
-
-def test_shellcheck_is_content(shellcheck):
   scripts = sorted(map(str, SCRIPTS.glob('*.sh')))
   assert len(scripts) == 5
   done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
@@ -149,35 +156,18 @@ def test_one_failure_fails_all(cloud, launcher, status):
   assert ended.returncode == status, said
 
 
-WAITS = """
-trap 'sleep 0.3; mkdir -p "$1/saved_$$"; exit 143' TERM
-mkdir -p "$1/ready_$$"
-while true; do sleep 0.05; done
-"""
-
-
-def wait_for(folder, pattern):
-  end = time.monotonic() + 60
-  while len(list(folder.glob(pattern))) < 2:
-    assert time.monotonic() < end, f'no two {pattern}'
-    time.sleep(0.02)
-
-
 @pytest.mark.parametrize('launcher', LAUNCHERS)
 def test_sigterm_reaches_the_processes(cloud, launcher):
   """And is waited for until they have saved."""
-  ended = cloud.start(launcher, 'bash', '-c', WAITS, '_', str(cloud.folder))
-  wait_for(cloud.folder, 'ready_*')
+  ended = cloud.start_waiting(launcher)
   ended.send_signal(signal.SIGTERM)
   said, _ = ended.communicate(timeout=60)
-  assert ended.returncode == 143, said
-  assert len(list(cloud.folder.glob('saved_*'))) == 2
+  assert ended.returncode == 143 and cloud.saved() == 2, said
   assert ['scontrol', 'requeue', '77'] not in launchers.calls(cloud.folder)
 
 
 def test_slurm_goes_back_into_the_queue_at_the_time_limit(cloud):
-  ended = cloud.start('slurm', 'bash', '-c', WAITS, '_', str(cloud.folder))
-  wait_for(cloud.folder, 'ready_*')
+  ended = cloud.start_waiting('slurm')
   ended.send_signal(signal.SIGUSR1)
   said, _ = ended.communicate(timeout=60)
   assert ended.returncode == 143, said
@@ -185,27 +175,15 @@ def test_slurm_goes_back_into_the_queue_at_the_time_limit(cloud):
 
 
 def test_a_lost_connection_leaves_a_tpu_pod_running(cloud):
-  ended = cloud.start('tpu_pod', 'bash', '-c', WAITS, '_', str(cloud.folder))
-  wait_for(cloud.folder, 'ready_*')
-  ended.kill()
-  pod = lambda *words: cloud.run('bash', 'tpu_pod.sh', *words)
-  again = pod('run', 'true')
-  assert again.returncode == 2 and 'under way' in again.stderr
-  assert pod('stop').returncode == 0
-  assert pod('attach').returncode == 143
-  assert len(list(cloud.folder.glob('saved_*'))) == 2
+  cloud.start_waiting('tpu_pod').kill()
+  status, said = cloud.pod('run', 'true')
+  assert status == 2 and 'under way' in said
+  assert cloud.pod('stop')[0] == 0
+  assert cloud.pod('attach')[0] == 143 and cloud.saved() == 2
   # What worker 0 wrote comes back.
   where = cloud.folder / 'fetched'
-  assert pod('fetch', '.jaxrl_llm', str(where)).returncode == 0
+  assert cloud.pod('fetch', '.jaxrl_llm', str(where))[0] == 0
   assert (where / 'status').read_text() == '143\n'
   assert (cloud.folder / 'worker_1' / 'jaxrl_llm' / 'ready').exists()
-  assert pod('down').returncode == 0
+  assert cloud.pod('down')[0] == 0
   assert not (cloud.folder / 'worker_0').exists()
-
-
-@pytest.mark.parametrize('launcher', LAUNCHERS)
-def test_without_a_command_they_say_how(cloud, launcher):
-  done = cloud.run(*LAUNCHERS[launcher])
-  assert done.returncode == 2 and 'COMMAND' in done.stderr.upper()
-  kinds = {call[0] for call in launchers.calls(cloud.folder)} - {'sbatch'}
-  assert not kinds, json.dumps(sorted(kinds))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import mistakes
 import numpy as np
 import pytest
-from selection import mostly_slow
 
 from experiments import build, offline, preference, rest_em
 from experiments.configs import quickstart
@@ -17,7 +16,6 @@ from jaxrl_llm import rollouts
 from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.rollouts import stored as pools
 from jaxrl_llm.sampling.policy import Decoding
-from jaxrl_llm.signals import StopRequested
 
 
 def tiny(algorithm, **rounds):
@@ -89,13 +87,9 @@ def steps(phase, state, numbers):
   return found
 
 
-def params(state):
-  return jax.tree.leaves(jax.device_get(state.trainable))
-
-
 def assert_equal(one, other):
-  for x, y in zip(params(one), params(other), strict=True):
-    np.testing.assert_array_equal(x, y)
+  trees = one.trainable, other.trainable
+  jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
 REST = dict(sampling=2, learning=2, batch=4, per_prompt=2)
@@ -149,50 +143,25 @@ def test_a_round_begins_with_the_initial_model(rest):
   assert_equal(again[0][0], found[2][0])
 
 
-@pytest.mark.slow
-def test_a_preference_goes_on_from_the_policy_that_sampled(tmp_path):
-  dpo = tiny(dict(name='dpo'), **REST)
-  dpo.steps = 4
-  phase, state = phase_of(dpo, tmp_path)
-  done = steps(phase, state, range(3))
-  changed = jax.tree.map(lambda x: 1.01 * x, done[1][0].trainable['policy'])
-  other = steps(phase, phase.begin(changed), [2])
-  with pytest.raises(AssertionError):
-    assert_equal(other[0][0], done[2][0])
-
-
-@pytest.mark.parametrize('at', mostly_slow([1, 3, 5, 7], 5))
-def test_a_new_process_goes_on_where_the_old_one_was(rest, at):
+def test_a_new_process_goes_on_where_the_old_one_was(rest):
   config, folder, found = rest
   phase, _ = phase_of(config, folder)
-  state = jax.tree.map(jnp.copy, found[at - 1][0])
-  again = steps(phase, state, range(at, 8))
+  state = jax.tree.map(jnp.copy, found[4][0])
+  again = steps(phase, state, range(5, 8))
   assert_equal(again[-1][0], found[-1][0])
-  for (_, new), (_, old) in zip(again, found[at:], strict=True):
-    assert {k: v for k, v in new.metrics.items() if np.isfinite(v)} == {
-      k: v for k, v in old.metrics.items() if np.isfinite(v)
-    }
-
-
-def test_nothing_right_is_said_and_not_trained_on(tmp_path):
-  config = tiny(dict(name='rest_em', threshold=9.0), **REST)
-  config.steps = 4
-  phase, state = phase_of(config, tmp_path)
-  done = steps(phase, state, range(2))
-  with mistakes.refused('round 0 has nothing to learn from'):
-    phase.step(done[-1][0], 2, None)
+  finite = lambda x: {k: v for k, v in x.metrics.items() if np.isfinite(v)}
+  for (_, new), (_, old) in zip(again, found[5:], strict=True):
+    assert finite(new) == finite(old)
 
 
 def test_what_has_no_reward_is_not_learned(tmp_path):
   config = tiny(dict(name='rest_em', threshold=0.0), **REST)
   config.steps = 4
   phase, state = phase_of(config, tmp_path)
-  some = RewardPart(
-    'some',
-    lambda completions: [
-      None if i % 3 else 1.0 for i in range(len(completions))
-    ],
-  )
+  third = lambda completions: [
+    None if i % 3 else 1.0 for i in range(len(completions))
+  ]
+  some = RewardPart('some', third)
   phase.setting = phase.setting._replace(rewards=[some])
   result = phase.step(state, 0, None)
   pool = pools.load_pool(tmp_path / 'rounds' / '00000000.npz')
@@ -202,6 +171,12 @@ def test_what_has_no_reward_is_not_learned(tmp_path):
   np.testing.assert_array_equal(
     result.advantages.ravel(), [0.0 if i % 3 else 1.0 for i in range(16)]
   )
+  config.algorithm.threshold = 9.0
+  (tmp_path / 'nothing').mkdir()
+  phase, state = phase_of(config, tmp_path / 'nothing')
+  done = steps(phase, state, range(2))
+  with mistakes.refused('round 0 has nothing to learn from'):
+    phase.step(done[-1][0], 2, None)
 
 
 def pair_config(**rounds):
@@ -244,37 +219,14 @@ def test_given_pairs_are_learned_against_the_initial_model(tmp_path):
   first, last = done[0][1].metrics, done[-1][1].metrics
   # The policy is the reference still: every margin is 0.
   assert first['loss'] == pytest.approx(math.log(2), abs=1e-5)
-  assert first['preference/accuracy'] == pytest.approx(0.5, abs=0.5)
   assert abs(first['preference/margin']) < 1e-4
   assert last['loss'] < first['loss']
   assert last['preference/margin'] > 0 and last['preference/accuracy'] == 1
-  assert last['preference/margin'] == pytest.approx(
-    last['preference/chosen'] - last['preference/rejected'], abs=1e-5
-  )
   evaluated = phase.evaluate(done[-1][0].trainable, 3, None).metrics
   assert evaluated['eval/preference/accuracy'] == 1
-  assert evaluated['eval/preference/margin'] > last['preference/margin'] / 2
   at_start = phase.evaluate({'policy': model.params}, 0, None).metrics
   # As the loss counts a margin of 0.
   assert at_start['eval/preference/accuracy'] == 0.5
-  assert at_start['eval/preference/margin'] == 0.0
-  assert set(at_start) == set(evaluated)
-  held_out = pools.load_pool(tmp_path / 'rounds' / 'held_out.npz')
-  assert len(held_out.prompts) == config.evaluation.prompts == 8
-
-
-def test_a_stop_is_heard_while_the_reference_is_asked(tmp_path):
-  config = pair_config()
-  config.steps = 1
-  phase, state = phase_of(config, tmp_path, pair_data())
-
-  class Stop:
-    def check(self):
-      raise StopRequested('SIGTERM')
-
-  with pytest.raises(StopRequested):
-    phase.step(state, 0, Stop())
-  assert not (tmp_path / 'rounds').exists()
 
 
 def test_pairs_that_are_equal_or_over_budget(tmp_path):

@@ -37,112 +37,71 @@ def start(name):
 
 REFUSED = """
 train: rolout=dict(samples=4) | nothing reads config.rolout.samples
-train: notes='mine' | nothing reads config.notes
 train: rollout.sample=4 | nothing reads config.rollout.sample | did you mean
 train: rollout.top_p=... | config.rollout.top_p is missing | such as 1.0
 train: rollout.samples='many' | samples is 'many' | an integer, such as 8
-train: seed=0.5 | config.seed is 0.5 | an integer
 train: steps=True | config.steps is True
 train: model.remat=1 | remat is 1 | true or false
 train: evaluation.batch=None | config.evaluation.batch is None
 train: algorithm='grpo' | config.algorithm is 'grpo' | a section
 train: evaluation.every=0 | config.evaluation.every is 0 | at least 1
-train: steps=-1 | config.steps is -1
-train: tokens=-1 | config.tokens is -1
 train: rollout.prompts=10**30 | rollout.prompts is 1000 | below 2147
 train: seed=2**32 | config.seed is 4294967296
-train: tokens=2**63 | config.tokens is | below 9223
 train: rollout.temperature=nan | temperature is nan
 train: rollout.temperature=0 | config.rollout.temperature is 0 | above 0
-train: evaluation.temperature=-1 | evaluation.temperature is -1 | at least 0
 train: rollout.top_p=0 | config.rollout.top_p is 0
-train: prompts.min_pass_rate=nan | min_pass_rate is nan
 train: optimizer.learning_rate=-1 | optimizer.learning_rate is -1 | above 0
 train: optimizer.warmup_updates=99 | warmup_updates is 99 | to 79 or less
 train: warm_start.optimizer.decay='step' | warm_start.optimizer: decay is 'step'
 train: tokens=9; optimizer.decay='linear' | set decay to 'constant', or tokens
 train: model.attention='flash' | attention is 'flash' | cudnn
 train: algorithm=dict(name=5) | config.algorithm.name is 5
-train: algorithm=dict(name=['grpo']) | config.algorithm.name is
-train: task=dict(name=dict(a=1)) | config.task.name is
-train: algorithm=dict(name='grpo', clip='x') | config.algorithm: grpo:
 train: algorithm=dict(name='grpo', clip=[0.2]) | config.algorithm: grpo:
 train: algorithm=dict(name='ppo', kl=dict(name=5)) | algorithm.kl: the name is 5
 train: algorithm=dict(name='grpo', clipp=1) | parameter 'clipp' | mean 'clip'
 train: algorithm=dict(name='grpoo') | config.algorithm | did you mean 'grpo'?
 train: rollout.samples=1 | config.rollout.samples is 1 | grpo needs at least 2
-train: training.minibatches=3 | minibatches is 3 | 32 prompts | [1, 2, 4, 8
 train: training.minibatches=2; training.micro_prompts=3 | micro_prompts is 3 |\
  16 prompts (of a minibatch: config.rollout.prompts, 32, divided by
 train: rounds.sampling=2 | config.rounds.sampling is 2
 train: algorithm=dict(name='sft') | experiments.sft
 train: algorithm=dict(name='ipo') | experiments.preference
-train: algorithm=dict(name='rest_em') | experiments.rest_em
 rloo: training.epochs=2 | rloo has no importance ratio
-rloo: training.minibatches=2 | rloo has no importance ratio
-train: algorithm=dict(name='remax'); training.epochs=2 | remax has no importance
 rloo: critic.optimizer.b1=0.5 | critic.optimizer.b1 is 0.5, but rloo has no cri
-rloo: rollout.refill=-1 | refill is -1
 rloo: rollout.refill=2; algorithm=dict(name='reinforce'); rollout.samples=1 |\
  samples is 1
 rloo: rollout.hints=(0.0, 0.5) | give shares above 0
-rloo: rollout.hints=(0.5, 1.5) | give shares above 0
-rloo: rollout.hints=('half',) | give shares above 0
 rloo: rollout.hints=(0.5, 0.25) | in increasing order
 rloo: rollout.hint_threshold=0.5 | hint_threshold is 0.5, which
-rloo: rollout.hint_template='{hint}' | hint_template is
 rloo: rollout.hints=(0.5,); rollout.hint_template='{prompt}' | 0 times
 train: rollout.refill=2; algorithm=dict(name='trepo') | or have branches
-train: rollout.hints=[0.5]; algorithm=dict(name='trepo') | or have branches
 rloo: prompts.min_pass_rate=0.1 | unless config.prompts.pass_rates is
 rloo: prompts.pass_rates='f'; prompts.min_pass_rate=0.6; \
 prompts.max_pass_rate=0.4 | the minimum first
-rloo: prompts.pass_rates='f'; prompts.max_pass_rate=1.4 | from 0 to 1
 rloo: prompts.curriculum_steps=5 | unless config.prompts.curriculum is
 rloo: prompts.curriculum='level' | set it to 9 or more
-rloo: prompts.curriculum='level'; prompts.curriculum_steps=3; \
-prompts.curriculum_stages=1 | at least 2
 ppo: critic.trunk='own' | config.critic.trunk is 'own' | separate, shared
 ppo: critic.trunk='shared'; critic.path='model' | path is 'model' | 'separate'
 ppo: critic.warmup=80 | config.critic.warmup is 80 | 80 steps | 79 or less
-ppo: critic.warmup=-1 | config.critic.warmup is -1
 ppo: critic.warmup=75 | config.optimizer: warmup_updates is 10 | only 5 updates
 ppo: critic.optimizer.warmup_updates=80 | warmup_updates is 80 | 80 updates
-ppo: critic.optimizer.learning_rate=0.0 | learning_rate is 0.0 | above 0
-ppo: tokens=9; critic.optimizer.decay='linear' | critic.optimizer.decay is
 train: critic.warmup=5 | config.critic.warmup is 5, but grpo has no critic | ppo
 ppo: algorithm.kl=dict(name='adaptive_kl', initial=0.1) |\
  config.algorithm.kl: adaptive_kl needs target, horizon
-ppo: algorithm.kl=dict(name='adaptiv_kl') | did you mean 'adaptive_kl'?
-ppo: algorithm.kl=dict(name='adaptive_kl', initial=1, target=0.0, horizon=2) |\
- config.algorithm: ppo: | target=0.0 | above 0
 rest_em: algorithm.name='grpo' | 'grpo': this script supports
-rest_em: algorithm.name='' | set rest_em
 rest_em: rounds.sampling=0 | learns from its own samples
 rest_em: rounds.learning=0 | a round would learn nothing
 rest_em: steps=61 | set it to 60 or 80
-rest_em: steps=15 | set it to 20
 rest_em: rollout.refill=2 | refill is 2, but rest_em does not
-rest_em: prompts.curriculum='x'; prompts.curriculum_steps=9 | curriculum is 'x'
 rest_em: training.epochs=2 | a step of rest_em is one update
-rest_em: critic.warmup=2 | has no critic
-rest_em: rollout.temperature=0.0 | all samples would be equal
-rest_em: optimizer.warmup_updates=40 | config.optimizer
 dpo: algorithm.name='grpo' | set dpo or dpop or ipo, or | with experiments.train
-dpo: rollout.hints=(0.5,) | for experiments.train
 dpo: rollout.samples=1 | needs at least 2 per prompt
-dpo: training.micro_prompts=3 | does not divide
 dpo: rounds.sampling=0 | config.rounds.learning is 10
-sft: algorithm.name='dpop' | set sft, or train with experiments.preference
 sampling sft: steps=20 | learns from the data of the task
-sampling sft: rounds.sampling=0; rounds.learning=0; rounds.per_prompt=3 | to 4
 sft: prompts.pass_rates='x' | learns from demonstrations
 sft: tokens=9 | config.tokens is 9, but nothing
 reward_model: rewards=dict(a=dict(name='sentiment')) | learns from pairs alone
 reward_model: warm_start.steps=3 | config.warm_start.steps is 3
-reward_model: algorithm.name='dpo' | 'dpo': this script supports
-reward_model: rounds.sampling=2 | config.rounds.sampling is 2
-reward_model: critic.warmup=2 | has no critic
 """
 
 

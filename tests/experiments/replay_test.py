@@ -31,11 +31,6 @@ def contents(folder):
   }
 
 
-def steps_kept(folder, below=scripts.TOTAL):
-  found = sorted(int(path.name) for path in (folder / 'checkpoints').iterdir())
-  return [step for step in found if step < below]
-
-
 def tamper(folder, step, name):
   """Changes the last bit of a metric in the records."""
   path = folder / 'metrics.jsonl'
@@ -62,68 +57,36 @@ def test_a_tampered_metric_is_the_only_one_that_differs(workdir, capsys):
   ]
 
 
-def test_an_output_that_cannot_be_is_refused_before_anything_is_done(workdir):
-  before = contents(workdir)
-  (workdir.parent / 'file').touch()
-  for output, text in (
-    (workdir, 'in the folder of a run'),
-    (workdir / 'replays' / '2', 'in the folder of a run'),
-    (workdir.parent / 'file', 'cannot be written'),
-  ):
-    with mistakes.refused(text):
-      replay.replay(workdir, 2, output, trust_code=True)
-  assert contents(workdir) == before
-
-
 @pytest.mark.slow
 def test_what_a_step_of_rl_was_made_of_is_written(workdir, tmp_path, capsys):
   old, record = tamper(workdir, MIDDLE, 'loss')
   before, output = contents(workdir), tmp_path / 'output'
   assert replay.replay(workdir, MIDDLE, output, trust_code=True) == 1
   assert contents(workdir) == before
-  start = steps_kept(workdir, MIDDLE)[-1]
-  names = [n for n in record if n != 'step' and not n.startswith('eval/')]
-  said = capsys.readouterr().out.splitlines()
-  assert said == [
-    f'{workdir}: step {MIDDLE}, {MIDDLE - start} from checkpoint {start}',
-    f'1 of {len(names)} metrics differ',
-    f'loss: {record["loss"]!r} recorded, {old!r} now',
-    f'{output}: record.json, parameters.jsonl, batch.npz, samples.jsonl, '
-    'samples.html',
-  ]
-  check_output(output, record)
-
-
-def check_output(output, record):
-  """Asserts that what was written belongs together and to the record."""
+  said = capsys.readouterr().out
+  assert f'loss: {record["loss"]!r} recorded, {old!r} now\n' in said
   numbers = json.loads((output / 'record.json').read_text())
   assert numbers['now']['reward'] == record['reward']
   batch = np.load(output / 'batch.npz')
-  shape = scripts.PROMPTS, scripts.SAMPLES
-  assert batch['mask'].shape[:2] == batch['rewards'].shape == shape
   assert batch['mask'].sum() / 16 == record['completions/mean_length']
-  assert batch['valid'].all() and (batch['lengths'] > 0).all()
   parts = batch['rewards/symbols'] + 0.5 * batch['rewards/correct']
   np.testing.assert_allclose(batch['rewards'], parts, rtol=1e-12)
   np.testing.assert_allclose(batch['rewards'].mean(), record['reward'], 1e-6)
   samples = read_samples(output / 'samples.jsonl')
   assert [s.reward for s in samples] == batch['rewards'].reshape(-1).tolist()
-  changes = list(
-    map(json.loads, (output / 'parameters.jsonl').read_text().splitlines())
-  )
+  changes = scripts.records(output, 'parameters.jsonl')
   assert all(0 < each['change'] < each['norm'] for each in changes)
   layers = [each for each in changes if 'change_by_layer' in each]
-  for each in layers:
-    assert np.linalg.norm(each['change_by_layer']) == pytest.approx(
-      each['change']
-    )
   assert 0 < len(layers) < len(changes)
+  for each in layers:
+    norm = np.linalg.norm(each['change_by_layer'])
+    assert norm == pytest.approx(each['change'])
 
 
 @pytest.mark.slow
 def test_every_kind_of_step_is_identical(tmp_path):
   workdir, output = scripts.undisturbed(), tmp_path / 'output'
-  identical(workdir, [3, scripts.WARM, scripts.WARM + 1, MIDDLE, scripts.TOTAL])
+  identical(workdir, [3, scripts.WARM, scripts.WARM + 1, scripts.TOTAL])
   # A warm start has no batch.
   assert replay.replay(workdir, 2, output, trust_code=True) == 0
   names = sorted(path.name for path in output.iterdir())
@@ -135,25 +98,20 @@ def refusal(workdir, step, *texts):
     replay.replay(workdir, step, trust_code=True)
 
 
-def test_no_such_step_or_run(tmp_path):
-  for step in (0, -1, scripts.TOTAL + 1):
-    texts = f'no record of step {step}\n', f'1 to {scripts.TOTAL}'
-    refusal(scripts.undisturbed(), step, *texts)
+def test_no_such_step_or_code(workdir, tmp_path):
   refusal(tmp_path, 1, f'{tmp_path} holds no run')
-
-
-@pytest.mark.parametrize('now', ['changed', 'missing'])
-def test_other_code(now, workdir):
+  step = scripts.TOTAL + 1
+  refusal(workdir, step, f'no record of step {step}\n', f'1 to {scripts.TOTAL}')
   path = workdir / 'starts.jsonl'
   env = json.loads(path.read_text().splitlines()[-1])
   (reward,) = env['code_sha256']
-  if now == 'missing':
-    env['code_sha256'] = {'gone.py': env['code_sha256'][reward]}
-  else:
-    env['code_sha256'][reward] = '0' * 64
-  path.write_text(json.dumps(env))
-  name = 'gone.py' if now == 'missing' else reward
-  refusal(workdir, 3, f'{name} is {now} since the run')
+  for name, digest, now in (
+    (reward, '0' * 64, 'changed'),
+    ('gone.py', env['code_sha256'][reward], 'missing'),
+  ):
+    env['code_sha256'] = {name: digest}
+    path.write_text(json.dumps(env))
+    refusal(workdir, 3, f'{name} is {now} since the run')
 
 
 def test_no_checkpoint_verifies(workdir):

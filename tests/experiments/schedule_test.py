@@ -40,8 +40,7 @@ def test_lower_limits_than_the_run_has_reached(budget, total, overran):
 
 
 def test_rounds_are_evaluated_at_their_seams_and_while_they_learn():
-  # 3 steps sample, 4 learn: evaluations after 3 and 7 steps of each round, and
-  # at every fourth step that learns.
+  """3 steps sample, 4 learn; every fourth step that learns counts, too."""
   course = Schedule(2, 16, 0, Cycle(3, 4))
   found = follow(course, 10, every=4, every_tokens=1, save=100)
   assert found == ([2, 5, 6, 9, 12, 14, 16], [2, 16], 16)

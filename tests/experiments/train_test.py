@@ -1,48 +1,27 @@
-"""The training script without a warm start, what it writes, and its guard."""
+"""The training script: what it writes, how it ends, when it stops."""
 
 import importlib
 import json
 import os
 import pathlib
 import signal
-import threading
 import time
 import types
 
-import jax
 import numpy as np
 import pytest
 import scripts
+from mistakes import assert_refused
 
-from experiments import build, run, train
-from experiments.configs import quickstart
-from jaxrl_llm.rewards import interruptible
-from jaxrl_llm.runs import read_metrics
+from experiments import run, train
 from jaxrl_llm.runs.folder import open_run
 
 FLAGS = ['--config.warm_start.steps=0']
 
 
-def start(workdir, config, *flags) -> scripts.Script:
-  arguments = f'--config={config}', f'--workdir={workdir}', '--resume', *flags
-  return scripts.Script('train', *arguments, cache=scripts.cache())
-
-
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
   return scripts.write_config(tmp_path_factory.mktemp('config'))
-
-
-def test_folder_is_complete():
-  whole = scripts.undisturbed()
-  names = {path.name for path in whole.iterdir()}
-  assert names == {
-    *('checkpoints', 'config.json', 'curve.png', 'health.log', 'hf', 'lock'),
-    *('metrics.jsonl', 'reference', 'samples.html', 'samples.jsonl'),
-    *('starts.jsonl', 'tb', 'timings.jsonl'),
-  }
-  env = json.loads((whole / 'starts.jsonl').read_text())
-  assert env['command'][1:] and env['device_count'] == 1
 
 
 def test_the_defaults_say_nothing_to_worry_about(tmp_path):
@@ -53,49 +32,29 @@ def test_the_defaults_say_nothing_to_worry_about(tmp_path):
   text += (
     "  config.rewards = dict(correct=dict(name='arithmetic_answer'))\n"
     "  config.algorithm = dict(name='grpo')\n"
+    '  config.steps = 10\n'  # of which the mean is judged
     '  return config\n'
   )
   config = scripts.write_config(tmp_path, text)
-  ended = scripts.run(
-    'train',
-    f'--config={config}',
-    f'--workdir={tmp_path / "run"}',
-    '--config.steps=10',  # of which the mean is judged
-    cache=scripts.cache(),
-  )
+  ended = scripts.train(tmp_path / 'run', config).wait()
   assert ended.code == 0, ended.err
   for worry in ('sampler and trainer', 'recomputes', 'effective_samples'):
     assert worry not in ended.err, ended.err
 
 
-def test_log_probs_of_float32_differ_by_less_than_the_default(monkeypatch):
-  config = quickstart.get_config()
-  config.task.update(train=12, held_out=8)
-  model = build.model(config.model, config.seed)
-  data = build.dataset(config, model.tokenizer)
-  online = train.Online(config, model, data, jax.random.key(0), None)
-  # The first is what trained models have.
-  for nats, lines in ((1.6e-5, 0), (2e-4, 1)):
-    monkeypatch.setattr(
-      online, 'log_prob_difference', lambda *_, nats=nats: nats
-    )
-    assert len(online.start(None)) == lines
-
-
 def test_records():
   whole = scripts.undisturbed()
-  records = read_metrics(whole / 'metrics.jsonl')
+  records = scripts.records(whole)
   steps = [record['step'] for record in records]
   assert steps == list(range(1, scripts.TOTAL + 1))
   # Equal bits mean nothing if the numbers do not move.
   assert len({r['reward'] for r in records if 'reward' in r}) > 15
   evaluated = [r['step'] for r in records if 'eval/reward' in r]
-  assert evaluated == list(
-    range(scripts.WARM, scripts.TOTAL + 1, scripts.EVERY)
-  )
+  evaluations = range(scripts.WARM, scripts.TOTAL + 1, scripts.EVERY)
+  assert evaluated == list(evaluations)
   # Adding up what the samples say gives what the record says.
-  lines = (whole / 'samples.jsonl').read_text().splitlines()
-  held = [s for s in map(json.loads, lines) if s['advantage'] is None]
+  samples = scripts.records(whole, 'samples.jsonl')
+  held = [sample for sample in samples if sample['advantage'] is None]
   assert {s['step'] for s in held} == set(evaluated)
   for sample in held:
     parts = sample['rewards']
@@ -113,6 +72,8 @@ def test_records():
     assert after['log_prob_difference/max'] < 1e-5 and after['skipped'] == 0
   # The reference is the policy that RL began with.
   assert records[1]['kl'] < 1e-3 < records[-1]['kl']
+  env = json.loads((whole / 'starts.jsonl').read_text())
+  assert env['command'][1:] and env['device_count'] == 1
 
 
 @pytest.mark.parametrize('moment', ['__init__', 'train', 'finish'])
@@ -126,37 +87,11 @@ def test_an_interrupt_ends_in_one_line(moment, tmp_path, monkeypatch, capsys):
   first = types.SimpleNamespace(step=0)
   monkeypatch.setattr(run.Run, 'schedule', first, raising=False)
   config = importlib.import_module('experiments.configs.quickstart')
-  code = train.train(config.get_config().lock(), tmp_path / 'run')
-  assert code == 128 + signal.SIGINT
-  assert capsys.readouterr().err == (
-    'interrupted: --resume continues from the last checkpoint\n'
-  )
-  # The folder is free.
-  with open_run(
-    tmp_path / 'run', True, config.get_config().to_dict()
-  ) as folder:
-    assert folder.resuming
-
-
-def test_a_stop_while_rewards_load_leaves_the_folder_as_it_was(
-  tmp_path, monkeypatch, capsys
-):
-  def load(self, *arguments):
-    os.kill(os.getpid(), signal.SIGTERM)
-    interruptible.wait(threading.Event().wait)
-
-  monkeypatch.setattr(run.Run, '__init__', load)
-  config = importlib.import_module('experiments.configs.quickstart')
   config, workdir = config.get_config().lock(), tmp_path / 'run'
-  for resume in (False, True, False):
-    code = train.train(config, workdir, resume)
-    assert code == 128 + signal.SIGTERM
-    said = 'stopped by SIGTERM before it began: repeat the command\n'
-    assert capsys.readouterr().err == said
-  # A run that has begun stays one.
-  with open_run(workdir, False, config.to_dict()) as folder:
-    assert not folder.resuming
-  assert train.train(config, workdir, resume=True) == 128 + signal.SIGTERM
+  assert train.train(config, workdir) == 128 + signal.SIGINT
+  said = 'interrupted: --resume continues from the last checkpoint\n'
+  assert capsys.readouterr().err == said
+  # The folder is free.
   with open_run(workdir, True, config.to_dict()) as folder:
     assert folder.resuming
 
@@ -177,7 +112,7 @@ def test_a_stop_is_heard_while_rewards_hang(tmp_path):
   config = scripts.write_config(tmp_path / 'config', text, body)
   workdir, hangs = tmp_path / 'run', config.with_name('reward.py.hangs')
 
-  script = start(workdir, config, *FLAGS)
+  script = scripts.train(workdir, config, *FLAGS)
   scripts.wait_until(hangs.exists, script)
   time.sleep(5.0)  # The device is told all it has to do.
   began = time.monotonic()
@@ -197,13 +132,11 @@ def test_a_stop_is_heard_while_rewards_hang(tmp_path):
 def test_diverging_run_ends(config, tmp_path):
   workdir = tmp_path / 'run'
   rate = '--config.warm_start.optimizer.learning_rate=1e38'
-  ended = start(workdir, config, rate).wait()
-  assert ended.code == 2
-  assert '3 updates in a row were not finite' in ended.err
-  assert 'optimizer.learning_rate' in ended.err
-  assert 'Traceback' not in ended.err
-  records = read_metrics(workdir / 'metrics.jsonl')
-  assert [record['skipped'] for record in records] == [0, 1, 2, 3]
+  ended = scripts.train(workdir, config, rate).wait()
+  texts = '3 updates in a row were not finite', 'optimizer.learning_rate'
+  assert_refused(ended, *texts)
+  skipped = [record['skipped'] for record in scripts.records(workdir)]
+  assert skipped == [0, 1, 2, 3]
   assert os.listdir(workdir / 'checkpoints') == ['00000004']
 
 
@@ -213,15 +146,17 @@ def test_tokens_end_a_run(config, tmp_path):
   flags = [*FLAGS, '--config.optimizer.decay=constant']
   flags += ['--config.evaluation.every_tokens=100']
   workdir = tmp_path / 'run'
+  limited = lambda limit: scripts.train(
+    workdir, config, *flags, f'--config.tokens={limit}'
+  ).wait()
   for limit in (230, 530):
-    ended = start(workdir, config, *flags, f'--config.tokens={limit}').wait()
+    ended = limited(limit)
     assert ended.code == 0, ended.err
-    records = read_metrics(workdir / 'metrics.jsonl')
+    records = scripts.records(workdir)
     counts = [0, *(record['num_tokens'] for record in records)]
     assert counts[-2] < limit <= counts[-1]
   for i, record in enumerate(records):
     crossed = counts[i] // 100 < counts[i + 1] // 100
     if crossed or i % scripts.EVERY == 0 or i == len(records) - 1:
       assert 'eval/reward' in record
-  ended = start(workdir, config, *flags, '--config.tokens=230').wait()
-  assert ended.code == 2 and 'raise config.steps or config.tokens' in ended.err
+  assert_refused(limited(230), 'raise config.steps or config.tokens')

@@ -20,6 +20,7 @@ pathlib.Path({mark!r}).touch()
 def score(completions, **kwargs):
   return [0.0] * len(completions)
 """
+FILE = dict(name='evil.py:score')
 
 
 @pytest.fixture
@@ -29,11 +30,12 @@ def mark(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path, mark):
+def folder(tmp_path, mark, monkeypatch):
   """A copy of the tiny run that brings a file of code."""
   path = tmp_path / 'run'
   shutil.copytree(scripts.undisturbed(), path)
   (path / 'evil.py').write_text(EVIL.format(mark=str(mark)))
+  monkeypatch.chdir(path)
   return path
 
 
@@ -43,40 +45,29 @@ def store(folder, **sections):
   path.write_text(json.dumps(json.loads(path.read_text()) | sections))
 
 
-def specs(mark):
-  """Specifications of functions that leave the mark."""
-  command = f'touch {mark}'
-  return {
-    'subprocess': dict(name='subprocess:getoutput', cmd=command),
-    'os': dict(name='os:system', command=command),
-    'file': dict(name='evil.py:score'),
-    'worker': dict(name='evil.py:score', workers=1, timeout=5.0),
-  }
+def command(mark):
+  """The specification of a function that leaves the mark."""
+  return dict(name='subprocess:getoutput', cmd=f'touch {mark}')
 
 
-def test_neither_evaluation_nor_labelling_executes_code(
-  folder, mark, monkeypatch, tmp_path
-):
-  monkeypatch.chdir(folder)
-  for spec in specs(mark).values():
+def test_neither_evaluation_nor_labelling_executes_code(folder, mark, tmp_path):
+  for spec in (command(mark), FILE, FILE | dict(workers=1, timeout=5.0)):
     store(folder, rewards={'score': spec})
     refused(
       scripts.call('evaluate', f'--workdir={folder}'),
       f'{folder}/config.json: config.rewards.score.name is {spec["name"]!r}',
       '--trust_code',
     )
-  store(folder, task=dict(name='evil.py:score'), rewards={})
-  output = f'--output={tmp_path / "output.jsonl"}'
-  for what in ('pass_rates', 'pairs'):
-    flags = f'--what={what}', f'--workdir={folder}', output
-    ended = scripts.call('label', *flags)
-    refused(ended, "config.task.name is 'evil.py:score'", '--trust_code')
+  store(folder, task=FILE, rewards={})
+  flags = f'--workdir={folder}', f'--output={tmp_path / "output.jsonl"}'
+  ended = scripts.call('label', '--what=pairs', *flags)
+  refused(ended, "config.task.name is 'evil.py:score'", '--trust_code')
   assert not mark.exists()
 
 
 @pytest.mark.parametrize('part', [False, True])
 def test_neither_replay_nor_audit_executes_an_algorithm(part, folder, mark):
-  spec = specs(mark)['subprocess']
+  spec = command(mark)
   algorithm = dict(name='grpo', kl=spec) if part else spec
   correct = dict(name='arithmetic_answer')
   store(folder, rewards={'correct': correct}, algorithm=algorithm)
@@ -89,27 +80,17 @@ def test_neither_replay_nor_audit_executes_an_algorithm(part, folder, mark):
       read()
   assert not mark.exists()
   # What executes no algorithm needs no trust in it.
-  assert (
-    stored_runs.load(folder, untrusted=('task', 'rewards')).step
-    == scripts.TOTAL
-  )
+  found = stored_runs.load(folder, untrusted=('task', 'rewards'))
+  assert found.step == scripts.TOTAL
 
 
-def test_with_trust_the_folders_code_is_executed(folder, mark, monkeypatch):
-  monkeypatch.chdir(folder)
-  store(folder, rewards={'score': specs(mark)['file']})
+def test_with_trust_the_folders_code_is_executed(folder, mark):
+  store(folder, rewards={'score': FILE})
   flags = f'--workdir={folder}', '--trust_code'
   ended = scripts.call('evaluate', *flags)
   assert ended.code == 0 and 'accuracy' in ended.out, ended
   assert mark.exists()
   mark.unlink()
-  store(folder, rewards={'score': specs(mark)['subprocess']})
+  store(folder, rewards={'score': command(mark)})
   refused(scripts.call('evaluate', *flags), 'of the standard library')
   assert not mark.exists()
-
-
-def test_replay_from_the_command_line():
-  flags = f'--workdir={scripts.undisturbed()}', '--step=2'
-  refused(scripts.call('replay', *flags), 'reward.py:symbols', '--trust_code')
-  trusting = scripts.call('replay', *flags, '--trust_code')
-  assert trusting.code == 0 and 'identical' in trusting.out, trusting

@@ -151,22 +151,23 @@ ENTRY %main (a: f32[8,8]) -> (s32[], f32[8,8]) {
   assert count(text.replace('s32[] copy', 's32[] negate')) == 3 * 2 * 8**3
 
 
-@pytest.mark.parametrize(
-  'text, kind, group',
-  [
-    ('replica_groups={{0,2},{1,3}}, x', 'all-gather', (0, 2)),
-    ('replica_groups=[2,4]<=[8], x', 'all-gather', (0, 1, 2, 3)),
-    ('replica_groups=[4,2]<=[2,4]T(1,0), x', 'all-gather', (0, 4)),
-    ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", 'all-gather', (0, 4)),
-    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 'all-gather', (0, 1, 2, 3)),
-    ("replica_groups=mesh['a'=8] {'a':(2)4}", 'all-gather', (0, 1, 2, 3)),
-    ("replica_groups=mesh['a'=8] {'a':(1)2}", 'all-gather', (0, 4)),
-    ('source_target_pairs={{3,1},{1,3}}', 'collective-permute', (3, 1)),
-  ],
-)
-def test_groups_of_every_notation(text, kind, group):
-  found = hlo.Instruction('x', 'f32[2]', kind, (), text)
-  assert collectives.first_group(found, kind) == group
+GROUPS = """
+replica_groups={{0,2},{1,3}}, x | (0, 2)
+replica_groups=[2,4]<=[8], x | (0, 1, 2, 3)
+replica_groups=[4,2]<=[2,4]T(1,0), x | (0, 4)
+replica_groups=mesh['a'=2,'b'=4] {'a'}, x | (0, 4)
+replica_groups=mesh['a'=2,'b'=4] {'b'} | (0, 1, 2, 3)
+replica_groups=mesh['a'=8] {'a':(2)4} | (0, 1, 2, 3)
+source_target_pairs={{3,1},{1,3}} | (3, 1)
+"""
+
+
+def test_groups_of_every_notation():
+  for line in GROUPS.strip().splitlines():
+    text, group = line.split(' | ')
+    kind = 'collective-permute' if 'source' in text else 'all-gather'
+    found = hlo.Instruction('x', 'f32[2]', kind, (), text)
+    assert collectives.first_group(found, kind) == eval(group), line
 
 
 def test_bandwidth_of_links():
@@ -212,63 +213,15 @@ def test_flops_equal_those_of_the_unrolled_program(optimized):
 
 
 def test_convolutions_of_tpus():
-  """A matrix product and a batch of them, as libtpu writes them."""
-  text = """
-ENTRY %main (a: bf16[512,64], b: bf16[64,32]) -> bf16[512,32] {
-  %a = bf16[512,64]{1,0:T(8,128)(2,1)} parameter(0)
-  %b = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %c = bf16[512,32]{1,0:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
-}
-"""
-  assert (
-    flops.of_executions(hlo.executions(hlo.parse(text))) == 2 * 512 * 64 * 32
-  )
+  """A batch of matrix products, as libtpu writes them."""
   text = """
 ENTRY %main (a: bf16[4,512,64], b: bf16[4,64,32]) -> bf16[4,512,32] {
-  %a = bf16[4,512,64]{2,1,0} parameter(0)
-  %b = bf16[4,64,32]{2,1,0} parameter(1)
-  ROOT %c = bf16[4,512,32]{2,1,0} convolution(%a, %b), WINDOW
+  %a = bf16[4,512,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[4,64,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = bf16[4,512,32]{2,1,0:T(8,128)} convolution(%a, %b), WINDOW
 }
 """
   window = 'window={size=4 stride=3 pad=0_0 lhs_dilate=4}, '
   text = text.replace('WINDOW', window + 'dim_labels=0bf_0io->0bf')
-  assert (
-    flops.of_executions(hlo.executions(hlo.parse(text)))
-    == 4 * 2 * 512 * 64 * 32
-  )
-
-
-def test_flops_of_a_kernel():
-  """A Pallas kernel's products count once per point of its grid."""
-  from jax.experimental import pallas
-
-  def kernel(x, y, out):
-    out[...] = x[...] @ y[...]
-
-  multiply = pallas.pallas_call(
-    kernel,
-    jax.ShapeDtypeStruct((64, 16), jnp.float32),
-    grid=(8,),
-    in_specs=[
-      pallas.BlockSpec((8, 32), lambda i: (i, 0)),
-      pallas.BlockSpec((32, 16), lambda i: (0, 0)),
-    ],
-    out_specs=pallas.BlockSpec((8, 16), lambda i: (i, 0)),
-    interpret=True,
-  )
-  x, y = jnp.zeros((64, 32)), jnp.zeros((32, 16))
-  found = flops.of_jaxpr(jax.jit(multiply).trace(x, y).jaxpr)
-  assert found == (2 * 64 * 32 * 16,) * 2
-
-
-def test_descriptions_of_kernels_span_lines():
-  text = """
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %a = f32[8]{0} parameter(0)
-  %k = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
-"block": 512
-}}, metadata={op_name="kernel"}
-  ROOT %b = f32[8]{0} copy(%k)
-}
-"""
-  assert list(hlo.parse(text).computations['main']) == ['a', 'k', 'b']
+  found = flops.of_executions(hlo.executions(hlo.parse(text)))
+  assert found == 4 * 2 * 512 * 64 * 32

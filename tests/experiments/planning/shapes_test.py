@@ -1,7 +1,6 @@
 """Shapes of published models against their published sizes."""
 
 import jax
-import mistakes
 import pytest
 
 from experiments.planning import shapes
@@ -27,12 +26,11 @@ def test_number_of_parameters(name):
   assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize('name', ['gemma3-4b', 'gemma3-27b'])
-def test_gemma_as_transformers_builds_it(name):
+def test_gemma_as_transformers_builds_it():
   """The order of layers, windows and norms that are its defaults there."""
   from transformers import Gemma3TextConfig
 
-  config = shapes.named(name)
+  config = shapes.named('gemma3-27b')
   theirs = Gemma3TextConfig(
     hidden_size=config.hidden_size,
     intermediate_size=config.intermediate_size,
@@ -45,9 +43,3 @@ def test_gemma_as_transformers_builds_it(name):
     rope_scaling=dict(rope_type='linear', factor=8.0),
   )
   assert families.read_config(theirs.to_dict()) == config
-
-
-def test_overrides_and_unknown_names():
-  assert shapes.named('llama3-8b', dtype='bfloat16').dtype == 'bfloat16'
-  with mistakes.refused('did you mean llama3-8b'):
-    shapes.named('llama-8b')

@@ -55,14 +55,6 @@ def subject(config):
   return audit_draws.Subject(config, model, rows, None, None, 'tiny')
 
 
-def test_prompts_are_chosen_once_and_for_all(config, subject):
-  again = audit_draws.choose_prompts(config, subject.model, PROMPTS)
-  assert again == subject.rows
-  assert {len(row['prompt']) % 2 for row in again} == {0, 1}
-  with mistakes.refused('--prompts is 41'):
-    audit_draws.choose_prompts(config, subject.model, 41)
-
-
 @pytest.fixture(scope='module')
 def step(subject):
   """(phase, state, what a step of RL-ZVP's sampled)."""
@@ -135,25 +127,19 @@ def test_parts_add_up_to_the_gradient_of_training(step, subject):
     assert jnp.abs(weights.log_probs).max() > 1e-4
 
 
-def test_what_does_not_fit_is_refused(subject, tmp_path):
-  def refused(match, **spec):
-    with mistakes.refused('mine: ', match):
-      audit_draws.variant(subject, 'mine', spec)
+WRONG = """
+algorithm=dict(name='rlo') | rloo
+algorithm=dict(name='ppo') | critic
+algorithm=dict(name='rloo'), rollout=dict(prompts=3) | the same for all
+algorithm=dict(name='rloo'), rollout=dict(samples=1) | at least 2
+algorithm=dict(name='rloo'), rollouts=dict(samples=3) | is not like dict
+"""
 
-  refused('rloo', algorithm=dict(name='rlo'))
-  refused('critic', algorithm=dict(name='ppo'))
-  refused('the same for all', **RLOO, rollout=dict(prompts=3))
-  refused('sample', **RLOO, rollout=dict(sample=3))
-  refused('is not like dict', name='rloo')
-  refused('is not like dict', **RLOO, rollouts=dict(samples=3))
-  refused('at least 2', **RLOO, rollout=dict(samples=1))
-  config = audit_draws.variant(subject, 'x', RLOO | {'rollout': {'samples': 2}})
-  assert config.rollout.samples == 2 and config.rollout.prompts == PROMPTS
-  empty = 'def get_estimators():\n  return {}', 'returns {}'
-  for text, match in (empty, ('', "no function 'get_estimators'")):
-    (tmp_path / 'file.py').write_text(text)
-    with mistakes.refused(match):
-      audit.read_estimators(str(tmp_path / 'file.py'))
+
+@pytest.mark.parametrize('spec, texts', mistakes.table(WRONG))
+def test_estimators_that_do_not_fit_are_refused(spec, texts, subject):
+  with mistakes.refused('mine: ', *texts):
+    audit_draws.variant(subject, 'mine', eval(f'dict({spec})'))
 
 
 @pytest.mark.slow
@@ -170,20 +156,17 @@ def test_a_whole_audit_and_again(subject, tmp_path, capsys):
   run()
   assert 'stored' not in capsys.readouterr().out
   result = json.loads((tmp_path / 'audit.json').read_text())
-  assert list(result['estimators']) == ['RLOO', 'Dr. GRPO']
   assert result['reference']['tokens'] >= 4000
-  for row in result['estimators'].values():
-    assert row['tokens'] * row['draws'] >= 2500
   # Dr. GRPO's gradient is RLOO's, (G − 1)/G and 1/6 of it.
-  scale = {'RLOO': 1.0, 'Dr. GRPO': 3 / 4 / 6}
-  for label, row in result['estimators'].items():
-    found, true = row['scale'], scale[label]
+  for label, true in (('RLOO', 1.0), ('Dr. GRPO', 3 / 4 / 6)):
+    row = result['estimators'][label]
+    assert row['tokens'] * row['draws'] >= 2500
+    found = row['scale']
     assert abs(found['value'] - true) < 4 * found['error'] < true, label
-    assert row['signal']['value'] > 0
   rloo = result['estimators']['RLOO']['equal_groups']
   assert 0.3 < rloo['share'] < 1 and rloo['squared_norm']['value'] == 0
   assert rloo['cosine']['value'] is None  # no NaN in JSON
-  for name in ('audit.png', 'values.png', 'audit.md'):
+  for name in ('audit.png', 'values.png'):
     assert (tmp_path / name).stat().st_size > 100
   table = (tmp_path / 'audit.md').read_text()
   assert '| Dr. GRPO |' in table and 'nan' not in table
@@ -192,29 +175,6 @@ def test_a_whole_audit_and_again(subject, tmp_path, capsys):
   assert capsys.readouterr().out.count('stored') == 3
   again = json.loads((tmp_path / 'audit.json').read_text())
   assert again['estimators'] == result['estimators']
-
-
-def test_other_settings_are_drawn_again(subject):
-  """The digest covers all that draws depend on."""
-  params = jax.tree.map(lambda x: x + 1e-6, subject.model.params)
-  digests = {
-    audit_draws._digest(
-      subject._replace(**other),
-      audit_draws.variant(subject, label, spec),
-      *(label, tokens),
-    )
-    for spec, label, tokens, other in (
-      (RLOO, 'a', 5, {}),
-      (RL_ZVP, 'a', 5, {}),
-      (RLOO | {'rollout': {'samples': 3}}, 'a', 5, {}),
-      (RLOO, 'b', 5, {}),
-      (RLOO, 'a', 6, {}),
-      (RLOO, 'a', 5, {'model': subject.model._replace(params=params)}),
-      (RLOO, 'a', 5, {'rows': subject.rows[:-1]}),
-      (RLOO, 'a', 5, {'reference': params}),
-    )
-  }
-  assert len(digests) == 8
 
 
 def test_a_checkpoint_of_a_run(config, subject, tmp_path):
@@ -233,33 +193,20 @@ def test_a_checkpoint_of_a_run(config, subject, tmp_path):
   assert found.critic is None and found.reference is None
 
 
-@pytest.fixture(scope='module')
-def measured(subject):
+def test_a_report_of_values(subject):
   config = audit_draws.variant(subject, 'reference', RLOO)
-  return audit_values.measure(subject, config, count=40, positions=2)
-
-
-def test_states_and_their_returns(measured, subject):
+  measured = audit_values.measure(subject, config, count=40, positions=2)
   known = measured.positions > 0
   assert measured.returns.shape == (PROMPTS, 2, 2, 48)  # a multiple of 16
-  assert set(measured.positions[known]) == {2, 4} and known.sum() > PROMPTS
-  odd = np.array([len(row['prompt']) % 2 for row in subject.rows])
-  # Prompts are in the batch's order; odd ones earn 0.5 whatever is written.
-  earned = measured.others.std(axis=1)
-  assert (earned == 0).sum() == odd.sum()
-  same = known & (earned == 0)[:, None, None]
-  assert (measured.returns[same] == 0.5).all()
-  assert measured.returns[known & ~same].std(axis=1).max() > 0.1
+  # Some prompts earn 0.5 whatever is written.
+  same = known & (measured.others.std(axis=1) == 0)[:, None, None]
+  assert same.any() and (measured.returns[same] == 0.5).all()
   for name, values in measured.predictions.items():
     siblings = int(name.split()[2])
     expected = measured.others[:, :siblings].mean(axis=1)[:, None, None]
     np.testing.assert_allclose(values, np.broadcast_to(expected, known.shape))
-
-
-def test_a_report_of_values(measured):
   found = audit_values.report(measured)
   sources = found['sources']
-  known = measured.positions > 0
   assert found['states'] == known.sum() and found['branches'] == 48
   assert list(found['by_place']) == ['2', '4']
   one, four = (

@@ -92,17 +92,3 @@ def test_bands_end_where_the_shortest_run_does():
   last = 55 + (90 - 55) * 200 / 300
   np.testing.assert_allclose(band.mean[-1], (80 + last) / 2)
   assert band.low[-1] < 78.4 < band.mean[-1] < 80 < band.high[-1]
-
-
-def test_intervals_that_say_nothing_are_left_out():
-  metric = CONFIG.metrics[0] | dict(scale=1, digits=2)
-  for values, text in (([0.5] * 3, '0.50'), ([0.5], '0.50'), ([np.nan], '–')):
-    found = [run('grpo', i, value) for i, value in enumerate(values)]
-    assert compare_report._text(found, metric, np.inf) == text
-
-
-def test_a_run_without_tokens_has_a_start_and_an_end():
-  found = [run('sft', 0, 0.5) | dict(tokens=0)]
-  found[0]['curve']['tokens'] = [0] * 4
-  text = lambda tokens: compare_report._text(found, CONFIG.metrics[0], tokens)
-  assert text(500) == '–' and text(np.inf) == '50.0'

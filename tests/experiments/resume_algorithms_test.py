@@ -1,6 +1,5 @@
-"""Kills of runs that learn in rounds or from pairs: the records are equal."""
+"""Kills of runs of every kind of algorithm: the records are equal."""
 
-import json
 import os
 import signal
 
@@ -11,36 +10,48 @@ from tests.experiments import replay_test
 
 # A round: two steps that sample, four that learn.
 ROUNDS = 'config.rounds.update(sampling=2, learning=4, batch=4, per_prompt=3)'
-GIVEN = "config.task = dict(name='REWARD:pairs')"
+BATCH = 'config.rounds.batch = 4'
+PAIRS = "config.task = dict(name='REWARD:pairs')"
+BRANCHES = dict(count=2, samples=2)
 STEPS, FEWER = 12, 6
 
 # Name → script, algorithm, what else it sets.
 RUNS = {
+  'critic and branches': ('train', dict(name='trepo_critic', **BRANCHES), []),
+  'ppo': ('train', dict(name='ppo', kl=0.05), []),
+  'tree': ('train', dict(name='trepo_tree', **BRANCHES), []),
+  'weighted tree': (
+    'train',
+    dict(
+      name='trepo_weighted',
+      tau=0.25,
+      clip=0.2,
+      kl=0.04,
+      baseline=dict(name='other_tree', scale=dict(name='tree_scale')),
+    ),
+    [],
+  ),
   'rest_em': ('rest_em', dict(name='rest_em', threshold=0.3), [ROUNDS]),
   'sampled pairs': ('preference', dict(name='dpop'), [ROUNDS]),
   'given pairs': (
     'preference',
     dict(name='dpo'),
-    [GIVEN, 'config.warm_start.steps = 0', 'config.rounds.batch = 4'],
+    [PAIRS, BATCH, 'config.warm_start.steps = 0'],
   ),
-  'sft': ('sft', dict(name='sft'), ['config.rounds.batch = 4']),
+  'sft': ('sft', dict(name='sft'), [BATCH]),
 }
 
-PAIRS = """
+ROWS = """
 
 def pairs():
   from experiments.data import Data
 
   rows = [
-    dict(
-      prompt=f'{i}+{j}=',
-      chosen=f'{(i + j) % 10}',
-      rejected='1+1',
-      answer=f'{(i + j) % 10}',
-    )
+    dict(prompt=f'{i}+{j}=', chosen=f'{(i + j) % 10}', rejected='1+1')
     for i in range(4)
     for j in range(8)
   ]
+  rows = [row | dict(answer=row['chosen']) for row in rows]
   return Data(rows[:24], rows[24:], [])
 """
 
@@ -53,12 +64,11 @@ def write_config(folder, algorithm, lines):
     'config.evaluation.every = 2',
     'config.checkpoints.every = 3',
     *lines,
+    'return config',
   ]
   text = scripts.CONFIG.replace("dict(name='grpo', kl=0.04)", repr(algorithm))
-  text = text.replace(
-    '  return config\n', '  ' + '\n  '.join([*changes, 'return config']) + '\n'
-  )
-  return scripts.write_config(folder, text, scripts.REWARD + PAIRS)
+  text = text.replace('return config', '\n  '.join(changes))
+  return scripts.write_config(folder, text, scripts.REWARD + ROWS)
 
 
 def moments(name, workdir):
@@ -73,7 +83,7 @@ def moments(name, workdir):
     begun = (workdir / 'config.json').exists
     return (begun, given.exists, records(4)), records(FEWER + 3)
   warm = scripts.WARM
-  # In a sampling step, where learning begins, and in the second round.
+  # In a step that samples, where learning begins, and in the second round.
   return (records(warm + 1), records(warm + 2)), records(warm + FEWER + 1)
 
 
@@ -82,63 +92,48 @@ def moments(name, workdir):
 def test_kills_leave_the_same_records(name, tmp_path):
   script, algorithm, lines = RUNS[name]
   config = write_config(tmp_path / 'config', algorithm, lines)
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
 
-  def start(folder, steps=STEPS, *flags):
-    return scripts.Script(
-      script,
-      f'--workdir={tmp_path / folder}',
-      f'--config={config}',
-      f'--config.steps={steps}',
-      '--resume',
-      *flags,
-      cache=scripts.cache(),
-    )
+  def start(folder, *flags, config=(f'--config={config}',)):
+    flags = f'--workdir={folder}', '--resume', *config, *flags
+    return scripts.Script(script, *flags, cache=scripts.cache())
 
-  whole = start('whole').wait()
-  assert whole.code == 0, whole.err
-  killed = tmp_path / 'killed'
-  few, more = moments(name, killed)
-  for reached in few:
-    kill(start('killed', FEWER), reached)
-  ended = start('killed', FEWER).wait()
-  assert ended.code == 0, ended.err
-  # What has ended may be made longer.
-  kill(start('killed'), more)
-  # By its own config.json, which names functions of reward.py.
-  by_itself = f'--workdir={killed}', '--resume', '--trust_code'
-  ended = scripts.run(script, *by_itself, cache=scripts.cache())
-  assert ended.code == 0, ended.err
-  ended = start('killed', STEPS, '--config.rounds.batch=2').wait()
-  assert ended.code == 2 and 'rounds.batch was 4, is 2' in ended.err
-  same(tmp_path / 'whole', killed)
-  # Both kinds of step of a round, whose files are the run's or made anew.
-  warm = 0 if name == 'given pairs' else scripts.WARM
-  replay_test.identical(tmp_path / 'whole', [warm + 1, warm + 8, warm + 11])
-  for reader, *flags in (('evaluate', '--trust_code'), ('export',)):
-    ended = scripts.run(
-      reader,
-      f'--workdir={killed}',
-      *flags,
-      '--step=best',
-      f'--output={tmp_path / reader}',
-      cache=scripts.cache(),
-    )
+  def end(process):
+    ended = process.wait()
     assert ended.code == 0, ended.err
 
+  def kill(process, reached):
+    scripts.wait_until(reached, process)
+    process.signal(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
 
-def kill(process, reached):
-  scripts.wait_until(reached, process)
-  process.signal(signal.SIGKILL)
-  assert process.wait().code == -signal.SIGKILL
+  end(start(whole))
+  few, more = moments(name, killed)
+  fewer = f'--config.steps={FEWER}'
+  for reached in few:
+    kill(start(killed, fewer), reached)
+  end(start(killed, fewer))
+  # What has ended may be made longer.
+  kill(start(killed), more)
+  # By its own config.json, which names functions of reward.py.
+  end(start(killed, '--trust_code', config=()))
+  ended = start(killed, '--config.seed=7').wait()
+  assert ended.code == 2 and 'seed was 0, is 7' in ended.err
+  assert_same(whole, killed)
+  # Both kinds of step of a round, whose files are the run's or made anew.
+  warm = 0 if name == 'given pairs' else scripts.WARM
+  replay_test.identical(whole, [warm + 1, warm + 8, warm + 11])
+  for reader, *flags in (('evaluate', '--trust_code'), ('export',)):
+    flags += '--step=best', f'--output={tmp_path / reader}'
+    end(scripts.Script(reader, f'--workdir={killed}', *flags))
 
 
-def same(whole, killed):
+def assert_same(whole, killed):
   """Asserts that two runs left the same, bit for bit, and learned."""
   files = ['metrics.jsonl', 'samples.jsonl', 'hf/model.safetensors']
   if (whole / 'rounds').exists():
     files += [f'rounds/{name}' for name in os.listdir(whole / 'rounds')]
   for file in files:
     assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
-  lines = (whole / 'metrics.jsonl').read_text().splitlines()
-  losses = [r['loss'] for r in map(json.loads, lines) if 'loss' in r]
+  losses = [r['loss'] for r in scripts.records(whole) if 'loss' in r]
   assert len(set(losses)) == len(losses) >= 8
