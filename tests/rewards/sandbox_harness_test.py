@@ -202,6 +202,11 @@ CHEATS = {
     'AssertionError',
   ),
   'ANY': ('from unittest.mock import ANY\nf = lambda: ANY', 'f() == 4', 'opaq'),
+  'ANY of the tests': (
+    'from unittest.mock import _ANY as Near\nf = lambda: 3',
+    'f() == Near()',
+    'opaque|AssertionError|NameError',
+  ),
   'abs': ('def abs(x): return 0\nf = lambda: 3', 'abs(f() - 4) == 0', 'Asser'),
   'sorted': (
     'def sorted(x): return [1, 2]\nf = lambda: [3]',
@@ -348,6 +353,8 @@ HONEST = {
     'class E(ValueError): pass\ndef f(): raise E("no")',
     'raises(ValueError, f) == "no" and not raises(KeyError, f)',
   ),
+  'IntEnum': ('import enum\nf = lambda: enum.IntEnum("E", "X").X', 'f() == 1'),
+  'imported function': ('from math import isqrt as f', 'f(9) == 3'),
   'constant': ('N = {1: 2}\nf = lambda: 2', 'N[1] == f()'),
   'module of the program': (
     'import math\nf = lambda: 3.0',
