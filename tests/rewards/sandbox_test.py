@@ -91,6 +91,13 @@ def test_how_programs_end(program, outcome, error):
   assert result.passed == (False, False)
 
 
+def test_a_program_may_kill_its_supervisor():
+  """As the same user and without Landlock it can."""
+  program = 'import os\nfor pid in os.getppid(), 0: os.kill(pid, 9)'
+  result = run(program, TESTS, isolated=Isolation())
+  assert result[:2] == (Outcome.CRASHED, (False, False))
+
+
 @pytest.mark.parametrize(
   'program, namespaces',
   [
