@@ -135,6 +135,22 @@ def test_helpers_of_the_prompt_cannot_be_redefined(human_eval):
   assert found == [0.0, 1.0]
 
 
+def test_objects_of_classes_in_the_prompt_go_by_value():
+  """Their operators are the prompt's, whatever the program does to them."""
+  prompt = 'class P:\n  def __init__(self, x):\n    self.x = x\n'
+  prompt += '  def __eq__(self, other):\n    return self.x == other.x\n\n'
+  test = 'def check(g):\n  p = P(1)\n  assert g(p) == P(2)\n  assert p.x == 2'
+  row = dict(prompt=prompt + 'def f(p):\n', test=test, entry_point='f')
+  forged = prompt.replace('self.x == other.x', 'True')
+  answers = [
+    '  p.x += 1\n  return P(p.x)',
+    '  return P(2)',
+    fenced(forged + 'def f(p):\n  return P(3)'),
+  ]
+  found = rewards([row] * 3, answers, score=step_scores.share_passed())
+  assert found == [1, 0.5, 0]
+
+
 CHECK = """
 LIMIT = 3
 def check(candidate):
@@ -376,6 +392,8 @@ def test_packages_are_importable_by_name():
   settings = dict(packages=('numpy',), memory=2**31)
   assert rewards([row], [program], **settings) == [1.0]
   assert rewards([row], [program.replace('ones', 'zeros')]) == [0.0]
+  row_2 = dict(prompt='', test_list=['assert f([1, 2])[0].tolist() == [1, 3]'])
+  assert rewards([row_2], [program], **settings) == [1.0]
   other = [program + '\nimport pytest']
   assert rewards([row], other, **settings) == [0.0]
   with pytest.raises(UserError, match="'no_such' is not installed"):
