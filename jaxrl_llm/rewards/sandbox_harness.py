@@ -413,7 +413,7 @@ def _with_input(source, text, private):
       name = type(error).__name__
       os.write(2, f'{name}: {error}'.encode('utf-8', 'replace'))
     finally:
-      sys.stdout.flush()
+      _finish()
       os._exit(status or 0)
   status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
   texts = []
@@ -421,3 +421,13 @@ def _with_input(source, text, private):
     file.seek(0)
     texts.append(file.read().decode('utf-8', 'replace'))
   return status, *texts
+
+
+def _finish():
+  """Ends a script as Python would: threads, exit functions, output."""
+  import atexit
+
+  if 'threading' in sys.modules:
+    sys.modules['threading']._shutdown()
+  atexit._run_exitfuncs()
+  sys.stdout.flush()

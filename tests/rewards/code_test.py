@@ -235,6 +235,12 @@ def test_all_of_mbpp(mbpp):
 SUM = (
   'import sys\nif __name__ == "__main__":\n  print(sum(map(int, sys.stdin)))'
 )
+AT_EXIT = 'import atexit, io, os, sys\nout = sys.stdout = io.BytesIO()\n'
+AT_EXIT += 'atexit.register(lambda: os.write(1, out.getvalue()))\n'
+AT_EXIT += 'out.write(b"%d" % sum(map(int, sys.stdin.buffer.read().split())))'
+THREAD = 'import threading, time\ndef main():\n  time.sleep(0.1)\n'
+THREAD += '  n = int(input())\n  try: n += int(input())\n  except EOFError: 0\n'
+THREAD += '  print(n)\nthreading.Thread(target=main).start()'
 APPS = {'inputs': ['1\n2\n', '5\n'], 'outputs': ['3\n', '5']}
 CALLS = {'fn_name': 'add', 'inputs': [[1, 2], [[1], [2]]]}
 CALLS |= {'outputs': [3, [1, 2]]}
@@ -254,6 +260,8 @@ PAIR = 'def add(a, b): return (a[0], b[0]) if type(a) is list else a + b'
     ('input_output', APPS, None, SUM + '\nraise SystemExit(1)', 0),
     ('input_output', APPS, None, SUM + '\nimport os; os._exit(0)', 0),
     ('input_output', APPS, None, SUM + '\nexit()', 1),
+    ('input_output', APPS, None, AT_EXIT, 1),
+    ('input_output', APPS, None, THREAD, 1),
     ('input_output', APPS, None, 'while True: pass', 0),
     ('input_output', {'inputs': [['1', '2']], 'outputs': [['3']]}, '', SUM, 1),
     ('input_output', CALLS, None, ADD.format('+'), 1),
