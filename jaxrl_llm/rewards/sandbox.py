@@ -367,7 +367,16 @@ def _process_limit(isolated: Isolation, processes: int) -> int:
     return 0
   if isolated.namespaces:
     return processes + 3  # `unshare`, the supervisor and the tests
-  return processes + len(list(pathlib.Path('/proc').glob('[0-9]*/task/*')))
+  tasks = pathlib.Path('/proc').glob('[0-9]*/task/*')
+  return processes + [_owner(task) for task in tasks].count(os.geteuid())
+
+
+def _owner(path: pathlib.Path) -> int | None:
+  """Returns the user of a task; None if it has ended meanwhile."""
+  try:
+    return path.stat().st_uid
+  except OSError:
+    return None
 
 
 def _landlock_version() -> int:

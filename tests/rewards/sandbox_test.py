@@ -131,10 +131,8 @@ def test_output_is_bounded():
   result = run(flood + RIGHT, TESTS, output=1000)
   assert result.outcome is Outcome.PASSED
   assert result.output == 'x' * 1000
-  both = 'import os\nprint("out")\nos.write(2, b"err \\xff")'
-  assert sorted(run(both).output.split()) == ['err', 'out', '\ufffd'] or (
-    run(both).output == 'err \ufffdout\n'
-  )
+  both = run('import os\nprint("out", flush=True)\nos.write(2, b"err \\xff")')
+  assert both.output == 'out\nerr \ufffd'
 
 
 def test_the_directory_is_empty_and_removed():
@@ -202,8 +200,7 @@ for path in glob.glob('/proc/[0-9]*/environ'):
   assert result == (Outcome.PASSED, (), '', '')
 
 
-@pytest.mark.parametrize('landlock', [True, False])
-def test_the_network_is_out_of_reach(landlock):
+def test_the_network_is_out_of_reach():
   needs('reach the network')
   found = sandbox.isolation()
   with socket.create_server(('127.0.0.1', 0)) as listener:
@@ -213,9 +210,8 @@ def test_the_network_is_out_of_reach(landlock):
     # The listener does listen.
     subprocess.run([sys.executable, '-c', connect], check=True)
     listener.accept()[0].close()
-    result = run(
-      connect, isolated=found if landlock else found._replace(landlock=0)
-    )
+    # The namespace alone, which hides more than TCP.
+    result = run(connect, isolated=found._replace(landlock=0))
     assert result.outcome is Outcome.FAILED
     assert re.match(r'\w+Error: \[Errno', result.error)
     listener.settimeout(0)
@@ -438,8 +434,6 @@ def test_missing_isolation_is_said_once(monkeypatch, caplog):
     assert [record.message for record in caplog.records].count(
       'a program that is run as a reward can reach the network'
     ) == 1
-    assert run(RIGHT, TESTS).outcome is Outcome.PASSED
-    assert run(WRONG, TESTS).outcome is Outcome.FAILED
   finally:
     sandbox.isolation.cache_clear()
 
@@ -450,7 +444,6 @@ def test_nothing_is_missing_or_it_is_named():
   assert set(sandbox.isolation().missing) <= set(nothing)
   full = Isolation(True, os.geteuid() == 0, 6)
   if sys.platform == 'linux':
-    assert full.missing == ()
-    assert 'change files of this user' in nothing
     reads = 'read files outside its directory'
-    assert full._replace(landlock=0).missing == (reads,)
+    assert full.missing == ()
+    assert reads in full._replace(landlock=0).missing
