@@ -339,6 +339,7 @@ def test_a_batch_has_a_deadline(caplog):
 
 
 def test_equal_programs_run_once(monkeypatch):
+  sandbox.isolation()
   ran = []
 
   def count(program, *args, **kwargs):
