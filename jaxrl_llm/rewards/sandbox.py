@@ -232,10 +232,14 @@ def _result(report, status, text, count) -> Result:
     if outcome is Outcome.OUT_OF_MEMORY or len(passed) != count:
       passed = (False,) * count
     return Result(outcome, passed, error, text)
-  reason = ready.removeprefix('broken - ') or ' '.join(text.split())[-200:]
+  if ready == 'ready' and verdict == '':  # The program killed its supervisor.
+    ends = Outcome.CRASHED, (False,) * count, f'status {status}', text
+    late = Outcome.TIMED_OUT, (False,) * count, 'the time limit', text
+    return Result(*(late if status is None else ends))
+  reason = f'{ready} {" ".join(text.split())[-200:]}'.strip()
   ended = 'had to be killed' if status is None else f'ended with {status}'
   raise UserError(
-    f'sandbox: a program could not be run: {reason or "no report"}.\n'
+    f'sandbox: a program could not be run: {reason or "no report"}\n'
     f'The process that was to run it {ended}.'
   )
 
@@ -275,8 +279,8 @@ def _execute(isolated, settings, texts, keep, packages):
           b''.join(map(_frame, texts)), settings['timeout'] + _GRACE
         )
         status = process.returncode
-      except subprocess.TimeoutExpired:
-        report, status = b'', None
+      except subprocess.TimeoutExpired as error:
+        report, status = error.stdout or b'', None
       finally:
         # On macOS a group with only zombies left does not exist.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -363,7 +367,16 @@ def _process_limit(isolated: Isolation, processes: int) -> int:
     return 0
   if isolated.namespaces:
     return processes + 3  # `unshare`, the supervisor and the tests
-  return processes + len(list(pathlib.Path('/proc').glob('[0-9]*/task/*')))
+  tasks = pathlib.Path('/proc').glob('[0-9]*/task/*')
+  return processes + [_owner(task) for task in tasks].count(os.geteuid())
+
+
+def _owner(path: pathlib.Path) -> int | None:
+  """Returns the user of a task; None if it has ended meanwhile."""
+  try:
+    return path.stat().st_uid
+  except OSError:
+    return None
 
 
 def _landlock_version() -> int:

@@ -12,6 +12,7 @@ digit per test or -, the error) or 'broken'.  All processes end with it.
 """
 
 import _signal  # `signal` would import enum: a third of the start-up time.
+import ctypes
 import os
 import select
 import sys
@@ -34,10 +35,10 @@ def main(settings):
   """Runs the supervisor.
 
   Args:
-    settings: 'name=value' each: timeout, memory,
-      processes (0 for no limit), files, file_size, landlock (its version), user
-      (0 for the present one), pairs (1 if tests are pairs of texts), packages
-      (paths, with a colon after each).
+    settings: 'name=value' each: timeout, memory, processes (0 for no limit),
+      files, file_size, landlock (its version), user (0 for the present one),
+      pairs (1 if tests are pairs of texts), packages (paths, with a colon after
+      each).
 
   Standard input holds frames: program, entry point, set-up, tests.
   """
@@ -48,6 +49,8 @@ def main(settings):
   report = os.dup(1)
   os.dup2(2, 1)
   _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # An init has no defaults.
+  if sys.platform == 'linux':  # Nobody may look into these processes.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
   try:
     verdict = _supervise(values, packages, report)
   except OSError as error:
@@ -72,7 +75,7 @@ def _supervise(values, packages, report):
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     _limit(values, int(values['user']), restrict)
-    os.write(ready[1], b'ready\n')
+    os.write(ready[1], b'.')
     _keep(requests[0], replies[1])
     harness.serve(requests[0], replies[1], program)
 
@@ -80,7 +83,7 @@ def _supervise(values, packages, report):
     entry_point, setup, *tests = iter(_receive, None)
     # Another user than the program's, who owns nothing.
     _limit(values, int(values['user']) and int(values['user']) + 1, restrict)
-    os.write(ready[1], b'ready\n')
+    os.write(ready[1], b'.')
     _keep(requests[1], replies[0], verdict[1])
     ends = replies[0], requests[1]
     if values['pairs']:
@@ -95,9 +98,11 @@ def _supervise(values, packages, report):
   _fork(judge)
   for descriptor in (*requests, *replies, ready[1], verdict[1]):
     os.close(descriptor)
-  said = _read_until(ready[0], time.monotonic() + _START, b'ready\nready\n')
-  if said != b'ready\nready\n':
-    return f'broken - {said.decode(errors="replace").strip()}\n'
+  for _ in range(2):  # Each sends a byte, or ends.
+    if not select.select([ready[0]], [], [], _START)[0]:
+      return 'broken - the limits took too long\n'
+    if not os.read(ready[0], 1):
+      return 'broken - the limits could not be set\n'
   os.write(report, b'ready\n')
   return _watch(child, verdict[0], time.monotonic() + values['timeout'])
 
@@ -120,12 +125,12 @@ def _watch(child, verdict, deadline):
         status, deadline = code, min(deadline, time.monotonic() + _LAST)
   if text.endswith(b'\n') and not text.startswith(b'ended'):
     return text.decode()
-  if status is None and left > 0:
-    status = _status(child, deadline)
+  while status is None and time.monotonic() < deadline:
+    pid, code = os.waitpid(child, os.WNOHANG)
+    status = code if pid else None
+    time.sleep(0.002)
   if status is None:
-    if left <= 0:
-      return 'timed_out - the time limit\n'
-    return 'failed - it closed its pipes\n'
+    return 'timed_out - the time limit\n'
   if not os.WIFSIGNALED(status):
     code = os.waitstatus_to_exitcode(status)
     return f'failed - it ended its process with status {code}\n'
@@ -141,8 +146,6 @@ def _uncover(paths):
   A directory above it that only root may enter is covered by an empty one,
   visible to this process's descendants alone, that holds just these paths.
   """
-  import ctypes
-
   libc, covers = ctypes.CDLL(None, use_errno=True), {}
   for path in paths:
     parts = path.split('/')
@@ -176,7 +179,6 @@ def _uncover(paths):
 
 def _limit(values, user, restrict):
   """Limits this process and those that it starts."""
-  import ctypes
   import resource
 
   seconds = int(-(-values['timeout'] // 1))
@@ -196,8 +198,6 @@ def _limit(values, user, restrict):
     os.setresuid(user, user, user)
   if values['landlock']:
     restrict()
-  if sys.platform == 'linux':  # Nobody may look into it.
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
   for name, wanted in limits.items():
     kind = getattr(resource, name)
     soft, hard = wanted if isinstance(wanted, tuple) else (wanted, wanted)
@@ -228,28 +228,6 @@ def _keep(*descriptors):
     os.closerange(last + 1, descriptor)
     last = descriptor
   os.closerange(last + 1, 1024)
-
-
-def _read_until(descriptor, deadline, expected):
-  text = b''
-  while text != expected:
-    left = deadline - time.monotonic()
-    if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-      break
-    chunk = os.read(descriptor, 4096)
-    text += chunk
-    if not chunk:
-      break
-  return text
-
-
-def _status(pid, deadline):
-  """Returns the status of a process that ends before the deadline, or None."""
-  while time.monotonic() < deadline:
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    if ended:
-      return status
-    time.sleep(0.002)
 
 
 def _receive():

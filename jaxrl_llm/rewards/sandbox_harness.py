@@ -88,7 +88,7 @@ class _Peer:
     try:
       what, *rest = reader.read()
       sent = list(shared)
-      reply = (getattr(self, 'do_' + what)(*rest),)
+      reply = (self.serves[what](*rest),)
       self.flush()
       self._send(b'r', reply, shared, sent)
     except BaseException as error:
@@ -188,6 +188,14 @@ class _Program(_Peer):
     self._module = module = type(sys)('program')
     sys.modules.update(dict.fromkeys(('program', '__main__'), module))
     sys.argv = ['program.py']
+    self.serves = {
+      **dict(get=getattr, set=setattr, truth=bool, items=list),
+      **dict(load=self._load, names=self._names, stdin=self._stdin),
+      'is': isinstance,
+      'classes': self._set_classes,
+      'call': lambda function, args, kwargs: function(*args, **kwargs),
+      'operator': lambda x, name, args: getattr(type(x), name)(x, *args),
+    }
 
   def answer(self):
     """Answers one request; returns False at the end of the pipe."""
@@ -206,43 +214,20 @@ class _Program(_Peer):
       except BaseException:
         continue
 
-  def do_load(self):
+  def _load(self):
     exec(compile(self._source, 'program.py', 'exec'), vars(self._module))
 
-  def do_names(self, names):
+  def _names(self, names):
     """Returns where to import each name from, and its value."""
     space = vars(self._module)
-    return {n: _origin(space[n]) for n in names if n in space}
+    return {n: (*_origin(space[n]), space[n]) for n in names if n in space}
 
-  def do_classes(self, names):
+  def _set_classes(self, names):
     """Objects of these classes go by value, as in the tests."""
-    space = vars(self._module)
-    self.classes = {
-      n: space[n] for n in names if isinstance(space.get(n), type)
-    }
+    found = {name: vars(self._module).get(name) for name in names}
+    self.classes = {n: c for n, c in found.items() if isinstance(c, type)}
 
-  def do_get(self, value, name):
-    return getattr(value, name)
-
-  def do_set(self, value, name, new):
-    setattr(value, name, new)
-
-  def do_is(self, value, kind):
-    return isinstance(value, kind)
-
-  def do_call(self, function, args, kwargs):
-    return function(*args, **kwargs)
-
-  def do_truth(self, value):
-    return bool(value)
-
-  def do_items(self, value):
-    return list(value)
-
-  def do_operator(self, value, name, args):
-    return getattr(type(value), name)(value, *args)
-
-  def do_stdin(self, text):
+  def _stdin(self, text):
     return _with_input(self._source, text, (self._reads, self._writes))
 
 
@@ -252,8 +237,9 @@ class _Tests(_Peer):
   def __init__(self, reads, writes, space):
     super().__init__(reads, writes)
     self._space = space
+    self.serves = {'call': self._call}
 
-  def do_call(self, function, args, kwargs):
+  def _call(self, function, args, kwargs):
     if not any(function is each for each in self._objects):
       raise OpaqueValue('a function that no test has passed')
     return function(*args, **kwargs)
@@ -382,19 +368,21 @@ def _is_free(name):
 
 def _known(module):
   """Returns True for modules that tests may import on their own."""
-  return module.partition('.')[0] in {*sys.stdlib_module_names, *PACKAGES}
+  name = module.partition('.')[0]
+  # Objects of `unittest.mock` equal everything.
+  return name != 'unittest' and name in {*sys.stdlib_module_names, *PACKAGES}
 
 
 def _origin(value):
-  """Returns the module and name of what the program imported, or the value."""
+  """Returns the module and name of what the program imported."""
   if isinstance(value, type(sys)):
-    return value.__name__, '', None
+    return value.__name__, ''
   module = getattr(value, '__module__', None)
   name = getattr(value, '__name__', None)
   if {type(module), type(name)} == {str} and _known(module):
-    real = getattr(sys.modules.get(module), name, None)
-    return (module, name, None) if real is value else ('', '', value)
-  return '', '', value
+    found = getattr(sys.modules.get(module), name, None) is value
+    return (module, name) if found else ('', '')
+  return '', ''
 
 
 def _with_input(source, text, private):
@@ -425,7 +413,7 @@ def _with_input(source, text, private):
       name = type(error).__name__
       os.write(2, f'{name}: {error}'.encode('utf-8', 'replace'))
     finally:
-      sys.stdout.flush()
+      _finish()
       os._exit(status or 0)
   status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
   texts = []
@@ -433,3 +421,13 @@ def _with_input(source, text, private):
     file.seek(0)
     texts.append(file.read().decode('utf-8', 'replace'))
   return status, *texts
+
+
+def _finish():
+  """Ends a script as Python would: threads, exit functions, output."""
+  import atexit
+
+  if 'threading' in sys.modules:
+    sys.modules['threading']._shutdown()
+  atexit._run_exitfuncs()
+  sys.stdout.flush()

@@ -22,8 +22,8 @@ def readable(packages=()):
   system = '/lib', '/lib64', '/usr/lib', '/usr/lib64', '/etc/ld.so.cache'
   paths = library, os.path.join(sys.base_prefix, 'lib'), '/dev/urandom'
   paths = *paths, os.path.realpath(sys.executable), *system, *packages
-  zones = '/usr/share/zoneinfo', '/etc/localtime'
-  return [path for path in (*paths, *zones) if os.path.exists(path)]
+  paths = *paths, '/usr/share/zoneinfo', '/etc/localtime'
+  return [path for path in paths if os.path.exists(path)]
 
 
 def restrict(version, paths):
@@ -41,12 +41,11 @@ def restrict(version, paths):
       raise OSError(code, f'Landlock: {os.strerror(code)}')
     return result
 
-  handled = sum(1 << bit for bit in range(13))
-  handled |= (1 << 13) * (version >= 2) | _TRUNCATE * (version >= 3)
+  handled = 2**13 - 1 | 2**13 * (version >= 2) | _TRUNCATE * (version >= 3)
   network, scopes = 3 * (version >= 4), 3 * (version >= 6)
   size = 24 if version >= 6 else 16 if version >= 4 else 8
-  numbers = handled, network, scopes
-  attributes = b''.join(n.to_bytes(8, sys.byteorder) for n in numbers)[:size]
+  parts = [n.to_bytes(8, sys.byteorder) for n in (handled, network, scopes)]
+  attributes = b''.join(parts)[:size]
   rules = call(444, attributes, size, 0)
   rights = dict.fromkeys(paths, _EXECUTE | _READ | _LIST)
   rights |= {os.devnull: _FILE, '.': _FILE | _LIST | _MAKE | 1 << 13}

@@ -68,7 +68,7 @@ class Writer:
         self.write_content(value)
     elif isinstance(value, str):
       self._text(b'S', str.__str__(value))
-    elif isinstance(value, int) and not _is_enum(value):
+    elif isinstance(value, int):
       self._text(b'I', f'{int(value):x}')
     elif isinstance(value, float):
       self._text(b'D', float(value).hex())
@@ -179,7 +179,7 @@ class Reader:
       name, *fields = items[: size // 2 + 1]
       return _record(name, *fields)(*items[size // 2 + 1 :])
     if tag == b'G':
-      numpy = sys.modules['numpy']
+      numpy = __import__('numpy')
       if numpy.dtype(items[1]).kind not in _DTYPES:
         raise ValueError('not an array of plain data')
       array = numpy.array(items[3], items[1]).reshape(items[2])
@@ -253,8 +253,3 @@ def _is_iterator(kind):
   """Returns True for Python's own iterators, such as a generator."""
   standard = kind.__module__ in ('builtins', 'itertools', '_collections')
   return standard and hasattr(kind, '__next__')
-
-
-def _is_enum(value):
-  enum = sys.modules.get('enum')
-  return bool(enum) and isinstance(value, enum.Enum)

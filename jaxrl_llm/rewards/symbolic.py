@@ -69,9 +69,9 @@ def _same_size(a: Any, b: Any) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str) -> list:
   # A gold answer is parsed once for all responses to its prompt.
-  from sympy import I
-
   library = _math_verify()
+  from sympy import I  # It comes with the library.
+
   reader = library.LatexExtractionConfig()
   # 2 + 3h is not 2 + 3: units are gone already.
   notation = dataclasses.replace(reader.normalization_config, units=False)

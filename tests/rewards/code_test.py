@@ -1,7 +1,6 @@
 """Programs are found, run and graded; plain `exec` is the oracle."""
 
 import ast
-import concurrent.futures
 import inspect
 import json
 import time
@@ -14,7 +13,6 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import (
   RewardPart,
   code,
-  programs,
   sandbox,
   score,
   step_scores,
@@ -135,6 +133,22 @@ def test_helpers_of_the_prompt_cannot_be_redefined(human_eval):
   assert found == [0.0, 1.0]
 
 
+def test_objects_of_classes_in_the_prompt_go_by_value():
+  """Their operators are the prompt's, whatever the program does to them."""
+  prompt = 'class P:\n  def __init__(self, x):\n    self.x = x\n'
+  prompt += '  def __eq__(self, other):\n    return self.x == other.x\n\n'
+  test = 'def check(g):\n  p = P(1)\n  assert g(p) == P(2)\n  assert p.x == 2'
+  row = dict(prompt=prompt + 'def f(p):\n', test=test, entry_point='f')
+  forged = prompt.replace('self.x == other.x', 'True')
+  answers = [
+    '  p.x += 1\n  return P(p.x)',
+    '  return P(2)',
+    fenced(forged + 'def f(p):\n  return P(3)'),
+  ]
+  found = rewards([row] * 3, answers, score=step_scores.share_passed())
+  assert found == [1, 0.5, 0]
+
+
 CHECK = """
 LIMIT = 3
 def check(candidate):
@@ -219,6 +233,12 @@ def test_all_of_mbpp(mbpp):
 SUM = (
   'import sys\nif __name__ == "__main__":\n  print(sum(map(int, sys.stdin)))'
 )
+AT_EXIT = 'import atexit, io, os, sys\nout = sys.stdout = io.BytesIO()\n'
+AT_EXIT += 'atexit.register(lambda: os.write(1, out.getvalue()))\n'
+AT_EXIT += 'out.write(b"%d" % sum(map(int, sys.stdin.buffer.read().split())))'
+THREAD = 'import threading, time\ndef main():\n  time.sleep(0.1)\n'
+THREAD += '  n = int(input())\n  try: n += int(input())\n  except EOFError: 0\n'
+THREAD += '  print(n)\nthreading.Thread(target=main).start()'
 APPS = {'inputs': ['1\n2\n', '5\n'], 'outputs': ['3\n', '5']}
 CALLS = {'fn_name': 'add', 'inputs': [[1, 2], [[1], [2]]]}
 CALLS |= {'outputs': [3, [1, 2]]}
@@ -238,6 +258,8 @@ PAIR = 'def add(a, b): return (a[0], b[0]) if type(a) is list else a + b'
     ('input_output', APPS, None, SUM + '\nraise SystemExit(1)', 0),
     ('input_output', APPS, None, SUM + '\nimport os; os._exit(0)', 0),
     ('input_output', APPS, None, SUM + '\nexit()', 1),
+    ('input_output', APPS, None, AT_EXIT, 1),
+    ('input_output', APPS, None, THREAD, 1),
     ('input_output', APPS, None, 'while True: pass', 0),
     ('input_output', {'inputs': [['1', '2']], 'outputs': [['3']]}, '', SUM, 1),
     ('input_output', CALLS, None, ADD.format('+'), 1),
@@ -257,85 +279,6 @@ def test_rows_of_apps_and_livecodebench(
   slow = dict(timeout=1.0) if 'while' in program else {}
   grade = step_scores.share_passed()
   assert rewards([row], [program], score=grade, **slow) == [scores]
-
-
-# Finding the program --------------------------------------------------------
-
-HEAD = 'import math\n\ndef help(x):\n  return x\n\ndef f(x):\n  """Doc."""\n'
-BODY = '  return help(x)\n'
-
-
-@pytest.mark.parametrize(
-  'completion, program',
-  [
-    (BODY, HEAD + BODY),
-    ('\n' + BODY, HEAD + '\n' + BODY),
-    (BODY + '\ndef g():\n  pass', HEAD + BODY),
-    (BODY + '\n# Then', HEAD + BODY),
-    (BODY + '```\nThis returns x.', HEAD + BODY[:-1]),
-    (BODY + '\nif __name__ == 1:\n  f()\nprint(f)', HEAD + BODY),
-    ('  # a comment\n' + BODY, HEAD + '  # a comment\n' + BODY),
-    (f'```python\n{BODY}```', HEAD + BODY),
-    ('return x', HEAD + 'return x'),
-  ],
-)
-def test_a_completion_continues_a_prompt_that_is_code(completion, program):
-  assert programs.find_program(HEAD, completion, 'f') == program
-
-
-@pytest.mark.parametrize(
-  'text',
-  [
-    '{0}',
-    '```python\n{0}```',
-    '```py\n{0}```\n',
-    '```\n{0}```',
-    '```python\nprint("def f")\n```\nSo:\n```Python\n{0}```\n```sh\nls\n```',
-    '```python\n{0}```\nAs in\n```python\nf(3)\n```',
-    'It is\n```python\n{0}',  # Cut off, or never closed.
-    ' Sure!\n\n~~\n```python\n{0}```',
-    '~~~python\n{0}~~~',
-    '```python:main.py\n{0}```',
-    '``` python title="main.py"\n{0}```',
-    '````python\n{0}````\n```\n```',
-  ],
-)
-@pytest.mark.parametrize('prompt', [HEAD, 'Write a function f(x).'])
-def test_a_completion_is_a_whole_program(text, prompt):
-  program = 'def f(x):\n  return x\n\n# End\nclass A:\n  pass\n'
-  found = programs.find_program(prompt, text.format(program), 'f')
-  rest = 'import math\n\ndef help(x):\n    return x\n' if prompt == HEAD else ''
-  assert found == rest + program
-
-
-@pytest.mark.parametrize(
-  'completion, program',
-  [
-    ('x = 1', 'x = 1'),
-    ('```\nx = 1\n```\n```python\nx = 2\n```', 'x = 2\n'),
-    (
-      '1. This:\n   ```python\n   if 1:\n     x = 2\n   ```',
-      'if 1:\n  x = 2\n',
-    ),
-    ('```js\nx\n```', '```js\nx\n```'),
-    ('```\nx = 1', '```\nx = 1'),
-    ('```python\n\n```', '```python\n\n```'),
-    ('', ''),
-  ],
-)
-def test_a_program_without_a_name_to_look_for(completion, program):
-  assert programs.find_program('Write.', completion) == program
-
-
-def test_stop_sequences_can_be_chosen():
-  text = BODY + 'DONE\n' + BODY
-  assert programs.find_program(HEAD, text, 'f', ('DONE',)) == HEAD + BODY
-  assert programs.find_program(HEAD, text, 'f', ()) == HEAD + text
-  head = 'def f(x):\n'  # No Python yet, but what it begins is.
-  assert programs.find_program(head, BODY + '\nprint(1)', 'f') == head + BODY
-  # A prompt that only mentions code is no code.
-  prompt = f'Complete this:\n```python\n{HEAD}```\n'
-  assert programs.find_program(prompt, 'x = 1', 'f') == 'x = 1'
 
 
 # The reward function --------------------------------------------------------
@@ -376,6 +319,8 @@ def test_packages_are_importable_by_name():
   settings = dict(packages=('numpy',), memory=2**31)
   assert rewards([row], [program], **settings) == [1.0]
   assert rewards([row], [program.replace('ones', 'zeros')]) == [0.0]
+  row_2 = dict(prompt='', test_list=['assert f([1, 2])[0].tolist() == [1, 3]'])
+  assert rewards([row_2], [program], **settings) == [1.0]
   other = [program + '\nimport pytest']
   assert rewards([row], other, **settings) == [0.0]
   with pytest.raises(UserError, match="'no_such' is not installed"):
@@ -394,6 +339,7 @@ def test_a_batch_has_a_deadline(caplog):
 
 
 def test_equal_programs_run_once(monkeypatch):
+  sandbox.isolation()
   ran = []
 
   def count(program, *args, **kwargs):
@@ -403,20 +349,6 @@ def test_equal_programs_run_once(monkeypatch):
   monkeypatch.setattr(sandbox, 'run', count)
   assert rewards([ROW] * 4, ['a', 'b', 'a', 'a']) == [1.0] * 4
   assert sorted(ran) == ['a', 'b']
-
-
-def test_so_many_run_at_a_time(monkeypatch):
-  pools = []
-  real = concurrent.futures.ThreadPoolExecutor
-
-  def pool(parallel):
-    pools.append(parallel)
-    return real(parallel)
-
-  monkeypatch.setattr(concurrent.futures, 'ThreadPoolExecutor', pool)
-  rewards([ROW], [RIGHT], parallel=3)
-  rewards([ROW], [RIGHT])
-  assert pools[0] == 3 and pools[1] >= 1
 
 
 def test_a_sandbox_that_cannot_run_is_no_score(monkeypatch):

@@ -44,10 +44,6 @@ FORGERIES = {
   'exit later': ('import os\ndef add(a, b): os._exit(0)', 'ended its process'),
   'sys.exit': ('import sys; sys.exit(0)', 'SystemExit'),
   'SystemExit later': ('def add(a, b): raise SystemExit(0)', 'SystemExit'),
-  'exit replaced': (
-    'import os, sys\nos._exit = sys.exit = lambda *a: None\n' + WRONG,
-    'AssertionError: a sum',
-  ),
   'printed': (
     'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
     "NameError: name 'add'",
@@ -62,20 +58,12 @@ FORGERIES = {
     'os.write(n, b"\\xff" * 2**16)\n  except OSError: pass',
     'ended its process',
   ),
-  'descriptors closed': (
-    'import os\nos.closerange(3, 64)\n' + WRONG,
-    'ended its process|closed its pipes',
-  ),
   'atexit': (
     'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
     'AssertionError: a sum',
   ),
   'builtins': (
     'import builtins\nbuiltins.abs = lambda x: 0\ndef add(a, b): return 4',
-    'AssertionError: a sum',
-  ),
-  'exec of all': (
-    'import os\nos.__builtins__["exec"] = lambda *a: None\n' + WRONG,
     'AssertionError: a sum',
   ),
   'own abs': (
@@ -93,18 +81,7 @@ FORGERIES = {
     '  __sub__ = lambda a, b: 0\nadd = lambda a, b: A()',
     'AssertionError',
   ),
-  'by metaclass': (
-    'class M(type):\n  __eq__ = lambda a, b: True\n'
-    '  __sub__ = lambda a, b: 0\nclass A(metaclass=M): pass\n'
-    'add = lambda a, b: A',
-    'opaque value',
-  ),
   'class': (LIAR.replace('A', 'add'), 'opaque value of class add'),
-  'class that makes another': (
-    LIAR + 'class add:\n  __new__ = lambda *a: A()',
-    'opaque value of class A',
-  ),
-  'class of another name': (LIAR + 'add = A', 'opaque value of class A'),
   'weak proxy': (
     LIAR + 'import weakref\nliar = A()\nadd = lambda *a: weakref.proxy(liar)',
     'opaque value',
@@ -112,10 +89,6 @@ FORGERIES = {
   'fork': (
     'import os\nif os.fork(): os._exit(0)\n' + WRONG,
     'AssertionError: a sum|ended its process',
-  ),
-  'trace': (
-    'import sys\nsys.settrace(lambda *a: sys.exit(0))\n' + WRONG,
-    'SystemExit|AssertionError|ended',
   ),
 }
 
@@ -136,12 +109,6 @@ CHEATS = {
     'import collections\ncollections.Counter.__eq__ = lambda *a: True\n'
     'f = lambda: collections.Counter("b")',
     'f() == {"a": 1}',
-    'AssertionError',
-  ),
-  'Counter of the tests': (
-    'import collections\ncollections.Counter.__eq__ = lambda *a: True\n'
-    'f = lambda: {}',
-    '__import__("collections").Counter("a") == f()',
     'AssertionError',
   ),
   'Fraction': (
@@ -189,12 +156,6 @@ CHEATS = {
     'math.isclose(f(), 4.0)',
     'AssertionError',
   ),
-  'imported isclose': (
-    'import math\nmath.isclose = lambda *a, **k: True\n'
-    'from math import isclose\nf = lambda: 3.0',
-    '__import__("math").isclose(f(), 4.0)',
-    'AssertionError',
-  ),
   're': (
     'import sys\nsys.modules["re"] = type("R", (), '
     '{"match": lambda *a: True})\nf = lambda: "x"',
@@ -202,12 +163,12 @@ CHEATS = {
     'AssertionError',
   ),
   'ANY': ('from unittest.mock import ANY\nf = lambda: ANY', 'f() == 4', 'opaq'),
-  'abs': ('def abs(x): return 0\nf = lambda: 3', 'abs(f() - 4) == 0', 'Asser'),
-  'sorted': (
-    'def sorted(x): return [1, 2]\nf = lambda: [3]',
-    'sorted(f()) == [1, 2]',
-    'AssertionError',
+  'ANY of the tests': (
+    'from unittest.mock import _ANY as Near\nf = lambda: 3',
+    'f() == Near()',
+    'opaque|AssertionError|NameError',
   ),
+  'abs': ('def abs(x): return 0\nf = lambda: 3', 'abs(f() - 4) == 0', 'Asser'),
   'code, frames and memory': (
     'import gc, sys\ndef f():\n  frame, found = sys._getframe(), []\n'
     '  while frame:\n    found += [frame.f_code, frame.f_locals]\n'
@@ -218,30 +179,12 @@ CHEATS = {
     'f() == "a hunter2"',
     'AssertionError',
   ),
-  'within a deque': ('f = lambda: deque([A()])', 'f() == deque([4])', 'opaque'),
-  'within a view': (
-    'f = lambda: OrderedDict(a=A()).values()',
-    'list(f()) == [4]',
-    'opaque',
-  ),
   'from a generator': ('def f(): yield A()', 'list(f()) == [4]', 'opaque'),
-  'nested generators': (
-    'f = lambda: [(A() for _ in "a")]',
-    'list(*f()) == [4]',
-    'opaque',
-  ),
   'UserString': (
     'def f():\n  x = UserString("")\n  x.data = A()\n  return x',
     'f() == "4"',
     'opaque',
   ),
-  'proxy of a dict': (
-    'import types\nclass D(A, dict): pass\n'
-    'f = lambda: types.MappingProxyType(D())',
-    'f() == 4',
-    'opaque',
-  ),
-  'not equal': ('f = lambda: A()', 'f() != 4', 'opaque value'),
   'ordering': ('f = lambda: A()', 'f() > 4', 'opaque value'),
   'contains': (
     'class f:\n  __contains__ = lambda *a: True\n'
@@ -279,7 +222,6 @@ HONEST = {
     'f = lambda: (i * i for i in range(3))',
     'list(f()) == [0, 1, 4]',
   ),
-  'zip': ('f = lambda: zip("ab", [1, 2])', 'dict(f()) == {"a": 1, "b": 2}'),
   'items': ('f = lambda: {1: 2}.items()', 'list(f()) == [(1, 2)]'),
   'tuple with an iterator': (
     'f = lambda: (1, map(str, [2]))',
@@ -298,7 +240,6 @@ HONEST = {
     'f() == {1: 2, 3: 4} and f().maps[0] == {1: 2}',
   ),
   'Counter': ('f = lambda: Counter("aab")', 'f() == {"a": 2, "b": 1}'),
-  'OrderedDict': ('f = lambda: OrderedDict(a=1)', 'f() == {"a": 1}'),
   'defaultdict': (
     'from fractions import Fraction as F\n'
     'f = lambda: [defaultdict(list, {1: deque([F(1, 2)])})]',
@@ -312,7 +253,6 @@ HONEST = {
     'from decimal import Decimal\nf = lambda: Decimal("1.1")',
     'f() == Decimal("1.1") and str(f()) == "1.1"',
   ),
-  'str subclass': ('class S(str): pass\nf = lambda: S("a")', 'f() == "a"'),
   'span': (
     'import re\nf = lambda: re.match("a", "ab")',
     'f().span() == (0, 1)',
@@ -336,10 +276,6 @@ HONEST = {
   'closure': ('f = lambda a: lambda b: a + b', 'f(1)(2) == 3'),
   'types': ('f = lambda t: [t, t("1")]', 'f(int) == [int, 1]'),
   'class': ('class f:\n  y = 1\n  def g(self): return 3', 'f().g() == 3'),
-  'class with length': (
-    'class f:\n  __len__ = lambda self: 3',
-    'len(f()) == 3',
-  ),
   'keywords': (
     'def f(a, *, b=2): return a - b',
     'f(a=5) == 3 and f(5, b=1) == 4',
@@ -348,6 +284,8 @@ HONEST = {
     'class E(ValueError): pass\ndef f(): raise E("no")',
     'raises(ValueError, f) == "no" and not raises(KeyError, f)',
   ),
+  'IntEnum': ('import enum\nf = lambda: enum.IntEnum("E", "X").X', 'f() == 1'),
+  'imported function': ('from math import isqrt as f', 'f(9) == 3'),
   'constant': ('N = {1: 2}\nf = lambda: 2', 'N[1] == f()'),
   'module of the program': (
     'import math\nf = lambda: 3.0',

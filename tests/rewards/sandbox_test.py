@@ -1,6 +1,5 @@
 """Hostile programs: none passes, none survives, none reaches anything."""
 
-import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -91,6 +90,13 @@ def test_how_programs_end(program, outcome, error):
   assert result.passed == (False, False)
 
 
+def test_a_program_may_kill_its_supervisor():
+  """As the same user and without Landlock it can."""
+  program = 'import os\nfor pid in os.getppid(), 0: os.kill(pid, 9)'
+  result = run(program, TESTS, isolated=Isolation())
+  assert result[:2] == (Outcome.CRASHED, (False, False))
+
+
 @pytest.mark.parametrize(
   'program, namespaces',
   [
@@ -125,10 +131,8 @@ def test_output_is_bounded():
   result = run(flood + RIGHT, TESTS, output=1000)
   assert result.outcome is Outcome.PASSED
   assert result.output == 'x' * 1000
-  both = 'import os\nprint("out")\nos.write(2, b"err \\xff")'
-  assert sorted(run(both).output.split()) == ['err', 'out', '\ufffd'] or (
-    run(both).output == 'err \ufffdout\n'
-  )
+  both = run('import os\nprint("out", flush=True)\nos.write(2, b"err \\xff")')
+  assert both.output == 'out\nerr \ufffd'
 
 
 def test_the_directory_is_empty_and_removed():
@@ -196,8 +200,7 @@ for path in glob.glob('/proc/[0-9]*/environ'):
   assert result == (Outcome.PASSED, (), '', '')
 
 
-@pytest.mark.parametrize('landlock', [True, False])
-def test_the_network_is_out_of_reach(landlock):
+def test_the_network_is_out_of_reach():
   needs('reach the network')
   found = sandbox.isolation()
   with socket.create_server(('127.0.0.1', 0)) as listener:
@@ -207,9 +210,8 @@ def test_the_network_is_out_of_reach(landlock):
     # The listener does listen.
     subprocess.run([sys.executable, '-c', connect], check=True)
     listener.accept()[0].close()
-    result = run(
-      connect, isolated=found if landlock else found._replace(landlock=0)
-    )
+    # The namespace alone, which hides more than TCP.
+    result = run(connect, isolated=found._replace(landlock=0))
     assert result.outcome is Outcome.FAILED
     assert re.match(r'\w+Error: \[Errno', result.error)
     listener.settimeout(0)
@@ -257,14 +259,7 @@ def test_files_elsewhere_cannot_be_read(tmp_path, namespaces, who):
   for folder in (tmp_path, *tmp_path.parents[:-2]):
     folder.chmod(folder.stat().st_mode | 0o055)
   home = pathlib.Path.home()
-  closed = [
-    secret,
-    public,
-    home,
-    DATA,
-    '/etc/passwd',
-    '/proc/1/stat',
-  ]
+  closed = [secret, public, home, DATA, '/etc/passwd', '/proc/1/stat']
   closed += [DATA / 'mbpp' / 'mbpp.jsonl', '/', '/tmp']
   program = f"""
 import os, random, secrets, ssl, sqlite3, zoneinfo
@@ -394,14 +389,6 @@ def test_runs_repeat():
   assert first == second != ''
 
 
-def test_many_at_a_time():
-  programs = [RIGHT, WRONG, 'import os; os._exit(0)', 'x = '] * 4
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    results = list(pool.map(lambda program: run(program, TESTS), programs))
-  passed = [result.outcome is Outcome.PASSED for result in results]
-  assert passed == [True, False, False, False] * 4
-
-
 def error_of(*args, **settings):
   with pytest.raises(UserError) as caught:
     run(*args, **settings)
@@ -427,13 +414,6 @@ def test_what_is_no_fault_of_the_program_is_an_error(namespaces, monkeypatch):
   assert 'temporarily unavailable' in error_of(RIGHT, isolated=bare)
 
 
-@linux
-def test_limits_that_cannot_be_set_are_an_error():
-  if os.geteuid() == 0:
-    pytest.skip('root may become another user')
-  error_of(RIGHT, isolated=Isolation(own_user=True))
-
-
 @pytest.mark.parametrize(
   'setting',
   [dict(timeout=0), dict(memory=2**20), dict(processes=0), dict(files=-1)],
@@ -454,8 +434,6 @@ def test_missing_isolation_is_said_once(monkeypatch, caplog):
     assert [record.message for record in caplog.records].count(
       'a program that is run as a reward can reach the network'
     ) == 1
-    assert run(RIGHT, TESTS).outcome is Outcome.PASSED
-    assert run(WRONG, TESTS).outcome is Outcome.FAILED
   finally:
     sandbox.isolation.cache_clear()
 
@@ -466,7 +444,6 @@ def test_nothing_is_missing_or_it_is_named():
   assert set(sandbox.isolation().missing) <= set(nothing)
   full = Isolation(True, os.geteuid() == 0, 6)
   if sys.platform == 'linux':
-    assert full.missing == ()
-    assert 'change files of this user' in nothing
     reads = 'read files outside its directory'
-    assert full._replace(landlock=0).missing == (reads,)
+    assert full.missing == ()
+    assert reads in full._replace(landlock=0).missing
