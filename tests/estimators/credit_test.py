@@ -195,3 +195,28 @@ def test_whiten_tells_equal_numbers_by_comparing():
     data = make_rollouts(LENGTHS)
     got = apply(est.whiten(epsilon=1e-30), data, equal)
     np.testing.assert_array_equal(got, 0.0)
+
+
+@pytest.mark.parametrize(
+  'fill, expected',
+  [
+    (est.hold, [0.25, 0.75, 0.75]),
+    (est.interpolate_values, [0.25, 0.375, 0.375]),
+  ],
+)
+def test_credit_begins_at_the_policys_own_first_token(fill, expected):
+  """A forced prefix or a tool's output comes first: V₀ is before token 1."""
+  shape = 1, 2, 4
+  forks = np.broadcast_to(np.arange(4) == 2, shape)
+  rollouts = est.Rollouts(
+    tokens=np.zeros(shape, np.int32),
+    mask=np.broadcast_to(np.arange(4) > 0, shape),
+    log_probs=np.zeros(shape),
+    rewards=np.array([[[1.0], [0.0]]]),
+    branch_values=np.where(forks, 0.25, 0.0),
+    branch_mask=forks,
+  )
+  values = est.branches(1, 4, est.positions.fixed(2))
+  credit = est.chain(est.at_last_token(), est.gae(1.0, 0.0, values, fill))
+  found = credit.apply(rollouts.rewards, rollouts)
+  np.testing.assert_allclose(found[0, 0], [0.0, *expected], atol=1e-12)
