@@ -10,7 +10,6 @@ import scripts
 
 from experiments import build, data, label, preference
 from experiments import reward_model as reward_model_script
-from experiments.configs import quickstart
 from jaxrl_llm import rollouts
 from jaxrl_llm.tasks import prompts as prompts_lib
 
@@ -31,10 +30,7 @@ def subject(tmp_path_factory):
   """A random model that often stops, and repeats itself, in two tokens."""
   path = tmp_path_factory.mktemp('reward') / 'digits.py'
   path.write_text(REWARD)
-  config = quickstart.get_config()
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
+  config = scripts.tiny_config()
   config.task.update(train=TRAIN, held_out=8, demonstrations=0)
   config.rewards = {'digits': {'name': f'{path}:digits', 'weight': 0.5}}
   config.rollout.max_tokens = 2
@@ -246,17 +242,3 @@ def test_from_the_command_line(tmp_path):
   ended = scripts.run('label', '--what=pass_rates', *rates, '--samples=2')
   assert ended.code == 0 and ended.out.startswith('24 prompts: '), ended
   mistakes.assert_refused(scripts.call('label', *both), 'exists')
-
-
-WRONG = """
---output=a.jsonl | --what is missing
---what=pairs | --output is missing
---what=pairs --output=pairs.json | is 'pairs.json'
---what=pass_rates --output=a.jsonl --noise=1 | which only --what=p
-"""
-
-
-@pytest.mark.parametrize('flags, texts', mistakes.table(WRONG))
-def test_wrong_flags(flags, texts):
-  run = f'--workdir={scripts.undisturbed()}', '--trust_code'
-  mistakes.assert_refused(scripts.call('label', *run, *flags.split()), *texts)

@@ -11,35 +11,6 @@ from jaxrl_llm.rewards import Scores
 from jaxrl_llm.sampling import policy
 
 
-def test_each_part_of_a_sum_of_rewards_has_a_panel(tmp_path, monkeypatch):
-  """A single reward has no panel: the main one shows it."""
-  from matplotlib.figure import Figure
-
-  drawn = []
-  draw = lambda self, *args, **settings: drawn.append(self)
-  monkeypatch.setattr(Figure, 'savefig', draw)
-  monkeypatch.setattr('os.replace', lambda *args: None)
-  records = [
-    {
-      'step': step,
-      'reward': step / 2,
-      'eval/rewards/gold': 5.0 - step,
-      'eval/rewards/proxy': 1.0 + step,
-      'eval/reward': 1.0 + step,
-    }
-    for step in (0, 2, 3)
-  ]
-  curves = {'eval/reward': 'held-out reward'}
-  stored_runs.plot(tmp_path / 'curve.png', records, curves, first=1)
-  main, *panels = drawn[0].axes
-  assert len(main.lines) == 3  # training, held-out, the warm start's end
-  names = [axes.get_ylabel() for axes in panels]
-  assert names == ['held-out gold', 'held-out proxy']
-  for axes, values in zip(panels, ([5, 3, 2], [1, 3, 4]), strict=True):
-    x, y = axes.lines[0].get_data()
-    assert list(x) == [0, 2, 3] and list(y) == values
-
-
 def test_a_batch_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
   numbers = np.arange(6.0).reshape(1, 2, 3)
   responses = rollouts.Responses(
