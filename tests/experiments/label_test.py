@@ -207,27 +207,6 @@ def test_what_cannot_be_made_or_measured_is_refused(subject, rates, tmp_path):
     partial.unlink(missing_ok=True)
 
 
-def test_a_training_keeps_the_prompts_within_the_bounds(subject, rates):
-  config, model = subject
-  config = config.copy_and_resolve_references()
-  path, records = rates
-  config.prompts.update(
-    pass_rates=str(path), min_pass_rate=0.25, max_pass_rate=0.75
-  )
-  full = build.task(config, model.tokenizer)
-  found = build.dataset(config, model.tokenizer)
-  rate = {record['prompt']: record['pass_rate'] for record in records}
-  inside = [p for p, r in rate.items() if r is not None and 0.25 <= r <= 0.75]
-  assert 0 < len(inside) < TRAIN
-  assert [row['prompt'] for row in found.train] == inside
-  assert all(row['pass_rate'] == rate[row['prompt']] for row in found.train)
-  assert found.held_out == full.held_out
-  assert f'{len(inside)} of {TRAIN} training prompts' in found.notes[0]
-  config.task.train = 30
-  with mistakes.refused('of 30 training prompts have no record'):
-    build.dataset(config, model.tokenizer)
-
-
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path):
   output = tmp_path / 'a' / 'pairs.jsonl'

@@ -1,4 +1,4 @@
-"""The audit of a tiny model: gradients as in training, values, report."""
+"""The audit of a tiny model: estimators compared, values of states, report."""
 
 import functools
 import json
