@@ -99,6 +99,17 @@ def symbols(completions, completion_ids, **kwargs):
 """
 
 
+def tiny_config():
+  """`quickstart.py` with a model that compiles in a moment."""
+  from experiments.configs import quickstart
+
+  config = quickstart.get_config()
+  config.model.architecture.update(
+    hidden_size=16, intermediate_size=16, num_layers=1
+  )
+  return config
+
+
 class Ended(types.SimpleNamespace):
   """Exit code, both outputs and the seconds of a script."""
 

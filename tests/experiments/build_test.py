@@ -1,7 +1,5 @@
 """From configurations to models, rewards, estimators and optimisers."""
 
-import jax
-import jax.numpy as jnp
 import mistakes
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ from ml_collections import ConfigDict
 from experiments import build
 from experiments.configs import base
 from jaxrl_llm import estimators as est
-from jaxrl_llm import training
 
 REWARDS = """
 from __future__ import annotations
@@ -143,20 +140,3 @@ def test_every_use_of_branches_can_be_named(config):
   config.algorithm = ConfigDict(dict(name='trepo', count=3, positions=pairs))
   with mistakes.refused('even count'):
     build.estimator(config)
-
-
-def test_optimizer_states_are_interchangeable():
-  """A checkpoint of either phase is restored into the state of either."""
-  params = {'kernel': jnp.ones((2, 2))}
-  structures = set()
-  for changes in (
-    {},
-    dict(decay='linear'),
-    dict(decay='cosine', warmup_updates=3),
-    dict(weight_decay=0.1),
-  ):
-    optimizer, _ = build.optimizer(base.optimizer(0.5, **changes), 10)
-    state = training.init_state({'policy': params}, optimizer)
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    structures.add(tuple(jax.tree_util.keystr(path) for path, _ in leaves))
-  assert len(structures) == 1

@@ -1,7 +1,6 @@
 """A user's mistake: at most three lines with the remedy, status 2, no harm."""
 
 import importlib.metadata
-import json
 import os
 import pathlib
 import signal
@@ -14,10 +13,6 @@ import pytest
 import scripts
 
 from experiments import cli
-from jaxrl_llm.models import transformer
-from jaxrl_llm.models.config import ModelConfig
-from jaxrl_llm.models.huggingface import folders
-from jaxrl_llm.tasks import arithmetic, vocabulary
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -89,39 +84,6 @@ def test_configuration_missing(tmp_path):
   mistakes.assert_refused(scripts.call('train'), '--config is missing')
 
 
-def test_data_file(tmp_path):
-  rows = tmp_path / 'rows.jsonl'
-  task = f"config.task = dict(name='jsonl', train='{rows}', held_out='{rows}')"
-  text = scripts.CONFIG.replace('  return', f'  {task}\n  return')
-  config = scripts.write_config(tmp_path / 'config', text)
-  for content, *texts in (
-    (None, 'rows.jsonl', 'No such file'),
-    ('{"prompt": "1+1=", "answer": "2"}\n{"prompt"\n', 'rows.jsonl, line 2'),
-    ('{"text": "1+1="}\n', 'rows.jsonl, line 1', 'prompt_column'),
-  ):
-    if content is not None:
-      rows.write_text(content)
-    mistakes.assert_refused(train(config, tmp_path / 'run'), *texts)
-
-
-def test_model_folder(config, tmp_path):
-  tokenizer = vocabulary.character_tokenizer(arithmetic.ALPHABET)
-  for vocab_size, change, *texts in (
-    (10, {}, 'tokenizer has ids up to 16', '10 rows'),
-    (17, {'model_type': 'mamba'}, "'mamba' is not supported", 'llama'),
-    (17, {'num_hidden_layers': 2}, 'model.layers.1'),
-  ):
-    shape = ModelConfig(vocab_size, 16, 32, 1, 2, max_length=64, tied=True)
-    params = transformer.init(shape, jax.random.key(0))
-    folder = tmp_path / f'{vocab_size}{"".join(change)}'
-    folders.save(folder, shape, params)
-    tokenizer.save_pretrained(folder)
-    stored = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps(stored | change))
-    ended = train(config, tmp_path / 'run', f'--config.model.path={folder}')
-    mistakes.assert_refused(ended, *texts)
-
-
 def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
   config = scripts.write_config(tmp_path / 'config', reward='import nothing\n')
   workdir = tmp_path / 'run'
@@ -166,25 +128,20 @@ def test_nobody_reads_what_is_printed():
   assert not ended.stderr and ended.returncode == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize(
-  'plugin, device, left_out',
-  [
-    ('xla_cuda13', False, True),
-    ('xla_cuda13', True, False),
-    ('other', False, False),
-  ],
-)
-def test_plugins_without_a_device_are_left_out(
-  plugin, device, left_out, monkeypatch, tmp_path
-):
+def test_plugins_without_a_device_are_left_out(monkeypatch, tmp_path):
   """Of CUDA's, as the extra `plan` installs them, alone."""
-  points = [importlib.metadata.EntryPoint(plugin, 'absent', 'jax_plugins')]
-  monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: points)
-  files = str(tmp_path if device else tmp_path / 'absent')
-  monkeypatch.setattr(cli, '_ACCELERATORS', (files,))
-  jax.config.update('jax_platforms', None)
   try:
-    cli._leave_out_plugins()
-    assert jax.config.jax_platforms == ('cpu' if left_out else None)
+    for plugin, files, platforms in (
+      ('xla_cuda13', tmp_path / 'absent', 'cpu'),
+      ('xla_cuda13', tmp_path, None),
+      ('other', tmp_path / 'absent', None),
+    ):
+      points = [importlib.metadata.EntryPoint(plugin, 'a', 'jax_plugins')]
+      found = lambda group, points=points: points
+      monkeypatch.setattr(importlib.metadata, 'entry_points', found)
+      monkeypatch.setattr(cli, '_ACCELERATORS', (str(files),))
+      jax.config.update('jax_platforms', None)
+      cli._leave_out_plugins()
+      assert jax.config.jax_platforms == platforms
   finally:
     jax.config.update('jax_platforms', 'cpu')

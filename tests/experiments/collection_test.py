@@ -170,29 +170,6 @@ def test_refilling_is_what_plain_python_does(most):
   assert len(seen) > 1
 
 
-def test_a_step_is_a_function_of_its_number():
-  one, two = Collection(refill=3), Collection(refill=3)
-  records = [Recorder(often_equal) for _ in range(2)]
-  for step in (0, 1, 2):
-    expected = one.draw(records[0], step)
-  found = two.draw(records[1], 2)
-  assert found.record == expected.record
-  np.testing.assert_array_equal(
-    found.responses.samples.tokens, expected.responses.samples.tokens
-  )
-  assert found.responses.completions == expected.responses.completions
-  # Off, the same prompts are sampled with the same key.
-  plain = Recorder(often_equal)
-  drawn = Collection().draw(plain, 2)
-  np.testing.assert_array_equal(
-    plain.calls[0].samples.tokens,
-    records[1].calls[0].samples.tokens,
-  )
-  assert drawn.responses is plain.calls[0]
-  assert drawn.tokens == 0 and drawn.record == {}
-  assert plain.asked == 0  # Scores are not waited for.
-
-
 def needing(shares):
   """One response succeeds with at least so many of '012+'; 9 is never."""
 

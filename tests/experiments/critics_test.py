@@ -3,20 +3,18 @@
 import jax
 import mistakes
 import numpy as np
+import scripts
 
 from experiments import build, critics, online
-from experiments.configs import base, quickstart
+from experiments.configs import base
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.tasks import arithmetic, vocabulary
 
 
 def config_of(**changes):
-  config = quickstart.get_config()
+  config = scripts.tiny_config()
   config.algorithm = dict(name='ppo')
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
   config.update_from_flattened_dict(
     {name.replace('__', '.'): value for name, value in changes.items()}
   )

@@ -5,7 +5,6 @@ import json
 import mistakes
 
 from experiments import data
-from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.rewards import mathematics
 
 
@@ -64,15 +63,3 @@ def test_jsonl_leaves_known_prompts_out(tmp_path):
   assert found.train[1] == {'prompt': 'b', **pair}
   with mistakes.refused('every prompt of'):
     data.jsonl(train, train)
-
-
-def test_text_prompts_have_one_length(shared):
-  tokenizer = folders.load_tokenizer(shared / 'models' / 'stories260k')
-  path = shared / 'data' / 'text' / 'tinystories_1000.json'
-  found = data.text(str(path), tokenizer, prompt_tokens=8, held_out=30)
-  assert len(found.held_out) == 30 and len(found.train) > 200
-  assert not set(prompts(found.train)) & set(prompts(found.held_out))
-  stories = json.loads(path.read_text())
-  for row in found.held_out[:5]:
-    assert len(tokenizer(row['prompt'])['input_ids']) == 8
-    assert any(story.startswith(row['prompt']) for story in stories)

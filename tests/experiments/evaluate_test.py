@@ -16,16 +16,6 @@ def trained():
   return stored_runs.load(scripts.undisturbed())
 
 
-def with_rewards(trained, file, source, **rewards):
-  """The run's configuration with rewards that a file defines."""
-  file.write_text(source)
-  config = trained.config.copy_and_resolve_references().unlock()
-  config.rewards = {
-    name: {'name': f'{file}:{name}', **more} for name, more in rewards.items()
-  }
-  return config
-
-
 def test_repeats_the_numbers_of_the_run(trained):
   result = evaluate.measure(trained.config, trained.model, metric='correct')
   record = scripts.records(scripts.undisturbed())[-1]
@@ -62,7 +52,10 @@ def rank(completion_ids, prompts, **kwargs):
 def test_estimates_are_those_of_the_responses(trained, tmp_path):
   """The estimates themselves are compared with subsets in their own test."""
   file, reader = tmp_path / 'graded.py', tmp_path / 'reader.py'
-  config = with_rewards(trained, file, GRADED, gold={}, rank={'weight': 0.0})
+  file.write_text(GRADED)
+  config = trained.config.copy_and_resolve_references().unlock()
+  rank = dict(name=f'{file}:rank', weight=0.0)
+  config.rewards = dict(gold=dict(name=f'{file}:gold'), rank=rank)
   reader.write_text('def first(text):\n  return text[:1] or None\n')
   data = build.dataset(config, trained.model.tokenizer)
   first = np.array([int(row['prompt'][0]) for row in data.held_out])
@@ -111,37 +104,11 @@ def test_estimates_are_those_of_the_responses(trained, tmp_path):
   assert all(graded[name] == result[name] for name in kept)
 
 
-def test_failures_in_workers_are_counted_and_told(trained, tmp_path, capsys):
-  source = (
-    'def even(prompts, completions):\n'
-    '  if int(prompts[0][0]) % 2: raise ValueError("odd\\u202e")\n'
-    '  return [1.0]\n'
-  )
-  file = tmp_path / 'even.py'
-  config = with_rewards(trained, file, source, even={'workers': 1})
-  data = build.dataset(config, trained.model.tokenizer)
-  odd = sum(int(row['prompt'][0]) % 2 for row in data.held_out)
-  changes = dict(samples=2, temperature=1.0, greedy=True, batch=4)
-  result = evaluate.measure(config, trained.model, **changes)
-  assert 0 < odd < scripts.HELD_OUT
-  assert result['rewards/even/failed'] == 2 * odd
-  assert result['greedy/rewards/even/failed'] == odd
-  assert result['unscored'] == result['greedy/unscored'] == odd
-  # The prompts without a failure are the scored ones.
-  assert result['accuracy']['mean'] == 1.0 and result['reward'] == 1.0
-  sampled, greedy = capsys.readouterr().out.splitlines()
-  assert sampled.startswith(f'rewards/even: {2 * odd} of the held-out')
-  assert greedy.startswith(f'rewards/even: {odd} of the greedy')
-  assert 'by error: ValueError: odd' in sampled and sampled.isprintable()
-
-
 REFUSED = """
 metric='exact' | --metric is 'exact'
 best_of=(1,) | --best_of is given but no --judge
-judge='symbols' | --judge is given but no --best_of
 best_of=(1,), judge='correct', metric='correct' | is --judge and --
 temperature=1.0, samples=2, best_of=(2, 4), judge='correct' | needs 4 samples
-temperature=1.0, samples=2, ks=(4,) | pass@4 needs 4 samples
 temperature=1.0, samples=2, majs=(4,), metric='correct' | maj@4 needs 4 samples
 greedy=True | leave out --greedy
 samples=3 | at temperature 0 all 3 samples
@@ -189,7 +156,6 @@ FLAGS = """
 --prompts=5 | either a run with --workdir or a Hugging Face folder
 --workdir=/no/run | /no/run holds no run
 --workdir=RUN --step=3 | no checkpoint step 3
---workdir=RUN --step=last | --step is 'last'
 --workdir=RUN --config=CONFIG | leave out --config
 --workdir=RUN --k=0 | --k is '0'
 --workdir=RUN --answer=exact_match | no --maj

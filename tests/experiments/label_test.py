@@ -10,7 +10,6 @@ import scripts
 
 from experiments import build, data, label, preference
 from experiments import reward_model as reward_model_script
-from experiments.configs import quickstart
 from jaxrl_llm import rollouts
 from jaxrl_llm.tasks import prompts as prompts_lib
 
@@ -31,10 +30,7 @@ def subject(tmp_path_factory):
   """A random model that often stops, and repeats itself, in two tokens."""
   path = tmp_path_factory.mktemp('reward') / 'digits.py'
   path.write_text(REWARD)
-  config = quickstart.get_config()
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
+  config = scripts.tiny_config()
   config.task.update(train=TRAIN, held_out=8, demonstrations=0)
   config.rewards = {'digits': {'name': f'{path}:digits', 'weight': 0.5}}
   config.rollout.max_tokens = 2
@@ -211,27 +207,6 @@ def test_what_cannot_be_made_or_measured_is_refused(subject, rates, tmp_path):
     partial.unlink(missing_ok=True)
 
 
-def test_a_training_keeps_the_prompts_within_the_bounds(subject, rates):
-  config, model = subject
-  config = config.copy_and_resolve_references()
-  path, records = rates
-  config.prompts.update(
-    pass_rates=str(path), min_pass_rate=0.25, max_pass_rate=0.75
-  )
-  full = build.task(config, model.tokenizer)
-  found = build.dataset(config, model.tokenizer)
-  rate = {record['prompt']: record['pass_rate'] for record in records}
-  inside = [p for p, r in rate.items() if r is not None and 0.25 <= r <= 0.75]
-  assert 0 < len(inside) < TRAIN
-  assert [row['prompt'] for row in found.train] == inside
-  assert all(row['pass_rate'] == rate[row['prompt']] for row in found.train)
-  assert found.held_out == full.held_out
-  assert f'{len(inside)} of {TRAIN} training prompts' in found.notes[0]
-  config.task.train = 30
-  with mistakes.refused('of 30 training prompts have no record'):
-    build.dataset(config, model.tokenizer)
-
-
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path):
   output = tmp_path / 'a' / 'pairs.jsonl'
@@ -246,17 +221,3 @@ def test_from_the_command_line(tmp_path):
   ended = scripts.run('label', '--what=pass_rates', *rates, '--samples=2')
   assert ended.code == 0 and ended.out.startswith('24 prompts: '), ended
   mistakes.assert_refused(scripts.call('label', *both), 'exists')
-
-
-WRONG = """
---output=a.jsonl | --what is missing
---what=pairs | --output is missing
---what=pairs --output=pairs.json | is 'pairs.json'
---what=pass_rates --output=a.jsonl --noise=1 | which only --what=p
-"""
-
-
-@pytest.mark.parametrize('flags, texts', mistakes.table(WRONG))
-def test_wrong_flags(flags, texts):
-  run = f'--workdir={scripts.undisturbed()}', '--trust_code'
-  mistakes.assert_refused(scripts.call('label', *run, *flags.split()), *texts)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import mistakes
 import numpy as np
 import pytest
+import scripts
 
 from experiments import build, offline, preference, rest_em
-from experiments.configs import quickstart
 from experiments.data import Data
 from jaxrl_llm import rollouts
 from jaxrl_llm.rewards import RewardPart
@@ -19,11 +19,8 @@ from jaxrl_llm.sampling.policy import Decoding
 
 
 def tiny(algorithm, **rounds):
-  config = quickstart.get_config()
+  config = scripts.tiny_config()
   config.rollout.update(prompts=4, samples=4, max_tokens=12)
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
   config.task.update(train=24, held_out=8, demonstrations=20)
   config.warm_start.steps = 0
   config.warm_start.optimizer.warmup_updates = 0

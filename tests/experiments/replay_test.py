@@ -114,14 +114,6 @@ def test_no_such_step_or_code(workdir, tmp_path):
     refusal(workdir, 3, f'{name} is {now} since the run')
 
 
-def test_no_checkpoint_verifies(workdir):
-  """The message has the run's folder, not the one that the replay works in."""
-  for manifest in workdir.glob('checkpoints/*/manifest/data.json'):
-    manifest.write_text('{}')
-  text = f'No checkpoint in {workdir}/checkpoints verifies.'
-  refusal(workdir, MIDDLE, text)
-
-
 def identical(workdir, steps):
   """Asserts that steps are as recorded, in an unchanged folder."""
   before = contents(workdir)

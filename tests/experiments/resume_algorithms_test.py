@@ -12,6 +12,10 @@ from tests.experiments import replay_test
 ROUNDS = 'config.rounds.update(sampling=2, learning=4, batch=4, per_prompt=3)'
 BATCH = 'config.rounds.batch = 4'
 PAIRS = "config.task = dict(name='REWARD:pairs')"
+REFILL = 'config.rollout.update(refill=2, hints=(0.5,))'
+CURRICULUM = (
+  "config.prompts.update(curriculum='operations', curriculum_steps=6)"
+)
 BRANCHES = dict(count=2, samples=2)
 STEPS, FEWER = 12, 6
 
@@ -31,6 +35,7 @@ RUNS = {
     ),
     [],
   ),
+  'refill and hints': ('train', dict(name='rloo'), [REFILL, CURRICULUM]),
   'rest_em': ('rest_em', dict(name='rest_em', threshold=0.3), [ROUNDS]),
   'sampled pairs': ('preference', dict(name='dpop'), [ROUNDS]),
   'given pairs': (

@@ -8,7 +8,6 @@ import pytest
 import scripts
 
 from experiments import run
-from experiments.configs import quickstart
 from experiments.schedule import Cycle, Evaluation, Result, Script
 from jaxrl_llm import estimators, training
 from jaxrl_llm.errors import UserError
@@ -67,10 +66,7 @@ class Doubling:
 
 def configuration(prompts: int):
   """Of a run that is over in a moment."""
-  config = quickstart.get_config()
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
+  config = scripts.tiny_config()
   config.task.update(train=12, held_out=8, demonstrations=20)
   config.warm_start.update(steps=0, batch=2)
   config.warm_start.optimizer.warmup_updates = 0

@@ -138,25 +138,3 @@ def test_diverging_run_ends(config, tmp_path):
   skipped = [record['skipped'] for record in scripts.records(workdir)]
   assert skipped == [0, 1, 2, 3]
   assert os.listdir(workdir / 'checkpoints') == ['00000004']
-
-
-@pytest.mark.slow
-def test_tokens_end_a_run(config, tmp_path):
-  """And where more are allowed, it goes on."""
-  flags = [*FLAGS, '--config.optimizer.decay=constant']
-  flags += ['--config.evaluation.every_tokens=100']
-  workdir = tmp_path / 'run'
-  limited = lambda limit: scripts.train(
-    workdir, config, *flags, f'--config.tokens={limit}'
-  ).wait()
-  for limit in (230, 530):
-    ended = limited(limit)
-    assert ended.code == 0, ended.err
-    records = scripts.records(workdir)
-    counts = [0, *(record['num_tokens'] for record in records)]
-    assert counts[-2] < limit <= counts[-1]
-  for i, record in enumerate(records):
-    crossed = counts[i] // 100 < counts[i + 1] // 100
-    if crossed or i % scripts.EVERY == 0 or i == len(records) - 1:
-      assert 'eval/reward' in record
-  assert_refused(limited(230), 'raise config.steps or config.tokens')

@@ -12,7 +12,7 @@ import pytest
 import scripts
 
 from experiments.configs import base
-from experiments.planning import plan, topologies
+from experiments.planning import plan
 from experiments.planning.programs import TooLarge
 from jaxrl_llm.tasks import arithmetic
 
@@ -172,23 +172,11 @@ def test_search_takes_the_largest_micro_batch_of_the_fastest_mesh(capsys):
     search(lambda tensor, micro: False)
 
 
-WRONG = """
-v9:4x4 | no such topology
-v5p:4x4 | write v5p:4x4x4
-v5e:4x4x4 | write v5e:4x4,
-h100:12 | whole machines of 8
-"""
-
-
-@pytest.mark.parametrize('name, texts', mistakes.table(WRONG))
-def test_wrong_topologies(name, texts):
-  with mistakes.refused(*texts):
-    topologies.parse(name)
-
-
 FLAGS = """
 --model=llama3-8b | --topology is missing
 --topology=v5q:4x4 | no such topology
+--topology=v5p:4x4 | write v5p:4x4x4
+--topology=h100:12 | whole machines of 8
 --topolgy=v5e:4x4 | did you mean --topology
 --topology=v5e:4x4 --model=llama-8b | did you mean llama3-8b
 """

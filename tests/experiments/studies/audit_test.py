@@ -1,18 +1,16 @@
-"""The audit of a tiny model: gradients as in training, values, report."""
+"""The audit of a tiny model: estimators compared, values of states, report."""
 
 import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import mistakes
 import numpy as np
 import pytest
+import scripts
 
 from experiments import build
-from experiments.configs import quickstart
 from experiments.studies import audit, audit_draws, audit_values
-from jaxrl_llm import rollouts, training
 from jaxrl_llm.runs.checkpoints import Checkpoints
 
 # Half of the prompts earn the same whatever the response: groups are equal.
@@ -27,18 +25,13 @@ PROMPTS, SAMPLES = 6, 4
 RLOO = dict(algorithm=dict(name='rloo'))
 DR_GRPO = dict(algorithm=dict(name='dr_grpo', max_length=6))
 RL_ZVP = dict(algorithm=dict(name='rl_zvp'))
-# It runs for less time than its compilation takes.
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
   file = tmp_path_factory.mktemp('reward') / 'reward.py'
   file.write_text(REWARD)
-  config = quickstart.get_config()
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
+  config = scripts.tiny_config()
   config.task.update(train=40, held_out=4, demonstrations=4)
   config.task.operands = (1, 99)
   config.prompts.max_tokens = 16
@@ -55,76 +48,15 @@ def subject(config):
   return audit_draws.Subject(config, model, rows, None, None, 'tiny')
 
 
-@pytest.fixture(scope='module')
-def step(subject):
-  """(phase, state, what a step of RL-ZVP's sampled)."""
+def test_equal_groups_by_hand(subject):
   config = audit_draws.variant(subject, 'RL-ZVP', RL_ZVP)
   rl, state = audit_draws.begin(subject, config, 'RL-ZVP')
-  # A step in which a group is equal, but not by what its prompt is.
-  for number in range(50):
-    found = rl.collect(state, number)
-    equal = np.asarray(audit_draws.equal_rewards(found.own))
-    if (equal[:, 0] & (np.asarray(found.own.rewards)[:, 0] != 0.5)).any():
-      return rl, state, found
-  raise AssertionError('no such step')
-
-
-def test_equal_groups_by_hand(step):
-  _, _, found = step
+  found = rl.collect(state, 0)
   equal = np.asarray(audit_draws.equal_rewards(found.own))
   rewards = np.asarray(found.own.rewards)[..., 0]
   assert equal.shape == (PROMPTS, 1, 1) and 0 < equal.sum() < PROMPTS
-  for p, row in enumerate(rewards):
-    assert equal[p, 0, 0] == (len(set(row.tolist())) == 1)
-  # A response without a reward is no response.
-  odd = jnp.asarray(np.where(equal, 0.0, found.own.rewards)).at[0, 0].set(9.0)
-  valid = jnp.ones(odd.shape, bool).at[0, 0].set(False)
-  given = found.own.replace(rewards=odd, valid=valid)
-  again = np.asarray(audit_draws.equal_rewards(given))
-  assert again[0, 0, 0] == (len(set(rewards[0, 1:].tolist())) == 1)
-
-
-@pytest.mark.slow
-def test_parts_add_up_to_the_gradient_of_training(step, subject):
-  rl, state, found = step
-  params, prompts = state.trainable['policy'], found.responses.prompts
-  prepare = jax.jit(rl.estimator.prepare, compiler_options=QUICK)
-  batch = prepare(found.rollouts)
-  equal = audit_draws.equal_rewards(found.own)
-  decoding = rl.generation.decoding
-  settings = dict(decoding=decoding, micro_prompts=2, chunk=64)
-  outputs = rollouts.score_tokens(
-    subject.model.config, params, prompts, batch.tokens, **settings
-  )
-  forward = training.policy_forward(subject.model.config, decoding, 64)
-  weigh = jax.jit(functools.partial(audit_draws.token_weights, rl.estimator))
-
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  @jax.grad
-  def direct(params, where):
-    kept = batch.replace(weights=jnp.where(where, batch.weights, 0.0))
-    found = forward({'policy': params}, None, prompts, kept)
-    # An entropy bonus, so that entropies matter.
-    bonus = 0.1 * (kept.weights * found.entropy).sum()
-    return bonus - rl.estimator.loss(found, kept)
-
-  for where in (equal, ~equal):
-    weights = weigh(batch, outputs, where)
-    assert not weights.entropy.any() and not weights.score_norms.any()
-    by_entropy = 0.1 * jnp.where(where, batch.weights, 0.0)
-    got = audit_draws.weighted_gradient(
-      subject.model.config,
-      params,
-      prompts,
-      batch.tokens,
-      weights.replace(entropy=by_entropy),
-      **settings,
-    )
-    expected = direct(params, where)
-    for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-      np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
-    # It gives groups of equal rewards something to learn as well.
-    assert jnp.abs(weights.log_probs).max() > 1e-4
+  expected = [len(set(row.tolist())) == 1 for row in rewards]
+  assert equal.ravel().tolist() == expected
 
 
 WRONG = """

@@ -81,14 +81,3 @@ def test_table_and_figure(tmp_path):
   assert len(rows(empty)) == 2
   compare_report.figure(tmp_path / 'figure.png', CONFIG, results())
   assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_bands_end_where_the_shortest_run_does():
-  runs = [run('grpo', 0, 0.8), run('grpo', 1, 0.9)]
-  runs[0]['curve']['tokens'] = [0, 400, 800, 1000]
-  band = compare_report._band(runs, CONFIG, 'tokens', 1e-3)
-  np.testing.assert_allclose(band.x, [0, 0.25, 0.5, 0.75, 1.0])
-  assert band.mean[0] == 25.0 and band.low[0] == band.high[0] == 25.0
-  last = 55 + (90 - 55) * 200 / 300
-  np.testing.assert_allclose(band.mean[-1], (80 + last) / 2)
-  assert band.low[-1] < 78.4 < band.mean[-1] < 80 < band.high[-1]

@@ -135,16 +135,6 @@ def test_wrong_comparisons_are_refused(change, texts, config, tmp_path):
     compare.jobs(config, tmp_path)
 
 
-def test_cores_are_shared_out(monkeypatch):
-  monkeypatch.setattr(parallel, 'own_cores', lambda: {0, 2, 3, 5, 8})
-  assert parallel.slots(1) == [{0, 2, 3, 5, 8}]
-  assert parallel.slots(2) == [{0, 2}, {3, 5, 8}]
-  assert len(parallel.slots(5)) == 5
-  for count in (0, 6):
-    with mistakes.refused('5 cores'):
-      parallel.slots(count)
-
-
 # In place of a training: says where it runs, and takes orders by its name.
 STAND_IN = """
 import os, signal, sys, time
