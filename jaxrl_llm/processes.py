@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -143,7 +144,13 @@ def _local_devices() -> list[int] | None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number):
   """Delays the abort in C++ after a loss, until a watch has reported it."""
-  time.sleep(HEARTBEAT)
+  time.sleep(2)
+  # This thread of C++ may be the one that would have woken the watches.
+  host, _, port = _state().coordinator_address.rpartition(':')
+  try:
+    socket.create_connection((host.strip('[]'), int(port)), 5).close()
+  except OSError:
+    _exit(1, _LOST.format(0, count(), index()))
   _libc.signal(number, None)
 
 

@@ -103,8 +103,7 @@ def lose(index, which, at, moment):
 @pytest.mark.parametrize(
   'which, at, count',
   [
-    # C++ sometimes aborts before the loss is reported: about one time in four.
-    pytest.param(0, 'barrier', 2, marks=pytest.mark.slow),
+    (0, 'barrier', 2),
     # These take the 10 s of the heartbeat.
     pytest.param(1, 'barrier', 3, marks=pytest.mark.slow),
     pytest.param(0, 'collective', 2, marks=pytest.mark.slow),
