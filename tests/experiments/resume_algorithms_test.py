@@ -12,9 +12,9 @@ from tests.experiments import replay_test
 ROUNDS = 'config.rounds.update(sampling=2, learning=4, batch=4, per_prompt=3)'
 BATCH = 'config.rounds.batch = 4'
 PAIRS = "config.task = dict(name='REWARD:pairs')"
-REFILL = 'config.rollout.update(refill=2, hints=(0.5,))'
+REFILL = 'config.rollout.update(refill=2, hints=(0.5,), hint_threshold=1.1)'
 CURRICULUM = (
-  "config.prompts.update(curriculum='operations', curriculum_steps=6)"
+  "config.prompts.update(curriculum='operations', curriculum_steps=9)"
 )
 BRANCHES = dict(count=2, samples=2)
 STEPS, FEWER = 12, 6
@@ -125,6 +125,10 @@ def test_kills_leave_the_same_records(name, tmp_path):
   ended = start(killed, '--config.seed=7').wait()
   assert ended.code == 2 and 'seed was 0, is 7' in ended.err
   assert_same(whole, killed)
+  if name == 'refill and hints':
+    records = scripts.records(whole)
+    for tool in ('refill/rounds', 'hints/saved'):
+      assert sum(record.get(tool, 0) for record in records) > 0, tool
   # Both kinds of step of a round, whose files are the run's or made anew.
   warm = 0 if name == 'given pairs' else scripts.WARM
   replay_test.identical(whole, [warm + 1, warm + 8, warm + 11])
