@@ -4,13 +4,11 @@ What looks ahead cannot be written as a rule, so these tests write its
 `branch_mask` by hand over rollouts that have branches at every position.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from listed import LONG, SMALL, TOY, assert_unbiased, close, examine
+from listed import LONG, TOY, assert_unbiased, examine
 from selection import mostly_slow
 
 from jaxrl_llm import estimators as est
@@ -100,19 +98,6 @@ def test_interpolations_tilt():
     assert report.bias > 0.05 and report.cosine < 0.999
 
 
-def test_values_interpolated_without_a_knot_are_a_sequence_mean():
-  never = positions.fixed(LIMIT + 5)
-  one = examine(trepo(never, fill=est.interpolate_values), TOY)
-  mean = est.estimator(
-    est.subtract_leave_one_out_mean(),
-    est.score_function(),
-    est.sequence_mean(),
-  )
-  other = examine(mean, TOY)
-  close(one.gradient, other.gradient)
-  assert one.bias > 0.1
-
-
 EVERYWHERE = positions.fixed(*range(1, 10))
 
 
@@ -129,12 +114,6 @@ def by_hand(choose, samples=1, values=None):
     return whole.prepare(rollouts.replace(branch_mask=mask))
 
   return whole._replace(prepare=prepare)
-
-
-def at_random_before_the_end(rollouts, time, lengths):
-  """Up to three tokens; `running['u']` is 0 or 1, drawn for each response."""
-  u = rollouts.running['u'][None, :, None].astype(int)
-  return time == 1 + u * (lengths - 1) // 2
 
 
 def middle(rollouts, time, lengths):
@@ -174,61 +153,12 @@ def test_looking_ahead_is_biased(name):
   assert report.bias > 0.05 and report.cosine < 0.999
 
 
-def test_random_positions_that_know_the_length_are_biased():
-  estimator = by_hand(at_random_before_the_end)
-  mean = np.zeros(TOY.params.shape)
-  for u in itertools.product(range(2), repeat=2):
-    running = {'u': np.array(u)}
-    mean += enumeration.expected_gradient(estimator, TOY, running=running) / 4
-  exact = enumeration.exact_gradient(TOY)
-  assert np.linalg.norm(mean - exact) > 0.1 * np.linalg.norm(exact)
-
-
 def test_the_same_by_hand_without_looking_ahead_is_exact():
   """The bias above is that of the boundaries, not of how they are written."""
   after = lambda rollouts, time, lengths: (
     (time == 2) | (jnp.roll(rollouts.tokens, 1, axis=2) == 0) & (time > 0)
   )
   assert examine(by_hand(after), TOY).bias < 1e-10
-
-
-def test_a_cap_that_drops_the_rest_is_biased():
-  """The tail behind the last step has to be held, not zeroed."""
-  whole = trepo(positions.delimiter(0), count=1)
-
-  def prepare(rollouts):
-    batch = whole.prepare(rollouts)
-    before = jnp.cumsum(rollouts.branch_mask, axis=2) == 0
-    forked = rollouts.branch_mask.any(axis=2, keepdims=True)
-    keep = before | ~forked
-    return batch.replace(advantages=jnp.where(keep, batch.advantages, 0.0))
-
-  assert examine(whole, LONG).bias < 1e-10
-  assert examine(whole._replace(prepare=prepare), LONG).bias > 0.1
-
-
-@pytest.mark.parametrize('samples', [2, 3])
-def test_its_own_reward_in_the_baseline_scales(samples):
-  """By 1 − 1/K with the same K at all knots, the first included."""
-  found = trepo(positions.fixed(1), samples=samples - 1)
-
-  def prepare(rollouts):
-    rewards, knot = rollouts.rewards, rollouts.branch_mask
-    inner = rewards / samples + (1 - 1 / samples) * rollouts.branch_values
-    at = jnp.where(knot, inner, 0.0).sum(axis=2, keepdims=True)
-    ahead = jnp.where(knot.any(axis=2, keepdims=True), at, rewards)
-    root = rewards.mean(axis=1, keepdims=True)
-    behind = jnp.cumsum(knot, axis=2) > 0
-    batch = found.prepare(rollouts)
-    return batch.replace(
-      advantages=jnp.where(behind, rewards - at, ahead - root)
-    )
-
-  estimator = found._replace(prepare=prepare)
-  report = examine(estimator, SMALL, samples)
-  close(report.gradient, (1 - 1 / samples) * report.exact_gradient)
-  # With another number of samples at the prompt it is a tilt.
-  assert examine(estimator, SMALL, samples + 1).cosine < 0.9995
 
 
 def test_a_branch_is_scored_as_a_response():
