@@ -146,12 +146,3 @@ def test_noise_of_the_values_is_taken_off():
   # Not taken off, it shows.
   found = audit.doob(noisy, 0 * noise, rewards, np.arange(len(chosen)))
   assert found.squares.value - true > 10 * found.squares.error
-
-
-def test_other_values_do_not_split_the_variance():
-  random, chosen, along, rewards = walks(6000, seed=5)
-  shift = random.normal(size=len(TOY.prefixes))
-  wrong = along + np.where(TOY.mask[chosen], shift[TOY.states[chosen]], 0.0)
-  wrong[:, 0] = along[:, 0]
-  found = audit.doob(wrong, 0 * wrong, rewards, np.arange(len(chosen)))
-  assert abs(found.difference.value) > 10 * found.difference.error

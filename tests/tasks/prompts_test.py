@@ -354,9 +354,3 @@ def test_columns_repeat_each_row_in_place():
   }
   with pytest.raises(UserError, match='completion_ids'):
     prompts.columns([{'prompt': 'a', 'completion_ids': 1}])
-
-
-@pytest.mark.parametrize('wrong', [dict(size=0), dict(seed=-1), dict(bucket=0)])
-def test_a_source_needs_sensible_numbers(wrong):
-  with pytest.raises(UserError, match='must be at least'):
-    source(**{'count': 3, 'size': 2, **wrong})
