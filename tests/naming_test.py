@@ -147,9 +147,3 @@ def test_refusals(spec, texts):
   assert len(message.splitlines()) <= 3
   for text in texts:
     assert text in message
-
-
-def test_argument_is_given_or_default_or_none():
-  assert naming.argument(module, dict(name='disc', radius=2), 'radius') == 2
-  assert naming.argument(module, dict(name='disc'), 'radius') == 1.0
-  assert naming.argument(module, dict(name='disc'), 'colour') is None

@@ -25,19 +25,6 @@ def test_the_roofline_adds_phases_and_overlaps_within_them():
   assert measuring.beside(2.0, 8.0) == {'seconds': 2.0, 'fraction': 0.25}
 
 
-def test_the_summary_of_known_times():
-  assert measuring.summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {
-    'median': 3.0,
-    'quartiles': [2.0, 4.0],
-    'rounds': 5,
-  }
-
-
-def test_numbers_have_four_digits():
-  assert measuring.rounded(123456.0) == 123500.0
-  assert measuring.rounded(0.00012344) == 0.0001234
-
-
 def test_the_first_round_does_not_count():
   seen = []
   rounds = measuring.repeat(seen.append, 3)

@@ -9,7 +9,6 @@ from loops import (
   assert_is_formula,
   clip,
   earned,
-  evaluate,
   k3,
   make_data,
   make_program,
@@ -33,7 +32,6 @@ from toys import (
   KL,
   LAM,
   RECIPES,
-  STEERED,
   VALUE,
   VALUE_CLIP,
   random_rollouts,
@@ -229,21 +227,6 @@ def test_recipe_is_its_formula(name, seed):
   assert_is_formula(got, FORMULAS[name], *make_data(seed, length=9))
 
 
-def test_recipe_asks_for_what_it_uses():
-  assert est.ppo().needs == est.Needs(critic=True)
-  assert est.vapo().needs == est.Needs(critic=True)
-  needs = est.ppo(kl=STEERED).needs
-  assert needs.reference and needs.running == (STEERED,)
-  needs = est.trepo(count=3, samples=5).needs
-  assert (needs.samples, needs.critic, needs.reference) == (2, False, False)
-  assert needs.branches[:2] == (3, 5)
-  assert not needs.score_norms and not needs.branches.score_weighted
-  needs = est.trepo(score_weighted=True).needs
-  assert needs.score_norms and needs.branches.score_weighted
-  assert not est.vine_ppo((1,), kl=0.0).needs.reference
-  assert est.vine_ppo((1,)).needs.reference
-
-
 def advantages(transform, rollouts):
   transform = est.chain(est.at_last_token(), transform)
   estimator = est.estimator(transform, est.score_function(), est.sequence_sum())
@@ -277,20 +260,6 @@ def test_a_branch_at_every_token_is_a_critic_with_lambda_zero(fill):
   expected = advantages(est.gae(1.0, 0.0, est.critic()), rollouts)
   np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
   assert np.abs(np.diff(got, axis=2)).max() > 0.1
-
-
-def test_gae_of_one_and_the_group_mean_is_dr_grpo():
-  rollouts, outputs = random_rollouts(0, invalid=False)
-  rollouts = rollouts.replace(values=in_group(rollouts, lambda r, g: r.mean()))
-  critic = est.estimator(
-    est.chain(est.at_last_token(), est.gae(1.0, 1.0, est.critic())),
-    est.clipped(CLIP),
-    est.constant_length(11),
-  )
-  got = evaluate(critic, rollouts, outputs)[1].log_probs
-  expected = evaluate(est.dr_grpo(11, CLIP), rollouts, outputs)[1].log_probs
-  np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-14)
-  assert np.abs(expected).max() > 1e-3
 
 
 def test_a_response_without_valid_siblings_has_no_part_in_its_baseline():

@@ -122,11 +122,6 @@ def test_values_are_of_rewards(values):
   est.chain(est.at_last_token(), credit, est.whiten())
 
 
-def test_a_baseline_may_stand_before_rewards_to_go():
-  transforms = (est.at_last_token(), est.subtract_token_kl(0.1))
-  est.chain(LEAVE_ONE_OUT, *transforms, est.reward_to_go(), est.whiten())
-
-
 @pytest.mark.parametrize(
   'make',
   [
@@ -166,14 +161,6 @@ def test_overlong_penalty():
   np.testing.assert_allclose(got, [[1.0, 1.0, 0.5, 0.0, 1.0]])
   got = apply(est.penalize_overlong(max_length=3, buffer=2), data)
   np.testing.assert_allclose(got, [[1.0, 0.0, 0.0, 0.0, 0.5]])
-
-
-def test_entropy_where_equal_asks_what_is_right():
-  entropy = jnp.array([[[1.0, 3.0, 2.0, 9.0, 9.0], [0.5] * 5]])
-  data = make_rollouts([[1.0, 1.0]], [[3, 5]], entropy=entropy)
-  transform = est.entropy_where_equal(2.0, right=lambda reward: reward > 5.0)
-  got = loops.apply(transform, data)[0, 0, :3]
-  np.testing.assert_allclose(got, [-4, 0, -2])
 
 
 def with_kl():

@@ -13,7 +13,6 @@ import pytest
 from loops import (
   assert_is_formula,
   clip,
-  evaluate,
   k3,
   make_data,
   make_program,
@@ -35,7 +34,6 @@ from toys import (
   KL,
   MAX_LENGTH,
   RECIPES,
-  STEERED,
   random_rollouts,
 )
 
@@ -303,31 +301,8 @@ def test_the_clips_bite_on_both_sides():
       assert 3 < outside.sum() < ratio.size / 2
 
 
-def test_recipe_does_not_ask_for_what_it_does_not_use():
-  on_policy = est.Needs(on_policy=True)
-  assert est.reinforce().needs == on_policy
-  assert est.remax().needs == on_policy._replace(greedy=True)
-  norms = on_policy._replace(samples=2, score_norms=True)
-  assert est.obl_reinforce().needs == norms
-  assert est.rl_zvp().needs == est.Needs(samples=2, entropy=True)
-  for recipe, needs in (
-    (est.rloo, on_policy._replace(samples=2)),
-    (est.grpo, est.Needs(samples=2)),
-    (est.reinforce_plus_plus_baseline, est.Needs(samples=2)),
-  ):
-    assert recipe(kl=0.1).needs == needs._replace(reference=True)
-    assert recipe(kl=0.0).needs == needs
-  assert est.reinforce_plus_plus().needs == est.Needs(reference=True)
-  (running,) = est.rloo(kl=STEERED).needs.running
-  assert running is STEERED
-
-
 def advantages(estimator, rollouts):
   return np.asarray(prepare(estimator, rollouts).advantages)
-
-
-def gradient(estimator, rollouts, outputs):
-  return np.asarray(evaluate(estimator, rollouts, outputs)[1].log_probs)
 
 
 @pytest.mark.parametrize('samples', [2, 5])
@@ -336,21 +311,3 @@ def test_dr_grpo_advantage_is_rloo_scaled(samples):
   mean = advantages(est.dr_grpo(7), rollouts)
   others = advantages(est.rloo(), rollouts)
   np.testing.assert_allclose(mean, (samples - 1) / samples * others, rtol=1e-12)
-
-
-def test_on_policy_the_surrogates_are_the_score_function():
-  """GSPO = GSPO-token = GRPO without KL, whatever the clip."""
-  rollouts, outputs = random_rollouts(0)
-  outputs = outputs.replace(log_probs=rollouts.log_probs)
-  score = est.estimator(
-    est.standardize(), est.score_function(), est.sequence_mean()
-  )
-  expected = gradient(score, rollouts, outputs)
-  assert np.abs(expected).max() > 1e-3
-  for estimator in (
-    est.grpo(kl=0.0),
-    est.gspo(),
-    est.gspo(ratio=est.sequence_token_ratio),
-  ):
-    got = gradient(estimator, rollouts, outputs)
-    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-15)

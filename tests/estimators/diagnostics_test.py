@@ -186,23 +186,6 @@ def test_groups_without_a_statistic_are_left_out():
   assert len(got) == 3 and all(np.isnan(value) for value in got.values())
 
 
-def test_approx_kl_estimates_the_kl_from_the_sampler():
-  """Over all tokens, weighted as they are sampled: no formula of k3."""
-  old, new = np.array([0.5, 0.3, 0.2]), np.array([0.05, 0.05, 0.9])
-  row = lambda p: np.log(p)[None, None]
-  rollouts = est.Rollouts(
-    tokens=np.arange(3)[None, None],
-    mask=np.ones((1, 1, 3), bool),
-    log_probs=row(old),
-    rewards=np.zeros((1, 1, 1)),
-  )
-  batch = est.reinforce().prepare(rollouts)
-  metric = diagnostics.per_token()['approx_kl']
-  found = np.asarray(metric(est.Outputs(log_probs=row(new)), batch))[0, 0]
-  expected = (old * np.log(old / new)).sum()
-  assert (old * found).sum() == pytest.approx(expected, rel=1e-5)
-
-
 def test_completion_statistics():
   lengths = np.array([[3, 1], [4, 4]])
   mask = np.arange(4)[None, None] < lengths[..., None]

@@ -105,24 +105,6 @@ def test_no_ratio_overflows(name):
     np.testing.assert_allclose(ratio(outputs, batch), bound, rtol=1e-5)
 
 
-def test_sampler_ratios():
-  outputs, batch = case(
-    [[0.0, 0.0], [0.0, 0.0]],
-    [[-1.0, -1.0], [-1.0, 3.0]],
-    sampler=[[-1.2, -1.4], [-0.9, -5.0]],
-    mask=[[True, True], [True, False]],
-  )
-  got = est.sampler_token_ratio(outputs, batch)[0]
-  np.testing.assert_allclose(got[0], np.exp([0.2, 0.4]), rtol=1e-6)
-  np.testing.assert_allclose(got[1, 0], np.exp(-0.1), rtol=1e-6)
-  got = est.sampler_trajectory_ratio(outputs, batch)[0]
-  np.testing.assert_allclose(got[0], np.exp(0.6), rtol=1e-6)
-  np.testing.assert_allclose(got[1, 0], np.exp(-0.1), rtol=1e-6)
-  same = batch.replace(sampler_log_probs=None)
-  for ratio in (est.sampler_token_ratio, est.sampler_trajectory_ratio):
-    np.testing.assert_array_equal(ratio(outputs, same), 1.0)
-
-
 def test_truncated_and_masked_weights():
   ratios = np.array([0.1, 0.5, 1.0, 2.0, 3.0])
   np.testing.assert_array_equal(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from toys import RECIPES, random_rollouts, rows_for, with_tree_rows
 
-from jaxrl_llm import estimators as est
 from jaxrl_llm.estimators import actor_critic, algorithms, supervised_preference
 from tests.estimators import (
   actor_critic_test,
@@ -98,21 +97,3 @@ def test_every_recipe_has_a_formula():
     formulas |= test.FORMULAS
   assert formulas.keys() == RECIPES.keys()
   assert public == {name.split()[0].strip(',') for name in RECIPES}
-
-
-def test_defaults_are_the_published_ones():
-  published = {
-    est.grpo: dict(clip=0.2, kl=0.04),
-    est.dapo: dict(clip=0.2, clip_high=0.28),
-    est.gspo: dict(clip=3e-4, clip_high=4e-4, ratio=est.sequence_ratio),
-    est.p3o: dict(ratio=est.trajectory_ratio),
-    est.ppo: dict(clip=0.2, lam=0.95, value_clip=0.2),
-    est.vapo: dict(alpha=0.05, clip_high=0.28),
-    est.vine_ppo: dict(samples=9, kl=1e-4),
-    est.trepo: dict(fill=est.hold),
-    est.dpo: dict(beta=0.1),
-    est.dpop: dict(beta=0.1, floor=50.0),
-  }
-  for recipe, values in published.items():
-    parameters = inspect.signature(recipe).parameters
-    assert {name: parameters[name].default for name in values} == values

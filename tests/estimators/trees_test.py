@@ -1,7 +1,5 @@
 """The tree estimator: exact with nested forks, by hand, and its mistakes."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from listed import LONG, SMALL, assert_unbiased
@@ -57,13 +55,6 @@ def test_no_bias(name):
   assert_unbiased(estimator, toy, samples)
 
 
-def test_branches_are_met_in_these_toys():
-  """The rule by entropy forks somewhere, and not everywhere."""
-  least = enumeration.examine(est.rloo(), LONG).tokens
-  most = enumeration.examine(*UNBIASED['three forks']).tokens
-  assert least < enumeration.examine(*UNBIASED['entropy']).tokens < most
-
-
 @pytest.mark.parametrize('seed', [0, 2])
 def test_it_is_less_noisy_than_branches_for_values_alone(seed):
   """At the same forks, and so for the same tokens."""
@@ -89,43 +80,6 @@ def test_drawing_agrees_with_summing():
   assert exact.exact and not drawn.exact
   assert drawn.bias < 2.5 * drawn.standard_error
   assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
-
-
-def shared(estimator, owns):
-  """Of two responses that fork from one state, one loses its branches there.
-
-  `owns`, (rollouts, i, j) → [P, 1], says whether response i keeps its own.
-  """
-
-  def prepare(rollouts):
-    tokens, places = rollouts.tokens, rollouts.forked_at
-    branches = rollouts.valid & (places > 0)
-    agree = jnp.cumprod(tokens[:, 0] == tokens[:, 1], axis=1).sum(axis=1)
-    lost = jnp.zeros_like(branches)
-    for i, j in ((0, 1), (1, 0)):
-      mine, other = (branches & (rollouts.parents == k) for k in (j, i))
-      same = jnp.swapaxes(places, 1, 2) == places
-      met = (same & jnp.swapaxes(other, 1, 2)).any(axis=2, keepdims=True)
-      common = mine & met & (places <= agree[:, None, None])
-      lost |= common & owns(rollouts, i, j)[:, None]
-    return estimator.prepare(rollouts.replace(valid=rollouts.valid & ~lost))
-
-  return estimator._replace(prepare=prepare)
-
-
-def the_first(rollouts, i, j):
-  return jnp.full((rollouts.mask.shape[0], 1), i < j)
-
-
-def the_better(rollouts, i, j):
-  return rollouts.rewards[:, i] > rollouts.rewards[:, j]
-
-
-def test_responses_may_share_a_state_if_the_owner_is_not_chosen_by_reward():
-  report = assert_unbiased(shared(TREE, the_first), SMALL)
-  plain = enumeration.examine(TREE, SMALL)
-  assert abs(report.variance - plain.variance) > 1e-4
-  assert enumeration.examine(shared(TREE, the_better), SMALL).bias > 0.01
 
 
 def rows(rewards, parents, forked_at, lengths, valid=None, length=6):
@@ -219,16 +173,6 @@ def test_many_rows_are_their_formula():
   assert_is_formula(got, tree_surrogate(0.0), rollouts, outputs)
 
 
-def test_equal_rewards_give_exactly_zero_and_a_nan_stays_in_sight():
-  with jax.enable_x64(False):
-    data = rows([0.3] * 5, [0, 1, 0, 0, 0], [0, 0, 1, 1, 3], [6, 4, 5, 2, 6])
-    data = data.replace(rewards=data.rewards.astype(np.float32))
-    np.testing.assert_array_equal(advantages(data)[0], 0)
-    rewards = data.rewards.copy()
-    rewards[0, 4] = np.nan
-    assert np.isnan(advantages(data.replace(rewards=rewards))[0]).any()
-
-
 def test_a_running_number_counts_whole_responses():
   """The KL that steers is theirs: branches would count prefixes again."""
   kl = est.adaptive_kl(0.1, target=1.0, horizon=2)
@@ -245,20 +189,3 @@ def test_a_running_number_counts_whole_responses():
   alone = data.replace(valid=np.array([[[True], [True], [False]]]))
   assert got == update(alone)[kl.name]
   assert got == pytest.approx(0.1 * 1.2)
-
-
-def test_what_does_not_fit_is_refused():
-  for make in (
-    lambda: est.tree(0, 1, ONE_FORK),
-    lambda: est.tree(1, 0, ONE_FORK),
-    lambda: est.tree(1, 1, positions.fixed),
-    lambda: est.chain(est.standardize(), est.tree(1, 1, ONE_FORK)),
-    lambda: est.estimator(
-      est.tree(1, 1, ONE_FORK),
-      est.clipped(0.2),
-      est.sequence_sum(),
-      keep=est.mixed_outcomes(),
-    ),
-  ):
-    with pytest.raises(ValueError):
-      make()

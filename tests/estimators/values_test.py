@@ -1,6 +1,5 @@
 """Sources of values: what branches earn, by hand and by enumeration."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from listed import LONG, TOY, assert_unbiased, close, penalized
@@ -176,48 +175,3 @@ def test_what_the_critic_is_fitted_to_has_the_values_as_its_mean():
   close(mean('value_targets', targets, LONG), expected)
   off = mean('value_targets', bootstrapped, LONG) - expected
   assert np.abs(off).max() > 0.01
-
-
-def test_responses_that_share_a_state_may_share_its_branches():
-  """The first one's serve the second: nothing is biased, tokens are saved."""
-  estimator, toy = est.trepo(2, 1, positions.delimiter(0)), LONG
-
-  def prepare(rollouts):
-    tokens, forks = rollouts.tokens, rollouts.branch_mask
-    same = jnp.cumprod(tokens[:, 0] == tokens[:, 1], axis=1)
-    # The state before token t is the same if all before it are.
-    same = jnp.pad(same[:, :-1], ((0, 0), (1, 0)), constant_values=1)
-    shared = (same > 0) & forks[:, 0] & forks[:, 1]
-    first, second = rollouts.branch_values[:, 0], rollouts.branch_values[:, 1]
-    second = jnp.where(shared, first, second)
-    return estimator.prepare(
-      rollouts.replace(branch_values=jnp.stack([first, second], axis=1))
-    )
-
-  report = assert_unbiased(estimator._replace(prepare=prepare), toy)
-  plain = enumeration.examine(estimator, toy)
-  assert abs(report.variance - plain.variance) > 1e-4
-
-
-def test_what_does_not_fit_is_refused():
-  for make in (
-    lambda: est.branches_with_critic(0, 1, positions.uniform()),
-    lambda: positions.entropy_sum(0.0),
-    # Two sources in one estimator.
-    lambda: est.estimator(
-      est.chain(
-        est.at_last_token(),
-        est.gae(1.0, 0.0, est.branches(1, 1, positions.uniform())),
-      ),
-      est.value_error(0.5),
-      est.sequence_sum(),
-      value_target=est.chain(
-        est.at_last_token(),
-        est.monte_carlo_return(
-          est.branches_with_critic(2, 1, positions.uniform())
-        ),
-      ),
-    ),
-  ):
-    with pytest.raises(ValueError):
-      make()

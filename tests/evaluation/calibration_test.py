@@ -63,16 +63,6 @@ def test_margins_of_another_scale_are_detected(scale):
     assert calibration.log_loss(other * mended).mean() > best
 
 
-def test_the_noise_that_the_docstring_tells_of():
-  errors = [
-    calibration.expected_error(
-      calibration.reliability(simulate(1000, seed=seed))
-    )
-    for seed in range(50)
-  ]
-  assert np.mean(errors) == pytest.approx(0.3 * (10 / 1000) ** 0.5, rel=0.4)
-
-
 def test_which_response_comes_first_means_nothing_to_confidence():
   """All right, all wrong, all tied: the limits of every number."""
   right = np.array([0.5, 1.0, 2.0])

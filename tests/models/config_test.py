@@ -14,19 +14,6 @@ BASE = dict(
 )
 
 
-def test_defaults_follow_from_the_sizes():
-  config = ModelConfig(**BASE)
-  assert (config.num_kv_heads, config.head_dim) == (4, 16)
-  assert config.query_scale == 0.25
-  assert config.sliding == (False, False)
-  assert ModelConfig(**BASE, window=8).sliding == (True, True)
-
-
-def test_equal_configs_hash_equally():
-  assert hash(ModelConfig(**BASE)) == hash(ModelConfig(**BASE))
-  assert ModelConfig(**BASE) != ModelConfig(**BASE, remat=True)
-
-
 @pytest.mark.parametrize(
   'change, words',
   [

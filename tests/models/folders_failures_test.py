@@ -162,28 +162,6 @@ def test_a_full_disk_is_said(folder, params, limit):
   assert_same(folders.load(folder)[1], params)
 
 
-def test_a_tokenizer_that_cannot_be_written_is_said(folder, params):
-  class Tokenizer:
-    bos_token_id = eos_token_id = pad_token_id = 0
-
-    def get_vocab(self):
-      return {'a': 0}
-
-    def save_pretrained(self, path):
-      raise Exception('No space left on device (os error 28)')
-
-  with pytest.raises(UserError, match='its tokenizer: No space left'):
-    folders.save(folder, CONFIG, params, Tokenizer())
-  assert_same(folders.load(folder)[1], params)
-
-
-def test_a_folder_that_cannot_be_made_is_said(params, tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot be written: ') as caught:
-    folders.save(tmp_path / 'file' / 'model', CONFIG, params)
-  assert len(str(caught.value).splitlines()) <= 3
-
-
 def test_what_does_not_read_back_is_refused(folder, params, monkeypatch):
   write = safetensors.numpy.save_file
 

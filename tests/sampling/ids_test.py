@@ -154,24 +154,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_an_end_token_that_pads_has_a_gradient(name):
-  samples, ends = ending_responses()
-  estimator, make = CASES[name]
-  batch = make(estimator, samples.log_probs)
-
-  def loss(log_probs):
-    outputs = est.Outputs(
-      log_probs=log_probs, entropy=jnp.zeros_like(log_probs)
-    )
-    return estimator.loss(outputs, batch)
-
-  pull = np.asarray(jax.jit(jax.grad(loss))(samples.log_probs))
-  # Minimising the loss makes the end likelier; padding is nothing's.
-  assert (pull[ends] < 0).all()
-  assert (pull[~samples.mask] == 0).all()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['rl', 'clipped rl'])
 def test_an_end_token_that_pads_is_learned(name):

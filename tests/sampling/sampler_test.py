@@ -176,14 +176,6 @@ def test_impossible_tokens_are_never_drawn():
   assert np.isfinite(row.reshape(-1)[np.asarray(tokens)]).all()
 
 
-def test_one_possible_token_is_always_drawn():
-  logits = jnp.full((1000, 300), -jnp.inf).at[:, 299].set(-80.0)
-  uniform = jnp.linspace(0.0, 1.0, 1000, endpoint=False)
-  tokens, found = choose(logits, uniform, Decoding())
-  np.testing.assert_array_equal(tokens, 299)
-  np.testing.assert_array_equal(found.log_probs, 0.0)
-
-
 def ending(config, params, token):
   """The same model, which now says `token` and nothing else."""
   width = config.hidden_size
@@ -221,18 +213,6 @@ def test_decoding_stops_when_every_row_has_ended():
   at_once, lengths = seconds(5)
   assert (lengths == 1).all()
   assert at_once < never / 5
-
-
-def test_without_end_tokens_every_response_is_full():
-  config, params = toys.make_policy()
-  samples = sampling.sample(
-    config, params, toys.make_prompts([3, 1]), KEY, samples=2, max_tokens=4
-  )
-  assert samples.tokens.shape == samples.mask.shape == (2, 2, 4)
-  assert samples.finished.shape == (2, 2, 1)
-  assert (
-    np.asarray(samples.mask).all() and not np.asarray(samples.finished).any()
-  )
 
 
 def greedy(config, params, prompts):
@@ -331,3 +311,11 @@ def test_impossible_sizes_are_refused(fields, message):
   sizes = {**dict(samples=2, max_tokens=27), **fields}
   with pytest.raises(UserError, match=message):
     sampling.sample(config, params, toys.make_prompts([5]), KEY, **sizes)
+
+
+def test_one_possible_token_is_always_drawn():
+  logits = jnp.full((1000, 300), -jnp.inf).at[:, 299].set(-80.0)
+  uniform = jnp.linspace(0.0, 1.0, 1000, endpoint=False)
+  tokens, found = choose(logits, uniform, Decoding())
+  np.testing.assert_array_equal(tokens, 299)
+  np.testing.assert_array_equal(found.log_probs, 0.0)

@@ -117,8 +117,3 @@ def test_careless_solutions_ignore_precedence_and_answers_do_not():
   assert 0.1 < wrong / len(rows) < 0.5
   careless = arithmetic.generate(1, 0, operators='*+', careless=1.0)[0]
   assert careless['solution'].count('=') == careless['operations'] - 1
-
-
-def test_careless_is_a_share():
-  with pytest.raises(UserError, match='careless=2'):
-    arithmetic.generate(1, 0, careless=2)
