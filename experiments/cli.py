@@ -40,7 +40,7 @@ _ACCELERATORS = ('/dev/nvidia*', '/dev/dxg', '/dev/accel*', '/dev/vfio/[0-9]*')
 
 
 def define_config_flag() -> None:
-  """Defines `--config=FILE.py` and `--config.some.key=value`."""
+  """Defines `--config=FILE.py[:ARGUMENT]` and `--config.some.key=value`."""
   config_flags.DEFINE_config_file(
     'config', None, 'Configuration file with get_config().', lock_config=True
   )
@@ -95,7 +95,8 @@ def config() -> ConfigDict:
       '--config is missing\nfor example --config=experiments/configs/'
       'quickstart.py'
     )
-  path = pathlib.Path(flag.config_filename)
+  # FILE.py:ARGUMENT calls get_config(ARGUMENT).
+  path = pathlib.Path(re.sub(r'(?<=\.py):.*', '', flag.config_filename))
   if not path.is_file():
     known = sorted(path.stem for path in _CONFIGS.glob('*.py'))
     near = difflib.get_close_matches(path.stem, known, 1)
@@ -108,6 +109,12 @@ def config() -> ConfigDict:
       'experiments.configs.base.get_config()'
     )
   return flag.value
+
+
+def config_name() -> str:
+  """Returns the name of the configuration's file, with its argument."""
+  name = pathlib.Path(flags.FLAGS['config'].config_filename).name
+  return name.replace('.py:', '_').removesuffix('.py')
 
 
 def given(*names: str) -> dict[str, Any]:

@@ -238,7 +238,6 @@ def main(script: Script) -> int:
     return dry_run(script, config)
   workdir = flags.FLAGS.workdir
   if workdir is None:
-    name = flags.FLAGS['config'].config_filename
-    workdir = pathlib.Path('runs') / pathlib.Path(name).stem
+    workdir = pathlib.Path('runs') / cli.config_name()
   values = flags.FLAGS
   return train(script, config, workdir, values.resume, values.allow_change)

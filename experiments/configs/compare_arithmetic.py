@@ -98,13 +98,6 @@ def groups(prompts: int, samples: int) -> dict:
   return dict(rollout=dict(prompts=prompts, samples=samples))
 
 
-def once(prompts: int, samples: int = 8) -> dict:
-  """Builds the section for groups whose common prefixes are decoded once."""
-  return dict(
-    rollout=dict(prompts=prompts, samples=samples, allocation='independent')
-  )
-
-
 def methods() -> tuple[dict, ...]:
   """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4)
@@ -112,7 +105,6 @@ def methods() -> tuple[dict, ...]:
   published = dict(name=f'{_FILE}:trepo_published', count=4, samples=4)
   critic = dict(critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5))
   rounds = dict(sampling=5, batch=64, per_prompt=4)
-  weighted = dict(name='trepo_weighted')
   return (
     method('reinforce', 'REINFORCE'),
     method('remax', 'ReMax') | groups(128, 1),
@@ -138,24 +130,6 @@ def methods() -> tuple[dict, ...]:
     method('vine_ppo', 'VinePPO', delimiters=(_EQUALS,), count=3, kl=0.0)
     | groups(15, 4),
     method('obl_reinforce', 'score-weighted RLOO'),
-    # Prompts such that these also decode about 5,000 tokens per update.
-    method('reinforce_once', 'REINFORCE, prefixes once', name='reinforce')
-    | once(128),
-    method('rloo_once', 'RLOO, prefixes once', name='rloo') | once(128),
-    method('weighted_4', 'weighted tree, τ = 1/4', tau=1 / 4, **weighted)
-    | groups(224, 1),
-    method('weighted_8', 'weighted tree, τ = 1/8', tau=1 / 8, **weighted)
-    | groups(192, 1),
-    method('weighted_16', 'weighted tree, τ = 1/16', tau=1 / 16, **weighted)
-    | groups(160, 1),
-    method(
-      'weighted_other',
-      'weighted tree, τ = 1/4, other tree',
-      tau=1 / 4,
-      baseline=dict(name='other_tree'),
-      **weighted,
-    )
-    | groups(112, 1),
     # Methods other than RL, with as many tokens or demonstrations.
     method('rest_em', 'RestEM') | dict(rounds=dict(learning=45, **rounds)),
     method('dpop', 'DPO-Positive') | dict(rounds=dict(learning=15, **rounds)),

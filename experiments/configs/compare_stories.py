@@ -98,7 +98,6 @@ def methods() -> tuple[dict, ...]:
   uncertain = dict(name='entropy_sum', nats=25.0)
   changes = {
     'reinforce': dict(name=f'{_FILE}:reinforce'),
-    'reinforce_once': dict(name=f'{_FILE}:reinforce'),
     'remax': dict(name=f'{_FILE}:remax'),
     'grpo': dict(kl=0.33),
     'dr_grpo': dict(name=f'{_FILE}:dr_grpo', max_length=64),
@@ -114,12 +113,6 @@ def methods() -> tuple[dict, ...]:
     'trepo_uncertain': 6,
     'trepo_critic': 10,
     'vine_ppo': 2,
-    'reinforce_once': 16,
-    'rloo_once': 16,
-    'weighted_4': 32,
-    'weighted_8': 16,
-    'weighted_16': 8,
-    'weighted_other': 16,
   }
   entries = []
   for entry in compare_arithmetic.methods():

@@ -294,8 +294,8 @@ def choose(
 def main() -> int:
   """Reads the flags and compares."""
   values, config = flags.FLAGS, cli.config()
-  name = pathlib.Path(values['config'].config_filename).stem
-  workdir = pathlib.Path(values.workdir or pathlib.Path('runs') / name)
+  name = pathlib.Path('runs') / cli.config_name()
+  workdir = pathlib.Path(values.workdir or name)
   everything = jobs(config, workdir)
   if values.run is not None:
     for job in everything:
