@@ -172,9 +172,10 @@ def trepo(
     Aᵢₜ = V̂_b − V̂_a   for a < t ≤ b,   V̂_T = Rᵢ
 
   V̂ at a position is the mean reward of K fresh continuations from there, at
-  the prompt that of the siblings.  The authors approximate between positions
-  but do not specify how: `interpolate_advantages` with `pairs(uniform())` is
-  the most literal reading, `hold` is ours and exact.
+  the prompt that of the siblings.  The authors interpolate between positions
+  and leave open how: `interpolate_advantages` with `pairs(uniform())` is the
+  most literal reading.  They call VinePPO the same algorithm: by its equation
+  the advantage is that of a whole segment, `hold`, which is exact.
 
   Bias: none with `hold`; the interpolations tilt.
 
