@@ -30,7 +30,7 @@ _FILE = 'experiments/configs/compare_arithmetic.py'
 def trepo_interpolated(
   count: int, samples: int, clip: float = 0.2, kl: float = 0.0
 ):
-  """Builds TRePO with advantages interpolated, its paper's most literal reading.
+  """Builds the most literal reading of TRePO.
 
   Args:
     count: positions per response: two for each token with a known advantage.
