@@ -31,9 +31,9 @@ def get_config(task: str = 'arithmetic') -> ConfigDict:
 
 def exact_reward_minus_value(count: int):
   """Builds R − V with branches at every token."""
-  values = est.branches(count, _BRANCHES, est.uniform())
+  values = est.branches(count, _BRANCHES, est.positions.uniform())
   return est.estimator(
-    est.gae(1.0, 1.0, values, est.hold),
+    est.chain(est.at_last_token(), est.gae(1.0, 1.0, values, est.hold)),
     est.score_function(),
     est.sequence_sum(),
   )

@@ -212,6 +212,7 @@ def trepo_tree(
   positions: Positions | None = None,
   clip: float = 0.2,
   kl: float | Running = 0.0,
+  mix: float | Running = 1.0,
 ) -> Estimator:
   """TRePO that also trains on its branches.
 
@@ -227,6 +228,8 @@ def trepo_tree(
   Args:
     count, samples, clip, kl: as in `trepo`.
     positions: a rule of `positions`; `uniform()` if None.
+    mix: share of the siblings in the baseline behind a fork, a constant or
+      `tree_mix`; the rest are the prompt's other responses.
 
   References:
     He et al., `Response-Level Rewards Are All You Need
@@ -234,7 +237,7 @@ def trepo_tree(
   """
   kl_part = (subtract_response_kl(kl),) if kl else ()
   return estimator(
-    chain(*kl_part, tree(count, samples, positions or uniform())),
+    chain(*kl_part, tree(count, samples, positions or uniform(), mix)),
     clipped(clip),
     sequence_sum(),
   )
