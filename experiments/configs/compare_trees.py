@@ -36,7 +36,7 @@ _PROMPTS = {
     trepo_tree=8,
     trepo_uncertain=17,
     reinforce_once=70,
-    rloo_once=66,
+    rloo_once=90,
     weighted_4=84,
     weighted_8=68,
     weighted_16=52,
@@ -46,8 +46,9 @@ _PROMPTS = {
     dpop=64,
   ),
 }
-RATES = {'arithmetic': (2e-4, 4e-4, 8e-4)}
-_BEST = {'arithmetic': {}}  # label → learning rate, if not the middle one
+RATES = {'arithmetic': (1e-4, 2e-4, 4e-4)}
+# Label → learning rate, if not the middle one.
+_BEST = {'arithmetic': {}}
 _TOKENS = {'arithmetic': 60_000}
 
 
@@ -135,7 +136,7 @@ def methods(task: str) -> tuple[dict, ...]:
     method('other_4', 'weighted tree, τ = 1/4, other tree', tau=1 / 4, **other),
     method('other_8', 'weighted tree, τ = 1/8, other tree', tau=1 / 8, **other),
     method('rest_em', 'RestEM') | dict(rounds=dict(learning=15, **rounds)),
-    method('dpop', 'DPO-Positive') | dict(rounds=dict(learning=5, **rounds)),
+    method('dpop', 'DPO-Positive') | dict(rounds=dict(learning=6, **rounds)),
   )
   counts = _PROMPTS[task]
   return tuple(
