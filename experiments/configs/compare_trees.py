@@ -47,8 +47,22 @@ _PROMPTS = {
   ),
 }
 RATES = {'arithmetic': (1e-4, 2e-4, 4e-4)}
-# Label → learning rate, if not the middle one.
-_BEST = {'arithmetic': {}}
+# Labels whose best learning rate is not the middle one.
+_BEST = {
+  'arithmetic': {
+    1e-4: ('grpo', 'dpop'),
+    4e-4: (
+      'reinforce_once',
+      'rloo_once',
+      'weighted_4',
+      'weighted_8',
+      'weighted_16',
+      'other_4',
+      'other_8',
+      'rest_em',
+    ),
+  },
+}
 _TOKENS = {'arithmetic': 60_000}
 
 
@@ -68,7 +82,9 @@ def get_config(task: str = 'arithmetic') -> ConfigDict:
       for i, rate in enumerate(RATES[task])
     )
   else:
-    best = _BEST[task]
+    best = {
+      label: rate for rate, found in _BEST[task].items() for label in found
+    }
     config.methods = tuple(
       _at(entry, best.get(entry['label'], RATES[task][1]))
       for entry in methods(task)
