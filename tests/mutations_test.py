@@ -514,8 +514,8 @@ MUTATIONS |= {
     ),
     "the program's built-in functions": (
       'rewards/sandbox_harness.py',
-      "return name[:2] != '__' and not hasattr(builtins, name)",
-      "return name[:2] != '__'",
+      'name in used if not hasattr(builtins, name)}',
+      'name in used}',
       'rewards/sandbox_harness_test.py',
     ),
     "the program's version of a module": (

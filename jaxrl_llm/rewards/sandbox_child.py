@@ -232,17 +232,6 @@ def _keep(*descriptors):
 
 def _receive():
   """Returns the next text from standard input; None at its end."""
-  size = _read(4)
-  if len(size) < 4:
-    return None
-  return _read(int.from_bytes(size, 'big')).decode('utf-8', 'surrogatepass')
-
-
-def _read(size):
-  data = b''
-  while len(data) < size:
-    chunk = os.read(0, size - len(data))
-    if not chunk:
-      break
-    data += chunk
-  return data
+  size = harness.read(0, 4)
+  text = harness.read(0, int.from_bytes(size, 'big'))
+  return text.decode('utf-8', 'surrogatepass') if size else None
