@@ -538,8 +538,8 @@ MUTATIONS |= {
     ),
     'bytes name any function': (
       'rewards/sandbox_values.py',
-      "if tag == b'Y' and text in _TYPES:",
-      "if tag == b'Y':",
+      'return _NAMED[text]',
+      'return getattr(builtins, text)',
       'rewards/sandbox_harness_test.py',
     ),
     'a program that fails has printed the right answer': (

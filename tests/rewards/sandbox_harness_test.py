@@ -333,9 +333,9 @@ VALUES = [
 
 @pytest.mark.parametrize('value', VALUES, ids=repr)
 def test_plain_data_cross(value):
-  writer = sandbox_values.Writer([], None)
+  writer = sandbox_values.Writer([], None, {})
   writer.write(value)
-  found = sandbox_values.Reader(bytes(writer.data), [], None).read()
+  found = sandbox_values.Reader(bytes(writer.data), [], None, {}).read()
   assert type(found) is type(value) and found == value
   assert repr(found) == repr(value)
 
@@ -345,4 +345,4 @@ def test_plain_data_cross(value):
 )
 def test_other_bytes_are_refused(data):
   with pytest.raises((ValueError, LookupError)):
-    sandbox_values.Reader(data, [], None).read()
+    sandbox_values.Reader(data, [], None, {}).read()
