@@ -508,7 +508,7 @@ MUTATIONS |= {
     ),
     'the limit of processes is not set': (
       'rewards/sandbox_child.py',
-      "limits['RLIMIT_NPROC'] = values['processes']",
+      "limits['RLIMIT_NPROC'] = settings['processes']",
       'pass',
       'rewards/sandbox_test.py',
     ),
