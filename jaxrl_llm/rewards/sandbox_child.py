@@ -1,7 +1,7 @@
 """The process side of `sandbox`: a program, its tests, and who watches them.
 
 Imported by `_MAIN` of `sandbox`.  The supervisor forks two processes, limits
-both, and waits for the verdict of the second or for the end of the first:
+both, and waits for the verdict of the second:
 
   the program  forked before the tests are read, so nothing of them is in its
                memory; it answers requests (see `sandbox_harness`)
@@ -59,8 +59,8 @@ def _supervise(settings, report):
   """Runs program and tests; returns the verdict."""
   program = _receive()
   user, packages = settings['user'], settings['packages']
-  sys.path += packages[:1]  # A folder of links to the rest.
-  for folder in packages[:1]:
+  for folder in packages[:1]:  # It holds links to the rest.
+    sys.path.append(folder)
     harness.PACKAGES += os.listdir(folder)
   paths = landlock.readable(packages)
   if user:

@@ -387,8 +387,8 @@ def _pairs(value):
     (_check('assert True'), 'tests nothing'),
     (_check('assert 1 + 1 == 2'), 'tests nothing'),
     (_pairs('{'), 'input_output of sample 1 is not JSON'),
-    (_pairs({'inputs': []}), 'must hold inputs and outputs'),
-    (_pairs({'inputs': ['1'], 'outputs': []}), '1 inputs, 0 outputs'),
+    (_pairs({'inputs': []}), 'must hold inputs and'),
+    (_pairs({'inputs': ['1'], 'outputs': []}), 'as many outputs'),
     (_pairs({'inputs': [1], 'outputs': [2]}), 'must hold texts'),
     (dict(test_list=None, test_cases=[{'input': ''}]), 'each needs an input'),
     (
@@ -409,8 +409,6 @@ def test_rows_without_tests_are_refused(change, text):
 
 def test_settings_are_checked():
   for settings in (
-    dict(stop='\ndef'),
-    dict(stop=['']),
     dict(parallel=0),
     dict(packages='numpy'),
     dict(batch_timeout=0),
