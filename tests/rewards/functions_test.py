@@ -278,13 +278,8 @@ def test_script_share_counts_letters():
   assert latin(texts) == [1, 0.5, 1, 1, 1, 0.5, 0.5, 1]
   japanese = functions.script_share(['CJK', 'HIRAGANA', 'KATAKANA'])
   assert japanese(['時々カタカナとー、ok']) == [6 / 8]
-  for scripts, text in (
-    ('LATIN', 'must be a list'),
-    ([], 'must be a list'),
-    (['Latin'], "'Latin' is not the script of any letter"),
-    ([None], 'None is not the script of any letter'),
-  ):
-    with pytest.raises(UserError, match=text):
+  for scripts in ('LATIN', [], ['Latin'], [None]):
+    with pytest.raises(UserError, match='must be a list of scripts'):
       functions.script_share(scripts)
 
 
