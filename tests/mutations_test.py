@@ -436,8 +436,8 @@ MUTATIONS |= {
     ),
     'a reply without the token of its request': (
       'rewards/workers.py',
-      'if answered == token and',
-      'if',
+      'if answered == token:',
+      'if True:',
       'rewards/workers_test.py',
     ),
     'a sample pays for an earlier one': (

@@ -336,7 +336,7 @@ def script_share(scripts: Sequence[str]) -> Callable[..., Scores]:
   known = texts.known_scripts()
   if isinstance(scripts, str) or not scripts or not known.issuperset(scripts):
     raise UserError(
-      f'script_share: scripts={scripts!r} must be a list of scripts of letters.\n'
+      f'script_share: scripts={scripts!r} must be a list of scripts.\n'
       'Names are those of Unicode in capitals, such as LATIN, CYRILLIC, CJK.'
     )
 

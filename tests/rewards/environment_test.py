@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import build, checks
 from experiments.configs import base
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards import Workers, isolated
+from jaxrl_llm.rewards import Workers
 
 # Scores 1 if the completion, a JSON object of variables, is its environment's.
 SCORE = """
@@ -44,7 +44,7 @@ def test_a_worker_reads_only_what_is_named(rewards, monkeypatch):
   wanted = dict.fromkeys(DROPPED) | dict.fromkeys([*KEPT, *named], '3')
   wanted |= {'PATH': os.environ['PATH'], 'JAX_PLATFORMS': 'cpu'}
   wanted |= {'OMP_NUM_THREADS': '1'}
-  with isolated(f'{rewards}:score', 1, environment=named) as workers:
+  with Workers(f'{rewards}:score', workers=1, environment=named) as workers:
     assert workers.submit([''], [json.dumps(wanted)], {}).result() == [1.0]
 
 
@@ -74,8 +74,8 @@ def test_a_worker_does_not_see_its_parents_environment(
     pytest.skip('the kernel does not allow it')
   (tmp_path / 'look.py').write_text(LOOK)
   code = f"""
-from jaxrl_llm.rewards import isolated
-with isolated({str(tmp_path / 'look.py:score')!r}, 1) as workers:
+from jaxrl_llm.rewards import Workers
+with Workers({str(tmp_path / 'look.py:score')!r}, workers=1) as workers:
   print(workers([''], ['MY_OWN=hunter2']))
 """
   monkeypatch.setenv('MY_OWN', 'hunter2')
