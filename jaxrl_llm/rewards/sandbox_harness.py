@@ -12,6 +12,7 @@ tuple; a reply ends with the content of each mutable object that was sent.
 
 import _operator
 import builtins
+import ctypes
 import os
 import sys
 
@@ -229,13 +230,15 @@ def serve(reads, writes, source):
   def load():
     exec(compile(source, 'program.py', 'exec'), space)
 
-  def names(names):
-    """Returns where to import each name from, and its value."""
-    return {n: (*_origin(space[n]), space[n]) for n in names if n in space}
+  def names(wanted):
+    """Returns the name of each value that is a module, or '', and the value."""
+    found = {name: space[name] for name in wanted if name in space}
+    name_of = lambda v: v.__name__ if isinstance(v, type(sys)) else ''
+    return {name: (name_of(value), value) for name, value in found.items()}
 
-  def classes(names):
+  def classes(wanted):
     """Objects of these classes go by value, as in the tests."""
-    found = {name: space.get(name) for name in names}
+    found = {name: space.get(name) for name in wanted}
     peer.classes = {n: c for n, c in found.items() if isinstance(c, type)}
 
   peer = _Peer(reads, writes, space)
@@ -326,18 +329,13 @@ def _define(peer, source, entry_point):
   parts = {tuple(word.split('.')) for word in words.split()}
   used = {part for word in parts for part in word if part[:2] != '__'}
   used = {name for name in used if not hasattr(builtins, name)} | {entry_point}
-  for name, (module, attribute, value) in peer.ask('names', used).items():
+  for name, (module, value) in peer.ask('names', used).items():
     dotted = any(word[0] == name and word[1:] for word in parts)
     if dotted and name in sys.stdlib_module_names:
-      module, attribute = name, ''
-    if name == entry_point or not _known(module):
-      peer.space[name] = value
-      continue
-    trusted = __import__(module, fromlist=['*'])
-    if attribute:
-      trusted = getattr(trusted, attribute, None)
-    if callable(trusted) or isinstance(trusted, type(sys)):
-      peer.space[name] = trusted
+      module = name
+    if name != entry_point and _known(module):
+      value = __import__(module, fromlist=['*'])
+    peer.space[name] = value
 
 
 def _known(module):
@@ -345,18 +343,6 @@ def _known(module):
   name = module.partition('.')[0]
   # Objects of `unittest.mock` equal everything.
   return name != 'unittest' and name in {*sys.stdlib_module_names, *PACKAGES}
-
-
-def _origin(value):
-  """Returns the module and name of what the program imported."""
-  if isinstance(value, type(sys)):
-    return value.__name__, ''
-  module = getattr(value, '__module__', None)
-  name = getattr(value, '__name__', None)
-  if {type(module), type(name)} == {str}:
-    found = getattr(sys.modules.get(module), name, None) is value
-    return (module, name) if found else ('', '')
-  return '', ''
 
 
 def _with_input(source, text):
@@ -385,21 +371,11 @@ def _with_input(source, text):
       name = type(error).__name__
       os.write(2, f'{name}: {error}'.encode('utf-8', 'replace'))
     finally:
-      _finish()
-      os._exit(status)
+      # Ends as Python would: threads, exit functions, output.
+      ctypes.pythonapi.Py_Exit(status)
   status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
   texts = []
   for file in files[1:]:
     file.seek(0)
     texts.append(file.read().decode('utf-8', 'replace'))
   return status, *texts
-
-
-def _finish():
-  """Ends a script as Python would: threads, exit functions, output."""
-  import atexit
-
-  if 'threading' in sys.modules:
-    sys.modules['threading']._shutdown()
-  atexit._run_exitfuncs()
-  sys.stdout.flush()
