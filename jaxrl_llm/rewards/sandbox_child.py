@@ -66,7 +66,7 @@ def _supervise(settings, report):
   if user:
     _uncover([*paths, os.getcwd()])
   requests, replies = os.pipe(), os.pipe()
-  ready, verdict = os.pipe(), os.pipe()
+  ready, begin, verdict = os.pipe(), os.pipe(), os.pipe()
 
   def serve():
     null = os.open(os.devnull, os.O_RDWR)
@@ -81,6 +81,7 @@ def _supervise(settings, report):
     # Another user than the program's, who owns nothing.
     _limit(settings, user and user + 1, paths)
     os.write(ready[1], b'.')
+    os.read(begin[0], 1)  # The program may kill the supervisor.
     _keep(requests[1], replies[0], verdict[1])
     ends = replies[0], requests[1]
     if settings['pairs']:
@@ -101,6 +102,7 @@ def _supervise(settings, report):
     if not os.read(ready[0], 1):
       return 'broken - the limits could not be set\n'
   os.write(report, b'ready\n')
+  os.write(begin[1], b'.')
   return _watch(child, verdict[0], time.monotonic() + settings['timeout'])
 
 

