@@ -1,12 +1,10 @@
 """Runs one program that a model wrote, and its tests, under limits.
 
 Each program gets fresh interpreters with only the standard library (and the
-packages named), in their own session, in an empty directory that is removed
-afterwards, without input and without the parent's environment.  The program and
-its tests are different processes (see `sandbox_child`): a program cannot see
-the tests, and what it returns is plain data, which the tests compare.  String
-hashes are fixed, so that a program that depends on the order of a set has one
-result.
+packages named), in an empty directory that is removed afterwards, without input
+and without the parent's environment.  The program and its tests are different
+processes (see `sandbox_child`): a program cannot see the tests, and what it
+returns is plain data, which the tests compare.  String hashes are fixed.
 
 Limits: wall-clock and CPU time, address space of each process, size of each
 file and of what is printed, open files, processes and threads, no core dumps.
@@ -220,23 +218,23 @@ def run(
 def _result(report, status, text, count) -> Result:
   """Interprets the supervisor's report; see `sandbox_child`."""
   ready, _, verdict = report.partition('\n')
-  if ready == 'ready' and verdict.endswith('\n'):
-    word, digits, error = verdict[:-1].split(' ', 2)
-    outcome = Outcome(word)
-    passed = tuple(digit == '1' for digit in digits.strip('-'))
-    if outcome is Outcome.OUT_OF_MEMORY or len(passed) != count:
-      passed = (False,) * count
-    return Result(outcome, passed, error, text)
-  if ready == 'ready' and verdict == '':  # The program killed its supervisor.
-    ends = Outcome.CRASHED, (False,) * count, f'status {status}', text
-    late = Outcome.TIMED_OUT, (False,) * count, 'the time limit', text
-    return Result(*(late if status is None else ends))
-  reason = f'{ready} {" ".join(text.split())[-200:]}'.strip()
-  ended = 'had to be killed' if status is None else f'ended with {status}'
-  raise UserError(
-    f'sandbox: a program could not be run: {reason or "no report"}\n'
-    f'The process that was to run it {ended}.'
-  )
+  if ready != 'ready':
+    reason = f'{ready} {" ".join(text.split())[-200:]}'.strip()
+    ended = 'had to be killed' if status is None else f'ended with {status}'
+    raise UserError(
+      f'sandbox: a program could not be run: {reason or "no report"}\n'
+      f'The process that was to run it {ended}.'
+    )
+  none = (False,) * count
+  if status is None:
+    return Result(Outcome.TIMED_OUT, none, 'the time limit', text)
+  if not verdict:  # The program killed its supervisor.
+    return Result(Outcome.CRASHED, none, f'status {status}', text)
+  word, digits, error = verdict[:-1].split(' ', 2)
+  outcome = Outcome(word)
+  passed = tuple(digit == '1' for digit in digits.strip('-'))
+  whole = outcome is not Outcome.OUT_OF_MEMORY and len(passed) == count
+  return Result(outcome, passed if whole else none, error, text)
 
 
 def _execute(isolated, settings, texts, packages):

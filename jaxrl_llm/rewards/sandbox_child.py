@@ -138,10 +138,10 @@ def _uncover(paths):
   libc, covers = ctypes.CDLL(None, use_errno=True), {}
   for path in paths:
     parts = path.split('/')
-    above = ['/'.join(parts[:i]) for i in range(2, len(parts))]
-    closed = [each for each in above if not os.stat(each).st_mode & 1]
+    above = ('/'.join(parts[:i]) for i in range(2, len(parts)))
+    closed = next((each for each in above if not os.stat(each).st_mode & 1), '')
     if closed:
-      covers.setdefault(closed[0], {})[path] = None
+      covers.setdefault(closed, []).append(path)
 
   def mount(source, target, kind, flags, data=None):
     arguments = [text and os.fsencode(text) for text in (source, target, kind)]
@@ -152,10 +152,10 @@ def _uncover(paths):
     if libc.unshare(_CLONE_NEWNS):
       raise OSError(ctypes.get_errno(), 'cannot unshare mounts')
     mount('none', '/', None, _MS_PRIVATE)
-  for cover, descriptors in covers.items():
-    descriptors |= {path: os.open(path, os.O_PATH) for path in descriptors}
+  for cover, covered in covers.items():
+    descriptors = [os.open(path, os.O_PATH) for path in covered]
     mount('none', cover, 'tmpfs', 0, b'mode=755')
-    for path, descriptor in descriptors.items():
+    for path, descriptor in zip(covered, descriptors, strict=True):
       source = f'/proc/self/fd/{descriptor}'
       if os.path.isdir(source):
         os.makedirs(path, exist_ok=True)
