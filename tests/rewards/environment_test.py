@@ -92,7 +92,7 @@ def _may_mount_proc():
 
 
 def test_settings_are_not_on_the_command_line(rewards, marked):
-  settings = {'api_key': 'hunter2'}
+  settings = {'api_key': 'hunter2' * 150_000}  # Several times a pipe's size.
   with Workers(f'{rewards}:factory', settings, workers=1) as workers:
     assert workers.submit([''], ['{}'], {}).result() == [1.0]
     shown = [
@@ -102,21 +102,9 @@ def test_settings_are_not_on_the_command_line(rewards, marked):
   assert not any(b'hunter2' in line for line in shown)
 
 
-def test_large_settings_arrive(rewards):
-  """Several times what a pipe holds."""
-  settings = {'api_key': 'x' * 1_000_000}
-  with Workers(f'{rewards}:factory', settings, workers=1) as workers:
-    assert workers.submit([''], ['{}'], {}).result() == [1.0]
-
-
 @pytest.mark.parametrize(
   'named',
-  [
-    'PATH',
-    ['sk-hunter2'],
-    [1],
-    ['PATH', 'NOBODY_HAS_SET_THIS'],
-  ],
+  ['PATH', ['sk-hunter2'], [1], ['PATH', 'NOBODY_HAS_SET_THIS']],
 )
 def test_wrong_names_are_refused(named, rewards):
   with pytest.raises(UserError, match='must list names') as caught:
