@@ -57,17 +57,15 @@ def find_program(prompt: str, completion: str, entry_point: str = '') -> str:
   blocks = _code_blocks(completion)
   whole = re.compile(rf'^(async )?def {re.escape(entry_point)}\b', re.MULTILINE)
   defining = [block for block in blocks if entry_point and whole.search(block)]
-  if defining:
-    return _after(preamble, defining[-1])
+  text = (defining or blocks or [completion])[-1]
   if preamble is None:
-    return blocks[-1] if blocks else completion
+    return text
   first = next((line for line in completion.split('\n') if line.strip()), '')
-  if first[:1] in (' ', '\t') and not _FENCE.fullmatch(first):
+  indented = first[:1] in (' ', '\t') and not _FENCE.fullmatch(first)
+  if indented and not defining:
     ends = [completion.find(text) for text in _STOP]
     return prompt + completion[: min((e for e in ends if e >= 0), default=None)]
-  if blocks:
-    return _after(prompt, blocks[-1])
-  return _after(preamble if whole.search(completion) else prompt, completion)
+  return _after(preamble if whole.search(text) else prompt, text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -277,10 +275,8 @@ def _is_assertion(node: ast.AST) -> bool:
   )
 
 
-def _after(first: str | None, then: str) -> str:
-  if not first:
-    return then
-  return first + ('' if first.endswith('\n') else '\n') + then
+def _after(first: str, then: str) -> str:
+  return first + ('' if not first or first.endswith('\n') else '\n') + then
 
 
 def _code_blocks(text: str) -> list[str]:
