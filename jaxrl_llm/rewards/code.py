@@ -81,10 +81,7 @@ def code_tests(
     if left <= 0:
       return None
     result = sandbox.run(
-      program,
-      **tests._asdict(),
-      timeout=min(timeout, left),
-      **settings,
+      program, timeout=min(timeout, left), **tests._asdict(), **settings
     )
     late = result.outcome is sandbox.Outcome.TIMED_OUT and left < timeout
     return None if late else result

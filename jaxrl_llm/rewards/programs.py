@@ -73,8 +73,8 @@ def prompt_code(prompt: str, entry_point: str) -> str | None:
   """Returns the prompt's code besides `entry_point`; None if it is not code."""
   for text in (prompt, prompt + '\n    pass'):
     try:
-      tree = _python(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+      tree = _tree(text, 'the prompt')
+    except UserError:
       continue
     rest = [n for n in tree.body if getattr(n, 'name', None) != entry_point]
     if len(rest) < len(tree.body):
@@ -253,16 +253,11 @@ def _joined(text):
 
 def _tree(source: str, where: str) -> ast.Module:
   try:
-    return _python(source)
-  except (SyntaxError, ValueError) as error:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # They are not about this program.
+      return ast.parse(source)
+  except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
     raise UserError(f'{where} is not Python: {error}.') from error
-
-
-def _python(source: str) -> ast.Module:
-  """Parses source without showing Python's warnings."""
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    return ast.parse(source)
 
 
 def _source(statements: list[ast.stmt]) -> str:
