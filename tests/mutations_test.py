@@ -436,8 +436,8 @@ MUTATIONS |= {
     ),
     'a reply without the token of its request': (
       'rewards/workers.py',
-      'if answered == token and',
-      'if',
+      'if answered == token:',
+      'if True:',
       'rewards/workers_test.py',
     ),
     'a sample pays for an earlier one': (
@@ -508,14 +508,14 @@ MUTATIONS |= {
     ),
     'the limit of processes is not set': (
       'rewards/sandbox_child.py',
-      "limits['RLIMIT_NPROC'] = values['processes']",
+      "limits['RLIMIT_NPROC'] = settings['processes']",
       'pass',
       'rewards/sandbox_test.py',
     ),
     "the program's built-in functions": (
       'rewards/sandbox_harness.py',
-      "return name[:2] != '__' and not hasattr(builtins, name)",
-      "return name[:2] != '__'",
+      'name in used if not hasattr(builtins, name)}',
+      'name in used}',
       'rewards/sandbox_harness_test.py',
     ),
     "the program's version of a module": (
@@ -538,8 +538,8 @@ MUTATIONS |= {
     ),
     'bytes name any function': (
       'rewards/sandbox_values.py',
-      "if tag == b'Y' and text in _TYPES:",
-      "if tag == b'Y':",
+      'return _NAMED[text]',
+      'return getattr(builtins, text)',
       'rewards/sandbox_harness_test.py',
     ),
     'a program that fails has printed the right answer': (

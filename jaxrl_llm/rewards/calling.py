@@ -160,24 +160,18 @@ def as_list(name: str, result: Any, count: int) -> list:
   Raises:
     UserError: it has another type or length.
   """
+  values = list(result) if isinstance(result, (list, tuple)) else None
   if hasattr(result, '__array__'):
     import numpy as np  # Late: worker processes start faster without it.
 
-    result = np.asanyarray(result)  # Keeps a mask.
-    kind = f'an array of shape {result.shape}'
-    values = result.tolist() if result.ndim == 1 else None
-  else:
-    kind = f'{type(result).__name__} {shortened(repr(result))}'
-    values = list(result) if isinstance(result, (list, tuple)) else None
-  if values is None:
+    array = np.asanyarray(result)  # Keeps a mask.
+    values = array.tolist() if array.ndim == 1 else None
+  if values is None or len(values) != count:
+    size = '' if values is None else f'{len(values)} values: '
     raise UserError(
-      f'reward {name!r} returned {kind}.\n'
+      f'reward {name!r} returned {size}{type(result).__name__} '
+      f'{shortened(repr(result))}.\n'
       f'It must return a list of {count} numbers, one per completion.'
-    )
-  if len(values) != count:
-    raise UserError(
-      f'reward {name!r} returned {len(values)} values for {count} completions.'
-      '\nIt must return one per completion.'
     )
   return values
 

@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 import random
-import re
 import sys
 import time
 
@@ -278,33 +277,9 @@ def test_script_share_counts_letters():
   assert latin(texts) == [1, 0.5, 1, 1, 1, 0.5, 0.5, 1]
   japanese = functions.script_share(['CJK', 'HIRAGANA', 'KATAKANA'])
   assert japanese(['時々カタカナとー、ok']) == [6 / 8]
-  for scripts, text in (
-    ('LATIN', 'must be a list'),
-    ([], 'must be a list'),
-    (['Latin'], "'Latin' is not the script of any letter"),
-    ([None], 'None is not the script of any letter'),
-  ):
-    with pytest.raises(UserError, match=text):
+  for scripts in ('LATIN', [], ['Latin'], [None]):
+    with pytest.raises(UserError, match='must be a list of scripts'):
       functions.script_share(scripts)
-
-
-def test_script_share_agrees_with_unicodes_blocks():
-  """All characters of a block are letters of its script."""
-  blocks = dict(GREEK='\u03b1-\u03c9', CYRILLIC='\u0400-\u0481')
-  blocks |= dict(HEBREW='\u05d0-\u05ea', HIRAGANA='\u3041-\u3096')
-  blocks |= dict(CJK='\u4e00-\u9fff', HANGUL='\uac00-\ud7a3', LATIN='a-zA-Z')
-  rng = random.Random(0)
-  pools = {
-    script: re.findall(f'[{block}]', ''.join(map(chr, range(0xD800))))
-    for script, block in blocks.items()
-  }
-  for script, other in zip(blocks, [*list(blocks)[1:], 'GREEK'], strict=True):
-    right, wrong = rng.choices(range(1, 40), k=2)
-    text = rng.choices(pools[script], k=right) + rng.choices('0 .%', k=5)
-    text += rng.choices(pools[other], k=wrong)
-    rng.shuffle(text)
-    share = functions.script_share([script])([''.join(text)])
-    assert share == [right / (right + wrong)]
 
 
 def test_marks_on_letters_do_not_count_and_do_not_cost():

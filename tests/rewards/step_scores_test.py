@@ -75,7 +75,7 @@ def test_the_function_gets_the_arguments_that_it_names():
     ([[1.0], [None]], 'None for step 0 of response 1'),
     ([[1.0], ['2']], "'2' for step 0 of response 1"),
     ([np.float64(1), [1.0]], 'float for response 0'),
-    ([[1.0]], '1 values for 2 completions'),
+    ([[1.0]], '1 values: list'),
   ],
 )
 def test_what_is_no_list_of_scores_is_named(returned, text):

@@ -1,9 +1,7 @@
 """Worker processes against functions that hang, crash, lie and leave things."""
 
 import math
-import os
 import pathlib
-import tempfile
 import threading
 import time
 
@@ -17,8 +15,10 @@ from jaxrl_llm.rewards import (
   Workers,
   containment,
   functions,
-  isolated,
   score,
+)
+from jaxrl_llm.rewards import (
+  workers as reward_workers,
 )
 
 HOSTILE = hostile.NAME
@@ -44,10 +44,11 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
   bad = sum(FAILING.values(), [])
   healthy = [str(i) for i in range(63 - len(bad) - len(HARMLESS))]
   expected = [None] * len(bad) + [1.0] * len(HARMLESS) + [None]
+  threads = threading.active_count()
   with Workers(
     HOSTILE, workers=4, timeout=TIMEOUT, containment=kind
   ) as workers:
-    assert workers.containment == kind and workers.memory_limited
+    assert workers.containment == kind
     start = time.monotonic()
     pending = hostile.begin(workers, [*bad, *HARMLESS, 'none', *healthy])
     assert not pending.done()
@@ -72,39 +73,7 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
     assert len(left) <= 1
     again = hostile.begin(workers, healthy).result()
     assert again == list(map(float, healthy))
-  assert not marked()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('count', [2, 4])
-def test_15_hostile_samples_of_64_cost_their_own_time_outs(
-  count, marked, monkeypatch, tmp_path
-):
-  """On a machine that does nothing else; nothing is left of them."""
-  bad = ['sleep', 'hold the lock', 'detach and sleep', *FAILING['crash'][:-1]]
-  bad += ['allocate', 'raise', 'recurse', 'print', 'steal']
-  samples = [str(i) for i in range(64)]
-  samples[2:62:4] = bad
-  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-  threads = threading.active_count()
-  with Workers(HOSTILE, workers=count, timeout=5.0) as workers:
-    hostile.begin(workers, ['1']).result()
-    start = time.monotonic()
-    pending = hostile.begin(workers, samples)
-    scores = pending.result()
-    elapsed = time.monotonic() - start
-    print(f'{count} workers: {elapsed:.2f} s')
-  for text, found in zip(samples, scores, strict=True):
-    harmless = 1.0 if text in ('print', 'steal') else None
-    assert found == (float(text) if text.isdigit() else harmless), text
-  expected = {'timeout': 3, 'crash': 7, 'memory': 1, 'error': 2}
-  assert hostile.counts(pending) == expected
-  assert elapsed < 5.0 * math.ceil(3 / count) + 5.0, elapsed
-  # No process, zombie, thread or folder.
-  assert not marked() and not os.listdir(tmp_path)
-  with pytest.raises(ChildProcessError):
-    os.waitpid(-1, os.WNOHANG)
-  assert threading.active_count() == threads
+  assert not marked() and threading.active_count() == threads
 
 
 def test_one_that_hangs_holds_up_one_worker_alone():
@@ -184,11 +153,13 @@ def test_scores_are_those_of_the_function_itself():
     np.testing.assert_array_equal(found.total, own.total)
     assert found.valid.all()
   numbers = [0.1, 1e-310, -3.4028234663852886e38, 2**60, 1 / 3]
-  with isolated(HOSTILE, workers=1) as function:
+  with Workers(HOSTILE, workers=1) as function:
     given = [repr(number) for number in numbers]
     assert function(given, given) == numbers
     assert function(prompts=[], completions=[]) == []
-  with isolated('length_penalty', workers=1, limit=8, buffer=4) as function:
+  with Workers(
+    'length_penalty', dict(limit=8, buffer=4), workers=1
+  ) as function:
     ids = [[0] * n for n in (4, 6, 9)]
     given = dict(prompts=[''] * 3, completions=[''] * 3, completion_ids=ids)
     assert function(**given) == [0, -0.5, -1]
@@ -285,7 +256,7 @@ def test_a_function_that_never_works_is_the_users_mistake():
     ('FILE:broken', {}, "no function 'broken' in"),
     ('EXITS:f', {}, 'does not load\nSystemExit: 3'),
     ('CRASHES:f', {}, r'CRASHES.py:f ended with status 7'),
-    ('HANGS:f', dict(load_timeout=0.5), 'HANGS.py:f gave no answer in 0.5 s'),
+    ('HANGS:f', {}, 'HANGS.py:f gave no answer in 0.5 s'),
     ('format_match', {}, 'format_match needs pattern'),
     ('format_match', dict(settings=dict(pattern='(')), 'regular expression'),
     ('format_match', dict(settings=dict(pattern={1})), 'not a JSON value'),
@@ -300,8 +271,10 @@ def test_a_function_that_never_works_is_the_users_mistake():
   ],
 )
 def test_what_cannot_be_loaded_is_refused(
-  name, changes, text, tmp_path, marked
+  name, changes, text, tmp_path, marked, monkeypatch
 ):
+  if 'HANGS' in name:
+    monkeypatch.setattr(reward_workers, '_LOADING', 0.5)
   for stem, code in {
     'FILE': 'def works(completions): ...',
     'EXITS': 'raise SystemExit(3)',
