@@ -73,15 +73,6 @@ def test_no_bias_for_the_reward_as_shaped():
   assert enumeration.examine(TREE, SMALL, exact=exact).bias > 0.05
 
 
-def test_drawing_agrees_with_summing():
-  estimator = forking(positions.uniform())
-  exact = enumeration.examine(estimator, SMALL)
-  drawn = enumeration.examine(estimator, SMALL, limit=1, draws=40_000)
-  assert exact.exact and not drawn.exact
-  assert drawn.bias < 2.5 * drawn.standard_error
-  assert drawn.variance == pytest.approx(exact.variance, rel=0.05)
-
-
 def rows(rewards, parents, forked_at, lengths, valid=None, length=6):
   """Rollouts of one prompt."""
   column = lambda x, dtype: np.array(x, dtype)[None, :, None]
