@@ -5,7 +5,7 @@ import pytest
 from listed import LONG, SMALL, assert_unbiased
 from loops import assert_is_formula, evaluate, quick_jit, tree_surrogate
 from selection import mostly_slow
-from toys import CLIP, random_rollouts, with_branch_rows
+from toys import CLIP, plain_rollouts, random_rollouts, with_branch_rows
 
 from jaxrl_llm import estimators as est
 
@@ -73,18 +73,17 @@ def test_no_bias_for_the_reward_as_shaped():
   assert enumeration.examine(TREE, SMALL, exact=exact).bias > 0.05
 
 
-def rows(rewards, parents, forked_at, lengths, valid=None, length=6):
+def rows(rewards, parents, forked_at, lengths):
   """Rollouts of one prompt."""
-  column = lambda x, dtype: np.array(x, dtype)[None, :, None]
-  mask = np.arange(length)[None] < np.array(lengths)[:, None]
-  return est.Rollouts(
-    tokens=np.zeros((1, *mask.shape), np.int32),
-    mask=mask[None],
-    log_probs=np.zeros((1, *mask.shape)),
-    rewards=column(rewards, float),
-    valid=column([True] * len(rewards) if valid is None else valid, bool),
-    parents=column(parents, np.int32),
-    forked_at=column(forked_at, np.int32),
+  column = lambda x: np.array(x, np.int32)[None, :, None]
+  return plain_rollouts(
+    [rewards],
+    lengths,
+    6,
+    np.float64,
+    valid=np.ones((1, len(rewards), 1), bool),
+    parents=column(parents),
+    forked_at=column(forked_at),
   )
 
 
