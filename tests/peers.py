@@ -71,10 +71,10 @@ def run(function, *arguments, count=2, devices=4, seconds=60) -> None:
 
 
 def compute(function, *arguments, devices=8):
-  """What a process of several devices computes, as JSON gives it."""
+  """What a process of several devices computes; its last line is JSON."""
   [ended] = Group(_print, function, *arguments, count=1, devices=devices).wait()
   assert ended.code == 0, ended
-  return json.loads(ended.out)
+  return json.loads(ended.out.splitlines()[-1])
 
 
 def _print(index, function, *arguments):
