@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from mistakes import refused
 
 from jaxrl_llm import evaluation
 from jaxrl_llm.errors import UserError
@@ -114,9 +115,8 @@ def test_votes_are_of_answers_and_not_of_texts():
   got = evaluation.votes(texts, mathematics.marked_answer)
   assert got.tolist() == [[0, 0, 1, 1, 2]]
   for extract, text in ((list, 'unhashable'), (int, 'ValueError')):
-    with pytest.raises(UserError, match=text) as caught:
+    with refused(text):
       evaluation.votes([['a']], extract)
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 @pytest.mark.parametrize('n', [1, 3, 7])
