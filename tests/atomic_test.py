@@ -4,9 +4,9 @@ import math
 import os
 
 import pytest
+from mistakes import refused
 
 from jaxrl_llm import atomic
-from jaxrl_llm.errors import UserError
 
 
 def test_values_come_back_as_json_has_them():
@@ -21,14 +21,13 @@ def test_values_come_back_as_json_has_them():
   [
     ({1: 'a'}, 'The record has a key 1, at 1'),
     ({'a': [{'b': {2: 0}}]}, 'The record has a key 2, at a/b/2'),
-    ({'a': object()}, 'The record cannot be written as JSON: .*object'),
+    ({'a': object()}, 'The record cannot be written as JSON: '),
     ([math.inf], 'The record cannot be written as JSON'),
   ],
 )
 def test_what_json_would_change_is_refused(value, text):
-  with pytest.raises(UserError, match=text) as caught:
+  with refused(text):
     atomic.as_json(value, 'record')
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 @pytest.mark.parametrize('content', ['neu: ü\n', b'\x00\xff\r\n'])

@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 import scripts
+import steps
 
-from experiments import build, online
-from experiments.configs import quickstart
-from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.runs import Meter, read_metrics
 
 
@@ -62,20 +60,12 @@ def test_a_run_compiles_at_its_beginnings_alone():
 )
 def test_a_repeated_step_compiles_nothing(algorithm):
   """Prompts differ in length, branches in their places."""
-  config = quickstart.get_config()
+  config = scripts.tiny_config()
   config.algorithm = algorithm
   config.task.update(train=64, held_out=8, operations=(1, 3))
   config.rollout.update(prompts=2, samples=2, max_tokens=6)
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=1
-  )
-  model = build.model(config.model, config.seed)
-  rows = build.dataset(config, model.tokenizer).train
-  rl = online.Steps(config, model, rows, jax.random.key(0))
-  rl.rewards = [
-    RewardPart('ones', lambda completions: [len(c) for c in completions])
-  ]
-  state = rl.begin(jax.tree.map(jnp.copy, model.params))
+  pay = lambda completions: [len(text) for text in completions]
+  rl, state, _ = steps.begin(config, pay)
   meter, lengths, programs = Meter(), set(), []
   for step in range(4):
     result = rl.step(state, step)

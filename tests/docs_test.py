@@ -120,13 +120,10 @@ def test_check_fails_on_a_stale_page(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(MAKER, 'page', lambda: PAGE)
   monkeypatch.setattr(MAKER, 'PAGE', tmp_path / 'estimators.md')
   assert MAKER.main(['--check']) == 1  # none at all
-  assert MAKER.main([]) == 0
-  assert MAKER.main(['--check']) == 0
+  assert MAKER.main([]) == MAKER.main(['--check']) == 0
   MAKER.PAGE.write_text(PAGE.replace('none', 'some'), encoding='utf-8')
-  capsys.readouterr()
   assert MAKER.main(['--check']) == 1
-  said = capsys.readouterr().out
-  assert 'make_estimators.py' in said and said.count('\n') <= 3
+  assert 'make_estimators.py' in capsys.readouterr().out
   assert MAKER.main(['--chekc']) == 2
 
 

@@ -1,17 +1,13 @@
 """Whole RL iterations on meshes of 8 devices against one device."""
 
 import json
-import os
 import sys
-
-import scripts
-
-os.environ['XLA_FLAGS'] = scripts.xla_flags(devices=8)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import steps
 
 from experiments import build, online
 from experiments.configs import quickstart
@@ -24,11 +20,6 @@ ALGORITHMS = {
   'trepo': dict(name='trepo', count=2, samples=2),
 }
 PROMPTS, SAMPLES, MICRO_PROMPTS = 16, 4, 8
-
-
-def count_ones(completions):
-  """Something that random responses earn."""
-  return [text.count('1') / 4 for text in completions]
 
 
 def configuration(algorithm):
@@ -56,7 +47,7 @@ def iteration(algorithm: str) -> dict:
   model = build.model(config.model, config.seed)
   data = build.dataset(config, model.tokenizer)
   rl = online.Steps(config, model, data.train, jax.random.key(0))
-  rl.rewards = [RewardPart('ones', count_ones)]
+  rl.rewards = [RewardPart('ones', steps.count_ones)]
   # Another policy than the reference: its KL has a gradient.
   rl.reference = jax.tree.map(lambda x: 1.1 * x, model.params)
   state = rl.begin(model.params)
@@ -123,18 +114,20 @@ def compare(found: dict, expected: dict) -> dict:
   }
 
 
-def main(algorithms: str, meshes: list[str]) -> None:
-  jax.config.update('jax_numpy_rank_promotion', 'raise')
-  jax.config.update('jax_disable_most_optimizations', True)
-  for algorithm in algorithms.split(','):
-    expected = iteration(algorithm)
-    for mesh in meshes:
-      sizes = [int(size) for size in mesh.split(',')]
-      with jax.set_mesh(sharding.make_mesh(*sizes)):
-        found = iteration(algorithm)
-      record = {'mesh': mesh, 'algorithm': algorithm}
-      print(json.dumps(record | compare(found, expected)), flush=True)
+def compare_meshes(algorithm: str, meshes: list[str]):
+  """Yields what `compare` says of each mesh."""
+  expected = iteration(algorithm)
+  for mesh in meshes:
+    sizes = [int(size) for size in mesh.split(',')]
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+      found = iteration(algorithm)
+    record = {'mesh': mesh, 'algorithm': algorithm}
+    yield record | compare(found, expected)
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], sys.argv[2:])
+  jax.config.update('jax_num_cpu_devices', 8)
+  jax.config.update('jax_disable_most_optimizations', True)
+  for name in sys.argv[1].split(','):
+    for line in compare_meshes(name, sys.argv[2:]):
+      print(json.dumps(line), flush=True)

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from toys import CLIP, random_rollouts, rows_for, with_tree_rows
+from toys import CLIP, RECIPES, random_rollouts, rows_for, with_tree_rows
 
 
 @dataclasses.dataclass
@@ -148,6 +148,24 @@ def make_data(seed, length=5):
     rewards[1], rewards[2] = 0.25, 0.75
     rollouts = rollouts.replace(rewards=rewards)
   return with_tree_rows(rollouts), outputs
+
+
+def check_formulas(formulas, length=5):
+  """Makes a test that each recipe is its formula, {name: formula}."""
+  program = make_program({name: RECIPES[name] for name in formulas})
+
+  @functools.cache
+  def evaluate_all(seed):
+    return jax.device_get(program(*make_data(seed, length)))
+
+  @pytest.mark.parametrize('seed', [0, 1, 2])
+  @pytest.mark.parametrize('name', formulas)
+  def test(name, seed):
+    trained = 'values' if name == 'reward_model' else 'log_probs'
+    got, data = evaluate_all(seed)[name], make_data(seed, length)
+    assert_is_formula(got, formulas[name], *data, trained)
+
+  return test
 
 
 def tokens(groups):

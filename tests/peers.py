@@ -1,5 +1,6 @@
 """Several processes on this machine that run one function together."""
 
+import json
 import os
 import pathlib
 import socket
@@ -62,10 +63,22 @@ class Group:
     return ended
 
 
-def run(function, *arguments, count: int = 2, devices: int = 4) -> None:
+def run(function, *arguments, count=2, devices=4, seconds=60) -> None:
   """Runs processes to their end, which must be a good one."""
-  ended = Group(function, *arguments, count=count, devices=devices).wait()
+  group = Group(function, *arguments, count=count, devices=devices)
+  ended = group.wait(seconds)
   assert [each.code for each in ended] == [0] * count, ended
+
+
+def compute(function, *arguments, devices=8):
+  """What a process of several devices computes; its last line is JSON."""
+  [ended] = Group(_print, function, *arguments, count=1, devices=devices).wait()
+  assert ended.code == 0, ended
+  return json.loads(ended.out.splitlines()[-1])
+
+
+def _print(index, function, *arguments):
+  print(json.dumps(function(*arguments)))
 
 
 def _main(

@@ -127,24 +127,38 @@ CASES = {
 STRUCTURES = ('llama', 'qwen2', 'qwen3', 'gemma3_text', 'gpt2')
 
 
-def build(name):
-  """The torch model of a case: no parameter keeps its initial value."""
+def build(name, folder=None, **fields):
+  """The torch model of a case: no parameter keeps its initial value.
+
+  Args:
+    name: of the case.
+    folder: where it is saved, if anywhere.
+    fields: further ones of its configuration; with `num_labels` it has a head
+      of scores in place of one of tokens.
+  """
   import torch
   import transformers
 
-  fields = dict(CASES[name])
+  fields = {**CASES[name], **fields}
   family = fields.pop('model_type')
   if family != 'gpt2':
     fields = {**ROTARY, **fields}
-  config = transformers.CONFIG_MAPPING[family].from_dict(fields)
-  model = transformers.AutoModelForCausalLM.from_config(
-    config, attn_implementation='eager', dtype=torch.float32
-  ).eval()
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
-      parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+  make = transformers.AutoModelForCausalLM
+  if 'num_labels' in fields:
+    make = transformers.AutoModelForSequenceClassification
+  with quiet():
+    config = transformers.CONFIG_MAPPING[family].from_dict(fields)
+    model = make.from_config(
+      config, attn_implementation='eager', dtype=torch.float32
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+      for parameter in model.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.add_(scale * noise)
+    if folder is not None:
+      model.save_pretrained(folder)
   return model
 
 

@@ -143,6 +143,20 @@ def random_rollouts(
   return rollouts, outputs
 
 
+def plain_rollouts(rewards, lengths=None, length=5, dtype=np.float32, **fields):
+  """Rollouts of given rewards, [P, G]."""
+  rewards = jnp.asarray(rewards, dtype)[..., None]
+  lengths = np.full(rewards.shape, length) if lengths is None else lengths
+  lengths = np.reshape(lengths, rewards.shape)
+  tokens = jnp.zeros((*rewards.shape[:2], length), jnp.int32)
+  return est.Rollouts(
+    tokens=tokens,
+    mask=jnp.arange(length)[None, None] < lengths,
+    rewards=rewards,
+    **{'log_probs': tokens.astype(dtype), **fields},
+  )
+
+
 def with_branch_rows(rollouts, samples=3):
   """The rollouts with further rows as branches of the first `samples`."""
   _, rows, length = rollouts.mask.shape

@@ -6,12 +6,10 @@ import jax
 import numpy as np
 import pytest
 from loops import (
-  assert_is_formula,
+  check_formulas,
   clip,
   earned,
   k3,
-  make_data,
-  make_program,
   mean,
   num_responses,
   num_tokens,
@@ -31,7 +29,6 @@ from toys import (
   HIGH,
   KL,
   LAM,
-  RECIPES,
   VALUE,
   VALUE_CLIP,
   random_rollouts,
@@ -212,19 +209,7 @@ FORMULAS = {
     KL, lambda i, t, a: surrogate(token_ratio(i, t), a, CLIP, CLIP)
   ),
 }
-PROGRAM = make_program({name: RECIPES[name] for name in FORMULAS})
-
-
-@functools.cache
-def evaluate_all(seed):
-  return jax.device_get(PROGRAM(*make_data(seed, length=9)))
-
-
-@pytest.mark.parametrize('seed', [0, 1, 2])
-@pytest.mark.parametrize('name', FORMULAS)
-def test_recipe_is_its_formula(name, seed):
-  got = evaluate_all(seed)[name]
-  assert_is_formula(got, FORMULAS[name], *make_data(seed, length=9))
+test_recipe_is_its_formula = check_formulas(FORMULAS, length=9)
 
 
 def advantages(transform, rollouts):

@@ -4,24 +4,11 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
+from toys import plain_rollouts
 
 from jaxrl_llm import estimators as est
 
 NAN = float('nan')
-
-
-def make_rollouts(rewards, lengths=None, **fields):
-  """Rollouts of given rewards, [P, G]; responses of up to five tokens."""
-  rewards = jnp.asarray(rewards, jnp.float32)[..., None]
-  shape = rewards.shape[:2] + (5,)
-  lengths = np.full(rewards.shape[:2], 5) if lengths is None else lengths
-  return est.Rollouts(
-    tokens=jnp.zeros(shape, jnp.int32),
-    mask=jnp.arange(5)[None, None] < jnp.asarray(lengths)[..., None],
-    log_probs=fields.pop('log_probs', jnp.zeros(shape)),
-    rewards=rewards,
-    **fields,
-  )
 
 
 def apply(transform, rollouts):
@@ -32,7 +19,7 @@ def test_chain_applies_in_reading_order():
   double = est.AdvantageTransform(lambda a, r: 2.0 * a, est.Needs(greedy=True))
   square = est.AdvantageTransform(lambda a, r: a * a, est.Needs(samples=3))
   both = est.chain(double, square)
-  data = make_rollouts([[3.0]])
+  data = plain_rollouts([[3.0]])
   assert apply(both, data) == 36.0
   assert apply(est.chain(square, double), data) == 18.0
   assert both.needs == est.Needs(samples=3, greedy=True)
@@ -156,7 +143,7 @@ def test_arguments_out_of_range_are_refused(make):
 
 def test_overlong_penalty():
   """0 up to 5 − 2 tokens, then a ramp to 1 at 5, and no further."""
-  data = make_rollouts([[1.0] * 5], [[0, 3, 4, 5, 2]])
+  data = plain_rollouts([[1.0] * 5], [[0, 3, 4, 5, 2]])
   got = apply(est.penalize_overlong(max_length=5, buffer=2), data)
   np.testing.assert_allclose(got, [[1.0, 1.0, 0.5, 0.0, 1.0]])
   got = apply(est.penalize_overlong(max_length=3, buffer=2), data)
@@ -167,7 +154,7 @@ def with_kl():
   """A response of KL − 0.5, one of 2."""
   log_probs = jnp.array([[[-1.0, -2.0, NAN, NAN, NAN], [-0.5] + [NAN] * 4]])
   reference = jnp.array([[[-1.5, -1.0, NAN, NAN, NAN], [-2.5] + [NAN] * 4]])
-  return make_rollouts(
+  return plain_rollouts(
     [[1.0, 0.0]], [[2, 1]], log_probs=log_probs, ref_log_probs=reference
   )
 

@@ -4,29 +4,19 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
+import toys
 
 from jaxrl_llm import estimators as est
 
 
 def make_rollouts(rewards, valid=None, lengths=None, norms=None, **fields):
   """Rollouts of given rewards, [P, G]; a response is two tokens at most."""
-  rewards = jnp.asarray(rewards, jnp.float32)[..., None]
-  shape = rewards.shape[:2] + (2,)
-  lengths = np.full(rewards.shape, 2) if lengths is None else lengths
-  lengths = np.reshape(lengths, rewards.shape)
-  mask = np.arange(2)[None, None] < lengths
-  norms = np.zeros(rewards.shape) if norms is None else np.array(norms)
+  valid = None if valid is None else jnp.asarray(valid)[..., None]
+  found = toys.plain_rollouts(rewards, lengths, 2, valid=valid, **fields)
   # All on the first token; outside the mask is garbage.
-  of_tokens = np.where(np.arange(2)[None, None] == 0, norms[..., None], 0.0)
-  return est.Rollouts(
-    tokens=jnp.zeros(shape, jnp.int32),
-    mask=jnp.asarray(mask),
-    log_probs=jnp.zeros(shape),
-    rewards=rewards,
-    valid=None if valid is None else jnp.asarray(valid)[..., None],
-    score_norms=jnp.where(mask, of_tokens.reshape(shape), 1e6),
-    **fields,
-  )
+  norms = np.zeros(np.shape(rewards)) if norms is None else np.array(norms)
+  of_tokens = norms[..., None] * np.array([1.0, 0.0])
+  return found.replace(score_norms=jnp.where(found.mask, of_tokens, 1e6))
 
 
 def apply(transform, rollouts):

@@ -1,14 +1,11 @@
 """One table of all recipes against everything that must never matter."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
+import peers
 import pytest
-import scripts
 from loops import make_program, quick_jit
 from toys import (
   GROUP_BASED,
@@ -417,14 +414,7 @@ def test_one_response_per_prompt_is_enough_without_a_group():
 def on_four_devices(folder):
   """All recipes in a process of four devices, sharded over prompts."""
   out = folder / 'sharded.npz'
-  flags = scripts.xla_flags(devices=4)
-  environment = os.environ | {
-    'XLA_FLAGS': flags,
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': os.pathsep.join(sys.path),
-  }
-  command = [sys.executable, __file__, str(out)]
-  subprocess.run(command, env=environment, check=True, timeout=300)
+  peers.run(evaluate_sharded, out, count=1, devices=4)
   return dict(np.load(out))
 
 
@@ -441,7 +431,7 @@ def test_sharded_over_prompts_is_not_sharded(name, folder):
     np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-12)
 
 
-def evaluate_sharded(path):
+def evaluate_sharded(index, path):
   mesh = jax.make_mesh((4,), ('data',), (jax.sharding.AxisType.Auto,))
   rows = jax.NamedSharding(mesh, jax.P('data'))
   with jax.enable_x64(True):
@@ -457,7 +447,3 @@ def evaluate_sharded(path):
       for i, leaf in enumerate(jax.tree.leaves(result)):
         arrays[f'{name}/{i}'] = np.asarray(leaf)
   np.savez(path, **arrays)
-
-
-if __name__ == '__main__':
-  evaluate_sharded(sys.argv[1])

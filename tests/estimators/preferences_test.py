@@ -4,20 +4,17 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
+import toys
 
 from jaxrl_llm import estimators as est
 
 
 def make_rollouts(rewards, lengths, valid=None):
-  rewards = jnp.asarray(rewards, jnp.float32)[None, :, None]
-  shape = (1, rewards.shape[1], 3)
-  return est.Rollouts(
-    tokens=jnp.zeros(shape, jnp.int32),
-    mask=jnp.arange(3)[None, None] < jnp.array(lengths)[None, :, None],
-    log_probs=jnp.zeros(shape),
-    rewards=rewards,
-    valid=None if valid is None else jnp.array(valid)[None, :, None],
-    ref_log_probs=jnp.zeros(shape),
+  if valid is not None:
+    valid = jnp.array(valid)[None, :, None]
+  zeros = jnp.zeros((1, len(rewards), 3))
+  return toys.plain_rollouts(
+    [rewards], lengths, 3, valid=valid, ref_log_probs=zeros
   )
 
 

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripts
+import steps
 
-from experiments import build, checks, online
-from experiments.configs import quickstart
 from jaxrl_llm import sampling
 from jaxrl_llm.models import transformer
-from jaxrl_llm.rewards import RewardPart
 from jaxrl_llm.sampling import policy
 
 pytestmark = pytest.mark.slow
@@ -22,22 +20,12 @@ score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
 
 def begin(algorithm):
   """Online RL of a tiny model, at a rate that moves it a lot in each step."""
-  config = quickstart.get_config()
+  config = scripts.tiny_config()
   config.rollout.update(prompts=4, samples=4, max_tokens=T)
-  config.model.architecture.update(
-    hidden_size=16, intermediate_size=16, num_layers=2
-  )
+  config.model.architecture.num_layers = 2
   config.optimizer.update(learning_rate=0.02, warmup_updates=0)
   config.algorithm = algorithm
-  checks.check(config)
-  model = build.model(config.model, config.seed)
-  data = build.dataset(config, model.tokenizer)
-  rl = online.Steps(config, model, data.train, jax.random.key(0))
-  rl.rewards = [
-    RewardPart('ones', lambda completions: [t.count('1') for t in completions])
-  ]
-  rl.reference = model.params
-  return rl, model, rl.begin(jax.tree.map(jnp.copy, model.params))
+  return steps.begin(config)
 
 
 def branches(rl, model, params, step):
@@ -98,7 +86,7 @@ def branches(rl, model, params, step):
   ids=lambda algorithm: '-'.join(map(str, algorithm.values())),
 )
 def test_sampler_is_scorer_after_every_update(algorithm):
-  rl, model, state = begin(algorithm)
+  rl, state, model = begin(algorithm)
   for step in range(STEPS):
     old = jax.tree.map(jnp.copy, state.trainable['policy'])
     result = rl.step(state, step)

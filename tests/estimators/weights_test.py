@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import plain_rollouts
 
 from jaxrl_llm import estimators as est
 
@@ -30,15 +31,8 @@ def test_golden(name):
 
 
 def rollouts(rewards, valid):
-  rewards = jnp.asarray(rewards, jnp.float32)[..., None]
-  tokens = jnp.zeros(rewards.shape, jnp.int32)
-  return est.Rollouts(
-    tokens=tokens,
-    mask=tokens == 0,
-    log_probs=jnp.zeros(rewards.shape),
-    rewards=rewards,
-    valid=None if valid is None else jnp.asarray(valid)[..., None],
-  )
+  valid = None if valid is None else jnp.asarray(valid)[..., None]
+  return plain_rollouts(rewards, length=1, valid=valid)
 
 
 REWARDS = [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.5, 2.0, 0.5]]

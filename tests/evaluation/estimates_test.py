@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from mistakes import refused
 
 from jaxrl_llm import evaluation
 from jaxrl_llm.errors import UserError
@@ -25,12 +26,6 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(k):
   got = evaluation.pass_at_k(correct, k)
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize('k', [0, -1, 4])
-def test_pass_at_more_than_was_sampled_is_refused(k):
-  with pytest.raises(UserError, match=f'pass@{k} needs'):
-    evaluation.pass_at_k(np.ones((2, 3), bool), k)
 
 
 def test_large_counts_do_not_overflow():
@@ -120,9 +115,8 @@ def test_votes_are_of_answers_and_not_of_texts():
   got = evaluation.votes(texts, mathematics.marked_answer)
   assert got.tolist() == [[0, 0, 1, 1, 2]]
   for extract, text in ((list, 'unhashable'), (int, 'ValueError')):
-    with pytest.raises(UserError, match=text) as caught:
+    with refused(text):
       evaluation.votes([['a']], extract)
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 @pytest.mark.parametrize('n', [1, 3, 7])
@@ -156,6 +150,8 @@ def test_best_of_n_is_the_mean_over_all_draws(n):
 @pytest.mark.parametrize('k', [0, -1, 4])
 def test_more_than_was_sampled_is_refused(k):
   votes = np.zeros((2, 3), int)
+  with pytest.raises(UserError, match=f'pass@{k} needs'):
+    evaluation.pass_at_k(votes == 0, k)
   with pytest.raises(UserError, match=f'maj@{k} needs'):
     evaluation.maj_at_k(votes, votes == 0, k)
   with pytest.raises(UserError, match=f'best-of-{k} needs'):
@@ -165,40 +161,22 @@ def test_more_than_was_sampled_is_refused(k):
     evaluation.best_of_n(scores, votes, 2)
 
 
-def coverage(data_sets, resamples):
-  """How often a 95 % interval holds the mean accuracy of new prompts."""
+@pytest.mark.parametrize(
+  'data_sets, resamples, margin',
+  # 300 data sets have a standard error of 1.3 %.
+  [(300, 400, 0.04), pytest.param(2000, 2000, 0.02, marks=pytest.mark.slow)],
+)
+def test_intervals_cover_new_prompts(data_sets, resamples, margin):
+  """A 95 % interval holds the mean accuracy of new prompts as often."""
   random = np.random.default_rng(0)
   a, b, hits = 1.5, 2.5, 0
   for _ in range(data_sets):
     correct = random.random((200, 8)) < random.beta(a, b, (200, 1))
     values = evaluation.pass_at_k(correct, 1)
     interval = evaluation.bootstrap(values, resamples=resamples)
-    hits += interval.low <= a / (a + b) <= interval.high
-  return hits / data_sets
-
-
-def test_intervals_cover_new_prompts():
-  # 300 data sets have a standard error of 1.3 %.
-  assert 0.91 < coverage(300, 400) < 0.99
-
-
-@pytest.mark.slow
-def test_intervals_cover_new_prompts_95_times_of_100():
-  found = coverage(2000, 2000)
-  print(f'{found:.4f}')
-  assert abs(found - 0.95) < 0.02
-
-
-def test_interval_covers_the_truth_as_often_as_it_says():
-  random = np.random.default_rng(0)
-  hits = 0
-  for _ in range(300):
-    values = random.random(60) < 0.4
-    interval = evaluation.bootstrap(values, resamples=300)
     assert interval.low <= interval.mean <= interval.high
-    assert interval.mean == values.mean()
-    hits += interval.low <= 0.4 <= interval.high
-  assert 0.9 < hits / 300 < 0.99
+    hits += interval.low <= a / (a + b) <= interval.high
+  assert abs(hits / data_sets - 0.95) < margin
 
 
 def test_interval_is_reproducible():

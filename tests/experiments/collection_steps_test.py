@@ -1,13 +1,11 @@
 """Steps of a tiny model with refilling and hints: what is trained on."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scripts
+import steps
 
-from experiments import build, online
+from experiments import build
 from jaxrl_llm import rollouts
-from jaxrl_llm.rewards import RewardPart
 
 
 def rewards_of(prompts, completions):
@@ -25,11 +23,8 @@ def test_the_update_reads_the_prompts_that_were_sampled_from():
   config.prompts.max_tokens = 20
   config.task.update(train=200, held_out=8, demonstrations=8)
   config.algorithm = dict(name='remax')
-  model = build.model(config.model, config.seed)
+  rl, state, model = steps.begin(config, rewards_of)
   rows = build.dataset(config, model.tokenizer).train
-  rl = online.Steps(config, model, rows, jax.random.key(0))
-  rl.rewards = [RewardPart('own', rewards_of)]
-  state = rl.begin(jax.tree.map(jnp.copy, model.params))
   collected = rl.collect(state, 6)  # in which both tools have work to do
   record = collected.record
   assert record['hints/saved'] > 0 and record['refill/replaced'] > 0

@@ -9,6 +9,7 @@ import pytest
 import scripts
 from ml_collections import ConfigDict
 
+from benchmarks import job
 from experiments import (
   build,
   checks,
@@ -21,6 +22,9 @@ from experiments import (
 )
 from experiments.configs import base
 from jaxrl_llm import naming, sharding
+from jaxrl_llm.models import transformer
+from jaxrl_llm.models.config import ModelConfig
+from jaxrl_llm.models.huggingface import folders
 
 FOLDER = pathlib.Path(base.__file__).parent
 NAMES = sorted(
@@ -87,46 +91,22 @@ def test_every_field_is_read():
   sharding.make_mesh(**base.get_config().mesh, devices=jax.devices()[:1])
 
 
-def qwen2_folder(folder, lines) -> None:
+def qwen2_folder(folder) -> None:
   """Writes a tiny random Qwen2 model with a chat tokenizer like its own."""
-  torch = pytest.importorskip('torch')
-  import tokenizers
-  import transformers
-
-  special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
-  backend = tokenizers.ByteLevelBPETokenizer()
-  backend.train_from_iterator(
-    lines, 1000, show_progress=False, special_tokens=special
-  )
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend._tokenizer,
-    eos_token='<|im_end|>',
-    pad_token='<|endoftext|>',
-    additional_special_tokens=special[1:],
+  tokenizer = job.tokenizer(600)
+  tokenizer.add_special_tokens(
+    {'eos_token': '<|im_end|>', 'pad_token': '<|endoftext|>'}
   )
   tokenizer.chat_template = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
     "+ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
   )
-  tokenizer.save_pretrained(folder)
-  torch.manual_seed(0)
-  ids = tokenizer.convert_tokens_to_ids(special)
-  shape = transformers.Qwen2Config(
-    vocab_size=1088,  # more rows than tokens, as in the published model
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    tie_word_embeddings=True,
-    bos_token_id=ids[0],
-    eos_token_id=ids[2],
-  )
-  model = transformers.Qwen2ForCausalLM(shape)
-  model.generation_config.eos_token_id = [ids[2], ids[0]]
-  model.save_pretrained(folder)
+  # More rows than tokens, as in the published model.
+  shape = dict(family='qwen2', tied=True, query_bias=True, max_length=512)
+  config = ModelConfig(640, 32, 64, 2, 4, num_kv_heads=2, **shape)
+  params = transformer.init(config, jax.random.key(0))
+  folders.save(folder, config, params, tokenizer)
 
 
 @pytest.mark.slow
@@ -135,12 +115,12 @@ def test_gsm8k_runs_on_a_tiny_qwen2(shared, tmp_path):
     source = shared / 'data' / 'gsm8k' / f'{split}.jsonl'
     lines = source.read_text().splitlines(keepends=True)[:200]
     (tmp_path / f'{split}.jsonl').write_text(''.join(lines))
-  qwen2_folder(tmp_path / 'model', lines)
+  qwen2_folder(tmp_path / 'model')
   settings = {
     'model.path': tmp_path / 'model',
     'task.path': tmp_path,
     'task.held_out': 8,
-    'prompts.max_tokens': 160,
+    'prompts.max_tokens': 400,
     'rollout.prompts': 2,
     'rollout.samples': 2,
     'rollout.max_tokens': 12,
@@ -165,8 +145,5 @@ def test_gsm8k_runs_on_a_tiny_qwen2(shared, tmp_path):
   assert 0 < records[1]['completions/mean_length'] <= 12
   assert 'eval/rewards/correct' in records[0] and 'kl' in records[2]
 
-  import transformers
-
-  model = transformers.AutoModelForCausalLM.from_pretrained(workdir / 'hf')
-  tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / 'hf')
-  assert tokenizer.chat_template and model.config.model_type == 'qwen2'
+  assert folders.load(workdir / 'hf')[0].family == 'qwen2'
+  assert folders.load_tokenizer(workdir / 'hf').chat_template

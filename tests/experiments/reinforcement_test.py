@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripts
+import steps
+from steps import moved
 
-from experiments import build, checks, online
 from experiments.schedule import failure_messages
 from jaxrl_llm.models import transformer
 from jaxrl_llm.rewards import RewardPart, Workers
@@ -29,36 +30,18 @@ ALGORITHMS = [
 ]
 
 
-@pytest.fixture(scope='module')
-def setting():
+def begin(algorithm, critic=None):
   config = scripts.tiny_config()
   config.rollout.update(prompts=4, samples=4, max_tokens=12)
-  model = build.model(config.model, config.seed)
-  return config, model, build.dataset(config, model.tokenizer)
-
-
-def count_ones(completions):
-  """Something that random responses earn."""
-  return [text.count('1') / 4 for text in completions]
-
-
-def begin(setting, algorithm, critic=None):
-  config, model, data = setting
-  config = config.copy_and_resolve_references()
   config.algorithm = algorithm
   config.critic.update(critic or {})
-  checks.check(config)
-  rl = online.Steps(config, model, data.train, jax.random.key(0))
-  rl.reference = model.params
-  rl.rewards = [RewardPart('ones', count_ones)]
-  params = jax.tree.map(jnp.copy, model.params)
-  return rl, rl.begin(params)
+  return steps.begin(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('algorithm, extra', ALGORITHMS)
-def test_a_step(setting, algorithm, extra):
-  rl, state = begin(setting, algorithm)
+def test_a_step(algorithm, extra):
+  rl, state, _ = begin(algorithm)
   before = jax.device_get(state.trainable)
   result = rl.step(state, 0)
   assert extra <= set(result.metrics)
@@ -74,13 +57,13 @@ def test_a_step(setting, algorithm, extra):
 
 
 @pytest.mark.slow
-def test_failures_in_workers_are_recorded(setting, tmp_path):
+def test_failures_in_workers_are_recorded(tmp_path):
   (tmp_path / 'odd.py').write_text(
     'def odd(completions):\n'
     '  if len(completions[0]) % 2 == 0: raise ValueError("even")\n'
     '  return [1.0]\n'
   )
-  rl, state = begin(setting, dict(name='trepo'))
+  rl, state, _ = begin(dict(name='trepo'))
   with Workers(f'{tmp_path}/odd.py:odd', workers=1, timeout=60) as workers:
     rl.rewards = [RewardPart('odd', workers), *rl.rewards]
     result = rl.step(state, 0)
@@ -98,9 +81,9 @@ def test_failures_in_workers_are_recorded(setting, tmp_path):
   assert failure_messages(result.failures, 'at step 2', reported) == []
 
 
-def test_a_step_with_branches(setting, monkeypatch):
+def test_a_step_with_branches(monkeypatch):
   """TRePO: its advantages are differences of the branches' mean rewards."""
-  rl, state = begin(setting, dict(name='trepo', count=2, samples=3))
+  rl, state, model = begin(dict(name='trepo', count=2, samples=3))
   params = jax.tree.map(jnp.copy, state.trainable['policy'])
   host = jax.device_get(params)
   collected = rl.collect(state, 0)
@@ -111,7 +94,7 @@ def test_a_step_with_branches(setting, monkeypatch):
   assert not (where & ~mask).any() and len(np.unique(values[where])) > 3
   forks = collected.record['branches/forks']
   assert extra >= forks * 3 > 0  # of at least one token each
-  earned = count_ones(collected.responses.completions)
+  earned = steps.count_ones(collected.responses.completions)
   np.testing.assert_array_equal(rewards.ravel(), earned)
   batch = rl.estimator.prepare(data)
   for p, g in np.ndindex(mask.shape[:2]):
@@ -140,7 +123,7 @@ def test_a_step_with_branches(setting, monkeypatch):
 
   monkeypatch.setattr(branches, 'branch', watched)
   layout = transformer.sampling_layout(
-    setting[1].config, result.state.trainable['policy']
+    model.config, result.state.trainable['policy']
   )
   assert moved(host, result.state.trainable['policy']) > 0
   left = jax.tree.map(np.array, layout)
@@ -162,10 +145,10 @@ WITH_CRITIC = {
   scope='module',
   params=['ppo', pytest.param('vapo', marks=pytest.mark.slow)],
 )
-def actor_critic(request, setting):
+def actor_critic(request):
   """(name, phase, its first state on the host, three results)."""
   algorithm, section = WITH_CRITIC[request.param]
-  rl, state = begin(setting, algorithm, section)
+  rl, state, _ = begin(algorithm, section)
   # Before an update: a step takes the state over.
   start, results, compiled = jax.tree.map(np.array, state), [], Meter()
   for step in range(3):
@@ -175,11 +158,6 @@ def actor_critic(request, setting):
     timings = {'programs': compiled.take().programs}
     results.append(result._replace(state=host, timings=timings))
   return request.param, rl, start, results
-
-
-def moved(old, new):
-  gaps = jax.tree.map(lambda x, y: np.abs(x - y).max(), old, new)
-  return max(jax.tree.leaves(gaps))
 
 
 def test_steps_with_a_critic(actor_critic):

@@ -64,8 +64,7 @@ def test_export_opens_in_transformers(name, tmp_path):
   pytest.importorskip('torch')
   tokens = np.arange(40).reshape(2, 20) % tiny_models.VOCABULARY
   with tiny_models.quiet():
-    original = tiny_models.build(name)
-    original.save_pretrained(tmp_path / 'original')
+    original = tiny_models.build(name, tmp_path / 'original')
     config, params = folders.load(tmp_path / 'original')
     folders.save(tmp_path / 'copy', config, params)
     copy = reopen(tmp_path / 'copy')
@@ -216,29 +215,14 @@ def test_damaged_and_missing_files(folder, tmp_path):
     said, remedy = str(caught.value).split('\n')
     assert said.isprintable() and len(said) < 350 and 'hub' in remedy
   path = folder / reading.SINGLE
-  path.write_bytes(path.read_bytes()[:-50])
-  with pytest.raises(UserError, match='damaged'):
-    folders.load(folder)
   path.rename(folder / 'pytorch_model.bin')
   with pytest.raises(UserError, match='pickled.*\n.*save_pretrained'):
-    folders.load(folder)
-  (folder / 'config.json').write_text('{"model_type": ')
-  with pytest.raises(UserError, match='config.json is not JSON'):
     folders.load(folder)
   (folder / 'config.json').unlink()
   with pytest.raises(UserError, match='config.json is missing'):
     folders.load(folder)
   with pytest.raises(UserError, match='no usable tokenizer'):
     folders.load_tokenizer(folder)
-
-
-@pytest.mark.parametrize('name', ['../model.safetensors', '/etc/passwd', 'a/b'])
-def test_an_index_stays_in_its_folder(folder, name):
-  (folder / reading.SINGLE).rename(folder.parent / reading.SINGLE)
-  index = {'weight_map': {'model.norm.weight': name}}
-  (folder / reading.INDEX).write_text(json.dumps(index))
-  with pytest.raises(UserError, match='outside its folder'):
-    folders.load(folder)
 
 
 def test_nothing_else_is_overwritten(folder, params):

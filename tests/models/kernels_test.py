@@ -2,17 +2,16 @@
 
 import dataclasses
 import functools
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from jaxrl_llm import sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import attention, kernels, transformer
 from jaxrl_llm.models.config import ModelConfig
@@ -211,59 +210,41 @@ def test_gradients_of_a_model_are_the_same_with_splash():
   )
 
 
-ON_FOUR_DEVICES = """
-import jax, numpy
-jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_disable_most_optimizations', True)
-from jax import numpy as jnp
-from jaxrl_llm.models import kernels
+def on_four_devices(index):
+  standard = jax.nn.dot_product_attention
+  jax.nn.dot_product_attention = lambda *args, implementation, **kwargs: (
+    standard(*args, **kwargs, implementation='xla')
+  )
+  arrays = (
+    draw(2, 6, HEADS, DIM),
+    segment(1, 5),
+    segment(2, 6),
+    draw(2, 6, HEADS, DIM),
+  )
 
-standard = jax.nn.dot_product_attention
-jax.nn.dot_product_attention = lambda *args, implementation, **kwargs: (
-  standard(*args, **kwargs, implementation='xla')
-)
-random = numpy.random.default_rng(0)
-draw = lambda *shape: random.normal(size=shape).astype('float32')
-arrays = (
-  draw(2, 6, 4, 8),
-  (draw(1, 2, 8, 5), draw(1, 2, 5, 8)),
-  (draw(2, 2, 8, 6), draw(2, 2, 6, 8)),
-  draw(2, 6, 4, 8),
-)
-
-
-def gradient():
   def total(arrays):
     query, prefix, own, weights = arrays
     lengths = jnp.array([3], jnp.int32)
     out = kernels.attend('cudnn', query, [prefix], [lengths], own, scale=0.7)
     return (out * weights).sum()
 
-  return jax.jit(jax.grad(total)).lower(arrays)
-
-
-expected = gradient().compile()(arrays)
-for shape in (1, 2, 2), (2, 2, 1), (1, 1, 4):
-  mesh = jax.make_mesh(
-    shape, ('data', 'fsdp', 'tensor'), (jax.sharding.AxisType.Auto,) * 3
-  )
-  with jax.set_mesh(mesh):
-    lowered = gradient()
-    found = lowered.compile()(arrays)
-  assert 'manual_computation' in lowered.as_text()
-  jax.tree.map(
-    lambda a, b: numpy.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    found,
-    expected,
-  )
-"""
+  gradient = lambda: jax.jit(jax.grad(total)).lower(arrays)
+  expected = gradient().compile()(arrays)
+  for shape in (1, 2, 2), (2, 2, 1), (1, 1, 4):
+    with jax.set_mesh(sharding.make_mesh(*shape)):
+      lowered = gradient()
+      found = lowered.compile()(arrays)
+    assert 'manual_computation' in lowered.as_text()
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      found,
+      expected,
+    )
 
 
 def test_rows_and_heads_are_split_over_a_mesh():
   """Also where an axis does not divide them."""
-  program = [sys.executable, '-c', ON_FOUR_DEVICES]
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  subprocess.run(program, env=environment, check=True, timeout=300)
+  peers.run(on_four_devices, count=1, devices=4)
 
 
 @pytest.mark.slow

@@ -44,9 +44,7 @@ def test_scores_and_gradient(chunk, tmp_path):
   responses = draw(PROMPTS, SAMPLES, TOKENS).astype(np.int32)
   weights = random.normal(size=responses.shape).astype(np.float32)
 
-  with tiny_models.quiet():
-    model = tiny_models.build('llama_linear')
-    model.save_pretrained(tmp_path / 'model')
+  model = tiny_models.build('llama_linear', tmp_path / 'model')
   texts = np.concatenate(
     [np.repeat(prompts[:, None], SAMPLES, 1), responses], 2
   )

@@ -29,9 +29,8 @@ def loaded(tmp_path_factory):
   @functools.cache
   def load(name):
     folder = tmp_path_factory.mktemp(name)
+    model = tiny_models.build(name, folder)
     with tiny_models.quiet():
-      model = tiny_models.build(name)
-      model.save_pretrained(folder)
       return model, *folders.load(folder)
 
   return load

@@ -116,29 +116,23 @@ AT_THE_END = [
   *[('export', scripts.TOTAL)] * 3,
 ]
 IN_EVERY_PHASE = [
-  *(('model', 0), ('warm start', 3), ('rollout', scripts.WARM + 1)),
+  *(('model', 0), ('compile', 0), ('warm start', 3)),
+  *(('rollout', scripts.WARM + 1), ('branches', scripts.WARM + 1)),
   *(('reward', scripts.WARM + 3), ('update', scripts.WARM + 6)),
-  *(('evaluation', scripts.WARM + 9), ('record', scripts.WARM + 11)),
+  *(('branches', scripts.WARM + 7), ('evaluation', scripts.WARM + 9)),
+  ('record', scripts.WARM + 11),
   *(('save', scripts.WARM + 12), ('save', scripts.TOTAL)),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'number, moments', [(KILL, AT_THE_END), (TERM, IN_EVERY_PHASE)]
+  'number, moments, text',
+  [(KILL, AT_THE_END, scripts.CONFIG), (TERM, IN_EVERY_PHASE, TREPO)],
 )
-def test_interruptions_leave_the_same_records(number, moments, tmp_path):
-  interruptions_leave_the_same([(number, *each) for each in moments], tmp_path)
-
-
-@pytest.mark.slow
-def test_stops_while_branches_are_sampled_and_programs_compiled(tmp_path):
-  plan = [
-    (TERM, 'compile', 0),
-    (TERM, 'branches', scripts.WARM + 1),
-    (TERM, 'branches', scripts.WARM + 7),
-  ]
-  interruptions_leave_the_same(plan, tmp_path, TREPO)
+def test_interruptions_leave_the_same_records(number, moments, text, tmp_path):
+  plan = [(number, *each) for each in moments]
+  interruptions_leave_the_same(plan, tmp_path, text)
 
 
 @pytest.mark.slow

@@ -272,36 +272,6 @@ def test_a_branch_has_what_the_response_had_left():
   assert forked.finished.any() and not forked.finished.all()
 
 
-@pytest.mark.slow
-def test_frequencies_of_the_next_token():
-  """5,000 branches of each of two states: their first tokens."""
-  count = 5_000
-  config, params = toys.make_policy('llama')
-  prompts = toys.make_prompts([3])
-  settings = dict(decoding=Decoding(), eos_ids=(), pad_id=PAD)
-  responses, cache = sampling.sample_and_keep(
-    config, params, prompts, KEY, samples=1, max_tokens=3, **settings
-  )
-  forked, _ = sampling.fork(
-    config,
-    params,
-    cache,
-    responses,
-    jnp.array([[[1, 2]]]),
-    jax.random.key(3),
-    branches=count,
-    rows=512,
-    **settings,
-  )
-  logits = toys.plain_logits(config, params, prompts, responses.tokens)
-  p = np.asarray(jax.nn.softmax(logits[0, 0], axis=-1), np.float64)
-  for m, position in enumerate((1, 2)):
-    seen = np.bincount(np.asarray(forked.tokens)[0, 0, m, :, 0], minlength=13)
-    expected = count * p[position]
-    statistic = (np.square(seen - expected) / expected).sum()
-    assert statistic < 40, statistic  # 12 degrees of freedom: p < 1e-4
-
-
 def test_no_branches_or_no_room_is_refused():
   config, params = toys.make_policy('llama')
   prompts = toys.make_prompts([2])

@@ -229,20 +229,6 @@ def greedy(config, params, prompts):
 
 
 @pytest.mark.slow
-def test_greedy_is_the_argmax_of_plain_passes():
-  config, params = toys.make_policy()
-  prompts = toys.make_prompts([4, 1])
-  samples = greedy(config, params, prompts)
-  tokens = np.asarray(samples.tokens)
-  assert len(np.unique(tokens)) > 2
-  logits = toys.plain_logits(config, params, prompts, tokens)
-  mask = np.asarray(samples.mask)
-  np.testing.assert_array_equal(tokens[mask], logits.argmax(axis=-1)[mask])
-  expected = jax.nn.log_softmax(logits).max(axis=-1)[mask]
-  np.testing.assert_allclose(samples.log_probs[mask], expected, atol=1e-5)
-
-
-@pytest.mark.slow
 def test_neither_width_nor_company_changes_greedy_output():
   config, params = toys.make_policy()
   prompts = toys.make_prompts([4, 1, 2], width=9)

@@ -21,27 +21,7 @@ def responses_of(shape, high, seed=3):
 
 def reward_model(name, folder, labels=1):
   """Saves a random *ForSequenceClassification; gives the torch model."""
-  import torch
-  import transformers
-
-  fields = dict(tiny_models.CASES[name])
-  family = fields.pop('model_type')
-  if family != 'gpt2':
-    fields = {**tiny_models.ROTARY, **fields}
-  config = transformers.CONFIG_MAPPING[family].from_dict(
-    {**fields, 'num_labels': labels}
-  )
-  with tiny_models.quiet():
-    model = transformers.AutoModelForSequenceClassification.from_config(
-      config, attn_implementation='eager', dtype=torch.float32
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-      for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(0.2 * noise)
-    model.save_pretrained(folder)
-  return model
+  return tiny_models.build(name, folder, num_labels=labels)
 
 
 def read_folder(folder):

@@ -99,35 +99,6 @@ def test_micro_batches_give_the_gradient_of_the_whole():
     assert int(state.updates) == 1
 
 
-def test_micro_batches_of_a_transformer():
-  """Prompts shared by their responses, through the chunked head."""
-  config, params = toys.make_policy('llama', num_layers=1)
-  prompts = toys.make_prompts([3, 1])
-  rollouts, _ = toys.random_rollouts(2, 2, 3, 4, dtype=np.float32)
-  estimator, optimizer = est.grpo(), optax.sgd(0.1)
-  batch = estimator.prepare(rollouts)
-  results = []
-  for micro in (1, 2):
-    update = training.make_update(
-      training.policy_forward(config, policy.Decoding(), chunk=5),
-      estimator,
-      optimizer,
-      micro,
-    )
-    state = state_of({'policy': params}, optimizer)
-    results.append(update(state, None, prompts, batch))
-  (one, metrics), (two, again) = results
-  assert float(metrics['grad_norm']) > 0.01
-  for x, y in zip(*map(jax.tree.leaves, (one, two)), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-  for name, value in metrics.items():
-    assert float(again[name]) == pytest.approx(float(value), rel=1e-5), name
-  moved = np.abs(
-    one.trainable['policy']['norm']['scale'] - params['norm']['scale']
-  )
-  assert moved.max() > 1e-3
-
-
 def fragile(trainable, frozen, prompts, batch):
   """As `bigram`; where `frozen` is 0 the loss is finite, its gradient NaN."""
   outputs = bigram(trainable, None, prompts, batch)

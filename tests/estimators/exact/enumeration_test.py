@@ -153,10 +153,11 @@ DRAWN = {
     enumeration.toy(seed=1, words=1, max_length=4),
     2,
   ),
+  'tree': (est.trepo_tree(2, 1, positions.uniform()), TINY, 2),
 }
 
 
-@pytest.mark.parametrize('name', mostly_slow(DRAWN, 'rloo', 'branches'))
+@pytest.mark.parametrize('name', mostly_slow(DRAWN, 'rloo', 'branches', 'tree'))
 def test_drawing_agrees_with_summing(name):
   """Within four of its own standard errors; variances within 5 %."""
   estimator, toy, samples = DRAWN[name]

@@ -1,30 +1,15 @@
 """Collectives, loops and FLOPs of programs whose numbers are known by hand."""
 
-import json
-import pathlib
-import subprocess
-import sys
 import types
 
+import jax
+import jax.numpy as jnp
+import peers
 import pytest
 
 from experiments.planning import collectives, flops, hlo
 from experiments.planning.topologies import Topology, parse
 
-ROOT = pathlib.Path(__file__).parents[3]
-
-# On 2 × 4 devices, with every collective explicit.
-PROGRAM = """
-import json, os
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
-import jax, jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from experiments.planning import collectives, flops, hlo
-
-jax.config.update('jax_platforms', 'cpu')
-mesh = jax.make_mesh(
-  (2, 4), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2
-)
 
 def body(x, w):
   # x [16, 8] and w [8, 8] float32 on each device.
@@ -52,39 +37,35 @@ def body(x, w):
     lambda x: x.sum() > 0, lambda x: jnp.tile(open_ended(x), (4, 8)), x
   )
 
-f = jax.jit(jax.shard_map(
-  body, mesh=mesh, in_specs=(P('a', 'b'), P('a', 'b')),
-  out_specs=P('a', 'b'), check_vma=False,
-))
-x, w = jnp.zeros((32, 32)), jnp.zeros((16, 32))
-traced = f.trace(x, w)
-module = hlo.parse(traced.lower().compile().as_text())
-executed = hlo.executions(module, (3, 7))
-groups = []
-found, seconds = collectives.find(
-  executed, lambda group: groups.append(group) or 1.0
-)
-print(json.dumps(dict(
-  found=found,
-  seconds=seconds,
-  groups=sorted(groups),
-  compiled=flops.of_executions(executed),
-  unknown=flops.of_executions(hlo.executions(module)),
-  traced=flops.of_jaxpr(traced.jaxpr, (3, 7))[0],
-)))
-"""
+
+def measure():
+  """On 2 × 4 devices, with every collective explicit."""
+  axes = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=axes)
+  spec = jax.P('a', 'b')
+  f = jax.shard_map(
+    body, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
+  )
+  traced = jax.jit(f).trace(jnp.zeros((32, 32)), jnp.zeros((16, 32)))
+  module = hlo.parse(traced.lower().compile().as_text())
+  executed = hlo.executions(module, (3, 7))
+  groups = []
+  found, seconds = collectives.find(
+    executed, lambda group: groups.append(group) or 1.0
+  )
+  return dict(
+    found=found,
+    seconds=seconds,
+    groups=sorted(groups),
+    compiled=flops.of_executions(executed),
+    unknown=flops.of_executions(hlo.executions(module)),
+    traced=flops.of_jaxpr(traced.jaxpr, (3, 7))[0],
+  )
 
 
 @pytest.fixture(scope='module')
 def measured():
-  done = subprocess.run(
-    [sys.executable, '-c', PROGRAM],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  return json.loads(done.stdout)
+  return peers.compute(measure)
 
 
 def test_collectives_are_as_counted_by_hand(measured):

@@ -1,81 +1,67 @@
 """Programs, bytes and FLOPs of a plan for 8 CPU devices; flags; real pods."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import types
 
+import jax
 import mistakes
+import peers
 import pytest
 import scripts
 
 from experiments.configs import base
-from experiments.planning import plan
-from experiments.planning.programs import TooLarge
+from experiments.planning import plan, report, topologies
+from experiments.planning.programs import Plan, TooLarge
 from jaxrl_llm.tasks import arithmetic
 
 ROOT = pathlib.Path(__file__).parents[3]
 CONFIG = 'experiments/configs/qwen2_5_7b_tpu.py'
 GIB = 2**30
 
-# 8 CPU devices take the place of a machine of 8 GPUs.
-PROGRAM = """
-import json
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_disable_most_optimizations', True)
-from experiments.configs import base
-from experiments.planning import plan, programs, report, topologies
-from jaxrl_llm.tasks import arithmetic
 
-config = base.get_config()
-config.model.alphabet = arithmetic.ALPHABET
-config.model.architecture = dict(
-  hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4,
-  num_kv_heads=2, tied=True, max_length=64,
-)
-config.mesh.update(data=2, fsdp=2, tensor=2)
-config.prompts.max_tokens = 8
-config.rewards = dict(correct=dict(name='arithmetic_answer'))
-config.algorithm = ALGORITHM
-config.rollout.update(prompts=8, samples=4, max_tokens=16)
-config.training.update(minibatches=1, micro_prompts=4)
-chip = topologies.CHIPS['h100']
-topology = topologies.Topology('cpu:8', chip, (1, 8), jax.devices(), {})
-made = programs.Plan(config, plan.outline(config, ''), topology)
-made.compile()
-numbers = made.numbers('tiny')
-refusals = []
-for limit in (2**10, made.programs['update']['memory']['peak'] - 2**10):
-  made.limit = limit
-  try:
-    made.compile()
-  except programs.TooLarge as error:
-    refusals.append(plan.refusal(made, error))
-text = report.text(numbers)
-print(json.dumps(dict(numbers, text=text, refusals=refusals)))
-"""
+def compute(algorithm):
+  """8 CPU devices take the place of a machine of 8 GPUs."""
+  config = base.get_config()
+  config.model.alphabet = arithmetic.ALPHABET
+  config.model.architecture = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    tied=True,
+    max_length=64,
+  )
+  config.mesh.update(data=2, fsdp=2, tensor=2)
+  config.prompts.max_tokens = 8
+  config.rewards = dict(correct=dict(name='arithmetic_answer'))
+  config.algorithm = algorithm
+  config.rollout.update(prompts=8, samples=4, max_tokens=16)
+  config.training.update(minibatches=1, micro_prompts=4)
+  chip = topologies.CHIPS['h100']
+  topology = topologies.Topology('cpu:8', chip, (1, 8), jax.devices(), {})
+  made = Plan(config, plan.outline(config, ''), topology)
+  made.compile()
+  numbers = made.numbers('tiny')
+  report.text(numbers)
+  refusals = []
+  for limit in (2**10, made.programs['update']['memory']['peak'] - 2**10):
+    made.limit = limit
+    with pytest.raises(TooLarge) as caught:
+      made.compile()
+    refusals.append(plan.refusal(made, caught.value))
+  return numbers | {'refusals': refusals}
 
 
 def run(algorithm):
-  done = subprocess.run(
-    [sys.executable, '-c', PROGRAM.replace('ALGORITHM', algorithm)],
-    cwd=ROOT,
-    env=os.environ | {'XLA_FLAGS': scripts.xla_flags(devices=8)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  numbers = json.loads(done.stdout.splitlines()[-1])
+  numbers = peers.compute(compute, algorithm)
   return numbers | {'programs': {x['name']: x for x in numbers['programs']}}
 
 
 @pytest.fixture(scope='module')
 def planned():
-  return run("dict(name='grpo', kl=0.1)")
+  return run(dict(name='grpo', kl=0.1))
 
 
 # Width, MLP, layers, response and prompt tokens, vocabulary.
@@ -139,8 +125,8 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_shortfall(planned):
 @pytest.mark.slow
 def test_programs_that_other_algorithms_need(planned):
   assert [*planned['programs']] == ['layout', 'sample', 'score', 'update']
-  assert 'branch' in run("dict(name='trepo')")['programs']
-  assert 'critic' in run("dict(name='ppo')")['programs']
+  assert 'branch' in run(dict(name='trepo'))['programs']
+  assert 'critic' in run(dict(name='ppo'))['programs']
 
 
 def test_search_takes_the_largest_micro_batch_of_the_fastest_mesh(capsys):
