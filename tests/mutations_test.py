@@ -256,10 +256,8 @@ BROKEN = {
       '  highest = jnp.where(valid, x, -jnp.inf)',
       '  highest = jnp.where(True, x, -jnp.inf)',
     ),
-    'equal rewards divided by their rounding, in a group': (
-      'return jnp.where(varies(advantages, valid), standardized, 0.0)',
-      'return standardized',
-    ),
+  },
+  ('estimators/baselines.py', 'estimators/contracts_test.py'): {
     'the rounding of equal rewards, without siblings': (
       'centred = scale * (advantages - group_mean(advantages, valid))\n'
       '    return jnp.where(varies(advantages, valid), centred, 0.0)',
