@@ -1,4 +1,4 @@
-"""What trees can gain on a model: shared prefixes, and where credit pays."""
+"""Measures what trees can gain on a model: shared prefixes and credit."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where credit and sharing pay per generated token: what bounds trees.
+"""Limits of trees: where sharing and credit pay per generated token.
 
 Shapes: P prompts, G responses, T tokens; n responses, each cut into 1 + M
 segments, of which it may reach only some; C clusters of responses that depend

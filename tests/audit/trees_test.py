@@ -126,3 +126,56 @@ def test_the_rule():
   assert audit.advice(0.9, 4, 9).startswith('late forks')
   assert audit.advice(0.9, 2, 1.6).startswith('critic')
   assert audit.advice(0.9, 2, 1.2) == 'none'
+
+
+def draw_trees(rng, sizes, count):
+  """Squared norms of ĝ of a balanced tree with exact baselines, [count].
+
+  A node at depth u earns a sign; its score is one of its own sign.  Rewards and
+  scores are uncorrelated, so that ĝ is noise alone.
+  """
+  total = np.zeros(count)
+  below = 0.0
+  gradient = []
+  for n, more in zip(sizes[::-1], [None, *sizes[::-1]], strict=False):
+    if more is not None:
+      below = below.reshape(count, n, more // n).mean(axis=2)
+    below = below + rng.choice([-1.0, 1.0], (count, n))
+    # The mean of the leaves below, less the value before the node.
+    gradient.append((n, below, rng.choice([-1.0, 1.0], (count, n))))
+  for n, advantage, score in gradient:
+    total += np.square(advantage * score / n).sum(axis=1)
+  return total
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 4, 4), (1, 2, 4), (1, 1, 8)])
+def test_the_tree_theorem(sizes):
+  """Var = Σ δᵤ Sᵤ / nᵤ with δ = 1 and Sᵤ = u."""
+  drawn = draw_trees(np.random.default_rng(0), sizes, 40_000)
+  expected = sum(u / n for u, n in enumerate(sizes, 1))
+  error = drawn.std() / 200
+  assert abs(drawn.mean() - expected) < 4 * error + 1e-12
+  # RLOO with an exact baseline: Var R · S_T / n.
+  if len(set(sizes)) == 1:
+    assert expected == sum((1, 2, 3)) / sizes[0]
+
+
+def test_fresh_branches_never_pay_where_uncertainty_is_even():
+  """Noise of `hold` times its cost is at least that of RLOO, 1."""
+  rng = np.random.default_rng(0)
+  products = []
+  for _ in range(5000):
+    knots = rng.integers(1, 6)
+    q = np.sort(rng.random(knots))[::-1]  # what remains at each knot
+    branches = rng.integers(1, 20)
+    lengths = -np.diff([1.0, *q, 0.0])
+    # E A² of a segment: its own share, and the noise of the values at its ends.
+    ends = np.array([0.0, *q / branches, 0.0])
+    squares = lengths + ends[:-1] + ends[1:]
+    noise = (lengths * squares).sum()
+    np.testing.assert_allclose(noise, (lengths**2).sum() + q[0] / branches)
+    products.append(noise * (1 + branches * q.sum()))
+  assert min(products) >= 1
+  even = lambda m, k: (1 / (m + 1) + m / ((m + 1) * k)) * (1 + k * m / 2)
+  best = [min(even(m, k) for k in range(1, 50)) for m in (1, 2, 4)]
+  np.testing.assert_allclose(best, [1.5, 2, 3])
