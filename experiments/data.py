@@ -75,18 +75,21 @@ def paths(
   demonstrations: int = 20_000,
   seed: int = 0,
   distance: Sequence[int] = (2, 8),
+  careless: float = 0.0,
 ) -> Data:
-  """Generates graphs; random walks are the solutions.
+  """Generates graphs; paths to a goal are the solutions.
 
   Args:
     train, held_out: numbers of problems.
     demonstrations: number of training problems with a walk.
     seed: of the problems.
-    distance: least and greatest steps to the goal: see
-      `jaxrl_llm.tasks.paths.generate`.
+    distance, careless: least and greatest steps to the goal, and the share of
+      careless walks: see `jaxrl_llm.tasks.paths.generate`.
   """
   least, greatest = distance
-  rows = paths_lib.generate(train + held_out, seed, distance=(least, greatest))
+  rows = paths_lib.generate(
+    train + held_out, seed, distance=(least, greatest), careless=careless
+  )
   rest, held = splits.split(rows, held_out, seed)
   return Data(rest, held, rest[:demonstrations])
 

@@ -9,9 +9,8 @@ One datum:
    'goal':     '1'}
 
 '230' says that edges lead from node 2 to the nodes 3 and 0.  A solution lists
-the nodes behind the start, one character each.  It is a random walk that ends
-at the goal or after the greatest number of steps: a model that copies such
-walks knows how to walk, and reaches the goal by chance.
+the nodes behind the start, one character each: a shortest path, or a careless
+walk, which takes the first edge of each node and reaches the goal by chance.
 """
 
 import itertools
@@ -31,6 +30,7 @@ def generate(
   degree: int = 2,
   distance: tuple[int, int] = (2, 8),
   most: int = 8,
+  careless: float = 0.0,
 ) -> list[dict]:
   """Returns `count` rows, a function of the arguments.
 
@@ -41,6 +41,7 @@ def generate(
     degree: edges that leave each node, to different other nodes.
     distance: least and greatest length of the shortest path, in steps.
     most: greatest length of a walk, in steps.
+    careless: share of solutions that are careless walks.
 
   Raises:
     UserError: no graph satisfies this.
@@ -60,7 +61,8 @@ def generate(
       for i in range(nodes)
     ]
     start, goal = rng.sample(range(nodes), 2)
-    if not least <= _distance(successors, start, goal) <= greatest:
+    remaining = _distances(successors, goal)
+    if not least <= remaining[start] <= greatest:
       fruitless += 1
       if fruitless > 10_000:
         raise UserError(
@@ -69,9 +71,10 @@ def generate(
         )
       continue
     fruitless = 0
-    walk = [start]
+    walk, slips = [start], rng.random() < careless
     while walk[-1] != goal and len(walk) <= most:
-      walk.append(rng.choice(successors[walk[-1]]))
+      onward = successors[walk[-1]]
+      walk.append(onward[0] if slips else min(onward, key=remaining.get))
     lists = [f'{i}{"".join(map(str, js))},' for i, js in enumerate(successors)]
     rows.append(
       {
@@ -85,15 +88,14 @@ def generate(
   return rows
 
 
-def _distance(successors: list[list[int]], start: int, goal: int) -> float:
-  """Returns the steps of the shortest path; infinity without one."""
-  reached, steps = {start}, 0
-  while goal not in reached:
-    more = {j for i in reached for j in successors[i]} - reached
-    if not more:
-      return float('inf')
-    reached, steps = reached | more, steps + 1
-  return steps
+def _distances(successors: list[list[int]], goal: int) -> dict[int, float]:
+  """Returns node → steps of its shortest path to the goal, or infinity."""
+  found = {node: float('inf') for node in range(len(successors))} | {goal: 0}
+  for _ in successors:
+    for node, onward in enumerate(successors):
+      steps = 1 + min(found[each] for each in onward)
+      found[node] = min(found[node], steps)
+  return found
 
 
 def reaches_goal(

@@ -20,15 +20,22 @@ def distance(row, most):
   return None
 
 
+def firsts(row, walk):
+  """The first edge of each node of a walk."""
+  for node in walk[:-1]:
+    yield next(edge for edge in row['edges'] if edge[0] == node)
+
+
 def reward(row, *completions, **settings):
   given = columns([row] * len(completions))
   return paths.reaches_goal(completions, **given, **settings)
 
 
 def test_prompts_show_the_graph_and_walks_obey_it():
-  rows = paths.generate(300, 0, distance=(2, 4))
-  assert rows == paths.generate(300, 0, distance=(2, 4))
-  reached = 0
+  settings = dict(distance=(2, 4), careless=0.6)
+  rows = paths.generate(300, 0, **settings)
+  assert rows == paths.generate(300, 0, **settings)
+  reached = shortest = 0
   for row in rows:
     *lists, task = row['prompt'].split(',')
     assert [a + b for a, *bs in lists for b in bs] == row['edges']
@@ -42,7 +49,16 @@ def test_prompts_show_the_graph_and_walks_obey_it():
     assert ended or row['goal'] not in walk and len(row['solution']) == 8
     assert reward(row, row['solution']) == [float(ended)]
     reached += ended
-  assert 0.4 < reached / 300 < 0.8
+    first = all(
+      a + b == x for a, b, x in zip(walk, walk[1:], firsts(row, walk))
+    )
+    best = ended and len(row['solution']) == distance(row, 4)
+    assert first or best
+    shortest += best
+  assert 0.4 < shortest / 300 < reached / 300 < 0.8
+  assert (
+    paths.generate(1, 1)[0]['solution'][-1] == paths.generate(1, 1)[0]['goal']
+  )
   assert set(''.join(row['prompt'] for row in rows)) <= set(paths.ALPHABET)
 
 
