@@ -11,89 +11,12 @@ import pytest
 from jaxrl_llm.rewards import sandbox, sandbox_values
 from jaxrl_llm.rewards.sandbox import Outcome
 
-WRONG = 'def add(a, b):\n  return a * b\n'
 TESTS = ('assert add(2, 2) == 4', 'assert abs(add(2, 3) - 5) < 1e-6, "a sum"')
 
 
 def run(program, tests, **settings):
   # Long enough for a loaded machine.
   return sandbox.run(program, tests, timeout=60.0, **settings)
-
-
-WRITE = """
-import os
-for n in range(3, 64):
-  try: os.write(n, {})
-  except OSError: pass
-os._exit(0)"""
-LIAR = 'class A:\n  def __init__(self, *a): pass\n'
-LIAR += '  def __eq__(self, other): return True\n'
-LIAR += '  def __sub__(self, other): return 0\n'
-NUMBERS = 'import numbers\nnumbers.Number.register(A)\n'
-
-# Each would pass a sandbox that runs tests where the program has been.
-FORGERIES = {
-  'exit': ('import os; os._exit(0)', 'ended its process with status 0'),
-  'exit later': ('import os\ndef add(a, b): os._exit(0)', 'ended its process'),
-  'sys.exit': ('import sys; sys.exit(0)', 'SystemExit'),
-  'SystemExit later': ('def add(a, b): raise SystemExit(0)', 'SystemExit'),
-  'printed': (
-    'print("passed 11 \\nready\\npassed\\n1.0\\nOK", flush=True)',
-    "NameError: name 'add'",
-  ),
-  'a verdict': (WRITE.format('b"passed 11 \\n"'), 'ended its process'),
-  'a reply': (
-    WRITE.format('b"\\0\\0\\0\\x0brU1:I1:4U0:"'),
-    'ended its process',
-  ),
-  'flood': (
-    'import os\nfor n in range(3, 64):\n  try:\n    while True: '
-    'os.write(n, b"\\xff" * 2**16)\n  except OSError: pass',
-    'ended its process',
-  ),
-  'atexit': (
-    'import atexit, os\natexit.register(os._exit, 0)\n' + WRONG,
-    'AssertionError: a sum',
-  ),
-  'builtins': (
-    'import builtins\nbuiltins.abs = lambda x: 0\ndef add(a, b): return 4',
-    'AssertionError: a sum',
-  ),
-  'own abs': (
-    'def abs(x): return 0\ndef add(a, b): return 4',
-    'AssertionError: a sum',
-  ),
-  'main': (
-    'import __main__, sys\n__main__.test = lambda *a: None\n'
-    'sys.modules.clear()\n' + WRONG,
-    'AssertionError: a sum',
-  ),
-  'equal to all': (LIAR + 'def add(a, b): return A()', 'opaque value of .* A'),
-  'equal within': (
-    'class A(int):\n  __eq__ = lambda a, b: True\n'
-    '  __sub__ = lambda a, b: 0\nadd = lambda a, b: A()',
-    'AssertionError',
-  ),
-  'class': (LIAR.replace('A', 'add'), 'opaque value of class add'),
-  'weak proxy': (
-    LIAR + 'import weakref\nliar = A()\nadd = lambda *a: weakref.proxy(liar)',
-    'opaque value',
-  ),
-  'fork': (
-    'import os\nif os.fork(): os._exit(0)\n' + WRONG,
-    'AssertionError: a sum|ended its process',
-  ),
-}
-
-
-@pytest.mark.parametrize('name', FORGERIES)
-def test_forged_verdicts_fail(name):
-  program, error = FORGERIES[name]
-  for entry_point in ('add', ''):
-    result = run(program, TESTS, entry_point=entry_point)
-    assert result.outcome is not Outcome.PASSED
-    assert not all(result.passed)
-    assert re.search(error, result.error), result.error
 
 
 def rows(table):
@@ -104,6 +27,56 @@ def rows(table):
     pytest.param(*(cell.replace('¶', '\n') for cell in cells), id=name)
     for name, *cells in split
   ]
+
+
+LIAR = 'class A:\n  def __init__(self, *a): pass\n'
+LIAR += '  def __eq__(self, other): return True\n'
+LIAR += '  def __sub__(self, other): return 0\n'
+
+# Each would pass a sandbox that runs tests where the program has been.
+FORGERIES = r"""
+exit | import os; os._exit(0) | ended its process with status 0
+exit later | import os¶def add(a, b): os._exit(0) | ended its process
+sys.exit | import sys; sys.exit(0) | SystemExit
+SystemExit later | def add(a, b): raise SystemExit(0) | SystemExit
+printed | print("passed 11 \nready\npassed\n1.0\nOK", flush=True)\
+  | NameError: name 'add'
+a verdict | import os¶for n in range(3, 64):\
+  ¶  try: os.write(n, b"passed 11 \n")¶  except OSError: pass¶os._exit(0)\
+  | ended its process
+a reply | import os¶for n in range(3, 64):\
+  ¶  try: os.write(n, b"\0\0\0\x0brU1:I1:4U0:")¶  except OSError: pass\
+  ¶os._exit(0) | ended its process
+flood | import os¶for n in range(3, 64):¶  try:\
+  ¶    while True: os.write(n, b"\xff" * 2**16)¶  except OSError: pass\
+  | ended its process
+atexit | import atexit, os¶atexit.register(os._exit, 0)\
+  ¶def add(a, b): return a * b | AssertionError: a sum
+builtins | import builtins¶builtins.abs = lambda x: 0¶def add(a, b): return 4\
+  | AssertionError: a sum
+own abs | def abs(x): return 0¶def add(a, b): return 4 | AssertionError: a sum
+main | import __main__, sys¶__main__.test = lambda *a: None¶sys.modules.clear()\
+  ¶def add(a, b): return a * b | AssertionError: a sum
+equal to all | def add(a, b): return A() | opaque value of .* A
+equal within | class A(int):¶  __eq__ = lambda a, b: True\
+  ¶  __sub__ = lambda a, b: 0¶add = lambda a, b: A() | AssertionError
+class | class add:¶  def __init__(self, *a): pass\
+  ¶  def __eq__(self, other): return True¶  def __sub__(self, other): return 0\
+  | opaque value of class add
+weak proxy | import weakref¶liar = A()¶add = lambda *a: weakref.proxy(liar)\
+  | opaque value
+fork | import os¶if os.fork(): os._exit(0)¶def add(a, b): return a * b\
+  | AssertionError: a sum|ended its process
+"""
+
+
+@pytest.mark.parametrize('program, error', rows(FORGERIES))
+def test_forged_verdicts_fail(program, error):
+  for entry_point in ('add', ''):
+    result = run(LIAR + program, TESTS, entry_point=entry_point)
+    assert result.outcome is not Outcome.PASSED
+    assert not all(result.passed)
+    assert re.search(error, result.error), result.error
 
 
 # What the program does wrong has the test fail with the error.
