@@ -190,12 +190,10 @@ def as_float(value: Any) -> float:
     value = value.tolist()  # A scalar of NumPy or JAX; None if it is masked.
   if value is None:
     return math.nan
-  number = math.nan
-  if isinstance(value, numbers.Real):
-    try:
-      number = float(value)
-    except OverflowError:
-      number = math.inf
+  try:
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+  except OverflowError:
+    number = math.inf
   # The comparison is False for NaN, too.
   if not abs(number) <= LARGEST:
     raise ValueError(f'{shortened(repr(value))} is not a finite float32')
