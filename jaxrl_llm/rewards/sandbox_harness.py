@@ -195,6 +195,9 @@ class Handle:
   __setattr__ = _forward('setattr')
   # The program would see what it is compared with.
   __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _opaque
+  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _opaque
+  __mod__ = __rmod__ = __truediv__ = __rtruediv__ = __abs__ = _opaque
+  __floordiv__ = __rfloordiv__ = __pow__ = __round__ = _opaque
 
 
 # Requests of a handle.
