@@ -83,6 +83,7 @@ def test_setup_runs_once_between_program_and_tests():
     ('import ctypes; ctypes.string_at(0)', 'crashed', 'signal 11'),
     ('import os; os.abort()', 'crashed', 'signal 6'),
     ('import os; os.kill(0, 9)', 'crashed', 'signal 9'),
+    ('import os\nif os.fork(): os.abort()\nwhile 1: 0', 'crashed', 'signal 6'),
   ],
 )
 def test_how_programs_end(program, outcome, error):
