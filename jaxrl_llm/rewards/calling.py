@@ -152,13 +152,20 @@ def is_json(value: Any) -> bool:
   return value is None or type(value) in (str, int, float, bool)
 
 
-def as_list(name: str, result: Any, count: int) -> list:
-  """Converts the result of the function `name` to a list of `count` values.
+# The largest float32: the device computes in float32.
+LARGEST = 3.4028234663852886e38
 
-  It may be a list, tuple or array; an array's masked elements become None.
+
+def as_floats(
+  name: str, result: Any, completions: Sequence[str]
+) -> list[float]:
+  """Converts the result of the function `name` to a float per completion.
+
+  It may be a list, tuple or array of real numbers within ±`LARGEST`.  None and
+  an array's masked elements become NaN.
 
   Raises:
-    UserError: it has another type or length.
+    UserError: it is anything else.
   """
   values = list(result) if isinstance(result, (list, tuple)) else None
   if hasattr(result, '__array__'):
@@ -166,6 +173,7 @@ def as_list(name: str, result: Any, count: int) -> list:
 
     array = np.asanyarray(result)  # Keeps a mask.
     values = array.tolist() if array.ndim == 1 else None
+  count = len(completions)
   if values is None or len(values) != count:
     size = '' if values is None else f'{len(values)} values: '
     raise UserError(
@@ -173,33 +181,29 @@ def as_list(name: str, result: Any, count: int) -> list:
       f'{shortened(repr(result))}.\n'
       f'It must return a list of {count} numbers, one per completion.'
     )
-  return values
+  scores = list(map(_as_float, values))
+  if None in scores:
+    i = scores.index(None)
+    raise UserError(
+      f'reward {name!r} returned {shortened(repr(values[i]))} for sample {i}, '
+      f'completion {shortened(completions[i])!r}.\n'
+      'A score must be a finite float32, or None for no score.'
+    )
+  return scores
 
 
-# The largest float32: the device computes in float32.
-LARGEST = 3.4028234663852886e38
-
-
-def as_float(value: Any) -> float:
-  """Converts a value to a float within float32's range; None becomes NaN.
-
-  Raises:
-    ValueError: it is not a real number within ±`LARGEST`.
-  """
+def _as_float(value: Any) -> float | None:
+  """Returns a score, NaN for None; None if it is not one."""
   if getattr(value, 'shape', None) == () and hasattr(value, 'tolist'):
     value = value.tolist()  # A scalar of NumPy or JAX; None if it is masked.
   if value is None:
     return math.nan
-  number = math.nan
-  if isinstance(value, numbers.Real):
-    try:
-      number = float(value)
-    except OverflowError:
-      number = math.inf
+  try:
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+  except OverflowError:
+    number = math.inf
   # The comparison is False for NaN, too.
-  if not abs(number) <= LARGEST:
-    raise ValueError(f'{shortened(repr(value))} is not a finite float32')
-  return number
+  return number if abs(number) <= LARGEST else None
 
 
 def shortened(text: str, length: int = 60) -> str:

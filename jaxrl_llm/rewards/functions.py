@@ -163,9 +163,8 @@ def prefix_match(
   where a whole answer is never sampled.
   """
   scores = []
-  for text, gold, ended in zip(
-    completions, texts.as_texts(answer), finished, strict=True
-  ):
+  golds = texts.as_texts(answer)
+  for text, gold, ended in zip(completions, golds, finished, strict=True):
     right = len(os.path.commonprefix([text, gold]))
     complete = bool(ended) and text == gold
     scores.append((right + complete) / (len(gold) + 1))

@@ -1,7 +1,7 @@
 """The process side of `sandbox`: a program, its tests, and who watches them.
 
 Imported by `_MAIN` of `sandbox`.  The supervisor forks two processes, limits
-both, and waits for the verdict of the second:
+both, and waits for the verdict of the second or the end of the first:
 
   the program  forked before the tests are read, so nothing of them is in its
                memory; it answers requests (see `sandbox_harness`)
@@ -22,6 +22,7 @@ import sandbox_harness as harness
 import sandbox_landlock as landlock
 
 _START = 45.0  # seconds to set limits
+_PERIOD = 0.02  # seconds between looks at the program
 _FILES = 64  # open at a time, in each process
 _FILE_SIZE = 2**24  # bytes of each file and of printed output
 _PR_SET_DUMPABLE = 4  # prctl(2)
@@ -107,17 +108,17 @@ def _supervise(settings, report):
 
 
 def _watch(child, verdict, deadline):
-  """Waits for the verdict or, if the program has ended, for its status."""
-  left = max(0, deadline - time.monotonic())
-  if select.select([verdict], [], [], left)[0]:
-    text = os.read(verdict, 65536)
-    if text and text != b'ended\n':
-      return text.decode()
-  status = None
+  """Waits for the verdict, or for the end of a program that leaves none."""
+  status, sources = None, [verdict]
   while status is None and time.monotonic() < deadline:
+    # What it has left may hold its pipes: then its tests do not notice the end.
     pid, code = os.waitpid(child, os.WNOHANG)
     status = code if pid else None
-    time.sleep(0.002)
+    if select.select(sources, [], [], 0 if pid else _PERIOD)[0]:
+      text = os.read(verdict, 65536)
+      if text and text != b'ended\n':
+        return text.decode()
+      sources = []
   if status is None:
     return 'timed_out - the time limit\n'
   if not os.WIFSIGNALED(status):

@@ -230,15 +230,12 @@ def serve(reads, writes, source):
     exec(compile(source, 'program.py', 'exec'), space)
 
   def names(wanted):
-    """Returns the name of each value that is a module, or '', and the value."""
-    found = {name: space[name] for name in wanted if name in space}
-    name_of = lambda v: v.__name__ if isinstance(v, type(sys)) else ''
-    return {name: (name_of(value), value) for name, value in found.items()}
+    return {name: space[name] for name in wanted if name in space}
 
   def classes(wanted):
     """Objects of these classes go by value, as in the tests."""
-    found = {name: space.get(name) for name in wanted}
-    peer.classes = {n: c for n, c in found.items() if isinstance(c, type)}
+    found = names(wanted).items()
+    peer.classes = {name: cls for name, cls in found if isinstance(cls, type)}
 
   peer = _Peer(reads, writes, space)
   peer.serves |= {each.__name__: each for each in _OPERATIONS}
@@ -328,10 +325,13 @@ def _define(peer, source, entry_point):
   parts = {tuple(word.split('.')) for word in words.split()}
   used = {part for word in parts for part in word if part[:2] != '__'}
   used = {name for name in used if not hasattr(builtins, name)} | {entry_point}
-  for name, (module, value) in peer.ask('names', used).items():
+  for name, value in peer.ask('names', used).items():
+    module = ''
     dotted = any(word[0] == name and word[1:] for word in parts)
     if dotted and name in sys.stdlib_module_names:
       module = name
+    elif type(value) is Handle and value._name == 'module':
+      module = peer.ask('getattr', value, '__name__')
     if name != entry_point and _known(module):
       value = __import__(module, fromlist=['*'])
     peer.space[name] = value

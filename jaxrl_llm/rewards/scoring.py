@@ -214,17 +214,7 @@ def _part_scores(
       f'reward {part.name!r} raised {type(error).__name__}: '
       f'{shortened(str(error))}\n{_culprit(part, arguments, completions)}'
     ) from error
-  scores = np.zeros(len(completions))
-  for i, value in enumerate(calling.as_list(part.name, result, len(scores))):
-    try:
-      scores[i] = calling.as_float(value)
-    except ValueError as error:
-      raise UserError(
-        f'reward {part.name!r} returned {shortened(repr(value))} for sample '
-        f'{i}, completion {shortened(completions[i])!r}.\n'
-        'A score must be a finite float32, or None for no score.'
-      ) from error
-  return scores
+  return np.asarray(calling.as_floats(part.name, result, completions))
 
 
 def _culprit(part: RewardPart, arguments: dict, completions) -> str:

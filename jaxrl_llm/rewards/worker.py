@@ -98,7 +98,7 @@ def _score(name: str, function: Callable, arguments: dict) -> tuple[str, Any]:
     kind = 'memory' if isinstance(error, MemoryError) else 'error'
     return kind, _said(error)
   try:
-    score = calling.as_float(calling.as_list(name, result, 1)[0])
+    (score,) = calling.as_floats(name, result, [''])
   except Exception:
     return 'error', f'returned {calling.shortened(repr(result))}'
   return 'score', None if math.isnan(score) else score

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 
+import mistakes
 import numpy as np
 import pytest
 
@@ -69,7 +70,7 @@ def test_exact_match_ignores_only_outer_whitespace():
     ('exact_match', {'case': True}, "has no setting 'case'"),
     ('exact_match', {'ignore_case': 'no'}, "ignore_case is 'no', not"),
     ('exact_match', {'answer': 'a'}, "has no setting 'answer'"),
-    ('choice', {'letters': ['A']}, r"letters is \['A'\], not"),
+    ('choice', {'letters': ['A']}, "letters is ['A'], not"),
     ('token_f1', {'n': 1}, "has no setting 'n'"),
     ('regex_match', {}, 'needs pattern'),
     ('regex_match', {'pattern': '('}, 'not a regular expression'),
@@ -78,9 +79,8 @@ def test_exact_match_ignores_only_outer_whitespace():
   ],
 )
 def test_wrong_settings_are_refused(name, settings, problem):
-  with pytest.raises(UserError, match=problem) as caught:
+  with mistakes.refused(problem):
     calling.load_reward(name, settings, 'config.rewards.r')
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_regex_match_compares_what_the_last_match_holds():
@@ -100,9 +100,8 @@ def test_choice_compares_letters():
   assert functions.choice(['The answer is (E).'], ['(E) 5']) == [1]
   assert functions.choice(['K'], ['K'], letters='JK') == [1]
   for gold in ('K', '2', 'A or B'):
-    with pytest.raises(UserError, match='sample 1.*not one of ABCDEFGHIJ') as e:
+    with mistakes.refused('sample 1', 'not one of ABCDEFGHIJ'):
       functions.choice(['A', 'B'], ['A', gold])
-    assert len(str(e.value).splitlines()) <= 3
 
 
 def test_token_f1_is_squads():
@@ -169,9 +168,8 @@ def test_a_perturbed_gsm8k_answer_scores_0(shared):
 
 
 def test_a_gold_answer_without_a_number_is_the_data_sets_mistake():
-  with pytest.raises(UserError, match='sample 1 .*no number') as caught:
+  with mistakes.refused('sample 1 holds no number'):
     functions.gsm8k_answer(['#### 1', '#### 1'], ['1', 'a lot'])
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_math_answer_compares_marked_answers():
@@ -183,9 +181,8 @@ def test_math_answer_compares_marked_answers():
   texts.append('\\boxed{1/2} \\boxed{2')
   assert functions.math_answer(texts, ['1/2'] * 6) == [0, 0, 0, 0, 1, 0]
   for bad in ('', 'a' * 400, '\\boxed{}', None):
-    with pytest.raises(UserError, match='sample 1') as caught:
+    with mistakes.refused('sample 1'):
       functions.math_answer(['\\boxed{1}'] * 2, ['1', bad])
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_without_math_verify_workers_name_the_extra(monkeypatch):
@@ -208,12 +205,8 @@ def test_math_verify_runs_in_workers_alone():
   """What it is given may never end, and here nothing could end it."""
   pytest.importorskip('math_verify')
   name = 'math_verify_answer'
-  with pytest.raises(UserError, match='set workers, as in') as caught:
-    calling.load_reward(name, {}, 'config.rewards.right')
-  assert str(caught.value).startswith(
-    'config.rewards.right: math_verify_answer'
-  )
-  assert len(str(caught.value).splitlines()) <= 3
+  with mistakes.refused(f'config.r: {name}', 'set workers, as in'):
+    calling.load_reward(name, {}, 'config.r')
   with Workers(name, workers=1) as workers:
     scores = workers(['p'], ['\\boxed{2x}'], answer=['x+x'])
   assert scores == [1.0]

@@ -6,6 +6,7 @@ import threading
 import time
 
 import hostile
+import mistakes
 import numpy as np
 import pytest
 
@@ -212,9 +213,8 @@ def exact():
 )
 def test_a_column_that_json_would_change_is_named(value, exact):
   columns = {'answer': ['1', '2'], 'odd': ['fine', value]}
-  with pytest.raises(UserError, match="'odd' .* at sample 1") as caught:
+  with mistakes.refused("'odd'", 'at sample 1'):
     exact.submit(['', ''], ['1', '2'], columns)
-  assert len(str(caught.value).splitlines()) <= 3
   del columns['odd']
   assert exact.submit(['', ''], ['1', '2'], columns).result() == [1, 1]
 
@@ -222,30 +222,24 @@ def test_a_column_that_json_would_change_is_named(value, exact):
 @pytest.mark.parametrize(
   'columns, text',
   [
-    ({}, "'exact_match' needs .*'answer'"),
-    ({'answer': ['1']}, "2 completions .* 1 entries in 'answer'"),
+    ({}, "'exact_match' needs an argument 'answer'"),
+    ({'answer': ['1']}, "2 completions to score but 1 entries in 'answer'"),
     # A mistake in the data set is not a failure of a sample.
-    ({'answer': ['1', None]}, "'exact_match', sample 1 alone: .* None"),
+    ({'answer': ['1', None]}, "'exact_match', sample 1 alone: "),
   ],
 )
 def test_a_mistake_in_a_column_is_named(columns, text, exact):
-  with pytest.raises(UserError, match=text) as caught:
+  with mistakes.refused(text):
     exact(['', ''], ['', ''], **columns)
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_a_function_that_never_works_is_the_users_mistake():
   with Workers(HOSTILE, workers=1) as workers:
-    with pytest.raises(UserError, match='hostile.py.* first batch') as caught:
+    with mistakes.refused('first batch', 'ValueError: no answer (sample 0'):
       workers(['', ''], ['raise', 'nan'])
-    assert 'ValueError: no answer (sample 0' in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 3
     # Nor is a crash of all, which is not the function's doing alone.
-    assert [workers([''], [x]) for x in ('exit', '1', 'raise')] == [
-      [None],
-      [1.0],
-      [None],
-    ]
+    samples = 'exit', '1', 'raise'
+    assert [workers([''], [x])[0] for x in samples] == [None, 1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -312,9 +306,8 @@ def test_a_file_that_vanishes_or_changes_is_not_loaded_again(
     with pytest.raises(UserError, match='no such Python file'):
       workers([''], ['exit'])
     path.write_text(code + '# Another.')
-    with pytest.raises(UserError, match='mine.py:mine has changed\n') as caught:
+    with mistakes.refused('mine.py:mine has changed\n'):
       workers([''], ['1'])
-    assert len(str(caught.value).splitlines()) <= 3
     path.write_text(code)
     assert workers([''], ['1']) == [3.0]
 
