@@ -1,7 +1,9 @@
 """Worker processes against functions that hang, crash, lie and leave things."""
 
 import math
+import os
 import pathlib
+import tempfile
 import threading
 import time
 
@@ -327,3 +329,35 @@ def test_workers_end_when_closed_and_when_nobody_refers_to_them(marked):
   assert hostile.begin(workers, ['1']).result() == [1.0] and marked()
   del workers
   assert hostile.until(lambda: not marked())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
+def test_15_hostile_samples_of_64_cost_their_own_time_outs(
+  count, marked, monkeypatch, tmp_path
+):
+  """On a machine that does nothing else; nothing is left of them."""
+  bad = ['sleep', 'hold the lock', 'detach and sleep', *FAILING['crash'][:-1]]
+  bad += ['allocate', 'raise', 'recurse', 'print', 'steal']
+  samples = [str(i) for i in range(64)]
+  samples[2:62:4] = bad
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  threads = threading.active_count()
+  with Workers(HOSTILE, workers=count, timeout=5.0) as workers:
+    hostile.begin(workers, ['1']).result()
+    start = time.monotonic()
+    pending = hostile.begin(workers, samples)
+    scores = pending.result()
+    elapsed = time.monotonic() - start
+    print(f'{count} workers: {elapsed:.2f} s')
+  for text, found in zip(samples, scores, strict=True):
+    harmless = 1.0 if text in ('print', 'steal') else None
+    assert found == (float(text) if text.isdigit() else harmless), text
+  expected = {'timeout': 3, 'crash': 7, 'memory': 1, 'error': 2}
+  assert hostile.counts(pending) == expected
+  assert elapsed < 5.0 * math.ceil(3 / count) + 5.0, elapsed
+  # No process, zombie, thread or folder.
+  assert not marked() and not os.listdir(tmp_path)
+  with pytest.raises(ChildProcessError):
+    os.waitpid(-1, os.WNOHANG)
+  assert threading.active_count() == threads
