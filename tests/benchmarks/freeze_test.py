@@ -144,11 +144,7 @@ def test_tolerance_is_for_floats_but_not_for_rewards(tmp_path):
   scored = write(tmp_path / 'scored', replaced(METRICS, 0, skipped=1), samples)
   assert [
     line.split()[1] for line in differences.compare(old, scored, 1.0)
-  ] == [
-    'skipped',
-    'reward',
-    'rewards/right',
-  ]
+  ] == ['skipped', 'reward', 'rewards/right']
 
 
 def test_allowed_fields_may_come_and_go_but_not_change(tmp_path):

@@ -16,8 +16,7 @@ score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
 
 
 @pytest.mark.parametrize(
-  'prompts, samples',
-  [(64, 1), pytest.param(16, 4, marks=pytest.mark.slow)],
+  'prompts, samples', [(64, 1), pytest.param(16, 4, marks=pytest.mark.slow)]
 )
 def test_rows_that_go_on_alone_are_sampled_as_before(prompts, samples):
   config, params = toys.make_policy('llama', max_length=160)

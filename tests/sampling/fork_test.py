@@ -117,8 +117,7 @@ def test_statistics_are_those_of_the_whole_response(name, samples):
 
 
 @pytest.mark.parametrize(
-  'name',
-  mostly_slow(['llama', 'gemma', 'gpt2'], 'llama'),
+  'name', mostly_slow(['llama', 'gemma', 'gpt2'], 'llama')
 )
 def test_greedy_branches_are_those_of_a_full_prefill(name):
   config, params, prompts, responses, positions, *_ = rollout(
@@ -209,13 +208,7 @@ def test_nothing_is_prefilled(monkeypatch):
   read.clear()
   jax.make_jaxpr(
     lambda key: sampling.fork.__wrapped__(
-      config,
-      params,
-      cache,
-      responses,
-      jnp.full((2, 2, 1), 2),
-      key,
-      branches=3,
+      config, params, cache, responses, jnp.full((2, 2, 1), 2), key, branches=3
     )
   )(KEY)
   assert read == [(12, 1)]
