@@ -308,6 +308,20 @@ def adjusted_probabilities(logits, decoding):
   return out
 
 
+def exact_statistics(config, params, prompts, tokens, decoding):
+  """What `score` gives, of plain passes in float64: {name: [P, G, T]}."""
+  logits = plain_logits(config, params, prompts, tokens)
+  p = adjusted_probabilities(logits, decoding)
+  chosen = np.eye(p.shape[-1])[np.asarray(tokens)]
+  with np.errstate(divide='ignore'):  # What pads may never be drawn.
+    log_probs = np.log((p * chosen).sum(axis=-1))
+  return {
+    'log_probs': log_probs,
+    'entropy': -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1),
+    'score_norms': np.square(chosen - p).sum(axis=-1),
+  }
+
+
 def to_rollouts(
   config,
   params,
