@@ -52,18 +52,10 @@ def test_sampler_is_scorer(name, decoding, pad_id):
   """
   config, params = toys.make_policy(name)
   prompts = toys.make_prompts([6, 1, 3, 2])
-  samples = sampling.sample(
-    config,
-    params,
-    prompts,
-    KEY,
-    samples=24,
-    max_tokens=5,
-    decoding=decoding,
-    eos_ids=(4, 7),
-    pad_id=pad_id,
-    statistics=('entropy', 'score_norms'),
-  )
+  settings = dict(decoding=decoding, eos_ids=(4, 7), pad_id=pad_id)
+  settings |= dict(samples=24, max_tokens=5)
+  settings['statistics'] = ('entropy', 'score_norms')
+  samples = sampling.sample(config, params, prompts, KEY, **settings)
   assert_well_formed(samples, (4, 7), pad_id)
   mask, tokens = np.asarray(samples.mask), np.asarray(samples.tokens)
   assert mask.all(axis=-1).any() and not mask.all()
@@ -96,17 +88,9 @@ def test_frequencies_of_whole_sequences():
   prompts = toys.make_prompts([1, 4], vocab_size=6)
   decoding, eos = Decoding(temperature=1.5), 2
   count = 20_000
-  samples = sampling.sample(
-    config,
-    params,
-    prompts,
-    jax.random.key(5),
-    samples=count,
-    max_tokens=2,
-    decoding=decoding,
-    eos_ids=(eos,),
-    pad_id=eos,
-  )
+  settings = dict(decoding=decoding, eos_ids=(eos,), pad_id=eos)
+  key, sizes = jax.random.key(5), dict(samples=count, max_tokens=2)
+  samples = sampling.sample(config, params, prompts, key, **sizes, **settings)
   every = np.array([[[a, 0] for a in range(6)]] * 2, np.int32)
   logits = toys.plain_logits(config, params, prompts, every)
   p = toys.adjusted_probabilities(logits, decoding)
@@ -203,16 +187,8 @@ def test_decoding_stops_when_every_row_has_ended():
 
 
 def greedy(config, params, prompts):
-  return sampling.sample(
-    config,
-    params,
-    prompts,
-    KEY,
-    samples=1,
-    max_tokens=12,
-    decoding=GREEDY,
-    eos_ids=(1,),
-  )
+  settings = dict(decoding=GREEDY, eos_ids=(1,), samples=1, max_tokens=12)
+  return sampling.sample(config, params, prompts, KEY, **settings)
 
 
 def test_greedy_is_that_of_transformers(tmp_path):
@@ -242,13 +218,9 @@ def test_greedy_is_that_of_transformers(tmp_path):
 
 
 def test_samples_depend_on_the_key_alone():
-  config, params = toys.make_policy()
-  prompts = toys.make_prompts([3, 1])
-  run = lambda key: np.asarray(
-    sampling.sample(
-      config, params, prompts, key, samples=2, max_tokens=4
-    ).tokens
-  )
+  given = *toys.make_policy(), toys.make_prompts([3, 1])
+  sample = functools.partial(sampling.sample, *given, samples=2, max_tokens=4)
+  run = lambda key: np.asarray(sample(key).tokens)
   np.testing.assert_array_equal(run(KEY), run(KEY))
   assert (run(KEY) != run(jax.random.key(1))).any()
 
