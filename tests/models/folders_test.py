@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_models
+from trees import assert_same
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
@@ -38,13 +39,6 @@ def params():
 def folder(tmp_path, params):
   folders.save(tmp_path / 'model', CONFIG, params)
   return tmp_path / 'model'
-
-
-def assert_same(first, second):
-  assert jax.tree.structure(first) == jax.tree.structure(second)
-  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def reopen(folder):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import toys
+from trees import assert_same
 
 from jaxrl_llm import estimators as est
 from jaxrl_llm import training
@@ -186,13 +187,6 @@ def reopen(folder):
   )
   assert not any(report.values()), report
   return model.eval()
-
-
-def assert_same(first, second):
-  assert jax.tree.structure(first) == jax.tree.structure(second)
-  for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize('name', ['llama', 'qwen3', 'gemma3_text', 'gpt2'])
