@@ -54,10 +54,6 @@ CASES = {
     dict(metrics=replaced(METRICS, 2, loss=math.nan)),
     ['metrics.jsonl: loss differs from step 3'],
   ),
-  'another type': (
-    dict(metrics=replaced(METRICS, 0, skipped=0.0)),
-    ['metrics.jsonl: skipped differs from step 1'],
-  ),
   'missing step': (
     dict(metrics=METRICS[:2]),
     ['metrics.jsonl: record only in old from step 3'],
@@ -73,13 +69,6 @@ CASES = {
     dict(samples=replaced(SAMPLES, 1, response='21')),
     ['samples.jsonl: response differs from step 2'],
   ),
-  'order of samples': (
-    dict(samples=SAMPLES[::-1]),
-    [
-      'samples.jsonl: advantage differs from step 2',
-      'samples.jsonl: response differs from step 2',
-    ],
-  ),
   'weight': (
     dict(weights=MOVED),
     ['hf/model.safetensors: w differs, relatively by up to 1.2e-07'],
@@ -87,14 +76,6 @@ CASES = {
   'sign of zero': (
     dict(weights={**WEIGHTS, 'v': -0.0 * WEIGHTS['v']}),
     ['hf/model.safetensors: v differs, relatively by up to 1'],
-  ),
-  'precision': (
-    dict(weights={**WEIGHTS, 'v': WEIGHTS['v'].astype(np.float16)}),
-    ['hf/model.safetensors: v differs'],
-  ),
-  'tensor': (
-    dict(weights={'v': WEIGHTS['v']}),
-    ['hf/model.safetensors: w only in old'],
   ),
 }
 
@@ -109,11 +90,6 @@ def test_differences_are_listed(name, tmp_path):
   changes, lines = CASES[name]
   old, new = write(tmp_path / 'old'), write(tmp_path / 'new', **changes)
   assert sorted(differences.compare(old, new)) == lines
-
-
-def test_zeros_of_different_signs_differ():
-  assert differences.difference(0.0, -0.0) > 0
-  assert differences.difference(math.nan, math.nan) == 0
 
 
 def test_missing_files(tmp_path):

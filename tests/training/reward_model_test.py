@@ -25,6 +25,7 @@ from tests.training.critic_test import read_folder, responses_of, reward_model
 VOCABULARY = tiny_models.VOCABULARY
 # Of the tokens that are drawn, none pads.
 PADDING = VOCABULARY - 1
+SCORES = 'SequenceClassification'
 
 
 def torch_scores(model, texts):
@@ -177,18 +178,6 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     folder_rm.load_reward_model(tmp_path / 'model')
 
 
-def reopen(folder):
-  """The torch model of a folder, opened without one complaint."""
-  import transformers
-
-  opened = transformers.AutoModelForSequenceClassification
-  model, report = opened.from_pretrained(
-    folder, output_loading_info=True, attn_implementation='eager'
-  )
-  assert not any(report.values()), report
-  return model.eval()
-
-
 @pytest.mark.parametrize('name', ['llama', 'qwen3', 'gemma3_text', 'gpt2'])
 def test_a_saved_trunk_opens_in_transformers(name, tmp_path):
   """Its scores equal the original's to the last bit."""
@@ -199,7 +188,7 @@ def test_a_saved_trunk_opens_in_transformers(name, tmp_path):
     config, trunk, score = read_folder(tmp_path / 'original')
     params = critic.separate(config).init(trunk, score)
     folders.save_trunk(tmp_path / 'copy', config, trunk, params['value'])
-    copy = reopen(tmp_path / 'copy')
+    copy = tiny_models.reopen(tmp_path / 'copy', SCORES)
   assert copy.config.num_labels == 1
   np.testing.assert_array_equal(
     torch_scores(copy, texts), torch_scores(original, texts)
@@ -220,7 +209,7 @@ def test_a_trunk_of_a_real_model_with_its_tokenizer(shared, tmp_path):
   head = value_head.init_head(config, score)
   folders.save_trunk(tmp_path / 'rm', config, trunk, head, source=source)
   with tiny_models.quiet():
-    model = reopen(tmp_path / 'rm')
+    model = tiny_models.reopen(tmp_path / 'rm', SCORES)
   tokenizer = folders.load_tokenizer(tmp_path / 'rm')
   assert model.config.pad_token_id == tokenizer.pad_token_id
   texts = ['Once upon a time', 'Lily', 'The big red dog ran up the hill.']
