@@ -1,6 +1,5 @@
 """Comparison of run folders by `benchmarks.freeze`, which is for developers."""
 
-import json
 import math
 import pathlib
 import runpy
@@ -10,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import scripts
 from safetensors.numpy import save_file
 
 from benchmarks import differences, freeze_config
@@ -27,8 +27,7 @@ def write(folder, metrics=METRICS, samples=SAMPLES, weights=WEIGHTS):
   """Writes what a run leaves, of which the comparison is."""
   (folder / 'hf').mkdir(parents=True)
   for name, records in (('metrics', metrics), ('samples', samples)):
-    text = ''.join(json.dumps(record) + '\n' for record in records)
-    (folder / f'{name}.jsonl').write_text(text)
+    scripts.write_rows(folder / f'{name}.jsonl', records)
   save_file(weights, folder / 'hf' / 'model.safetensors')
   return folder
 
