@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import shutil
 import signal
 import tempfile
 import uuid
@@ -70,6 +71,12 @@ def shared():
   if not SHARED.is_dir():
     pytest.skip('needs the folder ../shared with real checkpoints and data')
   return SHARED
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A copy of the tiny run, in which all may be changed."""
+  return shutil.copytree(scripts.undisturbed(), tmp_path / 'run')
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """The example trains a Hugging Face folder on a JSONL file."""
 
-import json
 import pathlib
 import subprocess
 import sys
 
 import jax
+import scripts
 
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.config import ModelConfig
@@ -26,8 +26,7 @@ def test_train(tmp_path):
   params = transformer.init(shape, jax.random.key(0))
   folders.save(tmp_path / 'model', shape, params, tokenizer=tokenizer)
   rows = [{'prompt': f'{a}+1=', 'answer': str(a + 1)} for a in range(9)]
-  lines = ''.join(json.dumps(row) + '\n' for row in rows)
-  (tmp_path / 'rows.jsonl').write_text(lines)
+  scripts.write_rows(tmp_path / 'rows.jsonl', rows)
   command = [sys.executable, 'train.py', 'model', 'rows.jsonl']
   done = subprocess.run(
     command, cwd=tmp_path, capture_output=True, text=True, timeout=300

@@ -104,29 +104,6 @@ def test_the_core_needs_five_packages(name):
   assert {other.split('.')[0] for other in GRAPH[name]} <= known
 
 
-def test_order_within_the_estimators():
-  order = [
-    'types',
-    'baselines positions thresholds',
-    'advantages ratios trees weighted_trees values weights preferences',
-    'credit token_losses',
-    'compose',
-    'algorithms actor_critic supervised_preference',
-  ]
-  level = {
-    f'jaxrl_llm.estimators.{name}': i
-    for i, names in enumerate(order)
-    for name in names.split()
-  }
-  for name, i in level.items():
-    for other in own(name):
-      assert level[other] < i, f'{name} imports {other}'
-  # Numbers to look at are no part of an algorithm, nor the reverse.
-  assert 'jaxrl_llm.estimators.compose' not in own(
-    'jaxrl_llm.estimators.diagnostics'
-  )
-
-
 def executed(name):
   """Modules whose code an import by `name` runs: packages come along."""
   modules = own(name)

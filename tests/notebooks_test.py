@@ -60,9 +60,7 @@ def test_runs(name, monkeypatch):
   notebook = nbformat.read(FOLDER / name, as_version=4)
   notebook.cells.append(nbformat.v4.new_code_cell(CLAIMS[name]))
   nbclient.NotebookClient(
-    notebook,
-    timeout=SECONDS,
-    resources={'metadata': {'path': str(FOLDER)}},
+    notebook, timeout=SECONDS, resources={'metadata': {'path': str(FOLDER)}}
   ).execute()
   outputs = [out for cell in notebook.cells for out in cell.get('outputs', [])]
   assert not [out.text for out in outputs if out.get('name') == 'stderr']

@@ -124,6 +124,12 @@ def write_config(folder, config: str = CONFIG, reward: str = REWARD):
   return path
 
 
+def write_rows(path, rows) -> str:
+  """Writes JSON lines."""
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
 def write_reward(folder, reward: str = REWARD) -> None:
   """Writes reward.py such that no stale bytecode is loaded in its place."""
   (folder / 'reward.py').write_text(reward)

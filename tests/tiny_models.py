@@ -162,6 +162,18 @@ def build(name, folder=None, **fields):
   return model
 
 
+def reopen(folder, head='CausalLM'):
+  """The torch model of a folder, opened without one complaint."""
+  import transformers
+
+  opened = getattr(transformers, f'AutoModelFor{head}')
+  model, report = opened.from_pretrained(
+    folder, output_loading_info=True, attn_implementation='eager'
+  )
+  assert not any(report.values()), report
+  return model.eval()
+
+
 def torch_logits(model, tokens):
   """Logits [B, T, V] of the oracle, as NumPy."""
   import torch

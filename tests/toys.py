@@ -19,7 +19,12 @@ CLIP, HIGH, KL, BETA, FLOOR = 0.15, 0.25, 0.07, 0.4, 3.0
 MAX_LENGTH, BUFFER, ALPHA, LAM, DUAL = 7, 4, 0.4, 0.8, 1.3
 ENTROPY, VALUE, VALUE_CLIP, THRESHOLD = 0.2, 0.6, 0.1, 0.1
 STEERED = est.adaptive_kl(0.05, target=0.5, horizon=40)
-_RULE = est.positions.uniform()
+CRITIC = VALUE, VALUE_CLIP
+_VALUES = dict(fill=est.interpolate_values)
+_ADVANTAGES = dict(
+  fill=est.interpolate_advantages,
+  positions=est.positions.pairs(est.positions.uniform()),
+)
 # One entry per recipe and setting; every contract runs over all of them.
 RECIPES = {
   'reinforce': est.reinforce(),
@@ -47,20 +52,12 @@ RECIPES = {
   'p3o': est.p3o(CLIP),
   'p3o by pair': est.p3o(CLIP, est.pair_ratio),
   'ppo': est.ppo(CLIP, LAM, 0.0, VALUE, VALUE_CLIP),
-  'ppo with KL and dual clip': est.ppo(
-    CLIP, LAM, STEERED, VALUE, VALUE_CLIP, DUAL
-  ),
+  'ppo with KL and dual clip': est.ppo(CLIP, LAM, STEERED, *CRITIC, DUAL),
   'vapo': est.vapo(ALPHA, CLIP, HIGH, VALUE, VALUE_CLIP),
   'vine_ppo': est.vine_ppo((3,), clip=CLIP, kl=KL),
   'trepo': est.trepo(clip=CLIP),
-  'trepo, values interpolated': est.trepo(
-    fill=est.interpolate_values, clip=CLIP
-  ),
-  'trepo, advantages interpolated': est.trepo(
-    positions=est.positions.pairs(_RULE),
-    fill=est.interpolate_advantages,
-    clip=CLIP,
-  ),
+  'trepo, values interpolated': est.trepo(**_VALUES, clip=CLIP),
+  'trepo, advantages interpolated': est.trepo(**_ADVANTAGES, clip=CLIP),
   'trepo, score-weighted': est.trepo(clip=CLIP, score_weighted=True),
   'trepo with KL': est.trepo(clip=CLIP, kl=KL),
   'trepo_critic': est.trepo_critic(
@@ -309,6 +306,20 @@ def adjusted_probabilities(logits, decoding):
   out = np.zeros_like(p)
   np.put_along_axis(out, order, p, axis=-1)
   return out
+
+
+def exact_statistics(config, params, prompts, tokens, decoding):
+  """What `score` gives, of plain passes in float64: {name: [P, G, T]}."""
+  logits = plain_logits(config, params, prompts, tokens)
+  p = adjusted_probabilities(logits, decoding)
+  chosen = np.eye(p.shape[-1])[np.asarray(tokens)]
+  with np.errstate(divide='ignore'):  # What pads may never be drawn.
+    log_probs = np.log((p * chosen).sum(axis=-1))
+  return {
+    'log_probs': log_probs,
+    'entropy': -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1),
+    'score_norms': np.square(chosen - p).sum(axis=-1),
+  }
 
 
 def to_rollouts(

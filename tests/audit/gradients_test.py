@@ -10,7 +10,6 @@ from selection import mostly_slow
 
 from jaxrl_llm import audit
 from jaxrl_llm import estimators as est
-from jaxrl_llm.audit import gradients
 
 enumeration = est.enumeration
 
@@ -76,35 +75,6 @@ def test_known_mean_and_covariance(mean):
     ]
   )
   assert found == pytest.approx(expected, rel=0.1)
-
-
-def of_sums(products, keep):
-  """(‖E g‖², mean) by loops over the pairs that are kept."""
-  pairs = [(i, j) for i in keep for j in keep if i != j]
-  return np.mean([products[pair] for pair in pairs])
-
-
-def test_sums_are_means_over_different_draws():
-  """Each entry, left-out draws included, by explicit loops."""
-  random = np.random.default_rng(2)
-  x, y = random.normal(size=(5, 3)), random.normal(size=(4, 3))
-  own, cross = x @ x.T, x @ y.T
-  found = gradients._squared_mean(own)
-  mean, square = gradients._cross_sums(cross)
-  for i, keep in enumerate(
-    [range(5)] + [set(range(5)) - {i} for i in range(5)]
-  ):
-    assert found[i] == pytest.approx(of_sums(own, keep))
-    assert mean[i] == pytest.approx(cross[list(keep)].mean())
-    terms = [
-      cross[a, c] * cross[b, d]
-      for a in keep
-      for b in keep
-      for c in range(4)
-      for d in range(4)
-      if a != b and c != d
-    ]
-    assert square[i] == pytest.approx(np.mean(terms))
 
 
 def test_a_sketch_preserves_inner_products():

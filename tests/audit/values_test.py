@@ -63,24 +63,6 @@ def test_errors_of_values():
   assert found[0]['truth'].squared_error == (0.0, 0.0)
 
 
-def test_means_of_few_branches_by_splitting():
-  """K of the branches against the mean of the others say the same."""
-  random = np.random.default_rng(1)
-  true, _, clusters, returns = simulate(random)
-  split, given = [], []
-  for _ in range(200):
-    _, _, _, returns = simulate(random)
-    rest = returns[:, 4:]
-    noise = rest.var(axis=1, ddof=1) / rest.shape[1]
-    miss = np.square(returns[:, :4].mean(axis=1) - rest.mean(axis=1)) - noise
-    split.append(miss.mean())
-    report = audit.value_errors(returns, {}, clusters, (4,))
-    given.append(report['mean of 4 branches'].squared_error.value)
-  error = np.std(split) / np.sqrt(len(split))
-  assert abs(np.mean(split) - np.mean(given)) < 4 * error
-  assert error < 0.02 * np.mean(given)
-
-
 def test_branches_without_a_reward_are_left_out():
   random = np.random.default_rng(2)
   true, prompt, clusters, returns = simulate(random)

@@ -23,15 +23,7 @@ from loops import (
   tokens,
   whitened,
 )
-from toys import (
-  BUFFER,
-  CLIP,
-  ENTROPY,
-  HIGH,
-  KL,
-  MAX_LENGTH,
-  random_rollouts,
-)
+from toys import BUFFER, CLIP, ENTROPY, HIGH, KL, MAX_LENGTH, random_rollouts
 
 from jaxrl_llm import estimators as est
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from listed import LONG, SMALL, TOY, assert_unbiased, close, examine
+from listed import LONG, SMALL, TOY, assert_unbiased, close, compose, examine
 from selection import mostly_slow
 
 from jaxrl_llm import estimators as est
@@ -26,6 +26,13 @@ def trepo(rule, count=2, samples=1, **options):
   return est.trepo(count, samples, rule, **options)
 
 
+def partly(*values, **options):
+  """λ between 0 and 1."""
+  source = est.branches(*values, **options)
+  return compose(est.at_last_token(), est.gae(1.0, 0.6, source))
+
+
+SCORED = dict(score_weighted=True)
 # name: (estimator, toy)
 STOPPING_TIMES = {
   'fixed': (trepo(positions.fixed(1)), TOY),
@@ -37,47 +44,12 @@ STOPPING_TIMES = {
   'delimiter with a cap': (trepo(positions.delimiter(0), 1, 2), LONG),
   'entropy': (trepo(positions.entropy_above(0.8)), TOY),
   'entropy summed': (trepo(positions.entropy_sum(1.9)), TOY),
-  'score-weighted, fixed': (
-    trepo(positions.fixed(1, 2), samples=2, score_weighted=True),
-    LONG,
-  ),
-  'score-weighted, random': (
-    trepo(positions.uniform(), 1, 2, score_weighted=True),
-    LONG,
-  ),
-  'score-weighted, delimiter': (
-    trepo(positions.delimiter(1), score_weighted=True),
-    TOY,
-  ),
-  'λ between 0 and 1, score-weighted': (
-    est.estimator(
-      est.chain(
-        est.at_last_token(),
-        est.gae(
-          1.0,
-          0.6,
-          est.branches(1, 2, positions.fixed(1), score_weighted=True),
-        ),
-      ),
-      est.score_function(),
-      est.sequence_sum(),
-    ),
-    LONG,
-  ),
-  'λ between 0 and 1': (
-    est.estimator(
-      est.chain(
-        est.at_last_token(),
-        est.gae(1.0, 0.6, est.branches(2, 1, positions.fixed(1, 2))),
-      ),
-      est.score_function(),
-      est.sequence_sum(),
-    ),
-    TOY,
-  ),
+  'scored, fixed': (trepo(positions.fixed(1, 2), 2, 2, **SCORED), LONG),
+  'scored, random': (trepo(positions.uniform(), 1, 2, **SCORED), LONG),
+  'scored, delimiter': (trepo(positions.delimiter(1), **SCORED), TOY),
+  'scored, λ of 0.6': (partly(1, 2, positions.fixed(1), **SCORED), LONG),
+  'λ of 0.6': (partly(2, 1, positions.fixed(1, 2)), TOY),
 }
-
-
 LONG_LISTS = ('fixed, two branches', 'fixed, three branches', 'random pairs')
 
 
@@ -103,12 +75,8 @@ def test_interpolations_tilt():
 def test_values_interpolated_without_a_knot_are_a_sequence_mean():
   never = positions.fixed(LIMIT + 5)
   one = examine(trepo(never, fill=est.interpolate_values), TOY)
-  mean = est.estimator(
-    est.subtract_leave_one_out_mean(),
-    est.score_function(),
-    est.sequence_mean(),
-  )
-  other = examine(mean, TOY)
+  loo = est.subtract_leave_one_out_mean()
+  other = examine(compose(loo, weights=est.sequence_mean()), TOY)
   close(one.gradient, other.gradient)
   assert one.bias > 0.1
 

@@ -1,11 +1,7 @@
 """Likelihood and preference recipes against their papers' formulas."""
 
 import pytest
-from loops import (
-  check_formulas,
-  num_tokens,
-  tokens,
-)
+from loops import check_formulas, num_tokens, tokens
 from toys import BETA, FLOOR, THRESHOLD
 
 pytestmark = pytest.mark.usefixtures('float64')

@@ -93,10 +93,7 @@ def test_value_error():
     [0.0] * 4, [0.0] * 4, [0.0] * 4, values=[0.0] * 4, value_targets=[1.0] * 4
   )
   values = jnp.array([[[0.5, 0.1, -0.5, 2.5]]])
-  errors = {
-    None: [0.25, 0.81, 2.25, 2.25],
-    0.2: [0.64, 0.81, 2.25, 2.25],
-  }
+  errors = {None: [0.25, 0.81, 2.25, 2.25], 0.2: [0.64, 0.81, 2.25, 2.25]}
   slopes = {None: [-0.5, -0.9, -1.5, 1.5], 0.2: [0.0, -0.9, -1.5, 1.5]}
   for clip, expected in errors.items():
     loss = est.value_error(3.0, clip)

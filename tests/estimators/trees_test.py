@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from listed import LONG, SMALL, assert_unbiased
+from listed import LONG, SMALL, assert_unbiased, compose
 from loops import assert_is_formula, evaluate, quick_jit, tree_surrogate
 from selection import mostly_slow
 from toys import CLIP, plain_rollouts, random_rollouts, with_branch_rows
@@ -17,11 +17,8 @@ ONE_FORK, NESTED = positions.fixed(1), positions.fixed(1, 2)
 
 
 def tree(rule=NESTED, count=2, samples=1, *shaping, mix=1.0):
-  return est.estimator(
-    est.chain(*shaping, est.tree(count, samples, rule, mix)),
-    est.clipped(0.2),
-    est.sequence_sum(),
-  )
+  credit = est.tree(count, samples, rule, mix)
+  return compose(*shaping, credit, loss=est.clipped(0.2))
 
 
 TREE = tree()

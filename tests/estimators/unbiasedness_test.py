@@ -40,117 +40,71 @@ TOKEN_REWARDS = RANDOM.normal(size=TOY.params.shape)
 WITH_TOKENS = TOY._replace(token_rewards=TOKEN_REWARDS)
 BOTH = TOY.rewards + enumeration.discounted(TOY, TOKEN_REWARDS)
 EXACT_CRITIC = TOY._replace(values=enumeration.exact_values(TOY))
-token_kl = lambda kl: (
-  est.at_last_token(),
-  est.subtract_token_kl(kl),
-  est.reward_to_go(),
+MEAN, LOO = est.sequence_mean(), est.subtract_leave_one_out_mean()
+WHOLE = est.sampler_trajectory_ratio
+by_token = lambda *after: compose(est.at_every_token(), *after)
+at_end = lambda *after: compose(est.at_last_token(), *after)
+token_kl = lambda kl: at_end(est.subtract_token_kl(kl), est.reward_to_go())
+actor = lambda lam: at_end(est.gae(1.0, lam, est.critic()))
+centred = lambda **options: compose(LOO, **options)
+unclipped = lambda ratio: est.clipped(HUGE, ratio=ratio)
+corrected = lambda *args: centred(
+  loss=est.correct_sampler(est.score_function(), *args)
 )
-actor = lambda lam, *after: compose(
-  est.at_last_token(), est.gae(1.0, lam, est.critic()), *after
-)
-steering = est.adaptive_kl(KL, 1.0, 100)
 
-# name: (estimator, toy, responses per prompt, options of `examine`)
+# name: (estimator, toy, responses per prompt)
 UNBIASED = {
-  'reinforce': (est.reinforce(), TOY, 1, {}),
-  'reinforce, two prompts': (est.reinforce(), TWO, 1, {}),
-  'running baseline': (
-    est.reinforce_baseline(),
-    TOY,
-    2,
-    {'running': RUNNING},
-  ),
-  'remax': (est.remax(), TOY, 1, {}),
-  'remax, two prompts': (est.remax(), TWO, 1, {}),
-  'rloo': (est.rloo(), TOY, 3, {}),
-  'rloo, two prompts': (est.rloo(), TWO, 2, {}),
-  'opo, leave one out': (est.opo_leave_one_out(), TOY, 3, {}),
-  'obl_reinforce': (est.obl_reinforce(), TOY, 3, {}),
-  'p3o': (est.p3o(), TOY, 2, {}),
-  'p3o, pairs': (est.p3o(ratio=est.pair_ratio), TOY, 2, {}),
-  'at every token': (compose(est.at_every_token()), TOY, 1, {}),
-  'to go': (compose(est.at_last_token(), est.reward_to_go()), TOY, 1, {}),
-  'critic at γ = λ = 1': (actor(1.0), TOY, 1, {}),
-  'exact critic at λ = 0': (actor(0.0), EXACT_CRITIC, 1, {}),
-  'exact critic at λ = 0.6': (actor(0.6), EXACT_CRITIC, 1, {}),
+  'reinforce': (est.reinforce(), TOY, 1),
+  'reinforce, two prompts': (est.reinforce(), TWO, 1),
+  'running baseline': (est.reinforce_baseline(), TOY, 2),
+  'remax': (est.remax(), TOY, 1),
+  'remax, two prompts': (est.remax(), TWO, 1),
+  'rloo': (est.rloo(), TOY, 3),
+  'rloo, two prompts': (est.rloo(), TWO, 2),
+  'opo, leave one out': (est.opo_leave_one_out(), TOY, 3),
+  'obl_reinforce': (est.obl_reinforce(), TOY, 3),
+  'p3o': (est.p3o(), TOY, 2),
+  'p3o, pairs': (est.p3o(ratio=est.pair_ratio), TOY, 2),
+  'at every token': (by_token(), TOY, 1),
+  'to go': (at_end(est.reward_to_go()), TOY, 1),
+  'critic at γ = λ = 1': (actor(1.0), TOY, 1),
+  'exact critic at λ = 0': (actor(0.0), EXACT_CRITIC, 1),
+  'exact critic at λ = 0.6': (actor(0.6), EXACT_CRITIC, 1),
   'trajectory ratio': (
-    compose(
-      est.subtract_leave_one_out_mean(),
-      loss=est.clipped(HUGE, ratio=est.trajectory_ratio),
-      weights=est.sequence_mean(),
-    ),
-    OFF_POLICY,
-    2,
-    {},
+    centred(loss=unclipped(est.trajectory_ratio), weights=MEAN),
+    *(OFF_POLICY, 2),
   ),
-  'p3o off policy': (est.p3o(HUGE), OFF_POLICY, 2, {}),
-  'p3o off policy, pairs': (
-    est.p3o(HUGE, ratio=est.pair_ratio),
-    OFF_POLICY,
-    2,
-    {},
-  ),
-  'sampler corrected': (
-    compose(
-      est.subtract_leave_one_out_mean(),
-      loss=est.correct_sampler(
-        est.score_function(), lambda x: x, est.sampler_trajectory_ratio
-      ),
-    ),
-    OTHER_SAMPLER,
-    2,
-    {},
-  ),
+  'p3o off policy': (est.p3o(HUGE), OFF_POLICY, 2),
+  'p3o off policy, pairs': (est.p3o(HUGE, est.pair_ratio), OFF_POLICY, 2),
+  'sampler corrected': (corrected(lambda x: x, WHOLE), OTHER_SAMPLER, 2),
 }
 
 
 @pytest.mark.parametrize('name', UNBIASED)
 def test_no_bias(name):
-  estimator, toy, samples, options = UNBIASED[name]
-  report = assert_unbiased(estimator, toy, samples, **options)
+  options = {'running': RUNNING} if name == 'running baseline' else {}
+  report = assert_unbiased(*UNBIASED[name], **options)
   assert report.bias < 1e-12 and report.cosine == pytest.approx(1.0, abs=1e-12)
 
 
-# name: (estimator, toy, responses per prompt, the gradient it ought to have)
+OVERLONG = compose(est.penalize_overlong(3, 2), LOO)
+REWARDED = at_end(est.add_token_rewards(), est.reward_to_go())
+# name: (estimator, toy, responses per prompt, reward and KL that it climbs)
 OTHER_REWARDS = {
-  'rloo with KL': (
-    est.rloo(kl=KL),
-    TOY,
-    2,
-    lambda: enumeration.exact_gradient(TOY, kl=KL),
-  ),
-  'KL per token': (
-    compose(*token_kl(KL)),
-    TOY,
-    1,
-    lambda: enumeration.exact_gradient(TOY, kl=KL),
-  ),
-  'KL steered': (
-    compose(*token_kl(steering)),
-    TOY,
-    1,
-    lambda: enumeration.exact_gradient(TOY, kl=KL),
-  ),
-  'overlong': (
-    compose(est.penalize_overlong(3, 2), est.subtract_leave_one_out_mean()),
-    TOY,
-    2,
-    lambda: enumeration.exact_gradient(penalized(TOY, 3, 2)),
-  ),
-  'token rewards': (
-    compose(est.at_last_token(), est.add_token_rewards(), est.reward_to_go()),
-    WITH_TOKENS,
-    1,
-    lambda: enumeration.exact_gradient(TOY._replace(rewards=BOTH)),
-  ),
+  'rloo with KL': (est.rloo(kl=KL), TOY, 2, TOY, KL),
+  'KL per token': (token_kl(KL), TOY, 1, TOY, KL),
+  'KL steered': (token_kl(est.adaptive_kl(KL, 1.0, 100)), TOY, 1, TOY, KL),
+  'overlong': (OVERLONG, TOY, 2, penalized(TOY, 3, 2), 0.0),
+  'token rewards': (REWARDED, WITH_TOKENS, 1, TOY._replace(rewards=BOTH), 0.0),
 }
 
 
 @pytest.mark.parametrize('name', OTHER_REWARDS)
 def test_no_bias_for_the_reward_as_shaped(name):
-  estimator, toy, samples, exact = OTHER_REWARDS[name]
-  assert_unbiased(estimator, toy, samples, exact=exact())
-  assert np.abs(exact() - enumeration.exact_gradient(toy)).max() > 0.01
+  estimator, toy, samples, climbed, kl = OTHER_REWARDS[name]
+  exact = enumeration.exact_gradient(climbed, kl=kl)
+  assert_unbiased(estimator, toy, samples, exact=exact)
+  assert np.abs(exact - enumeration.exact_gradient(toy)).max() > 0.01
 
 
 # name: (estimator, toy, responses per prompt, scale)
@@ -171,10 +125,9 @@ def test_scale_only(name):
   assert report.bias == pytest.approx(1 - scale, rel=1e-10)
 
 
-on_policy_of = lambda **options: compose(
-  est.subtract_leave_one_out_mean(), **options
-)
-sampler_loss = lambda *args: est.correct_sampler(est.score_function(), *args)
+GAMMA = at_end(est.reward_to_go(0.5))
+SELF_WEIGHTED = compose(est.subtract_weighted_mean(est.score_norm()))
+WHITENED_TOKENS = by_token(est.whiten())
 # name: (estimator, toy, responses per prompt)
 TILTED = {
   'grpo': (est.grpo(kl=0.0), TOY, 3),
@@ -183,78 +136,41 @@ TILTED = {
   'cispo': (est.cispo(), TOY, 3),
   'rl_zvp': (est.rl_zvp(), TOY, 3),
   'opo': (est.opo(), TOY, 2),
-  'score-weighted with itself': (
-    compose(est.subtract_weighted_mean(est.score_norm())),
-    TOY,
-    2,
-  ),
+  'score-weighted with itself': (SELF_WEIGHTED, TOY, 2),
   'reinforce_plus_plus': (est.reinforce_plus_plus(kl=0.0), TOY, 2),
-  'reinforce_plus_plus_baseline': (
-    est.reinforce_plus_plus_baseline(kl=0.0),
-    TOY,
-    3,
-  ),
+  'with baseline': (est.reinforce_plus_plus_baseline(kl=0.0), TOY, 3),
   'standardize': (compose(est.standardize()), TOY, 3),
   'whiten': (compose(est.whiten()), TOY, 3),
-  'whiten, over tokens': (compose(est.at_every_token(), est.whiten()), TOY, 2),
-  'whiten, over tokens, binary': (
-    compose(est.at_every_token(), est.whiten()),
-    BINARY,
-    2,
-  ),
-  'sequence mean': (compose(weights=est.sequence_mean()), TOY, 1),
+  'whiten, over tokens': (WHITENED_TOKENS, TOY, 2),
+  'whiten, over tokens, binary': (WHITENED_TOKENS, BINARY, 2),
+  'sequence mean': (compose(weights=MEAN), TOY, 1),
   'token mean': (compose(weights=est.token_mean()), TOY, 2),
   'random critic at λ = 0': (actor(0.0), TOY, 1),
-  'λ by length, exact critic': (
-    actor(est.length_adaptive(1.0)),
-    EXACT_CRITIC,
-    1,
-  ),
+  'λ by length': (actor(est.length_adaptive(1.0)), EXACT_CRITIC, 1),
   'ppo': (est.ppo(), TOY, 2),
   'vapo': (est.vapo(), TOY, 2),
   'vine_ppo': (est.vine_ppo((0,), 2, 1, kl=0.0), TOY, 2),
-  'terminal reward with γ < 1': (
-    compose(est.at_last_token(), est.reward_to_go(0.5)),
-    TOY,
-    1,
-  ),
-  'off policy, uncorrected': (on_policy_of(), OFF_POLICY, 2),
-  'token ratio': (on_policy_of(loss=est.clipped(HUGE)), OFF_POLICY, 2),
+  'terminal reward with γ < 1': (GAMMA, TOY, 1),
+  'off policy, uncorrected': (centred(), OFF_POLICY, 2),
+  'token ratio': (centred(loss=est.clipped(HUGE)), OFF_POLICY, 2),
   'clipped weight': (
-    on_policy_of(loss=est.clipped_weight(HUGE, HUGE)),
-    OFF_POLICY,
-    2,
+    centred(loss=est.clipped_weight(HUGE, HUGE)),
+    *(OFF_POLICY, 2),
   ),
   'sequence ratio': (
-    on_policy_of(
-      loss=est.clipped(HUGE, ratio=est.sequence_ratio),
-      weights=est.sequence_mean(),
-    ),
-    OFF_POLICY,
-    2,
+    centred(loss=unclipped(est.sequence_ratio), weights=MEAN),
+    *(OFF_POLICY, 2),
   ),
   'p3o off policy, clipped': (est.p3o(0.05), OFF_POLICY, 2),
-  'sampler, uncorrected': (on_policy_of(), OTHER_SAMPLER, 2),
-  'sampler, token ratio': (
-    on_policy_of(loss=sampler_loss(lambda x: x)),
-    OTHER_SAMPLER,
-    2,
-  ),
+  'sampler, uncorrected': (centred(), OTHER_SAMPLER, 2),
+  'sampler, token ratio': (corrected(lambda x: x), OTHER_SAMPLER, 2),
   'sampler, truncated': (
-    on_policy_of(
-      loss=sampler_loss(est.truncate(1.2), est.sampler_trajectory_ratio)
-    ),
-    OTHER_SAMPLER,
-    2,
+    corrected(est.truncate(1.2), WHOLE),
+    *(OTHER_SAMPLER, 2),
   ),
   'sampler, masked': (
-    on_policy_of(
-      loss=sampler_loss(
-        est.mask_outside(0.7, 1.4), est.sampler_trajectory_ratio
-      )
-    ),
-    OTHER_SAMPLER,
-    2,
+    corrected(est.mask_outside(0.7, 1.4), WHOLE),
+    *(OTHER_SAMPLER, 2),
   ),
 }
 
@@ -309,9 +225,7 @@ def test_standardizing_scales_each_prompt_where_rewards_are_binary():
 
 def test_dropping_equal_groups_scales_each_prompt():
   """N counts the prompts that are kept: more, where the others are lost."""
-  report = examine(
-    on_policy_of(keep=est.mixed_outcomes()), TWO_BINARY, samples=2
-  )
+  report = examine(centred(keep=est.mixed_outcomes()), TWO_BINARY, samples=2)
   mixed = 2 * success(TWO_BINARY) * (1 - success(TWO_BINARY))
   scales = 2 * (mixed[::-1] / 2 + (1 - mixed[::-1]))
   close(report.gradient, scales[:, None, None] * report.exact_gradient)

@@ -35,31 +35,19 @@ def branches(rl, model, params, step):
     Prompts, [P, G, T] tokens, log-probabilities that the sampler wrote down,
     and where the branch is.
   """
-  generation = rl.generation
-  settings = dict(
-    decoding=generation.decoding,
-    eos_ids=generation.eos_ids,
-    pad_id=generation.pad_id,
-  )
+  settings = dict(decoding=rl.generation.decoding)
+  settings |= dict(eos_ids=rl.generation.eos_ids, pad_id=rl.generation.pad_id)
   layout = transformer.sampling_layout(model.config, params)
   batch = rl.source.batch(step)
   prompts = policy.Prompts(tokens=batch.tokens, lengths=batch.lengths)
-  key = jax.random.key(step)
+  drawn_from, key = (model.config, layout), jax.random.key(step)
   responses, cache = sampling.sample_and_keep(
-    model.config, layout, prompts, key, samples=4, max_tokens=T, **settings
+    *drawn_from, prompts, key, samples=4, max_tokens=T, **settings
   )
   mask = np.asarray(responses.mask)
   at = (mask.sum(axis=2, keepdims=True) // 2).astype(np.int32)
-  forked, _ = sampling.fork(
-    model.config,
-    layout,
-    cache,
-    responses,
-    jnp.asarray(at),
-    key,
-    branches=1,
-    **settings,
-  )
+  given = cache, responses, jnp.asarray(at), key
+  forked, _ = sampling.fork(*drawn_from, *given, branches=1, **settings)
   tokens = np.array(responses.tokens)
   log_probs, where = np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
   for p, g in np.ndindex(at.shape[:2]):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from listed import LONG, TOY, assert_unbiased, close, penalized
+from listed import LONG, TOY, assert_unbiased, close, compose, penalized
 from selection import mostly_slow
 
 from jaxrl_llm import estimators as est
@@ -56,11 +56,7 @@ def test_what_branches_earn(shaping, expected):
 def trepo(rule, *shaping, count=2, samples=1):
   """`trepo` with a reward of several parts."""
   values = est.branches(count, samples, rule)
-  return est.estimator(
-    est.chain(*shaping, est.gae(1.0, 0.0, values)),
-    est.clipped(0.2),
-    est.sequence_sum(),
-  )
+  return compose(*shaping, est.gae(1.0, 0.0, values), loss=est.clipped(0.2))
 
 
 def forking(estimator, **changes):
@@ -118,21 +114,11 @@ def test_token_rewards_are_a_part_of_what_branches_earn():
   assert_unbiased(estimator, toy, exact=exact)
 
 
+PARTLY = est.gae(1.0, 0.6, est.branches_with_critic(1, 1, positions.fixed(1)))
 # name: (estimator, toy, options of `examine`)
 ANY_CRITIC = {
   'fixed': (est.trepo_critic(2, 1, positions.fixed(1, 2)), TOY, {}),
-  'λ between 0 and 1': (
-    est.estimator(
-      est.chain(
-        est.at_last_token(),
-        est.gae(1.0, 0.6, est.branches_with_critic(1, 1, positions.fixed(1))),
-      ),
-      est.score_function(),
-      est.sequence_sum(),
-    ),
-    TOY,
-    {},
-  ),
+  'λ between 0 and 1': (compose(est.at_last_token(), PARTLY), TOY, {}),
   'uniform, with KL': (
     est.trepo_critic(1, 2, positions.uniform(), kl=KL),
     LONG,
@@ -163,9 +149,7 @@ def test_what_the_critic_is_fitted_to_has_the_values_as_its_mean():
       lambda outputs, batch: -batch[field] * outputs.entropy,
       est.Needs(critic=True),
     )
-    return est.estimator(
-      est.identity(), loss, est.sequence_sum(), value_target=target
-    )
+    return compose(loss=loss, value_target=target)
 
   mean = lambda field, target, toy: enumeration.expected_gradient(
     weighing(field, target), toy, samples=1

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed import compose
 from selection import mostly_slow
 
 from jaxrl_llm import estimators as est
@@ -136,11 +137,7 @@ def exact_credit(baselines):
     ),
     est.Needs(critic=True),
   )
-  return est.estimator(
-    est.chain(est.at_last_token(), est.gae(1.0, 0.0, values)),
-    est.score_function(),
-    est.sequence_sum(),
-  )
+  return compose(est.at_last_token(), est.gae(1.0, 0.0, values))
 
 
 TREPO = est.trepo(

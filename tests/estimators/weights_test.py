@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from listed import compose
 from toys import plain_rollouts
 
 from jaxrl_llm import estimators as est
@@ -58,21 +59,10 @@ def test_what_is_not_kept_does_not_count():
   """N and ΣT are those of the responses kept; baselines are not."""
   data = rollouts(REWARDS, None)
   for weights in (est.sequence_sum(), est.sequence_mean(), est.token_mean()):
-    estimator = est.estimator(
-      est.identity(),
-      est.score_function(),
-      weights,
-      keep=est.mixed_outcomes(),
-    )
-    got = estimator.prepare(data)
+    got = compose(weights=weights, keep=est.mixed_outcomes()).prepare(data)
     expected = np.array([[0.0] * 3, [1 / 6] * 3, [1 / 6] * 3])
     np.testing.assert_allclose(got.weights[..., 0], expected, rtol=1e-6)
-  above = est.estimator(
-    est.subtract_leave_one_out_mean(),
-    est.score_function(),
-    est.sequence_sum(),
-    keep=est.reward_above(0.6),
-  )
-  got = above.prepare(data)
+  loo = est.subtract_leave_one_out_mean()
+  got = compose(loo, keep=est.reward_above(0.6)).prepare(data)
   np.testing.assert_allclose(got.weights[1, :, 0], [0, 1 / 6, 1 / 6])
   np.testing.assert_allclose(got.advantages[1, :, 0], [0.0, 0.5, 0.5])

@@ -50,14 +50,12 @@ def expected_kl(batch):
       held.setting.generation,
       jax.random.fold_in(held.key, start),
     )
-    logs = []
-    for weights in (params, reference(params)):
-      logits = toys.plain_logits(config, weights, prompts, samples.tokens)
-      p = toys.adjusted_probabilities(logits, DECODING)
-      index = np.asarray(samples.tokens)[..., None]
-      logs.append(np.log(np.take_along_axis(p, index, axis=-1)[..., 0]))
+    logs = [
+      toys.exact_statistics(config, x, prompts, samples.tokens, DECODING)
+      for x in (params, reference(params))
+    ]
     mask = np.asarray(samples.mask)
-    total += (logs[0] - logs[1])[mask].sum()
+    total += (logs[0]['log_probs'] - logs[1]['log_probs'])[mask].sum()
     count += mask.sum()
   return total / count
 

@@ -3,6 +3,7 @@
 import json
 
 import mistakes
+import scripts
 
 from experiments import data
 from jaxrl_llm.rewards import mathematics
@@ -47,11 +48,7 @@ def test_math_leaves_out_what_cannot_be_judged_or_is_held_out(shared):
 
 
 def test_jsonl_leaves_known_prompts_out(tmp_path):
-  def write(name, rows):
-    path = tmp_path / name
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return str(path)
-
+  write = lambda name, rows: scripts.write_rows(tmp_path / name, rows)
   pair = {'chosen': 'x', 'rejected': 'y'}
   rows = [{'question': 'a', 'solution': 's'}, {'question': 'b', **pair}]
   train = write('train.jsonl', rows)

@@ -1,7 +1,6 @@
 """The doctor on a sound installation, on a broken one, and on a run."""
 
 import functools
-import json
 
 import pytest
 import scripts
@@ -57,8 +56,7 @@ def write_run(folder, **changes):
     for i in range(3, 15)
   ]
   folder.mkdir(exist_ok=True)
-  text = ''.join(json.dumps(record) + '\n' for record in records)
-  (folder / 'metrics.jsonl').write_text(text)
+  scripts.write_rows(folder / 'metrics.jsonl', records)
   return folder
 
 

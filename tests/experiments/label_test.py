@@ -125,8 +125,7 @@ def test_who_learns_from_pairs_reads_the_tokens_that_were_sampled(
   }
   pairs = {'train': made[0], 'held_out': make(subject, 'held_out')[0]}
   for name, rows in pairs.items():
-    text = ''.join(json.dumps(row) + '\n' for row in rows)
-    (tmp_path / f'{name}.jsonl').write_text(text)
+    scripts.write_rows(tmp_path / f'{name}.jsonl', rows)
   found = data.jsonl(*(tmp_path / f'{name}.jsonl' for name in pairs))
   assert found.train == made[0] and found.held_out == pairs['held_out']
   encoded, pool = reward_model_script.encode(config, model, found.train)

@@ -142,8 +142,7 @@ WITH_CRITIC = {
 
 
 @pytest.fixture(
-  scope='module',
-  params=['ppo', pytest.param('vapo', marks=pytest.mark.slow)],
+  scope='module', params=['ppo', pytest.param('vapo', marks=pytest.mark.slow)]
 )
 def actor_critic(request):
   """(name, phase, its first state on the host, three results)."""

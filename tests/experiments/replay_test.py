@@ -1,7 +1,6 @@
 """Replays of steps: equal to their records, in an untouched folder."""
 
 import json
-import shutil
 
 import mistakes
 import numpy as np
@@ -13,14 +12,6 @@ from jaxrl_llm.runs import read_samples
 
 # Between the last two checkpoints, so that few steps lead there.
 MIDDLE = scripts.TOTAL - 3
-
-
-@pytest.fixture
-def workdir(tmp_path):
-  """A copy of the tiny run, whose records and checkpoints may be changed."""
-  folder = tmp_path / 'run'
-  shutil.copytree(scripts.undisturbed(), folder)
-  return folder
 
 
 def contents(folder):

@@ -15,12 +15,6 @@ def config():
   return scripts.shared_folder() / 'config' / 'config.py'
 
 
-@pytest.fixture
-def workdir(tmp_path):
-  """A copy of the undisturbed run."""
-  return shutil.copytree(scripts.undisturbed(), tmp_path / 'run')
-
-
 @pytest.mark.slow
 def test_stops_and_bad_rewards_leave_the_same_records(tmp_path):
   config, workdir = scripts.write_config(tmp_path / 'config'), tmp_path / 'run'

@@ -35,11 +35,6 @@ def rows(count, seed):
   return found
 
 
-def write(path, found):
-  path.write_text(''.join(json.dumps(row) + '\n' for row in found))
-  return str(path)
-
-
 def a_config(folder):
   config = base.get_config()
   config.model.alphabet = '0123456789='
@@ -53,8 +48,8 @@ def a_config(folder):
   )
   config.task = dict(
     name='jsonl',
-    train=write(folder / 'train.jsonl', rows(96, 1)),
-    held_out=write(folder / 'held_out.jsonl', rows(40, 2)),
+    train=scripts.write_rows(folder / 'train.jsonl', rows(96, 1)),
+    held_out=scripts.write_rows(folder / 'held_out.jsonl', rows(40, 2)),
   )
   config.algorithm = dict(name='reward_model')
   config.prompts.max_tokens, config.rollout.max_tokens = 8, 8

@@ -1,7 +1,6 @@
 """Code that only a run's config.json names runs with --trust_code alone."""
 
 import json
-import shutil
 
 import mistakes
 import pytest
@@ -30,13 +29,11 @@ def mark(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path, mark, monkeypatch):
-  """A copy of the tiny run that brings a file of code."""
-  path = tmp_path / 'run'
-  shutil.copytree(scripts.undisturbed(), path)
-  (path / 'evil.py').write_text(EVIL.format(mark=str(mark)))
-  monkeypatch.chdir(path)
-  return path
+def folder(workdir, mark, monkeypatch):
+  """The tiny run brings a file of code."""
+  (workdir / 'evil.py').write_text(EVIL.format(mark=str(mark)))
+  monkeypatch.chdir(workdir)
+  return workdir
 
 
 def store(folder, **sections):

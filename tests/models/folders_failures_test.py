@@ -9,11 +9,12 @@ import sys
 import jax
 import pytest
 import safetensors.numpy
+from trees import assert_same
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
 from jaxrl_llm.models.huggingface import folders
-from tests.models.folders_test import CONFIG, assert_same
+from tests.models.folders_test import CONFIG
 
 
 @pytest.fixture(scope='module')

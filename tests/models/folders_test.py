@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_models
+from trees import assert_same
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import transformer
@@ -40,24 +41,6 @@ def folder(tmp_path, params):
   return tmp_path / 'model'
 
 
-def assert_same(first, second):
-  assert jax.tree.structure(first) == jax.tree.structure(second)
-  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def reopen(folder):
-  """The torch model of a folder, opened without one complaint."""
-  import transformers
-
-  model, report = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, output_loading_info=True, attn_implementation='eager'
-  )
-  assert not any(report.values()), report
-  return model.eval()
-
-
 @pytest.mark.parametrize('name', FAMILIES)
 def test_export_opens_in_transformers(name, tmp_path):
   """Logits of the exported folder equal the original's to the last bit."""
@@ -67,7 +50,7 @@ def test_export_opens_in_transformers(name, tmp_path):
     original = tiny_models.build(name, tmp_path / 'original')
     config, params = folders.load(tmp_path / 'original')
     folders.save(tmp_path / 'copy', config, params)
-    copy = reopen(tmp_path / 'copy')
+    copy = tiny_models.reopen(tmp_path / 'copy')
     again, params_again = folders.load(tmp_path / 'copy')
   np.testing.assert_array_equal(
     tiny_models.torch_logits(copy, tokens),
@@ -86,7 +69,7 @@ def test_real_model_with_tokenizer(shared, tmp_path):
   reference = np.load(source / 'reference_logits.npz')
   tokens = reference['ids_0']
   with tiny_models.quiet():
-    model = reopen(tmp_path / 'copy')
+    model = tiny_models.reopen(tmp_path / 'copy')
     theirs = tiny_models.torch_logits(model, tokens[None])[0]
     start = torch.tensor(reference['prompt_ids_0']).long()[None]
     greedy = model.generate(start, max_length=len(tokens), do_sample=False)

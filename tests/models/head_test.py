@@ -11,11 +11,7 @@ from jaxrl_llm.models.config import ModelConfig
 
 def make_config(**changes):
   fields = dict(
-    vocab_size=23,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=2,
+    vocab_size=23, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2
   )
   return ModelConfig(**{**fields, **changes})
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
+import trees
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxrl_llm import sharding
@@ -154,11 +155,7 @@ def test_equals_xla(stand_in, kernel, length, prefixes, softcap):
     return jax.jit(gradient)(*arrays)
 
   fused = found(lambda *x, **kw: kernels.attend(kernel, *x, **kw))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
-    fused,
-    found(by_xla),
-  )
+  trees.assert_close(fused, found(by_xla), rtol=1e-4, atol=2e-5)
 
 
 def read(config, params, prompts, lengths, tokens):
@@ -203,11 +200,7 @@ def test_gradients_of_a_model_are_the_same_with_splash():
     total = lambda params: (read(one, params, *inputs()) * weights).sum()
     return jax.jit(jax.grad(total))(params)
 
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
-    use('splash'),
-    use('xla'),
-  )
+  trees.assert_close(use('splash'), use('xla'), rtol=1e-3, atol=1e-3)
 
 
 def on_four_devices(index):
@@ -235,11 +228,7 @@ def on_four_devices(index):
       lowered = gradient()
       found = lowered.compile()(arrays)
     assert 'manual_computation' in lowered.as_text()
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-      found,
-      expected,
-    )
+    trees.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_and_heads_are_split_over_a_mesh():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+import trees
 from selection import mostly_slow
 
 from jaxrl_llm.errors import UserError
@@ -181,11 +182,7 @@ def test_gradient_through_a_shared_prompt(how, params):
   expected = jax.jit(jax.grad(functools.partial(whole, config)))(params)
   loss = functools.partial(shared_loss, make_config(**how))
   got = jax.jit(jax.grad(loss))(params, prompts, lengths, tokens)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    got,
-    expected,
-  )
+  trees.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from listed import compose
 
 from jaxrl_llm import estimators, rollouts
 from jaxrl_llm import estimators as est
@@ -78,11 +79,7 @@ def sampled(model, estimator):
 
 def valued(model, positions, shaping=(), **settings):
   values = est.branches(COUNT, SAMPLES, positions, **settings)
-  estimator = est.estimator(
-    est.chain(*shaping, est.gae(1.0, 0.0, values)),
-    est.score_function(),
-    est.sequence_sum(),
-  )
+  estimator = compose(*shaping, est.gae(1.0, 0.0, values))
   responses, found, own, rows = sampled(model, estimator)
   needs = estimator.needs
   data = branch_values.add_values(own, rows, found.forks, needs.branches)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import toys
 from jax.flatten_util import ravel_pytree
+from listed import compose
 
 from experiments import build, online
 from experiments.configs import base
@@ -27,9 +28,8 @@ from jaxrl_llm.tasks.vocabulary import character_tokenizer
 
 EOS, LENGTH, GROUP, COUNT, BRANCHES = 1, 4, 3, 2, 2
 PROMPTS = [{'prompt': 'a'}, {'prompt': 'aaa'}]
-COPIES = (
-  512  # of each prompt in a batch: groups that know nothing of each other
-)
+# Of each prompt in a batch: groups that know nothing of each other.
+COPIES = 512
 KL, BUFFER = 0.5, 2
 
 
@@ -242,27 +242,17 @@ COSTS = (est.penalize_overlong(LENGTH, BUFFER), est.subtract_response_kl(KL))
 
 def trepo(positions, reward=PLAIN, fill=est.hold, **options):
   values = est.branches(COUNT, BRANCHES, positions, **options)
-  return est.estimator(
-    est.chain(*reward, est.gae(1.0, 0.0, values, fill)),
-    est.clipped(0.2),
-    est.sequence_sum(),
-  )
+  credit = est.gae(1.0, 0.0, values, fill)
+  return compose(*reward, credit, loss=est.clipped(0.2))
 
 
 def tree(positions, *reward):
-  return est.estimator(
-    est.chain(*reward, est.tree(COUNT, BRANCHES, positions)),
-    est.clipped(0.2),
-    est.sequence_sum(),
-  )
+  credit = est.tree(COUNT, BRANCHES, positions)
+  return compose(*reward, credit, loss=est.clipped(0.2))
 
 
 def weighted(rule, *reward, baseline=None):
-  return est.estimator(
-    est.chain(*reward, est.weighted_tree(rule, baseline)),
-    est.score_function(),
-    est.sequence_sum(),
-  )
+  return compose(*reward, est.weighted_tree(rule, baseline))
 
 
 RULES = {

@@ -109,6 +109,13 @@ def test_the_record_leaves_missing_rewards_out(model, seen):
   assert again == metrics | {'rewards/r/none': 0}
 
 
+def exactly(config, params, data):
+  prompts = policy.Prompts(tokens=BATCH.tokens, lengths=BATCH.lengths)
+  return toys.exact_statistics(
+    config, params, prompts, data.tokens, GENERATION.decoding
+  )
+
+
 def test_reference_and_rescoring(model, seen):
   config, params = model
   responses, _ = seen
@@ -121,13 +128,8 @@ def test_reference_and_rescoring(model, seen):
     (data.log_probs, params),
     (data.ref_log_probs, reference),
   ):
-    logits = toys.plain_logits(config, weights, responses.prompts, data.tokens)
-    p = toys.adjusted_probabilities(logits, GENERATION.decoding)
-    index = np.asarray(data.tokens)[..., None]
-    chosen = np.take_along_axis(p, index, axis=-1)[..., 0]
-    np.testing.assert_allclose(
-      np.asarray(scored)[mask], np.log(chosen[mask]), atol=1e-5
-    )
+    expected = exactly(config, weights, data)['log_probs']
+    np.testing.assert_allclose(scored[mask], expected[mask], atol=1e-5)
   assert np.abs(data.log_probs - data.sampler_log_probs)[mask].max() <= 1e-5
   assert np.abs(data.log_probs - data.ref_log_probs)[mask].max() > 0.01
 
@@ -137,15 +139,10 @@ def test_entropy_and_score_norms_are_those_of_the_policy(model, seen):
   responses, _ = seen
   data = make(model, responses, Needs(entropy=True, score_norms=True))
   assert data.log_probs is responses.samples.log_probs
-  logits = toys.plain_logits(config, params, responses.prompts, data.tokens)
-  p = toys.adjusted_probabilities(logits, GENERATION.decoding)
-  entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
-  one_hot = np.eye(p.shape[-1])[np.asarray(data.tokens)]
-  norms = np.square(one_hot - p).sum(axis=-1)
-  mask = np.asarray(data.mask)
-  for got, expected in ((data.entropy, entropy), (data.score_norms, norms)):
+  mask, expected = np.asarray(data.mask), exactly(config, params, data)
+  for name in ('entropy', 'score_norms'):
     np.testing.assert_allclose(
-      np.asarray(got)[mask], expected[mask], rtol=0, atol=1e-5
+      data[name][mask], expected[name][mask], rtol=0, atol=1e-5
     )
 
 

@@ -12,6 +12,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
+from trees import assert_same
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import checkpoints as checkpoints_module
@@ -20,7 +21,6 @@ from jaxrl_llm.runs.checkpoints import Checkpoints
 from tests.runs.checkpoints_test import (
   META,
   abstract,
-  assert_same,
   lines,
   make_state,
   manifest_of,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_same
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.runs import orbax_io
@@ -32,19 +33,6 @@ def make_state(seed=0):
     'mask': jnp.array([True, False, True]),
     'absent': None,
   }
-
-
-def raw(leaf):
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  return np.asarray(leaf).tobytes()
-
-
-def assert_same(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    assert x.dtype == y.dtype and x.shape == y.shape
-    assert raw(x) == raw(y)
 
 
 def abstract(state):

@@ -14,12 +14,6 @@ from jaxrl_llm.errors import UserError
 REFERENCE = f'reference/{scripts.WARM:08d}'
 
 
-@pytest.fixture
-def workdir(tmp_path):
-  """A copy of a run that has ended."""
-  return shutil.copytree(scripts.undisturbed(), tmp_path / 'run')
-
-
 @pytest.fixture(scope='module')
 def config():
   return stored_runs.read_config(scripts.undisturbed())

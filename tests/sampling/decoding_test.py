@@ -16,20 +16,14 @@ score = jax.jit(policy.score, static_argnames=('config', 'decoding'))
 
 
 @pytest.mark.parametrize(
-  'prompts, samples',
-  [(64, 1), pytest.param(16, 4, marks=pytest.mark.slow)],
+  'prompts, samples', [(64, 1), pytest.param(16, 4, marks=pytest.mark.slow)]
 )
 def test_rows_that_go_on_alone_are_sampled_as_before(prompts, samples):
   config, params = toys.make_policy('llama', max_length=160)
   given = toys.make_prompts([1 + i % 5 for i in range(prompts)])
+  settings = dict(samples=samples, max_tokens=T, eos_ids=EOS)
   found, cache = sampling.sample_and_keep(
-    config,
-    params,
-    given,
-    jax.random.key(0),
-    samples=samples,
-    max_tokens=T,
-    eos_ids=EOS,
+    config, params, given, jax.random.key(0), **settings
   )
   lengths = np.asarray(found.mask).sum(axis=2)
   # More than a quarter ends early, and more than one row goes on.
@@ -45,16 +39,8 @@ def test_rows_that_go_on_alone_are_sampled_as_before(prompts, samples):
   np.testing.assert_array_equal(ends.any(axis=2), found.finished[..., 0])
   # Fresh continuations read what the rows wrote, before and after.
   positions = jnp.asarray(np.maximum(lengths - 1, 0)[..., None], jnp.int32)
-  branches, _ = sampling.fork(
-    config,
-    params,
-    cache,
-    found,
-    positions,
-    jax.random.key(1),
-    branches=1,
-    eos_ids=EOS,
-  )
+  forked = cache, found, positions, jax.random.key(1)
+  branches, _ = sampling.fork(config, params, *forked, branches=1, eos_ids=EOS)
   tokens = np.array(found.tokens)
   for p, g in np.ndindex(lengths.shape):
     at = lengths[p, g] - 1

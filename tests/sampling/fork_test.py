@@ -33,28 +33,17 @@ def rollout(name, decoding, rows=None, samples=SAMPLES):
   Returns:
     Model, prompts, responses, positions, branches and their `Work`.
   """
-  config, params = toys.make_policy(name)
-  prompts = toys.make_prompts([6, 1, 3, 2])
+  model, prompts = toys.make_policy(name), toys.make_prompts([6, 1, 3, 2])
   settings = dict(decoding=decoding, eos_ids=EOS, pad_id=PAD)
   responses, cache = sampling.sample_and_keep(
-    config, params, prompts, KEY, samples=samples, max_tokens=T, **settings
+    *model, prompts, KEY, samples=samples, max_tokens=T, **settings
   )
   inside = np.asarray(responses.mask)[..., 1:]
   positions = np.where(inside, np.arange(1, T), 0).astype(np.int32)
-  forked, work = sampling.fork(
-    config,
-    params,
-    cache,
-    responses,
-    jnp.asarray(positions),
-    jax.random.key(1),
-    branches=BRANCHES,
-    statistics=STATISTICS,
-    rows=rows,
-    **settings,
-  )
-  forked, work = jax.device_get((forked, work))
-  return config, params, prompts, responses, positions, forked, work
+  given = cache, responses, jnp.asarray(positions), jax.random.key(1)
+  settings |= dict(branches=BRANCHES, statistics=STATISTICS, rows=rows)
+  forked, work = jax.device_get(sampling.fork(*model, *given, **settings))
+  return *model, prompts, responses, positions, forked, work
 
 
 def joined(responses, positions, forked):
@@ -117,29 +106,22 @@ def test_statistics_are_those_of_the_whole_response(name, samples):
 
 
 @pytest.mark.parametrize(
-  'name',
-  mostly_slow(['llama', 'gemma', 'gpt2'], 'llama'),
+  'name', mostly_slow(['llama', 'gemma', 'gpt2'], 'llama')
 )
 def test_greedy_branches_are_those_of_a_full_prefill(name):
   config, params, prompts, responses, positions, *_ = rollout(
     name, MODELS[name]
   )
+  model = config, params
   greedy = Decoding(temperature=0.0, num_tokens=11)
-  settings = dict(decoding=greedy, eos_ids=EOS, pad_id=PAD)
-  again, cache = sampling.sample_and_keep(
-    config,
-    params,
-    prompts,
-    KEY,
-    samples=SAMPLES,
-    max_tokens=T,
-    **(settings | dict(decoding=MODELS[name])),
-  )
+  ends = dict(eos_ids=EOS, pad_id=PAD)
+  settings = dict(decoding=greedy, **ends)
+  sizes = dict(samples=SAMPLES, max_tokens=T, decoding=MODELS[name])
+  again, cache = sampling.sample_and_keep(*model, prompts, KEY, **sizes, **ends)
   np.testing.assert_array_equal(again.tokens, responses.tokens)
+  given = cache, responses, positions, KEY
   forked, _ = jax.device_get(
-    sampling.fork(
-      config, params, cache, responses, positions, KEY, branches=1, **settings
-    )
+    sampling.fork(*model, *given, branches=1, **settings)
   )
   width = prompts.tokens.shape[1] + T
   rows, lengths, places = [], [], []
@@ -153,16 +135,10 @@ def test_greedy_branches_are_those_of_a_full_prefill(name):
       rows.append(np.pad(row, (0, width - len(row))))
       lengths.append(len(row))
       places.append((p, g, m))
+  tokens, lengths = np.array(rows, np.int32), np.array(lengths, np.int32)
+  prompts = Prompts(tokens=tokens, lengths=lengths)
   whole = sampling.sample(
-    config,
-    params,
-    Prompts(
-      tokens=np.array(rows, np.int32), lengths=np.array(lengths, np.int32)
-    ),
-    KEY,
-    samples=1,
-    max_tokens=T,
-    **settings,
+    *model, prompts, KEY, samples=1, max_tokens=T, **settings
   )
   for i, place in enumerate(places):
     left = T - positions[place]
@@ -202,22 +178,14 @@ def test_nothing_is_prefilled(monkeypatch):
     return apply(config, params, tokens, cache)
 
   monkeypatch.setattr(transformer, 'apply', watched)
-  config, params = toys.make_policy('llama')
+  model = toys.make_policy('llama')
   responses, cache = sampling.sample_and_keep(
-    config, params, toys.make_prompts([3, 2]), KEY, samples=2, max_tokens=T
+    *model, toys.make_prompts([3, 2]), KEY, samples=2, max_tokens=T
   )
   read.clear()
-  jax.make_jaxpr(
-    lambda key: sampling.fork.__wrapped__(
-      config,
-      params,
-      cache,
-      responses,
-      jnp.full((2, 2, 1), 2),
-      key,
-      branches=3,
-    )
-  )(KEY)
+  given = *model, cache, responses, jnp.full((2, 2, 1), 2)
+  fork = functools.partial(sampling.fork.__wrapped__, *given, branches=3)
+  jax.make_jaxpr(fork)(KEY)
   assert read == [(12, 1)]
 
 
@@ -273,20 +241,11 @@ def test_a_branch_has_what_the_response_had_left():
 
 
 def test_no_branches_or_no_room_is_refused():
-  config, params = toys.make_policy('llama')
-  prompts = toys.make_prompts([2])
+  model, prompts = toys.make_policy('llama'), toys.make_prompts([2])
   for branches, max_tokens, rows in ((0, 4, None), (2, 1, None), (2, 4, 0)):
     responses, cache = sampling.sample_and_keep(
-      config, params, prompts, KEY, samples=1, max_tokens=max_tokens
+      *model, prompts, KEY, samples=1, max_tokens=max_tokens
     )
+    given = cache, responses, jnp.ones((1, 1, 1), jnp.int32), KEY
     with pytest.raises(UserError, match='at least 1|branches='):
-      sampling.fork(
-        config,
-        params,
-        cache,
-        responses,
-        jnp.ones((1, 1, 1), jnp.int32),
-        KEY,
-        branches=branches,
-        rows=rows,
-      )
+      sampling.fork(*model, *given, branches=branches, rows=rows)

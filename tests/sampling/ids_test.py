@@ -71,31 +71,18 @@ def test_no_branch_draws_one(fields):
   responses, cache = sampling.sample_and_keep(
     *padded_model(), PROMPTS, jax.random.key(0), decoding=decoding, **SETTINGS
   )
-  forked, _ = sampling.fork(
-    *padded_model(),
-    cache,
-    responses,
-    jnp.asarray(np.broadcast_to(places, (8, 256, 2))),
-    jax.random.key(1),
-    branches=1,
-    decoding=decoding,
-    eos_ids=SETTINGS['eos_ids'],
-  )
+  at = jnp.asarray(np.broadcast_to(places, (8, 256, 2)))
+  given = cache, responses, at, jax.random.key(1)
+  settings = dict(decoding=decoding, eos_ids=SETTINGS['eos_ids'])
+  forked, _ = sampling.fork(*padded_model(), *given, branches=1, **settings)
   assert written(forked).size == 8 * 256 * (2 * T - places.sum())
   for found in (responses, forked):
     assert written(found).size > 100_000 and written(found).max() < KNOWN
 
 
 def test_the_limit_is_what_keeps_them_out():
-  config, params = padded_model()
-  samples = sampling.sample(
-    config,
-    params,
-    toys.make_prompts([3, 1], vocab_size=KNOWN),
-    jax.random.key(0),
-    samples=8,
-    max_tokens=4,
-  )
+  given = toys.make_prompts([3, 1], vocab_size=KNOWN), jax.random.key(0)
+  samples = sampling.sample(*padded_model(), *given, samples=8, max_tokens=4)
   assert (np.asarray(samples.tokens) >= KNOWN).all()
 
 

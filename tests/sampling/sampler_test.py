@@ -16,7 +16,7 @@ from jaxrl_llm import sampling
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.sampling import policy
-from jaxrl_llm.sampling.policy import Decoding, Prompts
+from jaxrl_llm.sampling.policy import Decoding
 
 GREEDY = Decoding(temperature=0.0)
 KEY = jax.random.key(0)
@@ -52,43 +52,22 @@ def test_sampler_is_scorer(name, decoding, pad_id):
   """
   config, params = toys.make_policy(name)
   prompts = toys.make_prompts([6, 1, 3, 2])
-  samples = sampling.sample(
-    config,
-    params,
-    prompts,
-    KEY,
-    samples=24,
-    max_tokens=5,
-    decoding=decoding,
-    eos_ids=(4, 7),
-    pad_id=pad_id,
-    statistics=('entropy', 'score_norms'),
-  )
+  settings = dict(decoding=decoding, eos_ids=(4, 7), pad_id=pad_id)
+  settings |= dict(samples=24, max_tokens=5)
+  settings['statistics'] = ('entropy', 'score_norms')
+  samples = sampling.sample(config, params, prompts, KEY, **settings)
   assert_well_formed(samples, (4, 7), pad_id)
   mask, tokens = np.asarray(samples.mask), np.asarray(samples.tokens)
   assert mask.all(axis=-1).any() and not mask.all()
   assert {4, 7} <= set(tokens[mask].tolist())
   assert len(np.unique(tokens.reshape(-1, 5), axis=0)) > 12
   scored = score(config, params, prompts, tokens, decoding)
-  for field in ('log_probs', 'entropy', 'score_norms'):
-    difference = np.abs(scored[field] - samples[field])
-    assert difference[mask].max() <= 1e-5
-    assert (np.asarray(samples[field])[~mask] == 0).all()
-  logits = toys.plain_logits(config, params, prompts, tokens)
-  p = toys.adjusted_probabilities(logits, decoding)
-  chosen = np.take_along_axis(p, tokens[..., None], axis=-1)[..., 0][mask]
-  np.testing.assert_allclose(
-    np.asarray(samples.log_probs)[mask], np.log(chosen), atol=1e-5
-  )
-  p, chosen = p[mask], np.eye(p.shape[-1])[tokens[mask]]
-  entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
-  norms = np.square(chosen - p).sum(axis=-1)
-  np.testing.assert_allclose(
-    np.asarray(samples.entropy)[mask], entropy, atol=1e-5
-  )
-  np.testing.assert_allclose(
-    np.asarray(samples.score_norms)[mask], norms, atol=1e-5
-  )
+  exact = toys.exact_statistics(config, params, prompts, tokens, decoding)
+  for field, expected in exact.items():
+    found = np.asarray(samples[field])
+    assert np.abs(scored[field] - found)[mask].max() <= 1e-5
+    assert (found[~mask] == 0).all()
+    np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
 
 
 def assert_frequencies(counts, probabilities):
@@ -109,17 +88,9 @@ def test_frequencies_of_whole_sequences():
   prompts = toys.make_prompts([1, 4], vocab_size=6)
   decoding, eos = Decoding(temperature=1.5), 2
   count = 20_000
-  samples = sampling.sample(
-    config,
-    params,
-    prompts,
-    jax.random.key(5),
-    samples=count,
-    max_tokens=2,
-    decoding=decoding,
-    eos_ids=(eos,),
-    pad_id=eos,
-  )
+  settings = dict(decoding=decoding, eos_ids=(eos,), pad_id=eos)
+  key, sizes = jax.random.key(5), dict(samples=count, max_tokens=2)
+  samples = sampling.sample(config, params, prompts, key, **sizes, **settings)
   every = np.array([[[a, 0] for a in range(6)]] * 2, np.int32)
   logits = toys.plain_logits(config, params, prompts, every)
   p = toys.adjusted_probabilities(logits, decoding)
@@ -216,33 +187,8 @@ def test_decoding_stops_when_every_row_has_ended():
 
 
 def greedy(config, params, prompts):
-  return sampling.sample(
-    config,
-    params,
-    prompts,
-    KEY,
-    samples=1,
-    max_tokens=12,
-    decoding=GREEDY,
-    eos_ids=(1,),
-  )
-
-
-@pytest.mark.slow
-def test_neither_width_nor_company_changes_greedy_output():
-  config, params = toys.make_policy()
-  prompts = toys.make_prompts([4, 1, 2], width=9)
-  together = greedy(config, params, prompts)
-  for i, size in enumerate(prompts.lengths):
-    alone = Prompts(
-      tokens=prompts.tokens[i : i + 1, :4], lengths=prompts.lengths[i : i + 1]
-    )
-    single = greedy(config, params, alone)
-    np.testing.assert_array_equal(single.tokens[0], together.tokens[i])
-    np.testing.assert_allclose(
-      single.log_probs[0], together.log_probs[i], atol=1e-5
-    )
-    assert size <= 4
+  settings = dict(decoding=GREEDY, eos_ids=(1,), samples=1, max_tokens=12)
+  return sampling.sample(config, params, prompts, KEY, **settings)
 
 
 def test_greedy_is_that_of_transformers(tmp_path):
@@ -251,7 +197,7 @@ def test_greedy_is_that_of_transformers(tmp_path):
 
   config, params = toys.make_policy()
   folders.save(tmp_path / 'model', config, params)
-  prompts = toys.make_prompts([4, 1])
+  prompts = toys.make_prompts([4, 1], width=9)
   samples = greedy(config, params, prompts)
   with tiny_models.quiet():
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -272,13 +218,9 @@ def test_greedy_is_that_of_transformers(tmp_path):
 
 
 def test_samples_depend_on_the_key_alone():
-  config, params = toys.make_policy()
-  prompts = toys.make_prompts([3, 1])
-  run = lambda key: np.asarray(
-    sampling.sample(
-      config, params, prompts, key, samples=2, max_tokens=4
-    ).tokens
-  )
+  given = *toys.make_policy(), toys.make_prompts([3, 1])
+  sample = functools.partial(sampling.sample, *given, samples=2, max_tokens=4)
+  run = lambda key: np.asarray(sample(key).tokens)
   np.testing.assert_array_equal(run(KEY), run(KEY))
   assert (run(KEY) != run(jax.random.key(1))).any()
 

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import scripts
 
 from experiments import data
 from jaxrl_llm.errors import UserError
@@ -14,11 +15,6 @@ def raw(path):
   read = gzip.open if path.suffix == '.gz' else open
   with read(path, 'rt', encoding='utf-8') as lines:
     return [json.loads(line) for line in lines]
-
-
-def write(path, rows):
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  return path
 
 
 def test_human_eval_is_read_whole(shared):
@@ -108,10 +104,10 @@ MBPP = dict(
   ],
 )
 def test_what_is_not_mbpp_is_refused(tmp_path, change, text):
-  path = write(tmp_path / 'mbpp.jsonl', [MBPP | change])
+  path = scripts.write_rows(tmp_path / 'mbpp.jsonl', [MBPP | change])
   with pytest.raises(UserError, match=text) as caught:
     code.mbpp(path, 'train')
-  assert str(path) in str(caught.value)
+  assert path in str(caught.value)
 
 
 def test_entry_points_that_cannot_be_known(tmp_path):
@@ -120,7 +116,9 @@ def test_entry_points_that_cannot_be_known(tmp_path):
     dict(code='def f(): 1\ndef g(): 2', test_list=['f() + g()']),
     dict(code='f = len'),
   ]
-  path = write(tmp_path / 'a.jsonl', [MBPP | change for change in changes])
+  path = scripts.write_rows(
+    tmp_path / 'a.jsonl', [MBPP | change for change in changes]
+  )
   found = [row['entry_point'] for row in code.mbpp(path, 'train')]
   assert found == ['f', '', '']
 
@@ -132,7 +130,7 @@ def test_other_mistakes_are_named(tmp_path):
     code.mbpp(tmp_path, 'train', 0)
   with pytest.raises(UserError, match='holds no mbpp.jsonl'):
     code.mbpp(tmp_path, 'train')
-  path = write(tmp_path / 'h.jsonl', [dict(prompt='p', test='t')])
+  path = scripts.write_rows(tmp_path / 'h.jsonl', [dict(prompt='p', test='t')])
   with pytest.raises(UserError, match='row 0: the column canonical_solution'):
     code.human_eval(path)
 

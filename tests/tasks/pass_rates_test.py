@@ -1,8 +1,7 @@
 """Pass rates from a file, and the prompts that they leave."""
 
-import json
-
 import pytest
+import scripts
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import pass_rates
@@ -11,8 +10,7 @@ ROWS = [{'prompt': p, 'answer': p * 2} for p in ('a', 'b', 'c', 'd', 'b')]
 
 
 def write(path, *records):
-  path.write_text(''.join(json.dumps(r) + '\n' for r in records))
-  return str(path)
+  return scripts.write_rows(path, records)
 
 
 def record(prompt, rate, samples=8):

@@ -1,10 +1,11 @@
 """The step as a value: what it leaves to its caller, and what it refuses."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import steps
+import trees
 
 from jaxrl_llm import estimators as est
 from jaxrl_llm import minibatches, rollouts, training
@@ -64,10 +65,7 @@ def test_steps_leave_the_callers_parameters_usable(name, params):
     assert sampled.advantages.shape == (4, 4)
     assert len(sampled.responses.completions) == 16
   jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(params))
-  moved = jax.tree.map(
-    lambda x, y: jnp.abs(x - y).max(), params, state.trainable['policy']
-  )
-  assert max(jax.tree.leaves(moved)) > 0
+  assert steps.moved(params, state.trainable['policy']) > 0
   assert int(state.updates) == 2
 
 
@@ -82,11 +80,7 @@ def test_a_step_is_a_function_of_state_prompts_and_key(params):
     results.append((state, metrics, sampled.responses.completions))
   (one, _, texts), (two, _, again) = results
   assert texts == again
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-    one.trainable,
-    two.trainable,
-  )
+  trees.assert_close(one.trainable, two.trainable)
 
 
 def test_epochs_differ_in_order_and_running_numbers_move(params, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import toys
+from trees import assert_same
 
 from jaxrl_llm import estimators as est
 from jaxrl_llm import training
@@ -24,6 +25,7 @@ from tests.training.critic_test import read_folder, responses_of, reward_model
 VOCABULARY = tiny_models.VOCABULARY
 # Of the tokens that are drawn, none pads.
 PADDING = VOCABULARY - 1
+SCORES = 'SequenceClassification'
 
 
 def torch_scores(model, texts):
@@ -176,25 +178,6 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     folder_rm.load_reward_model(tmp_path / 'model')
 
 
-def reopen(folder):
-  """The torch model of a folder, opened without one complaint."""
-  import transformers
-
-  opened = transformers.AutoModelForSequenceClassification
-  model, report = opened.from_pretrained(
-    folder, output_loading_info=True, attn_implementation='eager'
-  )
-  assert not any(report.values()), report
-  return model.eval()
-
-
-def assert_same(first, second):
-  assert jax.tree.structure(first) == jax.tree.structure(second)
-  for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 @pytest.mark.parametrize('name', ['llama', 'qwen3', 'gemma3_text', 'gpt2'])
 def test_a_saved_trunk_opens_in_transformers(name, tmp_path):
   """Its scores equal the original's to the last bit."""
@@ -205,7 +188,7 @@ def test_a_saved_trunk_opens_in_transformers(name, tmp_path):
     config, trunk, score = read_folder(tmp_path / 'original')
     params = critic.separate(config).init(trunk, score)
     folders.save_trunk(tmp_path / 'copy', config, trunk, params['value'])
-    copy = reopen(tmp_path / 'copy')
+    copy = tiny_models.reopen(tmp_path / 'copy', SCORES)
   assert copy.config.num_labels == 1
   np.testing.assert_array_equal(
     torch_scores(copy, texts), torch_scores(original, texts)
@@ -226,7 +209,7 @@ def test_a_trunk_of_a_real_model_with_its_tokenizer(shared, tmp_path):
   head = value_head.init_head(config, score)
   folders.save_trunk(tmp_path / 'rm', config, trunk, head, source=source)
   with tiny_models.quiet():
-    model = reopen(tmp_path / 'rm')
+    model = tiny_models.reopen(tmp_path / 'rm', SCORES)
   tokenizer = folders.load_tokenizer(tmp_path / 'rm')
   assert model.config.pad_token_id == tokenizer.pad_token_id
   texts = ['Once upon a time', 'Lily', 'The big red dog ran up the hill.']
