@@ -1,7 +1,8 @@
 """Audit of `compare_trees.py` at half of RLOO's budget, on the spare seed.
 
     python -m experiments.train --workdir=runs/half_paths \\
-      --config=experiments/configs/audit_trees.py:paths
+      --config=experiments/configs/audit_trees.py:paths \\
+      --config.model.path=runs/compare_trees_paths/init/hf
     python -m experiments.studies.audit --workdir=runs/audit_paths \\
       --run=runs/half_paths --estimators=experiments/configs/audit_trees.py \\
       --tokens=50_000 --reference_tokens=400_000 --branches=64
@@ -19,13 +20,14 @@ _BRANCHES = 64
 
 
 def get_config(task: str = 'arithmetic') -> ConfigDict:
-  """Configures RLOO for half of the comparison's tokens."""
+  """Configures RLOO for half of the comparison's tokens, from its model."""
   comparison = compare_trees.get_config(task)
   config = comparison.base
   (rloo,) = (m for m in comparison.methods if m['label'] == 'rloo')
   config.optimizer.update(rloo['optimizer'])
   config.rollout.update(rloo['rollout'])
   config.update(seed=100, tokens=comparison.tokens // 2)
+  config.warm_start.steps = 0
   return config
 
 
