@@ -61,17 +61,20 @@ def measure(
     temperature=config.rollout.temperature,
   )
   respond = functools.partial(
-    rollouts.generate,
+    sampling.sample_and_keep,
     model.config,
     model.params,
-    batch,
-    generation,
-    sampler=sampling.sample_and_keep,
+    rollouts.to_prompts(batch),
+    samples=generation.samples,
+    max_tokens=generation.max_tokens,
+    decoding=generation.decoding,
+    eos_ids=generation.eos_ids,
+    pad_id=generation.pad_id,
   )
   records = []
   for number in range(rounds + 1):
     keys = jax.random.split(jax.random.key(number), 3)
-    (_, (responses, cache)), seconds = _time(lambda key=keys[0]: respond(key))
+    (responses, cache), seconds = _time(lambda key=keys[0]: respond(key))
     fork_positions = jax.block_until_ready(
       branches.draw_fork_positions(
         wanted, responses.tokens, responses.mask, None, keys[1]
