@@ -1,8 +1,8 @@
 """Rollouts as plain Python lists, for formulas written as nested loops."""
 
-import dataclasses
 import functools
 import math
+import types
 
 import jax
 import numpy as np
@@ -10,30 +10,8 @@ import pytest
 from toys import CLIP, RECIPES, random_rollouts, rows_for, with_tree_rows
 
 
-@dataclasses.dataclass
-class Response:
-  """A valid response: numbers, and lists over its tokens."""
-
-  place: int
-  reward: float
-  greedy: float
-  length: int
-  new: list
-  old: list
-  ref: list
-  entropy: list
-  norms: list
-  values: list
-  new_values: list
-  forks: dict
-  weighted_forks: dict
-  parent: int
-  forked_at: int
-  weights: list
-
-
 def groups_of(rollouts, outputs):
-  """The valid responses of each prompt."""
+  """The valid responses of each prompt: numbers, and lists over tokens."""
   torch = pytest.importorskip('torch')
   leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)
   if rollouts.parents is None:
@@ -50,7 +28,7 @@ def groups_of(rollouts, outputs):
     forks = [t for t in range(1, length) if rollouts.branch_mask[p, g, t]]
     at_forks = lambda x, p=p, g=g, at=forks: {t: float(x[p, g, t]) for t in at}
     groups[-1].append(
-      Response(
+      types.SimpleNamespace(
         place=g,
         reward=float(rollouts.rewards[p, g, 0]),
         greedy=float(rollouts.greedy_rewards[p, 0, 0]),
