@@ -256,12 +256,6 @@ def wait_until(condition, script: Script, seconds: float = 600) -> None:
     time.sleep(0.001)
 
 
-def xla_flags(devices: int) -> str:
-  """XLA_FLAGS of a process of so many CPU devices, among the present ones."""
-  present = os.environ.get('XLA_FLAGS', '')
-  return f'{present} --xla_force_host_platform_device_count={devices}'
-
-
 def shared_folder() -> pathlib.Path:
   """A folder that lives as long as the test session, for all its workers."""
   return pathlib.Path(os.environ[FOLDER])
