@@ -237,23 +237,29 @@ def tree_credit(i, t, group, reward):
   return reward(i) - mean([own, *others]), share
 
 
+def added(groups):
+  """(group, row, t) of the tokens that rows with a valid parent have added."""
+  for group in groups:
+    places = {i.place for i in group}
+    group = [i for i in group if i.parent in places]
+    for i in group:
+      for t in range(i.forked_at, i.length):
+        yield group, i, t
+
+
+def num_whole(groups):
+  return sum(i.parent == i.place for group in groups for i in group)
+
+
 def tree_surrogate(beta):
   """The clipped loss of the tree estimator, the KL part of the reward."""
 
-  def reward(i):
-    return earned(i, beta)
-
   def formula(groups, running):
-    total, count = 0.0, 0
-    for group in groups:
-      places = {i.place for i in group}
-      group = [i for i in group if i.parent in places]
-      count += len([i for i in group if not i.forked_at])
-      for i in group:
-        for t in range(i.forked_at, i.length):
-          a, share = tree_credit(i, t, group, reward)
-          total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
-    return -total / count
+    total = 0.0
+    for group, i, t in added(groups):
+      a, share = tree_credit(i, t, group, lambda j: earned(j, beta))
+      total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
+    return -total / num_whole(groups)
 
   return formula
 
@@ -279,19 +285,14 @@ def weighted_nodes(beta, loss):
   """Each node's weight times the loss of its leaves' mean reward."""
 
   def formula(groups, running):
-    total, count = 0.0, 0
-    for group in groups:
-      places = {i.place for i in group}
-      group = [i for i in group if i.parent in places]
-      count += len([i for i in group if i.parent == i.place])
-      for i in group:
-        for t in range(i.forked_at, i.length):
-          below = [
-            j.weights[-1] * earned(j, beta)
-            for j in group
-            if j.length and shared_tokens(i, j, group) > t
-          ]
-          total += i.weights[t] * loss(i, t, sum(below) / i.weights[t])
-    return -total / count
+    total = 0.0
+    for group, i, t in added(groups):
+      below = [
+        j.weights[-1] * earned(j, beta)
+        for j in group
+        if j.length and shared_tokens(i, j, group) > t
+      ]
+      total += i.weights[t] * loss(i, t, sum(below) / i.weights[t])
+    return -total / num_whole(groups)
 
   return formula
