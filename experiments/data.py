@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import arithmetic as arithmetic_lib
 from jaxrl_llm.tasks import code, datasets, pairs, splits
+from jaxrl_llm.tasks import paths as paths_lib
 from jaxrl_llm.tasks import text as text_lib
 
 
@@ -36,6 +37,7 @@ def arithmetic(
   modulus: int | None = None,
   largest: int | None = None,
   careless: float = 0.0,
+  careless_per: str = 'solution',
 ) -> Data:
   """Generates expressions; only the first `demonstrations` show their steps.
 
@@ -43,8 +45,9 @@ def arithmetic(
     train, held_out: numbers of problems, no prompt in both.
     demonstrations: number of training problems with worked steps.
     seed: of the problems.
-    operations, operands, operators, modulus, largest, careless: difficulty, and
-      the share of wrong solutions: see `jaxrl_llm.tasks.arithmetic.generate`.
+    operations, operands, operators, modulus, largest: difficulty, and
+    careless, careless_per: wrong steps: see
+      `jaxrl_llm.tasks.arithmetic.generate`.
   """
   for name, pair in (('operations', operations), ('operands', operands)):
     if len(pair) != 2:
@@ -60,6 +63,32 @@ def arithmetic(
     modulus=modulus,
     largest=largest,
     careless=careless,
+    careless_per=careless_per,
+  )
+  rest, held = splits.split(rows, held_out, seed)
+  return Data(rest, held, rest[:demonstrations])
+
+
+def paths(
+  train: int = 20_000,
+  held_out: int = 512,
+  demonstrations: int = 20_000,
+  seed: int = 0,
+  distance: Sequence[int] = (2, 8),
+  careless: float = 0.0,
+) -> Data:
+  """Generates graphs; paths to a goal are the solutions.
+
+  Args:
+    train, held_out: numbers of problems.
+    demonstrations: number of training problems with a walk.
+    seed: of the problems.
+    distance, careless: least and greatest steps to the goal, and the share of
+      careless walks: see `jaxrl_llm.tasks.paths.generate`.
+  """
+  least, greatest = distance
+  rows = paths_lib.generate(
+    train + held_out, seed, distance=(least, greatest), careless=careless
   )
   rest, held = splits.split(rows, held_out, seed)
   return Data(rest, held, rest[:demonstrations])

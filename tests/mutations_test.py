@@ -118,6 +118,38 @@ BROKEN = {
       '(total + value) / (count + 1), value',
       'jnp.where(count > 0, total / jnp.maximum(count, 1), value), value',
     ),
+    'its own response mixed into the baseline': (
+      'jnp.where(rows.whole, root, 0.0).sum(axis=1, keepdims=True) - root\n',
+      'jnp.where(rows.whole, root, 0.0).sum(axis=1, keepdims=True)\n',
+    ),
+    'a mix whose noise is not divided': (
+      'spread + noise / max(samples - 1, 1)',
+      'spread + noise',
+    ),
+  },
+  'estimators/prefixes.py': {
+    'siblings that share the token, too': (
+      'mean_over(before, scored)',
+      'mean_over(siblings(rollouts)[1], scored)',
+    ),
+    'its own reward among the siblings': (
+      '~jnp.eye(equal.shape[1], dtype=bool)',
+      'jnp.ones(equal.shape[1:3], bool)',
+    ),
+    'the prior is spread over noise': (
+      'noise / jnp.maximum(spread, _TINY)',
+      'spread / jnp.maximum(noise, _TINY)',
+    ),
+  },
+  'audit/trees.py': {
+    'sizes of trees that shrink': (
+      'weights=tokens[some]).x',
+      'weights=tokens[some], increasing=False).x',
+    ),
+    'noise of values counted as uncertainty': (
+      'np.square(after - values) - noise - further',
+      'np.square(after - values)',
+    ),
   },
   ('estimators/advantages.py', 'estimators/values_test.py'): {
     'branches that are scored without what shapes responses': (
@@ -224,10 +256,8 @@ BROKEN = {
       '  highest = jnp.where(valid, x, -jnp.inf)',
       '  highest = jnp.where(True, x, -jnp.inf)',
     ),
-    'equal rewards divided by their rounding, in a group': (
-      'return jnp.where(varies(advantages, valid), standardized, 0.0)',
-      'return standardized',
-    ),
+  },
+  ('estimators/baselines.py', 'estimators/contracts_test.py'): {
     'the rounding of equal rewards, without siblings': (
       'centred = scale * (advantages - group_mean(advantages, valid))\n'
       '    return jnp.where(varies(advantages, valid), centred, 0.0)',
@@ -327,8 +357,8 @@ BROKEN = {
       'outcome.result() for outcome in self._outcomes[::-1]',
     ),
     'a reply without the token of its request': (
-      'if answered == token and',
-      'if',
+      'if answered == token:',
+      'if True:',
     ),
     'a sample pays for an earlier one': (
       "if used and reply[0] != 'timeout':",
@@ -383,14 +413,14 @@ BROKEN = {
   },
   ('rewards/sandbox_child.py', 'rewards/sandbox_test.py'): {
     'the limit of processes is not set': (
-      "limits['RLIMIT_NPROC'] = values['processes']",
+      "limits['RLIMIT_NPROC'] = settings['processes']",
       'pass',
     ),
   },
   'rewards/sandbox_harness.py': {
     "the program's built-in functions": (
-      "return name[:2] != '__' and not hasattr(builtins, name)",
-      "return name[:2] != '__'",
+      'name in used if not hasattr(builtins, name)}',
+      'name in used}',
     ),
     "the program's version of a module": (
       'and name in sys.stdlib_module_names:',
@@ -407,8 +437,8 @@ BROKEN = {
   },
   ('rewards/sandbox_values.py', 'rewards/sandbox_harness_test.py'): {
     'bytes name any function': (
-      "if tag == b'Y' and text in _TYPES:",
-      "if tag == b'Y':",
+      'return _NAMED[text]',
+      'return getattr(builtins, text)',
     ),
   },
   ('rewards/sandbox_harness.py', 'rewards/code_test.py'): {

@@ -14,8 +14,8 @@ def trepo_values_interpolated(count: int = 2, samples: int = 4):
   return est.trepo(count, samples, fill=est.interpolate_values)
 
 
-def trepo_published(count: int = 4, samples: int = 4):
-  """Builds TRePO as published; each token takes two positions."""
+def trepo_interpolated(count: int = 4, samples: int = 4):
+  """Builds TRePO's most literal reading; each token takes two positions."""
   return est.trepo(count, samples, fill=est.interpolate_advantages)
 
 
@@ -34,6 +34,6 @@ def get_estimators():
       'trepo', count=2, samples=4, score_weighted=True
     ),
     'TRePO, values interpolated': named(f'{_HERE}:trepo_values_interpolated'),
-    'TRePO as published': named(f'{_HERE}:trepo_published'),
+    'TRePO, advantages interpolated': named(f'{_HERE}:trepo_interpolated'),
     'TRePO, tree': named('trepo_tree', count=2, samples=4),
   }

@@ -27,10 +27,10 @@ _EQUALS = 3 + arithmetic.ALPHABET.index('=')  # after three special tokens
 _FILE = 'experiments/configs/compare_arithmetic.py'
 
 
-def trepo_published(
+def trepo_interpolated(
   count: int, samples: int, clip: float = 0.2, kl: float = 0.0
 ):
-  """Builds TRePO in the most literal reading of its paper.
+  """Builds the most literal reading of TRePO.
 
   Args:
     count: positions per response: two for each token with a known advantage.
@@ -102,7 +102,7 @@ def methods() -> tuple[dict, ...]:
   """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4)
   uncertain = dict(name='entropy_sum', nats=0.5)
-  published = dict(name=f'{_FILE}:trepo_published', count=4, samples=4)
+  interpolated = dict(name=f'{_FILE}:trepo_interpolated', count=4, samples=4)
   critic = dict(critic=dict(optimizer=dict(learning_rate=1e-3), warmup=5))
   rounds = dict(sampling=5, batch=64, per_prompt=4)
   return (
@@ -112,7 +112,9 @@ def methods() -> tuple[dict, ...]:
     method('grpo', 'GRPO', kl=0.0),
     method('dr_grpo', 'Dr. GRPO', max_length=22),
     method('ppo', 'PPO') | critic,
-    method('trepo_published', 'TRePO as published', **published)
+    method(
+      'trepo_interpolated', 'TRePO, advantages interpolated', **interpolated
+    )
     | groups(10, 4),
     method('trepo', 'TRePO, hold', **branched) | groups(16, 4),
     method('trepo_tree', 'TRePO, tree', **branched) | groups(16, 4),

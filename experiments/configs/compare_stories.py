@@ -107,7 +107,7 @@ def methods() -> tuple[dict, ...]:
   }
   prompts = {
     'remax': 64,
-    'trepo_published': 4,
+    'trepo_interpolated': 4,
     'trepo': 6,
     'trepo_tree': 6,
     'trepo_uncertain': 6,

@@ -9,17 +9,20 @@ The model and the task are those of a run, or of a configuration that names a
 model.  Every estimator's gradient is drawn repeatedly, on the same fixed
 prompts, through the code that trains, until it has cost --tokens generated
 tokens; it is compared with the mean of a large sample of RLOO's.  The prompts
-are fixed: the noise is that of responses and branches alone.
+are fixed: the noise is that of responses and branches alone.  What the choice
+of prompts adds is measured with the reference on others.
 
 Values of states inside responses (means of few branches, means of the prompt's
-other responses, a critic's) are compared with the mean return of many branches.
+other responses, a critic's) are compared with the mean return of many branches,
+which also show what trees can gain.
 
   audit.json, audit.md, audit.png, values.png
   draws/            sketches of the gradients, used again by the next audit
 
 --estimators names a file whose get_estimators() returns {label:
-dict(algorithm=…, rollout=…)}: an algorithm as in configurations, and changes of
-the sampling.  The label 'reference' replaces RLOO; it has to be unbiased.
+dict(algorithm=…, rollout=…, free=…)}: an algorithm as in configurations,
+changes of the sampling, and whether the tokens of branches are not counted.
+The label 'reference' replaces RLOO; it has to be unbiased.
 
 The files of --config and --estimators are executed.  Functions that a run's
 configuration names as file.py:function or module:function are executed with
@@ -36,7 +39,7 @@ import jax
 from absl import flags
 
 from experiments import cli
-from experiments.studies import audit_draws, audit_values
+from experiments.studies import audit_draws, audit_trees, audit_values
 from jaxrl_llm import audit as gradients
 from jaxrl_llm import naming, runs
 from jaxrl_llm.atomic import as_json
@@ -85,13 +88,14 @@ def audit(
   specs = {_REFERENCE: dict(algorithm=dict(name='rloo'))} | specs
   # All are checked before hours go into one of them.
   configs = {
-    label: audit_draws.variant(subject, label, spec)
+    label: audit_draws.variant(subject, label, spec, len(subject.rows))
     for label, spec in specs.items()
   }
 
   def draw(label: str, budget: int) -> audit_draws.Draws:
+    free = specs.get(label, {}).get('free', False)
     return audit_draws.load_or_draw(
-      subject, configs[label], label, workdir / 'draws', budget
+      subject, configs[label], label, workdir / 'draws', budget, free
     )
 
   rollout = subject.config.rollout
@@ -128,6 +132,19 @@ def audit(
   if branches:
     values = audit_values.measure(subject, configs[_REFERENCE], branches)
     result['values'] = audit_values.report(values)
+    config = configs[_REFERENCE]
+    result['trees'] = audit_trees.measure(subject, config, branches)
+    fresh = audit_draws.load_or_draw(
+      subject._replace(rows=subject.pool),
+      config,
+      'other prompts',
+      workdir / 'draws',
+      reference_tokens,
+    )
+    between = gradients.between_prompts(
+      fresh.whole, reference.whole, len(subject.rows)
+    )
+    audit_trees.over_prompts(result, between)
   write(workdir, result)
   return result
 
@@ -204,6 +221,10 @@ def to_markdown(result: dict[str, Any]) -> str:
     '',
     f'Σ E A² = {doob["squares"]} and Var(R | prompt) = {doob["variance"]}: '
     f'their difference is {doob["difference"]}.',
+    '',
+    *audit_trees.to_markdown(result['trees']),
+    '',
+    *_table('estimator', _OVERALL, result['estimators']),
   ]
   return '\n'.join(lines) + '\n'
 
@@ -239,6 +260,10 @@ _EQUAL = [
   ('variance', 'variance', _text),
   # Not where its error spans the whole range.
   ('cosine with G', 'cosine', lambda x: _text(x) if x['error'] < 0.5 else '—'),
+]
+_OVERALL = [
+  ('variance within a prompt', 'within', '{:.3g}'.format),
+  ('signal to noise, prompts drawn too', 'overall', '{:.4f}'.format),
 ]
 # Axis, the number's name, whether the axis is logarithmic, a reference value.
 _PANELS = [

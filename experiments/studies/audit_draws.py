@@ -45,6 +45,7 @@ class Subject(NamedTuple):
     config: of the task, the rewards and the sampling.
     model: with its parameters.
     rows: P prompts, rows of the data set.
+    pool: more prompts, for what varies between them; these P are the first.
     critic: parameters of the run's critic; None without.
     reference: parameters of the reference policy; None for the model's own.
     title: its name in the report.
@@ -53,6 +54,7 @@ class Subject(NamedTuple):
   config: ConfigDict
   model: build.Model
   rows: list[dict]
+  pool: list[dict]
   critic: Any
   reference: Any
   title: str
@@ -94,9 +96,9 @@ def of_run(
     critic = tree['state']['trainable']['critic']
   if needs.reference and number > config.warm_start.steps:
     reference = _restore(path / 'reference', model.params)
-  rows = choose_prompts(config, model, prompts)
+  pool = choose_prompts(config, model, prompts)
   title = f'{path.name}, step {number}'
-  return Subject(config, model, rows, critic, reference, title)
+  return Subject(config, model, pool[:prompts], pool, critic, reference, title)
 
 
 def _restore(folder: pathlib.Path, template, step=None) -> Any:
@@ -116,22 +118,28 @@ def of_config(config: ConfigDict, prompts: int) -> Subject:
     )
   checks.check(config)
   model = build.model(config.model, config.seed)
-  rows = choose_prompts(config, model, prompts)
-  return Subject(config, model, rows, None, None, config.model.path)
+  pool = choose_prompts(config, model, prompts)
+  rows, title = pool[:prompts], config.model.path
+  return Subject(config, model, rows, pool, None, None, title)
 
 
 def choose_prompts(config, model: build.Model, count: int) -> list[dict]:
-  """Returns training prompts, drawn with the configuration's seed."""
+  """Returns training prompts, drawn with the configuration's seed.
+
+  They are 64 times as many as asked for, where there are so many.
+  """
   data = build.dataset(config, model.tokenizer)
   rows = build.encode(config, data.train, model.tokenizer).rows
   if len(rows) < count:
     raise UserError(f'--prompts is {count}; there are {len(rows)}')
   bits = np.random.PCG64(config.seed).random_raw(len(rows))
-  return [rows[i] for i in np.argsort(bits, kind='stable')[:count]]
+  return [rows[i] for i in np.argsort(bits, kind='stable')[: 64 * count]]
 
 
-def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
-  """Returns one estimator's configuration: on policy, all prompts in a batch.
+def variant(
+  subject: Subject, label: str, spec: dict[str, Any], prompts: int
+) -> ConfigDict:
+  """Returns one estimator's configuration: on policy, `prompts` in a batch.
 
   It has no hints, refilling or curriculum, which choose prompts or groups.
 
@@ -142,17 +150,17 @@ def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
   plain = base.get_config()
   built.steps = built.warm_start.steps = built.critic.warmup = 0
   built.training.update(epochs=1, minibatches=1)
-  built.rollout.prompts = len(subject.rows)
+  built.rollout.prompts = prompts
   for section, names in _CHOOSING.items():
     built[section].update({name: plain[section][name] for name in names})
   try:
-    spec = {'rollout': {}} | spec
-    known = set(spec) == {'algorithm', 'rollout'}
-    if not known or set(spec['rollout']) - {'samples'}:
+    spec = {'rollout': {}, 'free': False} | spec
+    known = set(spec) == {'algorithm', 'rollout', 'free'}
+    if not known or set(spec['rollout']) - {'samples', 'allocation'}:
       raise UserError(
         f'{spec} is not like dict(algorithm=dict(name=…), '
-        'rollout=dict(samples=8))\nprompts and policy are the same for all; '
-        'rollout may be left out'
+        'rollout=dict(samples=8), free=True)\nprompts and policy are the '
+        'same for all; rollout and free may be left out'
       )
     built.algorithm = ConfigDict(spec['algorithm'])
     built.rollout.update(spec['rollout'])
@@ -195,6 +203,7 @@ def load_or_draw(
   label: str,
   folder: pathlib.Path,
   tokens: int,
+  free: bool = False,
 ) -> Draws:
   """Returns an estimator's draws, stored ones if their settings are the same.
 
@@ -204,18 +213,19 @@ def load_or_draw(
     label: the estimator's name, and the seed of its draws.
     folder: where draws are stored.
     tokens: budget of generated tokens.
+    free: do not count the tokens of branches.
 
   Raises:
     UserError: the folder cannot be written.
   """
   start = time.perf_counter()
-  path = folder / f'{_digest(subject, config, label, tokens)}.npz'
+  path = folder / f'{_digest(subject, config, label, tokens, free)}.npz'
   if path.exists():
     with np.load(path, allow_pickle=False) as stored:
       arrays = list(stored.values())
     source = 'stored'
   else:
-    arrays = jax.tree.leaves(draw(subject, config, label, tokens))
+    arrays = jax.tree.leaves(draw(subject, config, label, tokens, free))
     memory = io.BytesIO()
     np.savez(memory, *arrays)
     cli.write_files(folder, {path.name: memory.getvalue()})
@@ -228,19 +238,19 @@ def load_or_draw(
   return Draws(whole, equal, arrays[6])
 
 
-def _digest(subject: Subject, config, label, tokens) -> str:
+def _digest(subject: Subject, config, label, tokens, free) -> str:
   """Hashes all that draws depend on, except the library's own code."""
   parameters = subject.model.params, subject.critic, subject.reference
   settings = [
     [config[name] for name in _SECTIONS],
     [pathlib.Path(file).read_text() for file in build.code_files(config)],
-    [subject.model.config, subject.rows, label, tokens, _DIMENSION],
+    [subject.model.config, subject.rows, label, tokens, free, _DIMENSION],
     [tree and describe(named_leaves(tree)) for tree in parameters],
   ]
   return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
-def draw(subject: Subject, config, label, tokens) -> Draws:
+def draw(subject: Subject, config, label, tokens, free) -> Draws:
   """Draws an estimator's gradient; the arguments are `load_or_draw`'s."""
   rl, state = begin(subject, config, label)
   params = state.trainable['policy']
@@ -270,8 +280,9 @@ def draw(subject: Subject, config, label, tokens) -> Draws:
       some = any(bool(x.any()) for x in jax.tree.leaves(weights))
       parts.append(gradient(*inputs, weights) if some else zeros)
     whole = jax.tree.map(jnp.add, *parts)
-    generated = int(collected.responses.samples.mask.sum())
-    return {'equal': parts[0], 'whole': whole}, generated + collected.tokens
+    generated = collected.responses.tokens
+    generated += 0 if free else collected.tokens
+    return {'equal': parts[0], 'whole': whole}, generated
 
   drawn = audit.draw_gradients(one, tokens=tokens, dimension=_DIMENSION)
   return Draws(drawn['whole'], drawn['equal'], np.array(shares))

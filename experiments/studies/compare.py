@@ -11,13 +11,15 @@ of the method's algorithm, in a process of its own.  --jobs=N processes run at a
 time, each pinned to its own cores.  A method that generates nothing, `sft`,
 ends after `steps` of its own.  The same command continues: complete runs are
 skipped, interrupted ones resume, failed ones are tried again.  --only and
---seeds choose what is trained now; --report trains nothing.  --run=METHOD-SEED
-trains one run in this process, for external schedulers.
+--seeds choose what is trained now; --report trains nothing.  --results=FILE
+extends results that are kept elsewhere: runs that it holds are not trained
+again.  --run=METHOD-SEED trains one run in this process, for external
+schedulers.
 
   init/             the initial model's run
   runs/METHOD-SEED  a run's folder, as `experiments.train` leaves it
   logs/             the output of each run's last attempt
-  results.json      the numbers of table and figure; they outlive the runs
+  results.jsonl     a line of numbers per run; they outlive the runs
   table.md, figure.png
 """
 
@@ -232,13 +234,17 @@ def compare(
   chosen: Sequence[Job],
   slots: Sequence[set[int]],
   command: Sequence[str],
+  file: pathlib.Path,
 ) -> int:
-  """Trains the chosen runs that are not complete, and reports all runs.
+  """Trains the chosen runs that have no result, and reports all runs.
 
   Returns:
     The exit status: 0, 1 if a run failed, 128 + the signal that stopped it.
   """
-  todo = [job for job in chosen if not job.complete]
+  known = compare_report.read_results(file)
+  todo = [job for job in chosen if not job.complete and job.digest not in known]
+  if all(job.label == _INIT for job in todo):
+    todo = []
   print(
     f'{len(todo)} runs to do; {len(slots)} at a time, on cores '
     f'{", ".join(map(str, slots))}',
@@ -264,8 +270,8 @@ def compare(
       )
       if _INIT in failures:  # Nothing can begin without it.
         return 1
-      compare_report.write(config, workdir, reported, failures)
-  print(compare_report.write(config, workdir, reported, failures))
+      compare_report.write(config, workdir, reported, failures, file)
+  print(compare_report.write(config, workdir, reported, failures, file))
   if stop.requested:
     return 128 + signal.Signals[stop.name]
   return 1 if failures else 0
@@ -310,7 +316,8 @@ def main() -> int:
   chosen = [] if values.report else chosen
   slots = parallel.slots(values.jobs)
   command = [sys.executable, '-m', 'experiments.studies.compare', *sys.argv[1:]]
-  return compare(config, workdir, chosen, slots, command)
+  file = pathlib.Path(values.results or workdir / 'results.jsonl')
+  return compare(config, workdir, chosen, slots, command, file)
 
 
 if __name__ == '__main__':
@@ -318,6 +325,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('jobs', 1, 'Runs at a time.')
   flags.DEFINE_list('only', [], 'Labels of the methods to train now.')
   flags.DEFINE_list('seeds', [], 'Seeds to train now.')
+  flags.DEFINE_string('results', None, 'File of results to extend.')
   flags.DEFINE_bool('report', False, 'Only make table and figure again.')
   flags.DEFINE_string('run', None, 'Train one run in this process.')
   cli.define_config_flag()

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from jaxrl_llm import evaluation, runs
-from jaxrl_llm.atomic import as_json
 
 _NOTES = """
 Each run ends with the update that brings its generated tokens (greedy \
@@ -84,40 +83,49 @@ def write(
   workdir: pathlib.Path,
   trained: Sequence,
   failures: dict[str, str],
+  file: pathlib.Path,
 ) -> str:
-  """Writes results.json, table.md and figure.png; returns the table.
+  """Writes the results, table.md and figure.png; returns the table.
 
-  The numbers are those of the runs' folders and of an earlier results.json, as
-  far as they belong to the present configuration.
+  The numbers are those of the runs' folders and of earlier results, as far as
+  they belong to the present configuration.
 
   Args:
     config: of the comparison.
     workdir: its folder.
     trained: its `compare.Job`s, without that of the initial model.
     failures: name of a run → its error now.
+    file: JSON lines of results, one per run; those of other configurations
+      stay.
 
   Raises:
     UserError: the folder cannot be written.
   """
-  path, results = workdir / 'results.json', {'runs': {}, 'failures': {}}
-  earlier = json.loads(path.read_text()) if path.exists() else {}
+  results, known = {'runs': {}, 'failures': {}}, read_results(file)
   for job in trained:
-    run, failure = (earlier.get(kind, {}).get(job.name, {}) for kind in results)
     if job.complete:
       run = {'label': job.label, 'seed': job.seed}
-      run |= read_run(job.folder, job.config)
-    if job.name in failures:
-      failure = {'why': failures[job.name], 'digest': job.digest}
-    if run.get('digest') == job.digest:
-      results['runs'][job.name] = run
-    elif failure.get('digest') == job.digest:
-      results['failures'][job.name] = failure
+      rate = float(job.config.optimizer.learning_rate)
+      known[job.digest] = run | {
+        'learning_rate': rate,
+        **read_run(job.folder, job.config),
+      }
+    if job.digest in known:
+      results['runs'][job.name] = known[job.digest]
+    elif job.name in failures:
+      results['failures'][job.name] = failures[job.name]
   text = table(config, results)
-  results['config'] = as_json(config.to_dict(), 'configuration')
-  numbers = json.dumps(results, indent=1) + '\n'
-  cli.write_files(workdir, {path.name: numbers, 'table.md': text})
+  lines = ''.join(json.dumps(run) + '\n' for run in known.values())
+  cli.write_files(workdir, {'table.md': text})
+  cli.write_output(file, lines)
   figure(workdir / 'figure.png', config, results)
   return text
+
+
+def read_results(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns digest → numbers of a run, of all in a file, if there is one."""
+  lines = file.read_text(encoding='utf-8').splitlines() if file.exists() else []
+  return {run['digest']: run for run in map(json.loads, lines)}
 
 
 def by_method(config: ConfigDict, results: dict) -> dict[str, list[dict]]:
@@ -163,7 +171,7 @@ def table(config: ConfigDict, results: dict) -> str:
   cores = ' or '.join(map(str, sorted({run['cores'] for run in every}))) or 'no'
   text += _NOTES.format(tokens=config.tokens, cores=cores)
   for name, failure in results['failures'].items():
-    text += f'\nfailed: {name}: {failure["why"]}\n'
+    text += f'\nfailed: {name}: {failure}\n'
   return text
 
 

@@ -207,6 +207,25 @@ def relative_error(reference: Gradients) -> float:
   return math.sqrt(variance / n / true) if true > 0 else math.nan
 
 
+def between_prompts(
+  fresh: Gradients, fixed: Gradients, prompts: int
+) -> Estimate:
+  """Returns the variance of one prompt's true gradient, in ‖E g‖².
+
+    P (tr Cov g_fresh − tr Cov g_fixed) / ‖E g_fresh‖²
+
+  Args:
+    fresh: n ≥ 4 draws, each on other prompts.
+    fixed: m ≥ 4 draws of the same estimator on the same prompts.
+    prompts: P of each draw.
+  """
+  of, same = _moments(fresh, fixed), _moments(fixed, fresh).variance
+  n, m = len(fresh.vectors), len(fixed.vectors)
+  # In the order of `of`: all, without one of fresh, without one of fixed.
+  same = np.concatenate([same[:1], same[1 + m :], same[1 : 1 + m]])
+  return jackknife(n, prompts * (of.variance - same) / of.squared)
+
+
 def share(part: Gradients, whole: Gradients, reference: Gradients) -> Share:
   """Estimates the contribution of a part of each gradient to the whole.
 

@@ -90,6 +90,10 @@ from jaxrl_llm.estimators.preferences import (
   preference_sign,
   squared_preference,
 )
+from jaxrl_llm.estimators.prefixes import (
+  prefix_prior,
+  subtract_prefix_leave_one_out_mean,
+)
 from jaxrl_llm.estimators.ratios import (
   correct_sampler,
   mask_outside,
@@ -124,7 +128,7 @@ from jaxrl_llm.estimators.token_losses import (
   score_function,
   value_error,
 )
-from jaxrl_llm.estimators.trees import tree
+from jaxrl_llm.estimators.trees import tree, tree_mix
 from jaxrl_llm.estimators.types import (
   AdvantageTransform,
   Batch,
@@ -248,6 +252,7 @@ __all__ = [
   'positions',
   'ppo',
   'preference_sign',
+  'prefix_prior',
   'reinforce',
   'reinforce_baseline',
   'reinforce_plus_plus',
@@ -277,6 +282,7 @@ __all__ = [
   'subtract_group_mean',
   'subtract_leave_one_out_mean',
   'subtract_partner',
+  'subtract_prefix_leave_one_out_mean',
   'subtract_response_kl',
   'subtract_running_mean',
   'subtract_token_kl',
@@ -288,6 +294,7 @@ __all__ = [
   'trajectory_ratio',
   'tree',
   'tree_critic',
+  'tree_mix',
   'tree_scale',
   'trepo',
   'trepo_critic',

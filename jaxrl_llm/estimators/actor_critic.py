@@ -172,9 +172,10 @@ def trepo(
     Aᵢₜ = V̂_b − V̂_a   for a < t ≤ b,   V̂_T = Rᵢ
 
   V̂ at a position is the mean reward of K fresh continuations from there, at
-  the prompt that of the siblings.  The authors approximate between positions
-  but do not specify how: `interpolate_advantages` with `pairs(uniform())` is
-  the most literal reading, `hold` is ours and exact.
+  the prompt that of the siblings.  The authors interpolate between positions
+  and leave open how: `interpolate_advantages` with `pairs(uniform())` is the
+  most literal reading.  They call VinePPO the same algorithm: by its equation
+  the advantage is that of a whole segment, `hold`, which is exact.
 
   Bias: none with `hold`; the interpolations tilt.
 
@@ -211,6 +212,7 @@ def trepo_tree(
   positions: Positions | None = None,
   clip: float = 0.2,
   kl: float | Running = 0.0,
+  mix: float | Running = 1.0,
 ) -> Estimator:
   """TRePO that also trains on its branches.
 
@@ -226,6 +228,8 @@ def trepo_tree(
   Args:
     count, samples, clip, kl: as in `trepo`.
     positions: a rule of `positions`; `uniform()` if None.
+    mix: share of the siblings in the baseline behind a fork, a constant or
+      `tree_mix`; the rest are the prompt's other responses.
 
   References:
     He et al., `Response-Level Rewards Are All You Need
@@ -233,7 +237,7 @@ def trepo_tree(
   """
   kl_part = (subtract_response_kl(kl),) if kl else ()
   return estimator(
-    chain(*kl_part, tree(count, samples, positions or uniform())),
+    chain(*kl_part, tree(count, samples, positions or uniform(), mix)),
     clipped(clip),
     sequence_sum(),
   )

@@ -24,15 +24,19 @@ from jaxrl_llm.estimators.types import (
   Array,
   Needs,
   Rollouts,
+  Running,
   valid_responses,
 )
 
 
-def tree(count: int, samples: int, positions: Positions) -> AdvantageTransform:
+def tree(
+  count: int, samples: int, positions: Positions, mix: float | Running = 1.0
+) -> AdvantageTransform:
   """Compares every continuation with the others that fork from its state.
 
     V(leaf) = R,   V(fork) = mean of its continuations' V
-    Aₜ = V(c) − mean of the other continuations' V
+    Aₜ = V(c) − λ · mean of the other continuations' V
+         − (1 − λ) · mean of the other whole responses' V
 
   c is the continuation that contains token t, from the last fork before it to
   its next fork or its end, and V(c) the value there.  The prompt is a fork
@@ -52,17 +56,21 @@ def tree(count: int, samples: int, positions: Positions) -> AdvantageTransform:
     count: maximum number of positions per response, at least 1.
     samples: K, branches per position, at least 1.
     positions: a rule of `positions`.
+    mix: λ after the first fork, a constant or `tree_mix`.
   """
   check_branches('tree', count, samples, positions)
+  running = (mix,) if isinstance(mix, Running) else ()
 
   def apply(rewards: Array, rollouts: Rollouts) -> Array:
     if rewards.shape == rollouts.mask.shape:
       rewards = jnp.where(rollouts.mask, rewards, 0.0)
       rewards = rewards.sum(axis=2, keepdims=True)
-    return _advantages(rewards, rollouts)
+    share = rollouts.running[mix.name] if running else mix
+    return _advantages(rewards, rollouts, share)
 
   needs = Needs(
     samples=2,
+    running=running,
     branches=Branches(count, samples, positions, trained=True),
     entropy=positions.reads_entropy,
   )
@@ -92,7 +100,51 @@ def fork_shares(rollouts: Rollouts) -> Array:
   return jnp.where(rows.whole, shares, _of_fork(rollouts, shares))
 
 
-def _advantages(rewards: Array, rollouts: Rollouts) -> Array:
+def tree_mix(samples: int, initial: float = 0.8, decay: float = 0.9) -> Running:
+  """The mix of `tree` that fits earlier batches.
+
+    λ ← decay · λ + (1 − decay) · a / (a + c / (K − 1)),   between 0 and 1
+
+  c is the variance of the continuations of a fork, a that of forks' values
+  around the mean of the other whole responses.
+
+  Args:
+    samples: K.
+    initial: λ of the first batch.
+    decay: at least 0 and below 1.
+  """
+  if not 0 <= decay < 1:
+    raise ValueError(f'{decay=} has to be at least 0 and below 1')
+
+  def update(value: Array, rollouts: Rollouts) -> Array:
+    rows = _rows(rollouts)
+    rewards = jnp.where(rows.whole | rows.branches, rollouts.rewards, 0.0)
+    ones = rows.branches.astype(rewards.dtype)
+    count, total, squares = (
+      _at_forks(rollouts, x * ones) for x in (ones, rewards, rewards**2)
+    )
+    mean = total / jnp.maximum(count, 1)
+    some = rows.whole & (count > 1)
+    noise = (squares - count * mean**2) / jnp.maximum(count - 1, 1)
+    others = _others(_continue(rewards, count, total)[0], rows)
+    spread = (mean - others) ** 2 - noise / jnp.maximum(count, 1)
+    noise, spread = (jnp.where(some, x, 0.0).sum() for x in (noise, spread))
+    spread = jnp.maximum(spread, 0.0)
+    whole = spread + noise / max(samples - 1, 1)
+    found = spread / jnp.where(whole > 0, whole, 1.0)
+    return jnp.where(whole > 0, decay * value + (1 - decay) * found, value)
+
+  return Running('tree_mix', initial, update)
+
+
+def _others(root: Array, rows: _Rows) -> Array:
+  """Returns the mean of the other whole responses' values, [P, R, 1]."""
+  responses = rows.whole.sum(axis=1, keepdims=True)
+  others = jnp.where(rows.whole, root, 0.0).sum(axis=1, keepdims=True) - root
+  return others / jnp.maximum(responses - 1, 1)
+
+
+def _advantages(rewards: Array, rollouts: Rollouts, mix: Array) -> Array:
   rows = _rows(rollouts)
   valid = rows.whole | rows.branches
   # Equal rewards become exact zeros, whose means are exact.
@@ -104,18 +156,20 @@ def _advantages(rewards: Array, rollouts: Rollouts) -> Array:
   root, onward = _continue(rewards, count, total)
   # Baselines of whole responses: other continuations from the last fork.
   responses = rows.whole.sum(axis=1, keepdims=True)
-  others = jnp.where(rows.whole, root, 0.0).sum(axis=1, keepdims=True) - root
-  others = jnp.where(
-    responses > 1, others / jnp.maximum(responses - 1, 1), -zero
-  )
+  others = jnp.where(responses > 1, _others(root, rows), -zero)
   time = jnp.broadcast_to(jnp.arange(onward.shape[2]), onward.shape)
   last = jax.lax.cummax(jnp.where(count > 0, time, 0), axis=2)
   mean = total / jnp.maximum(count, 1)
   mean = jnp.take_along_axis(mean, last, axis=2)
+  # A lone response has no others to mix with.
+  mix = jnp.where(responses > 1, mix, 1.0)
+  mean = mix * mean + (1 - mix) * others
   baseline = jnp.where(jnp.cumsum(count, axis=2) > 0, mean, others)
   # Baselines of branches.
   rest = _of_fork(rollouts, total + onward) - rewards
   rest = rest / jnp.maximum(_of_fork(rollouts, count), 1)
+  of_parent = jnp.take_along_axis(others, rollouts.parents, axis=1)
+  rest = mix * rest + (1 - mix) * of_parent
   advantages = jnp.where(rows.whole, onward - baseline, rewards - rest)
   added = jnp.arange(onward.shape[2])[None, None] >= rollouts.forked_at
   return jnp.where(valid & added & rollouts.mask, advantages, 0.0)

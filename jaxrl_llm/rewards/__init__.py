@@ -9,7 +9,6 @@ __all__ = [
   'Scores',
   'Workers',
   'functions',
-  'isolated',
   'score',
   'start',
 ]
@@ -18,7 +17,6 @@ _MODULES = {
   'RewardPart': 'scoring',
   'Scores': 'scoring',
   'Workers': 'workers',
-  'isolated': 'workers',
   'score': 'scoring',
   'start': 'scoring',
 }

@@ -152,60 +152,58 @@ def is_json(value: Any) -> bool:
   return value is None or type(value) in (str, int, float, bool)
 
 
-def as_list(name: str, result: Any, count: int) -> list:
-  """Converts the result of the function `name` to a list of `count` values.
-
-  It may be a list, tuple or array; an array's masked elements become None.
-
-  Raises:
-    UserError: it has another type or length.
-  """
-  if hasattr(result, '__array__'):
-    import numpy as np  # Late: worker processes start faster without it.
-
-    result = np.asanyarray(result)  # Keeps a mask.
-    kind = f'an array of shape {result.shape}'
-    values = result.tolist() if result.ndim == 1 else None
-  else:
-    kind = f'{type(result).__name__} {shortened(repr(result))}'
-    values = list(result) if isinstance(result, (list, tuple)) else None
-  if values is None:
-    raise UserError(
-      f'reward {name!r} returned {kind}.\n'
-      f'It must return a list of {count} numbers, one per completion.'
-    )
-  if len(values) != count:
-    raise UserError(
-      f'reward {name!r} returned {len(values)} values for {count} completions.'
-      '\nIt must return one per completion.'
-    )
-  return values
-
-
 # The largest float32: the device computes in float32.
 LARGEST = 3.4028234663852886e38
 
 
-def as_float(value: Any) -> float:
-  """Converts a value to a float within float32's range; None becomes NaN.
+def as_floats(
+  name: str, result: Any, completions: Sequence[str]
+) -> list[float]:
+  """Converts the result of the function `name` to a float per completion.
+
+  It may be a list, tuple or array of real numbers within ±`LARGEST`.  None and
+  an array's masked elements become NaN.
 
   Raises:
-    ValueError: it is not a real number within ±`LARGEST`.
+    UserError: it is anything else.
   """
+  values = list(result) if isinstance(result, (list, tuple)) else None
+  if hasattr(result, '__array__'):
+    import numpy as np  # Late: worker processes start faster without it.
+
+    array = np.asanyarray(result)  # Keeps a mask.
+    values = array.tolist() if array.ndim == 1 else None
+  count = len(completions)
+  if values is None or len(values) != count:
+    size = '' if values is None else f'{len(values)} values: '
+    raise UserError(
+      f'reward {name!r} returned {size}{type(result).__name__} '
+      f'{shortened(repr(result))}.\n'
+      f'It must return a list of {count} numbers, one per completion.'
+    )
+  scores = list(map(_as_float, values))
+  if None in scores:
+    i = scores.index(None)
+    raise UserError(
+      f'reward {name!r} returned {shortened(repr(values[i]))} for sample {i}, '
+      f'completion {shortened(completions[i])!r}.\n'
+      'A score must be a finite float32, or None for no score.'
+    )
+  return scores
+
+
+def _as_float(value: Any) -> float | None:
+  """Returns a score, NaN for None; None if it is not one."""
   if getattr(value, 'shape', None) == () and hasattr(value, 'tolist'):
     value = value.tolist()  # A scalar of NumPy or JAX; None if it is masked.
   if value is None:
     return math.nan
-  number = math.nan
-  if isinstance(value, numbers.Real):
-    try:
-      number = float(value)
-    except OverflowError:
-      number = math.inf
+  try:
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+  except OverflowError:
+    number = math.inf
   # The comparison is False for NaN, too.
-  if not abs(number) <= LARGEST:
-    raise ValueError(f'{shortened(repr(value))} is not a finite float32')
-  return number
+  return number if abs(number) <= LARGEST else None
 
 
 def shortened(text: str, length: int = 60) -> str:

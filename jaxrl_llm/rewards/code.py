@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards import interruptible, programs, sandbox, step_scores
@@ -16,7 +15,6 @@ _log = logging.getLogger(__name__)
 
 def code_tests(
   score: step_scores.Grade | None = None,
-  stop: Sequence[str] = programs.STOP,
   timeout: float = 10.0,
   memory: int = 2**29,
   parallel: int | None = None,
@@ -52,7 +50,6 @@ def code_tests(
   Args:
     score: converts passed tests to a reward, as in `step_scores`; None for
       `all_passed()`.
-    stop: texts that end a completion which continues the prompt's function.
     timeout: seconds for each program with its tests.
     memory: bytes of address space per process.
     parallel: programs to run at a time; None for the number of cores.
@@ -69,44 +66,34 @@ def code_tests(
     Hendrycks et al., `Measuring Coding Challenge Competence With APPS
     <https://arxiv.org/abs/2105.09938>`_, 2021
   """
-  for name, texts in {'stop': stop, 'packages': packages}.items():
-    if isinstance(texts, str) or '' in texts:
-      raise UserError(f'code_tests: {name}={texts!r} must be a list of texts.')
-  if parallel is not None and parallel < 1:
-    raise UserError(f'code_tests: parallel={parallel} must be at least 1.')
-  if batch_timeout is not None and batch_timeout <= 0:
-    raise UserError(f'code_tests: batch_timeout={batch_timeout} must be > 0.')
+  if isinstance(packages, str) or not all(packages):
+    raise UserError(f'code_tests: packages={packages!r} must be a list.')
+  limits = dict(parallel=parallel, batch_timeout=batch_timeout)
+  for name, limit in limits.items():
+    if limit is not None and limit <= 0:
+      raise UserError(f'code_tests: {name}={limit} must be above 0.')
   grade = score or step_scores.all_passed()
   settings = dict(memory=memory, packages=tuple(packages))
 
   def run(job, deadline):
-    program, entry_point, tests = job
+    program, tests = job
     left = deadline - time.monotonic()
     if left <= 0:
       return None
     result = sandbox.run(
-      program,
-      tests.tests,
-      setup=tests.setup,
-      examples=tests.examples,
-      entry_point=entry_point,
-      timeout=min(timeout, left),
-      **settings,
+      program, timeout=min(timeout, left), **tests._asdict(), **settings
     )
     late = result.outcome is sandbox.Outcome.TIMED_OUT and left < timeout
     return None if late else result
 
-  def passes_tests(prompts, completions, entry_point=None, **columns):
+  def passes_tests(prompts, completions, **columns):
     deadline = time.monotonic() + (batch_timeout or float('inf'))
+    columns = {k: columns[k] for k in programs.COLUMNS if k in columns}
     jobs = []
-    for i, (prompt, completion) in enumerate(
-      zip(prompts, completions, strict=True)
-    ):
-      row = {name: columns[name][i] for name in _KINDS if name in columns}
-      row['entry_point'] = entry_point and entry_point[i]
-      name, tests = _tests(i, prompt, row)
-      program = programs.find_program(prompt, completion, name, tuple(stop))
-      jobs.append((program, name, tests))
+    for i, pair in enumerate(zip(prompts, completions, strict=True)):
+      row = {name: column[i] for name, column in columns.items()}
+      tests = programs.read_tests(i, pair[0], row)
+      jobs.append((programs.find_program(*pair, tests.entry_point), tests))
     different = list(dict.fromkeys(jobs))
     sandbox.isolation()  # Tried once, not by every thread.
     run_one = lambda job: run(job, deadline)
@@ -133,95 +120,6 @@ def _results(run, jobs: list, parallel: int) -> dict:
     return {job: future.result() for job, future in futures.items()}
   finally:
     pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _tests(index: int, prompt: str, row: dict) -> tuple[str, programs.Tests]:
-  """Returns a row's entry point and tests.
-
-  Raises:
-    UserError: it has no tests, or they test nothing, or a column has the wrong
-      type.
-  """
-  where = f'sample {index}'
-  for name, value in row.items():
-    kinds = _KINDS.get(name, str)
-    if value is not None and not isinstance(value, kinds):
-      raise UserError(f'{name} of {where} is {_shown(value)}.')
-  present = [name for name in _READERS if row.get(name) is not None]
-  if len(present) != 1 or (present == ['test'] and not row['entry_point']):
-    raise UserError(
-      f'{where} needs either the columns test and entry_point (as in '
-      'HumanEval)\nor one of the columns test_list (MBPP), input_output (APPS) '
-      'and test_cases (LiveCodeBench).'
-    )
-  (name,) = present
-  return _READERS[name](f'{name} of {where}', prompt, row)
-
-
-def _read_check(where, prompt, row):
-  name = row['entry_point']
-  return name, programs.tests_of_check(row['test'], name, prompt, where)
-
-
-def _read_list(where, prompt, row):
-  setup = row.get('test_setup_code') or ''
-  tests = programs.tests_of_list(tuple(row['test_list']), setup, where)
-  return row['entry_point'] or '', tests
-
-
-def _read_pairs(where, prompt, row):
-  cases = programs.parse(row['input_output'], where)
-  if not isinstance(cases, dict) or not cases.get('inputs'):
-    raise UserError(f'{where} must hold inputs and outputs.')
-  inputs, outputs = cases['inputs'], cases.get('outputs', ())
-  if len(inputs) != len(outputs):
-    raise UserError(
-      f'{where} has {len(inputs)} inputs, {len(outputs)} outputs.'
-    )
-  name = cases.get('fn_name') or ''
-  pairs = list(zip(inputs, outputs, strict=True))
-  return name, programs.tests_of_pairs(pairs, name, where)
-
-
-def _read_cases(where, prompt, row):
-  cases = programs.parse(row['test_cases'], where)
-  name = row['entry_point'] or ''
-  try:
-    kinds = {case.get('testtype', 'stdin') for case in cases}
-    pairs = [(case['input'], case['output']) for case in cases]
-  except (AttributeError, KeyError, TypeError):
-    pairs = kinds = ()
-  if kinds == {'functional'} and name:
-    pairs = [programs.arguments(*pair, where) for pair in pairs]
-  elif kinds != {'stdin'}:
-    raise UserError(
-      f'{where}: each needs an input, an output and the testtype stdin, or all '
-      'functional and the column entry_point.'
-    )
-  else:
-    name = ''
-  return name, programs.tests_of_pairs(pairs, name, where)
-
-
-# The columns that hold tests, and how to read them.
-_READERS = {
-  'test': _read_check,
-  'test_list': _read_list,
-  'input_output': _read_pairs,
-  'test_cases': _read_cases,
-}
-# The types of columns.
-_KINDS = {
-  'test': str,
-  'test_list': (list, tuple),
-  'test_setup_code': str,
-  'input_output': (str, dict),
-  'test_cases': (str, list, tuple),
-}
-
-
-def _shown(value: Any) -> str:
-  return f'{type(value).__name__} {value!r:.60}'
 
 
 def _cores() -> int:

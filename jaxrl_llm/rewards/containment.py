@@ -1,22 +1,16 @@
 """Runs a function in a process that ends with every process it started.
 
-There are two processes: a supervisor, in which `run` is called and no foreign
-code runs, and its child, which runs the function.  The supervisor kills the
-child and its descendants when the child ends, on SIGTERM, or when the other end
-of its standard input is closed: that is, when the process that started it is
-gone for any reason.
+`run` supervises a child, in which alone foreign code runs.  It kills the child
+and its descendants when the child ends, on SIGTERM, or when the other end of
+its standard input is closed: when the process that started it is gone.
 
-Descendants end in one of two ways:
-
-  'namespace'  Linux, where the kernel allows it (as root, or where users may
-               create namespaces): the child lives in a pid namespace, below a
-               third process with number 1.  When that one ends, the kernel
-               kills all processes within.  None survives, and none can signal
-               a process outside.  Process numbers are the namespace's own, and
-               so is /proc where the kernel allows it to be mounted again,
-               which it does not in a container that covers parts of /proc.
+  'namespace'  Linux, as root or where users may create namespaces: the child
+               lives in a pid namespace, below a process with number 1, with
+               which the kernel ends all others.  None survives, and none can
+               signal a process outside.  Where the kernel allows it to be
+               mounted again, /proc shows the namespace alone.
   'group'      elsewhere: the child's process group is killed.  Processes that
-               left the group (setsid) survive.
+               left it (setsid) survive.
 
 Neither is a sandbox: files and network are the user's, and so, without a
 namespace, is the right to signal all the user's other processes.
@@ -71,10 +65,14 @@ def run(function: Callable[[], int], kind: str) -> int:
     _enter_namespace()
   signals, written = _wakeups()
 
+  def lead() -> int:
+    os.setsid()  # Hence it leads a process group.
+    return function()
+
   def child() -> int:
     os.close(signals)
     os.close(written)
-    return _init(function) if kind == 'namespace' else _lead(function)
+    return _init(lead) if kind == 'namespace' else lead()
 
   pid = _fork(child)
   status = _supervise(pid, signals)
@@ -149,7 +147,7 @@ def _fork(body: Callable[[], int]) -> int:
 def _init(function: Callable[[], int]) -> int:
   """Acts as process 1 of a namespace: reaps orphans, ends with the function."""
   _hide_others()
-  child = _fork(lambda: _lead(function))
+  child = _fork(function)
   while True:
     pid, status = os.wait()
     if pid == child:
@@ -159,8 +157,7 @@ def _init(function: Callable[[], int]) -> int:
 def _hide_others() -> None:
   """Limits /proc to this namespace's processes, where the kernel allows it.
 
-  This hides the environments, memory and open files of all others.  It is not a
-  barrier: a process that may unmount finds the original /proc below.
+  It is not a barrier: a process that may unmount finds the original /proc.
   """
   libc = ctypes.CDLL(None, use_errno=True)
   if libc.unshare(_CLONE_NEWNS) != 0:
@@ -169,12 +166,6 @@ def _hide_others() -> None:
   # With shared mounts this would replace /proc for everyone.
   if libc.mount(b'none', b'/', None, kind, None) == 0:
     libc.mount(b'proc', b'/proc', b'proc', flags, None)
-
-
-def _lead(function: Callable[[], int]) -> int:
-  """Runs the function as the leader of a session, hence of a process group."""
-  os.setsid()
-  return function()
 
 
 def _supervise(child: int, signals: int) -> int | None:

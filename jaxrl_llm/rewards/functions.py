@@ -11,6 +11,7 @@ parameters are settings: `dict(name='exact_match', ignore_case=True)`.
 
 import collections
 import functools
+import os.path
 import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -142,10 +143,8 @@ def token_f1(completions: Texts, answer: Answers, **kwargs) -> Scores:
 def arithmetic_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
   """Reward: 1 where the text after the last '=' is exactly the answer.
 
-  Without '=' the whole completion counts, so an answer without steps is scored
-  too.  Neither the steps nor the response's end are checked: a response that
-  the length limit cuts off at the right digits scores 1.
-  Fits `tasks.arithmetic`.
+  Without '=' the whole completion counts.  Neither the steps nor the response's
+  end are checked.  Fits `tasks.arithmetic`.
   """
   return exact_match([_result(text) for text in completions], answer)
 
@@ -164,12 +163,9 @@ def prefix_match(
   where a whole answer is never sampled.
   """
   scores = []
-  for text, gold, ended in zip(
-    completions, texts.as_texts(answer), finished, strict=True
-  ):
-    right = 0
-    while right < min(len(text), len(gold)) and text[right] == gold[right]:
-      right += 1
+  golds = texts.as_texts(answer)
+  for text, gold, ended in zip(completions, golds, finished, strict=True):
+    right = len(os.path.commonprefix([text, gold]))
     complete = bool(ended) and text == gold
     scores.append((right + complete) / (len(gold) + 1))
   return scores
@@ -179,11 +175,11 @@ def gsm8k_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
   r"""Reward: 1 where the marked number equals the answer's, exactly.
 
   The completion's number is the one after its last `####`, else the one in its
-  last `\boxed{…}`; the first is the format of Cobbe et al.,
-  `Training Verifiers <https://arxiv.org/abs/2110.14168>`_, 2021.  The answer is
-  a number, or a solution text whose number is marked in the same way.  Without
-  a marked number the score is 0.  A response that the length limit cut off is
-  scored by its text like any other: `finished` is ignored.
+  last `\boxed{…}`; without one the score is 0.  The answer is a number, or a
+  solution text whose number is marked in the same way.
+
+  References:
+    Cobbe et al., `Training Verifiers <https://arxiv.org/abs/2110.14168>`_, 2021
   """
   return _equal_numbers(completions, answer, answers.marked_number)
 
@@ -209,10 +205,6 @@ def math_answer(completions: Texts, answer: Answers, **kwargs) -> Scores:
   `2\sqrt3`, if the reward has `workers`, whose time-out ends what takes for
   ever; they need `pip install 'jaxrl_llm[math]'`.  Without workers expressions
   are compared as text, and a warning says so once.
-
-  Of 142,405 right answers, made by rewriting all 12,470 of MATH, it missed
-  none; of 69,754 wrong ones it accepted none.  The forms decided 98 % of them
-  (`pytest -m slow tests/rewards/mathematics_test.py`).
 
   References:
     Hendrycks et al., `Measuring Mathematical Problem Solving With the MATH
@@ -340,16 +332,12 @@ def script_share(scripts: Sequence[str]) -> Callable[..., Scores]:
     DeepSeek-AI, `DeepSeek-R1 <https://arxiv.org/abs/2501.12948>`_, 2025, whose
     language consistency reward is the share of words of the right language
   """
-  if isinstance(scripts, str) or not scripts:
+  known = texts.known_scripts()
+  if isinstance(scripts, str) or not scripts or not known.issuperset(scripts):
     raise UserError(
-      f'script_share: scripts={scripts!r} must be a list of names.'
+      f'script_share: scripts={scripts!r} must be a list of scripts.\n'
+      'Names are those of Unicode in capitals, such as LATIN, CYRILLIC, CJK.'
     )
-  for name in scripts:
-    if not isinstance(name, str) or name not in texts.known_scripts():
-      raise UserError(
-        f'script_share: {name!r} is not the script of any letter.\n'
-        'Names are those of Unicode in capitals, such as LATIN, CYRILLIC, CJK.'
-      )
 
   def shares_script(completions, **kwargs):
     scores = []

@@ -63,7 +63,12 @@ def reward_model(
   if not (0 < std < math.inf and math.isfinite(mean)):
     raise UserError(f'reward_model: {mean=} and {std=}; std must be above 0')
   config, params = model.load_reward_model(path, dtype=dtype, param_dtype=dtype)
-  most = _length_limit(path, config.max_length, max_tokens)
+  most = config.max_length if max_tokens is None else max_tokens
+  if not 1 <= most <= config.max_length:
+    raise UserError(
+      f'reward_model: max_tokens is {max_tokens}; {path} reads 1 to '
+      f'{config.max_length} tokens'
+    )
   tokenizer = folders.load_tokenizer(path)
   folders.check_vocabulary(config, tokenizer)
   padding = folders.pad_token_id(path)
@@ -101,17 +106,6 @@ def reward_model(
     return [rescaled() if len(ids) <= most else None for ids in texts]
 
   return scores_texts
-
-
-def _length_limit(path: str, readable: int, max_tokens: int | None) -> int:
-  """Returns the most tokens of a text, at most what the model can read."""
-  limit = readable if max_tokens is None else max_tokens
-  if not 1 <= limit <= readable:
-    raise UserError(
-      f'reward_model: max_tokens is {max_tokens}; {path} reads 1 to '
-      f'{readable} tokens'
-    )
-  return limit
 
 
 def _unpadded(ids: list[int], padding: int | None) -> list[int]:

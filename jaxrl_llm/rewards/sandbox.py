@@ -1,12 +1,10 @@
 """Runs one program that a model wrote, and its tests, under limits.
 
 Each program gets fresh interpreters with only the standard library (and the
-packages named), in their own session, in an empty directory that is removed
-afterwards, without input and without the parent's environment.  The program and
-its tests are different processes (see `sandbox_child`): a program cannot see
-the tests, and what it returns is plain data, which the tests compare.  String
-hashes are fixed, so that a program that depends on the order of a set has one
-result.
+packages named), in an empty directory that is removed afterwards, without input
+and without the parent's environment.  The program and its tests are different
+processes (see `sandbox_child`): a program cannot see the tests, and what it
+returns is plain data, which the tests compare.  String hashes are fixed.
 
 Limits: wall-clock and CPU time, address space of each process, size of each
 file and of what is printed, open files, processes and threads, no core dumps.
@@ -47,21 +45,27 @@ from jaxrl_llm.errors import UserError
 
 _log = logging.getLogger(__name__)
 _FOLDER = pathlib.Path(__file__).parent
-# Not a script: Python would compile it each time.  The program must not import
-# these modules, whose names may be those of its own.
+# Not a script, which Python would compile each time.
 _MAIN = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, {folder!r})
 import sandbox_child
 del sys.path[0]
-for name in [name for name in sys.modules if name.startswith('sandbox_')]:
-  del sys.modules[name]
-sandbox_child.main(sys.argv[2:])
+sandbox_child.main({settings!r})
 """
 _NOBODY = 65534
 # Seconds beyond the time limit, to start an interpreter on a loaded machine.
 _GRACE = 60.0
 _LEAST_MEMORY = 2**26
+_PROCESSES = 16  # and threads at a time
+_OUTPUT = 2**16  # bytes of printed output that are returned
+_ENVIRONMENT = {
+  'PATH': os.defpath,
+  'LANG': 'C.UTF-8',
+  'PYTHONHASHSEED': '0',
+  'PYTHONUTF8': '1',
+  'OPENBLAS_NUM_THREADS': '1',
+}
 
 
 class Outcome(enum.Enum):
@@ -136,10 +140,9 @@ def isolation() -> Isolation:
     for path in _FOLDER.glob('sandbox_*.py'):
       py_compile.compile(path, doraise=True)
   landlock = _landlock_version()
-  tries = [Isolation(space, False, landlock) for space in (True, False)]
-  if os.geteuid() == 0:
-    tries = [each._replace(own_user=True) for each in tries] + tries
-  for candidate in tries if sys.platform == 'linux' else [Isolation()]:
+  own_users = (True, False) if os.geteuid() == 0 else (False,)
+  for own_user, namespaces in itertools.product(own_users, (True, False)):
+    candidate = Isolation(namespaces, own_user, landlock)
     try:
       # Loads modules in Python and in C.
       result = run('import random', timeout=_GRACE, isolated=candidate)
@@ -163,10 +166,6 @@ def run(
   entry_point: str = '',
   timeout: float = 10.0,
   memory: int = 2**29,
-  processes: int = 16,
-  files: int = 64,
-  file_size: int = 2**24,
-  output: int = 2**16,
   packages: Sequence[str] = (),
   isolated: Isolation | None = None,
 ) -> Result:
@@ -187,36 +186,30 @@ def run(
     entry_point: name under test.
     timeout: seconds of wall-clock time for program and tests, and of CPU time
       (rounded up) for each process.
-    memory: bytes of address space of each process; all its processes together
-      may use `processes` times as much.
-    processes: processes and threads at a time.
-    files: open at a time, in each process.
-    file_size: bytes of each file and of printed output.
-    output: bytes of printed output to return.
+    memory: bytes of address space of each process; it may have 16 processes
+      and threads at a time.
     packages: installed packages that program and tests may import.
     isolated: None for the best that works here.
 
   Raises:
     UserError: the program could not be run, through no fault of its own.
   """
-  if timeout <= 0 or memory < _LEAST_MEMORY or min(processes, files) < 1:
+  if timeout <= 0 or memory < _LEAST_MEMORY:
     raise UserError(
-      f'sandbox: timeout={timeout}, memory={memory}, processes={processes}, '
-      f'files={files}.\nAll must be positive, memory at least {_LEAST_MEMORY}.'
+      f'sandbox: timeout={timeout} must be positive, memory={memory} at least '
+      f'{_LEAST_MEMORY}.'
     )
   isolated = isolated or isolation()
   settings = dict(
-    timeout=timeout,
-    memory=memory,
-    processes=_process_limit(isolated, processes),
-    files=files,
-    file_size=file_size,
+    timeout=float(timeout),
+    memory=int(memory),
+    processes=_process_limit(isolated),
     landlock=isolated.landlock,
-    pairs=int(bool(examples)),
+    pairs=bool(examples),
   )
   texts = program, entry_point, setup, *tests, *itertools.chain(*examples)
   try:
-    ended = _execute(isolated, settings, texts, output, packages)
+    ended = _execute(isolated, settings, texts, packages)
   except OSError as error:
     raise UserError(f'sandbox: cannot start a program: {error}.') from error
   return _result(*ended, len(examples or tests))
@@ -225,31 +218,31 @@ def run(
 def _result(report, status, text, count) -> Result:
   """Interprets the supervisor's report; see `sandbox_child`."""
   ready, _, verdict = report.partition('\n')
-  if ready == 'ready' and verdict.endswith('\n'):
-    word, digits, error = verdict[:-1].split(' ', 2)
-    outcome = Outcome(word)
-    passed = tuple(digit == '1' for digit in digits.strip('-'))
-    if outcome is Outcome.OUT_OF_MEMORY or len(passed) != count:
-      passed = (False,) * count
-    return Result(outcome, passed, error, text)
-  if ready == 'ready' and verdict == '':  # The program killed its supervisor.
-    ends = Outcome.CRASHED, (False,) * count, f'status {status}', text
-    late = Outcome.TIMED_OUT, (False,) * count, 'the time limit', text
-    return Result(*(late if status is None else ends))
-  reason = f'{ready} {" ".join(text.split())[-200:]}'.strip()
-  ended = 'had to be killed' if status is None else f'ended with {status}'
-  raise UserError(
-    f'sandbox: a program could not be run: {reason or "no report"}\n'
-    f'The process that was to run it {ended}.'
-  )
+  if ready != 'ready':
+    reason = f'{ready} {" ".join(text.split())[-200:]}'.strip()
+    ended = 'had to be killed' if status is None else f'ended with {status}'
+    raise UserError(
+      f'sandbox: a program could not be run: {reason or "no report"}\n'
+      f'The process that was to run it {ended}.'
+    )
+  none = (False,) * count
+  if status is None:
+    return Result(Outcome.TIMED_OUT, none, 'the time limit', text)
+  if not verdict:  # The program killed its supervisor.
+    return Result(Outcome.CRASHED, none, f'status {status}', text)
+  word, digits, error = verdict[:-1].split(' ', 2)
+  outcome = Outcome(word)
+  passed = tuple(digit == '1' for digit in digits.strip('-'))
+  whole = outcome is not Outcome.OUT_OF_MEMORY and len(passed) == count
+  return Result(outcome, passed if whole else none, error, text)
 
 
-def _execute(isolated, settings, texts, keep, packages):
+def _execute(isolated, settings, texts, packages):
   """Starts the supervisor and waits until all processes have ended.
 
   Returns:
-    The report, the status (None if it had to be killed), and the first `keep`
-    bytes of output, as text.
+    The report, the status (None if it had to be killed), and the first bytes of
+    output, as text.
   """
   top = pathlib.Path(tempfile.mkdtemp(prefix='sandbox-'))
   directory, user = top / 'work', 0
@@ -260,20 +253,22 @@ def _execute(isolated, settings, texts, keep, packages):
       user = 2**30 + 2 * (os.stat(directory).st_ino % 2**29)
       os.chown(directory, user, user)
       top.chmod(0o711)
-    links = ''.join(f'{path}:' for path in _link(packages, top))
-    settings |= dict(user=user, packages=links)
-    command = [*_command(isolated), '-c', _MAIN, str(_FOLDER)]
+    settings |= dict(user=user, packages=_link(packages, top))
+    main = _MAIN.format(folder=str(_FOLDER), settings=settings)
+    places = dict.fromkeys(('HOME', 'TMPDIR'), str(directory))
     # The program may only append: the tests print there, too.
-    with (top / 'printed').open('ab') as printed:
-      process = subprocess.Popen(
-        command + [f'{name}={value}' for name, value in settings.items()],
+    with (
+      (top / 'printed').open('ab') as printed,
+      subprocess.Popen(
+        [*_command(isolated), '-c', main],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=printed,
         cwd=directory,
-        env=_environment(str(directory)),
+        env=_ENVIRONMENT | places,
         start_new_session=True,
-      )
+      ) as process,
+    ):
       try:
         report, _ = process.communicate(
           b''.join(map(_frame, texts)), settings['timeout'] + _GRACE
@@ -285,11 +280,8 @@ def _execute(isolated, settings, texts, keep, packages):
         # On macOS a group with only zombies left does not exist.
         with contextlib.suppress(ProcessLookupError, PermissionError):
           os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
     with (top / 'printed').open('rb') as file:
-      text = file.read(keep).decode('utf-8', 'replace')
+      text = file.read(_OUTPUT).decode('utf-8', 'replace')
     return report.decode('utf-8', 'replace'), status, text
   finally:
     _remove(top)
@@ -316,30 +308,18 @@ def _remove(directory):
   """Removes a directory of any depth and permissions."""
   try:
     shutil.rmtree(directory)
-    return
   except (OSError, RecursionError):
-    pass
-  for command in (['chmod', '-R', 'u+rwx'], ['rm', '-rf']):
-    subprocess.run([*command, directory], capture_output=True)
-  if os.path.lexists(directory):
-    raise UserError(f'sandbox: cannot remove {directory}: remove it by hand.')
+    for command in (['chmod', '-R', 'u+rwx'], ['rm', '-rf']):
+      subprocess.run([*command, directory], capture_output=True)
+    if os.path.lexists(directory):
+      raise UserError(
+        f'sandbox: cannot remove {directory}: remove it by hand.'
+      ) from None
 
 
 def _frame(text: str) -> bytes:
   data = text.encode('utf-8', 'surrogatepass')
   return len(data).to_bytes(4, 'big') + data
-
-
-def _environment(directory: str) -> dict[str, str]:
-  return {
-    'PATH': os.defpath,
-    'LANG': 'C.UTF-8',
-    'HOME': directory,
-    'TMPDIR': directory,
-    'PYTHONHASHSEED': '0',
-    'PYTHONUTF8': '1',
-    'OPENBLAS_NUM_THREADS': '1',
-  }
 
 
 def _command(isolated: Isolation) -> list[str]:
@@ -354,29 +334,24 @@ def _command(isolated: Isolation) -> list[str]:
   return [*command, sys.executable, '-s', '-S', '-P', '-B']
 
 
-def _process_limit(isolated: Isolation, processes: int) -> int:
-  """Returns an RLIMIT_NPROC that allows `processes`; 0 if it has no effect.
+def _process_limit(isolated: Isolation) -> int:
+  """Returns an RLIMIT_NPROC that allows `_PROCESSES`; 0 if it has no effect.
 
   The kernel counts processes and threads per user and namespace (per user
   before Linux 5.14, where namespaces are thus not used).  It does not limit
   root.
   """
   if isolated.own_user:
-    return processes
+    return _PROCESSES
   if sys.platform != 'linux' or os.geteuid() == 0:
     return 0
   if isolated.namespaces:
-    return processes + 3  # `unshare`, the supervisor and the tests
-  tasks = pathlib.Path('/proc').glob('[0-9]*/task/*')
-  return processes + [_owner(task) for task in tasks].count(os.geteuid())
-
-
-def _owner(path: pathlib.Path) -> int | None:
-  """Returns the user of a task; None if it has ended meanwhile."""
-  try:
-    return path.stat().st_uid
-  except OSError:
-    return None
+    return _PROCESSES + 3  # `unshare`, the supervisor and the tests
+  running = 0
+  for task in pathlib.Path('/proc').glob('[0-9]*/task/*'):
+    with contextlib.suppress(OSError):  # It has ended meanwhile.
+      running += task.stat().st_uid == os.geteuid()
+  return _PROCESSES + running
 
 
 def _landlock_version() -> int:

@@ -1,7 +1,7 @@
 """The process side of `sandbox`: a program, its tests, and who watches them.
 
 Imported by `_MAIN` of `sandbox`.  The supervisor forks two processes, limits
-both, and waits for the verdict of the second or for the end of the first:
+both, and waits for the verdict of the second or the end of the first:
 
   the program  forked before the tests are read, so nothing of them is in its
                memory; it answers requests (see `sandbox_harness`)
@@ -22,8 +22,9 @@ import sandbox_harness as harness
 import sandbox_landlock as landlock
 
 _START = 45.0  # seconds to set limits
-_PERIOD = 0.05  # seconds between checks that the program is alive
-_LAST = 1.0  # seconds for the verdict once the program has ended
+_PERIOD = 0.02  # seconds between looks at the program
+_FILES = 64  # open at a time, in each process
+_FILE_SIZE = 2**24  # bytes of each file and of printed output
 _PR_SET_DUMPABLE = 4  # prctl(2)
 # From unshare(2) and mount(2); private and bound with what is mounted below.
 _CLONE_NEWNS = 0x20000
@@ -35,16 +36,12 @@ def main(settings):
   """Runs the supervisor.
 
   Args:
-    settings: 'name=value' each: timeout, memory, processes (0 for no limit),
-      files, file_size, landlock (its version), user (0 for the present one),
-      pairs (1 if tests are pairs of texts), packages (paths, with a colon after
-      each).
+    settings: timeout, memory, processes (0 for no limit), landlock (its
+      version), user (0 for the present one), pairs (True if tests are pairs of
+      texts), packages (paths).
 
   Standard input holds frames: program, entry point, set-up, tests.
   """
-  values = dict(setting.split('=', 1) for setting in settings)
-  packages = values.pop('packages').split(':')[:-1]
-  values = {name: float(value) for name, value in values.items()}
   # The parent reads the report from standard output; nobody else writes there.
   report = os.dup(1)
   os.dup2(2, 1)
@@ -52,29 +49,30 @@ def main(settings):
   if sys.platform == 'linux':  # Nobody may look into these processes.
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
   try:
-    verdict = _supervise(values, packages, report)
+    verdict = _supervise(settings, report)
   except OSError as error:
     verdict = f'broken - {error}\n'
   os.write(report, verdict.encode('utf-8', 'replace'))
   os._exit(0)
 
 
-def _supervise(values, packages, report):
+def _supervise(settings, report):
   """Runs program and tests; returns the verdict."""
   program = _receive()
-  sys.path += packages[:1]  # A folder of links to the rest.
-  harness.PACKAGES += os.listdir(packages[0]) if packages else []
+  user, packages = settings['user'], settings['packages']
+  for folder in packages[:1]:  # It holds links to the rest.
+    sys.path.append(folder)
+    harness.PACKAGES += os.listdir(folder)
   paths = landlock.readable(packages)
-  if values['user']:
+  if user:
     _uncover([*paths, os.getcwd()])
-  restrict = lambda: landlock.restrict(int(values['landlock']), paths)
   requests, replies = os.pipe(), os.pipe()
-  ready, verdict = os.pipe(), os.pipe()
+  ready, begin, verdict = os.pipe(), os.pipe(), os.pipe()
 
   def serve():
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    _limit(values, int(values['user']), restrict)
+    _limit(settings, user, paths)
     os.write(ready[1], b'.')
     _keep(requests[0], replies[1])
     harness.serve(requests[0], replies[1], program)
@@ -82,11 +80,12 @@ def _supervise(values, packages, report):
   def judge():
     entry_point, setup, *tests = iter(_receive, None)
     # Another user than the program's, who owns nothing.
-    _limit(values, int(values['user']) and int(values['user']) + 1, restrict)
+    _limit(settings, user and user + 1, paths)
     os.write(ready[1], b'.')
+    os.read(begin[0], 1)  # The program may kill the supervisor.
     _keep(requests[1], replies[0], verdict[1])
     ends = replies[0], requests[1]
-    if values['pairs']:
+    if settings['pairs']:
       tests = list(zip(tests[::2], tests[1::2], strict=True))
       result = harness.judge_output(*ends, tests)
     else:
@@ -104,31 +103,22 @@ def _supervise(values, packages, report):
     if not os.read(ready[0], 1):
       return 'broken - the limits could not be set\n'
   os.write(report, b'ready\n')
-  return _watch(child, verdict[0], time.monotonic() + values['timeout'])
+  os.write(begin[1], b'.')
+  return _watch(child, verdict[0], time.monotonic() + settings['timeout'])
 
 
 def _watch(child, verdict, deadline):
-  """Waits for the verdict, the program's end, or the deadline."""
-  status, text = None, b''
-  while not text.endswith(b'\n'):
-    left = deadline - time.monotonic()
-    if left <= 0:
-      break
-    if select.select([verdict], [], [], min(left, _PERIOD))[0]:
-      chunk = os.read(verdict, 65536)
-      text += chunk
-      if not chunk:
-        break
-    if status is None:
-      pid, code = os.waitpid(child, os.WNOHANG)
-      if pid:
-        status, deadline = code, min(deadline, time.monotonic() + _LAST)
-  if text.endswith(b'\n') and not text.startswith(b'ended'):
-    return text.decode()
+  """Waits for the verdict, or for the end of a program that leaves none."""
+  status, sources = None, [verdict]
   while status is None and time.monotonic() < deadline:
+    # What it has left may hold its pipes: then its tests do not notice the end.
     pid, code = os.waitpid(child, os.WNOHANG)
     status = code if pid else None
-    time.sleep(0.002)
+    if select.select(sources, [], [], 0 if pid else _PERIOD)[0]:
+      text = os.read(verdict, 65536)
+      if text and text != b'ended\n':
+        return text.decode()
+      sources = []
   if status is None:
     return 'timed_out - the time limit\n'
   if not os.WIFSIGNALED(status):
@@ -149,10 +139,10 @@ def _uncover(paths):
   libc, covers = ctypes.CDLL(None, use_errno=True), {}
   for path in paths:
     parts = path.split('/')
-    above = ['/'.join(parts[:i]) for i in range(2, len(parts))]
-    closed = [each for each in above if not os.stat(each).st_mode & 1]
+    above = ('/'.join(parts[:i]) for i in range(2, len(parts)))
+    closed = next((each for each in above if not os.stat(each).st_mode & 1), '')
     if closed:
-      covers.setdefault(closed[0], {})[path] = None
+      covers.setdefault(closed, []).append(path)
 
   def mount(source, target, kind, flags, data=None):
     arguments = [text and os.fsencode(text) for text in (source, target, kind)]
@@ -163,10 +153,10 @@ def _uncover(paths):
     if libc.unshare(_CLONE_NEWNS):
       raise OSError(ctypes.get_errno(), 'cannot unshare mounts')
     mount('none', '/', None, _MS_PRIVATE)
-  for cover, descriptors in covers.items():
-    descriptors |= {path: os.open(path, os.O_PATH) for path in descriptors}
+  for cover, covered in covers.items():
+    descriptors = [os.open(path, os.O_PATH) for path in covered]
     mount('none', cover, 'tmpfs', 0, b'mode=755')
-    for path, descriptor in descriptors.items():
+    for path, descriptor in zip(covered, descriptors, strict=True):
       source = f'/proc/self/fd/{descriptor}'
       if os.path.isdir(source):
         os.makedirs(path, exist_ok=True)
@@ -177,34 +167,32 @@ def _uncover(paths):
       os.close(descriptor)
 
 
-def _limit(values, user, restrict):
+def _limit(settings, user, paths):
   """Limits this process and those that it starts."""
   import resource
 
-  seconds = int(-(-values['timeout'] // 1))
   limits = {
-    'RLIMIT_CPU': (seconds, seconds + 1),
-    'RLIMIT_FSIZE': values['file_size'],
-    'RLIMIT_NOFILE': values['files'],
+    'RLIMIT_CPU': -int(-settings['timeout'] // 1),
+    'RLIMIT_FSIZE': _FILE_SIZE,
+    'RLIMIT_NOFILE': _FILES,
     'RLIMIT_CORE': 0,
   }
-  if values['processes']:
-    limits['RLIMIT_NPROC'] = values['processes']
+  if settings['processes']:
+    limits['RLIMIT_NPROC'] = settings['processes']
   if sys.platform != 'darwin':  # macOS has the name, not the limit.
-    limits['RLIMIT_AS'] = values['memory']
+    limits['RLIMIT_AS'] = settings['memory']
   if user:
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-  if values['landlock']:
-    restrict()
-  for name, wanted in limits.items():
+  if settings['landlock']:
+    landlock.restrict(settings['landlock'], paths)
+  for name, limit in limits.items():
     kind = getattr(resource, name)
-    soft, hard = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     highest = resource.getrlimit(kind)[1]
-    if highest != resource.RLIM_INFINITY:
-      soft, hard = min(soft, highest), min(hard, highest)
-    resource.setrlimit(kind, (int(soft), int(hard)))
+    if highest == resource.RLIM_INFINITY:
+      highest = limit + 1  # At the hard limit of CPU time there is no SIGXCPU.
+    resource.setrlimit(kind, (min(limit, highest), min(limit + 1, highest)))
 
 
 def _fork(function):
@@ -224,25 +212,13 @@ def _fork(function):
 def _keep(*descriptors):
   """Closes all descriptors except the standard ones and these."""
   last = 2
-  for descriptor in sorted(descriptors):
+  for descriptor in (*sorted(descriptors), 1024):
     os.closerange(last + 1, descriptor)
     last = descriptor
-  os.closerange(last + 1, 1024)
 
 
 def _receive():
   """Returns the next text from standard input; None at its end."""
-  size = _read(4)
-  if len(size) < 4:
-    return None
-  return _read(int.from_bytes(size, 'big')).decode('utf-8', 'surrogatepass')
-
-
-def _read(size):
-  data = b''
-  while len(data) < size:
-    chunk = os.read(0, size - len(data))
-    if not chunk:
-      break
-    data += chunk
-  return data
+  size = harness.read(0, 4)
+  text = harness.read(0, int.from_bytes(size, 'big'))
+  return text.decode('utf-8', 'surrogatepass') if size else None

@@ -14,13 +14,12 @@ import builtins
 import sys
 
 # Modules such as `fractions` are imported only where a value needs them.
-_TAGS = {
-  **{b'N': None, b'T': True, b'F': False},
-  **{b'I': int, b'D': float, b'S': str, b'B': bytes, b'A': bytearray},
-  **{b'L': list, b'U': tuple, b'E': set, b'Z': frozenset, b'M': dict},
-}
-_SCALARS = 'int', 'float', 'str', 'bool', 'bytes', 'complex', 'object'
-_TYPES = (*_SCALARS, 'list', 'tuple', 'set', 'frozenset', 'dict', 'type')
+_NAMED = 'None True False int float str bool bytes complex object list tuple'
+_NAMED = (*_NAMED.split(), 'set', 'frozenset', 'dict', 'type')
+_NAMED = {name: getattr(builtins, name) for name in _NAMED}
+_TAGS = {b'L': list, b'M': dict, b'E': set, b'A': bytearray}
+_TAGS |= {b'U': tuple, b'Z': frozenset}
+_SHARED = list, dict, set, bytearray, _collections.deque
 # By value: module, class, and the arguments that rebuild an object.
 _BY_VALUE = {
   'collections.Counter': lambda v: (dict(v),),
@@ -49,8 +48,8 @@ class Writer:
     shared: the numbered objects, which both sides number alike.
   """
 
-  def __init__(self, shared, handle, classes=()):
-    """Args: numbered objects, a function from others to (number, fields)."""
+  def __init__(self, shared, handle, classes):
+    """Args: numbered objects, what describes a handle, classes by name."""
     self.data, self.shared = bytearray(), shared
     self._numbers = {id(value): i for i, value in enumerate(shared)}
     self._handle, self._classes = handle, classes
@@ -58,14 +57,9 @@ class Writer:
   def write(self, value):
     kind = type(value)
     if value is None or kind is bool:
-      self.data += {None: b'N', True: b'T', False: b'F'}[value]
+      self._text(b'Y', repr(value))
     elif id(value) in self._numbers:
       self._text(b'R', str(self._numbers[id(value)]))
-    elif isinstance(value, (list, dict, set, bytearray, _collections.deque)):
-      if not self._by_value(value):
-        self._numbers[id(value)] = len(self.shared)
-        self.shared.append(value)
-        self.write_content(value)
     elif isinstance(value, str):
       self._text(b'S', str.__str__(value))
     elif isinstance(value, int):
@@ -77,44 +71,38 @@ class Writer:
     elif isinstance(value, tuple) and hasattr(kind, '_fields'):
       self._items(b'P', [kind.__name__, *kind._fields, *value])
     elif isinstance(value, (tuple, frozenset)):
-      self._items(b'U' if isinstance(value, tuple) else b'Z', value)
+      self._items(_tag(value), value)
     elif isinstance(value, _VIEWS) or _is_iterator(kind):
       self.write(list(value))
-    elif (
-      isinstance(value, type) and vars(builtins).get(value.__name__) is value
-    ):
+    elif kind is type and _NAMED.get(value.__name__) is value:
       self._text(b'Y', value.__name__)
-    elif not self._by_value(value) and not self._array(value):
-      self._object(value)
+    elif self._by_value(value) or self._array(value):
+      pass
+    elif isinstance(value, _SHARED) or self._is_by_fields(value):
+      self._numbers[id(value)] = len(self.shared)
+      self.shared.append(value)
+      self.write_content(value)
+    else:
+      self._items(b'H', self._handle(value))
 
   def write_content(self, value):
     """Writes a numbered object itself, not a reference to it."""
-    if isinstance(value, bytearray):
-      self._bytes(b'A', bytes(value))
-    elif isinstance(value, dict):
-      pairs = [part for pair in dict.items(value) for part in pair]
-      self._items(b'M', pairs)
-    elif isinstance(value, _collections.deque):
+    if isinstance(value, _collections.deque):
       self._items(b'Q', [value.maxlen, *value])
-    elif isinstance(value, (list, set)):
-      self._items(b'L' if isinstance(value, list) else b'E', value)
+    elif isinstance(value, dict):
+      self._items(b'M', _flat(dict.items(value)))
+    elif isinstance(value, _SHARED):
+      self._items(_tag(value), value)
     else:
-      fields = vars(value)
-      parts = [part for pair in fields.items() for part in pair]
-      self._items(b'O', [type(value).__name__, *parts])
+      self._items(b'O', [type(value).__name__, *_flat(vars(value).items())])
 
   def write_copy(self, value):
     """Writes the present content of an object that has a number."""
     self.shared.append(None)
     self.write_content(value)
 
-  def _object(self, value):
-    if type(value).__name__ in self._classes and hasattr(value, '__dict__'):
-      self._numbers[id(value)] = len(self.shared)
-      self.shared.append(value)
-      self.write_content(value)
-    else:
-      self._items(b'H', self._handle(value))
+  def _is_by_fields(self, value):
+    return type(value).__name__ in self._classes and hasattr(value, '__dict__')
 
   def _by_value(self, value):
     for base in type(value).__mro__:
@@ -150,24 +138,25 @@ class Writer:
 class Reader:
   """Decodes values; raises ValueError if the bytes are not a value's."""
 
-  def __init__(self, data, shared, handle, classes=None):
+  def __init__(self, data, shared, handle, classes):
     """Args: bytes, numbered objects, what makes a handle, classes by name."""
     self._data, self._at, self.shared = data, 0, shared
-    self._handle, self._classes = handle, classes or {}
+    self._handle, self._classes = handle, classes
 
   def read(self):
     tag = self._data[self._at : self._at + 1]
-    self._at += 1
-    if tag in (b'N', b'T', b'F'):
-      return _TAGS[tag]
     end = self._data.index(b':', self._at)
-    size, self._at = int(self._data[self._at : end]), end + 1
-    if tag in b'ISDRYBA':
-      return self._scalar(tag, size)
-    if tag in b'LEMQO':
+    size, self._at = int(self._data[self._at + 1 : end]), end + 1
+    if tag in b'BRISDY':
+      raw = self._data[self._at : self._at + size]
+      self._at += size
+      if tag == b'B':
+        return raw
+      return self._scalar(tag, raw.decode('utf-8', 'surrogatepass'))
+    if tag in b'LAEMQO':
       return self._container(tag, size)
     items = [self.read() for _ in range(size)]
-    if tag in (b'U', b'Z'):
+    if tag in _TAGS:
       return _TAGS[tag](items)
     if tag == b'H':
       return self._handle(*items)
@@ -186,54 +175,46 @@ class Reader:
       return array[()] if items[0] else array
     raise ValueError(f'not a value: {tag!r}')
 
-  def _scalar(self, tag, size):
-    raw = bytes(self._data[self._at : self._at + size])
-    self._at += size
-    if tag == b'B':
-      return raw
-    if tag == b'A':
-      self.shared.append(bytearray(raw))
-      return self.shared[-1]
-    text = raw.decode('utf-8', 'surrogatepass')
-    if tag == b'Y' and text in _TYPES:
-      return getattr(builtins, text)
+  def _scalar(self, tag, text):
+    if tag == b'R':
+      return self.shared[int(text)]
+    if tag == b'Y':
+      return _NAMED[text]
     reads = {b'S': str, b'I': lambda t: int(t, 16), b'D': float.fromhex}
-    return self.shared[int(text)] if tag == b'R' else reads[tag](text)
+    return reads[tag](text)
 
   def _container(self, tag, size):
     """Numbers the object before its content, which may refer to it."""
     at = len(self.shared)
     self.shared.append(None)
     if tag == b'O':
-      cls = self._classes[self.read()]
-      value = self.shared[at] = object.__new__(cls)
-      rest = [self.read() for _ in range(size - 1)]
-      vars(value).update(_pairs(rest))
+      value = object.__new__(self._classes[self.read()])
     elif tag == b'Q':
-      value = self.shared[at] = _collections.deque((), self.read())
-      value.extend([self.read() for _ in range(size - 1)])
+      value = _collections.deque((), self.read())
     else:
-      value = self.shared[at] = _TAGS[tag]()
-      items = [self.read() for _ in range(size)]
-      fill(value, _pairs(items) if tag == b'M' else items)
+      value = _TAGS[tag]()
+    self.shared[at] = value
+    items = [self.read() for _ in range(size - (tag in b'OQ'))]
+    pairs = zip(items[::2], items[1::2], strict=True)
+    fill(value, dict(pairs) if tag in b'MO' else items)
     return value
 
 
 def fill(value, content):
   """Replaces the content of a numbered object."""
-  if isinstance(value, list):
-    value[:] = content
-  elif isinstance(value, (dict, set, bytearray, _collections.deque)):
-    value.clear()
-    add = getattr(value, 'extend', None) or value.update
-    add(content)
-  else:
-    vars(value).clear()
-    vars(value).update(vars(content))
+  if not isinstance(value, _SHARED):
+    value = vars(value)
+  value.clear()
+  add = getattr(value, 'extend', None) or value.update
+  add(content if isinstance(content, _SHARED) else vars(content))
 
 
-def _pairs(items):
-  return dict(zip(items[::2], items[1::2], strict=True))
+def _flat(pairs):
+  return [part for pair in pairs for part in pair]
+
+
+def _tag(value):
+  return next(tag for tag, kind in _TAGS.items() if isinstance(value, kind))
 
 
 def _record(*names):

@@ -102,38 +102,31 @@ def start(
   """
   _check(parts, columns)
   arguments = {'prompts': prompts, 'completions': completions, **columns}
-  here = {
-    part.name: calling.select_arguments(
-      part.name, calling.parameters(part.function), arguments
-    )
-    for part in parts
-    if not isinstance(part.function, Workers)
-  }
-  pending = {
-    part.name: part.function.submit(prompts, completions, columns)
-    for part in parts
-    if part.name not in here
-  }
+
+  def begin(part: RewardPart) -> Callable[[], tuple[np.ndarray, dict]]:
+    function = part.function
+    if isinstance(function, Workers):
+      pending = function.submit(prompts, completions, columns)
+      # float64 turns None into NaN.
+      scores = lambda: np.asarray(pending.result(), np.float64)
+      return lambda: (scores(), pending.failures())
+    taken = calling.parameters(function)
+    taken = calling.select_arguments(part.name, taken, arguments)
+    return lambda: (_part_scores(part, taken, completions), {})
+
+  begun = {part.name: begin(part) for part in parts}
+  there = [p.name for p in parts if isinstance(p.function, Workers)]
 
   @functools.cache
   def finish() -> Scores:
-    local = {
-      part.name: _part_scores(part, here[part.name], completions)
-      for part in parts
-      if part.name in here
-    }
-    # float64 turns None into NaN.
-    values = local | {
-      name: np.asarray(scores.result(), np.float64)
-      for name, scores in pending.items()
-    }
-    causes = {name: scores.failures() for name, scores in pending.items()}
+    # Workers come last: they work while the others are called.
+    order = [*(name for name in begun if name not in there), *there]
+    done = {name: begun[name]() for name in order}
+    values = {name: done[name][0] for name in begun}
     failed = {
-      part.name: np.isin(np.arange(len(prompts)), [*causes.get(part.name, ())])
-      for part in parts
+      name: np.isin(np.arange(len(prompts)), [*done[name][1]]) for name in begun
     }
-    values = {part.name: values[part.name] for part in parts}
-    failures = {name: _count(each.values()) for name, each in causes.items()}
+    failures = {name: _count(done[name][1].values()) for name in there}
     return Scores(*_total(parts, values, failed), values, failed, failures)
 
   return finish
@@ -221,17 +214,7 @@ def _part_scores(
       f'reward {part.name!r} raised {type(error).__name__}: '
       f'{shortened(str(error))}\n{_culprit(part, arguments, completions)}'
     ) from error
-  scores = np.zeros(len(completions))
-  for i, value in enumerate(calling.as_list(part.name, result, len(scores))):
-    try:
-      scores[i] = calling.as_float(value)
-    except ValueError as error:
-      raise UserError(
-        f'reward {part.name!r} returned {shortened(repr(value))} for sample '
-        f'{i}, completion {shortened(completions[i])!r}.\n'
-        'A score must be a finite float32, or None for no score.'
-      ) from error
-  return scores
+  return np.asarray(calling.as_floats(part.name, result, completions))
 
 
 def _culprit(part: RewardPart, arguments: dict, completions) -> str:

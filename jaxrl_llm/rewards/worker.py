@@ -59,54 +59,48 @@ def _work(channel: socket.socket, token: str, spec: dict[str, Any]) -> int:
     os.dup2(nothing, descriptor)
   # A process that the function leaves behind could answer later requests.
   os.register_at_fork(after_in_child=channel.close)
-  ready = dict(containment=spec['containment'])
-  ready |= dict(memory_limited=_limit(spec['memory']))
-  function, problem = _load(spec)
-  if function is None:
-    _send(channel, token, 'user', problem)
+  _limit(spec['memory'])
+  name, field = spec['name'], spec['field']
+  try:
+    function = calling.load_reward(name, spec['settings'], field, killable=True)
+    getattr(function, 'warm_up', lambda: None)()
+  except BaseException as error:
+    problem = f'{field}: {name} does not load\n{_said(error)}'
+    user = str(error)[:_MAX_MESSAGE]
+    mistake = isinstance(error, UserError)
+    _send(channel, token, 'user', user if mistake else problem)
     return 1
-  file = pathlib.Path(naming.file_of(spec['name']) or os.devnull)
-  ready |= dict(source=hashlib.sha256(file.read_bytes()).hexdigest())
-  ready |= dict(parameters=calling.parameters(function))
+  file = pathlib.Path(naming.file_of(name) or os.devnull)
+  ready = dict(
+    containment=spec['containment'],
+    source=hashlib.sha256(file.read_bytes()).hexdigest(),
+    parameters=calling.parameters(function),
+  )
   _send(channel, token, 'ready', ready)
   pid = os.getpid()
   with open(channel.fileno(), 'rb', closefd=False) as requests:
     for line in requests:
       token, arguments = json.loads(line)
-      reply = _score(spec['name'], function, arguments)
+      reply = _score(name, function, arguments)
       if os.getpid() != pid:
         return 1  # The function has forked, and both copies returned.
       _send(channel, token, *reply)
   return 0
 
 
-def _load(spec: dict[str, Any]) -> tuple[Callable | None, str]:
-  """Returns the function, warmed up; or None and what is wrong with it."""
-  name, field = spec['name'], spec['field']
-  try:
-    function = calling.load_reward(name, spec['settings'], field, killable=True)
-    getattr(function, 'warm_up', lambda: None)()
-    return function, ''
-  except UserError as error:
-    return None, str(error)[:_MAX_MESSAGE]
-  except BaseException as error:
-    return None, f'{field}: {name} does not load\n{_said(error)}'
-
-
 def _score(name: str, function: Callable, arguments: dict) -> tuple[str, Any]:
   """Calls the function on one sample and catches whatever it raises."""
   try:
-    try:
-      result = function(**arguments)
-    except UserError as error:
-      return 'user', str(error)[:_MAX_MESSAGE]
-    try:
-      score = calling.as_float(calling.as_list(name, result, 1)[0])
-    except ValueError:
-      return 'error', f'returned {calling.shortened(repr(result))}'
+    result = function(**arguments)
+  except UserError as error:
+    return 'user', str(error)[:_MAX_MESSAGE]
   except BaseException as error:
     kind = 'memory' if isinstance(error, MemoryError) else 'error'
     return kind, _said(error)
+  try:
+    (score,) = calling.as_floats(name, result, [''])
+  except Exception:
+    return 'error', f'returned {calling.shortened(repr(result))}'
   return 'score', None if math.isnan(score) else score
 
 
@@ -120,8 +114,8 @@ def _send(channel: socket.socket, *message: Any) -> None:
   channel.sendall(json.dumps(message).encode() + b'\n')
 
 
-def _limit(memory: int) -> bool:
-  """Bounds memory in bytes; returns False if this is not enforced."""
+def _limit(memory: int) -> None:
+  """Bounds memory in bytes, where the system enforces it."""
   # Crashes need no core file, and if the machine runs out of memory
   # nevertheless, this process must be killed before others.
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -135,5 +129,4 @@ def _limit(memory: int) -> bool:
     try:
       mmap.mmap(-1, memory, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON).close()
     except OSError:
-      return True
-  return False
+      break

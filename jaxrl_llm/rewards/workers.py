@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -34,8 +33,9 @@ FATAL = FAILURES[1:]
 
 # Bytes.  The interpreter alone takes 10 MB.
 _LEAST_MEMORY = 1 << 26
-# Most bytes in a line from a worker; anything longer is not a reply.
-_MAX_LINE = 1 << 16
+_MAX_LINE = 1 << 16  # bytes of a reply
+# Seconds for a process to load the function.
+_LOADING = 120.0
 # Seconds for a supervisor to end with all processes that it watches.
 _GRACE = 5.0
 # Whatever can be imported here, or from the working folder, can be there.
@@ -83,16 +83,14 @@ class Workers:
     workers: number of processes.
     timeout: seconds of wall time per sample, from when a process takes it.
     memory: bytes that a process, and each that the function starts, may write
-      to; the interpreter takes 10 MB.
+      to (macOS does not enforce it); the interpreter takes 10 MB.
     containment: a kind of `containment.KINDS`; the strongest by default.
     environment: names of variables that the function reads besides those that
       locate files and devices, such as ('OPENAI_API_KEY',).
-    load_timeout: seconds allowed for loading the function.
     field: prefix of messages about name and settings.
 
   Attributes:
     name, containment: as given, and the kind in use.
-    memory_limited: whether the system enforces `memory`; macOS does not.
 
   Raises:
     UserError: the function cannot be loaded, or an argument is invalid.
@@ -108,7 +106,6 @@ class Workers:
     memory: int = 2 << 30,
     containment: str | None = None,
     environment: Sequence[str] = (),
-    load_timeout: float = 120.0,
     field: str | None = None,
   ):
     self.name = name
@@ -116,7 +113,7 @@ class Workers:
     spec |= dict(memory=memory, containment=containment)
     spec |= dict(field=field or f'reward {name!r}')
     _check(spec, workers, environment)
-    self._pool = _Pool(spec, environment, load_timeout)
+    self._pool = _Pool(spec, environment)
     self._finalizer = weakref.finalize(self, self._pool.close)
     try:
       ready = self._pool.start(workers)
@@ -125,7 +122,6 @@ class Workers:
       raise
     self._parameters = calling.Parameters(*ready['parameters'])
     self.containment = ready['containment']
-    self.memory_limited = ready['memory_limited']
 
   def submit(
     self,
@@ -159,16 +155,6 @@ class Workers:
 
   def __exit__(self, *exc_info):
     self.close()
-
-
-def isolated(name: str, workers: int = 2, **settings: Any) -> Workers:
-  """Creates `Workers`; further arguments are theirs or a factory's settings.
-
-  RewardPart('correct', isolated('gsm8k_answer', workers=4, timeout=2.0))
-  """
-  limits = 'timeout', 'memory', 'environment'
-  limits = {key: settings.pop(key) for key in limits if key in settings}
-  return Workers(name, settings, workers=workers, **limits)
 
 
 class Pending:
@@ -223,9 +209,9 @@ class _Pool:
   with the first score.
   """
 
-  def __init__(self, spec: dict, environment: Sequence[str], seconds: float):
+  def __init__(self, spec: dict, environment: Sequence[str]):
     self.worked = False
-    self._spec, self._environment, self._seconds = spec, environment, seconds
+    self._spec, self._environment = spec, environment
     # Paths keep the meaning that they had for the first process.
     self._folder, self._source = os.getcwd(), None
     self._owner, self._open = os.getpid(), True
@@ -292,26 +278,26 @@ class _Pool:
   def _launch(self) -> '_Process':
     """Starts a process that loads the function."""
     name, field, memory = (self._spec[k] for k in ('name', 'field', 'memory'))
-    process = _Process(field, self._folder, self._environment)
+    process = _Process(self._folder, self._environment)
     self._processes.add(process)
-    kind, content = process.ask(json.dumps(self._spec).encode(), self._seconds)
-    self._source = self._source or (kind == 'ready' and content['source'])
-    if kind == 'ready' and content['source'] == self._source and self._open:
-      process.ready = kind, content
-      return process
-    self._end(process)
-    self._check_open()
-    if kind == 'user':
-      raise UserError(content)
-    if kind == 'ready':
-      raise UserError(
+    kind, content = process.ask(json.dumps(self._spec).encode(), _LOADING)
+    if kind == 'ready' and self._open:
+      self._source = self._source or content['source']
+      if content['source'] == self._source:
+        process.ready = kind, content
+        return process
+      content = (
         f'{field}: the file of {name} has changed\n'
         'new workers would score by other rules: restore the file or restart'
       )
-    raise UserError(
-      f'{field}: the process that loads {name} {content}\nimporting the '
-      f'function ends or blocks it, or needs more memory than {memory} bytes'
-    )
+    elif kind != 'user':
+      content = (
+        f'{field}: the process that loads {name} {content}\nimporting the '
+        f'function ends or blocks it, or needs more memory than {memory} bytes'
+      )
+    self._end(process)
+    self._check_open()
+    raise UserError(content)
 
   def _end(self, process: '_Process | None') -> None:
     if process is not None:
@@ -330,32 +316,29 @@ class _Process:
   the one about the loaded function; `used` becomes True with the first sample.
   """
 
-  def __init__(self, field: str, folder: str, environment: Sequence[str]):
-    self.ready, self.used, self._received = None, False, b''
+  def __init__(self, folder: str, environment: Sequence[str]):
+    self.ready, self.used = None, False
     copied = {
       name: value
       for name, value in os.environ.items()
       if name in environment or _KEPT.fullmatch(name) and name not in _SET
     }
     self._channel, theirs = socket.socketpair()
+    self._lines = self._channel.makefile('rb')
     with theirs:
-      try:
-        self.popen = subprocess.Popen(
-          # Settings are sent: all users can read a command line.
-          [sys.executable, '-c', _BOOT, folder, *filter(None, sys.path)],
-          stdin=theirs,
-          stdout=subprocess.DEVNULL,
-          cwd=folder,
-          env=_SET | copied,
-          start_new_session=True,  # The parent decides about Ctrl-C.
-        )
-      except OSError as error:
-        raise UserError(
-          f'{field}: no worker can be started: {error}'
-        ) from error
+      self.popen = subprocess.Popen(
+        # Settings are sent: all users can read a command line.
+        [sys.executable, '-c', _BOOT, folder, *filter(None, sys.path)],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+        env=_SET | copied,
+        start_new_session=True,  # The parent decides about Ctrl-C.
+      )
 
   def close(self) -> None:
     """Ends the process and waits until it and all that it started are gone."""
+    self._lines.close()
     self._channel.close()
     self.popen.terminate()
     try:
@@ -370,34 +353,22 @@ class _Process:
     token = secrets.token_hex(8)
     request = b'["%s", %s]\n' % (token.encode(), content)
     try:
-      answered, kind, content = json.loads(self._exchange(request, seconds))
+      self._channel.settimeout(seconds)
+      self._channel.sendall(request)
+      line = self._lines.readline(_MAX_LINE)
+      if not line:
+        return self._ending()
+      answered, kind, content = json.loads(line)
       # What an earlier sample wrote does not know the token.
-      if answered == token and _is_reply(kind, content):
+      if answered == token:
         return kind, content
     except TimeoutError:
       return 'timeout', f'gave no answer in {seconds:g} s'
     except OSError:
       return self._ending()
-    except (LookupError, TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
       pass
     return 'crash', 'wrote to the channel of its worker'
-
-  def _exchange(self, request: bytes, seconds: float) -> bytes:
-    """Sends a line and returns the next; OSError if the process has ended."""
-    deadline = time.monotonic() + seconds
-    self._channel.settimeout(seconds)
-    self._channel.sendall(request)
-    while b'\n' not in self._received:
-      # A reply in time counts, even if this thread was kept from seeing it.
-      self._channel.settimeout(max(deadline - time.monotonic(), 0.001))
-      received = self._channel.recv(_MAX_LINE)
-      if not received:
-        raise ConnectionError
-      self._received += received
-      if len(self._received) > _MAX_LINE:
-        raise ValueError
-    line, _, self._received = self._received.partition(b'\n')
-    return line
 
   def _ending(self) -> tuple[str, str]:
     """Returns the cause of the process's end."""
@@ -407,13 +378,6 @@ class _Process:
       return 'crash', 'closed its channel'
     ways = {128 + n: f'was killed by {n.name}' for n in signal.Signals}
     return 'crash', ways.get(status, f'ended with status {status}')
-
-
-def _is_reply(kind: Any, content: Any) -> bool:
-  if kind == 'score' and type(content) is float:
-    return math.isfinite(content)
-  types = dict(score=type(None), ready=dict, error=str, memory=str, user=str)
-  return type(content) is types[kind]
 
 
 def _wait(futures: Sequence[Future]) -> None:

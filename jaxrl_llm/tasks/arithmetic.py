@@ -17,9 +17,10 @@ More operations, larger operands, `*` and no modulus make it harder.
 Characters per solution grow with operations² · digits.
 """
 
+import functools
 import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxrl_llm.errors import UserError
 
@@ -41,6 +42,7 @@ def generate(
   modulus: int | None = None,
   largest: int | None = None,
   careless: float = 0.0,
+  careless_per: str = 'solution',
 ) -> list[dict]:
   """Returns `count` rows with distinct prompts, a function of its arguments.
 
@@ -59,11 +61,18 @@ def generate(
     careless: share of solutions that work from left to right as if products
       did not come first, a pupil's mistake.  Their last number may be wrong;
       `answer` is always right.
+    careless_per: 'step' applies `careless` to each operation for itself, so
+      that a solution may hold several mistakes; 'solution' to all together.
 
   Raises:
     UserError: a range is impossible, or there are too few such prompts.
   """
   _check(count, operations, operands, operators, modulus, largest, careless)
+  if careless_per not in ('solution', 'step'):
+    raise UserError(
+      f'arithmetic.generate: careless_per={careless_per!r}\n'
+      "it is 'solution' or 'step'"
+    )
   rng = random.Random(seed)
   lengths = range(operations[0], operations[1] + 1)
   values = range(operands[0], operands[1] + 1)
@@ -76,8 +85,11 @@ def generate(
     prompt = ''.join(_parts(numbers, signs)) + '='
     lines = None if prompt in seen else _work(numbers, signs, modulus, largest)
     shown = lines
-    if careless and lines and rng.random() < careless:
-      shown = _work(numbers, signs, modulus, largest, careless=True)
+    if careless and lines:
+      slips = lambda: rng.random() < careless
+      if careless_per == 'solution':
+        slips = functools.cache(slips)
+      shown = _work(numbers, signs, modulus, largest, slips)
     if shown is None:
       fruitless += 1
       if fruitless > _MAX_FRUITLESS_DRAWS:
@@ -126,13 +138,13 @@ def _work(
   signs: Sequence[str],
   modulus: int | None,
   largest: int | None,
-  careless: bool = False,
+  slips: Callable[[], bool] = lambda: False,
 ) -> list[str] | None:
   """Returns the expression after each operation, or None beyond `largest`."""
   parts = _parts(numbers, signs)
   lines = []
   while len(parts) > 1:
-    i = parts.index('*') if '*' in parts and not careless else 1
+    i = parts.index('*') if not slips() and '*' in parts else 1
     left, right = int(parts[i - 1]), int(parts[i + 1])
     value = _OPERATORS[parts[i]](left, right)
     if modulus is not None:

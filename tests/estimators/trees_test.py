@@ -16,8 +16,8 @@ TWO = enumeration.toy(seed=1, words=1, max_length=2, prompts=2)
 ONE_FORK, NESTED = positions.fixed(1), positions.fixed(1, 2)
 
 
-def tree(rule=NESTED, count=2, samples=1, *shaping):
-  credit = est.tree(count, samples, rule)
+def tree(rule=NESTED, count=2, samples=1, *shaping, mix=1.0):
+  credit = est.tree(count, samples, rule, mix)
   return compose(*shaping, credit, loss=est.clipped(0.2))
 
 
@@ -46,10 +46,19 @@ UNBIASED = {
 }
 
 
+MIXED = tree(NESTED, 2, 1, mix=0.6)
+LEARNT = tree(NESTED, 2, 1, mix=est.tree_mix(1))
+
+
 @pytest.mark.parametrize('name', mostly_slow(UNBIASED, 'one fork', 'two forks'))
 def test_no_bias(name):
   estimator, toy, samples = UNBIASED[name]
   assert_unbiased(estimator, toy, samples)
+
+
+def test_no_bias_with_other_responses_in_the_baseline():
+  assert_unbiased(MIXED, SMALL, 2)
+  assert_unbiased(LEARNT, SMALL, 2, running={'tree_mix': 0.3})
 
 
 @pytest.mark.parametrize('seed', [0, 2])
@@ -114,6 +123,24 @@ def test_by_hand():
   np.testing.assert_allclose(shares[1], 1)
   for row, share in ((2, 1 / 3), (3, 1 / 3), (4, 1 / 6)):
     np.testing.assert_allclose(shares[row], share)
+
+
+def test_a_mixed_baseline_by_hand():
+  data = rows(
+    rewards=[8.0, 1.0, 2.0, 3.0],
+    parents=[0, 1, 0, 0],
+    forked_at=[0, 0, 1, 1],
+    lengths=[6, 4, 5, 2],
+  )
+  got = np.asarray(quick_jit(MIXED.prepare)(data).advantages)[0]
+  np.testing.assert_allclose(got[0, :2], [13 / 3 - 1, 8 - (0.6 * 2.5 + 0.4)])
+  np.testing.assert_allclose(got[2, 1], 2 - (0.6 * 5.5 + 0.4))
+  # a: the fork's mean of its branches around 1, c: their variance.
+  noise = 0.5
+  spread = (2.5 - 1) ** 2 - noise / 2
+  number = est.tree_mix(samples=4, decay=0.0)
+  found = number.update(0.9, data.replace(running={'tree_mix': 0.9}))
+  np.testing.assert_allclose(found, spread / (spread + noise / 3))
 
 
 def test_a_fork_without_a_valid_branch_is_none():

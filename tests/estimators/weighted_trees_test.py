@@ -8,7 +8,7 @@ from listed import TOY, TWO, assert_unbiased, close, compose, examine
 
 from jaxrl_llm import estimators as est
 from jaxrl_llm.estimators import thresholds as rules
-from jaxrl_llm.estimators.exact import growth
+from jaxrl_llm.estimators.exact import growth, relatives
 
 pytestmark = pytest.mark.usefixtures('float64')
 
@@ -82,18 +82,9 @@ def test_another_tree_lowers_the_variance():
   assert against.variance < 0.9 * alone.variance / 2
 
 
-def own_values(rewards, rollouts):
-  """What other nodes of the same depth and tree earn: cousins."""
-  below = jnp.where(rollouts.valid, rewards, 0.0)
-  weights = est.leaf_weights(rollouts)
-  others = (weights * below).sum(axis=1, keepdims=True) - weights * below
-  return jnp.broadcast_to(others, rollouts.mask.shape)
-
-
 def test_a_baseline_that_sees_a_cousin_is_biased():
   """One uniform number draws all tokens of a depth."""
-  cousins = est.TreeBaseline(own_values)
-  report = examine(weighted(RULES['a quarter'], cousins))
+  report = examine(weighted(RULES['a quarter'], relatives.cousins()))
   assert report.bias > 0.05
 
 

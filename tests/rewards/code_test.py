@@ -1,10 +1,10 @@
 """Programs are found, run and graded; plain `exec` is the oracle."""
 
-import ast
 import inspect
 import json
 import time
 
+import mistakes
 import pytest
 
 from experiments import build
@@ -43,11 +43,6 @@ def human_eval(shared):
   return tasks.human_eval(shared / 'data' / 'human_eval')
 
 
-class NoneReturned(ast.NodeTransformer):
-  def visit_Return(self, node):
-    return ast.Return(ast.Constant(None))
-
-
 SPOIL = """
 def _spoil(value):
   if isinstance(value, bool): return not value
@@ -62,14 +57,6 @@ def {name}(*args):
 """
 
 
-def sabotaged(row, kind):
-  """A program that differs from the solution in what it returns."""
-  program = row['prompt'] + row['solution']
-  if kind == 'none':
-    return ast.unparse(NoneReturned().visit(ast.parse(program)))
-  return program + SPOIL.format(name=row['entry_point'])
-
-
 def passes(row, program):
   """The oracle: what the tests of HumanEval say in this very process."""
   space = {}
@@ -82,10 +69,14 @@ def passes(row, program):
 
 
 def sabotage(human_eval):
-  """20 problems spread over all, each with a program that is wrong."""
+  """20 problems spread over all, each with a program that returns otherwise."""
   rows = human_eval[::8][:20]
-  kinds = ['none', 'spoiled'] * 10
-  return rows, [sabotaged(*pair) for pair in zip(rows, kinds, strict=True)]
+  spoilt = [SPOIL.format(name=row['entry_point']) for row in rows]
+  programs = [
+    row['prompt'] + row['solution'] + end
+    for row, end in zip(rows, spoilt, strict=True)
+  ]
+  return rows, programs
 
 
 def test_human_eval(human_eval):
@@ -118,7 +109,6 @@ def test_no_sabotage_passes(human_eval, grade):
   rows, wrong = sabotage(human_eval)
   for row, program in zip(rows, wrong, strict=True):
     right = row['prompt'] + row['solution']
-    assert ast.dump(ast.parse(program)) != ast.dump(ast.parse(right))
     assert passes(row, right) and not passes(row, program)
   found = rewards(rows, [fenced(program) for program in wrong], score=grade)
   assert len(found) == 20 and max(found) < 1
@@ -387,8 +377,8 @@ def _pairs(value):
     (_check('assert True'), 'tests nothing'),
     (_check('assert 1 + 1 == 2'), 'tests nothing'),
     (_pairs('{'), 'input_output of sample 1 is not JSON'),
-    (_pairs({'inputs': []}), 'must hold inputs and outputs'),
-    (_pairs({'inputs': ['1'], 'outputs': []}), '1 inputs, 0 outputs'),
+    (_pairs({'inputs': []}), 'must hold inputs and'),
+    (_pairs({'inputs': ['1'], 'outputs': []}), 'as many outputs'),
     (_pairs({'inputs': [1], 'outputs': [2]}), 'must hold texts'),
     (dict(test_list=None, test_cases=[{'input': ''}]), 'each needs an input'),
     (
@@ -402,15 +392,12 @@ def _pairs(value):
   ],
 )
 def test_rows_without_tests_are_refused(change, text):
-  with pytest.raises(UserError, match=text) as caught:
+  with mistakes.refused(text):
     rewards([ROW, ROW | change], [RIGHT] * 2)
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_settings_are_checked():
   for settings in (
-    dict(stop='\ndef'),
-    dict(stop=['']),
     dict(parallel=0),
     dict(packages='numpy'),
     dict(batch_timeout=0),

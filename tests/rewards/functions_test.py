@@ -3,10 +3,10 @@
 import importlib.util
 import inspect
 import random
-import re
 import sys
 import time
 
+import mistakes
 import numpy as np
 import pytest
 
@@ -70,7 +70,7 @@ def test_exact_match_ignores_only_outer_whitespace():
     ('exact_match', {'case': True}, "has no setting 'case'"),
     ('exact_match', {'ignore_case': 'no'}, "ignore_case is 'no', not"),
     ('exact_match', {'answer': 'a'}, "has no setting 'answer'"),
-    ('choice', {'letters': ['A']}, r"letters is \['A'\], not"),
+    ('choice', {'letters': ['A']}, "letters is ['A'], not"),
     ('token_f1', {'n': 1}, "has no setting 'n'"),
     ('regex_match', {}, 'needs pattern'),
     ('regex_match', {'pattern': '('}, 'not a regular expression'),
@@ -79,9 +79,8 @@ def test_exact_match_ignores_only_outer_whitespace():
   ],
 )
 def test_wrong_settings_are_refused(name, settings, problem):
-  with pytest.raises(UserError, match=problem) as caught:
+  with mistakes.refused(problem):
     calling.load_reward(name, settings, 'config.rewards.r')
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_regex_match_compares_what_the_last_match_holds():
@@ -101,9 +100,8 @@ def test_choice_compares_letters():
   assert functions.choice(['The answer is (E).'], ['(E) 5']) == [1]
   assert functions.choice(['K'], ['K'], letters='JK') == [1]
   for gold in ('K', '2', 'A or B'):
-    with pytest.raises(UserError, match='sample 1.*not one of ABCDEFGHIJ') as e:
+    with mistakes.refused('sample 1', 'not one of ABCDEFGHIJ'):
       functions.choice(['A', 'B'], ['A', gold])
-    assert len(str(e.value).splitlines()) <= 3
 
 
 def test_token_f1_is_squads():
@@ -170,9 +168,8 @@ def test_a_perturbed_gsm8k_answer_scores_0(shared):
 
 
 def test_a_gold_answer_without_a_number_is_the_data_sets_mistake():
-  with pytest.raises(UserError, match='sample 1 .*no number') as caught:
+  with mistakes.refused('sample 1 holds no number'):
     functions.gsm8k_answer(['#### 1', '#### 1'], ['1', 'a lot'])
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_math_answer_compares_marked_answers():
@@ -184,9 +181,8 @@ def test_math_answer_compares_marked_answers():
   texts.append('\\boxed{1/2} \\boxed{2')
   assert functions.math_answer(texts, ['1/2'] * 6) == [0, 0, 0, 0, 1, 0]
   for bad in ('', 'a' * 400, '\\boxed{}', None):
-    with pytest.raises(UserError, match='sample 1') as caught:
+    with mistakes.refused('sample 1'):
       functions.math_answer(['\\boxed{1}'] * 2, ['1', bad])
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_without_math_verify_workers_name_the_extra(monkeypatch):
@@ -209,12 +205,8 @@ def test_math_verify_runs_in_workers_alone():
   """What it is given may never end, and here nothing could end it."""
   pytest.importorskip('math_verify')
   name = 'math_verify_answer'
-  with pytest.raises(UserError, match='set workers, as in') as caught:
-    calling.load_reward(name, {}, 'config.rewards.right')
-  assert str(caught.value).startswith(
-    'config.rewards.right: math_verify_answer'
-  )
-  assert len(str(caught.value).splitlines()) <= 3
+  with mistakes.refused(f'config.r: {name}', 'set workers, as in'):
+    calling.load_reward(name, {}, 'config.r')
   with Workers(name, workers=1) as workers:
     scores = workers(['p'], ['\\boxed{2x}'], answer=['x+x'])
   assert scores == [1.0]
@@ -278,33 +270,9 @@ def test_script_share_counts_letters():
   assert latin(texts) == [1, 0.5, 1, 1, 1, 0.5, 0.5, 1]
   japanese = functions.script_share(['CJK', 'HIRAGANA', 'KATAKANA'])
   assert japanese(['時々カタカナとー、ok']) == [6 / 8]
-  for scripts, text in (
-    ('LATIN', 'must be a list'),
-    ([], 'must be a list'),
-    (['Latin'], "'Latin' is not the script of any letter"),
-    ([None], 'None is not the script of any letter'),
-  ):
-    with pytest.raises(UserError, match=text):
+  for scripts in ('LATIN', [], ['Latin'], [None]):
+    with pytest.raises(UserError, match='must be a list of scripts'):
       functions.script_share(scripts)
-
-
-def test_script_share_agrees_with_unicodes_blocks():
-  """All characters of a block are letters of its script."""
-  blocks = dict(GREEK='\u03b1-\u03c9', CYRILLIC='\u0400-\u0481')
-  blocks |= dict(HEBREW='\u05d0-\u05ea', HIRAGANA='\u3041-\u3096')
-  blocks |= dict(CJK='\u4e00-\u9fff', HANGUL='\uac00-\ud7a3', LATIN='a-zA-Z')
-  rng = random.Random(0)
-  pools = {
-    script: re.findall(f'[{block}]', ''.join(map(chr, range(0xD800))))
-    for script, block in blocks.items()
-  }
-  for script, other in zip(blocks, [*list(blocks)[1:], 'GREEK'], strict=True):
-    right, wrong = rng.choices(range(1, 40), k=2)
-    text = rng.choices(pools[script], k=right) + rng.choices('0 .%', k=5)
-    text += rng.choices(pools[other], k=wrong)
-    rng.shuffle(text)
-    share = functions.script_share([script])([''.join(text)])
-    assert share == [right / (right + wrong)]
 
 
 def test_marks_on_letters_do_not_count_and_do_not_cost():

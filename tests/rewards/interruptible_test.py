@@ -43,7 +43,7 @@ def test_a_stop_ends_the_wait_for_workers(marked):
 def test_a_stop_ends_the_wait_for_a_function_that_loads(marked, tmp_path):
   file = tmp_path / 'slow.py'
   file.write_text('import time; time.sleep(1000)\ndef score(**columns): ...')
-  stops(lambda: Workers(f'{file}:score', workers=1, load_timeout=60.0))
+  stops(lambda: Workers(f'{file}:score', workers=1))
   assert not marked()
 
 

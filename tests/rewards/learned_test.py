@@ -3,12 +3,12 @@
 import json
 import string
 
+import mistakes
 import numpy as np
 import pytest
 import tiny_models
 import toys
 
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.models import value_head
 from jaxrl_llm.models.huggingface import folders
 from jaxrl_llm.models.huggingface import reward_model as folder_rm
@@ -131,11 +131,8 @@ def test_nothing_is_cut_to_fit(folder):
   plain = learned.reward_model(folder, chat_template=CHATML)
   assert call(plain).valid.all()
   long = learned.reward_model(folder, chat_template=CHATML, system_prompt='Sys')
-  with pytest.raises(UserError) as caught:
+  with mistakes.refused('2 of 4 texts exceed 48 tokens', 'longest has 56'):
     call(long)
-  assert '2 of 4 texts exceed 48 tokens' in str(caught.value)
-  assert 'the longest has 56' in str(caught.value)
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_where_padding_ends_a_text_it_is_not_read(folder, tmp_path):
@@ -165,10 +162,8 @@ def test_scores_are_centred_and_scaled(folder):
 
 
 def test_worker_processes_are_no_place_for_it(folder):
-  with pytest.raises(UserError) as caught:
-    Workers('reward_model', {'path': str(folder)}, field='config.rewards.proxy')
-  assert str(caught.value).startswith('config.rewards.proxy: reward_model')
-  assert str(caught.value).endswith('leave out workers')
+  with mistakes.refused('config.r: reward_model', 'leave out workers'):
+    Workers('reward_model', {'path': str(folder)}, field='config.r')
 
 
 @pytest.mark.parametrize(
@@ -178,7 +173,7 @@ def test_worker_processes_are_no_place_for_it(folder):
     (dict(batch_size=0), 'batch_size is 0'),
     (dict(std=0.0), 'std must be above 0'),
     (dict(mean=float('nan')), 'mean=nan'),
-    (dict(max_tokens=49), 'max_tokens is 49; .* reads 1 to 48 tokens'),
+    (dict(max_tokens=49), 'reads 1 to 48 tokens'),
     (dict(system_prompt='S'), 'needs a chat template'),
     (dict(chat_template='', system_prompt='S'), 'needs a chat template'),
     (dict(path='/no/model'), 'no model folder /no/model'),
@@ -186,8 +181,7 @@ def test_worker_processes_are_no_place_for_it(folder):
   ],
 )
 def test_settings_that_make_no_sense_are_refused(folder, settings, words):
-  with pytest.raises(UserError, match=words) as caught:
+  with mistakes.refused(words):
     calling.load_reward(
       'reward_model', {'path': str(folder)} | settings, 'rewards'
     )
-  assert len(str(caught.value).splitlines()) <= 3

@@ -70,10 +70,7 @@ def test_a_program_without_a_name_to_look_for(completion, program):
   assert programs.find_program('Write.', completion) == program
 
 
-def test_stop_sequences_can_be_chosen():
-  text = BODY + 'DONE\n' + BODY
-  assert programs.find_program(HEAD, text, 'f', ('DONE',)) == HEAD + BODY
-  assert programs.find_program(HEAD, text, 'f', ()) == HEAD + text
+def test_a_prompt_is_code_if_it_can_be_continued():
   head = 'def f(x):\n'  # No Python yet, but what it begins is.
   assert programs.find_program(head, BODY + '\nprint(1)', 'f') == head + BODY
   # A prompt that only mentions code is no code.

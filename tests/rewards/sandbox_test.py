@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import hostile
+import mistakes
 import pytest
 
 from jaxrl_llm.errors import UserError
@@ -75,16 +77,17 @@ def test_setup_runs_once_between_program_and_tests():
     ('def f():\n  f()\nf()', 'failed', 'RecursionError'),
     ('input()', 'failed', 'EOFError'),
     ('import numpy', 'failed', 'ModuleNotFoundError'),
-    ('open("f", "wb").write(bytes(10**7))', 'failed', 'OSError.*too large'),
+    ('open("f", "wb").write(bytes(2**25))', 'failed', 'OSError.*too large'),
     ('bytearray(4 * 2**30)', 'out_of_memory', 'MemoryError'),
     ('x = []\nwhile 1: x.append(bytes(10**6))', 'out_of_memory', 'MemoryErr'),
     ('import ctypes; ctypes.string_at(0)', 'crashed', 'signal 11'),
     ('import os; os.abort()', 'crashed', 'signal 6'),
     ('import os; os.kill(0, 9)', 'crashed', 'signal 9'),
+    ('import os\nif os.fork(): os.abort()\nwhile 1: 0', 'crashed', 'signal 6'),
   ],
 )
 def test_how_programs_end(program, outcome, error):
-  result = run(program, TESTS, memory=2**28, file_size=10**6)
+  result = run(program, TESTS, memory=2**28)
   assert result.outcome.value == outcome
   assert re.search(error, result.error) and '\n' not in result.error
   assert result.passed == (False, False)
@@ -128,9 +131,9 @@ def test_threads_that_never_end_do_not_matter():
 
 def test_output_is_bounded():
   flood = 'for i in range(80):\n  print("x" * 2**16)\n'
-  result = run(flood + RIGHT, TESTS, output=1000)
+  result = run(flood + RIGHT, TESTS)
   assert result.outcome is Outcome.PASSED
-  assert result.output == 'x' * 1000
+  assert result.output == 'x' * 2**16
   both = run('import os\nprint("out", flush=True)\nos.write(2, b"err \\xff")')
   assert both.output == 'out\nerr \ufffd'
 
@@ -301,44 +304,21 @@ try:
 finally:
   print(started)
 """
-  result = run(program, processes=8, isolated=isolated(namespaces))
+  result = run(program, isolated=isolated(namespaces))
   assert result.outcome is Outcome.FAILED
   assert re.match("BlockingIOError|RuntimeError: can't start", result.error)
   # Without namespaces what else the user starts and ends makes a difference.
-  assert 1 <= int(result.output) <= (7 if namespaces else 50)
+  assert 1 <= int(result.output) <= (15 if namespaces else 50)
 
 
-def test_a_fork_bomb_goes_out():
-  needs('start any number of processes')
-  needs('leave detached processes behind')
-  # 2⁷ processes, were there no limit.
-  bomb = """
-import os, time
-print(os.getcwd(), end='', flush=True)
-for _ in range(7):
-  try:
-    if not os.fork(): os.setsid()
-  except OSError: pass
-time.sleep(1000)
-"""
-  result = run(bomb, timeout=1.0)
-  assert result.outcome is Outcome.TIMED_OUT
-  assert not running(result.output)
-
-
-def running(folder):
-  """Numbers of processes that work in a folder, once they have ended."""
+def works_in(folder):
+  """Returns whether a process works in a folder."""
   assert 'sandbox-' in folder
-  deadline = time.monotonic() + 10
-  while True:
-    found = []
-    for path in pathlib.Path('/proc').glob('[0-9]*/cwd'):
-      with contextlib.suppress(OSError):
-        if os.readlink(path).startswith(folder):
-          found.append(path.parent.name)
-    if not found or time.monotonic() > deadline:
-      return found
-    time.sleep(0.05)
+  for path in pathlib.Path('/proc').glob('[0-9]*/cwd'):
+    with contextlib.suppress(OSError):
+      if os.readlink(path).startswith(folder):
+        return True
+  return False
 
 
 @linux
@@ -359,7 +339,7 @@ print(os.getcwd(), end='', flush=True)
 """
   result = run(program, TESTS, timeout=1.0)
   assert result.outcome is outcome
-  assert not running(result.output)
+  assert hostile.until(lambda: not works_in(result.output), 10)
 
 
 @linux
@@ -390,11 +370,9 @@ def test_runs_repeat():
 
 
 def error_of(*args, **settings):
-  with pytest.raises(UserError) as caught:
+  with mistakes.refused('sandbox: ') as caught:
     run(*args, **settings)
-  text = str(caught.value)
-  assert text.startswith('sandbox: ') and len(text.splitlines()) <= 3
-  return text
+  return str(caught.value)
 
 
 @pytest.mark.parametrize('namespaces', [True, False])
@@ -416,7 +394,7 @@ def test_what_is_no_fault_of_the_program_is_an_error(namespaces, monkeypatch):
 
 @pytest.mark.parametrize(
   'setting',
-  [dict(timeout=0), dict(memory=2**20), dict(processes=0), dict(files=-1)],
+  [dict(timeout=0), dict(memory=2**20)],
 )
 def test_senseless_limits_are_refused(setting):
   (name,) = setting
@@ -425,7 +403,8 @@ def test_senseless_limits_are_refused(setting):
 
 @linux
 def test_missing_isolation_is_said_once(monkeypatch, caplog):
-  monkeypatch.setattr(os, 'defpath', '/nowhere')  # No `unshare`.
+  # No `unshare`.
+  monkeypatch.setitem(sandbox._ENVIRONMENT, 'PATH', '/nowhere')
   sandbox.isolation.cache_clear()
   try:
     for _ in range(2):

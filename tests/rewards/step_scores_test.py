@@ -5,6 +5,7 @@ user's step-level function would be, and the fold's sum becomes the reward.
 """
 
 import jax
+import mistakes
 import numpy as np
 import pytest
 
@@ -75,15 +76,14 @@ def test_the_function_gets_the_arguments_that_it_names():
     ([[1.0], [None]], 'None for step 0 of response 1'),
     ([[1.0], ['2']], "'2' for step 0 of response 1"),
     ([np.float64(1), [1.0]], 'float for response 0'),
-    ([[1.0]], '1 values for 2 completions'),
+    ([[1.0]], '1 values: list'),
   ],
 )
 def test_what_is_no_list_of_scores_is_named(returned, text):
   # The minimum of 1 and NaN would be 1: each score is looked at.
   function = step_scores.folded(lambda completions: returned, step_scores.least)
-  with pytest.raises(UserError, match=text) as caught:
+  with mistakes.refused(text):
     score([RewardPart('f', function)], ['p'] * 2, ['c'] * 2, {})
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def compose(*advantages):

@@ -8,6 +8,7 @@ import threading
 import time
 
 import hostile
+import mistakes
 import numpy as np
 import pytest
 
@@ -17,8 +18,10 @@ from jaxrl_llm.rewards import (
   Workers,
   containment,
   functions,
-  isolated,
   score,
+)
+from jaxrl_llm.rewards import (
+  workers as reward_workers,
 )
 
 HOSTILE = hostile.NAME
@@ -44,10 +47,11 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
   bad = sum(FAILING.values(), [])
   healthy = [str(i) for i in range(63 - len(bad) - len(HARMLESS))]
   expected = [None] * len(bad) + [1.0] * len(HARMLESS) + [None]
+  threads = threading.active_count()
   with Workers(
     HOSTILE, workers=4, timeout=TIMEOUT, containment=kind
   ) as workers:
-    assert workers.containment == kind and workers.memory_limited
+    assert workers.containment == kind
     start = time.monotonic()
     pending = hostile.begin(workers, [*bad, *HARMLESS, 'none', *healthy])
     assert not pending.done()
@@ -72,39 +76,7 @@ def test_hostile_samples_cost_nobody_else_a_score(kind, marked, allowed_kinds):
     assert len(left) <= 1
     again = hostile.begin(workers, healthy).result()
     assert again == list(map(float, healthy))
-  assert not marked()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('count', [2, 4])
-def test_15_hostile_samples_of_64_cost_their_own_time_outs(
-  count, marked, monkeypatch, tmp_path
-):
-  """On a machine that does nothing else; nothing is left of them."""
-  bad = ['sleep', 'hold the lock', 'detach and sleep', *FAILING['crash'][:-1]]
-  bad += ['allocate', 'raise', 'recurse', 'print', 'steal']
-  samples = [str(i) for i in range(64)]
-  samples[2:62:4] = bad
-  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-  threads = threading.active_count()
-  with Workers(HOSTILE, workers=count, timeout=5.0) as workers:
-    hostile.begin(workers, ['1']).result()
-    start = time.monotonic()
-    pending = hostile.begin(workers, samples)
-    scores = pending.result()
-    elapsed = time.monotonic() - start
-    print(f'{count} workers: {elapsed:.2f} s')
-  for text, found in zip(samples, scores, strict=True):
-    harmless = 1.0 if text in ('print', 'steal') else None
-    assert found == (float(text) if text.isdigit() else harmless), text
-  expected = {'timeout': 3, 'crash': 7, 'memory': 1, 'error': 2}
-  assert hostile.counts(pending) == expected
-  assert elapsed < 5.0 * math.ceil(3 / count) + 5.0, elapsed
-  # No process, zombie, thread or folder.
-  assert not marked() and not os.listdir(tmp_path)
-  with pytest.raises(ChildProcessError):
-    os.waitpid(-1, os.WNOHANG)
-  assert threading.active_count() == threads
+  assert not marked() and threading.active_count() == threads
 
 
 def test_one_that_hangs_holds_up_one_worker_alone():
@@ -184,11 +156,13 @@ def test_scores_are_those_of_the_function_itself():
     np.testing.assert_array_equal(found.total, own.total)
     assert found.valid.all()
   numbers = [0.1, 1e-310, -3.4028234663852886e38, 2**60, 1 / 3]
-  with isolated(HOSTILE, workers=1) as function:
+  with Workers(HOSTILE, workers=1) as function:
     given = [repr(number) for number in numbers]
     assert function(given, given) == numbers
     assert function(prompts=[], completions=[]) == []
-  with isolated('length_penalty', workers=1, limit=8, buffer=4) as function:
+  with Workers(
+    'length_penalty', dict(limit=8, buffer=4), workers=1
+  ) as function:
     ids = [[0] * n for n in (4, 6, 9)]
     given = dict(prompts=[''] * 3, completions=[''] * 3, completion_ids=ids)
     assert function(**given) == [0, -0.5, -1]
@@ -241,9 +215,8 @@ def exact():
 )
 def test_a_column_that_json_would_change_is_named(value, exact):
   columns = {'answer': ['1', '2'], 'odd': ['fine', value]}
-  with pytest.raises(UserError, match="'odd' .* at sample 1") as caught:
+  with mistakes.refused("'odd'", 'at sample 1'):
     exact.submit(['', ''], ['1', '2'], columns)
-  assert len(str(caught.value).splitlines()) <= 3
   del columns['odd']
   assert exact.submit(['', ''], ['1', '2'], columns).result() == [1, 1]
 
@@ -251,30 +224,24 @@ def test_a_column_that_json_would_change_is_named(value, exact):
 @pytest.mark.parametrize(
   'columns, text',
   [
-    ({}, "'exact_match' needs .*'answer'"),
-    ({'answer': ['1']}, "2 completions .* 1 entries in 'answer'"),
+    ({}, "'exact_match' needs an argument 'answer'"),
+    ({'answer': ['1']}, "2 completions to score but 1 entries in 'answer'"),
     # A mistake in the data set is not a failure of a sample.
-    ({'answer': ['1', None]}, "'exact_match', sample 1 alone: .* None"),
+    ({'answer': ['1', None]}, "'exact_match', sample 1 alone: "),
   ],
 )
 def test_a_mistake_in_a_column_is_named(columns, text, exact):
-  with pytest.raises(UserError, match=text) as caught:
+  with mistakes.refused(text):
     exact(['', ''], ['', ''], **columns)
-  assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_a_function_that_never_works_is_the_users_mistake():
   with Workers(HOSTILE, workers=1) as workers:
-    with pytest.raises(UserError, match='hostile.py.* first batch') as caught:
+    with mistakes.refused('first batch', 'ValueError: no answer (sample 0'):
       workers(['', ''], ['raise', 'nan'])
-    assert 'ValueError: no answer (sample 0' in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 3
     # Nor is a crash of all, which is not the function's doing alone.
-    assert [workers([''], [x]) for x in ('exit', '1', 'raise')] == [
-      [None],
-      [1.0],
-      [None],
-    ]
+    samples = 'exit', '1', 'raise'
+    assert [workers([''], [x])[0] for x in samples] == [None, 1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +252,7 @@ def test_a_function_that_never_works_is_the_users_mistake():
     ('FILE:broken', {}, "no function 'broken' in"),
     ('EXITS:f', {}, 'does not load\nSystemExit: 3'),
     ('CRASHES:f', {}, r'CRASHES.py:f ended with status 7'),
-    ('HANGS:f', dict(load_timeout=0.5), 'HANGS.py:f gave no answer in 0.5 s'),
+    ('HANGS:f', {}, 'HANGS.py:f gave no answer in 0.5 s'),
     ('format_match', {}, 'format_match needs pattern'),
     ('format_match', dict(settings=dict(pattern='(')), 'regular expression'),
     ('format_match', dict(settings=dict(pattern={1})), 'not a JSON value'),
@@ -300,8 +267,10 @@ def test_a_function_that_never_works_is_the_users_mistake():
   ],
 )
 def test_what_cannot_be_loaded_is_refused(
-  name, changes, text, tmp_path, marked
+  name, changes, text, tmp_path, marked, monkeypatch
 ):
+  if 'HANGS' in name:
+    monkeypatch.setattr(reward_workers, '_LOADING', 0.5)
   for stem, code in {
     'FILE': 'def works(completions): ...',
     'EXITS': 'raise SystemExit(3)',
@@ -339,9 +308,8 @@ def test_a_file_that_vanishes_or_changes_is_not_loaded_again(
     with pytest.raises(UserError, match='no such Python file'):
       workers([''], ['exit'])
     path.write_text(code + '# Another.')
-    with pytest.raises(UserError, match='mine.py:mine has changed\n') as caught:
+    with mistakes.refused('mine.py:mine has changed\n'):
       workers([''], ['1'])
-    assert len(str(caught.value).splitlines()) <= 3
     path.write_text(code)
     assert workers([''], ['1']) == [3.0]
 
@@ -361,3 +329,35 @@ def test_workers_end_when_closed_and_when_nobody_refers_to_them(marked):
   assert hostile.begin(workers, ['1']).result() == [1.0] and marked()
   del workers
   assert hostile.until(lambda: not marked())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
+def test_15_hostile_samples_of_64_cost_their_own_time_outs(
+  count, marked, monkeypatch, tmp_path
+):
+  """On a machine that does nothing else; nothing is left of them."""
+  bad = ['sleep', 'hold the lock', 'detach and sleep', *FAILING['crash'][:-1]]
+  bad += ['allocate', 'raise', 'recurse', 'print', 'steal']
+  samples = [str(i) for i in range(64)]
+  samples[2:62:4] = bad
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  threads = threading.active_count()
+  with Workers(HOSTILE, workers=count, timeout=5.0) as workers:
+    hostile.begin(workers, ['1']).result()
+    start = time.monotonic()
+    pending = hostile.begin(workers, samples)
+    scores = pending.result()
+    elapsed = time.monotonic() - start
+    print(f'{count} workers: {elapsed:.2f} s')
+  for text, found in zip(samples, scores, strict=True):
+    harmless = 1.0 if text in ('print', 'steal') else None
+    assert found == (float(text) if text.isdigit() else harmless), text
+  expected = {'timeout': 3, 'crash': 7, 'memory': 1, 'error': 2}
+  assert hostile.counts(pending) == expected
+  assert elapsed < 5.0 * math.ceil(3 / count) + 5.0, elapsed
+  # No process, zombie, thread or folder.
+  assert not marked() and not os.listdir(tmp_path)
+  with pytest.raises(ChildProcessError):
+    os.waitpid(-1, os.WNOHANG)
+  assert threading.active_count() == threads

@@ -1,7 +1,9 @@
 """Every generated line is checked by an independent evaluator."""
 
 import ast
+import itertools
 import operator
+import re
 
 import pytest
 
@@ -117,3 +119,31 @@ def test_careless_solutions_ignore_precedence_and_answers_do_not():
   assert 0.1 < wrong / len(rows) < 0.5
   careless = arithmetic.generate(1, 0, operators='*+', careless=1.0)[0]
   assert careless['solution'].count('=') == careless['operations'] - 1
+
+
+def test_careless_steps_fail_for_themselves():
+  settings = dict(operations=(6, 6), operators='+*', modulus=10)
+  rows = arithmetic.generate(
+    500, 0, careless=0.3, careless_per='step', **settings
+  )
+  right = mixed = 0
+  for row in rows:
+    lines = [row['prompt'][:-1], *row['solution'].split('=')]
+    # A step obeys precedence, or takes the first operation.
+    kinds = set()
+    for before, after in itertools.pairwise(lines):
+      left = re.sub(r'^(\d)(.)(\d)', worked, before)
+      first = re.sub(r'(\d)(\*)(\d)', worked, before, count=1)
+      first = first if '*' in before else left
+      assert after in (left, first)
+      kinds |= {after == first} if left != first else set()
+    mixed += len(kinds) == 2
+    right += lines[-1] == row['answer']
+  assert 0.6 < right / 500 < 0.9 and mixed > 100
+  with pytest.raises(UserError, match='careless_per'):
+    arithmetic.generate(1, 0, careless_per='token')
+
+
+def worked(match):
+  a, sign, b = match.groups()
+  return str((int(a) * int(b) if sign == '*' else int(a) + int(b)) % 10)

@@ -45,11 +45,13 @@ def config(tmp_path_factory):
 def subject(config):
   model = build.model(config.model, config.seed)
   rows = audit_draws.choose_prompts(config, model, PROMPTS)
-  return audit_draws.Subject(config, model, rows, None, None, 'tiny')
+  return audit_draws.Subject(
+    config, model, rows[:PROMPTS], rows, None, None, 'tiny'
+  )
 
 
 def test_equal_groups_by_hand(subject):
-  config = audit_draws.variant(subject, 'RL-ZVP', RL_ZVP)
+  config = audit_draws.variant(subject, 'RL-ZVP', RL_ZVP, PROMPTS)
   rl, state = audit_draws.begin(subject, config, 'RL-ZVP')
   found = rl.collect(state, 0)
   equal = np.asarray(audit_draws.equal_rewards(found.own))
@@ -71,7 +73,7 @@ algorithm=dict(name='rloo'), rollouts=dict(samples=3) | is not like dict
 @pytest.mark.parametrize('spec, texts', mistakes.table(WRONG))
 def test_estimators_that_do_not_fit_are_refused(spec, texts, subject):
   with mistakes.refused('mine: ', *texts):
-    audit_draws.variant(subject, 'mine', eval(f'dict({spec})'))
+    audit_draws.variant(subject, 'mine', eval(f'dict({spec})'), PROMPTS)
 
 
 @pytest.mark.slow
@@ -106,7 +108,15 @@ def test_a_whole_audit_and_again(subject, tmp_path, capsys):
   run(branches=0)
   assert capsys.readouterr().out.count('stored') == 3
   again = json.loads((tmp_path / 'audit.json').read_text())
-  assert again['estimators'] == result['estimators']
+  for label, row in again['estimators'].items():
+    assert row.items() <= result['estimators'][label].items()
+  trees = result['trees']
+  assert 0 < trees['distinct'] <= 1 <= trees['best']['RLOO'] <= 16
+  assert sum(trees['profile']['uncertainty']) == pytest.approx(1)
+  assert trees['profile']['scores'][-1] == 1
+  assert (
+    'distinct' in table and '| signal to noise, prompts drawn too |' in table
+  )
 
 
 def test_a_checkpoint_of_a_run(config, subject, tmp_path):
@@ -126,7 +136,7 @@ def test_a_checkpoint_of_a_run(config, subject, tmp_path):
 
 
 def test_a_report_of_values(subject):
-  config = audit_draws.variant(subject, 'reference', RLOO)
+  config = audit_draws.variant(subject, 'reference', RLOO, PROMPTS)
   measured = audit_values.measure(subject, config, count=40, positions=2)
   known = measured.positions > 0
   assert measured.returns.shape == (PROMPTS, 2, 2, 48)  # a multiple of 16

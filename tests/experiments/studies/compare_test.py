@@ -206,18 +206,19 @@ def test_the_whole_script(tmp_path, capsys):
   assert f' {records[-1]["eval/reward"]:.2f} ' in row
   assert (workdir / 'figure.png').read_bytes().startswith(b'\x89PNG')
 
-  # results.json outlives the runs.  Nothing is left to do.
+  # results.jsonl outlives the runs.  Nothing is left to do.
   config = runpy.run_path(tmp_path / 'comparison.py')['get_config']()
   shutil.rmtree(workdir / 'runs' / 'rloo-0')
+  file = workdir / 'results.jsonl'
   nothing = [sys.executable, '-c', 'raise SystemExit("it ran")']
-  assert compare.compare(config, workdir, [], [{0}], nothing) == 0
+  assert compare.compare(config, workdir, [], [{0}], nothing, file) == 0
   assert (workdir / 'table.md').read_text() == table
 
   # Another budget is another comparison: to be trained, and not in the table.
   config.tokens = 1200
   chosen = [j for j in compare.jobs(config, workdir) if j.name == 'rloo-0']
   capsys.readouterr()
-  assert compare.compare(config, workdir, chosen, [{0}], nothing) == 1
+  assert compare.compare(config, workdir, chosen, [{0}], nothing, file) == 1
   out = capsys.readouterr().out
   assert 'failed: rloo-0: it ran (status 1)' in out and '| RLOO' not in out
 
