@@ -73,6 +73,12 @@ def shared():
   return SHARED
 
 
+@pytest.fixture(scope='module')
+def config_file(tmp_path_factory):
+  """The file of the tiny run's configuration."""
+  return scripts.write_config(tmp_path_factory.mktemp('config'))
+
+
 @pytest.fixture
 def workdir(tmp_path):
   """A copy of the tiny run, in which all may be changed."""

@@ -1,8 +1,8 @@
 """Rollouts as plain Python lists, for formulas written as nested loops."""
 
-import dataclasses
 import functools
 import math
+import types
 
 import jax
 import numpy as np
@@ -10,30 +10,8 @@ import pytest
 from toys import CLIP, RECIPES, random_rollouts, rows_for, with_tree_rows
 
 
-@dataclasses.dataclass
-class Response:
-  """A valid response: numbers, and lists over its tokens."""
-
-  place: int
-  reward: float
-  greedy: float
-  length: int
-  new: list
-  old: list
-  ref: list
-  entropy: list
-  norms: list
-  values: list
-  new_values: list
-  forks: dict
-  weighted_forks: dict
-  parent: int
-  forked_at: int
-  weights: list
-
-
 def groups_of(rollouts, outputs):
-  """The valid responses of each prompt."""
+  """The valid responses of each prompt: numbers, and lists over tokens."""
   torch = pytest.importorskip('torch')
   leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)
   if rollouts.parents is None:
@@ -50,7 +28,7 @@ def groups_of(rollouts, outputs):
     forks = [t for t in range(1, length) if rollouts.branch_mask[p, g, t]]
     at_forks = lambda x, p=p, g=g, at=forks: {t: float(x[p, g, t]) for t in at}
     groups[-1].append(
-      Response(
+      types.SimpleNamespace(
         place=g,
         reward=float(rollouts.rewards[p, g, 0]),
         greedy=float(rollouts.greedy_rewards[p, 0, 0]),
@@ -259,23 +237,29 @@ def tree_credit(i, t, group, reward):
   return reward(i) - mean([own, *others]), share
 
 
+def added(groups):
+  """(group, row, t) of the tokens that rows with a valid parent have added."""
+  for group in groups:
+    places = {i.place for i in group}
+    group = [i for i in group if i.parent in places]
+    for i in group:
+      for t in range(i.forked_at, i.length):
+        yield group, i, t
+
+
+def num_whole(groups):
+  return sum(i.parent == i.place for group in groups for i in group)
+
+
 def tree_surrogate(beta):
   """The clipped loss of the tree estimator, the KL part of the reward."""
 
-  def reward(i):
-    return earned(i, beta)
-
   def formula(groups, running):
-    total, count = 0.0, 0
-    for group in groups:
-      places = {i.place for i in group}
-      group = [i for i in group if i.parent in places]
-      count += len([i for i in group if not i.forked_at])
-      for i in group:
-        for t in range(i.forked_at, i.length):
-          a, share = tree_credit(i, t, group, reward)
-          total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
-    return -total / count
+    total = 0.0
+    for group, i, t in added(groups):
+      a, share = tree_credit(i, t, group, lambda j: earned(j, beta))
+      total += share * surrogate(token_ratio(i, t), a, CLIP, CLIP)
+    return -total / num_whole(groups)
 
   return formula
 
@@ -301,19 +285,14 @@ def weighted_nodes(beta, loss):
   """Each node's weight times the loss of its leaves' mean reward."""
 
   def formula(groups, running):
-    total, count = 0.0, 0
-    for group in groups:
-      places = {i.place for i in group}
-      group = [i for i in group if i.parent in places]
-      count += len([i for i in group if i.parent == i.place])
-      for i in group:
-        for t in range(i.forked_at, i.length):
-          below = [
-            j.weights[-1] * earned(j, beta)
-            for j in group
-            if j.length and shared_tokens(i, j, group) > t
-          ]
-          total += i.weights[t] * loss(i, t, sum(below) / i.weights[t])
-    return -total / count
+    total = 0.0
+    for group, i, t in added(groups):
+      below = [
+        j.weights[-1] * earned(j, beta)
+        for j in group
+        if j.length and shared_tokens(i, j, group) > t
+      ]
+      total += i.weights[t] * loss(i, t, sum(below) / i.weights[t])
+    return -total / num_whole(groups)
 
   return formula

@@ -165,8 +165,8 @@ BROKEN = {
   },
   'estimators/weights.py': {
     'the padded width for a constant': (
-      'float(max_length)',
-      'float(mask.shape[2])',
+      '(_count(valid) * self.divisor)',
+      '(_count(valid) * max((self.divisor > 1) * mask.shape[2], 1))',
     ),
   },
   'estimators/advantages.py': {

@@ -46,14 +46,8 @@ from jaxrl_llm.tasks import arithmetic
 def get_config():
   config = base.get_config()
   config.model.alphabet = arithmetic.ALPHABET
-  config.model.architecture = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    tied=True,
-    max_length=64,
-  )
+  sizes = dict(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2)
+  config.model.architecture = dict(sizes, tied=True, max_length=64)
   config.task = dict(
     name='arithmetic',
     train=24,
@@ -70,9 +64,7 @@ def get_config():
     correct=dict(name='arithmetic_answer', weight=0.5),
   )
   config.algorithm = dict(name='grpo', kl=0.04)
-  config.rollout.update(
-    prompts={PROMPTS}, samples={SAMPLES}, max_tokens=6
-  )
+  config.rollout.update(prompts={PROMPTS}, samples={SAMPLES}, max_tokens=6)
   config.training.minibatches = 2
   config.steps = {TOTAL - WARM}
   config.optimizer = base.optimizer(3e-3, decay='linear')
@@ -219,15 +211,9 @@ def train(
   workdir, config, *flags, compiled=None, devices: int = 1, before=None
 ) -> Script:
   """Starts or continues a run of online RL."""
-  arguments = f'--config={config}', f'--workdir={workdir}', '--resume'
-  return Script(
-    'train',
-    *arguments,
-    *flags,
-    cache=compiled or cache(),
-    devices=devices,
-    before=before,
-  )
+  flags = f'--config={config}', f'--workdir={workdir}', '--resume', *flags
+  settings = dict(cache=compiled or cache(), devices=devices, before=before)
+  return Script('train', *flags, **settings)
 
 
 def optimize() -> None:
@@ -268,12 +254,6 @@ def wait_until(condition, script: Script, seconds: float = 600) -> None:
     if not script.alive or time.monotonic() > end:
       raise AssertionError(f'it never came to that: {script.wait(1)}')
     time.sleep(0.001)
-
-
-def xla_flags(devices: int) -> str:
-  """XLA_FLAGS of a process of so many CPU devices, among the present ones."""
-  present = os.environ.get('XLA_FLAGS', '')
-  return f'{present} --xla_force_host_platform_device_count={devices}'
 
 
 def shared_folder() -> pathlib.Path:

@@ -330,10 +330,7 @@ def to_rollouts(
   generation,
   needs,
   micro_prompts,
-  values=None,
   baseline=None,
-  running=None,
-  at_once=None,
   **settings,
 ):
   """`rollouts.complete` with all that it may read given one by one."""
@@ -344,10 +341,10 @@ def to_rollouts(
     (),
     generation,
     reference,
-    None if values is None else lambda *inputs: values,
+    None,
     micro_prompts,
     **settings,
   )
   return rollouts.complete(
-    setting, {'policy': params}, running, responses, baseline, at_once
+    setting, {'policy': params}, None, responses, baseline
   )

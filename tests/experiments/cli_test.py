@@ -53,14 +53,9 @@ def train(config, workdir, *flags):
   )
 
 
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-  return scripts.write_config(tmp_path_factory.mktemp('config'))
-
-
 @pytest.mark.parametrize('flag, texts', mistakes.table(FLAGS, HERE=os.getcwd()))
-def test_wrong_flag(flag, texts, config, tmp_path):
-  mistakes.assert_refused(train(config, tmp_path / 'run', flag), *texts)
+def test_wrong_flag(flag, texts, config_file, tmp_path):
+  mistakes.assert_refused(train(config_file, tmp_path / 'run', flag), *texts)
   # The corrected command finds the folder free.
   assert not (tmp_path / 'run' / 'config.json').exists()
 

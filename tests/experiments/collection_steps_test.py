@@ -41,14 +41,8 @@ def test_the_update_reads_the_prompts_that_were_sampled_from():
     own = text[: text.index('=') + 1]
     assert (own + plain[own]).startswith(text) and len(text) > len(own)
   # The trainer's log-probabilities are the sampler's, of the same prompts.
-  scored = rollouts.score_tokens(
-    model.config,
-    model.params,
-    read,
-    collected.rollouts.tokens,
-    rl.generation.decoding,
-    4,
-  )
+  given = model.config, model.params, read, collected.rollouts.tokens
+  scored = rollouts.score_tokens(*given, rl.generation.decoding, 4)
   mask = np.asarray(collected.rollouts.mask)
   np.testing.assert_allclose(
     np.asarray(scored.log_probs)[mask],

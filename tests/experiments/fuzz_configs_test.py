@@ -5,7 +5,6 @@ import runpy
 
 import jax
 import mistakes
-import pytest
 import scripts
 from fuzzing import ANY_TEXT, fuzz, result_or_refusal
 from hypothesis import strategies as st
@@ -49,12 +48,6 @@ ALGORITHMS = st.dictionaries(
 )
 
 
-@pytest.fixture(scope='module')
-def path(tmp_path_factory):
-  """A sound configuration."""
-  return scripts.write_config(tmp_path_factory.mktemp('config'))
-
-
 def use(config):
   """What a run does with a configuration before it loads or writes."""
   checks.check(config)
@@ -74,8 +67,8 @@ def use(config):
   algorithm=st.none() | ALGORITHMS,
   architecture=st.none() | st.dictionaries(KEYS, VALUES, max_size=2),
 )
-def test_values_in_a_file(path, changes, algorithm, architecture):
-  config = runpy.run_path(str(path))['get_config']()
+def test_values_in_a_file(config_file, changes, algorithm, architecture):
+  config = runpy.run_path(str(config_file))['get_config']()
   if architecture is not None:
     architecture = {**config.model.architecture.to_dict(), **architecture}
     changes = {'model.architecture': architecture, **changes}
@@ -109,13 +102,13 @@ FLAGS = st.sampled_from(FIELDS) | st.sampled_from(
   given=st.lists(st.tuples(FLAGS, TEXTS), min_size=1, max_size=3),
   more=st.sampled_from([[], ['-x'], ['word'], ['--config']]),
 )
-def test_values_in_flags(path, given, more):
+def test_values_in_flags(config_file, given, more):
   def script():
     cli.define_config_flag()
     cli.run(lambda: use(cli.config()))
 
   arguments = [f'--config.{name}={text}' for name, text in given]
-  ended = scripts.call(script, f'--config={path}', *arguments, *more)
+  ended = scripts.call(script, f'--config={config_file}', *arguments, *more)
   assert ended.code == 0 or ended.err.startswith('error: '), ended
   if ended.code:
     mistakes.assert_refused(ended)

@@ -9,6 +9,7 @@ import mistakes
 import numpy as np
 import pytest
 import scripts
+from steps import count_ones
 
 from experiments import build, offline, preference, rest_em
 from experiments.data import Data
@@ -53,11 +54,6 @@ def setting():
   config = tiny(dict(name='rest_em'))
   model = build.model(config.model, config.seed)
   return model, build.dataset(config, model.tokenizer)
-
-
-def count_ones(completions):
-  """Something that random responses earn."""
-  return [text.count('1') / 4 for text in completions]
 
 
 def phase_of(config, folder, data=None):

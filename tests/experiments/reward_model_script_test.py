@@ -38,14 +38,8 @@ def rows(count, seed):
 def a_config(folder):
   config = base.get_config()
   config.model.alphabet = '0123456789='
-  config.model.architecture = dict(
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=1,
-    num_heads=2,
-    tied=True,
-    max_length=32,
-  )
+  sizes = dict(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2)
+  config.model.architecture = dict(sizes, tied=True, max_length=32)
   config.task = dict(
     name='jsonl',
     train=scripts.write_rows(folder / 'train.jsonl', rows(96, 1)),

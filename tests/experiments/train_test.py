@@ -19,11 +19,6 @@ from jaxrl_llm.runs.folder import open_run
 FLAGS = ['--config.warm_start.steps=0']
 
 
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-  return scripts.write_config(tmp_path_factory.mktemp('config'))
-
-
 def test_the_defaults_say_nothing_to_worry_about(tmp_path):
   """With nothing set but the model, the task, the reward and the algorithm."""
   lines = scripts.CONFIG.splitlines(keepends=True)
@@ -129,10 +124,10 @@ def test_a_stop_is_heard_while_rewards_hang(tmp_path):
 
 
 @pytest.mark.slow
-def test_diverging_run_ends(config, tmp_path):
+def test_diverging_run_ends(config_file, tmp_path):
   workdir = tmp_path / 'run'
   rate = '--config.warm_start.optimizer.learning_rate=1e38'
-  ended = scripts.train(workdir, config, rate).wait()
+  ended = scripts.train(workdir, config_file, rate).wait()
   texts = '3 updates in a row were not finite', 'optimizer.learning_rate'
   assert_refused(ended, *texts)
   skipped = [record['skipped'] for record in scripts.records(workdir)]

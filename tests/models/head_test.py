@@ -31,6 +31,13 @@ def make_data(config, shape=(3, 7)):
   return matrix.astype(np.float32), hidden.astype(np.float32), tokens
 
 
+def statistics(config, matrix, hidden, tokens, k=None, **options):
+  if k is not None:
+    options['adjust'] = lambda logits, tokens: top_k(logits, k)
+  params = {'embed' if config.tied else 'head': {'embedding': matrix}}
+  return head.token_statistics(config, params, hidden, tokens, **options)
+
+
 @pytest.mark.parametrize('chunk', [5, 256])
 @pytest.mark.parametrize('k, cap', [(23, None), (4, None), (4, 2.0)])
 def test_equals_the_dense_formula_in_float64(chunk, k, cap):
@@ -39,14 +46,8 @@ def test_equals_the_dense_formula_in_float64(chunk, k, cap):
   matrix, hidden, tokens = make_data(config)
 
   def total(matrix, hidden):
-    params = {'head': {'embedding': matrix}}
-    out = head.token_statistics(
-      config,
-      params,
-      hidden,
-      jnp.asarray(tokens),
-      adjust=lambda logits, tokens: top_k(logits, k),
-      chunk=chunk,
+    out = statistics(
+      config, matrix, hidden, jnp.asarray(tokens), k, chunk=chunk
     )
     return (out.log_probs + 0.3 * out.entropy).sum(), out
 
@@ -83,14 +84,7 @@ def test_excluded_tokens():
   matrix, hidden, tokens = make_data(config)
 
   def entropy(hidden):
-    out = head.token_statistics(
-      config,
-      {'head': {'embedding': matrix}},
-      hidden,
-      tokens,
-      adjust=lambda logits, tokens: top_k(logits, 1),
-      chunk=4,
-    )
+    out = statistics(config, matrix, hidden, tokens, 1, chunk=4)
     return out.entropy.sum(), out
 
   gradient, out = jax.grad(entropy, has_aux=True)(hidden)
@@ -102,21 +96,15 @@ def test_excluded_tokens():
 def test_tied_head_is_the_embedding():
   config = make_config(tied=True)
   matrix, hidden, tokens = make_data(config)
-  tied = head.token_statistics(
-    config, {'embed': {'embedding': matrix}}, hidden, tokens
-  )
-  untied = head.token_statistics(
-    make_config(), {'head': {'embedding': matrix}}, hidden, tokens
-  )
+  tied = statistics(config, matrix, hidden, tokens)
+  untied = statistics(make_config(), matrix, hidden, tokens)
   np.testing.assert_array_equal(tied.log_probs, untied.log_probs)
 
 
 def test_no_positions():
   config = make_config()
   matrix, hidden, tokens = make_data(config, (2, 0))
-  out = head.token_statistics(
-    config, {'head': {'embedding': matrix}}, hidden, tokens
-  )
+  out = statistics(config, matrix, hidden, tokens)
   assert out.log_probs.shape == out.entropy.shape == (2, 0)
 
 
@@ -128,9 +116,7 @@ def test_gradient_adds_up_in_float32():
   tokens = np.repeat(tokens, 4096)
 
   def total(matrix, hidden, tokens):
-    params = {'head': {'embedding': matrix}}
-    out = head.token_statistics(config, params, hidden, tokens, chunk=1)
-    return out.log_probs.sum()
+    return statistics(config, matrix, hidden, tokens, chunk=1).log_probs.sum()
 
   gradient = jax.jit(jax.grad(total))
   one = gradient(matrix, hidden[:1], tokens[:1])

@@ -74,15 +74,9 @@ def reward(completion_ids):
 
 @functools.cache
 def model(seed=1):
+  sizes = dict(hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=1)
   config, params = toys.make_policy(
-    'llama',
-    vocab_size=4,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    max_length=64,
+    'llama', vocab_size=4, num_layers=1, max_length=64, **sizes
   )
   return build.Model(config, params, Tokenizer(), (EOS,), None)
 

@@ -67,13 +67,8 @@ def test_reward_functions_see_texts_ids_and_columns(seen):
     text = ''.join('abcdefghij'[j - 3] for j in ids if j > 2)
     assert given['completions'][i] == text
   assert True in given['finished'] and False in given['finished']
-  assert set(given) == {
-    'prompts',
-    'completions',
-    'answer',
-    'completion_ids',
-    'finished',
-  }
+  names = 'prompts completions answer completion_ids finished'
+  assert set(given) == set(names.split())
 
 
 def make(model, responses, needs, reference=None, **settings):
@@ -215,13 +210,6 @@ def test_the_device_is_told_all_before_scores_are_waited_for(
     return responses.scores
 
   monkeypatch.setattr(collect, 'score_tokens', score_tokens)
-  toys.to_rollouts(
-    *model,
-    model[1],
-    responses._replace(scoring=scoring),
-    GENERATION,
-    Needs(reference=True),
-    micro_prompts=2,
-    rescore=True,
-  )
+  given = responses._replace(scoring=scoring), GENERATION, Needs(reference=True)
+  toys.to_rollouts(*model, model[1], *given, micro_prompts=2, rescore=True)
   assert events == ['device', 'device', 'scores']

@@ -161,15 +161,9 @@ def test_decoding_stops_when_every_row_has_ended():
   """The same program takes the time of one step instead of 1,000."""
   config, params = toys.make_policy(norm='layer', max_length=4096)
   prompts = toys.make_prompts([3, 1])
+  settings = dict(samples=2, max_tokens=1000, eos_ids=(3, 5), pad_id=1)
   run = functools.partial(
-    sampling.sample,
-    config,
-    prompts=prompts,
-    key=KEY,
-    samples=2,
-    max_tokens=1000,
-    eos_ids=(3, 5),
-    pad_id=1,
+    sampling.sample, config, prompts=prompts, key=KEY, **settings
   )
 
   def seconds(token):

@@ -190,14 +190,8 @@ def test_never_too_many_rows_and_nothing_is_dropped(scale):
   weights = []
   for seed in range(5):
     for allocation in (weighted(1 / 8, 8), weighted(0.1, 4, 2)):
-      grown = sampling.grow(
-        config,
-        layout,
-        prompts,
-        jax.random.key(seed),
-        allocation=allocation,
-        **SETTINGS,
-      )
+      given = config, layout, prompts, jax.random.key(seed)
+      grown = sampling.grow(*given, allocation=allocation, **SETTINGS)
       mask, done = grown.samples.mask, grown.samples.finished[..., 0]
       lengths = np.asarray(mask.sum(axis=2))
       present = lengths > 0
@@ -260,12 +254,6 @@ def test_eight_devices_grow_the_trees_of_one():
 def test_greedy_trees_are_refused():
   config, _, layout = of_model('llama')
   with pytest.raises(UserError, match='temperature above 0'):
-    sampling.grow(
-      config,
-      layout,
-      toys.make_prompts([2]),
-      first_key(),
-      allocation=Independent(2),
-      decoding=Decoding(temperature=0.0),
-      **SETTINGS,
-    )
+    given = config, layout, toys.make_prompts([2]), first_key()
+    settings = dict(SETTINGS, decoding=Decoding(temperature=0.0))
+    sampling.grow(*given, allocation=Independent(2), **settings)

@@ -136,14 +136,8 @@ def test_rewards_of_two_tasks_train_both(params):
   ]
   encoded = prompts.encode_prompts(rows, TOKENIZER, max_tokens=8)
   source = sources.PromptSource(encoded, 16, seed=0)
-  trainer = training.online(
-    MODEL,
-    TOKENIZER,
-    est.rloo(),
-    optax.adam(0.02),
-    [math_reward, coding_reward],
-    GENERATION,
-  )
+  parts = est.rloo(), optax.adam(0.02), [math_reward, coding_reward]
+  trainer = training.online(MODEL, TOKENIZER, *parts, GENERATION)
   state, means = trainer.init(params), []
   for step in range(25):
     key = jax.random.fold_in(jax.random.key(4), step)

@@ -23,10 +23,9 @@ CONFIGS = pathlib.Path(compare.__file__).parents[1] / 'configs'
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
+def base(config_file):
   """The configuration of the tests' tiny run."""
-  path = scripts.write_config(tmp_path_factory.mktemp('config'))
-  config = runpy.run_path(path)['get_config']()
+  config = runpy.run_path(config_file)['get_config']()
   config.steps = 50
   config.optimizer.decay = 'constant'
   config.training.minibatches = 1
