@@ -63,7 +63,7 @@ class Group:
     return ended
 
 
-def run(function, *arguments, count=2, devices=4, seconds=60) -> None:
+def run(function, *arguments, count=2, devices=4, seconds=300) -> None:
   """Runs processes to their end, which must be a good one."""
   group = Group(function, *arguments, count=count, devices=devices)
   ended = group.wait(seconds)
@@ -72,7 +72,8 @@ def run(function, *arguments, count=2, devices=4, seconds=60) -> None:
 
 def compute(function, *arguments, devices=8):
   """What a process of several devices computes; its last line is JSON."""
-  [ended] = Group(_print, function, *arguments, count=1, devices=devices).wait()
+  group = Group(_print, function, *arguments, count=1, devices=devices)
+  [ended] = group.wait(300)
   assert ended.code == 0, ended
   return json.loads(ended.out.splitlines()[-1])
 

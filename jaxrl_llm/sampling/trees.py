@@ -30,7 +30,7 @@ from jaxrl_llm.sampling.sampler import Samples
 Array = jax.Array
 
 # Ratio of the pool's sizes, of which the smallest is the number of trees.
-_GROWTH = 2**0.5
+_GROWTH = 2 ** (1 / 3)
 # All slots of a prompt read its keys and values at once, with room for so many
 # times the slots of an even distribution.
 _CROWD = 4
@@ -64,6 +64,7 @@ class _State(NamedTuple):
     rows: [Q, M, ...], what allocation reads.
     slot: [Q, M] int32, the slot of a row's node; B where it has none.
     token: [B] int32, input of each slot.
+    logits: [B, V] float32 after the slots' tokens, adjusted.
     held: keys and values of the slots, by layer.
     written: {name: [Q, M, T]}.
     nodes, row_steps: as in `Grown`, of these trees.
@@ -74,6 +75,7 @@ class _State(NamedTuple):
   rows: Rows
   slot: Array
   token: Array
+  logits: Array
   held: Any
   written: dict[str, Array]
   nodes: Array
@@ -147,6 +149,7 @@ def _specs(rows: P) -> _State:
     rows=one,
     slot=one,
     token=one,
+    logits=one,
     held=one,
     written=one,
     nodes=one,
@@ -182,13 +185,14 @@ def _start(config, params, prompts, allocation, max_tokens, settings, size):
       rows=allocation.start(count),
       slot=slot,
       token=jnp.zeros(size, jnp.int32).at[:count].set(first),
+      logits=jnp.zeros((size, config.vocab_size), jnp.float32),
       held=(suffix.keys, suffix.values),
       written=written,
       nodes=jnp.zeros(1, jnp.int32),
       row_steps=jnp.zeros(1, jnp.int32),
       wanted=jnp.int32(count),
     )
-    return segment, state
+    return segment, _read(config, params, segment, settings.decoding, state)
 
   run = sharding.over_rows(
     of_rows, (P(), P(rows[0])), (P(rows[0]), _specs(rows))
@@ -211,8 +215,9 @@ def _resize(state: _State, size: int, prompts: int) -> _State:
     place = place.at[kept[: number.size]].set(number)
     live = state.slot < old
     slot = jnp.where(live, place[state.slot], size)
-    held, token = jax.tree.map(lambda x: x[kept], (state.held, state.token))
-    return state._replace(slot=slot, held=held, token=token)
+    of_slots = state.held, state.token, state.logits
+    held, token, logits = jax.tree.map(lambda x: x[kept], of_slots)
+    return state._replace(slot=slot, held=held, token=token, logits=logits)
 
   specs = (_specs(rows),)
   return sharding.over_rows(of_rows, specs, specs[0])(state)
@@ -262,18 +267,15 @@ def _run(
 def _step(
   config, params, segment, allocation, settings, axes, uniform, state: _State
 ) -> _State:
-  """Decodes one token of every slot, unless there are too few for the next."""
+  """Draws a token for every slot and reads it, unless slots are too few."""
   size, index = state.token.size, state.index
-  nodes, held = _read(config, params, segment, settings.decoding, state)
+  nodes = Nodes.of(state.logits)
   children = allocation.choose(state.rows, nodes, state.slot, uniform, index)
   capacity = state.written['tokens'].shape[2]
   ended = is_end(children.token, settings.eos_ids) | (index + 1 == capacity)
   goes_on = children.exists & children.owns & ~ended
   wanted = _wanted(goes_on, segment.rows, axes)
-  fits = wanted <= size
-  # Written again if the pool does not suffice, and then the same.
-  state = state._replace(held=held, wanted=wanted)
-  steps = state.row_steps + size
+  state = state._replace(wanted=wanted)
   new = (children.exists & children.owns).sum(dtype=jnp.int32)
 
   def commit(state):
@@ -282,7 +284,7 @@ def _step(
     token = token.at[slot].set(children.token, mode='drop')
     rows = allocation.advance(state.rows, children, ended, index)
     finished = children.exists & is_end(children.token, settings.eos_ids)
-    return state._replace(
+    state = state._replace(
       index=index + 1,
       rows=rows._replace(finished=rows.finished | finished),
       slot=slot,
@@ -291,13 +293,15 @@ def _step(
       written=_write(state, children, nodes, index),
       nodes=state.nodes + new,
     )
+    read = functools.partial(_read, config, params, segment, settings.decoding)
+    return jax.lax.cond(wanted > 0, read, lambda state: state, state)
 
-  state = jax.lax.cond(fits, commit, lambda state: state, state)
-  return state._replace(row_steps=steps)
+  # The same tokens are drawn again in a larger pool.
+  return jax.lax.cond(wanted <= size, commit, lambda state: state, state)
 
 
-def _read(config, params, segment, decoding, state: _State):
-  """Computes the distributions after all slots' tokens."""
+def _read(config, params, segment, decoding, state: _State) -> _State:
+  """Computes the logits after all slots' tokens."""
   size = state.token.size
   by_prompt = jnp.sort(state.slot.reshape(segment.rows, -1), axis=1)
   crowd = min(by_prompt.shape[1], _CROWD * -(-size // segment.rows))
@@ -311,8 +315,11 @@ def _read(config, params, segment, decoding, state: _State):
   )
   hidden, cache = transformer.apply(config, params, state.token[:, None], cache)
   logits = transformer.logits(config, params, hidden[:, 0])
-  nodes = Nodes.of(adjust_logits(logits, decoding))
-  return nodes, (cache.suffix.keys, cache.suffix.values)
+  return state._replace(
+    logits=adjust_logits(logits, decoding),
+    held=(cache.suffix.keys, cache.suffix.values),
+    row_steps=state.row_steps + size,
+  )
 
 
 def _wanted(goes_on: Array, prompts: int, axes: tuple | None) -> Array:
