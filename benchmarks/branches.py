@@ -17,8 +17,6 @@ fields of `measuring`, whose `seconds` are those of a round of branches:
 """
 
 import functools
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,13 +72,15 @@ def measure(
   records = []
   for number in range(rounds + 1):
     keys = jax.random.split(jax.random.key(number), 3)
-    (responses, cache), seconds = _time(lambda key=keys[0]: respond(key))
+    (responses, cache), seconds = measuring.timed(
+      lambda key=keys[0]: respond(key)
+    )
     fork_positions = jax.block_until_ready(
       branches.draw_fork_positions(
         wanted, responses.tokens, responses.mask, None, keys[1]
       )
     )
-    (_, work), branch_seconds = _time(
+    (_, work), branch_seconds = measuring.timed(
       lambda state=(cache, responses, fork_positions, keys[2]): sampling.fork(
         model.config,
         model.params,
@@ -113,12 +113,6 @@ def measure(
     **_summary(records[1:]),
     'branch_seconds': seconds,
   }
-
-
-def _time(call: Callable[[], Any]) -> tuple[Any, float]:
-  start = time.perf_counter()
-  result = jax.block_until_ready(call())
-  return result, time.perf_counter() - start
 
 
 def _bytes(arrays: Any) -> int:

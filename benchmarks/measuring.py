@@ -59,6 +59,13 @@ class Roofline(NamedTuple):
     )
 
 
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+  """Returns a call's result, once it is there, and the seconds it took."""
+  start = time.perf_counter()
+  result = jax.block_until_ready(call())
+  return result, time.perf_counter() - start
+
+
 class Compilations:
   """Counts what XLA compiles, from its creation on.
 

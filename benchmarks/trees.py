@@ -12,8 +12,6 @@ those of the second kind:
     responses within a round; tokens decoded; useful, those over slots × steps}.
 """
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,12 +67,12 @@ def measure(
   whole = []
   for number in range(rounds + 1):
     key = jax.random.key(number)
-    ordinary, seconds = _time(
+    ordinary, seconds = measuring.timed(
       lambda key=key: sampling.sample(*common, key, samples=samples, **settings)
     )
     whole.append(int(ordinary.mask.sum()))
     for name, kind in kinds.items():
-      grown, own = _time(
+      grown, own = measuring.timed(
         lambda key=key, kind=kind: sampling.grow(
           *common, key, allocation=kind, **settings
         )
@@ -93,12 +91,6 @@ def measure(
     fields.setdefault('times', list(own))
   distinct = fields['once']['tokens'] / np.mean(whole[1:])
   return {'distinct': round(float(distinct), 3), **fields}
-
-
-def _time(call: Callable[[], Any]) -> tuple[Any, float]:
-  start = time.perf_counter()
-  result = jax.block_until_ready(call())
-  return result, time.perf_counter() - start
 
 
 def main() -> None:

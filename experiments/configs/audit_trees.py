@@ -1,10 +1,10 @@
 """Audit of `compare_trees.py` at half of RLOO's budget, on the spare seed.
 
-    python -m experiments.train --workdir=runs/half_paths \\
-      --config=experiments/configs/audit_trees.py:paths \\
-      --config.model.path=runs/compare_trees_paths/init/hf
-    python -m experiments.studies.audit --workdir=runs/audit_paths \\
-      --run=runs/half_paths --estimators=experiments/configs/audit_trees.py \\
+    python -m experiments.train --workdir=runs/half_way \\
+      --config=experiments/configs/audit_trees.py \\
+      --config.model.path=runs/compare_trees_arithmetic/init/hf
+    python -m experiments.studies.audit --workdir=runs/audit_trees \\
+      --run=runs/half_way --estimators=experiments/configs/audit_trees.py \\
       --tokens=50_000 --reference_tokens=400_000 --branches=64
 
 The rows called exact have 64 branches at every token, whose cost is left out.
@@ -19,9 +19,9 @@ _FILE = 'experiments/configs/audit_trees.py'
 _BRANCHES = 64
 
 
-def get_config(task: str = 'arithmetic') -> ConfigDict:
+def get_config() -> ConfigDict:
   """Configures RLOO for half of the comparison's tokens, from its model."""
-  comparison = compare_trees.get_config(task)
+  comparison = compare_trees.get_config()
   config = comparison.base
   (rloo,) = (m for m in comparison.methods if m['label'] == 'rloo')
   config.optimizer.update(rloo['optimizer'])

@@ -1,93 +1,67 @@
 r"""Is it sharing or credit?  Trees against the methods that they compete with.
 
     python -m experiments.studies.compare --jobs=2 \
-      --config=experiments/configs/compare_trees.py:TASK
+      --config=experiments/configs/compare_trees.py:arithmetic
 
-TASK is one of
-
-  arithmetic  four operations; `compare_arithmetic.py` describes the task
-  steps       eight operations, 70 tokens, with mistakes in single steps
-  paths       a path in a random graph, 9 tokens; many are right
-  stories     stories with sentiment, which share nothing: `compare_stories.py`
-
-A run ends while RLOO is still learning.  Every update has about as many tokens
-that the sampler decoded, which for trees and for `prefixes once` are distinct
-prefixes.  Each method has its best learning rate of three, tried with a seed of
-its own by --config=experiments/configs/compare_trees.py:TASK_rates.  The
-results are in `docs/comparison.md`; `audit_trees.py` predicts them.
+The task is that of `compare_arithmetic.py`; a run ends while RLOO is still
+learning.  Every update has about as many tokens that the sampler decoded, which
+for trees and for `prefixes once` are distinct prefixes.  Each method has its
+best learning rate of three, tried with a seed of its own by
+--config=experiments/configs/compare_trees.py:arithmetic_rates.  The results are
+in `docs/comparison.md`; `audit_trees.py` predicts them.
 """
 
 from ml_collections import ConfigDict
 
-from experiments.configs import compare_arithmetic, compare_stories
+from experiments.configs import compare_arithmetic
 from experiments.configs.compare_arithmetic import groups, method
-from jaxrl_llm.tasks import paths
-
-_KL = 0.02  # of stories, units of the reward per nat
+from jaxrl_llm.errors import UserError
 
 # Prompts per update, such that methods decode about equally many tokens.
-_PROMPTS = {
-  'arithmetic': dict(
-    reinforce=16,
-    rloo=16,
-    grpo=16,
-    ppo=16,
-    trepo=8,
-    trepo_tree=8,
-    trepo_uncertain=17,
-    reinforce_once=70,
-    rloo_once=72,
-    weighted_4=84,
-    weighted_8=68,
-    weighted_16=52,
-    other_4=36,
-    other_8=30,
-    rest_em=64,
-    dpop=64,
-  ),
-}
-RATES = {'arithmetic': (1e-4, 2e-4, 4e-4)}
-# Labels whose best learning rate is not the middle one.
-_BEST = {
-  'arithmetic': {
-    1e-4: ('grpo', 'dpop'),
-    4e-4: (
-      'reinforce_once',
-      'rloo_once',
-      'weighted_4',
-      'weighted_8',
-      'weighted_16',
-      'other_4',
-      'other_8',
-      'rest_em',
-    ),
-  },
-}
-_TOKENS = {'arithmetic': 60_000}
+_PROMPTS = dict(
+  reinforce=16,
+  rloo=16,
+  grpo=16,
+  ppo=16,
+  trepo=8,
+  trepo_tree=8,
+  trepo_uncertain=17,
+  reinforce_once=70,
+  rloo_once=72,
+  weighted_4=84,
+  weighted_8=68,
+  weighted_16=52,
+  other_4=36,
+  other_8=30,
+  rest_em=64,
+  dpop=64,
+)
+RATES = (1e-4, 2e-4, 4e-4)
+# The best one for each method.
+_BEST = dict.fromkeys(_PROMPTS, 2e-4)
+_BEST |= dict.fromkeys(('grpo', 'dpop'), 1e-4)
+_BEST |= dict.fromkeys(('reinforce_once', 'rloo_once', 'rest_em'), 4e-4)
+_BEST |= dict.fromkeys(('weighted_4', 'weighted_8', 'weighted_16'), 4e-4)
+_BEST |= dict.fromkeys(('other_4', 'other_8'), 4e-4)
 
 
-def get_config(task: str = 'arithmetic') -> ConfigDict:
-  """Returns a comparison; with `_rates` at its end, of learning rates."""
-  task, _, rates = task.partition('_')
-  stories = task == 'stories'
-  source = compare_stories if stories else compare_arithmetic
-  config = source.get_config()
-  config.base = base_config(task)
-  config.seeds = (100,) if rates else (0, 1, 2, 3, 4)
-  config.tokens, config.evaluations = _TOKENS[task], 12
-  if rates:
-    config.methods = tuple(
-      _at(entry, rate, f'_{i}', f', {rate:.0e}')
-      for entry in methods(task)
-      for i, rate in enumerate(RATES[task])
+def get_config(kind: str = 'arithmetic') -> ConfigDict:
+  """Returns the comparison, or that of learning rates: 'arithmetic_rates'."""
+  if kind not in ('arithmetic', 'arithmetic_rates'):
+    raise UserError(
+      f'compare_trees.py:{kind}: no such comparison\n'
+      'there are arithmetic and arithmetic_rates'
     )
-  else:
-    best = {
-      label: rate for rate, found in _BEST[task].items() for label in found
-    }
+  config = compare_arithmetic.get_config()
+  config.base = base_config()
+  config.tokens, config.evaluations = 60_000, 12
+  config.methods = tuple(_at(each, _BEST[each['label']]) for each in methods())
+  if kind == 'arithmetic_rates':
+    config.seeds = (100,)
     config.methods = tuple(
-      _at(entry, best.get(entry['label'], RATES[task][1]))
-      for entry in methods(task)
+      _at(each, rate, f'_{i}', f', {rate:.0e}')
+      for each in methods()
+      for i, rate in enumerate(RATES)
     )
   return config
 
@@ -98,31 +72,14 @@ def _at(entry: dict, rate: float, label: str = '', title: str = '') -> dict:
   return {**entry, **names, 'optimizer': dict(learning_rate=rate)}
 
 
-def base_config(task: str) -> ConfigDict:
-  """Returns the configuration that all methods of a task share."""
-  source = compare_stories if task == 'stories' else compare_arithmetic
-  config = source.base_config()
+def base_config() -> ConfigDict:
+  """Returns the configuration that all methods share."""
+  config = compare_arithmetic.base_config()
   config.optimizer.warmup_updates = 2
-  if task == 'steps':
-    config.model.architecture.max_length = 96
-    config.task.update(operations=(8, 8), careless=0.5, careless_per='step')
-    config.prompts.max_tokens = 18
-    config.rollout.max_tokens = 74
-    config.warm_start.steps = 1500
-  if task == 'paths':
-    config.model.alphabet = paths.ALPHABET
-    config.model.architecture.max_length = 64
-    config.task = dict(name='paths')
-    config.rewards = dict(
-      correct=dict(name='jaxrl_llm.tasks.paths:reaches_goal')
-    )
-    config.prompts.max_tokens = 45
-    config.rollout.max_tokens = 9
-    config.warm_start.steps = 1000
   return config
 
 
-def methods(task: str) -> tuple[dict, ...]:
+def methods() -> tuple[dict, ...]:
   """Returns one entry per method, in the order of table and figure."""
   branched = dict(count=2, samples=4)
   critic = dict(critic=dict(optimizer=dict(learning_rate=1e-3), warmup=2))
@@ -154,12 +111,7 @@ def methods(task: str) -> tuple[dict, ...]:
     method('rest_em', 'RestEM') | dict(rounds=dict(learning=15, **rounds)),
     method('dpop', 'DPO-Positive') | dict(rounds=dict(learning=6, **rounds)),
   )
-  counts = _PROMPTS[task]
-  return tuple(
-    _sized(entry, counts[entry['label']])
-    for entry in entries
-    if entry['label'] in counts
-  )
+  return tuple(_sized(each, _PROMPTS[each['label']]) for each in entries)
 
 
 def _sized(entry: dict, prompts: int) -> dict:

@@ -29,7 +29,7 @@ def trepo_filled(fill: str, count: int = 4, samples: int = 64):
 
 def get_config(fill: str = 'advantages') -> ConfigDict:
   """Configures a run from the model of the comparison on arithmetic."""
-  config = compare_trees.base_config('arithmetic')
+  config = compare_trees.base_config()
   config.algorithm = dict(name=f'{_FILE}:trepo_filled', fill=fill)
   config.rollout.update(prompts=32, samples=4)
   config.steps = 30
