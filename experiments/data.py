@@ -79,6 +79,8 @@ def paths(
 ) -> Data:
   """Generates graphs; paths to a goal are the solutions.
 
+  The reward `jaxrl_llm.tasks.paths:reaches_goal` checks them.
+
   Args:
     train, held_out: numbers of problems.
     demonstrations: number of training problems with a walk.

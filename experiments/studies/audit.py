@@ -88,7 +88,7 @@ def audit(
   specs = {_REFERENCE: dict(algorithm=dict(name='rloo'))} | specs
   # All are checked before hours go into one of them.
   configs = {
-    label: audit_draws.variant(subject, label, spec, len(subject.rows))
+    label: audit_draws.variant(subject, label, spec)
     for label, spec in specs.items()
   }
 
@@ -117,22 +117,16 @@ def audit(
   }
   for label, spec in specs.items():
     draws = draw(label, tokens)
-    report = gradients.compare(draws.whole, reference.whole)
-    equal = gradients.share(draws.equal, draws.whole, reference.whole)
-    share = float(draws.equal_groups.mean())
     result['estimators'][label] = {
       'samples': configs[label].rollout.samples,
       'spec': as_json(spec, f'algorithm of {label}'),
-      'bias': audit_values.interval_of_root(report.squared_bias),
-      'tilt': audit_values.interval_of_root(report.squared_tilt),
-      **audit_values.to_json(report),
-      'equal_groups': {'share': share, **audit_values.to_json(equal)},
+      **_numbers(draws, reference),
     }
     write(workdir, result)
   if branches:
-    values = audit_values.measure(subject, configs[_REFERENCE], branches)
-    result['values'] = audit_values.report(values)
     config = configs[_REFERENCE]
+    values = audit_values.measure(subject, config, branches)
+    result['values'] = audit_values.report(values)
     result['trees'] = audit_trees.measure(subject, config, branches)
     fresh = audit_draws.load_or_draw(
       subject._replace(rows=subject.pool),
@@ -147,6 +141,19 @@ def audit(
     audit_trees.over_prompts(result, between)
   write(workdir, result)
   return result
+
+
+def _numbers(draws, reference) -> dict[str, Any]:
+  """Returns the numbers of an estimator, of draws and the reference's."""
+  report = gradients.compare(draws.whole, reference.whole)
+  equal = gradients.share(draws.equal, draws.whole, reference.whole)
+  share = float(draws.equal_groups.mean())
+  return {
+    'bias': audit_values.interval_of_root(report.squared_bias),
+    'tilt': audit_values.interval_of_root(report.squared_tilt),
+    **audit_values.to_json(report),
+    'equal_groups': {'share': share, **audit_values.to_json(equal)},
+  }
 
 
 def write(workdir: pathlib.Path, result: dict[str, Any]) -> None:

@@ -136,10 +136,8 @@ def choose_prompts(config, model: build.Model, count: int) -> list[dict]:
   return [rows[i] for i in np.argsort(bits, kind='stable')[: 64 * count]]
 
 
-def variant(
-  subject: Subject, label: str, spec: dict[str, Any], prompts: int
-) -> ConfigDict:
-  """Returns one estimator's configuration: on policy, `prompts` in a batch.
+def variant(subject: Subject, label: str, spec: dict[str, Any]) -> ConfigDict:
+  """Returns one estimator's configuration: on policy, all prompts in a batch.
 
   It has no hints, refilling or curriculum, which choose prompts or groups.
 
@@ -150,7 +148,7 @@ def variant(
   plain = base.get_config()
   built.steps = built.warm_start.steps = built.critic.warmup = 0
   built.training.update(epochs=1, minibatches=1)
-  built.rollout.prompts = prompts
+  built.rollout.prompts = len(subject.rows)
   for section, names in _CHOOSING.items():
     built[section].update({name: plain[section][name] for name in names})
   try:

@@ -104,7 +104,7 @@ def over_prompts(result: dict[str, Any], between: audit.Estimate) -> None:
     between: variance of one prompt's true gradient.
   """
   trees, rows = result['trees'], result['estimators']
-  prompts, samples = result['prompts'], result['samples']
+  prompts = result['prompts']
   trees['between'] = between._asdict()
   b = max(between.value, 0.0)
   for row in rows.values():
@@ -116,7 +116,11 @@ def over_prompts(result: dict[str, Any], between: audit.Estimate) -> None:
   whole = np.arange(1, _SAMPLES + 1) * trees['length']
   trees['best'] = {
     f'{name}{once}': audit.best_samples(
-      b, rows[name]['within'], samples, tokens, name == 'RLOO'
+      b,
+      rows[name]['within'],
+      rows[name]['samples'],
+      tokens,
+      name == 'RLOO',
     )
     for name in ('RLOO', 'REINFORCE')
     for once, tokens in (('', whole), (', prefixes once', trees['tokens']))

@@ -41,8 +41,9 @@ def profile(
 
   Args:
     values: [n, 1 + M] of the state before each segment; NaN for a segment that
-      the response does not reach.  Independent of the response from there on,
-      and of each other.
+      the response does not reach, or a state without a value, which ends what
+      is told apart.  Independent of the response from there on, and of each
+      other.
     noise: [n, 1 + M], variances of these values.
     rewards: [n] of the responses.
     norms: [n, T], squared norm of each token's score, 0 after the end.
@@ -50,6 +51,7 @@ def profile(
     starts: [1 + M], tokens before each segment; the first is 0.
     clusters: [n] int; standard errors are jackknifed over them.
   """
+  values = np.where(np.isnan(values).cumsum(axis=1) > 0, np.nan, values)
   ends = np.append(starts[1:], norms.shape[1])
   after = np.concatenate([values[:, 1:], np.full((len(values), 1), np.nan)], 1)
   further = np.concatenate([noise[:, 1:], np.zeros((len(values), 1))], 1)

@@ -51,7 +51,7 @@ def subject(config):
 
 
 def test_equal_groups_by_hand(subject):
-  config = audit_draws.variant(subject, 'RL-ZVP', RL_ZVP, PROMPTS)
+  config = audit_draws.variant(subject, 'RL-ZVP', RL_ZVP)
   rl, state = audit_draws.begin(subject, config, 'RL-ZVP')
   found = rl.collect(state, 0)
   equal = np.asarray(audit_draws.equal_rewards(found.own))
@@ -73,7 +73,7 @@ algorithm=dict(name='rloo'), rollouts=dict(samples=3) | is not like dict
 @pytest.mark.parametrize('spec, texts', mistakes.table(WRONG))
 def test_estimators_that_do_not_fit_are_refused(spec, texts, subject):
   with mistakes.refused('mine: ', *texts):
-    audit_draws.variant(subject, 'mine', eval(f'dict({spec})'), PROMPTS)
+    audit_draws.variant(subject, 'mine', eval(f'dict({spec})'))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_run(config, subject, tmp_path):
 
 
 def test_a_report_of_values(subject):
-  config = audit_draws.variant(subject, 'reference', RLOO, PROMPTS)
+  config = audit_draws.variant(subject, 'reference', RLOO)
   measured = audit_values.measure(subject, config, count=40, positions=2)
   known = measured.positions > 0
   assert measured.returns.shape == (PROMPTS, 2, 2, 48)  # a multiple of 16
